@@ -1,0 +1,58 @@
+"""DIMAP: data-independent, module-aware pruning (He & Zhou, ICLR 2024, arXiv 2404.13648)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruners.allocation import Scope
+from pruners.fisher import BlockFisher
+from pruners.layers import PrunableLayer
+from pruners.magnitude import ascending
+from pruners.order import EliminationOrder, LayerOrder
+
+
+def importance(magnitudes: Tensor) -> Tensor:
+    """``Imp(W_pj) = W_pj² / Σ_{i ≤ j} W_pi²`` with weights sorted largest first (the paper's Eq. for Imp).
+
+    Args:
+        magnitudes: |w| of one layer, *ascending* (d,).
+
+    Returns:
+        the scores in the same order (d,), ascending; 1 for the largest weight, 0 for zeros.
+    """
+    energy = magnitudes.double().square()
+    at_least_as_large = energy.flip(0).cumsum(0).flip(0)
+    scores = energy / at_least_as_large.clamp_min(torch.finfo(torch.float64).tiny)
+    # rounding may turn neighbours round: the layer's own ranking is kept
+    return scores.cummax(0).values if len(scores) else scores
+
+
+@dataclass(frozen=True)
+class Dimap:
+    """A weight's share of the energy of those at least as large; one threshold for each module.
+
+    All modules (QKV, PRJ, MLP) are pruned at the same ratio, each by one threshold over all its layers.
+    """
+
+    name: str = "dimap"
+    scope: Scope = "module"
+
+    def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
+        return None
+
+    def order(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: Sequence[PrunableLayer],
+        masks: Mapping[str, Tensor],
+        fisher: BlockFisher | None,
+    ) -> EliminationOrder:
+        orders = EliminationOrder()
+        for layer in layers:
+            magnitudes, positions = ascending(weights[layer.name])
+            orders[layer.name] = LayerOrder(positions, importance(magnitudes))
+        return orders

@@ -1,0 +1,47 @@
+"""Magnitude pruning: the smallest weights fall first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruners.allocation import Scope
+from pruners.fisher import BlockFisher
+from pruners.layers import PrunableLayer
+from pruners.order import EliminationOrder, LayerOrder
+
+
+def ascending(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(magnitudes ascending, their flat positions): zeros, pruned or not, come first."""
+    magnitudes, positions = torch.sort(weight.detach().reshape(-1).float().abs(), stable=True)
+    return magnitudes, positions.int()
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Smallest |w| first; the loss of a weight is w².
+
+    Uniform (every layer at the same sparsity) by its own scope ``layer``, global with ``global``.
+    """
+
+    name: str = "magnitude"
+    scope: Scope = "layer"
+
+    def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
+        return None
+
+    def order(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: Sequence[PrunableLayer],
+        masks: Mapping[str, Tensor],
+        fisher: BlockFisher | None,
+    ) -> EliminationOrder:
+        orders = EliminationOrder()
+        for layer in layers:
+            magnitudes, positions = ascending(weights[layer.name])
+            orders[layer.name] = LayerOrder(positions, magnitudes.square())
+        return orders

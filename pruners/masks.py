@@ -1,0 +1,111 @@
+"""Which weights are kept: applied to a model, held through training, packed to one bit a weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pruners.errors import InputError
+from pruners.layers import PrunableLayer
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """A boolean tensor for each prunable layer (by parameter name); ``True`` is a kept weight."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = dict(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @classmethod
+    def dense(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """Everything kept."""
+        weights = dict(model.named_parameters())
+        return cls({layer.name: torch.ones_like(weights[layer.name], dtype=torch.bool) for layer in layers})
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """What a sparse checkpoint says by its zeros."""
+        weights = dict(model.named_parameters())
+        return cls({layer.name: weights[layer.name].detach() != 0 for layer in layers})
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set every pruned weight of ``model`` to exactly zero, in place."""
+        weights = dict(model.named_parameters())
+        for name, mask in self._masks.items():
+            weights[name].masked_fill_(~mask, 0.0)
+
+    def mask_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Zero what is pruned in other tensors of the same names (gradients, optimizer moments), in place."""
+        for name, mask in self._masks.items():
+            if name in tensors:
+                tensors[name].masked_fill_(~mask, 0.0)
+
+    def pruned(self) -> dict[str, int]:
+        """Pruned weights of each layer."""
+        return {name: mask.numel() - int(mask.sum()) for name, mask in self._masks.items()}
+
+    @property
+    def numel(self) -> int:
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the prunable weights."""
+        return sum(self.pruned().values()) / max(self.numel, 1)
+
+    def fingerprint(self) -> str:
+        """The same on two workers if and only if their masks are."""
+        digest = hashlib.sha256()
+        for name, bits in self._packed().items():
+            digest.update(name.encode())
+            digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _packed(self) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.packbits(self._masks[name].cpu().numpy().reshape(-1)))
+            for name in sorted(self._masks)
+        }
+
+    def save(self, path: Path) -> None:
+        """Write ``masks.safetensors``: a ``uint8`` tensor of packed bits a layer, its shape in the metadata."""
+        shapes = {name: ",".join(map(str, mask.shape)) for name, mask in self._masks.items()}
+        save_file(self._packed(), path, metadata={"format": "espalier-masks-1", **shapes})
+
+    @classmethod
+    def load(cls, path: Path) -> MaskSet:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is truncated, or no mask file of ours.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = dict(file.metadata() or {})
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kinds for a broken header
+            raise InputError("masks", str(path), f"must be a readable mask file ({error})") from None
+        if shapes.pop("format", None) != "espalier-masks-1" or set(shapes) != set(packed):
+            raise InputError("masks", str(path), "must be a mask file written by espalier")
+        masks = {}
+        for name, bits in packed.items():
+            shape = tuple(int(side) for side in shapes[name].split(","))
+            flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+            masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
+        return cls(masks)
