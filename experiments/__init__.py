@@ -1,0 +1,1 @@
+"""Recipes that come with espalier (YAML); ``espalier recipes`` lists them."""

@@ -1,0 +1,182 @@
+"""The command line. Heavy imports wait inside the commands, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from pruners.errors import InputError, did_you_mean
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Unknown commands are met with the nearest known one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None:
+            names = self.list_commands(ctx)
+            raise InputError(
+                "command", args[0], f"must be one of {', '.join(names)}{did_you_mean(args[0], names)}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="espalier")
+def cli() -> None:
+    """Espalier: distributed pruning of vision transformers (DIMAP and oViT) on Ray."""
+
+
+_recipe = click.argument("recipe")
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+_dry_run = click.option("--dry-run", is_flag=True, help="Show what would happen; start nothing.")
+_address = click.option(
+    "--address", help="Ray cluster to run on: auto or ray://HOST:10001. Default: this machine."
+)
+
+
+@cli.command()
+@_recipe
+@_overrides
+@_dry_run
+@_address
+def sweep(recipe: str, overrides: tuple[str, ...], dry_run: bool, address: str | None) -> None:
+    """Search allocations and schedules of all methods of RECIPE, and register the best models."""
+    from orchestration.recipes import load_recipe
+
+    _run("sweep", load_recipe(recipe, overrides), recipe, overrides, dry_run=dry_run, address=address)
+
+
+@cli.command()
+@_recipe
+@_overrides
+@click.option("--method", help="Default: the recipe's first.")
+@_dry_run
+@_address
+def run(
+    recipe: str, overrides: tuple[str, ...], method: str | None, dry_run: bool, address: str | None
+) -> None:
+    """One model, one method, no search: the gradual run of RECIPE as it stands."""
+    from orchestration.recipes import load_recipe, single
+
+    chosen = load_recipe(recipe, overrides)
+    methods = chosen.pruning.methods
+    if method is not None and method not in methods:
+        raise InputError(
+            "--method", method, f"must be one of {', '.join(methods)}{did_you_mean(method, methods)}"
+        )
+    _run("run", single(chosen, method or methods[0]), recipe, overrides, dry_run=dry_run, address=address)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--data", "data_uri", required=True, help="Parquet file or folder (image, label).")
+@click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
+@click.option("--storage", default="runs", show_default=True, help="Where our own MLflow keeps its files.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+def evaluate(model: str, data_uri: str, tracking_uri: str | None, storage: str, batch_size: int) -> None:
+    """Top-1 and loss of MODEL (a checkpoint folder or models:/NAME@alias) on images."""
+    from orchestration.inspect import evaluate_model
+
+    for line in evaluate_model(model, data_uri, tracking_uri, storage, batch_size):
+        click.echo(line)
+
+
+@cli.command()
+@click.option("--tracking-uri", help="MLflow server.", envvar="MLFLOW_TRACKING_URI")
+@click.option("--storage", default="runs", show_default=True, help="Where our own MLflow keeps its files.")
+def models(tracking_uri: str | None, storage: str) -> None:
+    """List the registered models."""
+    from orchestration.inspect import list_models
+
+    for line in list_models(tracking_uri, storage):
+        click.echo(line)
+
+
+@cli.command()
+@click.option("--storage", default="runs", show_default=True, help="Storage of the sweeps to look at.")
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1024, 65535))
+def ui(storage: str, port: int) -> None:
+    """Open the MLflow UI over the sweeps of this machine, on loopback, until Ctrl-C."""
+    from orchestration.inspect import serve_ui
+
+    serve_ui(storage, port)
+
+
+@cli.command()
+def recipes() -> None:
+    """List the recipes that come with espalier."""
+    from orchestration.recipes import describe_shipped
+
+    for name, text in describe_shipped():
+        click.echo(f"{name:<26}{text}")
+
+
+def _run(
+    command: str, recipe: Any, name: str, overrides: tuple[str, ...], *, dry_run: bool, address: str | None
+) -> None:
+    from rich.console import Console
+
+    if dry_run:
+        from orchestration.checks import prepare
+        from orchestration.plan import print_plan
+
+        console = Console()
+        print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
+        return
+    from orchestration.display import Display
+
+    again = " ".join(["espalier", command, name, *(f"'{text}'" for text in overrides)])
+    with _interruptible(again + (f" --address {address}" if address else "")), Display() as display:
+        display.say(f"espalier {command} {name}: checking the recipe, starting Ray and MLflow")
+        from orchestration.checks import prepare
+        from orchestration.sweep import run_sweep
+
+        run_sweep(prepare(recipe), display, address=address, recipe_name=name)
+
+
+@contextmanager
+def _interruptible(again: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end everything in order and say how to go on."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        # once is enough: a second one would break off the clean end
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
+
+
+def main() -> None:
+    """Entry point: an input error is one line and status 2."""
+    try:
+        status = cli(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except InputError as error:
+        click.echo(f"espalier: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"espalier: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

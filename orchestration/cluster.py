@@ -1,0 +1,123 @@
+"""The Ray cluster: joined where an address says so, else started on this machine for as long as we run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from orchestration.config import AllocationSearch, Resources
+from pruners.errors import InputError
+
+# Our own display shows progress; Ray's would print a line a report and worker over it.
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it must end in seconds
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add."""
+
+    cpus: float
+    gpus: float
+
+    def training_runs(self, resources: Resources) -> int:
+        """How many training runs fit at once.
+
+        Raises:
+            InputError: not even one.
+        """
+        for key, each, there in (
+            ("CPUs", resources.cpus_per_worker, self.cpus),
+            ("GPUs", resources.gpus_per_worker, self.gpus),
+        ):
+            if each * resources.workers > there + 1e-6:
+                raise InputError(
+                    "resources.workers",
+                    resources.workers,
+                    f"need {each * resources.workers:g} {key}, the cluster can give {there:g}",
+                )
+        fit = [self.cpus / (resources.cpus_per_worker * resources.workers)]
+        if resources.gpus_per_worker:
+            fit.append(self.gpus / (resources.gpus_per_worker * resources.workers))
+        return int(min(fit) + 1e-6)
+
+    def allocation_trials(self, search: AllocationSearch) -> int:
+        """How many cheap trials fit at once.
+
+        Raises:
+            InputError: not even one.
+        """
+        for key, each, there in (
+            ("cpus_per_trial", search.cpus_per_trial, self.cpus),
+            ("gpus_per_trial", search.gpus_per_trial, self.gpus),
+        ):
+            if each > there + 1e-6:
+                raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
+        fit = [self.cpus / search.cpus_per_trial]
+        if search.gpus_per_trial:
+            fit.append(self.gpus / search.gpus_per_trial)
+        return int(min(fit) + 1e-6)
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[ClusterSize]:
+    """Join the cluster at ``address`` (or ``RAY_ADDRESS``), or start one here; leave it at the end.
+
+    A local cluster keeps its dashboard on, on loopback: without it Ray Train cannot free the resources of
+    a trial that was stopped early, and the next trial would wait for ever.
+
+    Raises:
+        InputError: no cluster answers at the address.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    joined = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if joined:
+            ray.init(
+                address=joined,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": dict(_QUIET)},
+            )
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            "--address", joined or "local", f"no Ray cluster could be joined ({reason})"
+        ) from None
+    try:
+        yield _size()
+    finally:
+        ray.shutdown()
+
+
+def _size() -> ClusterSize:
+    there = dict(ray.cluster_resources())
+    # an autoscaling cluster can give more than it has now
+    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return ClusterSize(
+        cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
+        gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
+    )

@@ -1,0 +1,147 @@
+"""The recipe: everything a user asks for, typed. Reading it needs neither torch nor ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainers.config import (
+    DataSettings,
+    ModelSettings,
+    Name,
+    PruningSettings,
+    Settings,
+    Share,
+    TrainingSettings,
+)
+
+
+class Distribution(Settings):
+    """Where a searched value comes from; exactly one of the four."""
+
+    uniform: tuple[float, float] | None = None
+    log: tuple[float, float] | None = Field(None, description="log-uniform")
+    integer: tuple[int, int] | None = Field(None, description="both ends included")
+    choice: tuple[float | int | str, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        given = [value for value in (self.uniform, self.log, self.integer, self.choice) if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log, integer, choice")
+        for bounds in (self.uniform, self.log, self.integer):
+            if bounds is not None and not bounds[0] <= bounds[1]:
+                raise ValueError(f"the lower bound {bounds[0]} lies above the upper one {bounds[1]}")
+        if self.log is not None and self.log[0] <= 0:
+            raise ValueError("log needs positive bounds")
+        return self
+
+
+class AllocationSearch(Settings):
+    """Cheap one-shot trials over the sparsity of stages and modules; 0 trials keep the method's own."""
+
+    trials: int = Field(30, ge=0)
+    by: tuple[Literal["stage", "module"], ...] = Field(("stage", "module"), min_length=1)
+    range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
+    sampler: Literal["tpe", "random"] = "tpe"
+    images: int = Field(2000, ge=1, description="validation images of a trial, at most")
+    cpus_per_trial: float = Field(1.0, gt=0.0)
+    gpus_per_trial: float = Field(0.0, ge=0.0)
+
+
+class ScheduleSearch(Settings):
+    """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
+
+    trials: int = Field(4, ge=1)
+    space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
+    sampler: Literal["tpe", "random"] = "tpe"
+    stop_early: bool = Field(True, description="ASHA, over the epochs at the final sparsity")
+    grace_epochs: int = Field(
+        1, ge=1, description="epochs at the final sparsity before a trial may be stopped"
+    )
+    reduction: int = Field(2, ge=2, description="one in so many goes on")
+
+    @model_validator(mode="after")
+    def _space_of_keys(self) -> ScheduleSearch:
+        for key in self.space:
+            if key.split(".")[0] not in {"recovery", "pruning"}:
+                raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
+        return self
+
+
+class Resources(Settings):
+    """What a training run takes from the cluster."""
+
+    workers: int = Field(1, ge=1, description="data-parallel workers of a run")
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    gpus_per_worker: float = Field(0.0, ge=0.0)
+    retries: int = Field(1, ge=0, description="restarts of a worker group after a failure")
+
+
+class Tracking(Settings):
+    """Where MLflow is; without a URI a server of our own is started on loopback."""
+
+    uri: Name | None = None
+    experiment: Name = "espalier"
+    registered_model: Name | None = Field(None, description="default espalier-<name>")
+
+
+class Recipe(Settings):
+    """One sweep or run. YAML keys are the names below; ``extends:`` inherits from another recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
+    model: ModelSettings
+    data: DataSettings
+    dense: TrainingSettings | None = Field(None, description="how the dense model is trained, if it must be")
+    pruning: PruningSettings = PruningSettings()
+    recovery: TrainingSettings = TrainingSettings()
+    allocation: AllocationSearch = AllocationSearch()
+    schedule: ScheduleSearch = ScheduleSearch()
+    resources: Resources = Resources()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _dense_model_comes_from_somewhere(self) -> Recipe:
+        if not self.model.ready_made and self.dense is None:
+            raise ValueError("dense: needed, as the model has neither pretrained weights nor a checkpoint")
+        if self.model.ready_made and self.dense is not None:
+            raise ValueError("dense: not needed, as the model brings its weights; drop one of the two")
+        for key, settings in (("dense", self.dense), ("recovery", self.recovery)):
+            if settings is not None and settings.batch_size % self.resources.workers:
+                raise ValueError(
+                    f"{key}.batch_size: {settings.batch_size} must be a multiple of "
+                    f"resources.workers ({self.resources.workers})"
+                )
+        return self
+
+    @property
+    def registered_model(self) -> str:
+        return self.tracking.registered_model or f"espalier-{self.name}"
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hexadecimal digits of the content of JSON-like parts."""
+    content = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+__all__ = [
+    "AllocationSearch",
+    "DataSettings",
+    "Distribution",
+    "ModelSettings",
+    "PruningSettings",
+    "Recipe",
+    "Resources",
+    "ScheduleSearch",
+    "Share",
+    "Tracking",
+    "TrainingSettings",
+    "digest",
+]

@@ -1,0 +1,135 @@
+"""What is going on, live on a terminal, as plain lines in a pipe."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from orchestration.trial_log import TrialRecord
+
+_PLAIN_SECONDS = 10.0
+
+
+class Display:
+    """One line for the phase at work: trials done and running, the best so far, the time left.
+
+    It is an :class:`orchestration.search.Observer`; ``fraction`` of a running trial comes from its epochs.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self.live = self.console.is_terminal
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase = ""
+        self._number, self._phases = 0, 0
+        self._total = 1
+        self._epochs = 1
+        self._done = 0
+        self._best = -math.inf
+        self._running: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._begin_fraction = 0.0
+        self._spoke = 0.0
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def plan(self, phases: int) -> None:
+        """How many phases there will be."""
+        self._phases = phases
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def phase(
+        self, name: str, *, trials: int = 1, done: int = 0, epochs: int = 1, best: float | None = None
+    ) -> None:
+        """A phase begins; ``done`` of its ``trials`` are known from before."""
+        self._number += 1
+        self._phase, self._total, self._done, self._epochs = name, max(trials, 1), done, max(epochs, 1)
+        self._best = -math.inf if best is None else best
+        self._running = {}
+        self._began = time.monotonic()
+        self._begin_fraction = self._fraction()
+        known = f", {done} of {trials} trials known" if done else ""
+        if self._progress is None:
+            self.say(f"[{self._number}/{self._phases}] {name}{known}")
+        else:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(self._title(), total=1.0, detail="")
+        self._spoke = time.monotonic()
+        self._show()
+
+    def finished(self, summary: str) -> None:
+        """A phase ends: one line that stays."""
+        self.say(f"  ✓ {self._phase}: {summary}" if self.live else f"      {summary}")
+
+    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None:
+        self._running[trial_id] = 0.0
+        self._show()
+
+    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
+        self._best = max(self._best, metrics["val_top1"] if metrics["score"] >= 0 else -math.inf)
+        self._show()
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        self._running.pop(trial_id, None)
+        self._done += 1
+        self._show()
+        if record.state == "failed":
+            self.say(f"      trial {record.number} failed: {record.error}")
+        return None
+
+    def _fraction(self) -> float:
+        return min((self._done + sum(self._running.values())) / self._total, 1.0)
+
+    def _title(self) -> str:
+        return f"[{self._number}/{self._phases}] {self._phase}".replace("[", "\\[", 1)
+
+    def _show(self) -> None:
+        fraction = self._fraction()
+        detail = f"{self._done}/{self._total} done, {len(self._running)} running"
+        if math.isfinite(self._best):
+            detail += f", best {100 * self._best:.1f} %"
+        gained = fraction - self._begin_fraction
+        if gained > 0:
+            left = (time.monotonic() - self._began) * (1 - fraction) / gained
+            detail += f", {_minutes(left)} left"
+        if self._progress is not None:
+            if self._task is not None:
+                self._progress.update(self._task, completed=fraction, detail=detail)
+        elif time.monotonic() - self._spoke > _PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            self.say(f"      {detail}")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -1,0 +1,63 @@
+"""From a recipe to what one worker group is asked to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestration.config import Recipe
+from orchestration.recipes import with_values
+from trainers.config import DataSettings, ModelSettings, TrainingSettings, TrainJob
+
+
+def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) -> TrainJob:
+    """Training of the dense model."""
+    assert recipe.dense is not None, "only a recipe that trains its dense model has this job"
+    return TrainJob(
+        name=f"{recipe.name}-dense",
+        seed=recipe.seed,
+        model=recipe.model,
+        data=data,
+        training=recipe.dense,
+        threads=threads(recipe),
+        lineage=lineage,
+    )
+
+
+def gradual_job(
+    values: Mapping[str, Any],
+    *,
+    recipe: Mapping[str, Any],
+    method: str,
+    data: DataSettings,
+    checkpoint: str,
+    allocation: Mapping[str, int] | None,
+    lineage: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A gradual run with a proposal's ``values`` in place of the recipe's, as a plain dictionary."""
+    chosen = with_values(Recipe.model_validate(recipe), values)
+    job = TrainJob.model_validate(
+        {
+            "name": f"{chosen.name}-{method}",
+            "seed": chosen.seed,
+            "model": ModelSettings(checkpoint=checkpoint, classes=chosen.model.classes),
+            "data": data,
+            "training": chosen.recovery,
+            "pruning": chosen.pruning,
+            "method": method,
+            "allocation": allocation,
+            "threads": threads(chosen),
+            "lineage": lineage,
+        }
+    )
+    return job.model_dump(mode="json")
+
+
+def threads(recipe: Recipe) -> int:
+    """Threads of one worker: the CPUs it reserves."""
+    return max(1, int(recipe.resources.cpus_per_worker))
+
+
+def longest_recovery(training: TrainingSettings) -> int:
+    """Epochs that a trial can spend at its final sparsity at most."""
+    return training.epochs

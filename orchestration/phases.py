@@ -1,0 +1,362 @@
+"""The phases of a sweep: a dense model, an allocation search and a schedule search for each method.
+
+A phase keeps its results in a folder named by the hash of all that it depends on: what has not changed is
+not run again, and an interrupted phase goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestration import plots, registry, remote
+from orchestration.cluster import ClusterSize
+from orchestration.config import Recipe, digest
+from orchestration.display import Display
+from orchestration.jobs import dense_job, gradual_job, threads
+from orchestration.recipes import flatten, get
+from orchestration.search import Search, asha, run_search
+from orchestration.search_space import AllocationSpace, recipe_space
+from orchestration.tracking import Tracker
+from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.trial_runs import TrialRuns, without_trainer_state
+from orchestration.tune_trial import OneShotInputs, OneShotTrial, training_trial
+from trainers import storage
+from trainers.checkpoint import RECORD
+from trainers.config import DataSettings
+
+
+@dataclass
+class Sweep:
+    """What all phases share; ``root`` is the sweep's folder, ``run`` its run in MLflow."""
+
+    recipe: Recipe
+    data: DataSettings
+    data_hash: str
+    size: ClusterSize
+    tracker: Tracker
+    display: Display
+    run: str
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def storage(self) -> str:
+        return storage.absolute(self.recipe.storage)
+
+    @property
+    def root(self) -> str:
+        return f"{self.storage}/sweeps/{self.recipe.name}"
+
+    def tags(self, phase: str, method: str = "") -> dict[str, str]:
+        found = {
+            "espalier.sweep": self.recipe.name,
+            "espalier.phase": phase,
+            "espalier.data": self.data_hash[:12],
+            "espalier.commit": str(self.lineage.get("git_commit") or "unknown"),
+        }
+        return found | ({"espalier.method": method} if method else {})
+
+    def runs(self, log: TrialLog, phase: str, params: Mapping[str, Any], method: str = "") -> TrialRuns:
+        """The MLflow runs of a phase."""
+        return TrialRuns(
+            self.tracker,
+            self.display,
+            log,
+            name=f"{self.recipe.name}-{method or 'model'}-{phase}",
+            parent=self.run,
+            params=params,
+            tags=self.tags(phase, method),
+        )
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model: its checkpoint and its validation top-1."""
+
+    checkpoint: str
+    top1: float
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The best allocation of a method, and the one-shot model that it gives."""
+
+    allocation: dict[str, int]
+    name: str
+    checkpoint: str
+    trials: list[TrialRecord]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The best gradual run of a method: its checkpoint, MLflow run and registered version."""
+
+    checkpoint: str
+    record: TrialRecord
+    version: str
+    trials: list[TrialRecord]
+
+
+def dense_phase(sweep: Sweep) -> Dense:
+    """The dense model: trained once for a recipe and data, or taken as it is."""
+    recipe = sweep.recipe
+    given = recipe.model.checkpoint
+    if given is not None and not given.startswith(("hf-hub:", "models:/")):
+        sweep.display.phase("dense model")
+        return _measured(sweep, storage.absolute(given), "given")
+    key = digest(
+        recipe.model.model_dump(mode="json"),
+        recipe.dense and recipe.dense.model_dump(mode="json"),
+        recipe.resources.workers if recipe.dense else None,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    folder = f"{sweep.storage}/dense/{key}"
+    checkpoint = f"{folder}/model"
+    if storage.exists(f"{checkpoint}/{RECORD}"):
+        sweep.display.phase("dense model")
+        return _measured(sweep, checkpoint, "reused")
+    if recipe.dense is None:
+        sweep.display.phase("dense model")
+        if given is not None and given.startswith("models:/"):
+            with registry.pulled(given, sweep.tracker.uri) as local:
+                storage.upload(local, checkpoint)
+        else:
+            ray.get(ray.remote(remote.save_pretrained).remote(recipe.model, sweep.data, checkpoint))
+        return _measured(sweep, checkpoint, "pretrained")
+    sweep.display.phase("dense model", epochs=recipe.dense.epochs)
+    log = TrialLog(f"{folder}/trials.json")
+    job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
+    runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
+    with _scratch(sweep, f"dense-{key}") as scratch:
+        best = run_search(
+            Search(
+                name=f"dense-{key}",
+                trainable=_training(sweep, lambda values: job, f"{folder}/train"),
+                space={},
+                trials=1,
+                concurrent=1,
+                storage=scratch,
+                seed=recipe.seed,
+                complete=_complete(recipe.dense.epochs),
+            ),
+            log,
+            runs,
+        )
+    assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
+    with without_trainer_state(best.checkpoint) as clean:
+        storage.upload(clean, f"{folder}/model")
+    runs.close(best)
+    return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
+
+
+def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
+    """One elimination, then cheap trials that read it; the first is the method's own allocation."""
+    recipe = sweep.recipe
+    search = recipe.allocation
+    pruning = recipe.pruning.model_dump(mode="json", exclude={"methods", "schedule"})
+    key = digest(
+        _content(dense.checkpoint),
+        method,
+        pruning,
+        search.model_dump(mode="json", exclude={"trials"}),
+        recipe.seed,
+        sweep.data_hash,
+    )
+    folder = f"{sweep.root}/allocation-{method}-{key}"
+    log = TrialLog(f"{folder}/trials.json")
+    trials = max(search.trials, 1)
+    ended = len(log.ended)
+    sweep.display.phase(f"{method}: allocation search", trials=trials, done=ended)
+    one_shot = f"{folder}/one-shot"
+    if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
+        best = log.best()
+        sweep.display.finished(f"known, {_percent(best)} one-shot on validation")
+        return _allocated(best, one_shot, log)
+
+    task = ray.remote(num_returns=2, num_cpus=max(1, int(sweep.size.cpus) // 2))(remote.elimination_order)
+    facts, order = task.remote(
+        dense.checkpoint,
+        sweep.data,
+        recipe.pruning,
+        method,
+        seed=recipe.seed,
+        threads=max(1, int(sweep.size.cpus)) if sweep.size.cpus <= 8 else 8,
+    )
+    layers, own, costs = ray.get(facts)
+    space = AllocationSpace.of(search, recipe.pruning, layers, own)
+    inputs = OneShotInputs(
+        checkpoint=dense.checkpoint,
+        data=sweep.data,
+        seed=recipe.seed,
+        images=search.images,
+        threads=max(1, int(search.cpus_per_trial)),
+        space=space,
+        order=order,
+        costs=costs,
+    )
+    runs = sweep.runs(log, "allocation", {"dense": _content(dense.checkpoint)}, method)
+    with _scratch(sweep, f"allocation-{method}-{key}") as scratch:
+        best = run_search(
+            Search(
+                name=f"allocation-{method}-{key}",
+                trainable=tune.with_resources(
+                    tune.with_parameters(OneShotTrial, inputs=inputs),
+                    {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
+                ),
+                space=space.distributions(),
+                trials=trials,
+                concurrent=sweep.size.allocation_trials(search),
+                storage=scratch,
+                seed=recipe.seed,
+                sampler=search.sampler,
+                first=[space.own_values()],
+                reuse_actors=True,
+            ),
+            log,
+            runs,
+        )
+    record = {"method": method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
+    ray.get(ray.remote(remote.save_one_shot).remote(inputs, best.metrics["allocation"], one_shot, record))
+    runs.figure(plots.allocations(log.trials, f"{method}: sparsity of stages and modules"), "allocations")
+    runs.figure(plots.trial_history(log.trials, f"{method}: one-shot trials", dense.top1), "history")
+    runs.close(best)
+    sweep.display.finished(
+        f"{len(log.ended)} trials, own {_percent(log.ended[0])} → best {_percent(best)} "
+        "one-shot on validation"
+    )
+    return _allocated(best, one_shot, log)
+
+
+def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Recovered:
+    """Gradual runs over schedule hyper-parameters; the best is registered."""
+    recipe = sweep.recipe
+    allocation = allocated.allocation if allocated is not None else None
+    key = digest(
+        _content(dense.checkpoint),
+        method,
+        allocation,
+        recipe.pruning.model_dump(mode="json", exclude={"methods"}),
+        recipe.recovery.model_dump(mode="json"),
+        recipe.schedule.model_dump(mode="json", exclude={"trials"}),
+        recipe.resources.workers,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    folder = f"{sweep.root}/schedule-{method}-{key}"
+    log = TrialLog(f"{folder}/trials.json")
+    epochs = recipe.recovery.epochs
+    trials = recipe.schedule.trials
+    ended = len(log.ended)
+    sweep.display.phase(f"{method}: gradual pruning", trials=trials, done=ended, epochs=epochs)
+    recovered = f"{folder}/recovered"
+    space = recipe_space(recipe.schedule.space) if trials > 1 else {}
+    content = recipe.model_dump(mode="json")
+    known = ended >= trials and storage.exists(f"{recovered}/{RECORD}")
+    runs = sweep.runs(log, "schedule", _gradual_params(recipe), method)
+    if not known:
+        jobs = partial(
+            gradual_job,
+            recipe=content,
+            method=method,
+            data=sweep.data,
+            checkpoint=dense.checkpoint,
+            allocation=allocation,
+            lineage={**sweep.lineage, "parent": _content(dense.checkpoint)},
+        )
+        with _scratch(sweep, f"schedule-{method}-{key}") as scratch:
+            run_search(
+                Search(
+                    name=f"schedule-{method}-{key}",
+                    trainable=_training(sweep, jobs, f"{folder}/train"),
+                    space=space,
+                    trials=trials,
+                    concurrent=sweep.size.training_runs(recipe.resources),
+                    storage=scratch,
+                    seed=recipe.seed,
+                    sampler=recipe.schedule.sampler,
+                    first=[{name: get(content, name) for name in space}] if space else [],
+                    scheduler=partial(asha, recipe.schedule.grace_epochs, recipe.schedule.reduction, epochs)
+                    if recipe.schedule.stop_early and space
+                    else Search.scheduler,
+                    complete=_complete(epochs),
+                ),
+                log,
+                runs,
+            )
+    best = log.best()
+    assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
+    if not known:
+        with without_trainer_state(best.checkpoint) as clean:
+            storage.upload(clean, recovered)
+    version = runs.register(recipe.registered_model, best, recovered)
+    if not known:
+        runs.figure(plots.trial_history(log.trials, f"{method}: gradual runs", dense.top1), "history")
+    runs.close(best)
+    stopped = sum(record.state == "stopped" for record in log.trials)
+    sweep.display.finished(
+        f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "
+        f"best {_percent(best)} on validation at {100 * best.metrics['sparsity']:.1f} %, version {version}"
+    )
+    return Recovered(recovered, best, version, log.trials)
+
+
+def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a trial ran all its epochs, or was stopped before."""
+    return lambda metrics: bool(metrics.get("epoch", 0) >= epochs)
+
+
+def _training(sweep: Sweep, jobs: Any, folder: str) -> Any:
+    # the function itself takes next to nothing: its workers reserve what they need
+    return tune.with_resources(
+        tune.with_parameters(training_trial, jobs=jobs, resources=sweep.recipe.resources, storage=folder),
+        {"CPU": 0.001},
+    )
+
+
+def _allocated(best: TrialRecord, checkpoint: str, log: TrialLog) -> Allocated:
+    own = min(log.ended, key=lambda record: record.number)
+    return Allocated(
+        best.metrics["allocation"], "own" if best.values == own.values else "searched", checkpoint, log.ended
+    )
+
+
+def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
+    measure = ray.remote(remote.measure)
+    result = ray.get(
+        measure.remote(checkpoint, sweep.data, "validation", sweep.recipe.seed, threads(sweep.recipe))
+    )
+    sweep.display.finished(f"{how}, {100 * result['top1']:.1f} % on validation")
+    return Dense(checkpoint, result["top1"])
+
+
+def _content(checkpoint: str) -> str:
+    """A hash of a checkpoint's weights: the same model is the same wherever it lies."""
+    config = storage.read_bytes(f"{checkpoint}/config.json")
+    return digest(config.hex(), storage.sha256(f"{checkpoint}/model.safetensors"))
+
+
+@contextmanager
+def _scratch(sweep: Sweep, name: str) -> Iterator[str]:
+    """Where Tune keeps its own state while it runs; nobody reads it again."""
+    uri = f"{sweep.storage}/scratch/{name}"
+    storage.remove(uri)
+    try:
+        yield uri
+    finally:
+        storage.remove(uri)
+
+
+def _gradual_params(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.model_dump(mode="json", include={"pruning", "recovery", "seed"})
+    return flatten(content)
+
+
+def _percent(record: TrialRecord) -> str:
+    return f"{100 * record.metrics['val_top1']:.1f} %"

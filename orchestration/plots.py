@@ -1,0 +1,88 @@
+"""Figures of a sweep, drawn without a screen and without global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from orchestration.trial_log import TrialRecord
+
+_SIZE = (7.0, 4.2)
+
+
+def allocations(trials: Sequence[TrialRecord], title: str) -> Figure:
+    """Sparsity of each stage and module in every trial, best trials to the left."""
+    ranked = sorted(
+        (trial for trial in trials if trial.score is not None and "shares" in trial.metrics),
+        key=lambda trial: -(trial.score or 0.0),
+    )
+    keys = sorted({key for trial in ranked for key in trial.metrics["shares"]})
+    values = [[100 * trial.metrics["shares"][key] for trial in ranked] for key in keys]
+    figure = Figure((max(_SIZE[0], 0.22 * len(ranked) + 2), _SIZE[1]), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_yticks(range(len(keys)), keys)
+    axes.set_xticks(
+        range(len(ranked)), [f"{100 * trial.metrics['val_top1']:.1f}" for trial in ranked], rotation=90
+    )
+    axes.set_xlabel("validation top-1 of the trial (%), best first")
+    axes.set_title(title)
+    figure.colorbar(image, label="sparsity (%)")
+    return figure
+
+
+def trial_history(trials: Sequence[TrialRecord], title: str, dense_top1: float | None) -> Figure:
+    """Validation top-1 of each trial in the order they ended, and the best so far."""
+    done = [trial for trial in trials if "val_top1" in trial.metrics]
+    points = [100 * trial.metrics["val_top1"] for trial in done]
+    best = [max(points[: index + 1]) for index in range(len(points))]
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([trial.number for trial in done], points, "o", label="trial")
+    axes.step(range(len(best)), best, where="post", label="best so far")
+    if dense_top1 is not None:
+        axes.axhline(100 * dense_top1, linestyle="--", color="grey", label="dense")
+    axes.set_xlabel("trial")
+    axes.set_ylabel("validation top-1 (%)")
+    axes.set_title(title)
+    axes.legend()
+    return figure
+
+
+def schedule(
+    epochs: Sequence[float], sparsity: Sequence[float], rates: Sequence[tuple[float, float]]
+) -> Figure:
+    """Sparsity and learning rate over the steps of a run.
+
+    Args:
+        epochs: global steps at which ``sparsity`` was measured.
+        rates: (step, learning rate).
+    """
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(
+        [0, *epochs], [100 * sparsity[0], *(100 * value for value in sparsity)], where="pre", color="C0"
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("sparsity (%)", color="C0")
+    axes.set_ylim(0, 100)
+    other = axes.twinx()
+    other.plot([step for step, _ in rates], [rate for _, rate in rates], color="C1")
+    other.set_ylabel("learning rate", color="C1")
+    axes.set_title("Sparsity and learning rate")
+    return figure
+
+
+def accuracy_over_sparsity(points: Mapping[str, Sequence[tuple[float, float]]], dense_top1: float) -> Figure:
+    """Validation top-1 against sparsity, a colour for each series, the dense model as a line."""
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in points.items():
+        axes.plot([100 * x for x, _ in values], [100 * y for _, y in values], "o", label=name, alpha=0.7)
+    axes.axhline(100 * dense_top1, linestyle="--", color="grey", label="dense")
+    axes.set_xlabel("sparsity of the prunable weights (%)")
+    axes.set_ylabel("validation top-1 (%)")
+    axes.set_title("Accuracy against sparsity")
+    axes.legend()
+    return figure

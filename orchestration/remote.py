@@ -1,0 +1,110 @@
+"""What runs as Ray tasks around the trials: their elimination, the one-shot model, figures on test."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestration.tune_trial import OneShotInputs
+from pruners.allocation import Allocation, allocate, budget
+from pruners.costs import CostModel, cost_model
+from pruners.layers import PrunableLayer, find_layers
+from pruners.masks import MaskSet
+from pruners.methods import create_pruner
+from trainers import data, models, storage
+from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
+from trainers.config import DataSettings, ModelSettings, PruningSettings
+from trainers.evaluate import evaluate
+from trainers.prune_step import order_share
+
+Own = tuple[list[PrunableLayer], Allocation, CostModel]
+
+
+def elimination_order(
+    checkpoint: str, images: DataSettings, pruning: PruningSettings, method: str, *, seed: int, threads: int
+) -> tuple[Own, dict[str, np.ndarray]]:
+    """Order a dense model's weights once, for all trials.
+
+    Returns:
+        (layers, the method's own allocation, costs), and the arrays of the order.
+    """
+    torch.set_num_threads(threads)
+    model = load_checkpoint(checkpoint, layers=pruning.layers).model
+    layers = find_layers(model, pruning.layers)
+    pruner = create_pruner(method, **pruning.options(method))
+    transform = data.eval_transform(models.data_config(model))
+    batches = data.fixed_batches(
+        data.split(images, "train", transform, seed),
+        pruning.fisher.batch_size,
+        pruning.fisher.gradients,
+        rank=0,
+        world=1,
+        seed=seed,
+    )
+    order = order_share(model, layers, MaskSet.from_zeros(model, layers), pruner, batches)
+    own = allocate(
+        order.losses,
+        layers,
+        budget(layers, pruning.sparsity),
+        pruning.scope or pruner.scope,
+        floor=pruning.floor,
+        ceiling=pruning.ceiling,
+    )
+    arrays = {name: tensor.numpy() for name, tensor in order.arrays().items()}
+    return (layers, own, cost_model(model, models.input_size(model))), arrays
+
+
+def save_one_shot(
+    inputs: OneShotInputs, allocation: Allocation, target: str, record: Mapping[str, Any]
+) -> None:
+    """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``."""
+    torch.set_num_threads(inputs.threads)
+    model = load_checkpoint(inputs.checkpoint).model
+    parameters = dict(model.named_parameters())
+    order = inputs.elimination_order()
+    weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    with storage.local_copy(inputs.checkpoint) as dense:
+        arguments = model_args(dense)
+    content = {
+        **record,
+        "allocation": allocation,
+        "sparsity": masks.sparsity,
+        "costs": inputs.costs.at(allocation).as_dict(),
+    }
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_checkpoint(Path(folder), model, model_args=arguments, masks=masks, record=content)
+        storage.upload(Path(folder), target)
+
+
+def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) -> None:
+    """Write timm's own pretrained weights, or a hub's, as a checkpoint folder at ``target``."""
+    if settings.checkpoint is not None:
+        model = models.load_hub(settings.checkpoint)
+    else:
+        model = models.build_model(settings, images)
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_checkpoint(
+            Path(folder),
+            model,
+            model_args=settings.args,
+            masks=None,
+            record={"method": "dense", "sparsity": 0.0, "allocation": {}},
+        )
+        storage.upload(Path(folder), target)
+
+
+def measure(checkpoint: str, images: DataSettings, part: str, seed: int, threads: int) -> dict[str, float]:
+    """Top-1 and loss of a checkpoint on ``validation`` or ``test``."""
+    torch.set_num_threads(threads)
+    model = load_checkpoint(checkpoint).model
+    transform = data.eval_transform(models.data_config(model))
+    result = evaluate(model, data.eval_loader(data.split(images, part, transform, seed), 128))
+    return {"top1": result.top1, "loss": result.loss, "images": result.images, "score": result.score}

@@ -1,0 +1,202 @@
+"""A search: Optuna proposes, Ray Tune runs, every trial that ends is recorded at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from orchestration.search_space import Space, contains
+from orchestration.trial_log import TrialLog, TrialRecord
+from trainers.storage import resolve, same_scheme
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+class Observer(Protocol):
+    """Who wants to hear of trials: the display, the tracker."""
+
+    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None: ...
+
+    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None: ...
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        """Returns the trial's run in the tracker."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search of a phase."""
+
+    name: str
+    trainable: Any
+    space: Space
+    trials: int
+    concurrent: int
+    storage: str
+    seed: int
+    sampler: str = "tpe"
+    first: Sequence[dict[str, Any]] = ()
+    scheduler: Callable[[], TrialScheduler] = FIFOScheduler
+    reuse_actors: bool = False
+    complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
+
+
+def run_search(search: Search, log: TrialLog, observer: Observer) -> TrialRecord:
+    """Run the trials that ``log`` does not hold yet; returns the best of all.
+
+    Trials of an interrupted search are told to the sampler as evaluated, so none is run twice.
+
+    Raises:
+        RuntimeError: every trial failed.
+    """
+    missing = search.trials - len(log.ended)
+    if missing > 0:
+        system, path = resolve(search.storage)
+        tune.Tuner(
+            search.trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=_searcher(search, log),
+                num_samples=missing,
+                max_concurrent_trials=min(search.concurrent, missing),
+                scheduler=search.scheduler(),
+                reuse_actors=search.reuse_actors,
+                metric=None if search.space else "score",
+                mode=None if search.space else "max",
+            ),
+            run_config=tune.RunConfig(
+                name=search.name,
+                storage_path=path,
+                storage_filesystem=system,
+                callbacks=[_Recorder(search, log, observer)],
+                verbose=0,
+            ),
+        ).fit()
+    return log.best()
+
+
+def asha(grace: int, reduction: int, longest: int) -> AsyncHyperBandScheduler:
+    """ASHA over the epochs at the final sparsity: trials are only compared where their sparsity is equal."""
+    return AsyncHyperBandScheduler(
+        time_attr="recovery_epochs",
+        metric="score",
+        mode="max",
+        grace_period=grace,
+        reduction_factor=reduction,
+        max_t=max(longest, grace + 1),
+    )
+
+
+def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
+    if not search.space:
+        return None
+    known = [record for record in log.ended if contains(search.space, record.values)]
+    tried = [record.values for record in known]
+    # a resumed search draws anew: another seed, or it would propose again what is known
+    seed = search.seed + len(known)
+    sampler: optuna.samplers.BaseSampler = (
+        optuna.samplers.RandomSampler(seed=seed)
+        if search.sampler == "random"
+        else optuna.samplers.TPESampler(seed=seed)
+    )
+    searcher = OptunaSearch(
+        search.space,
+        metric="score",
+        mode="max",
+        sampler=sampler,
+        points_to_evaluate=[values for values in search.first if values not in tried],
+    )
+    for record in known:
+        if record.score is not None and math.isfinite(record.score):
+            searcher.add_evaluated_point(record.values, record.score)
+    return searcher
+
+
+@dataclass
+class _Running:
+    number: int
+    started: float
+    best: float = -math.inf
+    checkpoint: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class _Recorder(tune.Callback):  # type: ignore[misc]
+    """Writes down every trial that ends, and tells the observer."""
+
+    def __init__(self, search: Search, log: TrialLog, observer: Observer) -> None:
+        self._search = search
+        self._log = log
+        self._observer = observer
+        self._running: dict[str, _Running] = {}
+        self._next = max((record.number for record in log.trials), default=-1) + 1
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if trial.trial_id in self._running:
+            return
+        self._running[trial.trial_id] = _Running(self._next, time.monotonic())
+        self._observer.trial_started(trial.trial_id, self._next, dict(trial.config))
+        self._next += 1
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        running = self._running[trial.trial_id]
+        score = result.get("score")
+        if score is not None:
+            running.metrics = result
+            # the model of a trial is its best checkpoint at the final sparsity
+            if result.get("checkpoint_path") and score >= running.best:
+                running.best = score
+                running.checkpoint = same_scheme(self._search.storage, result["checkpoint_path"])
+            self._observer.trial_reported(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        running = self._running[trial.trial_id]
+        complete = bool(running.metrics) and self._search.complete(running.metrics)
+        self._end(trial, "finished" if complete else "stopped", None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        text = str(getattr(trial, "error_msg", None) or "failed")
+        lines = [line for line in text.strip().splitlines() if line.strip()]
+        self._end(trial, "failed", lines[-1].strip() if lines else "failed")
+
+    def _end(self, trial: Trial, state: Any, error: str | None) -> None:
+        running = self._running.pop(trial.trial_id)
+        record = TrialRecord(
+            number=running.number,
+            values=dict(trial.config),
+            state=state,
+            score=running.metrics.get("score") if running.checkpoint is None else running.best,
+            metrics={key: running.metrics[key] for key in _KEPT if key in running.metrics},
+            checkpoint=running.checkpoint,
+            seconds=time.monotonic() - running.started,
+            error=error,
+        )
+        run_id = self._observer.trial_ended(trial.trial_id, record)
+        self._log.add(TrialRecord(**{**record.__dict__, "run_id": run_id}))
+
+
+_KEPT = (
+    "parameters",
+    "parameters_sparse",
+    "macs",
+    "macs_sparse",
+    "epoch",
+    "step",
+    "val_top1",
+    "val_loss",
+    "train_loss",
+    "sparsity",
+    "lr",
+    "allocation",
+    "shares",
+)

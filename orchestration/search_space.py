@@ -1,0 +1,124 @@
+"""What Optuna proposes: sparsities of stages and modules (projected onto the budget), or recipe values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from orchestration.config import AllocationSearch, Distribution, PruningSettings
+from pruners.allocation import Allocation, by_threshold, group_layers, project
+from pruners.layers import PrunableLayer
+
+Space = dict[str, optuna.distributions.BaseDistribution]
+
+
+@dataclass(frozen=True)
+class AllocationSpace:
+    """Sparsities of every stage and module, each within ``range`` of the method's own.
+
+    A proposal moves every group (stage × module) by what it moves the group's stage and module, is projected
+    onto the exact budget, and one threshold inside the group picks the layers' counts. The method's own
+    sparsities, proposed, give its own allocation back to the weight.
+    """
+
+    layers: Sequence[PrunableLayer]
+    own: Allocation
+    by: tuple[str, ...]
+    range: float
+    floor: float
+    ceiling: float
+
+    @classmethod
+    def of(
+        cls,
+        search: AllocationSearch,
+        pruning: PruningSettings,
+        layers: Sequence[PrunableLayer],
+        own: Allocation,
+    ) -> AllocationSpace:
+        return cls(layers, own, search.by, search.range, pruning.floor, pruning.ceiling)
+
+    def own_values(self) -> dict[str, float]:
+        """The method's own allocation as a proposal: the sparsity of each stage and module."""
+        return summarise(self.own, self.layers, self.by)
+
+    def distributions(self) -> Space:
+        return {
+            key: optuna.distributions.FloatDistribution(
+                max(self.floor, own - self.range), min(self.ceiling, own + self.range)
+            )
+            for key, own in self.own_values().items()
+        }
+
+    def allocation(self, values: Mapping[str, float], losses: Mapping[str, Any]) -> Allocation:
+        """The exact allocation of a proposal.
+
+        Args:
+            losses: ascending losses of each layer's weights.
+        """
+        own = self.own_values()
+        groups = group_layers(self.layers, lambda layer: (layer.stage, layer.module))
+        wishes, sizes, low, high = [], [], [], []
+        for group in groups.values():
+            size = sum(layer.numel for layer in group)
+            keys = _keys(group[0], self.by)
+            move = sum(values[key] - own[key] for key in keys)
+            wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
+            sizes.append(size)
+            low.append(sum(-int(-self.floor * layer.numel // 1) for layer in group))
+            high.append(sum(int(self.ceiling * layer.numel) for layer in group))
+        counts = project(wishes, sizes, sum(self.own.values()), low, high)
+        found: Allocation = {}
+        for group, count in zip(groups.values(), counts, strict=True):
+            found |= by_threshold(losses, group, count, floor=self.floor, ceiling=self.ceiling)
+        return {layer.name: found[layer.name] for layer in self.layers}
+
+
+def summarise(
+    allocation: Allocation, layers: Sequence[PrunableLayer], by: Sequence[str] = ("stage", "module")
+) -> dict[str, float]:
+    """Sparsity of each stage (``stage.0``) and module (``module.QKV``)."""
+    pruned: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for layer in layers:
+        for key in _keys(layer, by):
+            pruned[key] = pruned.get(key, 0) + allocation[layer.name]
+            total[key] = total.get(key, 0) + layer.numel
+    return {key: pruned[key] / total[key] for key in sorted(total)}
+
+
+def recipe_space(space: Mapping[str, Distribution]) -> Space:
+    """Optuna's distributions for recipe keys."""
+    return {key: _distribution(distribution) for key, distribution in space.items()}
+
+
+def contains(space: Space, values: Mapping[str, Any]) -> bool:
+    """Whether a proposal lies in the space."""
+    for key, distribution in space.items():
+        if key not in values or values[key] is None:
+            return False
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            if values[key] not in distribution.choices:
+                return False
+        elif not distribution._contains(distribution.to_internal_repr(values[key])):
+            return False
+    return True
+
+
+def _keys(layer: PrunableLayer, by: Sequence[str]) -> list[str]:
+    names = {"stage": f"stage.{layer.stage}", "module": f"module.{layer.module}"}
+    return [names[kind] for kind in by]
+
+
+def _distribution(given: Distribution) -> optuna.distributions.BaseDistribution:
+    if given.uniform is not None:
+        return optuna.distributions.FloatDistribution(*given.uniform)
+    if given.log is not None:
+        return optuna.distributions.FloatDistribution(*given.log, log=True)
+    if given.integer is not None:
+        return optuna.distributions.IntDistribution(*given.integer)
+    assert given.choice is not None, "a distribution has exactly one form"
+    return optuna.distributions.CategoricalDistribution(given.choice)

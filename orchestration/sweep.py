@@ -1,0 +1,139 @@
+"""A sweep from recipe to registry, top to bottom."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestration import plots, registry
+from orchestration.checks import Prepared, check_local, check_size
+from orchestration.cluster import ClusterSize, connect
+from orchestration.config import digest
+from orchestration.display import Display
+from orchestration.phases import (
+    Allocated,
+    Dense,
+    Recovered,
+    Sweep,
+    allocation_phase,
+    dense_phase,
+    schedule_phase,
+)
+from orchestration.recipes import flatten
+from orchestration.results import Row, as_json, make_row, print_end
+from orchestration.tracking import Tracker, server_for
+from trainers import storage
+
+TRACKING_FOLDER = "mlflow"
+
+
+def run_sweep(prepared: Prepared, display: Display, *, address: str | None, recipe_name: str) -> list[Row]:
+    """Dense model → allocation and schedule search of each method → registry → table.
+
+    Raises:
+        InputError: the cluster or MLflow cannot serve the recipe.
+        KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
+    """
+    recipe = prepared.recipe
+    if address is None:
+        check_local(recipe)
+    searches = recipe.allocation.trials > 0
+    display.plan(1 + len(recipe.pruning.methods) * (2 if searches else 1))
+    place = tracking_folder(recipe.storage)
+    with server_for(recipe.tracking.uri, place) as (uri, ready), connect(address) as size:
+        check_size(recipe, size)
+        ready()
+        tracker = Tracker(uri, recipe.tracking.experiment)
+        try:
+            sweep = _open(prepared, display, tracker, size)
+            dense = dense_phase(sweep)
+            allocated: dict[str, Allocated | None] = {
+                method: allocation_phase(sweep, method, dense) if searches else None
+                for method in recipe.pruning.methods
+            }
+            recovered: dict[str, Recovered] = {
+                method: schedule_phase(sweep, method, dense, allocated[method])
+                for method in recipe.pruning.methods
+            }
+            rows = [
+                make_row(sweep, method, dense, allocated[method], recovered[method])
+                for method in recipe.pruning.methods
+            ]
+            # validation chooses the champion; test images have no say
+            champion = max(rows, key=lambda row: recovered[row.method].record.score or 0.0)
+            registry.crown(tracker, recipe.registered_model, champion.version)
+            _log_results(sweep, dense, allocated, recovered, rows)
+            tracker.close("FINISHED")
+        except BaseException as error:
+            tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+    print_end(Console(width=None if Console().is_terminal else 160), sweep, rows, champion, recipe_name)
+    return rows
+
+
+def _log_results(
+    sweep: Sweep,
+    dense: Dense,
+    allocated: Mapping[str, Allocated | None],
+    recovered: Mapping[str, Recovered],
+    rows: Sequence[Row],
+) -> None:
+    """Figures and the table of the whole sweep, on its own run."""
+    series = {
+        f"{method}, one shot": found.trials for method, found in allocated.items() if found is not None
+    } | {f"{method}, recovered": found.trials for method, found in recovered.items()}
+    points = {
+        name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]
+        for name, trials in series.items()
+    }
+    figure = plots.accuracy_over_sparsity(points, dense.top1)
+    sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
+    sweep.tracker.table(sweep.run, as_json(rows), "results.json")
+    for row in rows:
+        figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
+        named = {f"{row.method}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
+        sweep.tracker.metrics(sweep.run, named)
+
+
+def tracking_folder(place: str) -> Path:
+    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
+    where = storage.absolute(place).removeprefix("file://")
+    return Path("runs" if "://" in where else where).absolute() / TRACKING_FOLDER
+
+
+def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize) -> Sweep:
+    recipe = prepared.recipe
+    lineage = {"git_commit": git_commit(), "data": prepared.data_hash, "sweep": recipe.name}
+    sweep = Sweep(
+        recipe=recipe,
+        data=prepared.data,
+        data_hash=prepared.data_hash,
+        size=size,
+        tracker=tracker,
+        display=display,
+        run="",
+        lineage=lineage,
+    )
+    content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
+    known = f"{sweep.root}/sweep-{digest(content, prepared.data_hash)}.json"
+    run = storage.read_json(known)["run_id"] if storage.exists(known) else None
+    if run is None or not tracker.resume(run):
+        tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}
+        run = tracker.start(recipe.name, None, flatten(content), tags)
+        storage.write_json(known, {"run_id": run})
+    sweep.run = run
+    return sweep
+
+
+def git_commit() -> str | None:
+    """The commit of the folder that the command runs in, if it is a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,279 @@
+"""MLflow: a server on loopback where none is given, and runs nested under the right parents."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pruners.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+DEFAULT_PORT = 5000
+_LOOPBACK = "127.0.0.1"
+_READY_SECONDS = 90.0
+_BATCH = 900  # MLflow takes up to 1,000 metrics in one request
+_TAG_LIMIT = 5000
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass
+class Server:
+    """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only."""
+
+    uri: str
+    process: subprocess.Popen[bytes]
+
+    def wait_ready(self) -> None:
+        """Raises:
+        RuntimeError: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the MLflow server ended with status {self.process.returncode}")
+            if answers(self.uri, timeout=1.0):
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
+
+    def stop(self) -> None:
+        """End it and its workers, which share its process group."""
+        for stop, seconds in ((15, 5.0), (9, 5.0)):
+            try:
+                os.killpg(self.process.pid, stop)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait(5.0)
+
+
+def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
+    """Start a server over ``folder``, at ``port`` or the next free one; :meth:`Server.wait_ready` waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = _free_port(port)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--port", str(free)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    log = (folder / "server.log").open("ab")
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,  # Ctrl-C reaches us first; we end it in order
+        env={**os.environ, **_quiet_environment()},
+    )
+    log.close()
+    return Server(f"http://{_LOOPBACK}:{free}", process)
+
+
+@contextmanager
+def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The tracking URI and what waits for it: the given one left alone, else a server of ours while we run.
+
+    Raises:
+        InputError: the given URI does not answer.
+    """
+    os.environ.update(_quiet_environment())
+    if uri is not None:
+        check_uri(uri)
+        yield uri, lambda: None
+        return
+    server = start_server(folder)
+    try:
+        yield server.uri, server.wait_ready
+    finally:
+        server.stop()
+
+
+def check_uri(uri: str) -> None:
+    """Raises:
+    InputError: an HTTP server that does not answer within seconds.
+    """
+    if uri.startswith(("http://", "https://")):
+        if not answers(uri, timeout=5.0):
+            raise InputError("tracking.uri", without_password(uri), "no MLflow server answers there")
+    elif "://" not in uri or not uri.startswith(("sqlite:", "file:", "databricks", "postgresql", "mysql")):
+        raise InputError("tracking.uri", without_password(uri), "must be an MLflow URI, as http://host:5000")
+
+
+def answers(uri: str, timeout: float) -> bool:
+    """Whether an HTTP server answers at all (asking for a password is an answer)."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code in {401, 403}
+    except (OSError, ValueError):
+        return False
+
+
+def without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
+
+
+class Tracker:
+    """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        import mlflow
+
+        self.uri = uri
+        self.client: MlflowClient = mlflow.MlflowClient(uri)
+        found = self.client.get_experiment_by_name(experiment)
+        self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+        self._sender = ThreadPoolExecutor(1, "mlflow")
+        self._sent: list[Future[Any]] = []
+        self._open: set[str] = set()
+
+    def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """A new run, nested under ``parent``; returns its id."""
+        return self._sender.submit(self._start, name, parent, dict(params), dict(tags)).result()
+
+    def _start(self, name: str, parent: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
+        from mlflow.entities import Param
+
+        tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
+        run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        entries = [Param(_safe(key), str(value)[:_TAG_LIMIT]) for key, value in params.items()]
+        for begin in range(0, len(entries), 100):
+            self.client.log_batch(run, params=entries[begin : begin + 100])
+        self._open.add(run)
+        return run
+
+    def knows(self, run: str) -> bool:
+        """Whether a run is in this MLflow."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_run(run)
+        except MlflowException:
+            return False
+        return True
+
+    def resume(self, run: str) -> bool:
+        """Go on with a run of before; ``False`` if this server does not know it."""
+        if not self.knows(run):
+            return False
+        self.client.update_run(run, status="RUNNING")
+        self._open.add(run)
+        return True
+
+    def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
+        """Log (step, value) points of some metrics."""
+        self._send(self._metrics, run, {key: list(values) for key, values in points.items()})
+
+    def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [
+            Metric(_safe(key), float(value), now, step)
+            for key, values in points.items()
+            for step, value in values
+        ]
+        for begin in range(0, len(entries), _BATCH):
+            self.client.log_batch(run, metrics=entries[begin : begin + _BATCH])
+
+    def tags(self, run: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._send(self.client.set_tag, run, key, value)
+
+    def figure(self, run: str, figure: Figure, name: str) -> None:
+        self._send(self.client.log_figure, run, figure, f"figures/{name}.png")
+
+    def table(self, run: str, content: Any, name: str) -> None:
+        """A JSON artifact."""
+        self._send(self.client.log_dict, run, content, name)
+
+    def folder(self, run: str, folder: Path, name: str) -> None:
+        """A folder as artifact; returns when it is there."""
+        self._sender.submit(self.client.log_artifacts, run, str(folder), name).result()
+
+    def finish(self, run: str, status: Status = "FINISHED") -> None:
+        self._open.discard(run)
+        self._send(self.client.set_terminated, run, status)
+
+    def link(self, run: str) -> str:
+        """Where the UI shows a run."""
+        return f"{without_password(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
+
+    def flush(self) -> None:
+        """Wait until everything is sent.
+
+        Raises:
+            mlflow.exceptions.MlflowException: what the server refused.
+        """
+        sent, self._sent = self._sent, []
+        for future in sent:
+            future.result()
+
+    def abandon(self, status: Status) -> None:
+        """End the open runs after an error, which must not be hidden by one of MLflow's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.close(status)
+        except MlflowException:
+            self._sender.shutdown(cancel_futures=True)
+
+    def close(self, status: Status) -> None:
+        """End the runs that are still open and send what waits."""
+        for run in sorted(self._open):
+            self.finish(run, status)
+        self.flush()
+        self._sender.shutdown()
+
+    def _send(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._sent.append(self._sender.submit(call, *arguments))
+
+
+def _safe(key: str) -> str:
+    """MLflow takes letters, digits and ``_-. /`` in keys."""
+    return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)
+
+
+def _quiet_environment() -> dict[str, str]:
+    """No telemetry, no progress bars, and failures in seconds rather than minutes."""
+    wanted = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner costs ten processes
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    return {key: os.environ.get(key, value) for key, value in wanted.items()}
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, first + 50):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise InputError("--port", first, "no free port within 50 of it")

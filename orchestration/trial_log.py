@@ -1,0 +1,62 @@
+"""Finished trials of a phase on the shared storage: what a resumed sweep goes by, whatever else was lost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from trainers import storage
+
+State = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial that ended: its proposal, its score (higher is better), its figures, where its model is."""
+
+    number: int
+    values: dict[str, Any]
+    state: State
+    score: float | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    run_id: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class TrialLog:
+    """The trials of one phase, written whole after each one; ``run_id`` is the phase's MLflow run."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        content = storage.read_json(uri) if storage.exists(uri) else {}
+        self.run_id: str | None = content.get("run_id")
+        self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
+
+    def add(self, record: TrialRecord) -> None:
+        self.trials.append(record)
+        self.save()
+
+    def save(self) -> None:
+        records = [asdict(record) for record in self.trials]
+        storage.write_json(self._uri, {"run_id": self.run_id, "trials": records})
+
+    @property
+    def ended(self) -> list[TrialRecord]:
+        """Trials that need not be run again."""
+        return [record for record in self.trials if record.state != "failed"]
+
+    def best(self) -> TrialRecord:
+        """The trial of the highest score among those that ran to their end (the first of equals).
+
+        Raises:
+            RuntimeError: no trial did.
+        """
+        done = [record for record in self.trials if record.state == "finished" and record.score is not None]
+        if not done:
+            reasons = {record.error for record in self.trials if record.error}
+            raise RuntimeError(
+                "no trial ran to its end" + (f": {'; '.join(sorted(reasons))}" if reasons else "")
+            )
+        return max(done, key=lambda record: record.score or 0.0)

@@ -1,0 +1,142 @@
+"""A phase and its trials in MLflow: the phase's run, a child for each trial, what they report and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from orchestration import plots, registry
+from orchestration.display import Display
+from orchestration.tracking import Status, Tracker
+from orchestration.trial_log import TrialLog, TrialRecord
+from trainers import storage
+
+ARTIFACT = "checkpoint"
+# what only the run that wrote it could go on from
+_TRAINER_FILES = ("trainer.safetensors", "trainer.json")
+_SERIES = (
+    "train_loss",
+    "val_loss",
+    "val_top1",
+    "sparsity",
+    "lr",
+    "parameters",
+    "parameters_sparse",
+    "macs",
+    "macs_sparse",
+)
+_STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class TrialRuns:
+    """An :class:`orchestration.search.Observer` that logs to MLflow and shows progress.
+
+    Args:
+        parent: the sweep's run.
+        params: what all trials of the phase share.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        display: Display,
+        log: TrialLog,
+        *,
+        name: str,
+        parent: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
+        self._tracker, self._display, self._log = tracker, display, log
+        self._name, self._params, self._tags = name, dict(params), dict(tags)
+        self._runs: dict[str, str] = {}
+        self._schedules: dict[str, list[tuple[float, float]]] = {}
+        self._rates: dict[str, list[tuple[float, float]]] = {}
+        if log.run_id is None or not tracker.resume(log.run_id):
+            log.run_id = tracker.start(name, parent, params, {**tags, "espalier.level": "phase"})
+            log.save()
+        self.run = log.run_id
+
+    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None:
+        self._runs[trial_id] = self._start(number, values)
+        self._display.trial_started(trial_id, number, values)
+
+    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        self._display.trial_reported(trial_id, metrics)
+        step = int(metrics.get("step", 0))
+        points = {key: [(step, metrics[key])] for key in _SERIES if key in metrics}
+        losses, rates = metrics.get("step_loss", []), metrics.get("step_lr", [])
+        first = step - len(losses)
+        if losses:  # every step of the epoch, not its mean alone
+            points["train_loss"] = [(first + i, value) for i, value in enumerate(losses)]
+            points["lr"] = [(first + i, value) for i, value in enumerate(rates)]
+            self._rates.setdefault(trial_id, []).extend(
+                (float(first + i), value) for i, value in enumerate(rates)
+            )
+            self._schedules.setdefault(trial_id, []).append((float(step), metrics["sparsity"]))
+        self._tracker.metrics(self._runs[trial_id], points)
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        self._display.trial_ended(trial_id, record)
+        run = self._runs.pop(trial_id)
+        if "shares" in record.metrics:
+            shares = record.metrics["shares"].items()
+            self._tracker.metrics(run, {f"sparsity.{key}": [(0, value)] for key, value in shares})
+        if trial_id in self._schedules:
+            points = self._schedules[trial_id]
+            steps, sparsities = [x for x, _ in points], [y for _, y in points]
+            if any(sparsities):
+                figure = plots.schedule(steps, sparsities, self._rates[trial_id])
+                self._tracker.figure(run, figure, "schedule")
+        if record.state == "finished" and record.checkpoint is not None:
+            with without_trainer_state(record.checkpoint) as folder:
+                self._tracker.folder(run, folder, ARTIFACT)
+        tags = {"espalier.state": record.state} | ({"espalier.error": record.error} if record.error else {})
+        self._tracker.tags(run, tags)
+        self._tracker.finish(run, _STATUS[record.state])
+        return run
+
+    def figure(self, figure: Figure, name: str) -> None:
+        """A figure of the whole phase."""
+        self._tracker.figure(self.run, figure, name)
+
+    def register(self, model: str, best: TrialRecord, folder: str) -> str:
+        """Register the best trial's checkpoint as a version of ``model``; returns the version."""
+        run = best.run_id
+        self._tracker.flush()
+        if run is None or not self._tracker.knows(run):  # another MLflow than the sweep began with
+            run = self._start(best.number, best.values)
+            with storage.local_copy(folder) as local:
+                self._tracker.folder(run, local, ARTIFACT)
+            self._tracker.finish(run)
+            self._tracker.flush()
+        record = storage.read_json(f"{folder}/pruning.json")
+        return registry.register(self._tracker, model, run, registry.describe(record))
+
+    def close(self, best: TrialRecord) -> None:
+        """The phase ends: its run shows the best trial's figures."""
+        figures = {key: [(0, best.metrics[key])] for key in _SERIES if key in best.metrics}
+        self._tracker.metrics(self.run, {f"best.{key}": points for key, points in figures.items()})
+        self._tracker.tags(self.run, {"espalier.best": best.run_id or ""})
+        self._tracker.finish(self.run)
+        self._tracker.flush()
+
+    def _start(self, number: int, values: Mapping[str, Any]) -> str:
+        name = f"{self._name}-{number:03d}"
+        tags = {**self._tags, "espalier.level": "trial"}
+        return self._tracker.start(name, self.run, {**self._params, **values}, tags)
+
+
+@contextmanager
+def without_trainer_state(uri: str) -> Iterator[Path]:
+    """A local copy of a checkpoint folder as others may use it."""
+    with TemporaryDirectory(prefix="espalier-") as target, storage.local_copy(uri) as source:
+        for file in source.iterdir():
+            if file.is_file() and not file.name.startswith(".") and file.name not in _TRAINER_FILES:
+                (Path(target) / file.name).write_bytes(file.read_bytes())
+        yield Path(target)

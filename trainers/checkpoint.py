@@ -1,0 +1,156 @@
+"""The checkpoint folder, one format from dense to pruned.
+
+``config.json`` and ``model.safetensors`` are timm's hub format: plain timm loads the folder with
+``timm.create_model('local-dir:PATH', pretrained=True)``. Beside them lie ``masks.safetensors`` (one bit a
+prunable weight) and ``pruning.json`` (method, allocation, figures, versions, checksums). No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from timm.models import _hub
+from torch import nn
+
+from pruners.errors import InputError
+from pruners.layers import find_layers
+from pruners.masks import MaskSet
+from trainers.models import load_hub, load_timm_folder
+from trainers.storage import local_copy
+
+WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
+FORMAT = "espalier-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, the masks of what is pruned in it (none: dense), and its record."""
+
+    model: nn.Module
+    masks: MaskSet | None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    *,
+    model_args: Mapping[str, Any],
+    masks: MaskSet | None,
+    record: Mapping[str, Any],
+) -> None:
+    """Write the folder (made if need be).
+
+    Args:
+        model_args: the keyword arguments that build this architecture.
+        record: what ``pruning.json`` shall say besides versions and checksums.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _hub.save_for_hf(model, str(folder), model_args=dict(model_args), safe_serialization=True)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors gives its files to their owner alone
+    files = [WEIGHTS, CONFIG]
+    if masks is not None:
+        masks.save(folder / MASKS)
+        files.append(MASKS)
+    content = {
+        "format": FORMAT,
+        **record,
+        "versions": versions(),
+        "files": {name: _sha256(folder / name) for name in files},
+    }
+    (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def load_checkpoint(
+    uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Load a folder (any pyarrow URI), or ``hf-hub:NAME``, after checking its files.
+
+    A timm folder that espalier did not write is welcome; masks are then read from the zeros of the weights.
+
+    Raises:
+        InputError: a file that is missing, truncated, or not what its record says.
+    """
+    if uri.startswith("hf-hub:"):
+        return Checkpoint(load_hub(uri), None)
+    with local_copy(uri) as folder:
+        record = verify(folder, uri, key=key)
+        try:
+            model = load_timm_folder(folder)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
+        if (folder / MASKS).exists():
+            return Checkpoint(model, MaskSet.load(folder / MASKS), record)
+        found = MaskSet.from_zeros(model, find_layers(model, layers))
+        return Checkpoint(model, found if found.sparsity > 0 else None, record)
+
+
+def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]:
+    """Check a local checkpoint folder without loading its weights; returns its record (``{}`` if foreign).
+
+    Raises:
+        InputError: naming the file that is missing, truncated or foreign.
+    """
+    if not folder.is_dir():
+        raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(key, uri, f"{name} is missing; must be a timm checkpoint folder")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        architecture = config["architecture"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(key, uri, f"{CONFIG} must be timm's, with an architecture") from None
+    try:
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(key, uri, f"{WEIGHTS} is truncated or no safetensors file ({error})") from None
+    if not (folder / RECORD).exists():
+        return {}
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        sums = dict(record["files"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(key, uri, f"{RECORD} must be a record written by espalier") from None
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise InputError(key, uri, f"{name} is missing; {RECORD} lists it")
+        if _sha256(folder / name) != expected:
+            raise InputError(key, uri, f"{name} is not the file that {RECORD} describes (checksum differs)")
+    return {"architecture": architecture, **record}
+
+
+def model_args(folder: Path) -> dict[str, Any]:
+    """The arguments with which timm builds the folder's architecture."""
+    arguments: dict[str, Any] = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
+    return arguments
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weights and masks."""
+    return sum((folder / name).stat().st_size for name in (WEIGHTS, MASKS) if (folder / name).exists())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("espalier", "torch", "timm", "ray", "optuna", "mlflow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""Top-1 and loss over a loader, shared out over the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainers.distributed import sum_over_workers
+
+_LOSS_CAP = 20.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``top1`` in 0…1, the mean cross-entropy, and the number of images, over all workers."""
+
+    top1: float
+    loss: float
+    images: int
+
+    @property
+    def score(self) -> float:
+        """Orders by top-1 and, where that is equal, by loss (which counts for less than one image)."""
+        return self.top1 - min(self.loss, _LOSS_CAP) / (_LOSS_CAP * 2 * self.images)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """Evaluate in eval mode; the model's mode is restored."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images
+    for images, labels in batches:
+        logits, targets = model(images.to(device)), labels.to(device)
+        sums[0] += (logits.argmax(1) == targets).sum()
+        sums[1] += functional.cross_entropy(logits.float(), targets, reduction="sum")
+        sums[2] += len(targets)
+    model.train(training)
+    correct, loss, count = sum_over_workers(sums).tolist()
+    if not count:
+        raise ValueError("nothing to evaluate: the loader gave no images")
+    return Evaluation(correct / count, loss / count, int(count))

@@ -1,0 +1,81 @@
+"""The only place that builds timm models: by architecture, from a hub, or from a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from pruners.errors import InputError, did_you_mean
+from trainers.config import DataSettings, ModelSettings
+
+
+def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:
+    """A model by its architecture; ``data`` sets the normalisation that travels with it.
+
+    Raises:
+        InputError: an unknown architecture, or arguments that it refuses.
+    """
+    name = settings.architecture
+    assert name is not None, "a checkpoint is loaded by trainers.checkpoint"
+    if "hf-hub:" not in name and not timm.is_model(name):
+        raise InputError("model.architecture", name, f"no timm model{did_you_mean(name, timm.list_models())}")
+    arguments = dict(settings.args)
+    normalisation: dict[str, Any] = {
+        key: tuple(value)
+        for key in ("mean", "std")
+        if data is not None and (value := getattr(data, key)) is not None
+    }
+    if not settings.pretrained:
+        # what timm's preprocessing needs to know of a model that we train ourselves
+        size = arguments.get("img_size")
+        if size is not None:
+            side = (size, size) if isinstance(size, int) else tuple(size)
+            normalisation |= {"input_size": (3, *side), "crop_pct": 1.0}
+    try:
+        model: nn.Module = timm.create_model(
+            name,
+            pretrained=settings.pretrained,
+            num_classes=settings.classes,
+            pretrained_cfg_overlay=normalisation or None,
+            **arguments,
+        )
+        return model
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise InputError("model.args", arguments, f"{name} refuses them ({_first_line(error)})") from None
+
+
+def load_timm_folder(folder: Path) -> nn.Module:
+    """What plain timm makes of a checkpoint folder."""
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return model
+
+
+def load_hub(name: str, classes: int | None = None) -> nn.Module:
+    """A model of a hub (``hf-hub:NAME``)."""
+    extra = {} if classes is None else {"num_classes": classes}
+    model: nn.Module = timm.create_model(name, pretrained=True, **extra)
+    return model
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing of a model: input size, mean, std, interpolation, crop."""
+    config: dict[str, Any] = resolve_model_data_config(model)
+    return config
+
+
+def classes(model: nn.Module) -> int:
+    found: Any = model.num_classes
+    return int(found)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    channels, height, width = data_config(model)["input_size"]
+    return channels, height, width
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

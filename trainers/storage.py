@@ -1,0 +1,141 @@
+"""Files and folders on any pyarrow file system (``file://``, ``s3://``, …), so that every node finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pruners.errors import InputError
+
+
+def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path in it; relative paths become absolute.
+
+    Raises:
+        InputError: a scheme that pyarrow does not know.
+    """
+    try:
+        if "://" in uri:
+            system, path = fs.FileSystem.from_uri(uri)
+            return system, path
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise InputError(key, uri, f"must be a path or a pyarrow URI ({_first_line(error)})") from None
+
+
+def absolute(uri: str) -> str:
+    """The same place, however the working directory changes."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def exists(uri: str) -> bool:
+    system, path = resolve(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def read_bytes(uri: str) -> bytes:
+    system, path = resolve(uri)
+    with system.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    system, path = resolve(uri)
+    system.create_dir(str(Path(path).parent), recursive=True)
+    if isinstance(system, fs.LocalFileSystem):
+        partial = Path(f"{path}.partial")
+        partial.write_bytes(content)
+        partial.replace(path)
+        return
+    with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
+        stream.write(content)
+
+
+def read_json(uri: str) -> Any:
+    """Raises:
+    InputError: no JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise InputError("file", uri, f"must hold JSON ({_first_line(error)})") from None
+
+
+def write_json(uri: str, content: Any) -> None:
+    write_bytes(uri, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Copy a local folder there; a local target takes its name only when it is whole."""
+    system, path = resolve(uri)
+    if isinstance(system, fs.LocalFileSystem):
+        partial = f"{path}.partial"
+        if Path(partial).exists():
+            system.delete_dir(partial)
+        system.create_dir(partial, recursive=True)
+        fs.copy_files(str(folder), partial, destination_filesystem=system)
+        if Path(path).exists():
+            system.delete_dir(path)
+        Path(partial).replace(path)
+        return
+    system.create_dir(path, recursive=True)
+    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A folder as a local path: itself where it is local, else a temporary copy."""
+    system, path = resolve(uri)
+    if isinstance(system, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-") as target:
+        fs.copy_files(path, target, source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        yield Path(target)
+
+
+def remove(uri: str) -> None:
+    """Delete a folder, if it is there."""
+    system, path = resolve(uri)
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
+
+
+def remove_file(uri: str) -> None:
+    system, path = resolve(uri)
+    system.delete_file(path)
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    system, path = resolve(uri)
+    return int(system.get_file_info(path).size)
+
+
+def sha256(uri: str) -> str:
+    """Of a file's content."""
+    system, path = resolve(uri)
+    digest = hashlib.sha256()
+    with system.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def same_scheme(base: str, path: str) -> str:
+    """The URI of a path that Ray reports inside the file system of ``base``."""
+    scheme, separator, _ = base.partition("://")
+    return f"{scheme}://{path}" if separator and scheme != "file" else path
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,105 @@
+"""Parquet tables of images: found, checked and read, without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+from pyarrow import fs
+
+from pruners.errors import InputError
+from trainers.storage import resolve
+
+
+def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data") -> pa.Table:
+    """Read a Parquet file, or all ``*.parquet`` of a folder in the order of their names.
+
+    Raises:
+        InputError: missing, unreadable, or without the columns ``image`` and ``label``.
+    """
+    system, files = _files(uri, key)
+    wanted = columns or ["image", "label"]
+    try:
+        for file in files:
+            there = pq.read_schema(file, filesystem=system).names
+            for column in wanted:
+                if column not in there:
+                    raise InputError(key, uri, f"needs a column {column!r}; it has {', '.join(there)}")
+        tables = [pq.read_table(file, columns=wanted, filesystem=system) for file in files]
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise InputError(key, uri, f"must be a readable Parquet file ({reason})") from None
+    return pa.concat_tables(tables)
+
+
+def check_table(uri: str, classes: int, *, key: str) -> str:
+    """Look at the labels and some images before anything starts; returns the table's fingerprint.
+
+    The fingerprint covers all labels, the files' sizes, and the images of each file's first row group
+    (every image of a small set), so that it takes seconds for a large one.
+
+    Raises:
+        InputError: labels missing, of another type or outside 0…classes-1; an image that cannot be decoded.
+    """
+    labels = read_table(uri, ["label"], key=key)["label"]
+    if not len(labels):
+        raise InputError(key, uri, "must hold at least one image")
+    if not pa.types.is_integer(labels.type):
+        raise InputError(key, uri, f"labels must be integers, not {labels.type}")
+    if labels.null_count:
+        raise InputError(key, uri, f"{labels.null_count} images have no label")
+    values = labels.to_numpy()
+    if values.min() < 0 or values.max() >= classes:
+        worst = int(values.min() if values.min() < 0 else values.max())
+        raise InputError(key, uri, f"label {worst} lies outside the model's classes 0…{classes - 1}")
+    digest = hashlib.sha256(values.tobytes())
+    system, files = _files(uri, key)
+    for number, file in enumerate(files):
+        digest.update(str(system.get_file_info(file).size).encode())
+        read_schema = pq.read_schema(file, filesystem=system)
+        if "image" not in read_schema.names:
+            raise InputError(key, uri, f"needs a column 'image'; it has {', '.join(read_schema.names)}")
+        with system.open_input_file(file) as source:
+            images = pq.ParquetFile(source).read_row_group(0, columns=["image"])["image"].to_pylist()
+        if number == 0:
+            _check_image(images[0], uri, key)
+        for cell in images:
+            digest.update(hashlib.sha256(_content(cell) or b"").digest())
+    return digest.hexdigest()
+
+
+def _files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
+    system, path = resolve(uri, key)
+    info = system.get_file_info(path)
+    if info.type == fs.FileType.NotFound:
+        raise InputError(key, uri, "no such file; must be a Parquet file or a folder of them")
+    if info.type == fs.FileType.File:
+        return system, [path]
+    found = system.get_file_info(fs.FileSelector(path))
+    files = sorted(entry.path for entry in found if entry.path.endswith(".parquet"))
+    if not files:
+        raise InputError(key, uri, "the folder must hold *.parquet files")
+    return system, files
+
+
+def _check_image(cell: object, uri: str, key: str) -> None:
+    try:
+        decode(cell)
+    except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
+        raise InputError(key, uri, f"row 0 holds no image that can be decoded ({error})") from None
+
+
+def _content(cell: object) -> bytes | None:
+    content = cell["bytes"] if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else None
+
+
+def decode(cell: object) -> Image.Image:
+    """An image in RGB from its cell: ``{bytes, path}`` or plain bytes."""
+    content = _content(cell)
+    if content is None:
+        raise TypeError("no bytes")
+    return Image.open(io.BytesIO(content)).convert("RGB")
