@@ -6,6 +6,7 @@ far each layer goes along its order. The budget is always met exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruners.errors import InputError
+from pruners.errors import InputError, did_you_mean
 from pruners.layers import PrunableLayer
 
 Allocation = dict[str, int]
@@ -87,7 +88,7 @@ def project(
 
 
 def check_feasible(total: int, low: np.ndarray, high: np.ndarray) -> None:
-    """Raise :class:`InputError` with the nearest feasible budget unless Σ low ≤ total ≤ Σ high, low ≤ high."""
+    """Raise :class:`InputError`, with the nearest feasible budget, unless Σ low ≤ total ≤ Σ high."""
     if (low > high).any():
         raise InputError("floor", int(low[low > high][0]), "must not lie above the layer's ceiling")
     if not low.sum() <= total <= high.sum():
@@ -128,12 +129,16 @@ def allocate(
         floor, ceiling: least and largest sparsity of every layer.
 
     Raises:
-        InputError: floors and ceilings that cannot meet ``total``.
+        InputError: an unknown scope, or floors and ceilings that cannot meet ``total``.
     """
+    if scope not in GROUP_OF:
+        raise InputError(
+            "scope", scope, f"must be one of {', '.join(GROUP_OF)}{did_you_mean(scope, GROUP_OF)}"
+        )
     groups = group_layers(layers, GROUP_OF[scope])
     wanted = total / max(sum(layer.numel for layer in layers), 1)
-    low = [sum(int(np.ceil(floor * layer.numel)) for layer in group) for group in groups.values()]
-    high = [sum(int(ceiling * layer.numel) for layer in group) for group in groups.values()]
+    low = [sum(_at_least(floor, layer) for layer in group) for group in groups.values()]
+    high = [sum(_at_most(ceiling, layer) for layer in group) for group in groups.values()]
     sizes = [sum(layer.numel for layer in group) for group in groups.values()]
     totals = project([wanted] * len(sizes), sizes, total, low, high)
     allocation: Allocation = {}
@@ -150,15 +155,24 @@ def by_threshold(
     floor: float = 0.0,
     ceiling: float = 1.0,
 ) -> Allocation:
-    """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer's fall first)."""
-    low = {layer.name: int(np.ceil(floor * layer.numel)) for layer in layers}
-    high = {layer.name: int(ceiling * layer.numel) for layer in layers}
+    """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer falls first)."""
+    low = {layer.name: _at_least(floor, layer) for layer in layers}
+    high = {layer.name: _at_most(ceiling, layer) for layer in layers}
     check_feasible(total, np.array(list(low.values())), np.array(list(high.values())))
     free = [losses[layer.name][low[layer.name] : high[layer.name]].double() for layer in layers]
     owner = torch.cat([torch.full((len(part),), i) for i, part in enumerate(free)])
     chosen = torch.sort(torch.cat(free).cpu(), stable=True).indices[: total - sum(low.values())]
     taken = torch.bincount(owner[chosen], minlength=len(layers)).tolist()
     return {layer.name: low[layer.name] + count for layer, count in zip(layers, taken, strict=True)}
+
+
+def _at_least(floor: float, layer: PrunableLayer) -> int:
+    """Weights of a layer's least sparsity (0.07 of 100 is 7, whatever binary fractions say)."""
+    return math.ceil(floor * layer.numel - 1e-6)
+
+
+def _at_most(ceiling: float, layer: PrunableLayer) -> int:
+    return math.floor(ceiling * layer.numel + 1e-6)
 
 
 def group_layers(

@@ -81,13 +81,19 @@ def prune(
         gradients: how many batches to take at most.
 
     Raises:
-        InputError: an unknown method, a sparsity outside 0…1, missing batches.
+        InputError: an unknown method or scope, a sparsity outside 0…1, missing batches, NaN in the weights
+            or gradients.
     """
     from pruners.methods import create_pruner
 
     pruner = create_pruner(method) if isinstance(method, str) else method
     chosen = find_layers(model) if layers is None else list(layers)
     total = budget(chosen, sparsity)
+    parameters = dict(model.named_parameters())
+    weights: dict[str, Tensor] = {layer.name: parameters[layer.name].detach() for layer in chosen}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise InputError("weights", name, "has NaN or Inf")
     masks = MaskSet.from_zeros(model, chosen)
     fisher = pruner.fisher(chosen)
     if fisher is not None:
@@ -95,8 +101,6 @@ def prune(
             raise InputError("batches", None, f"{pruner.name} needs batches of (images, labels)")
         for gradient in batch_gradients(model, chosen, masks, batches, loss, limit=gradients):
             fisher.add(gradient)
-    parameters = dict(model.named_parameters())
-    weights: dict[str, Tensor] = {layer.name: parameters[layer.name].detach() for layer in chosen}
     order = pruner.order(weights, chosen, masks, fisher)
     allocation = allocate(order.losses, chosen, total, scope or pruner.scope)
     new, kept = order.weights_at(weights, allocation)

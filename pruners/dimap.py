@@ -53,6 +53,6 @@ class Dimap:
     ) -> EliminationOrder:
         orders = EliminationOrder()
         for layer in layers:
-            magnitudes, positions = ascending(weights[layer.name])
+            magnitudes, positions = ascending(weights[layer.name], masks[layer.name])
             orders[layer.name] = LayerOrder(positions, importance(magnitudes))
         return orders

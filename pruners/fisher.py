@@ -51,11 +51,12 @@ class BlockFisher:
         Raises:
             InputError: a gradient with NaN or Inf, naming its layer and its number.
         """
-        for name, waiting in self._waiting.items():
-            gradient = gradients[name].detach().reshape(-1).float()
-            if not torch.isfinite(gradient).all():
+        rows = {name: gradients[name].detach().reshape(-1).float() for name in self._waiting}
+        for name, row in rows.items():  # all of them before the first is taken
+            if not torch.isfinite(row).all():
                 raise InputError("gradient", name, f"has NaN or Inf in batch {self.count}")
-            waiting.append(gradient)
+        for name, row in rows.items():
+            self._waiting[name].append(row)
         self.count += 1
         if self.count % self._chunk == 0:
             self.flush()
@@ -87,7 +88,8 @@ class BlockFisher:
         fisher *= (alive.unsqueeze(1) & alive.unsqueeze(2)).to(fisher.dtype)
         fisher.diagonal(dim1=1, dim2=2).add_(self.damp)
         factor, info = torch.linalg.cholesky_ex(fisher)
-        if bool((info > 0).any()):
+        # an infinite sum (gradients beyond 1e19 squared in float32) has a factor too, and an inverse of 0
+        if bool((info > 0).any()) or not bool(torch.isfinite(factor).all()):
             raise InputError(
                 "damp", self.damp, f"too small: a Fisher block of {name} is not positive definite"
             )

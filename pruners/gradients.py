@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,19 +23,19 @@ def batch_gradients(
     batches: Iterable[Batch],
     loss: Loss,
     *,
-    limit: int,
+    limit: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """One gradient a batch, masked by ``masks``, for at most ``limit`` batches.
+    """One gradient a batch, masked by ``masks``, for all batches or the first ``limit``.
 
     The model's mode and its parameters' ``grad`` are left as they were.
     """
     parameters = dict(model.named_parameters())
     wanted = [parameters[layer.name] for layer in layers]
     device = wanted[0].device
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for _, (images, labels) in zip(range(limit), batches, strict=False):
+        for images, labels in itertools.islice(batches, limit):
             value = loss(model(images.to(device)), labels.to(device))
             gradients = torch.autograd.grad(value, wanted)
             yield {
@@ -42,4 +43,5 @@ def batch_gradients(
                 for layer, gradient in zip(layers, gradients, strict=True)
             }
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode

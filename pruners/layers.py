@@ -106,10 +106,13 @@ def _refuse_shared(model: nn.Module, module_of: Mapping[str, str]) -> None:
 
 def _stages(names: Sequence[str]) -> dict[str, int]:
     found = {name: int(match[1]) for name in names if (match := _STAGE.search(name))}
-    if len(found) < len(names):  # isotropic: equal groups of blocks
+    if not found:  # isotropic: equal groups of blocks
         blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
         depth = max(blocks.values(), default=0) + 1
         groups = min(ISOTROPIC_STAGES, depth)
-        found = {name: blocks.get(name, 0) * groups // depth for name in names}
+        found = {name: block * groups // depth for name, block in blocks.items()}
+    current = next(iter(found.values()), 0)
+    for name in names:  # what lies outside stages and blocks (a stem, a last convolution) joins its neighbour
+        current = found.setdefault(name, current)
     renumbered = {stage: number for number, stage in enumerate(sorted(set(found.values())))}
     return {name: renumbered[stage] for name, stage in found.items()}

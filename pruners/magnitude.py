@@ -14,10 +14,11 @@ from pruners.layers import PrunableLayer
 from pruners.order import EliminationOrder, LayerOrder
 
 
-def ascending(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(magnitudes ascending, their flat positions): zeros, pruned or not, come first."""
-    magnitudes, positions = torch.sort(weight.detach().reshape(-1).float().abs(), stable=True)
-    return magnitudes, positions.int()
+def ascending(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(magnitudes ascending, their flat positions): what is pruned comes first, as 0, then other zeros."""
+    magnitudes = weight.detach().float().abs().masked_fill(~mask, -1.0)
+    magnitudes, positions = torch.sort(magnitudes.reshape(-1), stable=True)
+    return magnitudes.clamp_min_(0.0), positions.int()
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,6 @@ class Magnitude:
     ) -> EliminationOrder:
         orders = EliminationOrder()
         for layer in layers:
-            magnitudes, positions = ascending(weights[layer.name])
+            magnitudes, positions = ascending(weights[layer.name], masks[layer.name])
             orders[layer.name] = LayerOrder(positions, magnitudes.square())
         return orders

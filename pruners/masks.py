@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class MaskSet(Mapping[str, Tensor]):
         """The same on two workers if and only if their masks are."""
         digest = hashlib.sha256()
         for name, bits in self._packed().items():
-            digest.update(name.encode())
+            digest.update(repr((name, tuple(self._masks[name].shape))).encode())
             digest.update(bits.numpy().tobytes())
         return digest.hexdigest()
 
@@ -84,7 +85,7 @@ class MaskSet(Mapping[str, Tensor]):
         }
 
     def save(self, path: Path) -> None:
-        """Write ``masks.safetensors``: a ``uint8`` tensor of packed bits a layer, its shape in the metadata."""
+        """Write a ``uint8`` tensor of packed bits for each layer, its shape in the metadata."""
         shapes = {name: ",".join(map(str, mask.shape)) for name, mask in self._masks.items()}
         save_file(self._packed(), path, metadata={"format": "espalier-masks-1", **shapes})
 
@@ -103,9 +104,15 @@ class MaskSet(Mapping[str, Tensor]):
             raise InputError("masks", str(path), f"must be a readable mask file ({error})") from None
         if shapes.pop("format", None) != "espalier-masks-1" or set(shapes) != set(packed):
             raise InputError("masks", str(path), "must be a mask file written by espalier")
-        masks = {}
-        for name, bits in packed.items():
-            shape = tuple(int(side) for side in shapes[name].split(","))
-            flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
-            masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
-        return cls(masks)
+        try:
+            return cls({name: _unpack(bits, shapes[name]) for name, bits in packed.items()})
+        except ValueError as error:
+            raise InputError("masks", str(path), f"must be a sound mask file ({error})") from None
+
+
+def _unpack(bits: Tensor, sides: str) -> Tensor:
+    shape = tuple(int(side) for side in sides.split(","))
+    numel = math.prod(shape)
+    if bits.dtype != torch.uint8 or min(shape) < 0 or bits.shape != (-(-numel // 8),):
+        raise ValueError(f"its bits do not fit a layer of {sides}")
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel).astype(bool)).reshape(shape)

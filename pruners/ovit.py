@@ -77,7 +77,8 @@ def _layer_order(weight: Tensor, mask: Tensor, fisher: BlockFisher, name: str) -
     flat_losses, ranking = torch.sort(losses.T.reshape(-1), stable=True)
     remaining = int(kept.sum())
     fallen = (order + offsets).T.reshape(-1)[ranking[:remaining]]
-    zeros = (~kept).nonzero().reshape(-1)
+    pruned = ~mask.reshape(-1)
+    zeros = torch.cat([pruned.nonzero(), (~kept & ~pruned).nonzero()]).reshape(-1)
     return LayerOrder(
         indices=torch.cat([zeros, fallen]).int(),
         losses=torch.cat([flat_losses.new_zeros(numel - remaining), flat_losses[:remaining]]),

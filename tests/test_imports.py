@@ -1,0 +1,117 @@
+"""The architecture, held by parsing the imports: orchestration → trainers → pruners → torch."""
+
+from __future__ import annotations
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
+LONGEST = 400
+
+# package: what no module of it imports
+FORBIDDEN = {
+    "pruners": {"trainers", "orchestration", "experiments", "ray", "mlflow", "optuna", "timm", "pydantic"},
+    "trainers": {"orchestration", "experiments"},
+    "orchestration": {"experiments"},
+    "experiments": set(PACKAGES),
+}
+# third-party package: the only modules that import it
+CONFINED = {
+    "ray": ("trainers/ray_worker.py", "orchestration/*.py"),
+    "mlflow": ("orchestration/tracking.py", "orchestration/registry.py"),
+    "optuna": ("orchestration/search*.py", "orchestration/tune_*.py"),
+}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Top-level names that a module of ``package`` imports: at its head, in functions, for types only, or
+    by ``importlib.import_module("…")``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(package if node.level else (node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"import_module", "__import__"}:
+                found.add(str(node.args[0].value).split(".")[0])
+    return found
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a module at ``path`` (from the root) must not do, and does."""
+    package = path.split("/", maxsplit=1)[0]
+    names = imported(source, package)
+    wrong = [f"{path} imports {name}" for name in sorted(names & FORBIDDEN[package])]
+    for name, homes in CONFINED.items():
+        if name in names and not any(fnmatch(path, home) for home in homes):
+            wrong.append(f"{path} imports {name}, which belongs in {', '.join(homes)}")
+    lines = source.count("\n")
+    if lines > LONGEST:
+        wrong.append(f"{path} has {lines} lines")
+    return wrong
+
+
+def modules() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def test_every_module_keeps_the_direction_of_imports() -> None:
+    wrong = [
+        problem
+        for path in modules()
+        for problem in violations(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+    ]
+    assert wrong == []
+    assert {path.parent.name for path in modules()} >= {"pruners", "trainers", "orchestration"}
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("pruners/a.py", "import trainers.loop"),
+        ("pruners/a.py", "from orchestration import cli"),
+        ("pruners/a.py", "def f():\n    import ray"),
+        ("pruners/a.py", "if TYPE_CHECKING:\n    from timm.models import vit"),
+        ("pruners/a.py", "import torch, pydantic as p"),
+        ("pruners/a.py", "importlib.import_module('optuna.samplers')"),
+        ("trainers/loop.py", "from orchestration.config import Recipe"),
+        ("trainers/loop.py", "from ray import train"),
+        ("trainers/ray_worker.py", "import mlflow"),
+        ("orchestration/cli.py", "import mlflow.pytorch"),
+        ("orchestration/cli.py", "import optuna"),
+        ("orchestration/tracking.py", "import optuna"),
+        ("orchestration/deep/tracking.py", "import mlflow"),
+        ("pruners/a.py", "\n" * 401),
+    ],
+)
+def test_a_violation_is_seen(path: str, source: str) -> None:
+    assert len(violations(path, source)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("pruners/a.py", "from pruners.errors import InputError\nfrom . import masks\nimport torch"),
+        ("trainers/ray_worker.py", "import ray\nfrom ray import train\nimport pruners"),
+        ("trainers/models.py", "import timm"),
+        ("orchestration/launch.py", "import ray\nfrom trainers import loop\nimport pruners"),
+        ("orchestration/tracking.py", "import mlflow"),
+        ("orchestration/registry.py", "from mlflow import MlflowClient"),
+        ("orchestration/search_space.py", "import optuna"),
+        ("orchestration/tune_trial.py", "import optuna"),
+        ("pruners/a.py", "\n" * 400),
+    ],
+)
+def test_what_is_allowed_is_not_refused(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+def test_tests_shadow_no_package() -> None:
+    found = {path.name for path in Path(__file__).parent.iterdir()}
+    assert not found & {*PACKAGES, "__init__.py"}
