@@ -313,10 +313,11 @@ def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _training(sweep: Sweep, jobs: Any, folder: str) -> Any:
-    # the function itself takes next to nothing: its workers reserve what they need
+    # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor
+    # would already keep a group as large as the cluster from ever being placed.
     return tune.with_resources(
         tune.with_parameters(training_trial, jobs=jobs, resources=sweep.recipe.resources, storage=folder),
-        {"CPU": 0.001},
+        {"memory": 1 << 20},
     )
 
 

@@ -139,6 +139,10 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._running: dict[str, _Running] = {}
         self._next = max((record.number for record in log.trials), default=-1) + 1
 
+    def __reduce__(self) -> Any:
+        # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
+        return tune.Callback, ()
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if trial.trial_id in self._running:
             return

@@ -25,27 +25,51 @@ class Costs:
         return asdict(self)
 
 
-def count_costs(model: nn.Module, input_size: tuple[int, int, int], pruned: Mapping[str, int]) -> Costs:
-    """Count a model's parameters and MACs.
+@dataclass(frozen=True)
+class CostModel:
+    """What a model costs at any allocation: totals, and each weight's size and MACs (by parameter name)."""
+
+    parameters: int
+    macs: int
+    weights: Mapping[str, int]
+    weight_macs: Mapping[str, float]
+
+    def at(self, pruned: Mapping[str, int]) -> Costs:
+        """Costs with so many weights pruned in each layer."""
+        saved = sum(self.weight_macs[name] * count / self.weights[name] for name, count in pruned.items())
+        return Costs(
+            self.parameters, self.parameters - sum(pruned.values()), self.macs, self.macs - round(saved)
+        )
+
+
+def cost_model(model: nn.Module, input_size: tuple[int, int, int]) -> CostModel:
+    """Count a model once.
 
     Nothing is computed: the forward runs on the meta device, so any size is counted in a moment.
 
     Args:
         input_size: (channels, height, width).
-        pruned: pruned weights of each layer, by parameter name.
     """
     skeleton = copy.deepcopy(model).to("meta").eval()
-    parameters = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
     counter = FlopCounterMode(display=False)
     # the mathematical form of the attention is what the counter sees through
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         skeleton(torch.empty(1, *input_size, device="meta"))
-    macs = counter.get_total_flops() // 2
     by_module = counter.get_flop_counts()
     root = type(skeleton).__name__
-    saved = 0.0
-    for name, count in pruned.items():
-        layer = sum(by_module.get(f"{root}.{name.removesuffix('.weight')}", {}).values()) / 2
-        saved += layer * count / parameters[name]
-    total = sum(parameters.values())
-    return Costs(total, total - sum(pruned.values()), macs, macs - round(saved))
+    weights = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    return CostModel(
+        parameters=sum(weights.values()),
+        macs=counter.get_total_flops() // 2,
+        weights=weights,
+        weight_macs={
+            name: sum(by_module.get(f"{root}.{name.removesuffix('.weight')}", {}).values()) / 2
+            for name in weights
+            if name.endswith(".weight")
+        },
+    )
+
+
+def count_costs(model: nn.Module, input_size: tuple[int, int, int], pruned: Mapping[str, int]) -> Costs:
+    """Parameters and MACs of a model with so many weights pruned in each layer (by parameter name)."""
+    return cost_model(model, input_size).at(pruned)

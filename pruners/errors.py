@@ -16,7 +16,8 @@ class InputError(ValueError):
         self.key = key
         self.value = value
         self.expected = expected
-        super().__init__(" ".join(f"{key} = {value!r}: {expected}".split()))
+        shown = key if value is None else f"{key} = {value!r}"
+        super().__init__(" ".join(f"{shown}: {expected}".split()))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str]]:
         return type(self), (self.key, self.value, self.expected)
