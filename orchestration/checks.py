@@ -15,7 +15,7 @@ from orchestration.cluster import ClusterSize
 from orchestration.config import Distribution, Recipe, digest
 from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
-from pruners.allocation import budget, check_feasible
+from pruners.allocation import bounds, budget, check_feasible
 from pruners.costs import Costs, count_costs
 from pruners.errors import InputError
 from pruners.layers import PrunableLayer, find_layers
@@ -104,10 +104,9 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]
 def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     pruning = recipe.pruning
     total = budget(layers, pruning.sparsity)
-    low = np.array([np.ceil(pruning.floor * layer.numel) for layer in layers])
-    high = np.array([int(pruning.ceiling * layer.numel) for layer in layers])
+    limits = np.array(list(bounds(layers, pruning.floor, pruning.ceiling).values())).reshape(-1, 2)
     if layers:
-        check_feasible(total, low, high)
+        check_feasible(total, limits[:, 0], limits[:, 1])
     return total
 
 

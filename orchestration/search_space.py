@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 from orchestration.config import AllocationSearch, Distribution, PruningSettings
-from pruners.allocation import Allocation, by_threshold, group_layers, project
+from pruners.allocation import Allocation, bounds, by_threshold, group_bounds, group_layers, project
 from pruners.layers import PrunableLayer
 
 Space = dict[str, optuna.distributions.BaseDistribution]
@@ -61,19 +61,19 @@ class AllocationSpace:
         """
         own = self.own_values()
         groups = group_layers(self.layers, lambda layer: (layer.stage, layer.module))
-        wishes, sizes, low, high = [], [], [], []
+        limits = bounds(self.layers, self.floor, self.ceiling)
+        low, high = group_bounds(groups.values(), limits)
+        wishes, sizes = [], []
         for group in groups.values():
             size = sum(layer.numel for layer in group)
             keys = _keys(group[0], self.by)
             move = sum(values[key] - own[key] for key in keys)
             wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
             sizes.append(size)
-            low.append(sum(-int(-self.floor * layer.numel // 1) for layer in group))
-            high.append(sum(int(self.ceiling * layer.numel) for layer in group))
         counts = project(wishes, sizes, sum(self.own.values()), low, high)
         found: Allocation = {}
         for group, count in zip(groups.values(), counts, strict=True):
-            found |= by_threshold(losses, group, count, floor=self.floor, ceiling=self.ceiling)
+            found |= by_threshold(losses, group, count, limits)
         return {layer.name: found[layer.name] for layer in self.layers}
 
 

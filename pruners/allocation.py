@@ -7,7 +7,7 @@ far each layer goes along its order. The budget is always met exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,9 @@ from pruners.layers import PrunableLayer
 
 Allocation = dict[str, int]
 """Pruned weights of each layer, by parameter name."""
+
+Bounds = Mapping[str, tuple[int, int]]
+"""Least and most pruned weights of each layer, by parameter name."""
 
 Scope = Literal["layer", "module", "stage", "global"]
 """What shares one threshold: each layer for itself, a DIMAP module, a stage, or the whole model."""
@@ -121,12 +124,14 @@ def allocate(
     *,
     floor: float = 0.0,
     ceiling: float = 1.0,
+    pruned: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Share ``total`` by thresholds: every group of ``scope`` at the same sparsity, one threshold within it.
 
     Args:
         losses: for each layer the ascending losses of its weights in their order of falling.
         floor, ceiling: least and largest sparsity of every layer.
+        pruned: weights that each layer has lost already, and never gets back.
 
     Raises:
         InputError: an unknown scope, or floors and ceilings that cannot meet ``total``.
@@ -137,13 +142,13 @@ def allocate(
         )
     groups = group_layers(layers, GROUP_OF[scope])
     wanted = total / max(sum(layer.numel for layer in layers), 1)
-    low = [sum(_at_least(floor, layer) for layer in group) for group in groups.values()]
-    high = [sum(_at_most(ceiling, layer) for layer in group) for group in groups.values()]
+    limits = bounds(layers, floor, ceiling, pruned)
+    low, high = group_bounds(groups.values(), limits)
     sizes = [sum(layer.numel for layer in group) for group in groups.values()]
     totals = project([wanted] * len(sizes), sizes, total, low, high)
     allocation: Allocation = {}
     for group, count in zip(groups.values(), totals, strict=True):
-        allocation.update(by_threshold(losses, group, count, floor=floor, ceiling=ceiling))
+        allocation.update(by_threshold(losses, group, count, limits))
     return {layer.name: allocation[layer.name] for layer in layers}
 
 
@@ -151,13 +156,12 @@ def by_threshold(
     losses: Mapping[str, Tensor],
     layers: Sequence[PrunableLayer],
     total: int,
-    *,
-    floor: float = 0.0,
-    ceiling: float = 1.0,
+    limits: Bounds | None = None,
 ) -> Allocation:
     """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer falls first)."""
-    low = {layer.name: _at_least(floor, layer) for layer in layers}
-    high = {layer.name: _at_most(ceiling, layer) for layer in layers}
+    limits = bounds(layers) if limits is None else limits
+    low = {layer.name: limits[layer.name][0] for layer in layers}
+    high = {layer.name: limits[layer.name][1] for layer in layers}
     check_feasible(total, np.array(list(low.values())), np.array(list(high.values())))
     free = [losses[layer.name][low[layer.name] : high[layer.name]].double() for layer in layers]
     owner = torch.cat([torch.full((len(part),), i) for i, part in enumerate(free)])
@@ -166,13 +170,33 @@ def by_threshold(
     return {layer.name: low[layer.name] + count for layer, count in zip(layers, taken, strict=True)}
 
 
-def _at_least(floor: float, layer: PrunableLayer) -> int:
-    """Weights of a layer's least sparsity (0.07 of 100 is 7, whatever binary fractions say)."""
-    return math.ceil(floor * layer.numel - 1e-6)
+def bounds(
+    layers: Sequence[PrunableLayer],
+    floor: float = 0.0,
+    ceiling: float = 1.0,
+    pruned: Mapping[str, int] | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Least and most weights that each layer may give up.
+
+    Args:
+        floor, ceiling: least and largest sparsity (0.07 of 100 is 7, whatever binary fractions say).
+        pruned: weights that are gone already: no layer gets any back.
+    """
+    found = {}
+    for layer in layers:
+        gone = 0 if pruned is None else pruned[layer.name]
+        low = math.ceil(floor * layer.numel - 1e-6)
+        high = math.floor(ceiling * layer.numel + 1e-6)
+        found[layer.name] = (max(low, gone), max(high, gone))
+    return found
 
 
-def _at_most(ceiling: float, layer: PrunableLayer) -> int:
-    return math.floor(ceiling * layer.numel + 1e-6)
+def group_bounds(groups: Iterable[Sequence[PrunableLayer]], limits: Bounds) -> tuple[list[int], list[int]]:
+    """Least and most weights of whole groups."""
+    pairs = [[limits[layer.name] for layer in group] for group in groups]
+    return [sum(low for low, _ in group) for group in pairs], [
+        sum(high for _, high in group) for group in pairs
+    ]
 
 
 def group_layers(

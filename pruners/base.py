@@ -81,8 +81,8 @@ def prune(
         gradients: how many batches to take at most.
 
     Raises:
-        InputError: an unknown method or scope, a sparsity outside 0…1, missing batches, NaN in the weights
-            or gradients.
+        InputError: an unknown method or scope, a sparsity outside 0…1 or below the model's own, missing
+            batches, NaN in the weights or gradients.
     """
     from pruners.methods import create_pruner
 
@@ -95,6 +95,8 @@ def prune(
         if not torch.isfinite(weight).all():
             raise InputError("weights", name, "has NaN or Inf")
     masks = MaskSet.from_zeros(model, chosen)
+    if sum(masks.pruned().values()) > total:
+        raise InputError("sparsity", sparsity, f"the model is sparser already ({masks.sparsity:.4f})")
     fisher = pruner.fisher(chosen)
     if fisher is not None:
         if batches is None:
@@ -102,7 +104,7 @@ def prune(
         for gradient in batch_gradients(model, chosen, masks, batches, loss, limit=gradients):
             fisher.add(gradient)
     order = pruner.order(weights, chosen, masks, fisher)
-    allocation = allocate(order.losses, chosen, total, scope or pruner.scope)
+    allocation = allocate(order.losses, chosen, total, scope or pruner.scope, pruned=masks.pruned())
     new, kept = order.weights_at(weights, allocation)
     with torch.no_grad():
         for name, weight in new.items():

@@ -80,7 +80,7 @@ class BlockFisher:
             alive: (k, B), ``False`` for weights that are zero already, and for padding.
 
         Raises:
-            InputError: a block that is not positive definite even with λ.
+            InputError: a block that is not positive definite even with λ and the rounding of its sums.
         """
         if self.count == 0:
             raise InputError("gradients", 0, "at least one gradient is needed for the Fisher")
@@ -88,6 +88,13 @@ class BlockFisher:
         fisher *= (alive.unsqueeze(1) & alive.unsqueeze(2)).to(fisher.dtype)
         fisher.diagonal(dim1=1, dim2=2).add_(self.damp)
         factor, info = torch.linalg.cholesky_ex(fisher)
+        failed = info > 0
+        if bool(failed.any()):
+            # The sums carry float32 rounding: what is less than that in a direction is not known to be
+            # positive, so the blocks concerned are damped at the level of their own rounding.
+            rounding = torch.finfo(torch.float32).eps * fisher[failed].abs().sum(2).amax(1)
+            fisher[failed] += torch.diag_embed(rounding.unsqueeze(1).expand(-1, fisher.shape[1]))
+            factor, info = torch.linalg.cholesky_ex(fisher)
         # an infinite sum (gradients beyond 1e19 squared in float32) has a factor too, and an inverse of 0
         if bool((info > 0).any()) or not bool(torch.isfinite(factor).all()):
             raise InputError(

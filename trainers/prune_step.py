@@ -88,7 +88,15 @@ def prune_step(
     order = order_share(model, layers, masks, pruner, batches)
     if isinstance(target, Share):
         losses = _gather_losses(order, layers, owner, next(model.parameters()).device)
-        target = allocate(losses, layers, total, target.scope, floor=target.floor, ceiling=target.ceiling)
+        target = allocate(
+            losses,
+            layers,
+            total,
+            target.scope,
+            floor=target.floor,
+            ceiling=target.ceiling,
+            pruned=masks.pruned(),
+        )
     parameters = dict(model.named_parameters())
     new: dict[str, Tensor] = {}
     for layer in layers:
