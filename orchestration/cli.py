@@ -37,6 +37,13 @@ def cli() -> None:
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 _dry_run = click.option("--dry-run", is_flag=True, help="Show what would happen; start nothing.")
+_storage = click.option(
+    "--storage",
+    default="runs",
+    show_default=True,
+    envvar="ESPALIER_STORAGE",
+    help="Storage of the sweeps to look at.",
+)
 _address = click.option(
     "--address", help="Ray cluster to run on: auto or ray://HOST:10001. Default: this machine."
 )
@@ -79,7 +86,7 @@ def run(
 @click.argument("model")
 @click.option("--data", "data_uri", required=True, help="Parquet file or folder (image, label).")
 @click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
-@click.option("--storage", default="runs", show_default=True, help="Where our own MLflow keeps its files.")
+@_storage
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
 def evaluate(model: str, data_uri: str, tracking_uri: str | None, storage: str, batch_size: int) -> None:
     """Top-1 and loss of MODEL (a checkpoint folder or models:/NAME@alias) on images."""
@@ -91,7 +98,7 @@ def evaluate(model: str, data_uri: str, tracking_uri: str | None, storage: str, 
 
 @cli.command()
 @click.option("--tracking-uri", help="MLflow server.", envvar="MLFLOW_TRACKING_URI")
-@click.option("--storage", default="runs", show_default=True, help="Where our own MLflow keeps its files.")
+@_storage
 def models(tracking_uri: str | None, storage: str) -> None:
     """List the registered models."""
     from orchestration.inspect import list_models
@@ -101,7 +108,7 @@ def models(tracking_uri: str | None, storage: str) -> None:
 
 
 @cli.command()
-@click.option("--storage", default="runs", show_default=True, help="Storage of the sweeps to look at.")
+@_storage
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1024, 65535))
 def ui(storage: str, port: int) -> None:
     """Open the MLflow UI over the sweeps of this machine, on loopback, until Ctrl-C."""
@@ -134,7 +141,14 @@ def _run(
     from orchestration.display import Display
 
     again = " ".join(["espalier", command, name, *(f"'{text}'" for text in overrides)])
-    with _interruptible(again + (f" --address {address}" if address else "")), Display() as display:
+    again += f" --address {address}" if address else ""
+    if address is not None and address.startswith("ray://"):
+        from orchestration.client import run_through_client
+
+        with _interruptible(again):
+            run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
+        return
+    with _interruptible(again), Display() as display:
         display.say(f"espalier {command} {name}: checking the recipe, starting Ray and MLflow")
         from orchestration.checks import prepare
         from orchestration.sweep import run_sweep

@@ -73,6 +73,11 @@ class ClusterSize:
         return int(min(fit) + 1e-6)
 
 
+def cluster_address(given: str | None) -> str | None:
+    """Where the cluster is: as given, or as ``ray job submit`` says; ``None`` is this machine."""
+    return given or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextmanager
 def connect(address: str | None) -> Iterator[ClusterSize]:
     """Join the cluster at ``address`` (or ``RAY_ADDRESS``), or start one here; leave it at the end.
@@ -85,7 +90,10 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     logging.getLogger("ray").setLevel(logging.ERROR)
-    joined = address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():  # a driver that runs as a task on the cluster
+        yield _size()
+        return
+    joined = cluster_address(address)
     try:
         if joined:
             ray.init(

@@ -180,14 +180,15 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
         sweep.display.finished(f"known, {_percent(best)} one-shot on validation")
         return _allocated(best, one_shot, log)
 
-    task = ray.remote(num_returns=2, num_cpus=max(1, int(sweep.size.cpus) // 2))(remote.elimination_order)
+    gpus = min(recipe.resources.gpus_per_worker, 1.0)
+    task = ray.remote(num_returns=2, num_gpus=gpus)(remote.elimination_order)
     facts, order = task.remote(
         dense.checkpoint,
         sweep.data,
         recipe.pruning,
         method,
         seed=recipe.seed,
-        threads=max(1, int(sweep.size.cpus)) if sweep.size.cpus <= 8 else 8,
+        device="cuda" if gpus else "cpu",
     )
     layers, own, costs = ray.get(facts)
     space = AllocationSpace.of(search, recipe.pruning, layers, own)
@@ -197,6 +198,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
         seed=recipe.seed,
         images=search.images,
         threads=max(1, int(search.cpus_per_trial)),
+        device="cuda" if search.gpus_per_trial else "cpu",
         space=space,
         order=order,
         costs=costs,

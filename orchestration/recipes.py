@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -31,7 +32,17 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise InputError("override", override, "must have the form key.sub=value")
         put(content, key, _parse_yaml(value, f"override {key}"))
     content.setdefault("name", Path(name).stem)
+    _from_environment(content)
     return validate(content)
+
+
+def _from_environment(content: dict[str, Any]) -> None:
+    """Where a cluster's nodes are told the storage and the MLflow server, a recipe need not repeat them."""
+    if "ESPALIER_STORAGE" in os.environ:
+        content.setdefault("storage", os.environ["ESPALIER_STORAGE"])
+    tracking = content.setdefault("tracking", {})
+    if "MLFLOW_TRACKING_URI" in os.environ and isinstance(tracking, dict):
+        tracking.setdefault("uri", os.environ["MLFLOW_TRACKING_URI"])
 
 
 def validate(content: Mapping[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,15 +27,16 @@ Own = tuple[list[PrunableLayer], Allocation, CostModel]
 
 
 def elimination_order(
-    checkpoint: str, images: DataSettings, pruning: PruningSettings, method: str, *, seed: int, threads: int
+    checkpoint: str, images: DataSettings, pruning: PruningSettings, method: str, *, seed: int, device: str
 ) -> tuple[Own, dict[str, np.ndarray]]:
     """Order a dense model's weights once, for all trials.
 
     Returns:
         (layers, the method's own allocation, costs), and the arrays of the order.
     """
-    torch.set_num_threads(threads)
-    model = load_checkpoint(checkpoint, layers=pruning.layers).model
+    if device == "cpu":  # nothing else of the sweep runs meanwhile
+        torch.set_num_threads(os.cpu_count() or 1)
+    model = load_checkpoint(checkpoint, layers=pruning.layers).model.to(device)
     layers = find_layers(model, pruning.layers)
     pruner = create_pruner(method, **pruning.options(method))
     transform = data.eval_transform(models.data_config(model))
@@ -55,7 +57,7 @@ def elimination_order(
         floor=pruning.floor,
         ceiling=pruning.ceiling,
     )
-    arrays = {name: tensor.numpy() for name, tensor in order.arrays().items()}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in order.arrays().items()}
     return (layers, own, cost_model(model, models.input_size(model))), arrays
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestration import plots, registry
 from orchestration.checks import Prepared, check_local, check_size
-from orchestration.cluster import ClusterSize, connect
+from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
 from orchestration.display import Display
 from orchestration.phases import (
@@ -38,7 +38,7 @@ def run_sweep(prepared: Prepared, display: Display, *, address: str | None, reci
         KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
     """
     recipe = prepared.recipe
-    if address is None:
+    if cluster_address(address) is None:
         check_local(recipe)
     searches = recipe.allocation.trials > 0
     display.plan(1 + len(recipe.pruning.methods) * (2 if searches else 1))

@@ -36,17 +36,18 @@ class OneShotInputs:
     seed: int
     images: int
     threads: int
+    device: str
     space: AllocationSpace
     order: ray.ObjectRef
     costs: CostModel
 
-    def elimination_order(self) -> EliminationOrder:
+    def elimination_order(self, device: str = "cpu") -> EliminationOrder:
         """The order, read from the object store without a copy."""
         arrays: Mapping[str, np.ndarray] = ray.get(self.order)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the arrays are read-only, and only read
             return EliminationOrder.from_arrays(
-                {name: torch.from_numpy(array) for name, array in arrays.items()}
+                {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
             )
 
 
@@ -57,8 +58,8 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         torch.set_num_threads(inputs.threads)
         self._values = config
         self._inputs = inputs
-        self._order = inputs.elimination_order()
-        self._model = load_checkpoint(inputs.checkpoint).model.eval()
+        self._order = inputs.elimination_order(inputs.device)
+        self._model = load_checkpoint(inputs.checkpoint).model.eval().to(inputs.device)
         self._parameters = dict(self._model.named_parameters())
         self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
         config_of_model = models.data_config(self._model)

@@ -88,6 +88,9 @@ class LearningRate(Settings):
     peak: float = Field(1e-3, gt=0.0)
     floor: float = Field(0.0, ge=0.0)
     warmup_epochs: float = Field(0.0, ge=0.0)
+    cycle_peaks: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
+        (), description="cyclic: a peak for each cycle in place of one for all; the last goes on"
+    )
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> LearningRate:

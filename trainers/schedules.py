@@ -52,4 +52,6 @@ def learning_rate(lr: LearningRate, epoch: float, epochs: int, jumps: Sequence[i
     edges = sorted({0, *jumps, epochs})
     begin = max(edge for edge in edges if edge <= epoch)
     end = min((edge for edge in edges if edge > epoch), default=epochs + 1)
-    return lr.peak + (lr.floor - lr.peak) * (epoch - begin) / (end - begin)
+    cycle = edges.index(begin)
+    peak = lr.cycle_peaks[min(cycle, len(lr.cycle_peaks) - 1)] if lr.cycle_peaks else lr.peak
+    return peak + (lr.floor - peak) * (epoch - begin) / (end - begin)
