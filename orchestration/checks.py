@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data.auto_augment import rand_augment_transform
+from timm.optim import create_optimizer_v2, list_optimizers
 
 from orchestration import digits
 from orchestration.cluster import ClusterSize
@@ -17,13 +21,15 @@ from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
 from pruners.allocation import bounds, budget, check_feasible
 from pruners.costs import Costs, count_costs
-from pruners.errors import InputError
+from pruners.errors import InputError, did_you_mean
 from pruners.layers import PrunableLayer, find_layers
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings
+from trainers.config import DataSettings, TrainingSettings
 from trainers.schedules import pruning_epochs
 from trainers.tables import check_table
+
+_CORNERS = 64
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,35 @@ class Prepared:
     missing: list[str] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, *, dry_run: bool = False) -> Prepared:
-    """Check all of a recipe that can be checked without a cluster.
+def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Prepared:
+    """Check all of a recipe that can be checked without a cluster; what writes to the storage comes last.
 
     Args:
         dry_run: data that is not on this machine is listed as missing instead of refused.
+        local: no cluster is to be joined: what this machine cannot give is refused.
 
     Raises:
         InputError: the first thing that cannot work.
     """
-    for key in recipe.schedule.space:
-        _check_space(recipe, key, recipe.schedule.space[key])
+    for part, training in (("dense", recipe.dense), ("recovery", recipe.recovery)):
+        if training is not None:
+            _check_training(training, part)
     pruning_epochs(recipe.pruning.schedule, recipe.recovery.epochs)
+    _check_space(recipe)
     model, layers = _model(recipe)
     total = _check_budget(recipe, layers)
+    if local:
+        check_local(recipe)
     if recipe.tracking.uri is not None and not dry_run:
         check_uri(recipe.tracking.uri)
-    if not dry_run:
-        _check_writable(recipe.storage)
+    storage.resolve(recipe.storage)
+    if recipe.data.source is not None:
+        _check_classes_of_digits(recipe)
+        if not dry_run:
+            _check_writable(recipe.storage)
     data, data_hash, missing = _data(recipe, dry_run)
+    if recipe.data.source is None and not dry_run:
+        _check_writable(recipe.storage)
     costs = None
     if model is not None:
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
@@ -68,9 +84,13 @@ def prepare(recipe: Recipe, *, dry_run: bool = False) -> Prepared:
 def check_local(recipe: Recipe) -> None:
     """Whether this machine alone can ever run the recipe; asked before a local cluster is started.
 
+    Where ``RAY_ADDRESS`` is set (as inside a Ray job) a cluster is joined, and it is the one to ask.
+
     Raises:
         InputError: more workers than it has processors.
     """
+    if os.environ.get("RAY_ADDRESS"):
+        return
     size = ClusterSize(cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
     check_size(recipe, size)
 
@@ -105,22 +125,66 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     pruning = recipe.pruning
     total = budget(layers, pruning.sparsity)
     limits = np.array(list(bounds(layers, pruning.floor, pruning.ceiling).values())).reshape(-1, 2)
-    if layers:
-        check_feasible(total, limits[:, 0], limits[:, 1])
+    try:
+        if layers:
+            check_feasible(total, limits[:, 0], limits[:, 1])
+    except InputError as error:  # in the recipe's keys, not in counts of weights
+        between = (
+            f"{total:,} weights cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
+        )
+        raise InputError("pruning.sparsity", pruning.sparsity, f"{between}: {error}") from None
     return total
 
 
-def _check_space(recipe: Recipe, key: str, distribution: Distribution) -> None:
-    """Every end of the space must be a recipe that could run."""
-    ends: tuple[Any, ...] = (
-        distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
-    )
-    for value in ends:
+def _check_training(training: TrainingSettings, part: str) -> None:
+    """What only timm can tell: its optimizers, and its augmentations."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    name = training.optimizer
+    try:
+        create_optimizer_v2([weight], name, lr=training.lr.peak, weight_decay=training.weight_decay).step()
+    except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
+        known = list_optimizers()
+        reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else _first_line(error)
+        raise InputError(f"{part}.optimizer", name, f"must be one that works here ({reason})") from None
+    text = training.augment.rand_augment
+    if text is None:
+        return
+    try:
+        rand_augment_transform(text, {})
+    except (AssertionError, ValueError, KeyError):
+        key = f"{part}.augment.rand_augment"
+        raise InputError(key, text, "must be a RandAugment of timm, as rand-m9-mstd0.5-inc1") from None
+
+
+def _check_space(recipe: Recipe) -> None:
+    """Every end of the space must be a recipe that could run, and so must every corner."""
+    ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
+    for key, values in ends.items():
+        for value in values:
+            try:
+                _check_values(recipe, {key: value})
+            except InputError as error:
+                raise InputError(f"schedule.space.{key}", value, f"{error.key}: {error.expected}") from None
+    if math.prod(map(len, ends.values())) > _CORNERS:
+        return
+    for corner in itertools.product(*ends.values()):
+        chosen = dict(zip(ends, corner, strict=True))
         try:
-            changed = with_values(recipe, {key: value})
-            pruning_epochs(changed.pruning.schedule, changed.recovery.epochs)
+            _check_values(recipe, chosen)
         except InputError as error:
-            raise InputError(f"schedule.space.{key}", value, f"{error.key}: {error.expected}") from None
+            raise InputError("schedule.space", chosen, f"{error.key}: {error.expected}") from None
+
+
+def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    changed = with_values(recipe, values)
+    pruning_epochs(changed.pruning.schedule, changed.recovery.epochs)
+    if changed.recovery != recipe.recovery:
+        _check_training(changed.recovery, "recovery")
+
+
+def _ends(distribution: Distribution) -> tuple[Any, ...]:
+    return distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
 
 
 def _check_writable(place: str) -> None:
@@ -129,16 +193,19 @@ def _check_writable(place: str) -> None:
         storage.write_bytes(probe, b"")
         storage.remove_file(probe)
     except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError("storage", place, f"must be a place that can be written ({reason})") from None
+        expected = f"must be a place that can be written ({_first_line(error)})"
+        raise InputError("storage", place, expected) from None
+
+
+def _check_classes_of_digits(recipe: Recipe) -> None:
+    if recipe.model.classes != digits.CLASSES:
+        raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
 
 
 def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
     data, classes = recipe.data, recipe.model.classes
     missing: list[str] = []
     if data.source == "digits":
-        if classes != digits.CLASSES:
-            raise InputError("model.classes", classes, f"digits have {digits.CLASSES} classes")
         if dry_run:
             return data, "", []
         data = digits.prepare_digits(storage.absolute(recipe.storage))
@@ -156,3 +223,7 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
     found: Mapping[str, Any] = data.model_dump() | places
     rest = {key: value for key, value in found.items() if key not in places}
     return DataSettings.model_validate(found), digest(hashes, rest), missing
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -138,27 +136,39 @@ def _run(
         console = Console()
         print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
         return
-    from orchestration.display import Display
+    try:
+        _start(command, recipe, name, address)
+    except KeyboardInterrupt:
+        method = [f"--method {recipe.pruning.methods[0]}"] if command == "run" else []
+        where = [f"--address {address}"] if address else []
+        again = " ".join(["espalier", command, name, *(f"'{text}'" for text in overrides), *method, *where])
+        click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
 
-    again = " ".join(["espalier", command, name, *(f"'{text}'" for text in overrides)])
-    again += f" --address {address}" if address else ""
+
+def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
+    from rich.console import Console
+
     if address is not None and address.startswith("ray://"):
         from orchestration.client import run_through_client
 
-        with _interruptible(again):
-            run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
+        run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
         return
-    with _interruptible(again), Display() as display:
-        display.say(f"espalier {command} {name}: checking the recipe, starting Ray and MLflow")
+    # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
+    with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
         from orchestration.checks import prepare
+        from orchestration.display import Display
         from orchestration.sweep import run_sweep
 
-        run_sweep(prepare(recipe), display, address=address, recipe_name=name)
+        prepared = prepare(recipe, local=address is None)
+    with Display() as display:
+        display.say(f"espalier {command} {name}: starting Ray and MLflow")
+        run_sweep(prepared, display, address=address, recipe_name=name)
 
 
-@contextmanager
-def _interruptible(again: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end everything in order and say how to go on."""
+def _end_in_order() -> None:
+    """Ctrl-C and SIGTERM become one KeyboardInterrupt, also where a shell started us with them ignored."""
 
     def interrupt(number: int, frame: Any) -> None:
         # once is enough: a second one would break off the clean end
@@ -168,16 +178,11 @@ def _interruptible(again: str) -> Iterator[None]:
 
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
 
 
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
+    _end_in_order()
     try:
         status = cli(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
