@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from orchestration.tracking import check_uri, server_for, start_server
+from orchestration.tracking import check_uri, server_for, start_server, tracking_folder
 from pruners.errors import InputError
 from trainers.storage import absolute
 
@@ -29,8 +29,6 @@ def _registry(tracking_uri: str | None, storage: str) -> Iterator[str]:
 
 
 def _folder(storage: str) -> Path:
-    from orchestration.sweep import tracking_folder
-
     folder = tracking_folder(storage)
     if not (folder / DATABASE).is_file():
         raise InputError("--storage", storage, "no sweep has been logged there yet")
@@ -72,8 +70,10 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
     """A line for each registered version."""
     from orchestration import registry
 
-    with _registry(tracking_uri, storage) as uri:
-        found = registry.versions(uri)
+    if tracking_uri is not None:
+        check_uri(tracking_uri)
+    # our own database is read as it lies: no server is needed to list it
+    found = registry.versions(tracking_uri or f"sqlite:///{_folder(storage) / DATABASE}")
     if not found:
         yield "no registered models yet"
     for version in found:

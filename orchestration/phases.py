@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,91 +15,17 @@ import ray
 from ray import tune
 
 from orchestration import plots, registry, remote
-from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
-from orchestration.display import Display
+from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
 from orchestration.jobs import dense_job, gradual_job, threads
 from orchestration.recipes import flatten, get
 from orchestration.search import Search, asha, run_search
 from orchestration.search_space import AllocationSpace, recipe_space
-from orchestration.tracking import Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.trial_runs import TrialRuns, without_trainer_state
+from orchestration.trial_runs import without_trainer_state
 from orchestration.tune_trial import OneShotInputs, OneShotTrial, training_trial
 from trainers import storage
 from trainers.checkpoint import RECORD
-from trainers.config import DataSettings
-
-
-@dataclass
-class Sweep:
-    """What all phases share; ``root`` is the sweep's folder, ``run`` its run in MLflow."""
-
-    recipe: Recipe
-    data: DataSettings
-    data_hash: str
-    size: ClusterSize
-    tracker: Tracker
-    display: Display
-    run: str
-    lineage: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def storage(self) -> str:
-        return storage.absolute(self.recipe.storage)
-
-    @property
-    def root(self) -> str:
-        return f"{self.storage}/sweeps/{self.recipe.name}"
-
-    def tags(self, phase: str, method: str = "") -> dict[str, str]:
-        found = {
-            "espalier.sweep": self.recipe.name,
-            "espalier.phase": phase,
-            "espalier.data": self.data_hash[:12],
-            "espalier.commit": str(self.lineage.get("git_commit") or "unknown"),
-        }
-        return found | ({"espalier.method": method} if method else {})
-
-    def runs(self, log: TrialLog, phase: str, params: Mapping[str, Any], method: str = "") -> TrialRuns:
-        """The MLflow runs of a phase."""
-        return TrialRuns(
-            self.tracker,
-            self.display,
-            log,
-            name=f"{self.recipe.name}-{method or 'model'}-{phase}",
-            parent=self.run,
-            params=params,
-            tags=self.tags(phase, method),
-        )
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The dense model: its checkpoint and its validation top-1."""
-
-    checkpoint: str
-    top1: float
-
-
-@dataclass(frozen=True)
-class Allocated:
-    """The best allocation of a method, and the one-shot model that it gives."""
-
-    allocation: dict[str, int]
-    name: str
-    checkpoint: str
-    trials: list[TrialRecord]
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """The best gradual run of a method: its checkpoint, MLflow run and registered version."""
-
-    checkpoint: str
-    record: TrialRecord
-    version: str
-    trials: list[TrialRecord]
 
 
 def dense_phase(sweep: Sweep) -> Dense:
@@ -162,7 +87,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     search = recipe.allocation
     pruning = recipe.pruning.model_dump(mode="json", exclude={"methods", "schedule"})
     key = digest(
-        _content(dense.checkpoint),
+        content_hash(dense.checkpoint),
         method,
         pruning,
         search.model_dump(mode="json", exclude={"trials"}),
@@ -203,7 +128,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
         order=order,
         costs=costs,
     )
-    runs = sweep.runs(log, "allocation", {"dense": _content(dense.checkpoint)}, method)
+    runs = sweep.runs(log, "allocation", {"dense": content_hash(dense.checkpoint)}, method)
     with _scratch(sweep, f"allocation-{method}-{key}") as scratch:
         best = run_search(
             Search(
@@ -241,7 +166,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     recipe = sweep.recipe
     allocation = allocated.allocation if allocated is not None else None
     key = digest(
-        _content(dense.checkpoint),
+        content_hash(dense.checkpoint),
         method,
         allocation,
         recipe.pruning.model_dump(mode="json", exclude={"methods"}),
@@ -270,7 +195,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
             data=sweep.data,
             checkpoint=dense.checkpoint,
             allocation=allocation,
-            lineage={**sweep.lineage, "parent": _content(dense.checkpoint)},
+            lineage={**sweep.lineage, "parent": content_hash(dense.checkpoint)},
         )
         with _scratch(sweep, f"schedule-{method}-{key}") as scratch:
             run_search(
@@ -337,12 +262,6 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
     )
     sweep.display.finished(f"{how}, {100 * result['top1']:.1f} % on validation")
     return Dense(checkpoint, result["top1"])
-
-
-def _content(checkpoint: str) -> str:
-    """A hash of a checkpoint's weights: the same model is the same wherever it lies."""
-    config = storage.read_bytes(f"{checkpoint}/config.json")
-    return digest(config.hex(), storage.sha256(f"{checkpoint}/model.safetensors"))
 
 
 @contextmanager

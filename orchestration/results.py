@@ -12,8 +12,8 @@ from rich.table import Table
 
 from orchestration import remote
 from orchestration.config import digest
+from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.jobs import threads
-from orchestration.phases import Allocated, Dense, Recovered, Sweep
 from trainers import storage
 from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
 

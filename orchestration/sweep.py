@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -12,22 +11,13 @@ from orchestration import plots, registry
 from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
+from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
-from orchestration.phases import (
-    Allocated,
-    Dense,
-    Recovered,
-    Sweep,
-    allocation_phase,
-    dense_phase,
-    schedule_phase,
-)
+from orchestration.phases import allocation_phase, dense_phase, schedule_phase
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_row, print_end
-from orchestration.tracking import Tracker, server_for
+from orchestration.tracking import Tracker, server_for, tracking_folder
 from trainers import storage
-
-TRACKING_FOLDER = "mlflow"
 
 
 def run_sweep(prepared: Prepared, display: Display, *, address: str | None, recipe_name: str) -> list[Row]:
@@ -96,12 +86,6 @@ def _log_results(
         figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
         named = {f"{row.method}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
         sweep.tracker.metrics(sweep.run, named)
-
-
-def tracking_folder(place: str) -> Path:
-    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
-    where = storage.absolute(place).removeprefix("file://")
-    return Path("runs" if "://" in where else where).absolute() / TRACKING_FOLDER
 
 
 def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize) -> Sweep:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pruners.errors import InputError
+from trainers import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +64,12 @@ class Server:
             except subprocess.TimeoutExpired:
                 continue
         self.process.wait(5.0)
+
+
+def tracking_folder(place: str) -> Path:
+    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
+    where = storage.absolute(place).removeprefix("file://")
+    return Path("runs" if "://" in where else where).absolute() / "mlflow"
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
@@ -140,10 +147,15 @@ class Tracker:
         self.uri = uri
         self.client: MlflowClient = mlflow.MlflowClient(uri)
         found = self.client.get_experiment_by_name(experiment)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(experiment)
+        self.experiment = found.experiment_id if found else self._create(experiment)
         self._sender = ThreadPoolExecutor(1, "mlflow")
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
+
+    def _create(self, experiment: str) -> str:
+        # the kind decides which view the UI opens it in
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(experiment, tags=tags))
 
     def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """A new run, nested under ``parent``; returns its id."""
