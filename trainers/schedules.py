@@ -17,7 +17,7 @@ def pruning_epochs(schedule: PruningSchedule, epochs: int) -> list[int]:
     """
     if schedule.steps == 1:
         return [0]
-    last = round(schedule.last_at * epochs)
+    last = min(round(schedule.last_at * epochs), epochs - 1)
     found = [round(step * last / (schedule.steps - 1)) for step in range(schedule.steps)]
     if len(set(found)) < len(found):
         raise InputError(
@@ -45,7 +45,7 @@ def learning_rate(lr: LearningRate, epoch: float, epochs: int, jumps: Sequence[i
         jumps: epochs that begin with a pruning step: a cyclic rate jumps to its peak there.
     """
     if epoch < lr.warmup_epochs:
-        return lr.peak * (epoch + 1e-9) / lr.warmup_epochs
+        return lr.peak * min((epoch + 1e-9) / lr.warmup_epochs, 1.0)
     if lr.kind == "cosine":
         done = (epoch - lr.warmup_epochs) / max(epochs - lr.warmup_epochs, 1e-9)
         return lr.floor + (lr.peak - lr.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

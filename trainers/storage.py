@@ -75,7 +75,7 @@ def write_json(uri: str, content: Any) -> None:
 
 
 def upload(folder: Path, uri: str) -> None:
-    """Copy a local folder there; a local target takes its name only when it is whole."""
+    """Copy a local folder there in place of what was; a local target takes its name only when it is whole."""
     system, path = resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
         partial = f"{path}.partial"
@@ -87,6 +87,8 @@ def upload(folder: Path, uri: str) -> None:
             system.delete_dir(path)
         Path(partial).replace(path)
         return
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
     system.create_dir(path, recursive=True)
     fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
+import zlib
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,17 @@ from pyarrow import fs
 
 from pruners.errors import InputError
 from trainers.storage import resolve
+
+# what Pillow's decoders raise on broken bytes, besides OSError
+_BROKEN = (
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data") -> pa.Table:
@@ -28,11 +41,10 @@ def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data")
             for column in wanted:
                 if column not in there:
                     raise InputError(key, uri, f"needs a column {column!r}; it has {', '.join(there)}")
-        tables = [pq.read_table(file, columns=wanted, filesystem=system) for file in files]
+        return pa.concat_tables([pq.read_table(file, columns=wanted, filesystem=system) for file in files])
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise InputError(key, uri, f"must be a readable Parquet file ({reason})") from None
-    return pa.concat_tables(tables)
+        raise InputError(key, uri, f"must be a readable Parquet file, or several alike ({reason})") from None
 
 
 def check_table(uri: str, classes: int, *, key: str) -> str:
@@ -57,15 +69,19 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
         raise InputError(key, uri, f"label {worst} lies outside the model's classes 0…{classes - 1}")
     digest = hashlib.sha256(values.tobytes())
     system, files = _files(uri, key)
-    for number, file in enumerate(files):
+    seen = False
+    for file in files:
         digest.update(str(system.get_file_info(file).size).encode())
         read_schema = pq.read_schema(file, filesystem=system)
         if "image" not in read_schema.names:
             raise InputError(key, uri, f"needs a column 'image'; it has {', '.join(read_schema.names)}")
         with system.open_input_file(file) as source:
-            images = pq.ParquetFile(source).read_row_group(0, columns=["image"])["image"].to_pylist()
-        if number == 0:
+            parquet = pq.ParquetFile(source)
+            groups = [0] if parquet.num_row_groups else []
+            images = parquet.read_row_groups(groups, columns=["image"])["image"].to_pylist()
+        if images and not seen:
             _check_image(images[0], uri, key)
+            seen = True
         for cell in images:
             digest.update(hashlib.sha256(_content(cell) or b"").digest())
     return digest.hexdigest()
@@ -98,8 +114,16 @@ def _content(cell: object) -> bytes | None:
 
 
 def decode(cell: object) -> Image.Image:
-    """An image in RGB from its cell: ``{bytes, path}`` or plain bytes."""
+    """An image in RGB from its cell: ``{bytes, path}`` or plain bytes.
+
+    Raises:
+        TypeError: no bytes.
+        OSError: bytes that are no image, or a broken one.
+    """
     content = _content(cell)
     if content is None:
         raise TypeError("no bytes")
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGB")
+    except _BROKEN as error:
+        raise OSError(str(error) or type(error).__name__) from None
