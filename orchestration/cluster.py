@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from orchestration.config import AllocationSearch, Resources
+from orchestration.ports import LOOPBACK, free_port
 from pruners.errors import InputError
 
 # Our own display shows progress; Ray's would print a line a report and worker over it.
@@ -25,6 +27,12 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+
+# Ray Train asks this address whether the controller of a trial is alive, and frees the resources of one that
+# was stopped early. Left to find the address itself it gives up where two Ray clusters share a machine, and
+# the next trial waits for ever.
+_STATE_API = "RAY_API_SERVER_ADDRESS"
+_DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True)
@@ -96,20 +104,9 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     joined = cluster_address(address)
     try:
         if joined:
-            ray.init(
-                address=joined,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": dict(_QUIET)},
-            )
+            _join(joined)
         else:
-            ray.init(
-                address="local",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _start_local()
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -119,6 +116,32 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
         yield _size()
     finally:
         ray.shutdown()
+        os.environ.pop(_STATE_API, None)
+
+
+def _start_local() -> None:
+    """A cluster of this machine's processors, all of it on loopback."""
+    port = free_port(_DASHBOARD_PORT)
+    # before the start, so that every process of the cluster inherits it
+    os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
+    ray.init(
+        address="local",
+        include_dashboard=True,
+        dashboard_host=LOOPBACK,
+        dashboard_port=port,
+        _node_ip_address=LOOPBACK,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _join(address: str) -> None:
+    """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    dashboard = ray.init(address=address, **quiet).dashboard_url
+    variables = dict(_QUIET) | ({_STATE_API: f"http://{dashboard}"} if dashboard else {})
+    ray.shutdown()
+    ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
 
 
 def _size() -> ClusterSize:

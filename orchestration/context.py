@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import ray
 
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
@@ -36,6 +38,15 @@ class Sweep:
     @property
     def root(self) -> str:
         return f"{self.storage}/sweeps/{self.recipe.name}"
+
+    def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
+        """A function as a Ray task of the sweep's own, and the device that it gets.
+
+        It takes no processor, as nothing else of the sweep runs meanwhile, and a GPU where training has one.
+        """
+        gpus = min(self.recipe.resources.gpus_per_worker, 1.0)
+        remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)
+        return remote, "cuda" if gpus else "cpu"
 
     def tags(self, phase: str, method: str = "") -> dict[str, str]:
         found = {

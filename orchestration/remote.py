@@ -34,8 +34,7 @@ def elimination_order(
     Returns:
         (layers, the method's own allocation, costs), and the arrays of the order.
     """
-    if device == "cpu":  # nothing else of the sweep runs meanwhile
-        torch.set_num_threads(os.cpu_count() or 1)
+    _use_all_processors(device)
     model = load_checkpoint(checkpoint, layers=pruning.layers).model.to(device)
     layers = find_layers(model, pruning.layers)
     pruner = create_pruner(method, **pruning.options(method))
@@ -103,10 +102,21 @@ def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) 
         storage.upload(Path(folder), target)
 
 
-def measure(checkpoint: str, images: DataSettings, part: str, seed: int, threads: int) -> dict[str, float]:
-    """Top-1 and loss of a checkpoint on ``validation`` or ``test``."""
-    torch.set_num_threads(threads)
-    model = load_checkpoint(checkpoint).model
-    transform = data.eval_transform(models.data_config(model))
-    result = evaluate(model, data.eval_loader(data.split(images, part, transform, seed), 128))
-    return {"top1": result.top1, "loss": result.loss, "images": result.images, "score": result.score}
+def measure(
+    checkpoints: list[str], images: DataSettings, part: str, seed: int, device: str
+) -> list[dict[str, float]]:
+    """Top-1 and loss of checkpoints on ``validation`` or ``test``."""
+    _use_all_processors(device)
+    figures = []
+    for checkpoint in checkpoints:
+        model = load_checkpoint(checkpoint).model.to(device)
+        transform = data.eval_transform(models.data_config(model))
+        result = evaluate(model, data.eval_loader(data.split(images, part, transform, seed), 128))
+        figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
+    return figures
+
+
+def _use_all_processors(device: str) -> None:
+    """Nothing else of the sweep runs meanwhile."""
+    if device == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)

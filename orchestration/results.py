@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from rich.table import Table
 
 from orchestration import remote
 from orchestration.config import digest
-from orchestration.context import Allocated, Dense, Recovered, Sweep
-from orchestration.jobs import threads
+from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
 from trainers import storage
 from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
 
@@ -40,41 +39,54 @@ class Row:
     version: str
 
 
-def make_row(
-    sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None, recovered: Recovered
-) -> Row:
-    """Measure the models of a method on test (validation where the data has no test images), once."""
+def make_rows(
+    sweep: Sweep,
+    dense: Dense,
+    allocated: Mapping[str, Allocated | None],
+    recovered: Mapping[str, Recovered],
+) -> list[Row]:
+    """Measure all models on test (validation where the data has no test images), each one once."""
     part = "test" if sweep.data.test is not None else "validation"
-    models = [dense.checkpoint, recovered.checkpoint]
-    if allocated is not None:
-        models.append(allocated.checkpoint)
-    measured = [_measure(sweep, model, part) for model in models]
-    record = storage.read_json(f"{recovered.checkpoint}/{RECORD}")
-    return Row(
-        method=method,
-        allocation=allocated.name if allocated is not None else "own",
-        part=part,
-        dense=measured[0],
-        recovered=measured[1],
-        one_shot=measured[2] if allocated is not None else None,
-        validation=recovered.record.metrics["val_top1"],
-        sparsity=record["sparsity"],
-        **record["costs"],
-        bytes=sum(storage.size(f"{recovered.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
-        checkpoint=recovered.checkpoint,
-        run=sweep.tracker.link(recovered.record.run_id or sweep.run),
-        version=recovered.version,
-    )
+    one_shot = {method: found.checkpoint for method, found in allocated.items() if found is not None}
+    places = [dense.checkpoint, *one_shot.values(), *(found.checkpoint for found in recovered.values())]
+    top1 = _measure(sweep, places, part)
+    rows = []
+    for method, found in recovered.items():
+        record = storage.read_json(f"{found.checkpoint}/{RECORD}")
+        before = allocated[method]
+        rows.append(
+            Row(
+                method=method,
+                allocation=before.name if before is not None else "own",
+                part=part,
+                dense=top1[dense.checkpoint],
+                one_shot=top1[before.checkpoint] if before is not None else None,
+                recovered=top1[found.checkpoint],
+                validation=found.record.metrics["val_top1"],
+                sparsity=record["sparsity"],
+                **record["costs"],
+                bytes=sum(storage.size(f"{found.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
+                checkpoint=found.checkpoint,
+                run=sweep.tracker.link(found.record.run_id or sweep.run),
+                version=found.version,
+            )
+        )
+    return rows
 
 
-def _measure(sweep: Sweep, checkpoint: str, part: str) -> float:
-    weights = storage.sha256(f"{checkpoint}/{WEIGHTS}")
-    known = f"{sweep.storage}/figures/{digest(weights, sweep.data_hash, part)}.json"
-    if not storage.exists(known):
-        task = ray.remote(remote.measure)
-        result = task.remote(checkpoint, sweep.data, part, sweep.recipe.seed, threads(sweep.recipe))
-        storage.write_json(known, ray.get(result))
-    return float(storage.read_json(known)["top1"])
+def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, float]:
+    """Top-1 of each checkpoint; what was measured before is read back."""
+    known = {
+        checkpoint: f"{sweep.storage}/figures/{digest(content_hash(checkpoint), sweep.data_hash, part)}.json"
+        for checkpoint in checkpoints
+    }
+    missing = [checkpoint for checkpoint, place in known.items() if not storage.exists(place)]
+    if missing:
+        task, device = sweep.task(remote.measure)
+        figures = ray.get(task.remote(missing, sweep.data, part, sweep.recipe.seed, device))
+        for checkpoint, figure in zip(missing, figures, strict=True):
+            storage.write_json(known[checkpoint], figure)
+    return {checkpoint: float(storage.read_json(place)["top1"]) for checkpoint, place in known.items()}
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -15,7 +15,7 @@ from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
 from orchestration.phases import allocation_phase, dense_phase, schedule_phase
 from orchestration.recipes import flatten
-from orchestration.results import Row, as_json, make_row, print_end
+from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.tracking import Tracker, server_for, tracking_folder
 from trainers import storage
 
@@ -48,10 +48,7 @@ def run_sweep(prepared: Prepared, display: Display, *, address: str | None, reci
                 method: schedule_phase(sweep, method, dense, allocated[method])
                 for method in recipe.pruning.methods
             }
-            rows = [
-                make_row(sweep, method, dense, allocated[method], recovered[method])
-                for method in recipe.pruning.methods
-            ]
+            rows = make_rows(sweep, dense, allocated, recovered)
             # validation chooses the champion; test images have no say
             champion = max(rows, key=lambda row: recovered[row.method].record.score or 0.0)
             registry.crown(tracker, recipe.registered_model, champion.version)

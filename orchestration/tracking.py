@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestration.ports import LOOPBACK, free_port
 from pruners.errors import InputError
 from trainers import storage
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DEFAULT_PORT = 5000
-_LOOPBACK = "127.0.0.1"
 _READY_SECONDS = 90.0
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _TAG_LIMIT = 5000
@@ -75,8 +74,8 @@ def tracking_folder(place: str) -> Path:
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
     """Start a server over ``folder``, at ``port`` or the next free one; :meth:`Server.wait_ready` waits."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = _free_port(port)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", _LOOPBACK, "--port", str(free)]
+    free = free_port(port)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(free)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     log = (folder / "server.log").open("ab")
@@ -89,7 +88,7 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
         env={**os.environ, **_quiet_environment()},
     )
     log.close()
-    return Server(f"http://{_LOOPBACK}:{free}", process)
+    return Server(f"http://{LOOPBACK}:{free}", process)
 
 
 @contextmanager
@@ -277,15 +276,3 @@ def _quiet_environment() -> dict[str, str]:
         "GIT_PYTHON_REFRESH": "quiet",
     }
     return {key: os.environ.get(key, value) for key, value in wanted.items()}
-
-
-def _free_port(first: int) -> int:
-    for port in range(first, first + 50):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_LOOPBACK, port))
-            except OSError:
-                continue
-            return port
-    raise InputError("--port", first, "no free port within 50 of it")
