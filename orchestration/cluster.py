@@ -120,7 +120,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
 
 
 def _start_local() -> None:
-    """A cluster of this machine's processors, all of it on loopback."""
+    """A cluster of this machine's processors, the dashboard on loopback, other ports behind a token."""
     port = free_port(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
@@ -129,7 +129,6 @@ def _start_local() -> None:
         include_dashboard=True,
         dashboard_host=LOOPBACK,
         dashboard_port=port,
-        _node_ip_address=LOOPBACK,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

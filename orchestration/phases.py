@@ -18,12 +18,13 @@ from orchestration import plots, registry, remote
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
 from orchestration.jobs import dense_job, gradual_job
+from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.recipes import flatten, get
 from orchestration.search import Search, asha, run_search
 from orchestration.search_space import AllocationSpace, recipe_space
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import without_trainer_state
-from orchestration.tune_trial import OneShotInputs, OneShotTrial, training_trial
+from orchestration.tune_trial import training_trial
 from trainers import storage
 from trainers.checkpoint import RECORD
 

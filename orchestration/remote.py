@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestration.tune_trial import OneShotInputs
+from orchestration.one_shot import OneShotInputs
 from pruners.allocation import Allocation, allocate, budget
 from pruners.costs import CostModel, cost_model
 from pruners.layers import PrunableLayer, find_layers

@@ -55,11 +55,13 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _hub.save_for_hf(model, str(folder), model_args=dict(model_args), safe_serialization=True)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors gives its files to their owner alone
     files = [WEIGHTS, CONFIG]
+    (folder / MASKS).unlink(missing_ok=True)
     if masks is not None:
         masks.save(folder / MASKS)
         files.append(MASKS)
+    for name in files:
+        (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
     content = {
         "format": FORMAT,
         **record,
@@ -88,7 +90,12 @@ def load_checkpoint(
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
         if (folder / MASKS).exists():
-            return Checkpoint(model, MaskSet.load(folder / MASKS), record)
+            masks = MaskSet.load(folder / MASKS)
+            shapes = {name: weight.shape for name, weight in model.named_parameters()}
+            for name, mask in masks.items():
+                if shapes.get(name) != mask.shape:
+                    raise InputError(key, uri, f"{MASKS} does not fit the model ({name})")
+            return Checkpoint(model, masks, record)
         found = MaskSet.from_zeros(model, find_layers(model, layers))
         return Checkpoint(model, found if found.sparsity > 0 else None, record)
 
@@ -119,6 +126,8 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
         sums = dict(record["files"])
+        if any(Path(name).name != name for name in sums):
+            raise ValueError("files of other folders")
     except (ValueError, KeyError, TypeError):
         raise InputError(key, uri, f"{RECORD} must be a record written by espalier") from None
     for name, expected in sums.items():

@@ -1,17 +1,21 @@
-"""The Ray Train adapter: the only file here that knows Ray."""
+"""The Ray Train adapter: the only file here that knows Ray.
+
+The trial and the controller that start a worker load this file too, and have no need of timm and the models:
+those are imported when a worker begins.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
-import ray.train.torch
 
-from trainers import distributed
 from trainers.config import TrainJob
-from trainers.gradual import Progress, run
+
+if TYPE_CHECKING:
+    from trainers.gradual import Progress
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -19,6 +23,10 @@ def train_worker(config: dict[str, Any]) -> None:
 
     After a failure Ray starts it again with the last reported checkpoint, from which the run goes on.
     """
+    import ray.train.torch
+
+    from trainers.gradual import run
+
     job = TrainJob.model_validate(config)
     device = ray.train.torch.get_device()
     previous = ray.train.get_checkpoint()
@@ -31,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _report(progress: Progress) -> None:
     """Every worker reports; the first one brings the checkpoint."""
-    if progress.save is None or distributed.rank() != 0:
+    if progress.save is None or ray.train.get_context().get_world_rank() != 0:
         ray.train.report(progress.metrics)
         return
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
