@@ -126,7 +126,7 @@ def shipped() -> dict[str, Path]:
 
 def _find(name: str) -> Path:
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     known = shipped()
     stem = re.sub(r"^experiments/|\.yaml$", "", name)
@@ -135,6 +135,13 @@ def _find(name: str) -> Path:
     raise InputError(
         "recipe", name, f"no such file or recipe{did_you_mean(stem, known)}; see 'espalier recipes'"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -153,7 +160,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise InputError("extends", base, "must be the path or name of a recipe")
     beside = path.parent / base
-    source = beside if beside.is_file() else _find(base)
+    source = beside if _is_file(beside) else _find(base)
     return _merge(_read(source, (*above, path.resolve())), content)
 
 
@@ -181,8 +188,8 @@ _NumberLoader.add_implicit_resolver(
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_NumberLoader)  # a SafeLoader: it builds plain values only
-    except yaml.YAMLError as error:
-        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2001-99-99 is a ValueError
+        reason = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError("recipe", where, f"must be YAML ({reason}{line})") from None

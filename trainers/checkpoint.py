@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
 from safetensors import SafetensorError, safe_open
 from timm.models import _hub
 from torch import nn
@@ -24,7 +25,7 @@ from pruners.errors import InputError
 from pruners.layers import find_layers
 from pruners.masks import MaskSet
 from trainers.models import load_hub, load_timm_folder
-from trainers.storage import local_copy
+from trainers.storage import local_copy, resolve
 
 WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
 FORMAT = "espalier-checkpoint-1"
@@ -83,6 +84,14 @@ def load_checkpoint(
     """
     if uri.startswith("hf-hub:"):
         return Checkpoint(load_hub(uri), None)
+    system, path = resolve(uri, key)
+    try:
+        there = system.get_file_info(path).type != fs.FileType.NotFound
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(key, uri, f"cannot be reached ({reason})") from None
+    if not there:
+        raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
     with local_copy(uri) as folder:
         record = verify(folder, uri, key=key)
         try:

@@ -89,7 +89,11 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
 
 def _files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
     system, path = resolve(uri, key)
-    info = system.get_file_info(path)
+    try:
+        info = system.get_file_info(path)
+    except OSError as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(key, uri, f"cannot be reached ({reason})") from None
     if info.type == fs.FileType.NotFound:
         raise InputError(key, uri, "no such file; must be a Parquet file or a folder of them")
     if info.type == fs.FileType.File:

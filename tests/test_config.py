@@ -1,0 +1,152 @@
+"""The typed recipe: what holds between its keys, and what it leaves unloaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from orchestration.config import Distribution, Recipe, digest
+from trainers.config import LearningRate, PruningSettings, Settings
+
+ESPALIER = Path(sys.executable).parent / "espalier"
+MINIMAL: dict[str, Any] = {
+    "name": "a",
+    "model": {"architecture": "vit_tiny_patch16_224", "pretrained": True},
+    "data": {"train": "a.parquet"},
+}
+
+
+def test_the_least_recipe() -> None:
+    recipe = Recipe.model_validate(MINIMAL)
+    assert recipe.pruning.methods == ("dimap", "ovit")
+    assert recipe.registered_model == "espalier-a"
+    named = MINIMAL | {"tracking": {"registered_model": "mine"}}
+    assert Recipe.model_validate(named).registered_model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"architecture": "x"}}, "dense: needed"),
+        ({"dense": {}}, "dense: not needed"),
+        ({"model": {"architecture": "x", "checkpoint": "y"}}, "either architecture or checkpoint"),
+        ({"model": {"checkpoint": "y", "pretrained": True}}, "drop pretrained and args"),
+        ({"data": {}}, "either source or train"),
+        ({"resources": {"workers": 3}}, "recovery.batch_size: 64 must be a multiple"),
+        ({"pruning": {"floor": 0.8}}, "nearest feasible: 0.8"),
+        ({"pruning": {"methods": []}}, "at least 1 item"),
+        ({"name": "../x"}, "should match pattern"),
+        ({"storage": "  "}, "must not be empty"),
+        ({"schedule": {"space": {"model.classes": {"choice": [1]}}}}, "only keys of recovery and pruning"),
+    ],
+)
+def test_what_contradicts_itself(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Recipe.model_validate(MINIMAL | changes)
+
+
+def test_values_never_change_after_reading() -> None:
+    recipe = Recipe.model_validate(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def parts(kind: type[BaseModel]) -> set[type[BaseModel]]:
+    """Every pydantic model below one."""
+    found = {kind}
+    for field in kind.model_fields.values():
+        text = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for inner in text:
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found |= parts(inner)
+    return found
+
+
+def test_no_part_takes_unknown_keys() -> None:
+    assert len(parts(Recipe)) >= 11
+    assert all(issubclass(kind, Settings) for kind in parts(Recipe))
+    assert all(kind.model_config["extra"] == "forbid" for kind in parts(Recipe))
+
+
+@pytest.mark.parametrize(
+    ("content", "right"),
+    [
+        ({"uniform": [0, 1]}, True),
+        ({"log": [1e-5, 1e-1]}, True),
+        ({"integer": [2, 2]}, True),
+        ({"choice": ["a", 1, 0.5]}, True),
+        ({}, False),
+        ({"uniform": [0, 1], "choice": [1]}, False),
+        ({"uniform": [1, 0]}, False),
+        ({"log": [0, 1]}, False),
+        ({"integer": [0.5, 2]}, False),
+        ({"choice": []}, False),
+    ],
+)
+def test_distributions(content: dict[str, Any], right: bool) -> None:
+    if right:
+        assert Distribution.model_validate(content)
+        return
+    with pytest.raises(ValidationError):
+        Distribution.model_validate(content)
+
+
+def test_pruning_and_rates_hold_together() -> None:
+    with pytest.raises(ValidationError, match="must not lie above peak"):
+        LearningRate(peak=1e-4, floor=1e-3)
+    with pytest.raises(ValidationError, match="must not name one twice"):
+        PruningSettings(methods=("dimap", "dimap"))
+    assert PruningSettings().options("dimap") == {}
+    assert set(PruningSettings().options("ovit")) == {"block_size", "damp"}
+
+
+def test_the_digest_follows_the_content() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert len(digest("x")) == 12
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """The best of three, as other processes may be at work."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["sweep", "--help"], 0), (["sweep", "demo", "pruning.sparsty=0.5"], 2), (["swep"], 2)],
+)
+def test_help_and_mistakes_answer_at_once(arguments: list[str], status: int) -> None:
+    def answer() -> None:
+        done = subprocess.run([ESPALIER, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert (done.stdout if status == 0 else done.stderr).strip()
+
+    assert seconds(answer) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "demo", "pruning.sparsty=0.5"], ["recipes"]])
+def test_help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["espalier", *{arguments!r}]
+from orchestration.cli import main
+try:
+    main()
+except SystemExit:
+    print()
+    print(sorted({{"torch", "ray", "mlflow", "optuna", "timm", "pyarrow", "numpy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,308 @@
+"""Recipes from YAML: inheritance, overrides, numbers, and one line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import quick
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestration.config import Recipe
+from orchestration.recipes import (
+    describe_shipped,
+    flatten,
+    get,
+    load_recipe,
+    put,
+    shipped,
+    single,
+    validate,
+    with_values,
+)
+from pruners.errors import InputError
+
+MINIMAL = """
+model: {architecture: vit_tiny_patch16_224, pretrained: true, classes: 10}
+data: {train: train.parquet}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ESPALIER_STORAGE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def recipe(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    found = load_recipe(name)
+    assert found.description
+    assert load_recipe(str(shipped()[name])) == found
+    assert validate(yaml.safe_load(yaml.safe_dump(found.model_dump(mode="json")))) == found
+    for method in found.pruning.methods:
+        assert single(found, method).pruning.methods == (method,)
+
+
+def test_shipped_recipes_are_described() -> None:
+    described = dict(describe_shipped())
+    assert "demo" in described
+    assert all(text and "\n" not in text for text in described.values())
+    assert load_recipe("experiments/demo.yaml") == load_recipe("demo")
+
+
+def test_a_name_comes_from_the_file(tmp_path: Path) -> None:
+    assert load_recipe(recipe(tmp_path, "mine", MINIMAL)).name == "mine"
+    assert load_recipe(recipe(tmp_path, "mine", MINIMAL + "name: other\n")).name == "other"
+
+
+def test_extends(tmp_path: Path) -> None:
+    recipe(tmp_path, "bases/base", MINIMAL + "seed: 1\npruning: {sparsity: 0.5, floor: 0.1}\n")
+    recipe(tmp_path, "middle", "extends: bases/base.yaml\npruning: {sparsity: 0.6}\nname: middle\n")
+    found = load_recipe(
+        recipe(tmp_path, "top", "extends: middle.yaml\nseed: 2\npruning: {methods: [ovit]}\n")
+    )
+    assert (found.seed, found.name) == (2, "middle")
+    assert (found.pruning.sparsity, found.pruning.floor, found.pruning.methods) == (0.6, 0.1, ("ovit",))
+
+
+def test_extends_a_shipped_recipe(tmp_path: Path) -> None:
+    found = load_recipe(recipe(tmp_path, "mine", "extends: demo\nrecovery: {lr: {peak: 2e-4}}\n"))
+    demo = load_recipe("demo")
+    assert found.recovery.lr.peak == 2e-4
+    assert found.recovery.lr.floor == demo.recovery.lr.floor
+    assert found.model == demo.model
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_circles_are_refused(length: int, tmp_path: Path) -> None:
+    for number in range(length):
+        recipe(tmp_path, f"r{number}", f"extends: r{(number + 1) % length}.yaml\n")
+    with pytest.raises(InputError, match="goes round in a circle"):
+        load_recipe(str(tmp_path / "r0.yaml"))
+
+
+def test_one_base_for_two(tmp_path: Path) -> None:
+    """What two recipes share is no circle."""
+    recipe(tmp_path, "base", MINIMAL)
+    recipe(tmp_path, "middle", "extends: base.yaml\n")
+    assert load_recipe(recipe(tmp_path, "top", "extends: middle.yaml\n")).model.classes == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E-4", 1e-4),
+        ("2.5e-3", 2.5e-3),
+        ("5e+1", 50.0),
+        (".5e-1", 0.05),
+        ("1.e-2", 0.01),
+        ("0.001", 0.001),
+        ("3", 3.0),
+    ],
+)
+def test_numbers(text: str, value: float, tmp_path: Path) -> None:
+    path = recipe(tmp_path, "r", MINIMAL + f"recovery: {{lr: {{peak: {text}}}}}\n")
+    assert load_recipe(path).recovery.lr.peak == value
+    assert load_recipe(path, ["recovery.lr.peak=7", f"recovery.lr.peak={text}"]).recovery.lr.peak == value
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    assert load_recipe(recipe(tmp_path, "r", MINIMAL + "description: e10 by 1e\n")).description == "e10 by 1e"
+
+
+def test_overrides() -> None:
+    found = load_recipe(
+        "demo",
+        [
+            "pruning.methods=[ovit]",
+            "pruning.sparsity=0.9",
+            "tracking.uri=http://host:5000/a=b",
+            "recovery.clip_grad=null",
+            "schedule.space={}",
+        ],
+    )
+    assert found.pruning.methods == ("ovit",)
+    assert found.pruning.sparsity == 0.9
+    assert found.tracking.uri == "http://host:5000/a=b"
+    assert found.recovery.clip_grad is None
+    assert found.schedule.space == {}
+
+
+def test_storage_and_tracking_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_STORAGE", "s3://bucket/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    found = load_recipe("demo")
+    assert (found.storage, found.tracking.uri) == ("s3://bucket/runs", "http://host:5000")
+    assert load_recipe("demo", ["storage=here"]).storage == "here"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("pruning.sparsty=1", "pruning.sparsty", "did you mean 'sparsity'?"),
+        ("recovery.lr.peek=1", "recovery.lr.peek", "did you mean 'peak'?"),
+        ("dense.augment.flp=1", "dense.augment.flp", "did you mean 'flip'?"),
+        ("prunning.sparsity=1", "prunning", "did you mean 'pruning'?"),
+        ("pruning.methods=[ovitt]", "pruning.methods.0", "did you mean 'ovit'?"),
+        ("recovery.lr.kind=cosin", "recovery.lr.kind", "did you mean 'cosine'?"),
+        ("allocation.by=[stages]", "allocation.by.0", "did you mean 'stage'?"),
+        ("allocation.sampler=tp", "allocation.sampler", "did you mean 'tpe'?"),
+        ("zzz=1", "zzz", "unknown key"),
+        ("pruning.zzz.deep=1", "pruning.zzz", "unknown key"),
+        ("model.classes=ten", "model.classes", "must be a valid integer"),
+        ("model=3", "model", "must be a valid dictionary"),
+        ("data.mean=[1,2]", "data.mean", ""),
+        ("name=a/b", "name", "pattern"),
+        ("=3", "", ""),
+        ("pruning.=3", "pruning.", ""),
+    ],
+)
+def test_mistakes_are_named(override: str, key: str, says: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe("demo", [override])
+    assert error.value.key.startswith(key)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flatten_put_get() -> None:
+    content: dict[str, Any] = {"a": {"b": 1, "c": {}}, "d": [1]}
+    assert flatten(content) == {"a.b": 1, "a.c": {}, "d": [1]}
+    put(content, "a.c.e", 2)
+    put(content, "f.g", 3)
+    assert content == {"a": {"b": 1, "c": {"e": 2}}, "d": [1], "f": {"g": 3}}
+    assert (get(content, "a.c.e"), get(content, "a.x"), get(content, "a.b.y")) == (2, None, None)
+    with pytest.raises(InputError, match="b holds a value"):
+        put(content, "a.b.c", 1)
+
+
+def outcome(call: Callable[[], Recipe]) -> str:
+    """Nothing for a recipe, the message for an input error; whatever else is raised goes on."""
+    try:
+        assert isinstance(call(), Recipe)
+    except InputError as error:
+        return str(error) or "nothing said"
+    return ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2001-99-99",
+        "!!int x",
+        "!!float x",
+        "!!python/object:os.system {}",
+        "[" * 1500,
+        "&a [*a]",
+        "{[1]: 2}",
+        "=",
+    ],
+)
+def test_yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
+    said = [
+        outcome(lambda: load_recipe("demo", [f"pruning.sparsity={value}"])),
+        outcome(lambda: load_recipe(recipe(tmp_path, "r", MINIMAL + f"seed: {value}\n"))),
+    ]
+    assert all(text and "\n" not in text for text in said)
+
+
+def test_names_that_no_file_can_have() -> None:
+    assert "no such file or recipe" in outcome(lambda: load_recipe("x" * 5000))
+    assert "no such file or recipe" in outcome(lambda: load_recipe("a\0b"))
+
+
+KEYS = st.text("abcdefgh", min_size=1, max_size=3)
+TREES = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3), max_leaves=12
+)
+
+
+@quick(100)
+@given(st.dictionaries(KEYS, TREES, max_size=4))
+def test_flatten_is_undone_by_put(content: dict[str, Any]) -> None:
+    again: dict[str, Any] = {}
+    for key, value in flatten(content).items():
+        assert get(content, key) == value
+        put(again, key, value)
+    assert again == content
+
+
+def test_values_in_place_of_the_recipe_s() -> None:
+    demo = load_recipe("demo")
+    changed = with_values(demo, {"recovery.lr.peak": 2e-3, "pruning.schedule.steps": 3})
+    assert (changed.recovery.lr.peak, changed.pruning.schedule.steps) == (2e-3, 3)
+    assert demo.recovery.lr.peak == 5e-4
+    assert with_values(changed, {"recovery.lr.peak": 5e-4, "pruning.schedule.steps": 2}) == demo
+
+
+def test_a_single_run() -> None:
+    found = single(load_recipe("demo"), "ovit")
+    assert found.pruning.methods == ("ovit",)
+    assert (found.allocation.trials, found.schedule.trials, found.schedule.space) == (0, 1, {})
+
+
+FLAT = sorted(flatten(load_recipe("demo").model_dump(mode="json")))
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["ovit", "stage", "1e-4", "", ".nan", "~", "tpe"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.integers(), inner),
+    max_leaves=6,
+)
+PLACES = st.sampled_from([*FLAT, *sorted({key.rpartition(".")[0] for key in FLAT} - {""}), "extends"])
+
+
+@quick(150)
+@given(st.lists(st.tuples(PLACES | st.text(max_size=8), ANY), min_size=1, max_size=3))
+def test_any_recipe_is_read_or_refused(changes: list[tuple[str, Any]]) -> None:
+    """Whatever is put into the demo: a recipe, or one line about it."""
+    content = load_recipe("demo").model_dump(mode="json")
+
+    def changed() -> Recipe:
+        for key, value in changes:
+            put(content, key, value)
+        return validate(content)
+
+    assert "\n" not in outcome(changed)
+
+
+@quick(200)
+@given(st.text(max_size=30) | st.builds("{}={}".format, PLACES, st.text(max_size=12)))
+def test_any_override_is_read_or_refused(override: str) -> None:
+    assert "\n" not in outcome(lambda: load_recipe("demo", [override]))
+
+
+@quick(150)
+@given(st.text(max_size=60) | st.binary(max_size=60))
+def test_any_file_is_read_or_refused(content: str | bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.yaml"
+        path.write_bytes(content.encode(errors="surrogatepass") if isinstance(content, str) else content)
+        assert "\n" not in outcome(lambda: load_recipe(str(path)))
+
+
+def test_recipes_are_listed_by_the_command() -> None:
+    command = Path(sys.executable).parent / "espalier"
+    done = subprocess.run([command, "recipes"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(shipped())
+    assert all(len(line.split()) > 3 for line in lines)

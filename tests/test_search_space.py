@@ -1,0 +1,173 @@
+"""Proposals of sparsities become exact allocations; proposals of recipe values stay in their space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from helpers import quick, tiny_swin, tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orchestration.config import AllocationSearch, Distribution, PruningSettings
+from orchestration.search_space import AllocationSpace, contains, recipe_space, summarise
+from pruners import MaskSet, create_pruner, find_layers
+from pruners.allocation import Allocation, allocate, budget
+from pruners.layers import PrunableLayer
+
+SWIN, VIT = find_layers(tiny_swin()), find_layers(tiny_vit())
+
+
+def losses_of(layers: list[PrunableLayer], seed: int = 0) -> dict[str, Tensor]:
+    """Ascending losses; the layers differ in scale by orders of magnitude."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        layer.name: torch.rand(layer.numel, generator=random).sort().values * 10.0 ** (i % 3)
+        for i, layer in enumerate(layers)
+    }
+
+
+def space(
+    layers: list[PrunableLayer],
+    own: Allocation,
+    *,
+    by: tuple[str, ...] = ("stage", "module"),
+    **limits: float,
+) -> AllocationSpace:
+    search = AllocationSearch.model_validate({"by": by, "range": limits.pop("range", 0.15)})
+    return AllocationSpace.of(
+        search, PruningSettings.model_validate({"sparsity": 0.6, **limits}), layers, own
+    )
+
+
+@pytest.mark.parametrize("by", [("stage", "module"), ("stage",), ("module",)])
+@pytest.mark.parametrize("scope", ["global", "module", "stage", "layer"])
+@pytest.mark.parametrize("layers", [SWIN, VIT], ids=["swin", "vit"])
+@pytest.mark.parametrize("limits", [{}, {"floor": 0.2, "ceiling": 0.9}])
+def test_own_values_give_the_own_allocation(
+    by: tuple[str, ...], scope: Any, layers: list[PrunableLayer], limits: dict[str, float]
+) -> None:
+    losses = losses_of(layers)
+    own = allocate(losses, layers, budget(layers, 0.6), scope, **limits)
+    chosen = space(layers, own, by=by, **limits)
+    found = chosen.allocation(chosen.own_values(), losses)
+    assert sum(found.values()) == sum(own.values())
+    if scope in {"global", "module", "stage"}:  # one threshold in each group, as the space has
+        assert found == own
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dimap",
+        "ovit",
+        pytest.param(
+            "magnitude", marks=pytest.mark.xfail(strict=True, reason="one threshold a group, not a layer")
+        ),
+    ],
+)
+def test_the_methods_own_allocation_to_the_weight(method: str) -> None:
+    model = tiny_swin()
+    pruner = create_pruner(method, **({"block_size": 16, "damp": 1e-4} if method == "ovit" else {}))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    fisher = pruner.fisher(SWIN)
+    if fisher is not None:
+        random = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            fisher.add({layer.name: torch.randn(layer.shape, generator=random) for layer in SWIN})
+    order = pruner.order(weights, SWIN, MaskSet.dense(model, SWIN), fisher)
+    own = allocate(order.losses, SWIN, budget(SWIN, 0.6), pruner.scope)
+    chosen = space(SWIN, own)
+    assert chosen.allocation(chosen.own_values(), order.losses) == own
+
+
+@quick(150)
+@given(st.data())
+def test_every_proposal_meets_the_budget_and_the_bounds(data: st.DataObject) -> None:
+    layers = data.draw(st.sampled_from([SWIN, VIT]))
+    floor, ceiling = data.draw(st.sampled_from([(0.0, 1.0), (0.3, 0.85), (0.55, 0.65)]))
+    by = data.draw(st.sampled_from([("stage", "module"), ("stage",), ("module",)]))
+    losses = losses_of(layers)
+    total = budget(layers, 0.6)
+    own = allocate(losses, layers, total, "global", floor=floor, ceiling=ceiling)
+    chosen = space(layers, own, by=by, floor=floor, ceiling=ceiling, range=data.draw(st.floats(0.01, 1.0)))
+    values = {}
+    for key, distribution in chosen.distributions().items():
+        assert isinstance(distribution, optuna.distributions.FloatDistribution)
+        assert floor <= distribution.low <= chosen.own_values()[key] <= distribution.high <= ceiling
+        values[key] = data.draw(st.floats(distribution.low, distribution.high))
+    found = chosen.allocation(values, losses)
+    assert list(found) == [layer.name for layer in layers]
+    assert sum(found.values()) == total
+    for layer in layers:
+        assert floor * layer.numel - 1e-6 <= found[layer.name] <= ceiling * layer.numel + 1e-6
+    assert found == chosen.allocation(values, losses)
+
+
+def test_a_proposal_moves_its_groups() -> None:
+    losses = losses_of(SWIN)
+    own = allocate(losses, SWIN, budget(SWIN, 0.6), "module")
+    chosen = space(SWIN, own)
+    before = chosen.own_values()
+    after = summarise(chosen.allocation(before | {"stage.0": before["stage.0"] + 0.1}, losses), SWIN)
+    assert after["stage.0"] > before["stage.0"] + 0.05
+    assert after["stage.1"] < before["stage.1"]
+    moved = summarise(chosen.allocation(before | {"module.QKV": before["module.QKV"] - 0.1}, losses), SWIN)
+    assert moved["module.QKV"] < before["module.QKV"] - 0.05
+
+
+def test_sparsity_of_stages_and_modules_by_hand() -> None:
+    layers = [
+        PrunableLayer("a.weight", "QKV", 0, (10, 10)),
+        PrunableLayer("b.weight", "MLP", 0, (10, 30)),
+        PrunableLayer("c.weight", "MLP", 1, (10, 10)),
+    ]
+    found = summarise({"a.weight": 50, "b.weight": 90, "c.weight": 30}, layers)
+    assert found == {"stage.0": 0.35, "stage.1": 0.3, "module.QKV": 0.5, "module.MLP": 0.3}
+
+
+SPACE = recipe_space(
+    {
+        "u": Distribution(uniform=(0.0, 1.0)),
+        "l": Distribution(log=(1e-4, 1e-2)),
+        "i": Distribution(integer=(1, 3)),
+        "c": Distribution(choice=("a", "b")),
+    }
+)
+INSIDE: dict[str, Any] = {"u": 0.5, "l": 1e-3, "i": 2, "c": "b"}
+
+
+def test_distributions_of_recipe_values() -> None:
+    kinds = optuna.distributions
+    assert dict(SPACE) == {
+        "u": kinds.FloatDistribution(0.0, 1.0),
+        "l": kinds.FloatDistribution(1e-4, 1e-2, log=True),
+        "i": kinds.IntDistribution(1, 3),
+        "c": kinds.CategoricalDistribution(("a", "b")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "inside"),
+    [
+        ({}, True),
+        ({"u": 0.0}, True),
+        ({"u": 1.0}, True),
+        ({"more": 3}, True),
+        ({"u": 1.1}, False),
+        ({"l": 1e-5}, False),
+        ({"i": 4}, False),
+        ({"i": 3}, True),
+        ({"c": "z"}, False),
+        ({"c": None}, False),
+    ],
+)
+def test_what_lies_in_a_space(changes: dict[str, Any], inside: bool) -> None:
+    assert contains(SPACE, INSIDE | changes) is inside
+
+
+def test_a_value_that_is_missing_does_not() -> None:
+    assert not contains(SPACE, {"u": 0.5})

@@ -1,0 +1,91 @@
+"""The trials of a phase on the storage: what a resumed sweep goes by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestration.trial_log import TrialLog, TrialRecord
+from pruners.errors import InputError
+
+
+def trial(number: int, score: float | None, state: str = "finished", error: str | None = None) -> TrialRecord:
+    return TrialRecord(
+        number=number,
+        values={"recovery.lr.peak": 1e-3, "kind": "a"},
+        state=state,  # type: ignore[arg-type]
+        score=score,
+        metrics={"val_top1": 0.5, "shares": {"stage.0": 0.7}},
+        checkpoint=f"s3://b/{number}",
+        error=error,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_is_logged_is_read_back(scheme: str, tmp_path: Path) -> None:
+    uri = f"{scheme}{tmp_path}/deep/trials.json"
+    log = TrialLog(uri)
+    assert (log.trials, log.run_id) == ([], None)
+    log.run_id = "abc"
+    log.add(trial(0, 0.5))
+    log.add(trial(1, None, "failed", "boom"))
+    again = TrialLog(uri)
+    assert again.trials == log.trials
+    assert again.run_id == "abc"
+
+
+def test_each_trial_is_there_at_once(tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    for number in range(3):
+        log.add(trial(number, 0.1))
+        assert len(TrialLog(f"{tmp_path}/trials.json").trials) == number + 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
+
+
+def test_failed_trials_are_run_again(tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    for record in (trial(0, 0.5), trial(1, None, "failed"), trial(2, 0.4, "stopped")):
+        log.add(record)
+    assert [record.number for record in log.ended] == [0, 2]
+
+
+def test_the_best_ran_to_its_end(tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    trials = [trial(0, 0.5), trial(1, 0.9, "stopped"), trial(2, 0.7), trial(3, 0.7), trial(4, None, "failed")]
+    for record in trials:
+        log.add(record)
+    assert log.best().number == 2  # the first of equals
+    log.add(trial(5, None))
+    assert log.best().number == 2
+
+
+def test_scores_of_zero_and_below(tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    for record in (trial(0, -0.5), trial(1, 0.0), trial(2, -1.0)):
+        log.add(record)
+    assert log.best().number == 1
+
+
+def test_no_trial_ran_to_its_end(tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    with pytest.raises(RuntimeError, match=r"no trial ran to its end$"):
+        log.best()
+    log.add(trial(0, None, "failed", "out of memory"))
+    log.add(trial(1, None, "failed", "out of memory"))
+    log.add(trial(2, 0.1, "stopped"))
+    with pytest.raises(RuntimeError, match=r"no trial ran to its end: out of memory$"):
+        log.best()
+
+
+def test_a_log_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "trials.json").write_text('{"trials": [')
+    with pytest.raises(InputError, match=r"trials\.json"):
+        TrialLog(f"{tmp_path}/trials.json")
+
+
+def test_the_file_is_plain_json(tmp_path: Path) -> None:
+    TrialLog(f"{tmp_path}/trials.json").add(trial(0, 0.25))
+    content = json.loads((tmp_path / "trials.json").read_text())
+    assert content["trials"][0]["score"] == 0.25
