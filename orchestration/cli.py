@@ -150,6 +150,10 @@ def _run(
 def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
     from rich.console import Console
 
+    if address is not None and address != "auto":
+        from orchestration.ports import check_reachable
+
+        check_reachable(address)
     if address is not None and address.startswith("ray://"):
         from orchestration.client import run_through_client
 
@@ -164,7 +168,8 @@ def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
         prepared = prepare(recipe, local=address is None)
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
-        run_sweep(prepared, display, address=address, recipe_name=name)
+        out = Console() if Console().is_terminal else Console(width=160)
+        run_sweep(prepared, display, out, address=address, recipe_name=name)
 
 
 def _end_in_order() -> None:

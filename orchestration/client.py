@@ -1,19 +1,26 @@
 """From a laptop through Ray's client port (``ray://``): the sweep's driver runs as a task on the cluster.
 
-Tune's callbacks, the display and the tracker all belong to the driver, which must sit where the cluster is;
-its lines come back through Ray's own log stream, and Ctrl-C here cancels it there.
+Tune's callbacks, the display and the tracker all belong to the driver, which must sit where the cluster is.
+Its lines come back through a queue, and Ctrl-C here cancels it there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
-from typing import Any
+import sys
+import warnings
+from typing import IO, Any, cast
 
 import ray
-from ray.exceptions import RayTaskError, TaskCancelledError
+from ray.exceptions import RayError, RayTaskError
+from ray.util.queue import Queue
 
 from pruners.errors import InputError
+
+_POLL_SECONDS = 0.5
+_CANCEL_SECONDS = 30
 
 
 def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str) -> None:
@@ -24,25 +31,49 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
         KeyboardInterrupt: after the driver on the cluster has been cancelled.
     """
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is raised as well
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
-    task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name)
+    lines = Queue(actor_options={"num_cpus": 0})
+    task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, lines)
     try:
+        done: list[Any] = []
+        while not done:
+            done, _ = ray.wait([task], timeout=_POLL_SECONDS)
+            _print_waiting(lines)
         ray.get(task)
     except RayTaskError as error:
         raise error.cause from None
     except KeyboardInterrupt:
         ray.cancel(task)
-        with contextlib.suppress(RayTaskError, TaskCancelledError, TimeoutError):
-            ray.get(task, timeout=30)
+        with contextlib.suppress(RayError, TimeoutError):
+            ray.get(task, timeout=_CANCEL_SECONDS)
         raise
     finally:
         ray.shutdown()
 
 
-def _drive(recipe: dict[str, Any], recipe_name: str) -> None:
+def _print_waiting(lines: Queue) -> None:
+    while (waiting := lines.qsize()) > 0:
+        sys.stdout.write("".join(lines.get_nowait_batch(waiting)))
+        sys.stdout.flush()
+
+
+class _Sender(io.TextIOBase):
+    """A text file whose content goes into a queue."""
+
+    def __init__(self, lines: Queue) -> None:
+        self._lines = lines
+
+    def write(self, text: str) -> int:
+        self._lines.put(text)
+        return len(text)
+
+
+def _drive(recipe: dict[str, Any], recipe_name: str, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
     from rich.console import Console
 
@@ -51,7 +82,7 @@ def _drive(recipe: dict[str, Any], recipe_name: str) -> None:
     from orchestration.display import Display
     from orchestration.sweep import run_sweep
 
-    console = Console(width=150)
+    console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
         prepared = prepare(Recipe.model_validate(recipe))
-        run_sweep(prepared, display, address="auto", recipe_name=recipe_name)
+        run_sweep(prepared, display, console, address="auto", recipe_name=recipe_name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,10 +105,11 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
         return
     joined = cluster_address(address)
     try:
-        if joined:
-            _join(joined)
-        else:
-            _start_local()
+        with _own_signals():
+            if joined:
+                _join(joined)
+            else:
+                _start_local()
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -117,6 +120,25 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     finally:
         ray.shutdown()
         os.environ.pop(_STATE_API, None)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray, as it starts, makes SIGTERM its own; here it stays what it was, and ends what has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's handler
+        ray.shutdown()
+        raise KeyboardInterrupt from None
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+    else:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_local() -> None:

@@ -56,8 +56,13 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The live line goes; what was said stays."""
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
 
     def plan(self, phases: int) -> None:
         """How many phases there will be."""

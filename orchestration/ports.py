@@ -6,8 +6,24 @@ import socket
 
 from pruners.errors import InputError
 
+_ANSWER_SECONDS = 5.0
 LOOPBACK = "127.0.0.1"
 _TRIED = 50
+
+
+def check_reachable(address: str) -> None:
+    """Whether anybody listens at ``ray://HOST:PORT`` or ``HOST:PORT``, asked before Ray tries for a minute.
+
+    Raises:
+        InputError: nobody does, within seconds.
+    """
+    host, found, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    if not found or not port.isdigit():
+        raise InputError("--address", address, "must be auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError("--address", address, f"no Ray cluster answers there ({error})") from None
 
 
 def free_port(first: int) -> int:

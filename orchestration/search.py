@@ -77,6 +77,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> TrialRecord
                 storage_path=path,
                 storage_filesystem=system,
                 callbacks=[_Recorder(search, log, observer)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()

@@ -20,7 +20,9 @@ from orchestration.tracking import Tracker, server_for, tracking_folder
 from trainers import storage
 
 
-def run_sweep(prepared: Prepared, display: Display, *, address: str | None, recipe_name: str) -> list[Row]:
+def run_sweep(
+    prepared: Prepared, display: Display, out: Console, *, address: str | None, recipe_name: str
+) -> list[Row]:
     """Dense model → allocation and schedule search of each method → registry → table.
 
     Raises:
@@ -57,7 +59,8 @@ def run_sweep(prepared: Prepared, display: Display, *, address: str | None, reci
         except BaseException as error:
             tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-    print_end(Console(width=None if Console().is_terminal else 160), sweep, rows, champion, recipe_name)
+    display.close()
+    print_end(out, sweep, rows, champion, recipe_name)
     return rows
 
 

@@ -28,6 +28,17 @@ _READY_SECONDS = 90.0
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _TAG_LIMIT = 5000
 
+# Its standard input closes when we end, however we end; then the server, in the same group, ends too.
+_KEEPER = """
+import os, subprocess, sys, threading
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+def end():
+    sys.stdin.buffer.read()
+    os.killpg(0, 15)
+threading.Thread(target=end, daemon=True).start()
+sys.exit(server.wait())
+"""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -75,13 +86,14 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
     """Start a server over ``folder``, at ``port`` or the next free one; :meth:`Server.wait_ready` waits."""
     folder.mkdir(parents=True, exist_ok=True)
     free = free_port(port)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(free)]
+    command = [sys.executable, "-c", _KEEPER, sys.executable, "-m", "mlflow", "server"]
+    command += ["--host", LOOPBACK, "--port", str(free)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     log = (folder / "server.log").open("ab")
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
         start_new_session=True,  # Ctrl-C reaches us first; we end it in order
@@ -182,9 +194,15 @@ class Tracker:
         return True
 
     def resume(self, run: str) -> bool:
-        """Go on with a run of before; ``False`` if this server does not know it."""
+        """Go on with a run of before; ``False`` if this server does not know it.
+
+        Runs below it that a killed process left open are ended; those that go on are resumed in their turn.
+        """
         if not self.knows(run):
             return False
+        left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
+        for child in self.client.search_runs([self.experiment], left, max_results=1000):
+            self.client.set_terminated(child.info.run_id, "KILLED")
         self.client.update_run(run, status="RUNNING")
         self._open.add(run)
         return True
