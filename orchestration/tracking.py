@@ -260,6 +260,9 @@ class Tracker:
         """End the open runs after an error, which must not be hidden by one of MLflow's."""
         from mlflow.exceptions import MlflowException
 
+        if self.uri.startswith("http") and not answers(self.uri, timeout=2.0):
+            self._sender.shutdown(wait=False, cancel_futures=True)  # each request would be tried for long
+            return
         try:
             self.close(status)
         except MlflowException:

@@ -1,0 +1,293 @@
+"""MLflow: a server of ours over a folder, and a tracker whose runs are read back through the client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import Family
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+
+from orchestration import registry, tracking
+from orchestration.tracking import Server, Tracker, check_uri, server_for, start_server, without_password
+from pruners.errors import InputError
+
+
+@dataclass(frozen=True)
+class Running:
+    server: Server
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    server = start_server(folder)
+    try:
+        server.wait_ready()
+        yield Running(server, folder)
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def tracker(running: Running) -> Iterator[Tracker]:
+    made = Tracker(running.server.uri, "tests")
+    yield made
+    made.abandon("KILLED")
+
+
+def below(tracker: Tracker, run: str) -> list[str]:
+    found = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{run}'")
+    return [entry.info.run_id for entry in found]
+
+
+# the server
+
+
+@pytest.mark.cluster
+def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -> None:
+    before = set(Family(os.getpid(), tmp_path, "none").look())
+    with server_for(None, tmp_path / "mlflow") as (uri, ready):
+        ready()
+        assert uri.startswith("http://127.0.0.1:")
+        assert tracking.answers(uri, 1.0)
+        assert MlflowClient(uri).search_experiments()
+        grown = set(Family(os.getpid(), tmp_path, "none").look()) - before
+        assert grown
+    assert not tracking.answers(uri, 1.0)
+    for _ in range(20):
+        left = grown & set(Family(os.getpid(), tmp_path, "none").look())
+        if not left:
+            break
+        time.sleep(0.25)
+    assert not left
+    assert (tmp_path / "mlflow/mlflow.db").is_file()
+
+
+@pytest.mark.cluster
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also when that is killed, and can end nothing itself."""
+    code = (
+        "import sys, time; from pathlib import Path; from orchestration.tracking import start_server;"
+        f"server = start_server(Path({str(tmp_path)!r}));"
+        "server.wait_ready(); print(server.uri, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as starter:
+        family = Family(starter.pid, tmp_path, "none")
+        try:
+            assert starter.stdout is not None
+            uri = starter.stdout.readline().strip()
+            assert tracking.answers(uri, 1.0)
+            assert len(family.look()) > 1
+            os.kill(starter.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while family.look() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert family.look() == {}
+            assert not tracking.answers(uri, 1.0)
+        finally:
+            family.end()
+
+
+@pytest.mark.cluster
+def test_a_given_server_is_left_alone(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object, **options: object) -> Server:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(tracking, "start_server", start)
+    with server_for(running.server.uri, tmp_path / "mlflow") as (uri, ready):
+        ready()
+        assert uri == running.server.uri
+    assert tracking.answers(uri, 1.0)
+    assert not (tmp_path / "mlflow").exists()
+
+
+@pytest.mark.cluster
+def test_a_second_server_takes_the_next_port(running: Running, tmp_path: Path) -> None:
+    port = int(running.server.uri.rpartition(":")[2])
+    server = start_server(tmp_path, port)
+    try:
+        assert int(server.uri.rpartition(":")[2]) > port
+    finally:
+        server.stop()
+
+
+def test_a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    server = start_server(tmp_path)
+    try:
+        with pytest.raises(RuntimeError, match="ended with status"):
+            server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense", "ftp://host/x"])
+def test_a_uri_that_cannot_serve_is_refused(uri: str) -> None:
+    with pytest.raises(InputError, match=r"tracking\.uri"):
+        check_uri(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:secret@host:5000", "http://host:5000"),
+        ("https://user:p%40ss@host/path", "https://host/path"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:///runs/mlflow.db", "sqlite:///runs/mlflow.db"),
+    ],
+)
+def test_a_password_is_never_shown(uri: str, shown: str) -> None:
+    assert without_password(uri) == shown
+    with pytest.raises(InputError) as refused:
+        check_uri(uri.replace("http", "hxxp").replace("sqlite", "sqlyte"))
+    assert "secret" not in str(refused.value)
+
+
+# the tracker
+
+
+@pytest.mark.cluster
+def test_runs_are_logged_in_order_and_nested(tracker: Tracker) -> None:
+    parent = tracker.start("parent", None, {"a.b": 1, "list": [1, 2]}, {"espalier.level": "sweep"})
+    child = tracker.start("child", parent, {}, {})
+    for step in range(30):
+        tracker.metrics(child, {"loss": [(step, 1.0 / (step + 1))], "top1@5": [(step, 0.5)]})
+    figure = Figure()
+    figure.add_subplot().plot([0, 1])
+    tracker.figure(child, figure, "line")
+    tracker.table(child, [{"method": "dimap"}], "results.json")
+    tracker.tags(child, {"espalier.state": "finished"})
+    tracker.finish(child)
+    tracker.flush()
+    found = tracker.client.get_run(child)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.parentRunId"] == parent
+    assert found.data.tags["espalier.state"] == "finished"
+    history = tracker.client.get_metric_history(child, "loss")
+    assert sorted((point.step, point.value) for point in history) == [
+        (step, 1.0 / (step + 1)) for step in range(30)
+    ]
+    assert found.data.metrics["top1_5"] == 0.5
+    names = {file.path for file in tracker.client.list_artifacts(child)}
+    assert names == {"figures", "results.json"}
+    assert tracker.client.get_run(parent).data.params == {"a.b": "1", "list": "[1, 2]"}
+    assert tracker.client.get_run(parent).info.status == "RUNNING"
+    assert tracker.link(child).endswith(f"/runs/{child}")
+    tracker.finish(parent)
+
+
+@pytest.mark.cluster
+def test_many_points_and_params_go_in_batches(tracker: Tracker) -> None:
+    params = {f"key.{number}": number for number in range(230)}
+    run = tracker.start("large", None, params, {})
+    tracker.metrics(run, {"loss": [(step, float(step)) for step in range(2000)]})
+    tracker.finish(run)
+    tracker.flush()
+    found = tracker.client.get_run(run)
+    assert len(found.data.params) == len(params)
+    assert found.data.metrics["loss"] == 1999.0
+    assert len(tracker.client.get_metric_history(run, "loss")) == 2000
+
+
+@pytest.mark.cluster
+def test_a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running) -> None:
+    killed = Tracker(running.server.uri, "tests")
+    parent = killed.start("parent", None, {}, {})
+    open_child, closed_child = killed.start("open", parent, {}, {}), killed.start("closed", parent, {}, {})
+    killed.finish(closed_child)
+    killed.flush()
+
+    tracker = Tracker(running.server.uri, "tests")
+    assert tracker.experiment == killed.experiment
+    assert tracker.resume(parent)
+    assert set(below(tracker, parent)) == {open_child, closed_child}
+    assert tracker.client.get_run(open_child).info.status == "KILLED"
+    assert tracker.client.get_run(closed_child).info.status == "FINISHED"
+    assert tracker.client.get_run(parent).info.status == "RUNNING"
+    tracker.close("FINISHED")
+    assert tracker.client.get_run(parent).info.status == "FINISHED"
+    assert not tracker.resume("0" * 32)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("status", ["KILLED", "FAILED"])
+def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracking.Status) -> None:
+    tracker = Tracker(running.server.uri, "tests")
+    run = tracker.start("broken off", None, {}, {})
+    tracker.abandon(status)
+    assert MlflowClient(running.server.uri).get_run(run).info.status == status
+
+
+@pytest.mark.cluster
+def test_a_refusal_of_the_server_surfaces_in_flush(tracker: Tracker) -> None:
+    from mlflow.exceptions import MlflowException
+
+    tracker.metrics("0" * 32, {"loss": [(0, 1.0)]})
+    with pytest.raises(MlflowException):
+        tracker.flush()
+
+
+@pytest.mark.cluster
+def test_a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
+    with server_for(None, tmp_path) as (uri, ready):
+        ready()
+        tracker = Tracker(uri, "tests")
+        run = tracker.start("orphan", None, {}, {})
+    for step in range(50):
+        tracker.metrics(run, {"loss": [(step, 0.0)]})
+    began = time.monotonic()
+    tracker.abandon("KILLED")
+    assert time.monotonic() - began < 5
+
+
+# the registry
+
+
+@pytest.mark.cluster
+def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_path: Path) -> None:
+    versions = []
+    for method in ("dimap", "ovit"):
+        folder = tmp_path / method
+        folder.mkdir()
+        (folder / "config.json").write_text(f'"{method}"')
+        run = tracker.start(method, None, {}, {})
+        tracker.folder(run, folder, "checkpoint")
+        tags = registry.describe({"method": method, "sparsity": 0.75, "figures": {"val_top1": 0.9}})
+        made = registry.register(tracker, "espalier-test", run, tags)
+        assert registry.register(tracker, "espalier-test", run, tags) == made
+        versions.append(made)
+    assert versions == ["1", "2"]
+    for version, method in zip(versions, ("dimap", "ovit"), strict=True):
+        registry.crown(tracker, "espalier-test", version)
+        with registry.pulled("models:/espalier-test@champion", tracker.uri) as folder:
+            assert (folder / "config.json").read_text() == f'"{method}"'
+        assert not folder.exists()
+    with registry.pulled("models:/espalier-test/1", tracker.uri) as folder:
+        assert (folder / "config.json").read_text() == '"dimap"'
+    newest, oldest = [found for found in registry.versions(tracker.uri) if found.model == "espalier-test"]
+    assert (newest.uri, newest.aliases) == ("models:/espalier-test/2", ("champion",))
+    assert (oldest.uri, oldest.aliases) == ("models:/espalier-test/1", ())
+    assert oldest.tags == {"method": "dimap", "sparsity": "0.7500", "validation_top1": "0.9000"}
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    "reference", ["models:/absent@champion", "models:/absent/1", "models:/espalier", "models:/x@"]
+)
+def test_what_the_registry_does_not_hold_is_one_line(running: Running, reference: str) -> None:
+    with pytest.raises(InputError) as refused, registry.pulled(reference, running.server.uri):
+        pass
+    assert len(str(refused.value).splitlines()) == 1
+    assert reference in str(refused.value)
