@@ -25,12 +25,6 @@ CASES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "bad_input.yaml").read_text(encoding="utf-8")
 )
 BY_HAND = ("unknown key", "unknown command", "truncated weights", "unknown optimizer")
-    "unknown key",
-    "images without labels",
-    "truncated weights",
-    "unknown command",
-    "unknown optimizer",
-)
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,7 @@ def test_a_gradual_run(
             assert name not in before or not mask[~before[name]].any(), "a mask opened again"
             before[name] = mask.clone()
         sparsities.append(session.masks.sparsity)
+        assert session.train.sampler.epoch == session.epoch - 1  # type: ignore[union-attr]
         log(progress)
 
     run(job(files, dense[architecture], method), report, CPU)

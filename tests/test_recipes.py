@@ -122,6 +122,15 @@ def test_numbers(text: str, value: float, tmp_path: Path) -> None:
     assert load_recipe(path, ["recovery.lr.peak=7", f"recovery.lr.peak={text}"]).recovery.lr.peak == value
 
 
+def test_numbers_where_any_type_will_do() -> None:
+    """Where the schema would not turn text into a number, YAML must."""
+    found = load_recipe(
+        "demo", ["model.args.drop_rate=1e-4", "schedule.space={recovery.lr.peak: {choice: [1e-3]}}"]
+    )
+    assert found.model.args["drop_rate"] == 1e-4
+    assert found.schedule.space["recovery.lr.peak"].choice == (1e-3,)
+
+
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     assert load_recipe(recipe(tmp_path, "r", MINIMAL + "description: e10 by 1e\n")).description == "e10 by 1e"
 

@@ -62,6 +62,8 @@ def test_the_fingerprint_follows_labels_and_images(tmp_path: Path) -> None:
         )
     }
     assert len(prints) == 4
+    relabelled = table([0, 1, 2]).set_column(1, "label", pa.array([0, 2, 1]))
+    assert check_table(write(tmp_path / "r.parquet", relabelled), 3, key="data") not in prints
     again = write(tmp_path / "copy" / "other.parquet", table([0, 1, 2]))
     assert check_table(again, 3, key="data") in prints
 
@@ -97,6 +99,7 @@ def scribble(bad: object) -> pa.Table:
         (holding(lambda: table([0.0], kind=pa.float64())), "must be integers, not double"),
         (holding(lambda: table([0, None])), "1 images have no label"),
         (holding(lambda: table([0, 3, 7])), "label 7 lies outside the model's classes 0…2"),
+        (holding(lambda: table([0, 3])), "label 3 lies outside"),
         (holding(lambda: table([-2, 9])), "label -2 lies outside"),
         (holding(lambda: scribble(b"no image")), "row 0 holds no image"),
         (holding(lambda: scribble(None)), "row 0 holds no image"),
