@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pruners.allocation import Scope
-from pruners.fisher import BlockFisher
-from pruners.layers import PrunableLayer
-from pruners.magnitude import ascending
-from pruners.order import EliminationOrder, LayerOrder
+from pruners.magnitude import RankedByMagnitude
 
 
 def importance(magnitudes: Tensor) -> Tensor:
@@ -32,7 +28,7 @@ def importance(magnitudes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Dimap:
+class Dimap(RankedByMagnitude):
     """A weight's share of the energy of those at least as large; one threshold for each module.
 
     All modules (QKV, PRJ, MLP) are pruned at the same ratio, each by one threshold over all its layers.
@@ -41,18 +37,5 @@ class Dimap:
     name: str = "dimap"
     scope: Scope = "module"
 
-    def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
-        return None
-
-    def order(
-        self,
-        weights: Mapping[str, Tensor],
-        layers: Sequence[PrunableLayer],
-        masks: Mapping[str, Tensor],
-        fisher: BlockFisher | None,
-    ) -> EliminationOrder:
-        orders = EliminationOrder()
-        for layer in layers:
-            magnitudes, positions = ascending(weights[layer.name], masks[layer.name])
-            orders[layer.name] = LayerOrder(positions, importance(magnitudes))
-        return orders
+    def score(self, magnitudes: Tensor) -> Tensor:
+        return importance(magnitudes)

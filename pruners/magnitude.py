@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,15 @@ def ascending(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return magnitudes.clamp_min_(0.0), positions.int()
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """Smallest |w| first; the loss of a weight is w².
+class RankedByMagnitude(ABC):
+    """A data-free method: each layer's weights fall in the order of their magnitude.
 
-    Uniform (every layer at the same sparsity) by its own scope ``layer``, global with ``global``.
+    Such methods differ in what a fall costs (:meth:`score`), and so in how layers compare.
     """
 
-    name: str = "magnitude"
-    scope: Scope = "layer"
+    @abstractmethod
+    def score(self, magnitudes: Tensor) -> Tensor:
+        """Losses (d,), ascending, of one layer's weights from their magnitudes (d,), ascending."""
 
     def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
         return None
@@ -44,5 +45,19 @@ class Magnitude:
         orders = EliminationOrder()
         for layer in layers:
             magnitudes, positions = ascending(weights[layer.name], masks[layer.name])
-            orders[layer.name] = LayerOrder(positions, magnitudes.square())
+            orders[layer.name] = LayerOrder(positions, self.score(magnitudes))
         return orders
+
+
+@dataclass(frozen=True)
+class Magnitude(RankedByMagnitude):
+    """Smallest |w| first; the loss of a weight is w².
+
+    Uniform (every layer at the same sparsity) by its own scope ``layer``, global with ``global``.
+    """
+
+    name: str = "magnitude"
+    scope: Scope = "layer"
+
+    def score(self, magnitudes: Tensor) -> Tensor:
+        return magnitudes.square()
