@@ -1,0 +1,62 @@
+"""What the tests of the whole share: one small sweep by the real command line, run once, and its MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from commands import Command
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A finished ``espalier sweep`` of ``recipes/small.yaml``, in a folder of its own."""
+
+    folder: Path
+    command: Command
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "runs"
+
+    def logs(self) -> dict[str, dict[str, Any]]:
+        """The trial log of every phase, by its folder's name without the hash (``schedule-ovit``)."""
+        import json
+
+        found = sorted(self.storage.glob("*/**/trials.json"))
+        return {
+            path.parent.name.rpartition("-")[0] or "dense": json.loads(path.read_text(encoding="utf-8"))
+            for path in found
+        }
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """The sweep that most tests of the whole read; its tests fail together if it did not end well."""
+    from commands import SMALL, run
+
+    folder = tmp_path_factory.mktemp("sweep")
+    return Swept(folder, run("sweep", str(SMALL), cwd=folder))
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(swept: Swept) -> Iterator[str]:
+    """A server over what the sweep left, as ``espalier ui`` starts it."""
+    from orchestration.tracking import server_for, tracking_folder
+
+    with server_for(None, tracking_folder(str(swept.storage))) as (uri, ready):
+        ready()
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def client(mlflow_uri: str) -> MlflowClient:
+    import mlflow
+
+    return mlflow.MlflowClient(mlflow_uri)
