@@ -60,6 +60,8 @@ class AllocationSpace:
             losses: ascending losses of each layer's weights.
         """
         own = self.own_values()
+        if all(values[key] == own[key] for key in own):
+            return dict(self.own)
         groups = group_layers(self.layers, lambda layer: (layer.stage, layer.module))
         limits = bounds(self.layers, self.floor, self.ceiling)
         low, high = group_bounds(groups.values(), limits)

@@ -283,7 +283,6 @@ def test_a_loss_that_is_nan_ends_the_run(
     assert len(log.metrics) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="timm's Mixup takes no device")
 @pytest.mark.parametrize("mixing", [{"mixup": 0.5}, {"cutmix": 1.0}])
 def test_mixed_images(mixing: dict[str, float], files: dict[str, str], tmp_path: Path) -> None:
     training = {"epochs": 1, "augment": mixing, "label_smoothing": 0.1}
@@ -292,7 +291,6 @@ def test_mixed_images(mixing: dict[str, float], files: dict[str, str], tmp_path:
     assert log.metrics[0]["train_loss"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="timm's Mixup takes no device, and no odd batch")
 def test_mixed_images_with_an_odd_last_batch(files: dict[str, str], tmp_path: Path) -> None:
     odd = {**files, "train": write(tmp_path / "odd.parquet", table([i % 3 for i in range(21)]))}
     log = Log(tmp_path)
@@ -307,13 +305,7 @@ def test_an_unknown_optimizer(files: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        "sgd",
-        pytest.param(
-            "lamb", marks=pytest.mark.xfail(strict=True, reason="its step lies in the parameter group")
-        ),
-        "lion",
-    ],
+    ["sgd", "lamb", "lion"],
 )
 def test_other_optimizers_resume_too(
     optimizer: str, files: dict[str, str], dense: dict[str, str], tmp_path: Path

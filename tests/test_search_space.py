@@ -61,13 +61,7 @@ def test_own_values_give_the_own_allocation(
 
 @pytest.mark.parametrize(
     "method",
-    [
-        "dimap",
-        "ovit",
-        pytest.param(
-            "magnitude", marks=pytest.mark.xfail(strict=True, reason="one threshold a group, not a layer")
-        ),
-    ],
+    ["dimap", "ovit", "magnitude"],
 )
 def test_the_methods_own_allocation_to_the_weight(method: str) -> None:
     model = tiny_swin()

@@ -154,9 +154,15 @@ def _targets(
             cutmix_alpha=training.augment.cutmix,
             label_smoothing=training.label_smoothing,
             num_classes=session.model.num_classes,
-            device=session.device,
         )
-        return mix, SoftTargetCrossEntropy()
+
+        def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            if len(images) % 2:  # Mixup pairs images: the odd one of a last batch comes twice
+                images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
+            both: tuple[Tensor, Tensor] = mix(images, labels)
+            return both
+
+        return mixed, SoftTargetCrossEntropy()
     return lambda images, labels: (images, labels), nn.CrossEntropyLoss(
         label_smoothing=training.label_smoothing
     )

@@ -143,14 +143,23 @@ class Session:
         save_checkpoint(folder, self.model, model_args=self.model_args, masks=self.masks, record=record)
         tensors, plain = _flatten(self.optimizer.state_dict())
         save_file(tensors, folder / STATE)
-        progress = {"epoch": self.epoch, "optimizer": plain}
+        # some optimizers count their steps in the parameter groups
+        groups = [
+            {key: _plain(value) for key, value in group.items() if key != "params"}
+            for group in self.optimizer.state_dict()["param_groups"]
+        ]
+        progress = {"epoch": self.epoch, "optimizer": plain, "groups": groups}
         (folder / PROGRESS).write_text(json.dumps(progress))
 
     def _restore(self, folder: Path) -> None:
         progress = json.loads((folder / PROGRESS).read_text())
         state = self.optimizer.state_dict()
         self.optimizer.load_state_dict(
-            _unflatten(load_file(folder / STATE), progress["optimizer"], state["param_groups"])
+            _unflatten(
+                load_file(folder / STATE),
+                progress["optimizer"],
+                [new | old for new, old in zip(state["param_groups"], progress["groups"], strict=True)],
+            )
         )
         self.epoch = progress["epoch"]
 
@@ -206,3 +215,7 @@ def _unflatten(
         number, key = place.split("/", 1)
         state.setdefault(int(number), {})[key] = value
     return {"state": state, "param_groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) else value
