@@ -128,6 +128,7 @@ class _Running:
     best: float = -math.inf
     checkpoint: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
@@ -160,7 +161,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             running.metrics = result
             # the model of a trial is its best checkpoint at the final sparsity
             if result.get("checkpoint_path") and score >= running.best:
-                running.best = score
+                running.best, running.kept = score, result
                 running.checkpoint = same_scheme(self._search.storage, result["checkpoint_path"])
             self._observer.trial_reported(trial.trial_id, result)
 
@@ -176,12 +177,14 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Trial, state: Any, error: str | None) -> None:
         running = self._running.pop(trial.trial_id)
+        # a trial that ran to its end stands for its best checkpoint, another for where it was stopped
+        figures = running.kept if state == "finished" and running.kept is not None else running.metrics
         record = TrialRecord(
             number=running.number,
             values=dict(trial.config),
             state=state,
-            score=running.metrics.get("score") if running.checkpoint is None else running.best,
-            metrics={key: running.metrics[key] for key in _KEPT if key in running.metrics},
+            score=figures.get("score"),
+            metrics={key: figures[key] for key in _KEPT if key in figures},
             checkpoint=running.checkpoint,
             seconds=time.monotonic() - running.started,
             error=error,
