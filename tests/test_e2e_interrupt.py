@@ -1,0 +1,140 @@
+"""Ctrl-C, SIGTERM and SIGKILL at any moment: what ends, what stays, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from commands import SMALL, Command, espalier
+
+pytestmark = pytest.mark.cluster
+
+OVERRIDES = (
+    "pruning.methods=[dimap]",
+    "allocation.trials=12",
+    "schedule.trials=2",
+    "schedule.stop_early=false",
+)
+SWEEP = ("sweep", str(SMALL), *OVERRIDES)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in which one sweep is started, broken off and resumed, test after test."""
+
+    folder: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def trials(self) -> dict[str, list[dict[str, Any]]]:
+        """What is known of each phase; a file is written whole or not at all."""
+        logs = [*self.runs.glob("dense/*/trials.json"), *self.runs.glob("sweeps/*/*/trials.json")]
+        return {
+            str(log.relative_to(self.runs)): json.loads(log.read_text(encoding="utf-8"))["trials"]
+            for log in logs
+        }
+
+    def ended(self, phase: str) -> int:
+        return sum(len(trials) for name, trials in self.trials().items() if phase in name)
+
+    def keeps(self, before: dict[str, list[dict[str, Any]]]) -> None:
+        """No trial that was known has been changed, or run again."""
+        after = self.trials()
+        for name, trials in before.items():
+            assert after[name][: len(trials)] == trials
+            numbers = [trial["number"] for trial in after[name]]
+            assert sorted(set(numbers)) == sorted(numbers)
+
+    def status(self) -> dict[str, str]:
+        """State of each MLflow run, read from the database as it lies."""
+        client = mlflow.MlflowClient(f"sqlite:///{self.runs}/mlflow/mlflow.db")
+        ids = [experiment.experiment_id for experiment in client.search_experiments()]
+        return {entry.info.run_id: entry.info.status for entry in client.search_runs(ids, max_results=1000)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("interrupted"))
+
+
+def has_begun(place: Place, command: Command) -> bool:
+    """Ray is on its way up."""
+    return any("gcs_server" in line for line in command.family.look().values())
+
+
+def in_dense(place: Place, command: Command) -> bool:
+    return bool(command.workers()) and "[1/3] dense model" in command.err
+
+
+def in_allocation(place: Place, command: Command) -> bool:
+    return place.ended("allocation") > 2
+
+
+def in_gradual(place: Place, command: Command) -> bool:
+    """The second gradual run is at work."""
+    return place.ended("schedule") == 1 and bool(command.workers())
+
+
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    [
+        (has_begun, signal.SIGINT),
+        (in_dense, signal.SIGINT),
+        (in_allocation, signal.SIGTERM),
+        (in_gradual, signal.SIGINT),
+    ],
+)
+def test_an_interrupt_ends_everything_in_seconds(
+    place: Place, moment: Callable[[Place, Command], bool], kind: int
+) -> None:
+    before = place.trials()
+    with espalier(*SWEEP, cwd=place.folder) as command:
+        command.until(lambda: moment(place, command), what=moment.__name__)
+        known = place.trials()
+        time.sleep(1)
+        status, seconds = command.interrupt(kind)
+        assert command.left() == {}
+        assert status == 130, command.err
+        assert seconds < 15
+    assert "Traceback" not in command.err
+    last = command.err.rstrip().splitlines()[-1]
+    said, _, again = last.partition("To go on: ")
+    assert said == "interrupted; finished trials are kept. "
+    assert tuple(shlex.split(again)) == ("espalier", *SWEEP)
+    place.keeps(before)
+    place.keeps(known)
+    if moment is not has_begun:
+        assert "RUNNING" not in place.status().values()
+
+
+def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
+    """SIGKILL, and then the same command again: it ends well, and repeats no finished trial."""
+    with espalier(*SWEEP, cwd=place.folder) as command:
+        command.until(lambda: in_gradual(place, command), what="the second gradual run")
+        known = place.trials()
+        status, _ = command.interrupt(signal.SIGKILL)
+        assert status == -signal.SIGKILL
+        # Ray's own agents try for a minute to tell the cluster, which is gone, that it is
+        agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        assert set(command.left(10.0).values()) <= agents
+        with espalier(*SWEEP, cwd=place.folder) as again:
+            assert again.wait() == 0, again.err
+            assert set(again.left().values()) <= agents
+        assert command.left(60.0) == {}
+    place.keeps(known)
+    assert place.ended("allocation") == 12
+    assert place.ended("schedule") == 2
+    assert "1 of 2 trials known" in again.err
+    assert "champion: dimap" in again.out
+    assert "RUNNING" not in place.status().values()
+    assert not list(place.runs.glob("scratch/*"))
