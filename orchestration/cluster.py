@@ -100,6 +100,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is our own line
     if ray.is_initialized():  # a driver that runs as a task on the cluster
         yield _size()
         return

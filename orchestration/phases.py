@@ -155,8 +155,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     runs.figure(plots.trial_history(log.trials, f"{method}: one-shot trials", dense.top1), "history")
     runs.close(best)
     sweep.display.finished(
-        f"{len(log.ended)} trials, own {_percent(log.ended[0])} → best {_percent(best)} "
-        "one-shot on validation"
+        f"{len(log.ended)} trials, own {_own(log)} → best {_percent(best)} one-shot on validation"
     )
     return _allocated(best, one_shot, log)
 
@@ -248,11 +247,15 @@ def _training(sweep: Sweep, jobs: Any, folder: str) -> Any:
     )
 
 
+def _own(log: TrialLog) -> str:
+    """How the method's own allocation did."""
+    given = next((record for record in log.ended if record.given), None)
+    return _percent(given) if given is not None else "failed"
+
+
 def _allocated(best: TrialRecord, checkpoint: str, log: TrialLog) -> Allocated:
-    own = min(log.ended, key=lambda record: record.number)
-    return Allocated(
-        best.metrics["allocation"], "own" if best.values == own.values else "searched", checkpoint, log.ended
-    )
+    name = "own" if best.given else "searched"
+    return Allocated(best.metrics["allocation"], name, checkpoint, log.ended)
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:

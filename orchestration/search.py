@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -139,7 +140,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._log = log
         self._observer = observer
         self._running: dict[str, _Running] = {}
-        self._next = max((record.number for record in log.trials), default=-1) + 1
+        self._first = max((record.number for record in log.trials), default=-1) + 1
 
     def __reduce__(self) -> Any:
         # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
@@ -148,9 +149,9 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if trial.trial_id in self._running:
             return
-        self._running[trial.trial_id] = _Running(self._next, time.monotonic())
-        self._observer.trial_started(trial.trial_id, self._next, dict(trial.config))
-        self._next += 1
+        number = self._first + trials.index(trial)  # in the order of the proposals, not of the starts
+        self._running[trial.trial_id] = _Running(number, time.monotonic())
+        self._observer.trial_started(trial.trial_id, number, dict(trial.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -171,9 +172,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._end(trial, "finished" if complete else "stopped", None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        text = str(getattr(trial, "error_msg", None) or "failed")
-        lines = [line for line in text.strip().splitlines() if line.strip()]
-        self._end(trial, "failed", lines[-1].strip() if lines else "failed")
+        self._end(trial, "failed", _reason(trial))
 
     def _end(self, trial: Trial, state: Any, error: str | None) -> None:
         running = self._running.pop(trial.trial_id)
@@ -188,6 +187,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             checkpoint=running.checkpoint,
             seconds=time.monotonic() - running.started,
             error=error,
+            given=dict(trial.config) in list(self._search.first),
         )
         run_id = self._observer.trial_ended(trial.trial_id, record)
         self._log.add(TrialRecord(**{**record.__dict__, "run_id": run_id}))
@@ -208,3 +208,12 @@ _KEPT = (
     "allocation",
     "shares",
 )
+
+
+def _reason(trial: Trial) -> str:
+    """The last line of what a failed trial wrote down."""
+    name = trial.run_metadata.error_filename
+    file = Path(trial.local_path or "", name or "")
+    text = file.read_text(errors="replace") if name is not None and file.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "the trial failed without a word"

@@ -23,6 +23,7 @@ class TrialRecord:
     run_id: str | None = None
     seconds: float = 0.0
     error: str | None = None
+    given: bool = False  # proposed by us (the method's own allocation), not by the sampler
 
 
 class TrialLog:
