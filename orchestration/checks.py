@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from timm.data.auto_augment import rand_augment_transform
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -118,7 +119,18 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]
         with torch.device("meta"):
             settings = recipe.model.model_copy(update={"pretrained": False})
             model = models.build_model(settings, recipe.data)
+        _check_head(recipe)
     return model, find_layers(model, patterns)
+
+
+def _check_head(recipe: Recipe) -> None:
+    """Pretrained weights for other classes come with a new head, which nobody would have trained."""
+    if not recipe.model.pretrained or recipe.dense is not None or recipe.model.architecture is None:
+        return
+    known = timm.get_pretrained_cfg(recipe.model.architecture)
+    if known is not None and known.num_classes != recipe.model.classes:
+        expected = f"the pretrained weights know {known.num_classes}; a new head needs 'dense' to be trained"
+        raise InputError("model.classes", recipe.model.classes, expected)
 
 
 def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
@@ -202,6 +214,14 @@ def _check_classes_of_digits(recipe: Recipe) -> None:
         raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
 
 
+def _is_here(uri: str) -> bool:
+    """Whether this machine sees a file; a bucket that does not answer here may answer there."""
+    try:
+        return storage.exists(uri)
+    except InputError:
+        return False
+
+
 def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
     data, classes = recipe.data, recipe.model.classes
     missing: list[str] = []
@@ -216,7 +236,7 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
         if uri is None:
             continue
         places[part] = storage.absolute(uri)
-        if dry_run and not storage.exists(uri):
+        if dry_run and not _is_here(uri):
             missing.append(uri)
             continue
         hashes[part] = check_table(places[part], classes, key=f"data.{part}")

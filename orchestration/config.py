@@ -64,6 +64,11 @@ class ScheduleSearch(Settings):
     )
     reduction: int = Field(2, ge=2, description="one in so many goes on")
 
+    @property
+    def runs(self) -> int:
+        """Gradual runs of a method: without a space they would all be the same one."""
+        return self.trials if self.space else 1
+
     @model_validator(mode="after")
     def _space_of_keys(self) -> ScheduleSearch:
         for key in self.space:
@@ -98,7 +103,9 @@ class Recipe(Settings):
     storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
     model: ModelSettings
     data: DataSettings
-    dense: TrainingSettings | None = Field(None, description="how the dense model is trained, if it must be")
+    dense: TrainingSettings | None = Field(
+        None, description="how the dense model is trained, or fine-tuned from pretrained weights"
+    )
     pruning: PruningSettings = PruningSettings()
     recovery: TrainingSettings = TrainingSettings()
     allocation: AllocationSearch = AllocationSearch()
@@ -110,8 +117,8 @@ class Recipe(Settings):
     def _dense_model_comes_from_somewhere(self) -> Recipe:
         if not self.model.ready_made and self.dense is None:
             raise ValueError("dense: needed, as the model has neither pretrained weights nor a checkpoint")
-        if self.model.ready_made and self.dense is not None:
-            raise ValueError("dense: not needed, as the model brings its weights; drop one of the two")
+        if self.model.checkpoint is not None and self.dense is not None:
+            raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
         for key, settings in (("dense", self.dense), ("recovery", self.recovery)):
             if settings is not None and settings.batch_size % self.resources.workers:
                 raise ValueError(

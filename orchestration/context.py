@@ -57,16 +57,19 @@ class Sweep:
         }
         return found | ({"espalier.method": method} if method else {})
 
-    def runs(self, log: TrialLog, phase: str, params: Mapping[str, Any], method: str = "") -> TrialRuns:
+    def runs(
+        self, log: TrialLog, phase: str, params: Mapping[str, Any], method: str = "", *, done: bool = False
+    ) -> TrialRuns:
         """The MLflow runs of a phase."""
         return TrialRuns(
             self.tracker,
             self.display,
             log,
-            name=f"{self.recipe.name}-{method or 'model'}-{phase}",
+            name=f"{method}-{phase}" if method else phase,
             parent=self.run,
             params=params,
             tags=self.tags(phase, method),
+            done=done,
         )
 
 

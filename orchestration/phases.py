@@ -178,14 +178,14 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     folder = f"{sweep.root}/schedule-{method}-{key}"
     log = TrialLog(f"{folder}/trials.json")
     epochs = recipe.recovery.epochs
-    trials = recipe.schedule.trials
+    trials = recipe.schedule.runs
     ended = len(log.ended)
     sweep.display.phase(f"{method}: gradual pruning", trials=trials, done=ended, epochs=epochs)
     recovered = f"{folder}/recovered"
     space = recipe_space(recipe.schedule.space) if trials > 1 else {}
     content = recipe.model_dump(mode="json")
     known = ended >= trials and storage.exists(f"{recovered}/{RECORD}")
-    runs = sweep.runs(log, "schedule", _gradual_params(recipe), method)
+    runs = sweep.runs(log, "schedule", _gradual_params(recipe), method, done=known)
     if not known:
         jobs = partial(
             gradual_job,

@@ -60,7 +60,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     lines.append(
         (
             "trials",
-            f"{recipe.allocation.trials} allocations and {recipe.schedule.trials} gradual runs "
+            f"{recipe.allocation.trials} allocations and {recipe.schedule.runs} gradual runs "
             f"for each of {methods}",
         )
     )

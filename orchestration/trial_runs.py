@@ -39,6 +39,7 @@ class TrialRuns:
     Args:
         parent: the sweep's run.
         params: what all trials of the phase share.
+        done: the phase has ended before; its run is left as it is.
     """
 
     def __init__(
@@ -51,15 +52,19 @@ class TrialRuns:
         parent: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
+        done: bool = False,
     ) -> None:
         self._tracker, self._display, self._log = tracker, display, log
         self._name, self._params, self._tags = name, dict(params), dict(tags)
         self._runs: dict[str, str] = {}
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
-        if log.run_id is None or not tracker.resume(log.run_id):
+        go_on = tracker.knows if done else tracker.resume
+        self._left_alone = done
+        if log.run_id is None or not go_on(log.run_id):
             log.run_id = tracker.start(name, parent, params, {**tags, "espalier.level": "phase"})
             log.save()
+            self._left_alone = False
         self.run = log.run_id
 
     def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None:
@@ -120,6 +125,8 @@ class TrialRuns:
 
     def close(self, best: TrialRecord) -> None:
         """The phase ends: its run shows the best trial's figures."""
+        if self._left_alone:
+            return
         figures = {key: [(0, best.metrics[key])] for key in _SERIES if key in best.metrics}
         self._tracker.metrics(self.run, {f"best.{key}": points for key, points in figures.items()})
         self._tracker.tags(self.run, {"espalier.best": best.run_id or ""})

@@ -35,7 +35,7 @@ def test_the_least_recipe() -> None:
     ("changes", "says"),
     [
         ({"model": {"architecture": "x"}}, "dense: needed"),
-        ({"dense": {}}, "dense: not needed"),
+        ({"model": {"checkpoint": "y"}, "dense": {}}, "dense: not needed"),
         ({"model": {"architecture": "x", "checkpoint": "y"}}, "either architecture or checkpoint"),
         ({"model": {"checkpoint": "y", "pretrained": True}}, "drop pretrained and args"),
         ({"data": {}}, "either source or train"),
@@ -50,6 +50,18 @@ def test_the_least_recipe() -> None:
 def test_what_contradicts_itself(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Recipe.model_validate(MINIMAL | changes)
+
+
+def test_pretrained_weights_may_be_fine_tuned() -> None:
+    assert Recipe.model_validate(MINIMAL | {"dense": {"epochs": 2}}).dense is not None
+
+
+def test_without_a_space_there_is_one_gradual_run() -> None:
+    recipe = Recipe.model_validate(MINIMAL | {"schedule": {"trials": 5}})
+    assert recipe.schedule.runs == 1
+    space = {"recovery.lr.peak": {"log": [1e-4, 1e-3]}}
+    searched = Recipe.model_validate(MINIMAL | {"schedule": {"trials": 5, "space": space}})
+    assert searched.schedule.runs == 5
 
 
 def test_values_never_change_after_reading() -> None:
