@@ -270,10 +270,15 @@ class Tracker:
 
     def close(self, status: Status) -> None:
         """End the runs that are still open and send what waits."""
-        for run in sorted(self._open):
-            self.finish(run, status)
+        # by the sender, after what waits: a run that an interrupt caught at its start is open by then
+        self._send(self._finish_open, status)
         self.flush()
         self._sender.shutdown()
+
+    def _finish_open(self, status: Status) -> None:
+        for run in sorted(self._open):
+            self.client.set_terminated(run, status)
+        self._open.clear()
 
     def _send(self, call: Callable[..., Any], *arguments: Any) -> None:
         self._sent.append(self._sender.submit(call, *arguments))
