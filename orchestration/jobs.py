@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestration.config import Recipe
 from orchestration.recipes import with_values
-from trainers.config import DataSettings, ModelSettings, TrainingSettings, TrainJob
+from trainers.config import DataSettings, ModelSettings, TrainJob
 
 
 def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) -> TrainJob:
@@ -56,8 +56,3 @@ def gradual_job(
 def threads(recipe: Recipe) -> int:
     """Threads of one worker: the CPUs it reserves."""
     return max(1, int(recipe.resources.cpus_per_worker))
-
-
-def longest_recovery(training: TrainingSettings) -> int:
-    """Epochs that a trial can spend at its final sparsity at most."""
-    return training.epochs

@@ -14,7 +14,7 @@ from orchestration.tracking import Tracker
 from pruners.errors import InputError
 
 CHAMPION = "champion"
-_ARTIFACT = "checkpoint"
+ARTIFACT = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def register(tracker: Tracker, model: str, run: str, tags: Mapping[str, str]) ->
     for version in client.search_model_versions(f"name='{model}'"):
         if version.run_id == run:
             return str(version.version)
-    source = f"{client.get_run(run).info.artifact_uri}/{_ARTIFACT}"
+    source = f"{client.get_run(run).info.artifact_uri}/{ARTIFACT}"
     made = client.create_model_version(model, source, run, tags=dict(tags), await_creation_for=0)
     return str(made.version)
 
@@ -89,7 +89,7 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
                 else client.get_model_version(name, version)
             )
             # by the client, as mlflow.artifacts goes by a URI that is global to the process
-            yield Path(client.download_artifacts(str(found.run_id), _ARTIFACT, target))
+            yield Path(client.download_artifacts(str(found.run_id), ARTIFACT, target))
         except (MlflowException, OSError) as error:
             reason = (str(error).splitlines() or ["unknown"])[0]
             raise InputError("model", reference, f"cannot be had from the registry ({reason})") from None

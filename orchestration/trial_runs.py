@@ -16,7 +16,6 @@ from orchestration.tracking import Status, Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
 
-ARTIFACT = "checkpoint"
 # what only the run that wrote it could go on from
 _TRAINER_FILES = ("trainer.safetensors", "trainer.json")
 _SERIES = (
@@ -100,7 +99,7 @@ class TrialRuns:
                 self._tracker.figure(run, figure, "schedule")
         if record.state == "finished" and record.checkpoint is not None:
             with without_trainer_state(record.checkpoint) as folder:
-                self._tracker.folder(run, folder, ARTIFACT)
+                self._tracker.folder(run, folder, registry.ARTIFACT)
         tags = {"espalier.state": record.state} | ({"espalier.error": record.error} if record.error else {})
         self._tracker.tags(run, tags)
         self._tracker.finish(run, _STATUS[record.state])
@@ -117,7 +116,7 @@ class TrialRuns:
         if run is None or not self._tracker.knows(run):  # another MLflow than the sweep began with
             run = self._start(best.number, best.values)
             with storage.local_copy(folder) as local:
-                self._tracker.folder(run, local, ARTIFACT)
+                self._tracker.folder(run, local, registry.ARTIFACT)
             self._tracker.finish(run)
             self._tracker.flush()
         record = storage.read_json(f"{folder}/pruning.json")
