@@ -22,7 +22,7 @@ from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
 from pruners.allocation import bounds, budget, check_feasible
 from pruners.costs import Costs, count_costs
-from pruners.errors import InputError, did_you_mean
+from pruners.errors import InputError, did_you_mean, first_line
 from pruners.layers import PrunableLayer, find_layers
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
@@ -157,7 +157,7 @@ def _check_training(training: TrainingSettings, part: str) -> None:
         create_optimizer_v2([weight], name, lr=training.lr.peak, weight_decay=training.weight_decay).step()
     except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
         known = list_optimizers()
-        reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else _first_line(error)
+        reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else first_line(error)
         raise InputError(f"{part}.optimizer", name, f"must be one that works here ({reason})") from None
     text = training.augment.rand_augment
     if text is None:
@@ -205,7 +205,7 @@ def _check_writable(place: str) -> None:
         storage.write_bytes(probe, b"")
         storage.remove_file(probe)
     except OSError as error:
-        expected = f"must be a place that can be written ({_first_line(error)})"
+        expected = f"must be a place that can be written ({first_line(error)})"
         raise InputError("storage", place, expected) from None
 
 
@@ -243,7 +243,3 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
     found: Mapping[str, Any] = data.model_dump() | places
     rest = {key: value for key, value in found.items() if key not in places}
     return DataSettings.model_validate(found), digest(hashes, rest), missing
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

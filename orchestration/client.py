@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
@@ -35,7 +35,7 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
             warnings.simplefilter("ignore")  # what it warns of is raised as well
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
     lines = Queue(actor_options={"num_cpus": 0})
     task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, lines)

@@ -15,7 +15,7 @@ import ray
 
 from orchestration.config import AllocationSearch, Resources
 from orchestration.ports import LOOPBACK, free_port
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 
 # Our own display shows progress; Ray's would print a line a report and worker over it.
 _QUIET = {
@@ -112,7 +112,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
             else:
                 _start_local()
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             "--address", joined or "local", f"no Ray cluster could be joined ({reason})"
         ) from None

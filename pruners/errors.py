@@ -27,3 +27,8 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` for the closest of ``choices``, or nothing if none is close."""
     close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits on one line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from pruners.errors import InputError, did_you_mean
+from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config import DataSettings, ModelSettings
 
 
@@ -45,7 +45,7 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
         )
         return model
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise InputError("model.args", arguments, f"{name} refuses them ({_first_line(error)})") from None
+        raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 
 def load_timm_folder(folder: Path) -> nn.Module:
@@ -75,7 +75,3 @@ def classes(model: nn.Module) -> int:
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     channels, height, width = data_config(model)["input_size"]
     return channels, height, width
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

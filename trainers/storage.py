@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 
 
 def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
@@ -28,7 +28,7 @@ def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
             return system, path
         return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise InputError(key, uri, f"must be a path or a pyarrow URI ({_first_line(error)})") from None
+        raise InputError(key, uri, f"must be a path or a pyarrow URI ({first_line(error)})") from None
 
 
 def absolute(uri: str) -> str:
@@ -67,7 +67,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError as error:
-        raise InputError("file", uri, f"must hold JSON ({_first_line(error)})") from None
+        raise InputError("file", uri, f"must hold JSON ({first_line(error)})") from None
 
 
 def write_json(uri: str, content: Any) -> None:
@@ -137,7 +137,3 @@ def same_scheme(base: str, path: str) -> str:
     """The URI of a path that Ray reports inside the file system of ``base``."""
     scheme, separator, _ = base.partition("://")
     return f"{scheme}://{path}" if separator and scheme != "file" else path
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
