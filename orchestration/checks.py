@@ -20,13 +20,17 @@ from orchestration.cluster import ClusterSize
 from orchestration.config import Distribution, Recipe, digest
 from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
-from pruners.allocation import bounds, budget, check_feasible
+from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
 from pruners.errors import InputError, did_you_mean, first_line
-from pruners.layers import PrunableLayer, find_layers
+from pruners.layers import PrunableLayer
+from pruners.limits import bounds, check_feasible
+from pruners.methods import create_pruner
+from pruners.patterns import Pattern
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
 from trainers.config import DataSettings, TrainingSettings
+from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_epochs
 from trainers.tables import check_table
 
@@ -120,7 +124,7 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]
             settings = recipe.model.model_copy(update={"pretrained": False})
             model = models.build_model(settings, recipe.data)
         _check_head(recipe)
-    return model, find_layers(model, patterns)
+    return model, prunable_layers(model, recipe.pruning)
 
 
 def _check_head(recipe: Recipe) -> None:
@@ -135,12 +139,27 @@ def _check_head(recipe: Recipe) -> None:
 
 def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     pruning = recipe.pruning
-    total = budget(layers, pruning.sparsity)
-    limits = np.array(list(bounds(layers, pruning.floor, pruning.ceiling).values())).reshape(-1, 2)
+    pattern = Pattern.parse(pruning.pattern)
+    total = round(budget(layers, pruning.sparsity) / pattern.unit) * pattern.unit
+    if not layers:
+        return total
     try:
-        if layers:
-            check_feasible(total, limits[:, 0], limits[:, 1])
-    except InputError as error:  # in the recipe's keys, not in counts of weights
+        for method in pruning.methods:
+            create_pruner(method, **pruning.options(method)).fisher(layers)
+        limits = bounds(layers, pruning.floor, pruning.ceiling, unit=pattern.unit)
+        if pruning.table is not None:
+            by_table(pruning.table, layers, total, limits, pattern.unit)
+    except InputError as error:
+        place = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
+        if error.key == "budget":  # in the recipe's keys, not in counts of weights
+            raise InputError(
+                "pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}"
+            ) from None
+        raise InputError(f"{place}.{error.key}", error.value, error.expected) from None
+    ends = np.array(list(limits.values())).reshape(-1, 2)
+    try:
+        check_feasible(total, ends[:, 0], ends[:, 1])
+    except InputError as error:
         between = (
             f"{total:,} weights cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
         )

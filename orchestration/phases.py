@@ -115,7 +115,9 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
         seed=recipe.seed,
         device=device,
     )
-    layers, own, costs = ray.get(facts)
+    layers, own, costs, damp = ray.get(facts)
+    if damp is not None:
+        sweep.display.say(f"{method}: {damp.why}")
     space = AllocationSpace.of(search, recipe.pruning, layers, own)
     inputs = OneShotInputs(
         checkpoint=dense.checkpoint,
@@ -128,7 +130,8 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
         order=order,
         costs=costs,
     )
-    runs = sweep.runs(log, "allocation", {"dense": content_hash(dense.checkpoint)}, method)
+    tried = {} if damp is None else {"damp": damp.damp, "damp_why": damp.why}
+    runs = sweep.runs(log, "allocation", {"dense": content_hash(dense.checkpoint), **tried}, method)
     with _scratch(sweep, f"allocation-{method}-{key}") as scratch:
         best = run_search(
             Search(

@@ -12,18 +12,20 @@ import numpy as np
 import torch
 
 from orchestration.one_shot import OneShotInputs
-from pruners.allocation import Allocation, allocate, budget
+from pruners.allocation import Allocation, Sharing
 from pruners.costs import CostModel, cost_model
-from pruners.layers import PrunableLayer, find_layers
+from pruners.damping import DampChoice
+from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
+from pruners.one_shot import pattern_budget
 from trainers import data, models, storage
 from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
 from trainers.config import DataSettings, ModelSettings, PruningSettings
 from trainers.evaluate import evaluate
-from trainers.prune_step import order_share
+from trainers.prune_step import Goal, gradient_source, order_share, prunable_layers
 
-Own = tuple[list[PrunableLayer], Allocation, CostModel]
+Own = tuple[list[PrunableLayer], Allocation, CostModel, DampChoice | None]
 
 
 def elimination_order(
@@ -32,32 +34,29 @@ def elimination_order(
     """Order a dense model's weights once, for all trials.
 
     Returns:
-        (layers, the method's own allocation, costs), and the arrays of the order.
+        (layers, the method's own allocation, costs, the λ taken if several were tried), and the arrays of the order.
     """
     _use_all_processors(device)
     model = load_checkpoint(checkpoint, layers=pruning.layers).model.to(device)
-    layers = find_layers(model, pruning.layers)
+    layers = prunable_layers(model, pruning)
     pruner = create_pruner(method, **pruning.options(method))
+    masks = MaskSet.from_zeros(model, layers)
     transform = data.eval_transform(models.data_config(model))
-    batches = data.fixed_batches(
+    source = gradient_source(
         data.split(images, "train", transform, seed),
-        pruning.fisher.batch_size,
-        pruning.fisher.gradients,
+        pruning.fisher,
+        pruner,
+        tries_damps=pruning.tries_damps(method),
         rank=0,
         world=1,
         seed=seed,
     )
-    order = order_share(model, layers, MaskSet.from_zeros(model, layers), pruner, batches)
-    own = allocate(
-        order.losses,
-        layers,
-        budget(layers, pruning.sparsity),
-        pruning.scope or pruner.scope,
-        floor=pruning.floor,
-        ceiling=pruning.ceiling,
-    )
+    total = pattern_budget(layers, pruning.sparsity, pruner.form, masks)
+    sharing = Sharing(pruning.scope or pruner.scope, pruning.floor, pruning.ceiling, pruning.table)
+    order, damp = order_share(model, layers, masks, pruner, source, Goal(total, sharing))
+    own = sharing.allocate(order.losses, layers, total, pruned=masks.pruned(), unit=pruner.form.unit)
     arrays = {name: tensor.cpu().numpy() for name, tensor in order.arrays().items()}
-    return (layers, own, cost_model(model, models.input_size(model))), arrays
+    return (layers, own, cost_model(model, models.input_size(model)), damp), arrays
 
 
 def save_one_shot(

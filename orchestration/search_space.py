@@ -9,8 +9,10 @@ from typing import Any
 import optuna
 
 from orchestration.config import AllocationSearch, Distribution, PruningSettings
-from pruners.allocation import Allocation, bounds, by_threshold, group_bounds, group_layers, project
+from pruners.allocation import Allocation, by_threshold, group_layers, project
 from pruners.layers import PrunableLayer
+from pruners.limits import PerLayer, bounds, group_bounds
+from pruners.patterns import Pattern
 
 Space = dict[str, optuna.distributions.BaseDistribution]
 
@@ -28,8 +30,9 @@ class AllocationSpace:
     own: Allocation
     by: tuple[str, ...]
     range: float
-    floor: float
-    ceiling: float
+    floor: PerLayer
+    ceiling: PerLayer
+    unit: int = 1
 
     @classmethod
     def of(
@@ -39,16 +42,26 @@ class AllocationSpace:
         layers: Sequence[PrunableLayer],
         own: Allocation,
     ) -> AllocationSpace:
-        return cls(layers, own, search.by, search.range, pruning.floor, pruning.ceiling)
+        return cls(
+            layers,
+            own,
+            search.by,
+            search.range,
+            pruning.floor,
+            pruning.ceiling,
+            Pattern.parse(pruning.pattern).unit,
+        )
 
     def own_values(self) -> dict[str, float]:
         """The method's own allocation as a proposal: the sparsity of each stage and module."""
         return summarise(self.own, self.layers, self.by)
 
     def distributions(self) -> Space:
+        floor = self.floor if isinstance(self.floor, float) else 0.0
+        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
         return {
             key: optuna.distributions.FloatDistribution(
-                max(self.floor, own - self.range), min(self.ceiling, own + self.range)
+                max(floor, own - self.range), min(ceiling, own + self.range)
             )
             for key, own in self.own_values().items()
         }
@@ -63,7 +76,8 @@ class AllocationSpace:
         if all(values[key] == own[key] for key in own):
             return dict(self.own)
         groups = group_layers(self.layers, lambda layer: (layer.stage, layer.module))
-        limits = bounds(self.layers, self.floor, self.ceiling)
+        reach = {name: len(found) for name, found in losses.items()}
+        limits = bounds(self.layers, self.floor, self.ceiling, reach=reach, unit=self.unit)
         low, high = group_bounds(groups.values(), limits)
         wishes, sizes = [], []
         for group in groups.values():
@@ -72,10 +86,10 @@ class AllocationSpace:
             move = sum(values[key] - own[key] for key in keys)
             wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
             sizes.append(size)
-        counts = project(wishes, sizes, sum(self.own.values()), low, high)
+        counts = project(wishes, sizes, sum(self.own.values()), low, high, unit=self.unit)
         found: Allocation = {}
         for group, count in zip(groups.values(), counts, strict=True):
-            found |= by_threshold(losses, group, count, limits)
+            found |= by_threshold(losses, group, count, limits, self.unit)
         return {layer.name: found[layer.name] for layer in self.layers}
 
 

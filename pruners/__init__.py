@@ -20,25 +20,30 @@ _HOME = {
     "METHODS": "methods",
     "MaskSet": "masks",
     "PrunableLayer": "layers",
-    "PruneReport": "base",
+    "PruneReport": "one_shot",
     "Pruner": "base",
     "Scope": "allocation",
     "allocate": "allocation",
     "count_costs": "costs",
     "create_pruner": "methods",
     "find_layers": "layers",
-    "prune": "base",
+    "Pattern": "patterns",
+    "Sharing": "allocation",
+    "fingerprint": "order",
+    "prune": "one_shot",
 }
 
 if TYPE_CHECKING:
-    from pruners.allocation import Allocation, Scope, allocate
-    from pruners.base import Pruner, PruneReport, prune
+    from pruners.allocation import Allocation, Scope, Sharing, allocate
+    from pruners.base import Pruner
     from pruners.costs import Costs, count_costs
     from pruners.errors import InputError
     from pruners.layers import PrunableLayer, find_layers
     from pruners.masks import MaskSet
     from pruners.methods import METHODS, create_pruner
-    from pruners.order import EliminationOrder
+    from pruners.one_shot import PruneReport, prune
+    from pruners.order import EliminationOrder, fingerprint
+    from pruners.patterns import Pattern
 
 __all__ = [
     "METHODS",
@@ -47,14 +52,17 @@ __all__ = [
     "EliminationOrder",
     "InputError",
     "MaskSet",
+    "Pattern",
     "PrunableLayer",
     "PruneReport",
     "Pruner",
     "Scope",
+    "Sharing",
     "allocate",
     "count_costs",
     "create_pruner",
     "find_layers",
+    "fingerprint",
     "prune",
 ]
 

@@ -6,8 +6,8 @@ far each layer goes along its order. The budget is always met exactly.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,10 @@ from torch import Tensor
 
 from pruners.errors import InputError, did_you_mean
 from pruners.layers import PrunableLayer
+from pruners.limits import Bounds, PerLayer, bounds, check_feasible, group_bounds, per_layer
 
 Allocation = dict[str, int]
 """Pruned weights of each layer, by parameter name."""
-
-Bounds = Mapping[str, tuple[int, int]]
-"""Least and most pruned weights of each layer, by parameter name."""
 
 Scope = Literal["layer", "module", "stage", "global"]
 """What shares one threshold: each layer for itself, a DIMAP module, a stage, or the whole model."""
@@ -51,6 +49,8 @@ def project(
     total: int,
     lower: Sequence[int] | None = None,
     upper: Sequence[int] | None = None,
+    *,
+    unit: int = 1,
 ) -> list[int]:
     """Integer counts that add up to ``total``, nearest to the ``desired`` sparsities of groups of ``sizes``.
 
@@ -64,10 +64,16 @@ def project(
         total: weights to prune over all groups.
         lower: least count of each group (default 0).
         upper: largest count of each group (default its size).
+        unit: all counts are multiples of it, as ``total`` and the bounds are.
 
     Raises:
         InputError: bounds that cannot meet ``total``, with the nearest total that can be met.
     """
+    if unit > 1:
+        whole = [
+            [count // unit for count in group] for group in (sizes, lower or [0] * len(sizes), upper or sizes)
+        ]
+        return [unit * count for count in project(desired, whole[0], total // unit, whole[1], whole[2])]
     size = np.asarray(sizes, dtype=np.float64)
     low = np.zeros(len(size)) if lower is None else np.asarray(lower, dtype=np.float64)
     high = size.copy() if upper is None else np.asarray(upper, dtype=np.float64)
@@ -90,19 +96,6 @@ def project(
     return _round_to(counts(shift), total, low, high)
 
 
-def check_feasible(total: int, low: np.ndarray, high: np.ndarray) -> None:
-    """Raise :class:`InputError`, with the nearest feasible budget, unless Σ low ≤ total ≤ Σ high."""
-    if (low > high).any():
-        raise InputError("floor", int(low[low > high][0]), "must not lie above the layer's ceiling")
-    if not low.sum() <= total <= high.sum():
-        nearest = int(low.sum() if total < low.sum() else high.sum())
-        raise InputError(
-            "budget",
-            total,
-            f"cannot be met within the floors and ceilings; nearest feasible: {nearest} weights",
-        )
-
-
 def _round_to(real: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -> list[int]:
     """Round so that the sum is ``total``; each result stays within one of its real value and its bounds."""
     whole = np.floor(real + 1e-9)
@@ -116,40 +109,103 @@ def _round_to(real: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -
     return [int(count) for count in whole]
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How a budget is shared out among layers, between their floors and ceilings.
+
+    Args:
+        scope: what shares one threshold, every such group at the same sparsity.
+        floor, ceiling: least and largest sparsity of a layer: one for all, or by patterns on layer names
+            (the last that matches counts; without a match 0 and 1).
+        table: a sparsity for each layer by patterns on its name, in place of thresholds; it is projected
+            onto the budget, and taken as it is if it meets it.
+    """
+
+    scope: Scope = "global"
+    floor: PerLayer = 0.0
+    ceiling: PerLayer = 1.0
+    table: Mapping[str, float] | None = None
+
+    def limits(
+        self,
+        layers: Sequence[PrunableLayer],
+        pruned: Mapping[str, int] | None = None,
+        reach: Mapping[str, int] | None = None,
+        unit: int = 1,
+    ) -> dict[str, tuple[int, int]]:
+        """Least and most weights that each layer may give up, in whole units (see :func:`bounds`)."""
+        return bounds(layers, self.floor, self.ceiling, pruned, reach=reach, unit=unit)
+
+    def allocate(
+        self,
+        losses: Mapping[str, Tensor],
+        layers: Sequence[PrunableLayer],
+        total: int,
+        *,
+        pruned: Mapping[str, int] | None = None,
+        unit: int = 1,
+    ) -> Allocation:
+        """Pruned weights of each layer, ``total`` in all.
+
+        Args:
+            losses: for each layer the ascending losses of its weights in their order of falling, as far as
+                they may fall.
+            pruned: weights that each layer has lost already, and never gets back.
+            unit: weights that fall together; ``total`` is a multiple of it.
+
+        Raises:
+            InputError: an unknown scope, a table without one of the layers, or floors and ceilings that
+                cannot meet ``total``.
+        """
+        limits = self.limits(layers, pruned, {name: len(found) for name, found in losses.items()}, unit)
+        if self.table is not None:
+            return by_table(self.table, layers, total, limits, unit)
+        if self.scope not in GROUP_OF:
+            known = f"must be one of {', '.join(GROUP_OF)}{did_you_mean(self.scope, GROUP_OF)}"
+            raise InputError("scope", self.scope, known)
+        groups = group_layers(layers, GROUP_OF[self.scope])
+        wanted = total / max(sum(layer.numel for layer in layers), 1)
+        low, high = group_bounds(groups.values(), limits)
+        sizes = [sum(layer.numel for layer in group) for group in groups.values()]
+        totals = project([wanted] * len(sizes), sizes, total, low, high, unit=unit)
+        allocation: Allocation = {}
+        for group, count in zip(groups.values(), totals, strict=True):
+            allocation.update(by_threshold(losses, group, count, limits, unit))
+        return {layer.name: allocation[layer.name] for layer in layers}
+
+
 def allocate(
     losses: Mapping[str, Tensor],
     layers: Sequence[PrunableLayer],
     total: int,
     scope: Scope,
     *,
-    floor: float = 0.0,
-    ceiling: float = 1.0,
+    floor: PerLayer = 0.0,
+    ceiling: PerLayer = 1.0,
     pruned: Mapping[str, int] | None = None,
 ) -> Allocation:
-    """Share ``total`` by thresholds: every group of ``scope`` at the same sparsity, one threshold within it.
+    """Share ``total`` by thresholds: every group of ``scope`` at the same sparsity (see :class:`Sharing`)."""
+    return Sharing(scope, floor, ceiling).allocate(losses, layers, total, pruned=pruned)
 
-    Args:
-        losses: for each layer the ascending losses of its weights in their order of falling.
-        floor, ceiling: least and largest sparsity of every layer.
-        pruned: weights that each layer has lost already, and never gets back.
+
+def by_table(
+    table: Mapping[str, float], layers: Sequence[PrunableLayer], total: int, limits: Bounds, unit: int = 1
+) -> Allocation:
+    """The sparsities of a table, projected onto the budget.
 
     Raises:
-        InputError: an unknown scope, or floors and ceilings that cannot meet ``total``.
+        InputError: a pattern that matches nothing, a layer that none matches, a sparsity outside 0…1.
     """
-    if scope not in GROUP_OF:
-        raise InputError(
-            "scope", scope, f"must be one of {', '.join(GROUP_OF)}{did_you_mean(scope, GROUP_OF)}"
-        )
-    groups = group_layers(layers, GROUP_OF[scope])
-    wanted = total / max(sum(layer.numel for layer in layers), 1)
-    limits = bounds(layers, floor, ceiling, pruned)
-    low, high = group_bounds(groups.values(), limits)
-    sizes = [sum(layer.numel for layer in group) for group in groups.values()]
-    totals = project([wanted] * len(sizes), sizes, total, low, high)
-    allocation: Allocation = {}
-    for group, count in zip(groups.values(), totals, strict=True):
-        allocation.update(by_threshold(losses, group, count, limits))
-    return {layer.name: allocation[layer.name] for layer in layers}
+    wanted = per_layer("table", table, layers, None)
+    counts = project(
+        [wanted[layer.name] for layer in layers],
+        [layer.numel for layer in layers],
+        total,
+        [limits[layer.name][0] for layer in layers],
+        [limits[layer.name][1] for layer in layers],
+        unit=unit,
+    )
+    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
 
 
 def by_threshold(
@@ -157,46 +213,52 @@ def by_threshold(
     layers: Sequence[PrunableLayer],
     total: int,
     limits: Bounds | None = None,
+    unit: int = 1,
 ) -> Allocation:
-    """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer falls first)."""
+    """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer falls first).
+
+    With ``unit`` above 1 so many fall at once, at the loss of the last of them.
+    """
     limits = bounds(layers) if limits is None else limits
+    if unit > 1:
+        whole = [replace(layer, shape=(1, layer.numel // unit)) for layer in layers]
+        smaller = {name: (low // unit, high // unit) for name, (low, high) in limits.items()}
+        ends = {layer.name: losses[layer.name][unit - 1 :: unit] for layer in layers}
+        found = by_threshold(ends, whole, total // unit, smaller)
+        return {name: count * unit for name, count in found.items()}
     low = {layer.name: limits[layer.name][0] for layer in layers}
     high = {layer.name: limits[layer.name][1] for layer in layers}
     check_feasible(total, np.array(list(low.values())), np.array(list(high.values())))
-    free = [losses[layer.name][low[layer.name] : high[layer.name]].double() for layer in layers]
-    owner = torch.cat([torch.full((len(part),), i) for i, part in enumerate(free)])
-    chosen = torch.sort(torch.cat(free).cpu(), stable=True).indices[: total - sum(low.values())]
-    taken = torch.bincount(owner[chosen], minlength=len(layers)).tolist()
+    free = [losses[layer.name][low[layer.name] : high[layer.name]].double().contiguous() for layer in layers]
+    taken = _below_threshold(free, total - sum(low.values()))
     return {layer.name: low[layer.name] + count for layer, count in zip(layers, taken, strict=True)}
 
 
-def bounds(
-    layers: Sequence[PrunableLayer],
-    floor: float = 0.0,
-    ceiling: float = 1.0,
-    pruned: Mapping[str, int] | None = None,
-) -> dict[str, tuple[int, int]]:
-    """Least and most weights that each layer may give up.
+def _below_threshold(ascending: Sequence[Tensor], total: int) -> list[int]:
+    """How many of the ``total`` smallest numbers each of some ascending lists holds (ties: the earlier list).
 
-    Args:
-        floor, ceiling: least and largest sparsity (0.07 of 100 is 7, whatever binary fractions say).
-        pruned: weights that are gone already: no layer gets any back.
+    The threshold is found by bisection: each list is asked how many it has below, and none is sorted again.
     """
-    found = {}
-    for layer in layers:
-        gone = 0 if pruned is None else pruned[layer.name]
-        low = math.ceil(floor * layer.numel - 1e-6)
-        high = math.floor(ceiling * layer.numel + 1e-6)
-        found[layer.name] = (max(low, gone), max(high, gone))
-    return found
 
+    def up_to(bits: int, *, right: bool) -> list[int]:
+        value = np.int64(bits).view(np.float64)
+        return [int(torch.searchsorted(one, float(value), right=right)) for one in ascending]
 
-def group_bounds(groups: Iterable[Sequence[PrunableLayer]], limits: Bounds) -> tuple[list[int], list[int]]:
-    """Least and most weights of whole groups."""
-    pairs = [[limits[layer.name] for layer in group] for group in groups]
-    return [sum(low for low, _ in group) for group in pairs], [
-        sum(high for _, high in group) for group in pairs
-    ]
+    # non-negative numbers are ordered as their bits are
+    low, high = -1, int(np.float64(np.inf).view(np.int64))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if sum(up_to(middle, right=True)) >= total:
+            high = middle
+        else:
+            low = middle
+    taken = up_to(high, right=False)
+    left = total - sum(taken)
+    for number, most in enumerate(up_to(high, right=True)):
+        more = min(left, most - taken[number])
+        taken[number] += more
+        left -= more
+    return taken
 
 
 def group_layers(
@@ -210,7 +272,11 @@ def group_layers(
 
 
 def scale(
-    allocation: Allocation, layers: Sequence[PrunableLayer], total: int, at_least: Allocation
+    allocation: Allocation,
+    layers: Sequence[PrunableLayer],
+    total: int,
+    at_least: Allocation,
+    unit: int = 1,
 ) -> Allocation:
     """An allocation for an earlier ``total`` of a gradual run: ``allocation``'s sparsities scaled down.
 
@@ -224,5 +290,6 @@ def scale(
         total,
         [at_least[layer.name] for layer in layers],
         [max(allocation[layer.name], at_least[layer.name]) for layer in layers],
+        unit=unit,
     )
     return {layer.name: count for layer, count in zip(layers, counts, strict=True)}

@@ -1,4 +1,13 @@
-"""DIMAP: data-independent, module-aware pruning (He & Zhou, ICLR 2024, arXiv 2404.13648)."""
+"""DIMAP: data-independent, module-aware pruning (He & Zhou, ICLR 2024, arXiv 2404.13648), and LAMP.
+
+======================  ==========================================
+paper                   here
+======================  ==========================================
+W_p1 ≥ W_p2 ≥ …         ``magnitudes``, in the other direction
+Imp(W_pj)               :func:`importance`
+QKV-M, PRJ-M, MLP-M     ``PrunableLayer.module``
+======================  ==========================================
+"""
 
 from __future__ import annotations
 
@@ -22,7 +31,7 @@ def importance(magnitudes: Tensor) -> Tensor:
     """
     energy = magnitudes.double().square()
     at_least_as_large = energy.flip(0).cumsum(0).flip(0)
-    scores = energy / at_least_as_large.clamp_min(torch.finfo(torch.float64).tiny)
+    scores = energy.div_(at_least_as_large.clamp_min_(torch.finfo(torch.float64).tiny))
     # rounding may turn neighbours round: the layer's own ranking is kept
     return scores.cummax(0).values if len(scores) else scores
 
@@ -34,8 +43,16 @@ class Dimap(RankedByMagnitude):
     All modules (QKV, PRJ, MLP) are pruned at the same ratio, each by one threshold over all its layers.
     """
 
-    name: str = "dimap"
     scope: Scope = "module"
+    name: str = "dimap"
 
     def score(self, magnitudes: Tensor) -> Tensor:
         return importance(magnitudes)
+
+
+@dataclass(frozen=True)
+class Lamp(Dimap):
+    """LAMP (Lee et al., ICLR 2021): the same score, with one threshold for the whole model."""
+
+    scope: Scope = "global"
+    name: str = "lamp"

@@ -2,67 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pruners import kernels
 from pruners.allocation import Allocation
+from pruners.blocks import to_blocks
+from pruners.errors import InputError
 from pruners.masks import MaskSet
+from pruners.patterns import UNSTRUCTURED, Pattern
+
+ORDER, UPDATES = "order.safetensors", "updates.safetensors"
+_FORMAT = "espalier-order-1"
 
 
 @dataclass(frozen=True)
-class BlockUpdates:
-    """What an elimination knows about the surviving weights of a layer of ``n`` blocks of ``B`` weights.
+class Stretch:
+    """Some steps of the elimination of some Fisher blocks, and what they do to the weights that stay.
 
-    ``w(c) = w(0) − Σ_{i<c} y_i·v_i`` for a block of which ``c`` weights have fallen: ``columns`` are the
-    normalised columns v (n, steps, B), ``coefficients`` the y (n, steps).
+    ``w −= Σ y_i·v_i`` over the steps that have been taken, for blocks ``block`` … ``block + n`` of a layer:
+    ``columns`` v (n, steps, r), ``coefficients`` y (n, steps); ``slots`` (n, r) are the places in the block
+    that the r numbers belong to, with ``ranked`` those that stay longest first. The block had lost
+    ``begin`` weights when the stretch began, and counts no step at or beyond ``end`` (n,), where a later elimination took over.
     """
 
+    block: int
+    begin: int | Tensor
     columns: Tensor
     coefficients: Tensor
+    slots: Tensor
+    end: Tensor | None = None
+    ranked: bool = False
+
+    def take(self, weights: Tensor, fallen: Tensor) -> None:
+        """Do to ``weights`` (n, size) what the steps do when ``fallen`` (n,) of each block have fallen."""
+        _, steps, size = self.columns.shape
+        device = fallen.device  # the stretch itself may lie in another memory
+        done = fallen if self.end is None else torch.minimum(fallen, self.end.to(device))
+        done = done - torch.as_tensor(self.begin, device=device)
+        stay = (size - done).clamp_(0, size)  # of a ranked stretch only these matter
+        done = done.clamp_(0, steps)
+        last = int(done.max()) if len(done) else 0
+        if not last:
+            return
+        if device.type == "cpu" and self.columns.device.type == "cpu":
+            widths = stay if self.ranked else torch.full_like(stay, size)
+            arrays = (weights, done, widths, self.coefficients, self.columns, self.slots)
+            kernels.take_steps(*(array.numpy() for array in arrays))
+            return
+        taken = torch.arange(steps, device=device) < done.unsqueeze(1)
+        y = (self.coefficients.to(device) * taken)[:, :last].unsqueeze(1)
+        moved = torch.bmm(y, self.columns[:, :last].to(device)).squeeze(1)
+        weights.scatter_add_(1, self.slots.to(device).long(), moved.neg_())
 
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """One layer's weights in the order in which they fall.
+    """One layer's weights in the order in which they fall, as far as it is known.
 
-    ``indices`` (d,) are flat positions, ``losses`` (d,) ascend; the first ``zeros`` of them were zero
-    before. ``updates`` is what correlation-aware methods change in the weights that stay.
+    ``indices`` (≤ d,) are positions in the layer as ``pattern`` reads it (its :meth:`~Pattern.flat`),
+    ``losses`` ascend along them; the first ``zeros`` were zero before. ``prices`` are by what layers are
+    compared where that is something else than the losses. ``updates`` is what correlation-aware methods
+    change in the weights that stay, in Fisher blocks of ``block_size``.
     """
 
     indices: Tensor
     losses: Tensor
     zeros: int = 0
-    updates: BlockUpdates | None = None
+    updates: tuple[Stretch, ...] = ()
+    block_size: int = 1
+    pattern: Pattern = UNSTRUCTURED
+    prices: Tensor | None = None
 
     def mask(self, shape: Sequence[int], count: int) -> Tensor:
         """Kept weights when ``count`` have fallen."""
-        keep = torch.ones(self.indices.numel(), dtype=torch.bool, device=self.indices.device)
-        keep[self.indices[:count].long()] = False
-        return keep.reshape(tuple(shape))
+        return self.pattern.shaped(self._keep(torch.Size(shape).numel(), count), shape)
 
     def weight(self, weight: Tensor, count: int) -> Tensor:
         """The layer's weights when ``count`` have fallen: exact zeros there, the others updated."""
-        keep = self.mask(weight.shape, count)
-        result = weight.detach().clone()
-        if self.updates is not None and count > self.zeros:
-            result += self._change(keep).to(result.dtype).reshape(result.shape)
-        return result.masked_fill_(~keep, 0.0)
+        return self.at(weight, count)[0]
 
-    def _change(self, keep: Tensor) -> Tensor:
-        assert self.updates is not None
-        columns, y = self.updates.columns, self.updates.coefficients
-        blocks, steps, size = columns.shape
-        fallen = torch.zeros(blocks * size, dtype=torch.bool, device=keep.device)
-        fallen[: keep.numel()] = ~keep.reshape(-1)
+    def at(self, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Weights and mask when ``count`` have fallen."""
+        keep = self._keep(weight.numel(), count)
+        result = self.pattern.flat(weight.detach())
+        if self.updates and count > self.zeros:
+            before = result
+            result = self._updated(result.float(), keep).to(result.dtype)
+            # what is kept stays a number of its own, though a short type may round it to nothing
+            result.masked_fill_((result == 0) & keep & (before != 0), torch.finfo(result.dtype).tiny)
+            result.masked_fill_(~keep, 0.0)
+        else:
+            result = result.masked_fill(~keep, 0.0)
+        return self.pattern.shaped(result, weight.shape), self.pattern.shaped(keep, weight.shape)
+
+    def _keep(self, numel: int, count: int) -> Tensor:
+        if count > len(self.indices):
+            raise InputError(
+                "count", count, f"the order of this layer reaches {len(self.indices)} of {numel} weights"
+            )
+        keep = torch.ones(numel, dtype=torch.bool, device=self.indices.device)
+        keep[self.indices[:count].long()] = False
+        return keep
+
+    def _updated(self, flat: Tensor, keep: Tensor) -> Tensor:
+        """The flat weights (d,) when what is not kept has fallen, as if it had fallen step by step."""
+        numel, size = keep.numel(), self.block_size
+        fallen = ~keep
         # those that were zero before the elimination fell without a step of it
         fallen[self.indices[: self.zeros].long()] = False
-        done = fallen.reshape(blocks, size).sum(1, keepdim=True)
-        taken = torch.arange(steps, device=keep.device) < done
-        change = -torch.bmm((y * taken).unsqueeze(1), columns).reshape(-1)
-        return change[: keep.numel()]
+        counts = to_blocks(fallen, size).sum(1)
+        weights = to_blocks(flat, size).clone(memory_format=torch.contiguous_format)
+        # those that begin at the same block follow each other; others have nothing in common
+        chunks: dict[int, list[Stretch]] = {}
+        for stretch in self.updates:
+            chunks.setdefault(stretch.block, []).append(stretch)
+
+        def work(part: slice) -> None:
+            for stretches in list(chunks.values())[part]:
+                for stretch in stretches:
+                    here = slice(stretch.block, stretch.block + len(stretch.columns))
+                    stretch.take(weights[here], counts[here])
+
+        if weights.device.type == "cpu":
+            kernels.on_threads(work, len(chunks))
+        else:
+            work(slice(None))
+        return weights.reshape(-1)[:numel]
 
 
 class EliminationOrder(dict[str, LayerOrder]):
@@ -70,7 +144,17 @@ class EliminationOrder(dict[str, LayerOrder]):
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        return {name: order.losses for name, order in self.items()}
+        """By what layers are compared: ascending, for each weight in the order of falling."""
+        return {name: order.losses if order.prices is None else order.prices for name, order in self.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps in memory."""
+        kept = [one for order in self.values() for one in (order.indices, order.losses, order.prices)]
+        for order in self.values():
+            for stretch in order.updates:
+                kept += [stretch.columns, stretch.coefficients, stretch.slots]
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def weights_at(
         self, weights: Mapping[str, Tensor], allocation: Allocation
@@ -81,31 +165,130 @@ class EliminationOrder(dict[str, LayerOrder]):
             weights: the weights that the order was computed from.
             allocation: pruned weights of each layer.
         """
-        new = {name: order.weight(weights[name], allocation[name]) for name, order in self.items()}
-        masks = {name: order.mask(weights[name].shape, allocation[name]) for name, order in self.items()}
+        new, masks = {}, {}
+        for name, order in self.items():
+            new[name], masks[name] = order.at(weights[name], allocation[name])
         return new, MaskSet(masks)
 
-    def arrays(self) -> dict[str, Tensor]:
+    def arrays(self, *, updates: bool = True) -> dict[str, Tensor]:
         """Flat tensors, to be stored or shared; :meth:`from_arrays` reads them back."""
         flat: dict[str, Tensor] = {}
         for name, order in self.items():
             flat[f"{name}/indices"] = order.indices
             flat[f"{name}/losses"] = order.losses
-            flat[f"{name}/zeros"] = torch.tensor(order.zeros)
-            if order.updates is not None:
-                flat[f"{name}/columns"] = order.updates.columns
-                flat[f"{name}/coefficients"] = order.updates.coefficients
+            if order.prices is not None:
+                flat[f"{name}/prices"] = order.prices
+            described = {"zeros": order.zeros, "size": order.block_size, "pattern": order.pattern.name}
+            flat[f"{name}/about"] = torch.frombuffer(
+                bytearray(json.dumps(described).encode()), dtype=torch.uint8
+            )
+            for number, stretch in enumerate(order.updates if updates else ()):
+                place = f"{name}/updates/{number}"
+                flat[f"{place}/block"] = torch.tensor(stretch.block)
+                flat[f"{place}/begin"] = torch.as_tensor(stretch.begin)
+                flat[f"{place}/ranked"] = torch.tensor(stretch.ranked)
+                flat[f"{place}/columns"] = stretch.columns.contiguous()
+                flat[f"{place}/coefficients"] = stretch.coefficients.contiguous()
+                flat[f"{place}/slots"] = stretch.slots.contiguous()
+                if stretch.end is not None:
+                    flat[f"{place}/end"] = stretch.end
         return flat
 
     @classmethod
     def from_arrays(cls, flat: Mapping[str, Tensor]) -> EliminationOrder:
         orders = cls()
         for name in (key.removesuffix("/indices") for key in flat if key.endswith("/indices")):
-            columns = flat.get(f"{name}/columns")
+            about = json.loads(bytes(flat[f"{name}/about"].tolist()))
+            stretches: list[Stretch] = []
+            while f"{name}/updates/{len(stretches)}/columns" in flat:
+                place = f"{name}/updates/{len(stretches)}"
+                begin = flat[f"{place}/begin"]
+                stretches.append(
+                    Stretch(
+                        int(flat[f"{place}/block"]),
+                        begin if begin.ndim else int(begin),
+                        flat[f"{place}/columns"],
+                        flat[f"{place}/coefficients"],
+                        flat[f"{place}/slots"],
+                        flat.get(f"{place}/end"),
+                        bool(flat[f"{place}/ranked"]),
+                    )
+                )
             orders[name] = LayerOrder(
                 flat[f"{name}/indices"],
                 flat[f"{name}/losses"],
-                int(flat[f"{name}/zeros"]),
-                None if columns is None else BlockUpdates(columns, flat[f"{name}/coefficients"]),
+                about["zeros"],
+                tuple(stretches),
+                about["size"],
+                Pattern.parse(about["pattern"]),
+                flat.get(f"{name}/prices"),
             )
         return orders
+
+    def on(self, device: str) -> EliminationOrder:
+        """Order and losses on ``device``; what the weights need stays where it is until it is asked for."""
+        moved = EliminationOrder()
+        for name, order in self.items():
+            prices = None if order.prices is None else order.prices.to(device)
+            moved[name] = replace(
+                order, indices=order.indices.to(device), losses=order.losses.to(device), prices=prices
+            )
+        return moved
+
+    def save(self, folder: Path, fingerprint: str) -> None:
+        """Write two files: order and losses (2·d numbers), and what the survivors' weights need.
+
+        Args:
+            fingerprint: of what it was computed from (:func:`fingerprint`); asked for when it is loaded.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": _FORMAT, "fingerprint": fingerprint}
+        order = self.arrays(updates=False)
+        rest = {key: tensor for key, tensor in self.arrays().items() if key not in order}
+        for name, tensors in ((ORDER, order), (UPDATES, rest)):
+            save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, folder / name, about)
+
+    @classmethod
+    def load(
+        cls, folder: Path, fingerprint: str, *, device: str = "cpu", updates: bool = True
+    ) -> EliminationOrder:
+        """Read what :meth:`save` wrote; without ``updates`` it gives losses and masks, but no weights.
+
+        Raises:
+            InputError: no such order, a broken one, or one of another model, data or settings.
+        """
+        flat: dict[str, Tensor] = {}
+        for name in (ORDER, UPDATES) if updates else (ORDER,):
+            path = folder / name
+            try:
+                with safe_open(path, framework="pt", device=device) as file:
+                    about = dict(file.metadata() or {})
+                    if about.get("format") == _FORMAT and about.get("fingerprint") == fingerprint:
+                        flat |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise InputError("order", str(path), f"must be a readable order ({error})") from None
+            if about.get("format") != _FORMAT:
+                raise InputError("order", str(path), "must be an elimination order written by espalier")
+            if about.get("fingerprint") != fingerprint:
+                raise InputError("order", str(path), "belongs to another model, other data or other settings")
+        orders = cls.from_arrays(flat)
+        if updates:
+            return orders
+        return cls({name: replace(order, updates=()) for name, order in orders.items()})
+
+
+def fingerprint(weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> str:
+    """One line for what an order is computed from: the weights bit for bit, and whatever else decides it."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def merge(parts: Iterable[EliminationOrder]) -> EliminationOrder:
+    """The orders of several groups of layers as one."""
+    merged = EliminationOrder()
+    for part in parts:
+        merged.update(part)
+    return merged

@@ -2,89 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from pruners.allocation import Scope
-from pruners.errors import InputError
-from pruners.fisher import BlockFisher, to_blocks
+from pruners.dimap import Dimap
 from pruners.layers import PrunableLayer
-from pruners.obs import Elimination, eliminate
-from pruners.order import BlockUpdates, EliminationOrder, LayerOrder
-
-# float64 numbers of H⁻¹ and V that one call of the elimination works on at a time (about 100 MB)
-_WORKING_NUMBERS = 6_000_000
+from pruners.obs import eliminate
+from pruners.order import LayerOrder
+from pruners.patterns import Pattern
+from pruners.rules import FewOfEach, Rule, WholeGroups
+from pruners.second_order import Chunk, SecondOrder, State, Steps, Task, chunks, merged, room_of, stretch_of
 
 
 @dataclass(frozen=True)
-class OViT:
+class OViT(SecondOrder):
     """Weights fall one at a time inside Fisher blocks, and each fall is followed by the others of its block.
 
     A weight's loss is the cumulative OBS loss of its block when it falls; one threshold for the model.
-
-    Args:
-        block_size: B, consecutive weights treated as correlated (192 for ViTs).
-        damp: λ, added to the diagonal of the Fisher; the touchiest parameter of the method.
     """
 
-    block_size: int = 192
-    damp: float = 1e-8
     name: str = "ovit"
-    scope: Scope = "global"
 
-    def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher:
-        return BlockFisher(layers, block_size=self.block_size, damp=self.damp)
+    def deepen(self, task: Task, known: LayerOrder | None, steps: int) -> LayerOrder:
+        known = task.start() if known is None else known
+        state = State.after(task, known)
+        found: list[Steps] = []
+        stretches = list(state.closed)
+        for chunk in chunks(task, state.weight, state.alive):
+            rule, most = _rule(task.pattern, chunk, state.alive[chunk.part])
+            done = eliminate(
+                chunk.weights,
+                chunk.inverse,
+                chunk.alive,
+                rule=rule,
+                steps=min(steps, most),
+                losses=state.losses[chunk.part],
+            )
+            found.append(Steps(chunk.slots.gather(1, done.order), done.losses).padded(steps))
+            before, taken = state.fallen[chunk.part], 0
+            for columns in done.columns:
+                begin = before + taken if bool(before.any()) else taken
+                stretches.append(stretch_of(chunk, columns, begin))
+                taken += columns.v.shape[1]
+        return merged(task, known, state, found, stretches)
 
-    def order(
-        self,
-        weights: Mapping[str, Tensor],
-        layers: Sequence[PrunableLayer],
-        masks: Mapping[str, Tensor],
-        fisher: BlockFisher | None,
-    ) -> EliminationOrder:
-        if fisher is None:
-            raise InputError("fisher", None, "oViT needs a Fisher with gradients")
-        fisher.flush()
-        return EliminationOrder(
-            {
-                layer.name: _layer_order(weights[layer.name], masks[layer.name], fisher, layer.name)
-                for layer in layers
-            }
+
+@dataclass(frozen=True)
+class OViTFast(OViT):
+    """oViT with the paper's fast settings: few gradients (256), and λ = 1e-2 of the mean diagonal.
+
+    It is the shortcut 'small m with relative damping'; blocks keep a Fisher of their own each.
+    """
+
+    damp: float = 1e-2
+    relative: bool = True
+    gradients: int = 256
+    name: str = "ovit_fast"
+
+
+@dataclass(frozen=True)
+class DimapOViT(OViT):
+    """DIMAP says how many weights each layer gives up, module by module; oViT which, and what stays."""
+
+    scope: Scope = "module"
+    name: str = "dimap+ovit"
+
+    def priced(self, order: LayerOrder, task: Task) -> LayerOrder:
+        shape = (1, task.layer.numel)
+        flat = PrunableLayer(task.layer.name, task.layer.module, task.layer.stage, shape)
+        by_share = Dimap().order(
+            {flat.name: task.weight.reshape(shape)}, [flat], {flat.name: ~task.pruned.reshape(shape)}, None
         )
+        return replace(order, prices=by_share[flat.name].losses[: len(order.losses)])
 
 
-def _layer_order(weight: Tensor, mask: Tensor, fisher: BlockFisher, name: str) -> LayerOrder:
-    size = fisher.block_size(name)
-    numel = weight.numel()
-    kept = (mask & (weight != 0)).reshape(-1)  # a zero weight falls first, at no loss
-    blocks = to_blocks(weight.detach().reshape(-1).double(), size)
-    alive = to_blocks(kept, size)
-    together = max(1, _WORKING_NUMBERS // (2 * size * size))
-    parts: list[Elimination] = []
-    for start in range(0, len(blocks), together):
-        chosen = slice(start, start + together)
-        inverse = fisher.inverse(name, chosen, alive[chosen])
-        part = eliminate(blocks[chosen], inverse, alive[chosen])
-        parts.append(Elimination(part.order, part.losses, part.columns.float(), part.coefficients.float()))
-    order = torch.cat([part.order for part in parts])
-    losses = torch.cat([part.losses for part in parts])
-    offsets = torch.arange(len(blocks), device=weight.device).unsqueeze(1) * size
-
-    # step-major, so that the stable sort keeps each block's own order among equal losses
-    flat_losses, ranking = torch.sort(losses.T.reshape(-1), stable=True)
-    remaining = int(kept.sum())
-    fallen = (order + offsets).T.reshape(-1)[ranking[:remaining]]
-    pruned = ~mask.reshape(-1)
-    zeros = torch.cat([pruned.nonzero(), (~kept & ~pruned).nonzero()]).reshape(-1)
-    return LayerOrder(
-        indices=torch.cat([zeros, fallen]).int(),
-        losses=torch.cat([flat_losses.new_zeros(numel - remaining), flat_losses[:remaining]]),
-        zeros=numel - remaining,
-        updates=BlockUpdates(
-            torch.cat([part.columns for part in parts]),
-            torch.cat([part.coefficients for part in parts]),
-        ),
-    )
+def _rule(pattern: Pattern, chunk: Chunk, alive: Tensor) -> tuple[Rule | None, int]:
+    """The rule of a pattern, and how many steps any of the blocks can take by it."""
+    if not pattern.structured:
+        return None, chunk.slots.shape[1]
+    if pattern.whole:
+        return WholeGroups(pattern.unit), chunk.slots.shape[1]
+    room = room_of(pattern, alive)
+    return FewOfEach(chunk.slots // pattern.group, room), int(room.sum(1).max())

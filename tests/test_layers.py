@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
 import torch
 from helpers import tiny_swin, tiny_vit
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from pruners import InputError, find_layers
 
@@ -36,27 +39,6 @@ def test_an_isotropic_model_is_cut_into_four_equal_groups_of_blocks() -> None:
     blocks = {int(layer.name.split(".")[1]): layer.stage for layer in layers}
     assert blocks == {block: block // 3 for block in range(12)}
     assert Counter(layer.module for layer in layers) == {"QKV": 12, "PRJ": 12, "MLP": 24}
-
-
-@pytest.mark.parametrize(
-    ("name", "stages"),
-    [
-        ("vit_tiny_patch16_224", 4),
-        ("swinv2_tiny_window8_256", 4),
-        ("swin_small_patch4_window7_224", 4),
-        ("xcit_nano_12_p16_224", 4),
-    ],
-)
-def test_families_of_the_papers_are_found_without_patterns(name: str, stages: int) -> None:
-    model = on_meta(name)
-    layers = find_layers(model)
-    assert {layer.module for layer in layers} == {"QKV", "PRJ", "MLP"}
-    assert {layer.stage for layer in layers} == set(range(stages))
-    parameters = dict(model.named_parameters())
-    assert all(tuple(parameters[layer.name].shape) == layer.shape for layer in layers)
-    assert [layer.name for layer in layers] == [
-        name for name in parameters if name in {x.name for x in layers}
-    ]
 
 
 def test_patterns_of_oViT_for_resnet() -> None:
@@ -92,8 +74,138 @@ def test_a_pattern_that_matches_nothing_is_named_with_what_is_close() -> None:
 
 
 def test_a_model_of_other_names_asks_for_patterns() -> None:
-    with pytest.raises(InputError, match="give patterns of its own"):
+    with pytest.raises(InputError, match=r"layers = 'Sequential'.*give patterns of its own"):
         find_layers(nn.Sequential(nn.Linear(3, 3)))
+
+
+class Half(nn.Module):
+    """An attention whose query, key and value no name gives away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(24, 8))
+        self.proj = nn.Linear(8, 8)
+
+
+class Pooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+
+
+class SomeAttention(Pooling):
+    """An attention by its class, under a name that says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "named"),
+    [
+        ("blocks.1.attn.gate", nn.Linear(8, 8), "blocks.1.attn.gate.weight"),
+        ("blocks.1.mlp.extra", nn.Conv1d(8, 8, 1), "blocks.1.mlp.extra.weight"),
+        ("blocks.2.adapter", nn.Linear(8, 8), "blocks.2.adapter.weight"),
+        ("pool", SomeAttention(), "pool.blocks.0.weight"),
+        ("blocks.3.attn", Half(), "blocks.3.attn"),
+    ],
+)
+def test_a_part_that_no_pattern_takes_is_named_rather_than_skipped(
+    place: str, part: nn.Module, named: str
+) -> None:
+    model = tiny_vit()
+    parent, _, name = place.rpartition(".")
+    setattr(model.get_submodule(parent), name, part)
+    with pytest.raises(InputError, match=r"known by .* names?: give patterns") as raised:
+        find_layers(model)
+    assert raised.value.value == named
+    assert len(find_layers(model, {"QKV": [r"attn\.qkv"]})) in (
+        3,
+        4,
+    )  # patterns of one's own say what is meant
+
+
+def test_what_is_outside_attention_and_mlp_stays_dense_without_a_word() -> None:
+    model = tiny_vit()
+    model.neck = Pooling()
+    assert len(find_layers(model)) == 16
+
+
+@pytest.mark.parametrize("patterns", [None, {"QKV": [r"attn\.qkv"]}])
+@pytest.mark.parametrize(
+    ("wrap", "parameter"),
+    [
+        (parametrizations.orthogonal, "parametrizations.weight.original"),
+        (parametrizations.weight_norm, "parametrizations.weight.original1"),
+        (partial(prune.identity, name="weight"), "weight_orig"),
+    ],
+)
+def test_a_weight_computed_from_others_is_refused_by_name(
+    wrap: Callable[[nn.Module], object], parameter: str, patterns: dict[str, list[str]] | None
+) -> None:
+    model = tiny_vit()
+    wrap(model.blocks[1].attn.qkv)
+    with pytest.raises(InputError, match=r"blocks\.1\.attn\.qkv\.weight is computed from it") as raised:
+        find_layers(model, patterns)
+    assert raised.value.value == f"blocks.1.attn.qkv.{parameter}"
+    assert len(find_layers(model, {"MLP": [r"mlp\.fc\d"]})) == 8
+
+
+class Encoder(nn.Module):
+    def __init__(self, **kwargs: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, **kwargs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_of_torchs_own_attention_are_candidates(tied: bool) -> None:
+    layers = find_layers(Encoder())
+    assert [(layer.name, layer.module) for layer in layers] == [
+        ("attn.in_proj_weight", "QKV"),
+        ("attn.out_proj.weight", "PRJ"),
+    ]
+    apart = Encoder(kdim=4, vdim=4)
+    if tied:
+        apart.attn.v_proj_weight = apart.attn.k_proj_weight
+        with pytest.raises(
+            InputError, match=r"attn\.v_proj_weight.*shares its weight with attn\.k_proj_weight"
+        ):
+            find_layers(apart)
+    else:
+        assert [layer.shape for layer in find_layers(apart)] == [(8, 8), (8, 4), (8, 4), (8, 8)]
+        assert len(find_layers(apart, {"A": [r"attn\.(q|k|v)_proj"]})) == 3
+
+
+def test_torchs_own_encoder_is_isotropic() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 8, enable_nested_tensor=False)
+    layers = find_layers(encoder)
+    assert Counter(layer.module for layer in layers) == {"QKV": 8, "PRJ": 8, "MLP": 16}
+    assert {layer.name.split(".")[1]: layer.stage for layer in layers} == {str(i): i // 2 for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("names", "stages"),
+    [
+        ([f"layers.{i}.blocks.0.mlp.fc1" for i in range(6)], [0, 1, 2, 3, 4, 5]),
+        (["stem.0", "layer1.0.conv1", "layer4.11.conv2", "head"], [0, 0, 1, 1]),
+        (["blocks.0.0.conv_pw", "blocks.6.1.conv_pw", "blocks.3.0.conv_pw"], [0, 2, 1]),
+        (["stages.0.blocks.0.mlp.fc1", "stages.1.downsample.attn.k.conv"], [0, 1]),
+        (["levels.1.transformer_encoder.0.attn.q", "levels.2.pool.conv"], [0, 1]),
+        (["backbone.layers.0.blocks.0.attn.q", "backbone.layers.2.downsample.reduction"], [0, 1]),
+        (["blocks.0.attns.0.qkv", "blocks.1.attns.0.qkv", "blocks.7.attns.1.qkv"], [0, 0, 1]),
+        (["blocks.0.mlp.0", "blocks.1.mlp.0", "blocks.2.mlp.0", "token_blocks.0.mlp.0"], [0, 1, 2, 2]),
+        (["vit.encoder.layer.0.mlp.fc1", "vit.encoder.layer.5.mlp.fc1"], [0, 1]),
+    ],
+)
+def test_stages_by_the_names_of_lists(names: list[str], stages: list[int]) -> None:
+    root = nn.Module()
+    for name in names:  # as deep as it says, a Linear at its end
+        *path, last = name.split(".")
+        parent = root
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(2, 2))
+    found = {layer.name: layer.stage for layer in find_layers(root, {"ALL": [".*"]})}
+    assert [found[f"{name}.weight"] for name in names] == stages
 
 
 def test_a_pattern_that_is_no_regular_expression_is_named() -> None:

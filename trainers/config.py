@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+from pruners.errors import InputError
+from pruners.patterns import Pattern
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Method = Literal["dimap", "magnitude", "ovit"]
+PerLayer = Share | dict[str, Share]
+Method = Literal[
+    "dimap", "dimap+ovit", "lamp", "magnitude", "magnitude_global", "ovit", "ovit_fast", "woodfisher"
+]
+SECOND_ORDER = frozenset({"dimap+ovit", "ovit", "ovit_fast", "woodfisher"})
 ScopeName = Literal["layer", "module", "stage", "global"]
 
 
@@ -115,12 +122,26 @@ class TrainingSettings(Settings):
 
 
 class FisherSettings(Settings):
-    """oViT's Fisher: ``gradients`` small batches over all workers, blocks of B weights, damping λ."""
+    """The Fisher of second-order methods: small batches, blocks of B weights, damping λ.
 
-    gradients: int = Field(4096, ge=1)
-    batch_size: int = Field(128, ge=1)
-    block_size: int = Field(192, ge=1)
-    damp: float = Field(1e-8, gt=0.0)
+    Without values of its own each method takes its defaults (``ovit`` m = 4096 and λ = 1e-8; ``ovit_fast``
+    m = 256 and λ = 1e-2 of the mean diagonal).
+    """
+
+    gradients: int | None = Field(None, ge=1, description="m, over all workers")
+    batch_size: int = Field(128, ge=1, description="images of a gradient")
+    per_sample: bool = Field(False, description="a gradient of each image instead of each batch")
+    block_size: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = Field(
+        192, description="B, for all layers or for each module"
+    )
+    damp: Annotated[float, Field(gt=0.0)] | Literal["auto"] | None = Field(
+        None, description="λ; auto tries 1e-4 … 1e-9 on held-out training images before each pruning step"
+    )
+    relative: bool | None = Field(None, description="λ is a share of the mean of each layer's diagonal")
+    double: bool = Field(False, description="sums in float64")
+    memory: ByteSize | None = Field(
+        None, description="for the Fisher of a worker, as 8GiB; default 60 % of what is free"
+    )
 
 
 class PruningSchedule(Settings):
@@ -139,28 +160,66 @@ class PruningSettings(Settings):
     methods: tuple[Method, ...] = Field(("dimap", "ovit"), min_length=1)
     sparsity: Share = 0.75
     layers: dict[str, tuple[str, ...]] | None = Field(None, description="module -> regular expressions")
+    pattern: Name = Field("unstructured", description="unstructured, N:M as 2:4 or 4:8, or 1x4")
+    unfit: Literal["refuse", "dense"] = Field("refuse", description="layers that the pattern cannot fit")
     scope: ScopeName | None = Field(None, description="what shares one threshold; default the method's own")
-    floor: Share = Field(0.0, description="least sparsity of a layer")
-    ceiling: Share = Field(1.0, description="largest sparsity of a layer")
+    table: dict[str, Share] | None = Field(
+        None, description="layer-name pattern -> sparsity, instead of thresholds"
+    )
+    floor: PerLayer = Field(0.0, description="least sparsity of a layer, or of those that a pattern matches")
+    ceiling: PerLayer = Field(1.0, description="largest sparsity of a layer, or by patterns")
     schedule: PruningSchedule = PruningSchedule()
     fisher: FisherSettings = FisherSettings()
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> PruningSettings:
-        if not self.floor <= self.sparsity <= self.ceiling:
+        floor = self.floor if isinstance(self.floor, float) else 0.0
+        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
+        if not floor <= self.sparsity <= ceiling:
             raise ValueError(
-                f"sparsity: cannot be met with floor {self.floor} and ceiling {self.ceiling}; "
-                f"nearest feasible: {min(max(self.sparsity, self.floor), self.ceiling)}"
+                f"sparsity: cannot be met with floor {floor} and ceiling {ceiling}; "
+                f"nearest feasible: {min(max(self.sparsity, floor), ceiling)}"
             )
         if len(set(self.methods)) != len(self.methods):
             raise ValueError("methods: must not name one twice")
+        if self.table is not None and self.scope is not None:
+            raise ValueError("table: says what each layer gives up; drop scope")
+        forced = forced_sparsity(self.pattern)
+        if forced is not None and abs(self.sparsity - forced) > 1e-9:
+            raise ValueError(
+                f"sparsity: {self.pattern} leads to {forced:g}, no other ({self.sparsity} given)"
+            )
         return self
 
     def options(self, method: str) -> dict[str, Any]:
-        """Constructor arguments of a method."""
-        if method == "ovit":
-            return {"block_size": self.fisher.block_size, "damp": self.fisher.damp}
-        return {}
+        """Constructor arguments of a method (``damp: auto`` is for those who order, not for the method)."""
+        found: dict[str, Any] = {"pattern": self.pattern}
+        if method in SECOND_ORDER:
+            fisher = self.fisher
+            found |= {"block_size": fisher.block_size, "double": fisher.double}
+            found |= {
+                key: value
+                for key in ("gradients", "damp", "relative")
+                if (value := getattr(fisher, key)) not in (None, "auto")
+            }
+            if isinstance(fisher.damp, float) and fisher.relative is None:
+                found["relative"] = False  # a λ that is given is meant as it stands
+        return found
+
+    def tries_damps(self, method: str) -> bool:
+        return method in SECOND_ORDER and self.fisher.damp == "auto"
+
+
+def forced_sparsity(pattern: str) -> float | None:
+    """What an N:M pattern leads to.
+
+    Raises:
+        ValueError: no pattern at all.
+    """
+    try:
+        return Pattern.parse(pattern).forced
+    except InputError as error:
+        raise ValueError(f"pattern: {error.expected} ({pattern!r} given)") from None
 
 
 class TrainJob(Settings):

@@ -119,15 +119,23 @@ def eval_loader(dataset: Dataset[tuple[Tensor, int]], batch: int, rank: int = 0,
 
 
 def fixed_batches(
-    dataset: Dataset[tuple[Tensor, int]], batch: int, count: int, *, rank: int, world: int, seed: int
+    dataset: Dataset[tuple[Tensor, int]],
+    batch: int,
+    first: int,
+    last: int,
+    *,
+    rank: int,
+    world: int,
+    seed: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches for the Fisher: ``count`` over all workers, each worker its own, by a fixed sampler.
+    """Batches ``first`` to ``last`` of a fixed order, each worker every ``world``-th of them.
 
-    Whatever the number of workers, they are the same batches.
+    Whatever the number of workers, together they are the same batches; images come round again when they
+    run out.
     """
     size = len(dataset)  # type: ignore[arg-type]
     shuffled: Sequence[int] = np.random.default_rng(seed).permutation(size).tolist()
-    for number in range(rank, count, world):
+    for number in range(first + rank, last, world):
         chosen = [shuffled[(number * batch + i) % size] for i in range(batch)]
         images, labels = zip(*(dataset[index] for index in chosen), strict=True)
         yield torch.stack(images), torch.tensor(labels)

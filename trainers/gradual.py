@@ -11,14 +11,15 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from pruners.allocation import scale
+from pruners.allocation import Sharing, scale
 from pruners.costs import cost_model
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
+from pruners.one_shot import pattern_budget
 from trainers import distributed, models
 from trainers.config import PruningSettings, TrainJob
 from trainers.evaluate import evaluate
-from trainers.prune_step import Share, prune_step
+from trainers.prune_step import Goal, StepReport, prune_step
 from trainers.schedules import learning_rate, pruning_epochs, step_sparsities
 from trainers.session import Session, seed_everything
 
@@ -49,8 +50,7 @@ def run(job: TrainJob, report: Report, device: torch.device, resume: Path | None
     while session.epoch < job.training.epochs:
         epoch = session.epoch
         seed_everything(job.seed, epoch, distributed.rank())
-        if epoch in plan:
-            _prune(session, plan[epoch], last=epoch == final_epoch)
+        step = _prune(session, plan[epoch], last=epoch == final_epoch) if epoch in plan else None
         losses, rates = train_epoch(session, jumps=sorted(plan))
         session.epoch += 1
         result = evaluate(session.model, session.validation)
@@ -68,6 +68,7 @@ def run(job: TrainJob, report: Report, device: torch.device, resume: Path | None
             **costs.at(session.masks.pruned() if session.masks is not None else {}).as_dict(),
             "step_loss": losses,
             "step_lr": rates,
+            **_damp_metrics(step),
         }
         due = session.epoch % job.training.checkpoint_every == 0 or session.epoch == job.training.epochs
         report(Progress(metrics, _saver(session, metrics) if due else None))
@@ -120,7 +121,7 @@ def _pruning_plan(job: TrainJob) -> dict[int, float]:
     return dict(zip(epochs, sparsities, strict=True))
 
 
-def _prune(session: Session, sparsity: float, *, last: bool) -> None:
+def _prune(session: Session, sparsity: float, *, last: bool) -> StepReport:
     """One pruning step; the last one takes the searched allocation as it is, earlier ones scaled down."""
     job = session.job
     settings: PruningSettings | None = job.pruning
@@ -128,19 +129,29 @@ def _prune(session: Session, sparsity: float, *, last: bool) -> None:
     assert job.method is not None, "a pruning job names its method"
     pruner = create_pruner(job.method, **settings.options(job.method))
     masks = session.masks or MaskSet.dense(session.model, session.layers)
-    total = max(session.budget(sparsity), sum(masks.pruned().values()))
-    target: dict[str, int] | Share = Share(settings.scope or pruner.scope, settings.floor, settings.ceiling)
+    total = max(pattern_budget(session.layers, sparsity, pruner.form, masks), sum(masks.pruned().values()))
+    scope = settings.scope or pruner.scope
+    target: dict[str, int] | Sharing = Sharing(scope, settings.floor, settings.ceiling, settings.table)
     if job.allocation is not None:
+        unit = pruner.form.unit
         target = (
             dict(job.allocation)
             if last
-            else scale(dict(job.allocation), session.layers, total, masks.pruned())
+            else scale(dict(job.allocation), session.layers, total, masks.pruned(), unit)
         )
-    batches = session.gradient_batches(session.epoch)
-    session.masks = prune_step(
-        session.model, session.layers, masks, pruner, batches, total=total, target=target
-    )
+    source = session.gradients(pruner, session.epoch)
+    report = prune_step(session.model, session.layers, masks, pruner, source, Goal(total, target))
+    session.masks = report.masks
     session.mask_moments()
+    return report
+
+
+def _damp_metrics(step: StepReport | None) -> Metrics:
+    """The λ that a pruning step took where it tried several, and the held-out loss at each."""
+    if step is None or step.damp is None:
+        return {}
+    curve: Metrics = {f"damp_loss_{damp:g}": loss for damp, loss in step.damp.losses.items()}
+    return {"damp": step.damp.damp, **curve}
 
 
 def _targets(

@@ -6,30 +6,29 @@ losses and results are then shared. The maths itself (``pruners``) knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset
 
-from pruners.allocation import Allocation, Scope, allocate
+from pruners.allocation import Allocation, Sharing
 from pruners.base import Pruner
+from pruners.damping import DampChoice, choose_damp
 from pruners.fisher import BlockFisher
-from pruners.gradients import batch_gradients
-from pruners.layers import PrunableLayer
+from pruners.gradients import Batch, mean_loss
+from pruners.layers import PrunableLayer, find_layers
 from pruners.masks import MaskSet
 from pruners.order import EliminationOrder
+from pruners.ordering import Ordering, write
+from pruners.patterns import Pattern, fitting
 from trainers import distributed
+from trainers.config import FisherSettings, PruningSettings
+from trainers.data import fixed_batches
 
-
-@dataclass(frozen=True)
-class Share:
-    """A threshold for every group of ``scope``, each layer between floor and ceiling."""
-
-    scope: Scope
-    floor: float
-    ceiling: float
+_HELD_OUT = 16  # batches over all workers that score the λ of ``damp: auto``
 
 
 def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
@@ -43,27 +42,101 @@ def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
     return found
 
 
-def order_share(
+@dataclass(frozen=True)
+class Gradients:
+    """Where the gradients of a pruning step come from, and how many.
+
+    ``batches`` and ``held_out`` give this worker's own batches, the same at every call; every worker must
+    have the same number, give or take one. ``limit`` is how many gradients this worker takes at most.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
+    limit: int | None = None
+    per_sample: bool = False
+    held_out: Callable[[], Iterable[Batch]] | None = None
+    memory: int | None = None
+
+
+def gradient_source(
+    images: Dataset[tuple[Tensor, int]],
+    settings: FisherSettings,
+    pruner: Pruner,
+    *,
+    tries_damps: bool,
+    rank: int,
+    world: int,
+    seed: int,
+) -> Gradients:
+    """This worker's share of the gradients that a recipe asks for; held-out batches follow the others."""
+    count = settings.gradients or pruner.gradients
+    batches = -(-count // settings.batch_size) if settings.per_sample else count
+
+    def part(first: int, last: int) -> Iterable[Batch]:
+        return fixed_batches(images, settings.batch_size, first, last, rank=rank, world=world, seed=seed)
+
+    return Gradients(
+        lambda: part(0, batches),
+        limit=-(-count // world) if settings.per_sample else None,
+        per_sample=settings.per_sample,
+        held_out=(lambda: part(batches, batches + _HELD_OUT)) if tries_damps else None,
+        memory=settings.memory,
+    )
+
+
+def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[PrunableLayer]:
+    """The layers of a model that a recipe prunes.
+
+    Raises:
+        InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
+    """
+    found = find_layers(model, settings.layers)
+    return fitting(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many weights are pruned in all, and in each layer: given, or to be shared out."""
+
+    total: int
+    target: Allocation | Sharing
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The new masks, and which λ was taken where several were tried."""
+
+    masks: MaskSet
+    damp: DampChoice | None = None
+
+
+def ordering(
     model: nn.Module,
     layers: Sequence[PrunableLayer],
     masks: MaskSet,
     pruner: Pruner,
-    batches: Iterable[tuple[Tensor, Tensor]],
-) -> EliminationOrder:
-    """The order of this worker's share of the layers, from the gradients of all workers.
-
-    Args:
-        batches: this worker's own batches; every worker must have the same number, give or take one.
-    """
+    source: Gradients,
+) -> Ordering:
+    """What orders this worker's share of the layers, from the gradients of all workers."""
     owner = owners(layers, distributed.world_size())
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    fisher = pruner.fisher(layers)
-    if fisher is not None:
-        for gradients in batch_gradients(model, layers, masks, batches, functional.cross_entropy):
-            fisher.add(gradients)
-        _gather_fisher(fisher, layers, owner, next(model.parameters()).device)
-    mine = [layer for layer in layers if owner[layer.name] == distributed.rank()]
-    return pruner.order(weights, mine, masks, fisher)
+    device = next(model.parameters()).device
+
+    def gather(fisher: BlockFisher | None, group: Sequence[PrunableLayer]) -> Sequence[PrunableLayer]:
+        if fisher is not None:
+            _gather_fisher(fisher, group, owner, device)
+        return [layer for layer in group if owner[layer.name] == distributed.rank()]
+
+    return Ordering(
+        model,
+        layers,
+        masks,
+        pruner,
+        source.batches,
+        functional.cross_entropy,
+        limit=source.limit,
+        per_sample=source.per_sample,
+        memory=source.memory,
+        gather=gather,
+    )
 
 
 def prune_step(
@@ -71,58 +144,84 @@ def prune_step(
     layers: Sequence[PrunableLayer],
     masks: MaskSet,
     pruner: Pruner,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    total: int,
-    target: Allocation | Share,
-) -> MaskSet:
-    """Prune ``model`` in place to ``total`` zeros on every worker; returns the new masks.
-
-    Args:
-        target: pruned weights of each layer, or how thresholds are shared.
+    source: Gradients,
+    goal: Goal,
+) -> StepReport:
+    """Prune ``model`` in place to ``goal`` on every worker.
 
     Raises:
         RuntimeError: workers that do not end with the same masks.
     """
+    work = ordering(model, layers, masks, pruner, source)
+    order, choice = _order(work, source, goal)
+    result = _apply(work, order, goal)
+    if not distributed.agree(result.fingerprint()):
+        raise RuntimeError("the workers ended a pruning step with different masks")
+    return StepReport(result, choice)
+
+
+def order_share(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    masks: MaskSet,
+    pruner: Pruner,
+    source: Gradients,
+    goal: Goal,
+) -> tuple[EliminationOrder, DampChoice | None]:
+    """The order of this worker's share of the layers, and the λ that was best for ``goal``, if several
+    were to be tried."""
+    return _order(ordering(model, layers, masks, pruner, source), source, goal)
+
+
+def _order(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+    if source.held_out is None:
+        return work.order(), None
+    held_out = source.held_out
+
+    def loss_at(damp: float) -> float:
+        _apply(work, work.order(damp, last=False), goal)
+        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
+        device = next(work.model.parameters()).device
+        sums = distributed.sum_over_workers(torch.tensor([value, float(images)], device=device))
+        return float(sums[0] / sums[1].clamp_min(1))
+
+    try:
+        choice = choose_damp(loss_at)
+    finally:
+        write(work.model, work.weights)
+    return work.order(choice.damp), choice
+
+
+def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
+    """Write the weights that ``order`` gives at ``goal`` into the model, on every worker."""
+    layers, target = work.layers, goal.target
     owner = owners(layers, distributed.world_size())
-    order = order_share(model, layers, masks, pruner, batches)
-    if isinstance(target, Share):
-        losses = _gather_losses(order, layers, owner, next(model.parameters()).device)
-        target = allocate(
-            losses,
-            layers,
-            total,
-            target.scope,
-            floor=target.floor,
-            ceiling=target.ceiling,
-            pruned=masks.pruned(),
-        )
-    parameters = dict(model.named_parameters())
+    parameters = dict(work.model.named_parameters())
+    if isinstance(target, Sharing):
+        losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
+        pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
+        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)
     new: dict[str, Tensor] = {}
     for layer in layers:
         weight = parameters[layer.name].detach()
         mask = torch.empty(layer.shape, dtype=torch.bool, device=weight.device)
         if layer.name in order:
-            count = target[layer.name]
-            weight.copy_(order[layer.name].weight(weight, count))
-            mask = order[layer.name].mask(layer.shape, count)
+            found, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
+            weight.copy_(found)
         distributed.share_from(weight, owner[layer.name])
         new[layer.name] = distributed.bool_from(mask, owner[layer.name])
-    result = MaskSet(new)
-    if not distributed.agree(result.fingerprint()):
-        raise RuntimeError("the workers ended a pruning step with different masks")
-    return result
+    return MaskSet(new)
 
 
 def _gather_fisher(
     fisher: BlockFisher, layers: Sequence[PrunableLayer], owner: Mapping[str, int], device: torch.device
 ) -> None:
     """Sum each layer's Fisher blocks on its owner, and drop them elsewhere."""
-    fisher.flush()
     for layer in layers:
-        distributed.reduce_to(fisher.sums[layer.name], owner[layer.name])
+        for part in fisher.sums[layer.name]:
+            distributed.reduce_to(part, owner[layer.name])
         if owner[layer.name] != distributed.rank():
-            del fisher.sums[layer.name]
+            fisher.discard(layer.name)
     count = torch.tensor(fisher.count, device=device)
     fisher.count = int(distributed.sum_over_workers(count))
 
@@ -134,10 +233,12 @@ def _gather_losses(
     device: torch.device,
 ) -> dict[str, Tensor]:
     losses = {}
+    found = order.losses
     for layer in layers:
-        if layer.name in order:
-            mine = order[layer.name].losses.double().contiguous()
-        else:
-            mine = torch.empty(layer.numel, dtype=torch.float64, device=device)
+        mine = found[layer.name].double().contiguous() if layer.name in found else None
+        reach = torch.tensor(0 if mine is None else len(mine), device=device)
+        reach = distributed.share_from(reach, owner[layer.name])  # a pattern may leave less than the layer
+        if mine is None:
+            mine = torch.empty(int(reach), dtype=torch.float64, device=device)
         losses[layer.name] = distributed.share_from(mine, owner[layer.name])
     return losses

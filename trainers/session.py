@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,16 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pruners.allocation import budget
+from pruners.base import Pruner
 from pruners.costs import count_costs
 from pruners.errors import InputError
-from pruners.layers import PrunableLayer, find_layers
+from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from trainers import checkpoint as folder_format
 from trainers import data, distributed, models
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.config import TrainJob
+from trainers.prune_step import Gradients, gradient_source, prunable_layers
 from trainers.storage import local_copy
 
 STATE, PROGRESS = "trainer.safetensors", "trainer.json"
@@ -68,7 +68,6 @@ class Session:
             if distributed.active()
             else model
         )
-        patterns = job.pruning.layers if job.pruning else None
         config = models.data_config(model)
         plain = data.eval_transform(config)
         session = cls(
@@ -76,7 +75,7 @@ class Session:
             model=model,
             network=network,
             model_args=args,
-            layers=find_layers(model, patterns) if job.pruning else [],
+            layers=prunable_layers(model, job.pruning) if job.pruning else [],
             masks=masks,
             optimizer=_optimizer(job, model),
             train=data.train_loader(
@@ -97,21 +96,21 @@ class Session:
             session._restore(resume)
         return session
 
-    def gradient_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This worker's batches for the Fisher of a pruning step."""
-        assert self.job.pruning is not None
-        fisher = self.job.pruning.fisher
-        return data.fixed_batches(
+    def gradients(self, pruner: Pruner, epoch: int) -> Gradients:
+        """This worker's gradients for a pruning step."""
+        settings = self.job.pruning
+        assert settings is not None, "pruning settings ask for gradients"
+        world, rank = distributed.world_size(), distributed.rank()
+        tries = self.job.method is not None and settings.tries_damps(self.job.method)
+        return gradient_source(
             self.gradient_images,
-            fisher.batch_size,
-            fisher.gradients,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
+            settings.fisher,
+            pruner,
+            tries_damps=tries,
+            rank=rank,
+            world=world,
             seed=self.job.seed + epoch,
         )
-
-    def budget(self, sparsity: float) -> int:
-        return budget(self.layers, sparsity)
 
     @property
     def sparsity(self) -> float:
