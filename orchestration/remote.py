@@ -23,7 +23,7 @@ from trainers import data, models, storage
 from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
 from trainers.config import DataSettings, ModelSettings, PruningSettings
 from trainers.evaluate import evaluate
-from trainers.prune_step import Goal, gradient_source, order_share, prunable_layers
+from trainers.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers
 
 Own = tuple[list[PrunableLayer], Allocation, CostModel, DampChoice | None]
 
@@ -34,7 +34,7 @@ def elimination_order(
     """Order a dense model's weights once, for all trials.
 
     Returns:
-        (layers, the method's own allocation, costs, the λ taken if several were tried), and the arrays of the order.
+        (layers, the method's own allocation, costs, the λ taken of several), and the arrays of the order.
     """
     _use_all_processors(device)
     model = load_checkpoint(checkpoint, layers=pruning.layers).model.to(device)
@@ -53,7 +53,8 @@ def elimination_order(
     )
     total = pattern_budget(layers, pruning.sparsity, pruner.form, masks)
     sharing = Sharing(pruning.scope or pruner.scope, pruning.floor, pruning.ceiling, pruning.table)
-    order, damp = order_share(model, layers, masks, pruner, source, Goal(total, sharing))
+    work = ordering(model, layers, masks, pruner, source)
+    order, damp = order_share(work, source, Goal(total, sharing))
     own = sharing.allocate(order.losses, layers, total, pruned=masks.pruned(), unit=pruner.form.unit)
     arrays = {name: tensor.cpu().numpy() for name, tensor in order.arrays().items()}
     return (layers, own, cost_model(model, models.input_size(model)), damp), arrays

@@ -19,7 +19,7 @@ from pruners.one_shot import pattern_budget
 from trainers import distributed, models
 from trainers.config import PruningSettings, TrainJob
 from trainers.evaluate import evaluate
-from trainers.prune_step import Goal, StepReport, prune_step
+from trainers.prune_step import Goal, StepReport, ordering, prune_step
 from trainers.schedules import learning_rate, pruning_epochs, step_sparsities
 from trainers.session import Session, seed_everything
 
@@ -140,7 +140,8 @@ def _prune(session: Session, sparsity: float, *, last: bool) -> StepReport:
             else scale(dict(job.allocation), session.layers, total, masks.pruned(), unit)
         )
     source = session.gradients(pruner, session.epoch)
-    report = prune_step(session.model, session.layers, masks, pruner, source, Goal(total, target))
+    work = ordering(session.model, session.layers, masks, pruner, source)
+    report = prune_step(work, source, Goal(total, target))
     session.masks = report.masks
     session.mask_moments()
     return report

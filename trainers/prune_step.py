@@ -139,41 +139,21 @@ def ordering(
     )
 
 
-def prune_step(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    masks: MaskSet,
-    pruner: Pruner,
-    source: Gradients,
-    goal: Goal,
-) -> StepReport:
-    """Prune ``model`` in place to ``goal`` on every worker.
+def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
+    """Prune the model of ``work`` (:func:`ordering`) in place to ``goal``, on every worker.
 
     Raises:
         RuntimeError: workers that do not end with the same masks.
     """
-    work = ordering(model, layers, masks, pruner, source)
-    order, choice = _order(work, source, goal)
+    order, choice = order_share(work, source, goal)
     result = _apply(work, order, goal)
     if not distributed.agree(result.fingerprint()):
         raise RuntimeError("the workers ended a pruning step with different masks")
     return StepReport(result, choice)
 
 
-def order_share(
-    model: nn.Module,
-    layers: Sequence[PrunableLayer],
-    masks: MaskSet,
-    pruner: Pruner,
-    source: Gradients,
-    goal: Goal,
-) -> tuple[EliminationOrder, DampChoice | None]:
-    """The order of this worker's share of the layers, and the λ that was best for ``goal``, if several
-    were to be tried."""
-    return _order(ordering(model, layers, masks, pruner, source), source, goal)
-
-
-def _order(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+    """The order of this worker's share of the layers; the λ that is best for ``goal``, if several are tried."""
     if source.held_out is None:
         return work.order(), None
     held_out = source.held_out
