@@ -31,7 +31,8 @@ class Stretch:
     ``w −= Σ y_i·v_i`` over the steps that have been taken, for blocks ``block`` … ``block + n`` of a layer:
     ``columns`` v (n, steps, r), ``coefficients`` y (n, steps); ``slots`` (n, r) are the places in the block
     that the r numbers belong to, with ``ranked`` those that stay longest first. The block had lost
-    ``begin`` weights when the stretch began, and counts no step at or beyond ``end`` (n,), where a later elimination took over.
+    ``begin`` weights when the stretch began, and counts no step at or beyond ``end`` (n,), where a later
+    elimination took over.
     """
 
     block: int

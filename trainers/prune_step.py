@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from pruners.allocation import Allocation, Sharing
 from pruners.base import Pruner
 from pruners.damping import DampChoice, choose_damp
+from pruners.errors import InputError
 from pruners.fisher import BlockFisher
 from pruners.gradients import Batch, mean_loss
 from pruners.layers import PrunableLayer, find_layers
@@ -153,15 +154,25 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
 
 
 def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
-    """The order of this worker's share of the layers; the λ that is best for ``goal``, if several are tried."""
+    """The order of this worker's share of the layers; the best λ for ``goal``, if several are to be tried."""
     if source.held_out is None:
         return work.order(), None
     held_out = source.held_out
 
     def loss_at(damp: float) -> float:
-        _apply(work, work.order(damp, last=False), goal)
-        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
+        order, failure = None, None
+        try:
+            order = work.order(damp, last=False)
+        except InputError as error:
+            failure = error
         device = next(work.model.parameters()).device
+        failed = distributed.sum_over_workers(torch.tensor(0.0 if failure is None else 1.0, device=device))
+        if failure is not None:
+            raise failure
+        if order is None or float(failed):  # all go on to the next λ together
+            raise InputError("damp", damp, "failed on another worker")
+        _apply(work, order, goal)
+        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
         sums = distributed.sum_over_workers(torch.tensor([value, float(images)], device=device))
         return float(sums[0] / sums[1].clamp_min(1))
 
