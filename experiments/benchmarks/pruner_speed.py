@@ -1,0 +1,307 @@
+"""The Fisher, its inverse and the elimination against the obvious way to compute them, in one run.
+
+    python experiments/benchmarks/pruner_speed.py [--device cuda] [--threads 1 2]
+
+The obvious way: m rank-one updates of the inverse Fisher blocks (Woodbury), then for each weight that falls a
+full downdate of its block, in float64 as ours is (in float32 it takes other pivots; its time is shown too).
+Same gradients, same machine, same pivots (checked). Its m updates are extrapolated from 64. Layers are those
+of a small ViT for 32-pixel images (width 192, 6 blocks, 2.65 M weights) and the first encoder block of DeiT-S
+(1.77 M; the whole model's Fisher would take 12 GB), on CUDA all of DeiT-B. The last line sums up; the exit
+status is 1 when a stated ratio is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import timm
+import torch
+from obvious import DAMP, B, Clock, Obvious, Problem, bandwidth, layer_sets, matrix_rate
+from torch import Tensor
+
+from pruners import PrunableLayer, create_pruner, find_layers
+from pruners.allocation import Sharing
+from pruners.fisher import BlockFisher
+from pruners.obs import eliminate
+from pruners.second_order import SecondOrder, State, Task, chunks
+
+LEAST_FISHER = {256: 10.0, 1024: 20.0, 4096: 40.0}
+LEAST_BOTH = {256: 12.0, 1024: 18.0}
+
+
+@dataclass
+class Report:
+    """Ratios with what they must be."""
+
+    lines: list[tuple[str, float, float, str]] = field(default_factory=list)
+
+    def need(self, what: str, value: float, bound: float, *, most: bool = False) -> None:
+        ok = value <= bound if most else value >= bound
+        sign = "≤" if most else "≥"
+        self.lines.append((what, value, bound, "ok" if ok else "MISSED"))
+        print(f"  {what:<58}{value:>8.2f}  ({sign} {bound:g})  {'ok' if ok else 'MISSED'}", flush=True)
+
+    @property
+    def missed(self) -> list[str]:
+        return [what for what, _, _, state in self.lines if state == "MISSED"]
+
+
+def same_pivots(device: torch.device) -> float:
+    """The share of equal pivots on some blocks, both ways in float64 from the same gradients."""
+    layer = PrunableLayer("a.weight", "MLP", 0, (32, B))
+    problem = Problem("check", [layer], device)
+    fisher = BlockFisher([layer], block_size=B, damp=DAMP, dtype=torch.float64)
+    obvious = Obvious(32, device)
+    for gradient in problem.gradients(0, 256):
+        fisher.add(gradient)
+        obvious.add(problem.blocks(gradient), 256)
+    theirs = obvious.eliminate(problem.blocks(problem.weights))
+    task, state = started(problem, layer, fisher)
+    ours = torch.cat(
+        [
+            one.slots.gather(1, eliminate(one.weights, one.inverse, one.alive).order)
+            for one in chunks(task, state.weight, state.alive)
+        ]
+    )
+    return float((ours == theirs).double().mean())
+
+
+def started(problem: Problem, layer: PrunableLayer, fisher: BlockFisher) -> tuple[Task, State]:
+    fisher.flush()
+    pattern = create_pruner("ovit").form
+    task = Task.of(layer, problem.weights[layer.name], problem.masks[layer.name], fisher, pattern)
+    return task, State.after(task, task.start())
+
+
+def time_obvious(problem: Problem, dtype: torch.dtype, updates: int, steps: int) -> tuple[float, float]:
+    """Seconds of one update, and of one elimination step."""
+    weights = problem.blocks(problem.weights)
+    obvious = Obvious(len(weights), problem.device, dtype)
+    blocks = [problem.blocks(one) for one in problem.gradients(0, min(8, updates))]
+    obvious.add(blocks[0], 256)
+    with Clock(problem.device) as update:
+        for number in range(updates):
+            obvious.add(blocks[number % len(blocks)], 256)
+    with Clock(problem.device) as elimination:
+        obvious.eliminate(weights, steps)
+    return update.spent / updates, elimination.spent / steps
+
+
+@dataclass
+class Ours:
+    """Seconds: gradients to sums by their number (``steady``: of one, once memory is there), and so on."""
+
+    accumulate: dict[int, float]
+    steady: float
+    inverse: float
+    order: float
+    weights_at: float
+    kept: int
+
+
+def time_ours(problem: Problem, most: int) -> Ours:
+    pruner = create_pruner("ovit", block_size=B, damp=DAMP)
+    assert isinstance(pruner, SecondOrder), "oViT is one"
+    fisher = pruner.fisher(problem.layers)
+    clock, done, accumulate = Clock(problem.device), 0, {}
+    for count in (m for m in LEAST_FISHER if m <= most):
+        before = clock.spent
+        for first in range(done, count, 128):
+            for gradient in problem.gradients(first, min(first + 128, count)):
+                with clock:
+                    fisher.add(gradient)
+        steady = (clock.spent - before) / (count - done)
+        with clock:
+            fisher.flush()
+        done = count
+        accumulate[count] = clock.spent
+    with Clock(problem.device) as inverse:
+        for layer in problem.layers:
+            for _ in chunks(*unpacked(started(problem, layer, fisher))):
+                pass
+    with Clock(problem.device) as order:
+        found = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
+    reads = []
+    for sparsity in (0.5, 0.75, 0.9):
+        total = round(sparsity * problem.numel)
+        allocation = Sharing("global").allocate(found.losses, problem.layers, total)
+        with Clock(problem.device) as read:
+            found.weights_at(problem.weights, allocation)
+        reads.append(read.spent)
+    return Ours(accumulate, steady, inverse.spent, order.spent, sorted(reads)[1], found.nbytes)
+
+
+def unpacked(found: tuple[Task, State]) -> tuple[Task, Tensor, Tensor]:
+    task, state = found
+    return task, state.weight, state.alive
+
+
+def compare(problem: Problem, report: Report, rate: float, most: int) -> None:
+    d = problem.numel
+    warm = time_ours(problem, 256)  # code is compiled, and memory has been touched
+    del warm
+    gc.collect()
+    ours = time_ours(problem, most)
+    update, step = time_obvious(problem, torch.float64, 64, B)
+    update32, step32 = time_obvious(problem, torch.float32, 8, 8)
+    gc.collect()
+    elimination = max(ours.order - ours.inverse, 1e-9)
+    counts = sorted(ours.accumulate)
+    print(
+        "  ours: accumulation "
+        + ", ".join(f"{ours.accumulate[m]:.2f} s (m = {m})" for m in counts)
+        + f"; inverse {ours.inverse:.2f} s, elimination {elimination:.2f} s, "
+        f"weights_at {ours.weights_at:.3f} s"
+    )
+    print(
+        f"  obvious: {update:.3f} s an update (64 timed), elimination {step * B:.1f} s; "
+        f"in float32 {update32:.3f} s and {step32 * B:.1f} s (8 of each timed)"
+    )
+    for count in counts:
+        both = (ours.accumulate[count] + ours.inverse, update * count)
+        report.need(f"Fisher and inverse, m = {count}: times", both[1] / both[0], LEAST_FISHER[count])
+    flops = 2 * B * d / ours.steady
+    report.need("accumulation: % of the machine's own sgemm", 100 * flops / rate, 60.0)
+    report.need("elimination of every weight: times", step * B / elimination, 10.0)
+    for count in (m for m in LEAST_BOTH if m in ours.accumulate):
+        mine = ours.accumulate[count] + ours.order
+        theirs = update * count + step * B
+        report.need(f"both, m = {count}: times", theirs / mine, LEAST_BOTH[count])
+    report.need(
+        f"weights_at, % of our elimination (keeps {ours.kept / 1e6:,.0f} MB)",
+        100 * ours.weights_at / elimination,
+        5.0,
+        most=True,
+    )
+
+
+def sorts(report: Report, device: torch.device) -> None:
+    """DIMAP and LAMP on Swin-B, in sorts of the same weights."""
+    with torch.device("meta"):
+        layers = find_layers(timm.create_model("swin_base_patch4_window7_224"))
+    random = torch.Generator(device).manual_seed(0)
+    weights = {one.name: torch.randn(one.shape, generator=random, device=device) for one in layers}
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    total = sum(layer.numel for layer in layers) // 2
+
+    def one_sort() -> None:
+        for weight in weights.values():
+            torch.sort(weight.abs().reshape(-1))
+
+    def pruned(method: str) -> Callable[[], None]:
+        pruner = create_pruner(method)
+
+        def work() -> None:
+            order = pruner.order(weights, layers, masks, None)
+            Sharing(pruner.scope).allocate(order.losses, layers, total)
+
+        return work
+
+    times = {}
+    for name, work in {"sort": one_sort, "dimap": pruned("dimap"), "lamp": pruned("lamp")}.items():
+        work()
+        with Clock(device) as clock:
+            work()
+        times[name] = clock.spent
+    print(f"  Swin-B, {2 * total / 1e6:.1f} M weights: one sort {times['sort']:.2f} s")
+    for name in ("dimap", "lamp"):
+        report.need(
+            f"{name} on Swin-B, in sorts of the same data", times[name] / times["sort"], 3.0, most=True
+        )
+
+
+def peak(device: torch.device) -> tuple[float, float]:
+    """Bytes that a Fisher with its elimination takes beyond what was there, and its bound."""
+    problem = Problem("peak", layer_sets(device)["vit 192×6"], device)
+    small = Problem("warm", problem.layers[1:2], device)
+    pruner = create_pruner("ovit", block_size=B, damp=DAMP)
+
+    def work(some: Problem, count: int) -> None:
+        fisher = pruner.fisher(some.layers)
+        assert fisher is not None, "oViT has one"
+        for gradient in some.gradients(0, count):
+            fisher.add(gradient)
+        fisher.flush()
+        for layer in some.layers:
+            kept.append(pruner.order(some.weights, [layer], some.masks, fisher))
+            fisher.discard(layer.name)
+
+    kept: list[object] = []
+    work(small, 64)
+    bound = 1.5 * problem.numel * B * 4 + 4 * problem.numel
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work(problem, 256)
+        return torch.cuda.max_memory_allocated(device) - before, bound
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work(problem, 256)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), bound
+
+
+def peak_apart(device: torch.device) -> tuple[float, float]:
+    """:func:`peak` in a process of its own, whose memory is its alone."""
+    command = [sys.executable, __file__, "--device", str(device), "--peak"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    taken, bound = json.loads(found)
+    return taken, bound
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--most", type=int, default=4096, help="largest m of the first layer set (others: 1024)"
+    )
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if args.peak:
+        print(json.dumps(peak(device)))
+        return
+    report = Report()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {device}")
+    for threads in args.threads if device.type == "cpu" else [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        for number, (name, layers) in enumerate(layer_sets(device).items()):
+            torch.backends.cuda.matmul.allow_tf32 = False
+            rate = matrix_rate(device)
+            print(
+                f"{name}, {sum(one.numel for one in layers) / 1e6:.2f} M weights, B = {B}, {threads} threads"
+            )
+            print(f"  sgemm {rate / 1e9:,.0f} GFLOP/s, memory {bandwidth(device) / 1e9:,.0f} GB/s")
+            if device.type == "cuda":
+                torch.backends.cuda.matmul.allow_tf32 = True
+                print(f"  with TF32 {matrix_rate(device) / 1e9:,.0f} GFLOP/s (not used by ours)")
+                torch.backends.cuda.matmul.allow_tf32 = False
+            compare(Problem(name, layers, device), report, rate, args.most if not number else 1024)
+            gc.collect()
+    print("once")
+    report.need("same pivots as the obvious way, % (float64)", 100 * same_pivots(device), 100.0)
+    sorts(report, device)
+    taken, bound = peak_apart(device)
+    report.need(
+        f"peak memory, % of 1.5·d·B·4 + the model ({bound / 1e9:.2f} GB)",
+        100 * taken / bound,
+        100.0,
+        most=True,
+    )
+    missed = report.missed
+    told = f"{len(report.lines) - len(missed)} of {len(report.lines)} ratios hold"
+    print(told + (f"; missed: {'; '.join(missed)}" if missed else ""))
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
