@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from orchestration.cli_prune import inspect_model, prune
 from pruners.errors import InputError, did_you_mean
 
 INTERRUPTED = 130
@@ -31,6 +32,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """Espalier: distributed pruning of vision transformers (DIMAP and oViT) on Ray."""
 
+
+cli.add_command(prune)
+cli.add_command(inspect_model)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")

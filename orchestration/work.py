@@ -1,0 +1,162 @@
+"""Long work of a command: how far it is, Ctrl-C in its middle, and a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from pruners.errors import InputError
+
+_PLAIN_SECONDS = 10.0
+_PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
+T = TypeVar("T")
+
+
+class Bars:
+    """Kinds of work and how far each one is: bars on a terminal, a line now and then in a pipe.
+
+    An instance is a :data:`pruners.ordering.Progress`; a kind may begin again (several λ, several passes).
+    """
+
+    def __init__(self, console: Console | None = None, heading: str = "") -> None:
+        """``heading``: said before the first bar or line, so that a mistake found at once is a line alone."""
+        self.console = console or Console(file=sys.stderr)
+        self._heading = heading
+        self._live = self.console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._rounds: dict[str, int] = {}
+        self._last = self._spoke = time.monotonic()
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def _say(self, text: str) -> None:
+        for line in filter(None, (self._heading, text)):
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._heading = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done <= self._done.get(what, done):
+            self._began[what] = self._last  # it began when the work before it ended
+            self._rounds[what] = self._rounds.get(what, 0) + 1
+        self._done[what], self._last = done, now
+        took = now - self._began[what]
+        left = took * (total - done) / max(done, 1)
+        time_left = f"{_clock(left)} left" if done < total else f"in {_clock(took)}"
+        again = f" (round {self._rounds[what]})" if self._rounds[what] > 1 else ""
+        detail = f"{done:,} of {total:,}, {time_left}{again}"
+        if self._live:
+            self._say("")
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, detail="")
+            self._bars.update(self._tasks[what], completed=done, total=total, detail=detail)
+        elif now - self._spoke > max(_PLAIN_SECONDS, _PLAIN_SHARE * took):
+            self._spoke = now
+            self._say(f"{what:<12}{detail}")
+
+    def over(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
+        """The same batches, told as they are done with."""
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            self(what, done, total)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """The result of ``work``, done in a thread of its own.
+
+    Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
+    who catches the interrupt must :func:`leave` without waiting for it.
+    """
+    result: Future[T] = Future()
+
+    def body() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=body, daemon=True).start()
+    return result.result()
+
+
+def leave(status: int) -> NoReturn:
+    """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
+def free_folder(place: str, key: str) -> Path:
+    """The absolute path of a folder that is not there yet (or is empty), where one can be written.
+
+    Raises:
+        InputError: it is there, or cannot be.
+    """
+    if "://" in place:
+        raise InputError(key, place, "must be a folder of this machine")
+    target = Path(place).expanduser().resolve()
+    try:
+        if target.is_dir():
+            if any(target.iterdir()):
+                raise InputError(key, place, "the folder is there and not empty; name another one")
+        elif os.path.lexists(target):
+            raise InputError(key, place, "is there, and no folder")
+        parent = next(folder for folder in target.parents if os.path.lexists(folder))
+        Path(
+            tempfile.mkdtemp(dir=parent, prefix=".espalier-")
+        ).rmdir()  # what may be written, only this tells
+    except OSError as error:
+        raise InputError(key, place, f"cannot be written ({error.strerror or error})") from None
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        shutil.rmtree(made[-1], ignore_errors=True)
+        raise
