@@ -28,9 +28,11 @@ from pruners.layers import PrunableLayer
 from pruners.patterns import Pattern
 
 _CHUNK = 128
-# gradients that wait for their matrix product, as a share of B: with the sums (¾) less than 1.5·d·B numbers
-_WAITING = 0.67
-_HALVED = 64  # from this size on
+RESIDENT = 1.5
+"""Sums (¾ of d·B numbers), and gradients that wait for their matrix product, are no more than this."""
+HALVED = 64
+"""From this size on sums are kept by halves."""
+_LARGEST = 32767  # positions in a block are kept in 16 bits
 
 
 class BlockFisher:
@@ -67,10 +69,21 @@ class BlockFisher:
         self._sizes = block_sizes(layers, block_size, self.pattern)
         self._waiting: dict[str, Tensor] = {}
         self._taken = 0
-        self._chunk = min(_CHUNK, max(1, int(_WAITING * max(self._sizes.values(), default=1))))
+        self._chunk = min(_CHUNK, max(1, self._room(layers)))
 
     def block_size(self, name: str) -> int:
         return self._sizes[name]
+
+    def _room(self, layers: Sequence[PrunableLayer]) -> int:
+        """How many gradients of these layers may wait."""
+        waiting, room = 0, 0.0
+        for layer in layers:
+            size = self._sizes[layer.name]
+            half = _half(size)
+            blocks = -(-layer.numel // size)
+            waiting += blocks * size
+            room += blocks * (RESIDENT * size**2 - half * size - (size - half) ** 2)
+        return int(room / max(waiting, 1))
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Take one gradient of the loss (a tensor for each layer, of the layer's shape)."""
@@ -185,8 +198,10 @@ class BlockFisher:
         """F⁻¹ (k, r, r) of :meth:`blocks`, in float64.
 
         Raises:
-            InputError: a block that is not positive definite even with λ and the rounding of its sums.
+            InputError: no gradient was taken, or a block that is not positive definite even with λ and the
+                rounding of its sums.
         """
+        self._need_gradients()
         inverse, sound = self._inverted(name, chosen, slots, alive)
         if not bool(sound.all()):
             # The sums carry their own rounding: what is less than that in a direction is not known to be
@@ -230,7 +245,7 @@ class BlockFisher:
 
 
 def _half(size: int) -> int:
-    return size // 2 if size >= _HALVED else size
+    return size // 2 if size >= HALVED else size
 
 
 def block_sizes(
@@ -245,8 +260,8 @@ def block_sizes(
     if not isinstance(block_size, Mapping):
         block_size = dict.fromkeys(modules, block_size)
     for size in block_size.values():
-        if size < 1:
-            raise InputError("block_size", size, "must be at least 1")
+        if not 1 <= size <= _LARGEST:
+            raise InputError("block_size", size, f"must lie between 1 and {_LARGEST}")
     missing = [module for module in modules if module not in block_size]
     if missing:
         known = f"needs a size for {missing[0]} too{did_you_mean(missing[0], block_size)}"
@@ -262,4 +277,6 @@ def invert(matrices: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrices)
     # an infinite sum has a factor too, and an inverse of 0
     sound = (info == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(1)
+    if not bool(sound.all()):  # half a factor may have zeros on its diagonal, which LAPACK refuses
+        factor[~sound] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     return torch.cholesky_inverse(factor), sound

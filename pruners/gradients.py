@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pruners.layers import PrunableLayer
 
@@ -94,7 +95,9 @@ def _of_samples(
     images, labels = _placed(model, batch)
     for start in range(0, len(images), _SAMPLES):
         some = slice(start, start + _SAMPLES)
-        yield of_some(wanted, images[some], labels[some])
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions know no vmap
+            found = of_some(wanted, images[some], labels[some])
+        yield found
 
 
 def _placed(model: nn.Module, batch: Batch) -> Batch:

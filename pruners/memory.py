@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from pruners.errors import InputError
+from pruners.fisher import HALVED, RESIDENT
 from pruners.layers import PrunableLayer
 
-# sums (0.75), and gradients that wait (0.67) or the columns of the elimination (0.6): of d·B numbers
-RESIDENT = 1.5
 _SHARE_OF_FREE = 0.6
 
 
@@ -31,7 +30,10 @@ def free_bytes(device: torch.device) -> int:
 
 def fisher_bytes(layer: PrunableLayer, block_size: int, number: int = 4) -> int:
     """The most that a layer's Fisher takes on its way (``number``: bytes of each of its numbers)."""
-    return int(RESIDENT * layer.numel * block_size * number)
+    blocks = -(-layer.numel // block_size)
+    # small blocks: sums in full, and as many numbers again in the columns of the elimination
+    share = RESIDENT if block_size >= HALVED else 2.0
+    return int(share * blocks * block_size**2 * number)
 
 
 def layer_groups(

@@ -16,7 +16,7 @@ from pruners.damping import DampChoice, choose_damp
 from pruners.errors import InputError
 from pruners.gradients import Batch, Loss, mean_loss
 from pruners.layers import PrunableLayer, find_layers
-from pruners.limits import PerLayer
+from pruners.limits import PerLayer, per_layer
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.order import EliminationOrder
@@ -89,6 +89,9 @@ def prune(
     auto = options.get("damp") == "auto"
     if auto:
         options = {key: value for key, value in options.items() if key != "damp"}
+    if options and not isinstance(method, str):
+        key, value = next(iter(options.items()))
+        raise InputError(key, value, f"is for methods by name; {method.name} has options of its own")
     pruner = create_pruner(method, **options) if isinstance(method, str) else method
     if auto and not pruner.gradients:
         raise InputError("damp", "auto", f"{pruner.name} has no Fisher to damp")
@@ -121,11 +124,12 @@ def prune(
             per_sample=per_sample,
             memory=memory,
             progress=progress,
+            depth=max(per_layer("ceiling", ceiling, chosen, 1.0).values(), default=1.0),
         )
         ordering.batches = again(source, ordering.passes)
         choice = None
         if auto:
-            choice = _try_damps(ordering, sharing, total, list(held_out or ()))
+            choice = _try_damps(ordering, sharing, total, held_out or ())
         order = ordering.order(None if choice is None else choice.damp)
         allocation = sharing.allocate(
             order.losses, chosen, total, pruned=masks.pruned(), unit=pruner.form.unit
@@ -152,10 +156,10 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
     return total if sparsity < pattern.forced - 1e-9 else most
 
 
-def _try_damps(ordering: Ordering, sharing: Sharing, total: int, held_out: list[Batch]) -> DampChoice:
+def _try_damps(ordering: Ordering, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:
     """Score each λ by the held-out loss of the model it gives; the model is as it was afterwards."""
-    if not held_out:
-        raise InputError("held_out", None, "damp = auto needs batches beyond those of the gradients")
+    if isinstance(held_out, Iterator):
+        held_out = list(held_out)  # read once for every λ
 
     def loss_at(damp: float) -> float:
         order = ordering.order(damp, last=False)
@@ -164,6 +168,8 @@ def _try_damps(ordering: Ordering, sharing: Sharing, total: int, held_out: list[
         allocation = sharing.allocate(order.losses, ordering.layers, total, pruned=pruned, unit=unit)
         write(ordering.model, order.weights_at(ordering.weights, allocation)[0])
         value, images = mean_loss(ordering.model, held_out, ordering.loss)
+        if not images:
+            raise InputError("held_out", None, "damp = auto needs batches beyond those of the gradients")
         return value / images
 
     try:

@@ -43,6 +43,7 @@ class Ordering:
             in groups of layers, each with a pass over the gradients of its own; what is known of the
             survivors then waits on disk.
         gather: what makes it one worker of several.
+        depth: the deepest sparsity of a layer that will be asked for; second-order methods go no further.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Ordering:
     memory: int | None = None
     gather: Callable[[Any, Sequence[PrunableLayer]], Sequence[PrunableLayer]] = alone
     progress: Progress | None = None
+    depth: float = 1.0
 
     def __post_init__(self) -> None:
         parameters = dict(self.model.named_parameters())
@@ -94,7 +96,7 @@ class Ordering:
                 fisher.damp, fisher.relative = damp, False
             part = EliminationOrder()
             for number, layer in enumerate(mine):
-                part |= pruner.order(self._weights, [layer], self.masks, fisher)
+                part |= self._ordered(pruner, layer, fisher)
                 if fisher is not None and (last or len(self._groups) > 1):
                     fisher.discard(layer.name)
                 self._tell("layers", number + 1, len(mine))
@@ -102,6 +104,11 @@ class Ordering:
         if last:
             self._kept = None
         return merge(parts)
+
+    def _ordered(self, pruner: Pruner, layer: PrunableLayer, fisher: BlockFisher | None) -> EliminationOrder:
+        if isinstance(pruner, SecondOrder):
+            return pruner.order(self._weights, [layer], self.masks, fisher, depth=self.depth)
+        return pruner.order(self._weights, [layer], self.masks, fisher)
 
     def _fisher(
         self, pruner: Pruner, group: Sequence[PrunableLayer]

@@ -87,7 +87,11 @@ class SecondOrder(ABC):
             while found is None or len(found.indices) < min(target, task.most):
                 share = (target - (0 if found is None else len(found.indices))) / layer.numel
                 steps = math.ceil(min(1.0, _DEEPER * share) * task.size / self.form.unit) * self.form.unit
+                before = -1 if found is None else len(found.indices)
                 found = self.deepen(task, found, max(steps, self.form.unit))
+                if len(found.indices) == before:
+                    expected = f"gives no finite losses for {layer.name}"
+                    raise InputError("damp", fisher.damping(layer.name), expected)
             orders[layer.name] = self.priced(found, task)
         return orders
 

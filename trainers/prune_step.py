@@ -21,6 +21,7 @@ from pruners.errors import InputError
 from pruners.fisher import BlockFisher
 from pruners.gradients import Batch, mean_loss
 from pruners.layers import PrunableLayer, find_layers
+from pruners.limits import per_layer
 from pruners.masks import MaskSet
 from pruners.order import EliminationOrder
 from pruners.ordering import Ordering, write
@@ -155,6 +156,7 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
 
 def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
     """The order of this worker's share of the layers; the best λ for ``goal``, if several are to be tried."""
+    work.depth = _deepest(work.layers, goal.target)
     if source.held_out is None:
         return work.order(), None
     held_out = source.held_out
@@ -181,6 +183,13 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
     finally:
         write(work.model, work.weights)
     return work.order(choice.damp), choice
+
+
+def _deepest(layers: Sequence[PrunableLayer], target: Allocation | Sharing) -> float:
+    """The largest sparsity that a layer may get."""
+    if isinstance(target, Sharing):
+        return max(per_layer("ceiling", target.ceiling, layers, 1.0).values(), default=1.0)
+    return max((target[layer.name] / layer.numel for layer in layers), default=1.0)
 
 
 def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
