@@ -124,7 +124,12 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]
             settings = recipe.model.model_copy(update={"pretrained": False})
             model = models.build_model(settings, recipe.data)
         _check_head(recipe)
-    return model, prunable_layers(model, recipe.pruning)
+    try:
+        return model, prunable_layers(model, recipe.pruning)
+    except InputError as error:
+        if error.key != "pattern":
+            raise
+        raise InputError("pruning.pattern", error.value, error.expected) from None
 
 
 def _check_head(recipe: Recipe) -> None:

@@ -195,9 +195,31 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise InputError("recipe", where, f"must be YAML ({reason}{line})") from None
 
 
+# what pydantic calls the forms that a value of several may have
+_BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
+
+
+def _no_branch(errors: Sequence[Any]) -> InputError:
+    """A value that has none of the forms that its key allows."""
+    path = [str(part) for part in errors[0]["loc"]]
+    begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
+    same = [one for one in errors if [str(part) for part in one["loc"]][:begin] == path[:begin]]
+    table = [one for one in same if str(one["loc"][begin]).startswith("dict") and len(one["loc"]) > begin + 1]
+    told = table[:1] or [one for one in same if not str(one["loc"][begin]).startswith("dict")]
+    rest = [str(part) for part in told[0]["loc"][begin + 1 :]]
+    says = dict.fromkeys(one["msg"].replace("Input should be", "must be") for one in told)
+    return InputError(".".join(path[:begin] + rest), told[0].get("input"), ", or ".join(says))
+
+
 def _one_line(error: ValidationError) -> InputError:
     """The first mistake that pydantic found, in our words."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    if any(_BRANCH.fullmatch(str(part)) for part in errors[0]["loc"]):
+        return _no_branch(errors)
+    return _one_mistake(errors[0])
+
+
+def _one_mistake(first: Any) -> InputError:
     location = [part for part in first["loc"] if isinstance(part, str | int)]
     key = ".".join(map(str, location)) or "recipe"
     kind, given = first["type"], first.get("input")

@@ -41,6 +41,8 @@ def bounds(
         gone = 0 if pruned is None else pruned[layer.name]
         low = math.ceil(least[layer.name] * layer.numel / unit - 1e-6) * unit
         high = math.floor(most[layer.name] * layer.numel / unit + 1e-6) * unit
+        if least[layer.name] <= most[layer.name]:
+            low = min(low, high)  # no whole number may lie between two that are almost equal
         if reach is not None:
             high = min(high, reach[layer.name])
         found[layer.name] = (max(low, gone), max(high, gone))

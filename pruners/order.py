@@ -43,26 +43,34 @@ class Stretch:
     end: Tensor | None = None
     ranked: bool = False
 
-    def take(self, weights: Tensor, fallen: Tensor) -> None:
-        """Do to ``weights`` (n, size) what the steps do when ``fallen`` (n,) of each block have fallen."""
-        _, steps, size = self.columns.shape
+    def take(self, weights: Tensor, fallen: Tensor, part: slice) -> None:
+        """Do to ``part`` of a layer's ``weights`` (n, size) what the steps do when ``fallen`` (n,) fell."""
+        first = max(self.block, part.start)
+        last = min(self.block + len(self.columns), part.stop)
+        if first >= last:
+            return
+        mine = slice(first - self.block, last - self.block)
+        columns, coefficients, slots = self.columns[mine], self.coefficients[mine], self.slots[mine]
+        weights, done = weights[first:last], fallen[first:last]
+        _, steps, size = columns.shape
         device = fallen.device  # the stretch itself may lie in another memory
-        done = fallen if self.end is None else torch.minimum(fallen, self.end.to(device))
-        done = done - torch.as_tensor(self.begin, device=device)
+        if self.end is not None:
+            done = torch.minimum(done, self.end[mine].to(device))
+        done = done - (self.begin[mine].to(device) if isinstance(self.begin, Tensor) else self.begin)
         stay = (size - done).clamp_(0, size)  # of a ranked stretch only these matter
         done = done.clamp_(0, steps)
-        last = int(done.max()) if len(done) else 0
-        if not last:
+        most = int(done.max())
+        if not most:
             return
-        if device.type == "cpu" and self.columns.device.type == "cpu":
+        if device.type == "cpu" and columns.device.type == "cpu":
             widths = stay if self.ranked else torch.full_like(stay, size)
-            arrays = (weights, done, widths, self.coefficients, self.columns, self.slots)
+            arrays = (weights, done, widths, coefficients, columns, slots)
             kernels.take_steps(*(array.numpy() for array in arrays))
             return
         taken = torch.arange(steps, device=device) < done.unsqueeze(1)
-        y = (self.coefficients.to(device) * taken)[:, :last].unsqueeze(1)
-        moved = torch.bmm(y, self.columns[:, :last].to(device)).squeeze(1)
-        weights.scatter_add_(1, self.slots.to(device).long(), moved.neg_())
+        y = (coefficients.to(device) * taken)[:, :most].unsqueeze(1)
+        moved = torch.bmm(y, columns[:, :most].to(device)).squeeze(1)
+        weights.scatter_add_(1, slots.to(device).long(), moved.neg_())
 
 
 @dataclass(frozen=True)
@@ -122,21 +130,15 @@ class LayerOrder:
         fallen[self.indices[: self.zeros].long()] = False
         counts = to_blocks(fallen, size).sum(1)
         weights = to_blocks(flat, size).clone(memory_format=torch.contiguous_format)
-        # those that begin at the same block follow each other; others have nothing in common
-        chunks: dict[int, list[Stretch]] = {}
-        for stretch in self.updates:
-            chunks.setdefault(stretch.block, []).append(stretch)
 
         def work(part: slice) -> None:
-            for stretches in list(chunks.values())[part]:
-                for stretch in stretches:
-                    here = slice(stretch.block, stretch.block + len(stretch.columns))
-                    stretch.take(weights[here], counts[here])
+            for stretch in self.updates:
+                stretch.take(weights, counts, part)
 
         if weights.device.type == "cpu":
-            kernels.on_threads(work, len(chunks))
+            kernels.on_threads(work, len(weights))
         else:
-            work(slice(None))
+            work(slice(0, len(weights)))
         return weights.reshape(-1)[:numel]
 
 

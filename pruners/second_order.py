@@ -22,6 +22,7 @@ from pruners.patterns import UNSTRUCTURED, Pattern
 # numbers of the inverses that are worked on at a time: what caches hold on a CPU, a GPU's share of its memory
 _WORKING = {"cpu": 6_000_000, "cuda": 250_000_000}
 _DEEPER = 1.15  # how much further than the mean a pass goes, as blocks do not lose the same share
+_LEAST = 8  # units that a pass goes at least
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class SecondOrder(ABC):
             task = Task.of(layer, weights[layer.name], masks[layer.name], fisher, self.form)
             target = math.ceil(depth * layer.numel - 1e-6)
             found = None if known is None else known.get(layer.name)
+            least = _LEAST
             while found is None or len(found.indices) < min(target, task.most):
                 share = (target - (0 if found is None else len(found.indices))) / layer.numel
-                steps = math.ceil(min(1.0, _DEEPER * share) * task.size / self.form.unit) * self.form.unit
+                units = max(math.ceil(min(1.0, _DEEPER * share) * task.size / self.form.unit), least)
+                least = 2 * units  # a pass ends where the first block does not know what falls next
                 before = -1 if found is None else len(found.indices)
-                found = self.deepen(task, found, max(steps, self.form.unit))
+                found = self.deepen(task, found, units * self.form.unit)
                 if len(found.indices) == before:
                     expected = f"gives no finite losses for {layer.name}"
                     raise InputError("damp", fisher.damping(layer.name), expected)

@@ -115,8 +115,8 @@ def test_pruning_and_rates_hold_together() -> None:
         LearningRate(peak=1e-4, floor=1e-3)
     with pytest.raises(ValidationError, match="must not name one twice"):
         PruningSettings(methods=("dimap", "dimap"))
-    assert PruningSettings().options("dimap") == {}
-    assert set(PruningSettings().options("ovit")) == {"block_size", "damp"}
+    with pytest.raises(ValidationError, match="drop scope"):
+        PruningSettings(scope="layer", table={"qkv": 0.75})
 
 
 def test_the_digest_follows_the_content() -> None:

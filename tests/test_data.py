@@ -150,7 +150,7 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     size: int, batch: int, count: int, world: int, seed: int
 ) -> None:
     def batches(rank: int, world: int) -> list[list[int]]:
-        found = data.fixed_batches(Numbers(size), batch, count, rank=rank, world=world, seed=seed)
+        found = data.fixed_batches(Numbers(size), batch, 0, count, rank=rank, world=world, seed=seed)
         return [chosen.tolist() for _, chosen in found]
 
     alone = batches(0, 1)

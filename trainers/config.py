@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
 from pruners.errors import InputError
 from pruners.patterns import Pattern
@@ -121,6 +121,14 @@ class TrainingSettings(Settings):
     checkpoint_every: int = Field(5, ge=1, description="epochs")
 
 
+def _not_sexagesimal(value: object) -> object:
+    """YAML reads 2:4 without quotes as a number of base 60."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
+PatternName = Annotated[Name, BeforeValidator(_not_sexagesimal)]
+
+
 class FisherSettings(Settings):
     """The Fisher of second-order methods: small batches, blocks of B weights, damping λ.
 
@@ -160,7 +168,7 @@ class PruningSettings(Settings):
     methods: tuple[Method, ...] = Field(("dimap", "ovit"), min_length=1)
     sparsity: Share = 0.75
     layers: dict[str, tuple[str, ...]] | None = Field(None, description="module -> regular expressions")
-    pattern: Name = Field("unstructured", description="unstructured, N:M as 2:4 or 4:8, or 1x4")
+    pattern: PatternName = Field("unstructured", description="unstructured, N:M as 2:4 or 4:8, or 1x4")
     unfit: Literal["refuse", "dense"] = Field("refuse", description="layers that the pattern cannot fit")
     scope: ScopeName | None = Field(None, description="what shares one threshold; default the method's own")
     table: dict[str, Share] | None = Field(

@@ -1,0 +1,106 @@
+"""What a recipe says about patterns, limits and the Fisher, and how it reaches the methods."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pruners import METHODS, InputError, create_pruner
+from pruners.patterns import Pattern
+from trainers.config import SECOND_ORDER, FisherSettings, Method, PruningSettings
+
+
+def settings(**values: Any) -> PruningSettings:
+    return PruningSettings.model_validate(values)
+
+
+def test_recipes_know_the_methods_that_there_are() -> None:
+    assert set(get_args(Method)) == set(METHODS)
+    assert {name for name in METHODS if create_pruner(name).gradients} == SECOND_ORDER
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_the_options_of_a_recipe(method: str) -> None:
+    fisher = {"gradients": 7, "block_size": {"QKV": 16}, "damp": 0.5, "double": True}
+    pruner: Any = create_pruner(method, **settings(pattern="1x4", fisher=fisher).options(method))
+    assert pruner.form == Pattern.parse("1x4")
+    if method in SECOND_ORDER:
+        assert (pruner.gradients, pruner.block_size, pruner.damp) == (7, {"QKV": 16}, 0.5)
+        assert pruner.double
+        assert not pruner.relative  # a λ that is given is meant as it stands
+
+
+@pytest.mark.parametrize("method", sorted(SECOND_ORDER))
+@pytest.mark.parametrize("damp", [None, "auto"])
+def test_what_a_recipe_leaves_open_is_the_methods_own(method: str, damp: str | None) -> None:
+    chosen = settings(fisher={"damp": damp})
+    pruner: Any = create_pruner(method, **chosen.options(method))
+    own: Any = create_pruner(method)
+    assert (pruner.gradients, pruner.damp, pruner.relative) == (own.gradients, own.damp, own.relative)
+    assert chosen.tries_damps(method) is (damp == "auto")
+
+
+def test_methods_without_a_fisher_try_no_damping() -> None:
+    assert not settings(fisher={"damp": "auto"}).tries_damps("dimap")
+    assert settings(fisher={"damp": "auto"}).options("dimap") == {"pattern": "unstructured"}
+
+
+def test_a_relative_damping_is_passed_on() -> None:
+    assert settings(fisher={"damp": 0.1, "relative": True}).options("ovit")["relative"] is True
+
+
+@pytest.mark.parametrize(("text", "bytes_"), [("1GiB", 1 << 30), ("500MB", 500_000_000), (4096, 4096)])
+def test_memory_is_read_with_its_unit(text: str | int, bytes_: int) -> None:
+    found = FisherSettings.model_validate({"memory": text})
+    assert found.memory == bytes_
+    assert FisherSettings.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "2:4", "sparsity": 0.75}, "sparsity: 2:4 leads to 0.5, no other"),
+        ({"pattern": "4:2", "sparsity": 0.5}, "pattern: must be unstructured, N:M"),
+        ({"pattern": "1x1"}, "pattern: must be unstructured, N:M"),
+        ({"unfit": "drop"}, "'refuse' or 'dense'"),
+        ({"floor": {"qkv": 1.5}}, "less than or equal to 1"),
+        ({"table": {"qkv": -0.5}}, "greater than or equal to 0"),
+        ({"floor": 0.8}, "nearest feasible: 0.8"),
+        ({"ceiling": 0.5}, "nearest feasible: 0.5"),
+        ({"fisher": {"damp": "automatic"}}, "auto"),
+        ({"fisher": {"damp": 0}}, "greater than 0"),
+        ({"fisher": {"block_size": {"QKV": 0}}}, "greater than or equal to 1"),
+        ({"fisher": {"memory": "much"}}, "could not parse value and unit"),
+        ({"fisher": {"gradients": 0}}, "greater than or equal to 1"),
+        ({"methods": ["ovitt"]}, "'ovit'"),
+    ],
+)
+def test_what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        settings(**values)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75)])
+def test_a_pattern_with_its_own_sparsity_is_taken(pattern: str, sparsity: float) -> None:
+    assert settings(pattern=pattern, sparsity=sparsity).pattern == pattern
+
+
+def test_a_pattern_that_yaml_took_for_a_number_is_understood() -> None:
+    read = yaml.safe_load("{pattern: 2:4, sparsity: 0.5}")
+    assert read["pattern"] == 124
+    assert settings(**read).pattern == "2:4"
+
+
+def test_an_option_that_a_method_does_not_have_is_named() -> None:
+    with pytest.raises(InputError, match=r"method = 'dimap'.*no such option.*damp"):
+        create_pruner("dimap", damp=1e-3)
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = "import sys, trainers.config, orchestration.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
