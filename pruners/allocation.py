@@ -69,15 +69,13 @@ def project(
     Raises:
         InputError: bounds that cannot meet ``total``, with the nearest total that can be met.
     """
+    low = np.zeros(len(sizes)) if lower is None else np.asarray(lower, dtype=np.float64)
+    high = np.asarray(sizes if upper is None else upper, dtype=np.float64)
+    check_feasible(total, low, high)
     if unit > 1:
-        whole = [
-            [count // unit for count in group] for group in (sizes, lower or [0] * len(sizes), upper or sizes)
-        ]
+        whole = [[int(count) // unit for count in group] for group in (sizes, low, high)]
         return [unit * count for count in project(desired, whole[0], total // unit, whole[1], whole[2])]
     size = np.asarray(sizes, dtype=np.float64)
-    low = np.zeros(len(size)) if lower is None else np.asarray(lower, dtype=np.float64)
-    high = size.copy() if upper is None else np.asarray(upper, dtype=np.float64)
-    check_feasible(total, low, high)
     wish = np.asarray(desired, dtype=np.float64) * size
 
     def counts(shift: float) -> np.ndarray:
@@ -220,15 +218,15 @@ def by_threshold(
     With ``unit`` above 1 so many fall at once, at the loss of the last of them.
     """
     limits = bounds(layers) if limits is None else limits
-    if unit > 1:
-        whole = [replace(layer, shape=(1, layer.numel // unit)) for layer in layers]
-        smaller = {name: (low // unit, high // unit) for name, (low, high) in limits.items()}
-        ends = {layer.name: losses[layer.name][unit - 1 :: unit] for layer in layers}
-        found = by_threshold(ends, whole, total // unit, smaller)
-        return {name: count * unit for name, count in found.items()}
     low = {layer.name: limits[layer.name][0] for layer in layers}
     high = {layer.name: limits[layer.name][1] for layer in layers}
     check_feasible(total, np.array(list(low.values())), np.array(list(high.values())))
+    if unit > 1:
+        whole = [replace(layer, shape=(1, layer.numel // unit)) for layer in layers]
+        smaller = {name: (least // unit, high[name] // unit) for name, least in low.items()}
+        ends = {layer.name: losses[layer.name][unit - 1 :: unit] for layer in layers}
+        found = by_threshold(ends, whole, total // unit, smaller)
+        return {name: count * unit for name, count in found.items()}
     free = [losses[layer.name][low[layer.name] : high[layer.name]].double().contiguous() for layer in layers]
     taken = _below_threshold(free, total - sum(low.values()))
     return {layer.name: low[layer.name] + count for layer, count in zip(layers, taken, strict=True)}

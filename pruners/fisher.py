@@ -118,6 +118,16 @@ class BlockFisher:
         self._fold()
         self._waiting.clear()
 
+    def parts(self, layer: PrunableLayer, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``sums`` of a layer; zeros on ``device`` where no gradient was taken."""
+        if layer.name not in self.sums:
+            size = self._sizes[layer.name]
+            half, blocks = _half(size), -(-layer.numel // size)
+            shapes = (blocks, half, size), (blocks, size - half, size - half)
+            first, last = (torch.zeros(shape, dtype=self._dtype, device=device) for shape in shapes)
+            self.sums[layer.name] = first, last
+        return self.sums[layer.name]
+
     def discard(self, name: str) -> None:
         """Give the memory of a layer back."""
         self.sums.pop(name, None)

@@ -110,7 +110,8 @@ def _match(
     return module_of
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
+    """A layer's name as patterns read it."""
     return _WEIGHT.sub("", name)
 
 
@@ -119,11 +120,11 @@ def _matching(key: str, expression: str, names: Iterable[str]) -> list[str]:
         compiled = re.compile(rf"(?:^|\.)(?:{expression})$")
     except re.error as error:
         raise InputError(key, expression, f"must be a regular expression ({error})") from None
-    return [name for name in names if compiled.search(_stem(name))]
+    return [name for name in names if compiled.search(stem(name))]
 
 
 def _closest(expression: str, names: Iterable[str]) -> str:
-    tails = {".".join(_stem(name).split(".")[-2:]) for name in names}
+    tails = {".".join(stem(name).split(".")[-2:]) for name in names}
     return did_you_mean(expression.replace("\\", ""), sorted(tails))
 
 
@@ -143,7 +144,7 @@ def _refuse_unknown(
         if path and _ATTENTION_CLASS.search(type(part).__name__)
     )
     for name in _not_dense(names, family):
-        if name not in module_of and (inside.search(_stem(name)) or name.startswith(attentions)):
+        if name not in module_of and (inside.search(stem(name)) or name.startswith(attentions)):
             expected = "lies in a block, an attention or an MLP, but is not known by its name: give patterns"
             raise InputError("layers", name, expected)
     found: dict[str, set[str]] = {"QKV": set(), "PRJ": set()}

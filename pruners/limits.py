@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from pruners.errors import InputError, did_you_mean
-from pruners.layers import PrunableLayer
+from pruners.layers import PrunableLayer, stem
 
 Bounds = Mapping[str, tuple[int, int]]
 """Least and most pruned weights of each layer, by parameter name."""
@@ -64,7 +64,7 @@ def per_layer(
 
     Args:
         values: one for all, or regular expressions on the trailing part of a layer's name (without
-            ``.weight``); the last that matches counts.
+            ``.weight`` or ``_weight``); the last that matches counts.
         default: for a layer that none matches; ``None``: there must be one.
 
     Raises:
@@ -80,9 +80,9 @@ def per_layer(
             compiled = re.compile(rf"(?:^|\.)(?:{expression})$")
         except re.error as error:
             raise InputError(key, expression, f"must be a regular expression ({error})") from None
-        matched = [layer.name for layer in layers if compiled.search(layer.name.removesuffix(".weight"))]
+        matched = [layer.name for layer in layers if compiled.search(stem(layer.name))]
         if not matched:
-            close = did_you_mean(expression, [layer.name.removesuffix(".weight") for layer in layers])
+            close = did_you_mean(expression, [stem(layer.name) for layer in layers])
             raise InputError(key, expression, f"matches none of the prunable layers{close}")
         found |= dict.fromkeys(matched, value)
     for layer in layers:

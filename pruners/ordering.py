@@ -90,19 +90,25 @@ class Ordering:
             assert isinstance(pruner, SecondOrder), "only second-order methods are damped"
             pruner = replace(pruner, damp=damp, relative=False)
         parts: list[EliminationOrder] = []
+        failure: InputError | None = None
         for group in self._groups:
             fisher, mine = self._fisher(pruner, group)
             if fisher is not None and damp is not None:
                 fisher.damp, fisher.relative = damp, False
             part = EliminationOrder()
             for number, layer in enumerate(mine):
-                part |= self._ordered(pruner, layer, fisher)
+                try:
+                    part |= self._ordered(pruner, layer, fisher) if failure is None else {}
+                except InputError as error:
+                    failure = error  # the other groups are gathered all the same: other workers wait there
                 if fisher is not None and (last or len(self._groups) > 1):
                     fisher.discard(layer.name)
                 self._tell("layers", number + 1, len(mine))
             parts.append(self._spilled(part, len(parts)) if len(self._groups) > 1 else part)
         if last:
             self._kept = None
+        if failure is not None:
+            raise failure
         return merge(parts)
 
     def _ordered(self, pruner: Pruner, layer: PrunableLayer, fisher: BlockFisher | None) -> EliminationOrder:
@@ -117,6 +123,7 @@ class Ordering:
             return self._kept, self._mine
         fisher = pruner.fisher(group)
         if fisher is not None:
+            write(self.model, self._weights)  # the trial of another λ may have left its own there
             limit = self.limit or 0
             for some in gradients(
                 self.model,

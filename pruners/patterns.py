@@ -78,7 +78,7 @@ class Pattern:
         """What :meth:`flat` made of a tensor of ``shape``, undone."""
         if not self.structured:
             return flat.reshape(tuple(shape))
-        return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
     def free(self, magnitudes: Tensor, alive: Tensor) -> Tensor:
         """Which weights the smallest-first rule of N:M lets fall: (d,) of ``magnitudes`` (d,).

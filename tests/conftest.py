@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from commands import Command
     from mlflow import MlflowClient
+
+# read when torch is loaded: threads that wait for each other leave the cores to whoever else works there
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from pruners.gradients import Batch
 from pruners.ovit import OViT
 
 CLASSES = 5
+torch.set_num_threads(1)  # tensors are small here; what threads change is tested where they are set
+
 PRUNERS: dict[str, Callable[[], Pruner]] = {
     **{name: (lambda name=name: create_pruner(name)) for name in METHODS},
     "ovit-blocks-of-7": lambda: OViT(block_size=7, damp=1e-4),  # divides no layer below
@@ -50,6 +53,46 @@ def tiny_vit(seed: int = 0) -> nn.Module:
         return VisionTransformer(
             img_size=32, patch_size=8, embed_dim=8, depth=4, num_heads=2, num_classes=CLASSES
         )
+
+
+def tiny_conv(seed: int = 0) -> nn.Module:
+    """Convolutions of 16 by 8 by 3 by 3 and 8 by 16 by 1 by 1 behind a stem of three inputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1),
+            nn.GELU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.GELU(),
+            nn.Conv2d(16, 8, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, CLASSES),
+        )
+
+
+CONVOLUTIONS = {"CONV": ["2", "4"]}
+"""The layers of :func:`tiny_conv` whose inputs fall into groups of 4 and of 8."""
+
+
+def uneven(training: bool = True) -> nn.Module:
+    """A model in one mode, one of its parts in the other, with a gradient on one parameter."""
+    model = tiny_vit().train(training)
+    model.get_submodule("blocks.1").train(not training)
+    weight = model.get_parameter("blocks.0.attn.qkv.weight")
+    weight.grad = torch.full_like(weight, 0.5)
+    return model
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch, and of the compiled loops, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"swin": tiny_swin, "vit": tiny_vit}

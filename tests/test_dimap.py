@@ -95,7 +95,32 @@ def test_modules_share_one_ratio_and_each_has_one_threshold() -> None:
     assert max(shares) - min(shares) > 0.1  # not a uniform allocation in disguise
 
 
-# METHODS: parameters removed (%) at 15, 35 and 55 % of the modules
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.83])
+def test_lamp_is_the_same_score_with_one_threshold_for_the_model(sparsity: float) -> None:
+    model = tiny_swin()
+    layers = find_layers(model)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for number, layer in enumerate(layers):  # LAMP does not look at the scale of a layer
+            drawn = torch.randn(layer.shape, generator=random) ** (1 + 2 * (number % 2))
+            model.get_parameter(layer.name).copy_(10.0**number * drawn)
+    scores = {
+        layer.name: torch.tensor(written_out(model.get_parameter(layer.name).reshape(-1).tolist()))
+        for layer in layers
+    }
+    report = prune(model, "lamp", sparsity)
+    every = torch.cat(list(scores.values()))
+    threshold = every.sort().values[round(sparsity * len(every)) - 1]
+    for layer in layers:
+        fallen = ~report.masks[layer.name].reshape(-1)
+        assert torch.equal(fallen, scores[layer.name] <= threshold)
+        weight = model.get_parameter(layer.name).reshape(-1)
+        assert torch.equal(weight == 0, fallen)
+    per_module = prune(tiny_swin(), "dimap", sparsity, scope="global")
+    assert per_module.allocation == prune(tiny_swin(), "lamp", sparsity).allocation
+
+
+# parameters removed (%) at 15, 35 and 55 % of the modules
 PAPER = {
     "swin_tiny_patch4_window7_224": (13.7, 32.0, 50.3),
     "swin_small_patch4_window7_224": (14.2, 33.2, 52.2),

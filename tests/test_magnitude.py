@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from helpers import tiny_swin
+from helpers import CONVOLUTIONS, tiny_conv, tiny_swin
 
-from pruners import find_layers, prune
+from pruners import Scope, find_layers, prune
 
 
 def test_uniform_takes_the_smallest_of_every_layer() -> None:
@@ -22,15 +23,41 @@ def test_uniform_takes_the_smallest_of_every_layer() -> None:
         assert torch.equal(model.get_parameter(layer.name).detach().reshape(-1), expected)
 
 
-def test_global_takes_the_smallest_of_the_model() -> None:
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize(("method", "scope"), [("magnitude_global", None), ("magnitude", "global")])
+def test_global_is_a_sort_of_all_weights(method: str, scope: Scope | None, sparsity: float) -> None:
     model = tiny_swin()
     layers = find_layers(model)
     with torch.no_grad():
-        model.get_parameter(layers[0].name).mul_(100)  # one layer of large weights stays whole
-    before = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in layers}
-    report = prune(model, "magnitude", 0.6, scope="global")
-    fallen = torch.cat([before[layer.name][~report.masks[layer.name]].abs() for layer in layers])
-    kept = torch.cat([before[layer.name][report.masks[layer.name]].abs() for layer in layers])
-    assert len(fallen) == round(0.6 * sum(layer.numel for layer in layers))
-    assert fallen.max() <= kept.min()
-    assert report.allocation[layers[0].name] < 0.05 * layers[0].numel
+        model.get_parameter(layers[0].name).mul_(100)  # one layer of large weights stays nearly whole
+    before = torch.cat([model.get_parameter(layer.name).detach().reshape(-1) for layer in layers])
+    report = prune(model, method, sparsity, scope=scope)
+    count = round(sparsity * len(before))
+    expected = before.clone()
+    expected[before.abs().sort().indices[:count]] = 0.0
+    after = torch.cat([model.get_parameter(layer.name).detach().reshape(-1) for layer in layers])
+    assert torch.equal(after, expected)
+    if sparsity == 0.6:
+        assert report.allocation[layers[0].name] < 0.05 * layers[0].numel
+
+
+def test_blocks_of_four_fall_by_their_norm() -> None:
+    model = tiny_conv()
+    layers = find_layers(model, CONVOLUTIONS)
+    weight = model.get_parameter("2.weight").detach().clone()
+    prune(model, "magnitude", 0.5, layers=layers, pattern="1x4")
+    norms = weight.reshape(16, 2, 4, 3, 3).norm(dim=2)  # of four inputs of an output at a kernel position
+    kept = (model.get_parameter("2.weight") != 0).reshape(16, 2, 4, 3, 3)
+    assert torch.equal(kept.all(2), kept.any(2))
+    assert norms[~kept.any(2)].max() <= norms[kept.any(2)].min()
+    assert int((~kept).sum()) == weight.numel() // 2
+
+
+def test_of_each_four_the_two_smallest_fall() -> None:
+    model = tiny_conv()
+    layers = find_layers(model, CONVOLUTIONS)
+    weight = model.get_parameter("2.weight").detach().clone()
+    prune(model, "magnitude", layers=layers, pattern="2:4")
+    groups = weight.abs().reshape(16, 2, 4, 3, 3)
+    expected = groups >= groups.sort(2).values[:, :, 2:3]
+    assert torch.equal((model.get_parameter("2.weight") != 0).reshape(16, 2, 4, 3, 3), expected)

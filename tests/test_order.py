@@ -1,76 +1,47 @@
-"""One order, many allocations: each the same as pruning anew; and what is stored reads back."""
+"""One order, many allocations: each the same as pruning anew."""
 
 from __future__ import annotations
 
-import copy
-from functools import lru_cache
 from typing import get_args
 
 import pytest
 import torch
-from helpers import PRUNERS, batches, quick, tiny_vit
+from helpers import PRUNERS, quick
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from orders import ordered
+from torch import Tensor
 
-from pruners import (
-    EliminationOrder,
-    MaskSet,
-    PrunableLayer,
-    Scope,
-    allocate,
-    find_layers,
-    prune,
-)
+from pruners import InputError, Scope, allocate
 from pruners.allocation import budget
-from pruners.fisher import BlockFisher
-from pruners.gradients import batch_gradients
-from pruners.order import LayerOrder
+from pruners.order import EliminationOrder, LayerOrder, Stretch, merge
+
+every_method = pytest.mark.parametrize("method", PRUNERS)
+CORRELATED = [name for name in PRUNERS if "ovit" in name]
 
 
-@lru_cache
-def prepared(
-    method: str,
-) -> tuple[nn.Module, list[PrunableLayer], dict[str, Tensor], BlockFisher | None, EliminationOrder]:
-    """A model (a fifth of it pruned already), and one order of its weights."""
-    model = tiny_vit()
-    layers = find_layers(model)
-    prune(model, "magnitude", 0.2, scope="global")
-    pruner = PRUNERS[method]()
-    masks = MaskSet.from_zeros(model, layers)
-    fisher = pruner.fisher(layers)
-    if fisher is not None:
-        for gradient in batch_gradients(
-            model, layers, masks, batches(), nn.functional.cross_entropy, limit=6
-        ):
-            fisher.add(gradient)
-    weights = {layer.name: model.get_parameter(layer.name).detach() for layer in layers}
-    return model, layers, weights, fisher, pruner.order(weights, layers, masks, fisher)
-
-
-@pytest.mark.parametrize("method", PRUNERS)
+@every_method
 @pytest.mark.parametrize("scope", get_args(Scope))
 def test_weights_at_any_allocation_are_those_of_pruning_anew(method: str, scope: Scope) -> None:
-    model, layers, weights, _, order = prepared(method)
+    known = ordered(method)
     for sparsity in (0.25, 0.6, 0.95):
-        anew = copy.deepcopy(model)
-        report = prune(anew, PRUNERS[method](), sparsity, batches=batches(), scope=scope)
-        allocation = allocate(order.losses, layers, budget(layers, sparsity), scope)
-        new, masks = order.weights_at(weights, allocation)
-        assert allocation == report.allocation
-        assert masks.fingerprint() == report.masks.fingerprint()
+        anew, fresh, counts = known.pruned(sparsity, scope=scope)
+        allocation = allocate(known.order.losses, known.layers, budget(known.layers, sparsity), scope)
+        new, masks = known.order.weights_at(known.weights, allocation)
+        assert allocation == counts
+        assert masks.fingerprint() == fresh.fingerprint()
         for name, weight in new.items():
             assert torch.equal(weight, anew.get_parameter(name).detach())
 
 
-@pytest.mark.parametrize("method", PRUNERS)
+@every_method
 @given(data=st.data())
-@quick(40)
+@quick(30)
 def test_any_allocation_gives_exact_nested_masks_and_leaves_the_old_weights(
     method: str, data: st.DataObject
 ) -> None:
-    _, layers, weights, _, order = prepared(method)
+    known = ordered(method)
+    layers, weights, order = known.layers, known.weights, known.order
     counts = {layer.name: data.draw(st.integers(0, layer.numel)) for layer in layers}
     before = {name: weight.clone() for name, weight in weights.items()}
     new, masks = order.weights_at(weights, counts)
@@ -87,47 +58,61 @@ def test_any_allocation_gives_exact_nested_masks_and_leaves_the_old_weights(
         assert weight.data_ptr() != weights[name].data_ptr()
 
 
-@pytest.mark.parametrize("method", [name for name in PRUNERS if name.startswith("ovit")])
+@pytest.mark.parametrize("method", CORRELATED)
 @given(data=st.data())
 @quick(25)
 def test_survivors_are_the_closed_form_at_any_allocation(method: str, data: st.DataObject) -> None:
-    """w_K + F_KK⁻¹·F_KS·w_S of each block (METHODS item 3), S without what was zero before."""
-    _, layers, weights, fisher, order = prepared(method)
+    """w_K + F_KK⁻¹·F_KS·w_S of each block, in float64, S without what was zero before."""
+    known = ordered(method)
+    fisher = known.fisher
     assert fisher is not None
-    layer = data.draw(st.sampled_from(layers))
-    size = fisher.block_size(layer.name)
-    count = data.draw(st.integers(order[layer.name].zeros, layer.numel))
-    old = weights[layer.name].reshape(-1).double()
-    found = order[layer.name].weight(weights[layer.name], count).reshape(-1).double()
-    keep = order[layer.name].mask((layer.numel,), count)
-    for number, sums in enumerate(fisher.sums[layer.name]):
+    layer = data.draw(st.sampled_from(known.layers))
+    size, order = fisher.block_size(layer.name), known.order[layer.name]
+    count = data.draw(st.integers(order.zeros, layer.numel))
+    old = known.weights[layer.name].reshape(-1).double()
+    found = order.weight(known.weights[layer.name], count).reshape(-1).double()
+    keep = order.mask((layer.numel,), count)
+    for number, sums in enumerate(fisher.total(layer.name)):
         block = slice(number * size, min((number + 1) * size, layer.numel))
         w, kept = old[block], keep[block]
-        f = (sums.double() / fisher.count + fisher.damp * torch.eye(size))[: len(w), : len(w)]
+        damp = fisher.damping(layer.name) * torch.eye(size)
+        f = (sums.double() / fisher.count + damp)[: len(w), : len(w)]
         fallen = ~kept & (w != 0)
         expected = torch.zeros_like(w)
         expected[kept] = w[kept] + torch.linalg.solve(f[kept][:, kept], f[kept][:, fallen] @ w[fallen])
         torch.testing.assert_close(found[block], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", PRUNERS)
-def test_stored_arrays_read_back(method: str) -> None:
-    _, layers, weights, _, order = prepared(method)
-    arrays = order.arrays()
-    assert all(tensor.is_contiguous() for tensor in arrays.values())
-    stored = EliminationOrder.from_arrays(load(save(arrays)))
-    assert set(stored) == set(order)
-    for name, layer_order in order.items():
-        assert torch.equal(stored[name].indices, layer_order.indices)
-        assert torch.equal(stored[name].losses, layer_order.losses)
-        assert stored[name].zeros == layer_order.zeros
-        assert (stored[name].updates is None) == (layer_order.updates is None)
-    allocation = allocate(order.losses, layers, budget(layers, 0.7), "global")
-    assert allocate(stored.losses, layers, budget(layers, 0.7), "global") == allocation
-    new, masks = order.weights_at(weights, allocation)
-    again, masks_again = stored.weights_at(weights, allocation)
-    assert masks.fingerprint() == masks_again.fingerprint()
-    assert all(torch.equal(new[name], again[name]) for name in new)
+@every_method
+def test_what_a_share_of_the_layers_gives_is_merged(method: str) -> None:
+    known = ordered(method)
+    half = [layer.name for layer in known.layers[::2]]
+    parts = [
+        EliminationOrder({name: one for name, one in known.order.items() if (name in half) == first})
+        for first in (True, False)
+    ]
+    whole = merge(parts)
+    assert set(whole) == set(known.order)
+    assert all(whole[name] is known.order[name] for name in whole)
+    assert whole.nbytes == known.order.nbytes == sum(part.nbytes for part in parts) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", CORRELATED)
+def test_survivors_of_short_weights_never_become_zero(method: str, dtype: torch.dtype) -> None:
+    """Weights so small that their updates round to nothing in a short type are still kept."""
+    known = ordered(method)
+    for layer in known.layers[:4]:
+        short = (known.weights[layer.name] * 1e-6).to(dtype)
+        alive = int((short != 0).sum())
+        order = known.order[layer.name]
+        for count in (order.zeros + 1, layer.numel // 2, layer.numel - 3):
+            weight, mask = order.at(short, count)
+            assert weight.dtype == dtype
+            assert torch.isfinite(weight).all()
+            assert not weight[~mask].any()
+            assert (weight[mask & (short != 0)] != 0).all()
+            assert int((weight != 0).sum()) >= alive - count
 
 
 def test_a_layer_without_updates_keeps_what_stays() -> None:
@@ -136,3 +121,72 @@ def test_a_layer_without_updates_keeps_what_stays() -> None:
     assert order.weight(weight, 2).tolist() == [[0.0, 2.0], [0.0, 4.0]]
     assert order.mask((2, 2), 1).tolist() == [[True, True], [False, True]]
     assert order.weight(weight.half(), 2).dtype == torch.float16
+
+
+def test_an_order_that_does_not_reach_so_far_says_so() -> None:
+    order = LayerOrder(torch.tensor([2, 0]), torch.tensor([0.0, 1.0]))
+    assert order.mask((2, 2), 2).tolist() == [[False, True], [False, True]]
+    with pytest.raises(InputError, match="count = 3: the order of this layer reaches 2 of 4 weights"):
+        order.mask((2, 2), 3)
+
+
+def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
+    """Five blocks of three weights; stretches over other blocks each time, the later ones go on."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(15, generator=random)
+    indices = torch.cat([torch.arange(0, 15, 3), torch.arange(1, 15, 3)])  # the first of each, the second
+
+    def stretch(block: int, blocks: int, begin: int | Tensor, end: Tensor | None) -> Stretch:
+        slots = torch.tensor([[0, 1, 2]]).repeat(blocks, 1).short()
+        columns, y = (torch.randn(blocks, *shape, generator=random) for shape in ((1, 3), (1,)))
+        return Stretch(block, begin, columns, y, slots, end)
+
+    ones = torch.ones(5, dtype=torch.long)
+    updates = (
+        stretch(0, 2, 0, ones[:2]),
+        stretch(2, 3, 0, ones[2:]),
+        stretch(0, 3, ones[:3], None),
+        stretch(3, 2, ones[3:], None),
+    )
+    order = LayerOrder(indices, torch.arange(10.0), 0, updates, 3)
+    states = []
+    for count in range(11):
+        result = weight.reshape(5, 3).clone()
+        for one in updates:
+            for row in range(len(one.columns)):
+                block = one.block + row
+                fell = int((indices[:count] // 3 == block).sum())
+                if fell > (0 if isinstance(one.begin, int) else 1):
+                    result[block] -= one.coefficients[row, 0] * one.columns[row, 0]
+        result = result.reshape(-1)
+        result[indices[:count]] = 0.0
+        states.append(result)
+    return order, weight, states
+
+
+def test_stretches_over_other_blocks_each_time_add_up() -> None:
+    order, weight, states = stretches_by_hand()
+    for count, expected in enumerate(states):
+        torch.testing.assert_close(order.weight(weight, count), expected)
+
+
+def test_no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, weight, states = stretches_by_hand()
+    written: list[set[int]] = []
+    real = Stretch.take
+
+    def take(self: Stretch, weights: Tensor, *rest: object) -> None:
+        before = weights.clone()
+        real(self, weights, *rest)  # type: ignore[arg-type]
+        written[-1] |= set((weights != before).reshape(-1).nonzero().reshape(-1).tolist())
+
+    def one_by_one(work: object, count: int) -> None:
+        for part in range(count):
+            written.append(set())
+            work(slice(part, part + 1))  # type: ignore[operator]
+
+    monkeypatch.setattr(Stretch, "take", take)
+    monkeypatch.setattr("pruners.kernels.on_threads", one_by_one)
+    torch.testing.assert_close(order.weight(weight, 10), states[10])
+    assert len(written) > 1
+    assert sum(map(len, written)) == len(set().union(*written)) == 15

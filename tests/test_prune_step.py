@@ -1,91 +1,36 @@
-"""One pruning step on two workers, by real collectives, against the same step in one process."""
+"""One pruning step in one process: its budget, whose layers, which gradients. On several: test_workers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import batches, tiny_swin
-from safetensors.torch import load_file, save_file
+from helpers import CONVOLUTIONS, batches, quick, state, tiny_conv, tiny_swin
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
-from pruners import MaskSet, create_pruner, find_layers
+from pruners import InputError, MaskSet, Sharing, create_pruner, find_layers, prune
 from pruners.layers import PrunableLayer
-from trainers.prune_step import Share, owners, prune_step
+from pruners.ovit import OViT
+from trainers import prune_step as step_of
+from trainers.config import FisherSettings, PruningSettings
+from trainers.prune_step import (
+    Goal,
+    Gradients,
+    gradient_source,
+    ordering,
+    owners,
+    prunable_layers,
+    prune_step,
+)
 
-METHODS: dict[str, dict[str, Any]] = {
-    "dimap": {},
-    "magnitude": {},
-    "ovit": {"block_size": 16, "damp": 1e-4},
-}
-SCOPES = ("module", "global")
-STEPS = (0.4, 0.7)
-
-
-def pruned(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights (``w:``) and masks (``m:``) of each method and scope after two steps."""
-    found = {}
-    for method, options in METHODS.items():
-        for scope in SCOPES:
-            model = tiny_swin()
-            layers = find_layers(model)
-            pruner = create_pruner(method, **options)
-            masks = MaskSet.dense(model, layers)
-            numel = sum(layer.numel for layer in layers)
-            for sparsity in STEPS:
-                share = Share(scope, 0.1, 0.95)  # type: ignore[arg-type]
-                mine = iter(batches(6)[rank::world])
-                total = round(sparsity * numel)
-                masks = prune_step(model, layers, masks, pruner, mine, total=total, target=share)
-            weights = {f"w:{name}": value.clone() for name, value in model.state_dict().items()}
-            found[f"{method}/{scope}"] = weights | {f"m:{name}": mask for name, mask in masks.items()}
-    return found
+OVIT = OViT(block_size=16, damp=1e-4)
 
 
-def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        flat = {
-            f"{case}|{name}": x for case, named in pruned(rank, world).items() for name, x in named.items()
-        }
-        save_file(flat, f"{folder}/{rank}.safetensors")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """One process alone, then the two workers."""
-    folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(worker, args=(2, str(folder)), nprocs=2)
-    found = [pruned(0, 1)]
-    for rank in range(2):
-        cases: dict[str, dict[str, torch.Tensor]] = {case: {} for case in found[0]}
-        for place, value in load_file(folder / f"{rank}.safetensors").items():
-            case, name = place.split("|")
-            cases[case][name] = value
-        found.append(cases)
-    return found
-
-
-@pytest.mark.parametrize("case", [f"{method}/{scope}" for method in METHODS for scope in SCOPES])
-def test_workers_and_one_process_agree(case: str, results: list[dict[str, dict[str, torch.Tensor]]]) -> None:
-    alone, first, second = (result[case] for result in results)
-    assert set(alone) == set(first) == set(second)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"{name} differs between the workers"
-        if name.startswith("m:"):
-            assert torch.equal(value, alone[name]), f"{name} differs from one process"
-        else:
-            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
-    masks = {name: value for name, value in first.items() if name.startswith("m:")}
-    numel = sum(mask.numel() for mask in masks.values())
-    assert sum(int((~mask).sum()) for mask in masks.values()) == round(STEPS[-1] * numel)
-    for name, mask in masks.items():
-        assert not first[f"w:{name[2:]}"][~mask].any()
+def given_batches(count: int) -> Gradients:
+    return Gradients(lambda: batches(count))
 
 
 def test_a_given_allocation_is_met_to_the_weight() -> None:
@@ -93,12 +38,26 @@ def test_a_given_allocation_is_met_to_the_weight() -> None:
     layers = find_layers(model)
     target = {layer.name: number * 7 for number, layer in enumerate(layers)}
     masks = MaskSet.dense(model, layers)
-    total = sum(target.values())
-    pruner = create_pruner("ovit", block_size=16, damp=1e-4)
-    found = prune_step(model, layers, masks, pruner, batches(2), total=total, target=target)
-    assert found.pruned() == target
+    source = given_batches(2)
+    work = ordering(model, layers, masks, OVIT, source)
+    report = prune_step(work, source, Goal(sum(target.values()), target))
+    assert report.masks.pruned() == target
+    assert report.damp is None
     weights = dict(model.named_parameters())
     assert {name: int((weights[name] == 0).sum()) for name in target} == target
+
+
+@pytest.mark.parametrize("ceiling", [1.0, 0.8])
+def test_it_is_what_one_shot_does(ceiling: float) -> None:
+    stepped, at_once = tiny_swin(), tiny_swin()
+    layers = find_layers(stepped)
+    source = given_batches(3)
+    work = ordering(stepped, layers, MaskSet.dense(stepped, layers), OVIT, source)
+    sharing = Sharing("global", ceiling=ceiling)
+    report = prune_step(work, source, Goal(round(0.7 * 3840), sharing))
+    expected = prune(at_once, OVIT, 0.7, batches=batches(3), ceiling=ceiling)
+    assert report.masks.fingerprint() == expected.masks.fingerprint()
+    assert state(stepped) == state(at_once)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 16])
@@ -116,14 +75,110 @@ def test_workers_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("trainers.distributed.agree", lambda text: False)
     model = tiny_swin()
     layers = find_layers(model)
-    masks = MaskSet.dense(model, layers)
+    source = given_batches(0)
+    work = ordering(model, layers, MaskSet.dense(model, layers), create_pruner("dimap"), source)
     with pytest.raises(RuntimeError, match="different masks"):
-        prune_step(
-            model,
-            layers,
-            masks,
-            create_pruner("dimap"),
-            [],
-            total=100,
-            target=Share("global", 0.0, 1.0),
+        prune_step(work, source, Goal(100, Sharing("global")))
+
+
+class Numbers(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images that are their own number."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((1,), float(index)), index
+
+
+def taken(
+    settings: FisherSettings, world: int, *, images: int = 500, tries_damps: bool = True
+) -> tuple[list[int], list[int]]:
+    """The numbers of the images that all workers together take gradients of, and those held out."""
+    of_gradients: list[int] = []
+    held_out: list[int] = []
+    for rank in range(world):
+        source = gradient_source(
+            Numbers(images), settings, OVIT, tries_damps=tries_damps, rank=rank, world=world, seed=5
         )
+        found = [number for _, labels in source.batches() for number in labels.tolist()]
+        assert found == [number for _, labels in source.batches() for number in labels.tolist()]
+        of_gradients += found[: source.limit] if settings.per_sample else found
+        if source.held_out is not None:
+            held_out += [number for _, labels in source.held_out() for number in labels.tolist()]
+    return of_gradients, held_out
+
+
+@given(
+    gradients=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    world=st.integers(1, 5),
+    per_sample=st.booleans(),
+)
+@quick(80)
+def test_the_gradients_are_of_the_same_images_for_any_number_of_workers(
+    gradients: int, batch: int, world: int, per_sample: bool
+) -> None:
+    settings = FisherSettings(gradients=gradients, batch_size=batch, per_sample=per_sample)
+    found, held_out = taken(settings, world)
+    alone, held_out_alone = taken(settings, 1)
+    assert Counter(found) == Counter(alone)
+    assert Counter(held_out) == Counter(held_out_alone)
+    assert len(found) == (gradients if per_sample else gradients * batch)
+    assert len(held_out) == 16 * batch
+    if (gradients + 17) * batch <= 500:  # until images come round again
+        assert not set(found) & set(held_out)
+        assert len(set(found)) == len(found)
+
+
+def test_a_method_has_its_own_number_of_gradients_and_nothing_is_held_out_without_need() -> None:
+    source = gradient_source(
+        Numbers(9),
+        FisherSettings(batch_size=2, memory="3MiB"),  # type: ignore[arg-type]
+        create_pruner("ovit_fast"),
+        tries_damps=False,
+        rank=0,
+        world=1,
+        seed=0,
+    )
+    assert len(list(source.batches())) == 256
+    assert source.held_out is None
+    assert source.limit is None
+    assert source.memory == 3 << 20
+
+
+def test_the_layers_of_a_recipe() -> None:
+    model = tiny_conv()
+    settings = PruningSettings(layers=CONVOLUTIONS, pattern="4:8", sparsity=0.5)  # type: ignore[arg-type]
+    assert [layer.name for layer in prunable_layers(model, settings)] == ["2.weight", "4.weight"]
+    with_stem = {"CONV": ("0", "2", "4")}
+    with pytest.raises(InputError, match=r"4:8.*cannot fit 0\.weight, which has 3 inputs"):
+        prunable_layers(model, PruningSettings(layers=with_stem, pattern="4:8", sparsity=0.5))
+    dense = PruningSettings(layers=with_stem, pattern="4:8", sparsity=0.5, unfit="dense")
+    assert [layer.name for layer in prunable_layers(model, dense)] == ["2.weight", "4.weight"]
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "expected"),
+    [
+        ([("a", 800)], 800),
+        ([("a", 800), ("a", 600)], 300),  # two on one machine
+        ([("a", 800), ("b", 600), ("a", 700)], 350),
+        ([("a", 800), ("b", 100)], 100),
+    ],
+)
+def test_all_workers_have_the_least_that_any_of_them_may_take(
+    everywhere: list[tuple[str, int]], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.distributed.gather", lambda mine: everywhere)
+    assert step_of._budget(torch.device("cpu")) == expected
+    model = tiny_swin()
+    layers = find_layers(model)
+    masks = MaskSet.dense(model, layers)
+    with pytest.raises(InputError, match=rf"memory = {expected}: bytes are not enough"):
+        ordering(model, layers, masks, OVIT, given_batches(1))
+    asked = Gradients(lambda: batches(1), memory=1 << 20)
+    assert ordering(model, layers, masks, OVIT, asked).memory == 1 << 20

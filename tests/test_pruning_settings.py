@@ -104,3 +104,18 @@ def test_an_option_that_a_method_does_not_have_is_named() -> None:
 def test_settings_are_read_without_torch() -> None:
     code = "import sys, trainers.config, orchestration.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_limits_and_tables_by_name_are_read_and_written_back() -> None:
+    chosen = settings(
+        floor={r"attn\..*": 0, r"mlp\.fc1": 0.25},
+        ceiling={"head": 1},
+        table={".*": 0.75},
+        fisher={"block_size": {"QKV": 192, "MLP": 64}, "per_sample": True, "damp": "auto", "relative": True},
+    )
+    assert chosen.floor == {r"attn\..*": 0.0, r"mlp\.fc1": 0.25}
+    assert chosen.ceiling == {"head": 1.0}
+    assert chosen.fisher.per_sample
+    assert PruningSettings.model_validate_json(chosen.model_dump_json()) == chosen
+    assert "damp" not in chosen.options("ovit")
+    assert chosen.options("ovit")["block_size"] == {"QKV": 192, "MLP": 64}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def active() -> bool:
@@ -35,17 +39,25 @@ def reduce_to(tensor: Tensor, owner: int) -> None:
 def share_from(tensor: Tensor, owner: int) -> Tensor:
     """``owner``'s tensor, in place, on all workers."""
     if active():
-        dist.broadcast(tensor, src=owner)
+        whole = tensor.contiguous()  # others may have laid theirs out in another way
+        dist.broadcast(whole, src=owner)
+        if whole is not tensor:
+            tensor.copy_(whole)
     return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every worker's value, on all of them."""
+    if not active():
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def agree(text: str) -> bool:
     """Whether all workers have the same text."""
-    if not active():
-        return True
-    texts: list[str] = [""] * world_size()
-    dist.all_gather_object(texts, text)
-    return len(set(texts)) == 1
+    return len(set(gather(text))) == 1
 
 
 def bool_from(mask: Tensor, owner: int) -> Tensor:

@@ -6,6 +6,8 @@ losses and results are then shared. The maths itself (``pruners``) knows nothing
 
 from __future__ import annotations
 
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from pruners.gradients import Batch, mean_loss
 from pruners.layers import PrunableLayer, find_layers
 from pruners.limits import per_layer
 from pruners.masks import MaskSet
+from pruners.memory import free_bytes
 from pruners.order import EliminationOrder
 from pruners.ordering import Ordering, write
 from pruners.patterns import Pattern, fitting
@@ -73,12 +76,17 @@ def gradient_source(
     count = settings.gradients or pruner.gradients
     batches = -(-count // settings.batch_size) if settings.per_sample else count
 
+    # of single images the last batch may count in part, whoever has it
+    images_of = [
+        min(settings.batch_size, count - n * settings.batch_size) for n in range(rank, batches, world)
+    ]
+
     def part(first: int, last: int) -> Iterable[Batch]:
         return fixed_batches(images, settings.batch_size, first, last, rank=rank, world=world, seed=seed)
 
     return Gradients(
         lambda: part(0, batches),
-        limit=-(-count // world) if settings.per_sample else None,
+        limit=sum(images_of) if settings.per_sample else None,
         per_sample=settings.per_sample,
         held_out=(lambda: part(batches, batches + _HELD_OUT)) if tries_damps else None,
         memory=settings.memory,
@@ -136,9 +144,20 @@ def ordering(
         functional.cross_entropy,
         limit=source.limit,
         per_sample=source.per_sample,
-        memory=source.memory,
+        memory=_budget(device) if source.memory is None else source.memory,
         gather=gather,
     )
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes for the Fisher of each worker: the same everywhere, as all must go through the same groups.
+
+    The processes of one machine share its memory.
+    """
+    host = socket.gethostname()
+    everywhere = distributed.gather((host, free_bytes(device)))
+    sharing = Counter(name for name, _ in everywhere) if device.type == "cpu" else Counter()
+    return min(free // max(sharing[name], 1) for name, free in everywhere)
 
 
 def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
@@ -166,6 +185,8 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
         try:
             order = work.order(damp, last=False)
         except InputError as error:
+            if error.key != "damp":
+                raise
             failure = error
         device = next(work.model.parameters()).device
         failed = distributed.sum_over_workers(torch.tensor(0.0 if failure is None else 1.0, device=device))
@@ -218,7 +239,7 @@ def _gather_fisher(
 ) -> None:
     """Sum each layer's Fisher blocks on its owner, and drop them elsewhere."""
     for layer in layers:
-        for part in fisher.sums[layer.name]:
+        for part in fisher.parts(layer, device):
             distributed.reduce_to(part, owner[layer.name])
         if owner[layer.name] != distributed.rank():
             fisher.discard(layer.name)

@@ -1,0 +1,70 @@
+"""Orders that several test files read: of a model a fifth of which is pruned already, one for each method."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from helpers import PRUNERS, batches, tiny_vit
+from torch import Tensor, nn
+
+from pruners import EliminationOrder, MaskSet, PrunableLayer, Pruner, find_layers, prune
+from pruners.fisher import BlockFisher
+from pruners.gradients import gradients
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A model that nobody changes, and one order of its weights."""
+
+    model: nn.Module
+    layers: list[PrunableLayer]
+    weights: dict[str, Tensor]
+    masks: MaskSet
+    pruner: Pruner
+    fisher: BlockFisher | None
+    order: EliminationOrder
+
+    def pruned(self, sparsity: float, **options: object) -> tuple[nn.Module, MaskSet, dict[str, int]]:
+        """A copy of the model pruned anew, its masks and allocation."""
+        model = copy.deepcopy(self.model)
+        report = prune(model, self.pruner, sparsity, batches=batches(), **options)
+        return model, report.masks, report.allocation
+
+
+@lru_cache
+def ordered(method: str) -> Ordered:
+    model = tiny_vit()
+    layers = find_layers(model)
+    prune(model, "magnitude", 0.2, scope="global")
+    pruner = PRUNERS[method]()
+    weights = {layer.name: model.get_parameter(layer.name).detach() for layer in layers}
+    masks = MaskSet.from_zeros(model, layers)
+    fisher = pruner.fisher(layers)
+    if fisher is not None:
+        for some in gradients(model, layers, masks, batches(), nn.functional.cross_entropy):
+            fisher.add_many(some)
+        fisher.flush()
+    return Ordered(
+        model, layers, weights, masks, pruner, fisher, pruner.order(weights, layers, masks, fisher)
+    )
+
+
+def assert_same(one: EliminationOrder, other: EliminationOrder, *, updates: bool = True) -> None:
+    """The same in every bit."""
+    assert set(one) == set(other)
+    for name, left in one.items():
+        right = other[name]
+        assert torch.equal(left.indices, right.indices)
+        assert torch.equal(left.losses, right.losses)
+        assert (left.prices is None) == (right.prices is None)
+        if left.prices is not None and right.prices is not None:
+            assert torch.equal(left.prices, right.prices)
+        assert (left.zeros, left.block_size, left.pattern) == (right.zeros, right.block_size, right.pattern)
+        assert len(right.updates) == (len(left.updates) if updates else 0)
+        for stretch, again in zip(left.updates, right.updates, strict=False):
+            assert torch.equal(stretch.columns, again.columns)
+            assert torch.equal(stretch.coefficients, again.coefficients)
+            assert torch.equal(stretch.slots, again.slots)

@@ -1,0 +1,156 @@
+"""Models in half precision: pruned as their float32 copies are, with their own types back afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import PRUNERS, batches, tiny_vit
+from torch import Tensor, nn
+
+from pruners import InputError, PruneReport, find_layers, prune
+
+every_method = pytest.mark.parametrize("method", PRUNERS)
+either_type = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def short(dtype: torch.dtype, scale: float = 1.0) -> nn.Module:
+    """A model in half precision but for one norm, with buffers of several types, and some gradients."""
+    model = tiny_vit().to(dtype)
+    model.get_submodule("blocks.1.norm1").float()
+    model.register_buffer("short_buffer", torch.linspace(-1, 1, 7).to(dtype))
+    model.register_buffer("long_buffer", torch.linspace(-1, 1, 7))
+    model.register_buffer("whole_buffer", torch.arange(3))
+    with torch.no_grad():
+        for layer in find_layers(model):
+            model.get_parameter(layer.name).mul_(scale)
+    for name in ("blocks.0.attn.qkv.weight", "head.weight", "blocks.1.norm1.weight"):
+        weight = model.get_parameter(name)
+        weight.grad = torch.full_like(weight, 0.5)
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[torch.dtype, Tensor, Tensor | None]]:
+    """Type, values and gradient of every parameter and buffer."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    gradients = {name: one.grad for name, one in named.items()}
+    return {
+        name: (one.dtype, one.detach().clone(), None if (g := gradients[name]) is None else g.clone())
+        for name, one in named.items()
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, tuple[torch.dtype, Tensor, Tensor | None]]) -> None:
+    after = snapshot(model)
+    assert set(after) == set(before)
+    for name, (dtype, value, gradient) in before.items():
+        assert after[name][0] == dtype
+        assert torch.equal(after[name][1], value)
+        assert_same_gradient(after[name][2], gradient)
+
+
+def assert_same_gradient(one: Tensor | None, other: Tensor | None) -> None:
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def pruned(model: nn.Module, method: str, sparsity: float = 0.6) -> PruneReport:
+    return prune(model, PRUNERS[method](), sparsity, batches=batches(4))
+
+
+@every_method
+@either_type
+def test_masks_are_those_of_the_float32_copy_and_types_come_back(method: str, dtype: torch.dtype) -> None:
+    model = short(dtype)
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    before = snapshot(model)
+    whole = copy.deepcopy(model).float()
+    expected = pruned(whole, method)
+    report = pruned(model, method)
+    assert report.masks.fingerprint() == expected.masks.fingerprint()
+    assert report.allocation == expected.allocation
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    zeros = 0
+    for name, (kind, value, gradient) in snapshot(model).items():
+        assert kind == before[name][0]
+        assert_same_gradient(gradient, before[name][2])
+        if name not in report.masks:
+            assert torch.equal(value, before[name][1])
+            continue
+        kept = report.masks[name]
+        assert torch.equal(value != 0, kept)
+        zeros += int((value == 0).sum())
+        assert torch.equal(value, whole.get_parameter(name).detach().to(kind))
+    assert zeros == round(0.6 * report.masks.numel)
+
+
+@pytest.mark.parametrize("method", ["ovit", "woodfisher", "dimap+ovit"])
+@either_type
+def test_what_stays_is_never_rounded_to_zero(method: str, dtype: torch.dtype) -> None:
+    """Weights at the very end of the type: many of their updates round to nothing."""
+    model = short(dtype, scale=3e-7 if dtype == torch.float16 else 3e-40)
+    alive = sum(int((model.get_parameter(layer.name) != 0).sum()) for layer in find_layers(model))
+    numel = sum(layer.numel for layer in find_layers(model))
+    sparsity = 1 - 0.4 * alive / numel
+    report = pruned(model, method, sparsity)
+    zeros = {name: int((model.get_parameter(name) == 0).sum()) for name in report.masks}
+    assert zeros == report.allocation
+    assert sum(zeros.values()) == round(sparsity * numel)
+
+
+@every_method
+@either_type
+def test_a_second_step_takes_up_the_zeros_of_the_first(method: str, dtype: torch.dtype) -> None:
+    model = short(dtype)
+    first = pruned(model, method, 0.3)
+    second = pruned(model, method, 0.6)
+    assert sum(second.allocation.values()) == round(0.6 * second.masks.numel)
+    for name, mask in first.masks.items():
+        assert not (second.masks[name] & ~mask).any()
+
+
+@either_type
+def test_the_order_gives_the_same_weights_at_another_allocation(dtype: torch.dtype) -> None:
+    model = short(dtype)
+    before = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in find_layers(model)}
+    report = pruned(model, "ovit")
+    new, masks = report.order.weights_at(before, report.allocation)
+    assert masks.fingerprint() == report.masks.fingerprint()
+    for name, weight in new.items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, model.get_parameter(name).detach())
+
+
+@pytest.mark.parametrize("method", ["ovit", "ovit_fast", "woodfisher"])
+@either_type
+def test_after_an_error_all_is_as_it_was(method: str, dtype: torch.dtype) -> None:
+    model = short(dtype)
+    before = snapshot(model)
+
+    def broken(outputs: Tensor, labels: Tensor) -> Tensor:
+        assert outputs.dtype == torch.float32
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        prune(model, PRUNERS[method](), 0.5, batches=batches(2), loss=broken)
+    assert_unchanged(model, before)
+    with pytest.raises(InputError, match="NaN or Inf in batch 1"):
+        prune(model, PRUNERS[method](), 0.5, batches=batches(2, nan_in=1))
+    assert_unchanged(model, before)
+
+
+@either_type
+def test_damp_auto_leaves_the_types_too(dtype: torch.dtype) -> None:
+    model = short(dtype)
+    whole = copy.deepcopy(model).float()
+    options = {"block_size": 32, "damp": "auto", "gradients": 3}
+    report = prune(model, "ovit", 0.6, batches=batches(6), **options)
+    expected = prune(whole, "ovit", 0.6, batches=batches(6), **options)
+    assert report.damp == expected.damp
+    assert report.masks.fingerprint() == expected.masks.fingerprint()
+    assert {parameter.dtype for name, parameter in model.named_parameters() if name in report.masks} == {
+        dtype
+    }

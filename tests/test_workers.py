@@ -1,0 +1,91 @@
+"""Pruning steps on two and on four workers, by real collectives, against the same steps in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import tiny_swin
+from safetensors.torch import load_file
+from torch import Tensor
+from worker_cases import CASES, OVIT, work
+
+from pruners import METHODS, find_layers
+from pruners.fisher import BlockFisher
+from pruners.memory import layer_groups
+
+Results = dict[str, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Results:
+    return {name: case.run(0, 1) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def on_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
+    """What each worker of two ended with, and each of four."""
+    folder = tmp_path_factory.mktemp("workers")
+    mp.get_context("forkserver").set_forkserver_preload(["worker_cases"])  # torch is loaded once
+    found: dict[int, list[Results]] = {}
+    for world in (2, 4):
+        mp.start_processes(work, (world, str(folder)), nprocs=world, start_method="forkserver")
+        found[world] = []
+        for rank in range(world):
+            results: Results = {name: {} for name in CASES}
+            for place, value in load_file(folder / f"{world}-{rank}.safetensors").items():
+                case, name = place.split("|")
+                results[case][name] = value
+            found[world].append(results)
+    return found
+
+
+def test_the_cases_are_of_all_methods_and_of_several_groups() -> None:
+    assert set(METHODS) <= set(CASES)
+    layers = find_layers(tiny_swin())
+    fisher = BlockFisher(layers, block_size=16)
+    sizes = {layer.name: fisher.block_size(layer.name) for layer in layers}
+    memory = CASES["several passes"].memory
+    assert memory is not None
+    assert len(layer_groups(layers, sizes, memory)) > 1
+    assert OVIT.block_size == 16
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_workers_end_with_one_processs_masks_and_nearly_its_weights(
+    name: str, world: int, alone: Results, on_workers: dict[int, list[Results]]
+) -> None:
+    expected, (first, *others) = alone[name], [results[name] for results in on_workers[world]]
+    assert set(first) == set(expected)
+    for key, value in first.items():
+        for other in others:
+            assert torch.equal(value, other[key]), f"{key} differs between the workers"
+        if key.startswith(("m:", "chosen:")):
+            assert torch.equal(value, expected[key]), f"{key} differs from one process"
+        else:
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    masks = {key: value for key, value in first.items() if key.startswith("m:")}
+    numel = sum(mask.numel() for mask in masks.values())
+    wanted = round(CASES[name].steps[-1] * numel / 4) * 4
+    assert sum(int((~mask).sum()) for mask in masks.values()) == wanted
+    for key, mask in masks.items():
+        assert not first[f"w:{key[2:]}"][~mask].any()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.auto])
+def test_all_choose_the_same_damp_by_the_whole_curve(
+    name: str, world: int, alone: Results, on_workers: dict[int, list[Results]]
+) -> None:
+    results = [alone] if world == 1 else on_workers[world]
+    for result in results:
+        for step in range(len(CASES[name].steps)):
+            curve = result[name][f"damp:{step}"]
+            ladder = [10.0**-power for power in range(4, 10)]
+            assert len(curve) == len(ladder)
+            failed = [damp for damp, loss in zip(ladder, curve.tolist(), strict=True) if loss == torch.inf]
+            assert failed == pytest.approx([1e-6] if "fails" in name else [])
+            chosen = float(result[name][f"chosen:{step}"])
+            assert chosen == pytest.approx(ladder[int(curve.argmin())])
+            assert len(set(curve.tolist())) > 3
