@@ -34,6 +34,9 @@ def bounds(
         pruned: weights that are gone already: no layer gets any back.
         reach: how many weights of each layer can fall at all.
         unit: weights that fall together.
+
+    Raises:
+        InputError: a floor above its ceiling, and see :func:`per_layer`.
     """
     least, most = per_layer("floor", floor, layers, 0.0), per_layer("ceiling", ceiling, layers, 1.0)
     found = {}
@@ -41,8 +44,10 @@ def bounds(
         gone = 0 if pruned is None else pruned[layer.name]
         low = math.ceil(least[layer.name] * layer.numel / unit - 1e-6) * unit
         high = math.floor(most[layer.name] * layer.numel / unit + 1e-6) * unit
-        if least[layer.name] <= most[layer.name]:
-            low = min(low, high)  # no whole number may lie between two that are almost equal
+        if least[layer.name] > most[layer.name]:
+            expected = f"must not lie above the ceiling of {layer.name}, {most[layer.name]}"
+            raise InputError("floor", least[layer.name], expected)
+        low = min(low, high)  # no whole number may lie between two that are almost equal
         if reach is not None:
             high = min(high, reach[layer.name])
         found[layer.name] = (max(low, gone), max(high, gone))

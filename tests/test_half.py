@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import PRUNERS, batches, tiny_vit
 from torch import Tensor, nn
 
-from pruners import InputError, PruneReport, find_layers, prune
+from pruners import EliminationOrder, InputError, PrunableLayer, PruneReport, find_layers, prune
+from pruners.fisher import BlockFisher
+from pruners.magnitude import Magnitude
+from pruners.order import Stretch
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 either_type = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
-def short(dtype: torch.dtype, scale: float = 1.0) -> nn.Module:
+def short(dtype: torch.dtype) -> nn.Module:
     """A model in half precision but for one norm, with buffers of several types, and some gradients."""
     model = tiny_vit().to(dtype)
     model.get_submodule("blocks.1.norm1").float()
     model.register_buffer("short_buffer", torch.linspace(-1, 1, 7).to(dtype))
     model.register_buffer("long_buffer", torch.linspace(-1, 1, 7))
     model.register_buffer("whole_buffer", torch.arange(3))
-    with torch.no_grad():
-        for layer in find_layers(model):
-            model.get_parameter(layer.name).mul_(scale)
     for name in ("blocks.0.attn.qkv.weight", "head.weight", "blocks.1.norm1.weight"):
         weight = model.get_parameter(name)
         weight.grad = torch.full_like(weight, 0.5)
@@ -87,18 +89,40 @@ def test_masks_are_those_of_the_float32_copy_and_types_come_back(method: str, dt
     assert zeros == round(0.6 * report.masks.numel)
 
 
-@pytest.mark.parametrize("method", ["ovit", "woodfisher", "dimap+ovit"])
-@either_type
-def test_what_stays_is_never_rounded_to_zero(method: str, dtype: torch.dtype) -> None:
-    """Weights at the very end of the type: many of their updates round to nothing."""
-    model = short(dtype, scale=3e-7 if dtype == torch.float16 else 3e-40)
-    alive = sum(int((model.get_parameter(layer.name) != 0).sum()) for layer in find_layers(model))
-    numel = sum(layer.numel for layer in find_layers(model))
-    sparsity = 1 - 0.4 * alive / numel
-    report = pruned(model, method, sparsity)
-    zeros = {name: int((model.get_parameter(name) == 0).sum()) for name in report.masks}
-    assert zeros == report.allocation
-    assert sum(zeros.values()) == round(sparsity * numel)
+class Shrinks(Magnitude):
+    """The first weight that falls takes nearly all of the others with it."""
+
+    def order(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: Sequence[PrunableLayer],
+        masks: Mapping[str, Tensor],
+        fisher: BlockFisher | None,
+    ) -> EliminationOrder:
+        orders = super().order(weights, layers, masks, fisher)
+        for name, order in orders.items():
+            size = weights[name].numel()
+            columns = weights[name].reshape(1, 1, size) * (1 - 2e-7)
+            slots = torch.arange(size, dtype=torch.int16).unsqueeze(0)
+            stretch = Stretch(0, 0, columns.float(), torch.ones(1, 1), slots)
+            orders[name] = replace(order, updates=(stretch,), block_size=size)
+        return orders
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), (torch.bfloat16, 1e-34)])
+def test_what_stays_is_never_rounded_to_zero(dtype: torch.dtype, scale: float) -> None:
+    model = short(dtype)
+    with torch.no_grad():
+        for layer in find_layers(model):
+            model.get_parameter(layer.name).mul_(scale)
+    whole = copy.deepcopy(model).float()
+    report, expected = (prune(one, Shrinks(), 0.5) for one in (model, whole))
+    assert report.masks.fingerprint() == expected.masks.fingerprint()
+    for name, mask in report.masks.items():
+        in_float32 = whole.get_parameter(name).detach()
+        assert torch.equal(in_float32 != 0, mask)
+        assert not in_float32.to(dtype).any()  # all that stays would be rounded to nothing
+        assert torch.equal(model.get_parameter(name) != 0, mask)
 
 
 @every_method

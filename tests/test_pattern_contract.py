@@ -15,7 +15,7 @@ from pruners import METHODS, InputError, PrunableLayer, PruneReport, create_prun
 KINDS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "conv": tiny_conv}
 SIZES = {"2:4": 4, "4:8": 8, "1x4": 4}
 
-every_method = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("method", [*METHODS, "ovit-blocks-of-7"])
 every_pattern = pytest.mark.parametrize("pattern", SIZES)
 
 
@@ -23,11 +23,15 @@ def layers_of(model: nn.Module) -> list[PrunableLayer]:
     return find_layers(model, CONVOLUTIONS if isinstance(model, nn.Sequential) else None)
 
 
-def pruned(
-    model: nn.Module, method: str, pattern: str, sparsity: float | None, **options: object
-) -> PruneReport:
+def named(method: str) -> tuple[str, dict[str, object]]:
+    """A method by name, and its options."""
+    return ("ovit", {"block_size": 7, "damp": 1e-4}) if method == "ovit-blocks-of-7" else (method, {})
+
+
+def pruned(model: nn.Module, method: str, pattern: str, sparsity: float | None) -> PruneReport:
+    name, options = named(method)
     chosen = layers_of(model)
-    return prune(model, method, sparsity, batches=batches(4), layers=chosen, pattern=pattern, **options)
+    return prune(model, name, sparsity, batches=batches(4), layers=chosen, pattern=pattern, **options)
 
 
 def zeros_in_groups(zero: Tensor, size: int) -> Tensor:
@@ -109,12 +113,13 @@ def test_a_layer_that_does_not_fit_is_named_or_stays_dense(method: str, pattern:
     model = tiny_conv()
     chosen = find_layers(model, {"CONV": ["0", "2", "4"]})  # the stem has three inputs
     before = state(model)
-    options = {"batches": batches(2), "layers": chosen, "pattern": pattern}
+    name, own = named(method)
+    options = {"batches": batches(2), "layers": chosen, "pattern": pattern, **own}
     with pytest.raises(InputError, match=r"pattern = .*cannot fit 0\.weight, which has 3 inputs"):
-        prune(model, method, 0.5, **options)
+        prune(model, name, 0.5, **options)
     assert state(model) == before
     stem = model.get_parameter("0.weight").detach().clone()
-    report = prune(model, method, 0.5, unfit="dense", **options)
+    report = prune(model, name, 0.5, unfit="dense", **options)
     assert set(report.masks) == {"2.weight", "4.weight"}
     assert report.sparsity == 0.5  # of the layers that are pruned
     assert torch.equal(model.get_parameter("0.weight"), stem)
@@ -125,7 +130,7 @@ def test_a_layer_that_does_not_fit_is_named_or_stays_dense(method: str, pattern:
 @pytest.mark.parametrize("pattern", ["2;4", "4:2", "2:4:8", "1x1", "4x1"])
 def test_a_typo_in_a_pattern_is_refused(method: str, pattern: str) -> None:
     with pytest.raises(InputError, match=f"pattern = '{pattern}': must be unstructured"):
-        create_pruner(method, pattern=pattern)
+        create_pruner(named(method)[0], pattern=pattern)
 
 
 @every_method
