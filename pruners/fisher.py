@@ -195,7 +195,8 @@ class BlockFisher:
         """
         self._need_gradients()
         sums = self.total(name, chosen)
-        if slots.shape[1] < sums.shape[1]:
+        everything = torch.arange(sums.shape[1], device=slots.device).expand(len(slots), -1)
+        if not torch.equal(slots, everything):  # some are left out, or what is alive was put first
             sums = sums.gather(1, slots.unsqueeze(2).expand(-1, -1, sums.shape[2]))
             sums = sums.gather(2, slots.unsqueeze(1).expand(-1, slots.shape[1], -1))
         fisher = sums.double().div_(self.count)
@@ -229,7 +230,7 @@ class BlockFisher:
 
     def _inverted(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         first, last = (part[chosen] for part in self.sums[name])
-        if first.device.type != "cpu" or slots.shape[1] > kernels.LARGEST:
+        if not kernels.fit(first) or slots.shape[1] > kernels.LARGEST:
             return invert(self.blocks(name, chosen, slots, alive))
         inverse = torch.empty(*slots.shape, slots.shape[1], dtype=torch.float64)
         sound = torch.empty(len(slots), dtype=torch.bool)

@@ -32,6 +32,11 @@ _compiled = cast(
 )
 
 
+def fit(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled loops can work on these; others take the batched formulation."""
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def on_threads(work: Callable[[slice], object], count: int) -> None:
     """Call ``work`` on parts of ``range(count)``, each on a thread of its own, as many as torch would use."""
     threads = max(1, min(torch.get_num_threads(), count))

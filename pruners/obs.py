@@ -84,7 +84,7 @@ def eliminate(
     alive_at_most = int(alive.sum(1).max()) if len(weights) else 0
     steps = alive_at_most if steps is None else min(steps, alive_at_most)
     before = weights.new_zeros(len(weights), dtype=inverse.dtype) if losses is None else losses
-    if rule is None and inverse.device.type == "cpu" and inverse.dtype == torch.float64:
+    if rule is None and kernels.fit(inverse) and inverse.dtype == torch.float64:
         return _one_by_one(weights, inverse, alive, steps, before)
     chosen = AnyWeight() if rule is None else rule
     return _together(weights, inverse, alive, rule=chosen, steps=steps, before=before)
@@ -205,9 +205,10 @@ def _panel(w: Tensor, inverse: Tensor, rule: Rule, steps: int) -> _Panel:
             shares = v[:step].gather(2, at.expand(step, blocks, 1)).permute(1, 2, 0)
             known = v[:step].transpose(0, 1)
             column = torch.baddbmm(column.unsqueeze(1), shares, known, alpha=-1).squeeze(1)
-        root = diagonal.gather(1, at).sqrt_()
-        torch.div(column, root, out=v[step])
         active[step] = torch.isfinite(score)  # a block may run out of weights before the others
+        # where nothing falls the column is zero, not whatever a fallen pivot leaves
+        root = diagonal.gather(1, at).sqrt_().masked_fill_(~active[step].unsqueeze(1), torch.inf)
+        torch.div(column, root, out=v[step])
         weight = w.gather(1, at)
         share = torch.where(active[step].unsqueeze(1), weight / root, 0.0)
         w.addcmul_(v[step], share, value=-1)

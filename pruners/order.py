@@ -62,7 +62,7 @@ class Stretch:
         most = int(done.max())
         if not most:
             return
-        if device.type == "cpu" and columns.device.type == "cpu":
+        if kernels.fit(fallen, columns):
             widths = stay if self.ranked else torch.full_like(stay, size)
             arrays = (weights, done, widths, coefficients, columns, slots)
             kernels.take_steps(*(array.numpy() for array in arrays))
@@ -135,7 +135,7 @@ class LayerOrder:
             for stretch in self.updates:
                 stretch.take(weights, counts, part)
 
-        if weights.device.type == "cpu":
+        if kernels.fit(weights):
             kernels.on_threads(work, len(weights))
         else:
             work(slice(0, len(weights)))

@@ -110,6 +110,17 @@ def eliminated(
     return eliminate(weights, inverse_of(fisher, alive), alive, rule=rule, steps=steps, losses=losses)
 
 
+def assert_idle_steps_do_nothing(done: Elimination) -> None:
+    """A product with the steps that a block did not take must not leave its weights as NaN."""
+    begun = 0
+    for columns in done.columns:
+        fell = done.losses[:, begun : begun + columns.y.shape[1]].isfinite()
+        assert torch.isfinite(columns.v).all()
+        assert not columns.v[~fell].any()
+        assert not columns.y[~fell].any()
+        begun += columns.y.shape[1]
+
+
 def weights_after(done: Elimination, weights: Tensor, alive: Tensor, block: int, count: int) -> Tensor:
     """w(c) = w(0) − Σ_{i<c} y_i·v_i, what has fallen set to 0."""
     result = torch.where(alive[block], weights[block], 0.0).double()

@@ -68,9 +68,29 @@ def test_only_the_slots_that_are_asked_for(size: int) -> None:
     whole = fisher.total("b.weight", slice(0, 2)).double() / 50
     for block in range(2):
         living = slots[block][alive[block]]
-        expected = torch.linalg.inv(whole[block][living][:, living] + 0.02 * torch.eye(len(living)))
+        expected = torch.linalg.inv(
+            whole[block][living][:, living] + 0.02 * torch.eye(len(living), dtype=torch.float64)
+        )
         chosen = found[block][alive[block]][:, alive[block]]
         torch.testing.assert_close(chosen, expected, rtol=1e-8, atol=1e-8)
+
+
+@every_size
+def test_slots_may_come_in_any_order_that_puts_the_living_first(size: int) -> None:
+    fisher = filled(50, size)
+    _, alive = all_slots(fisher)
+    alive[0, [0, 3, size - 2]] = False
+    slots = (~alive).byte().argsort(dim=1, stable=True)
+    alive = alive.gather(1, slots)
+    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    whole = fisher.total("b.weight").double() / 50 + 0.02 * torch.eye(size, dtype=torch.float64)
+    for block in range(len(slots)):
+        living = slots[block][alive[block]]
+        expected = torch.linalg.inv(whole[block][living][:, living])
+        count = len(living)
+        torch.testing.assert_close(found[block, :count, :count], expected, rtol=1e-8, atol=1e-8)
+        alone = 50 * torch.eye(size - count, dtype=torch.float64)
+        torch.testing.assert_close(found[block, count:, count:], alone)
 
 
 @every_size

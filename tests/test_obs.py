@@ -7,7 +7,7 @@ import torch
 from helpers import quick, threads
 from hypothesis import given
 from hypothesis import strategies as st
-from surgery import blocks_of, eliminated, inverse_of, surgeon, weights_after
+from surgery import assert_idle_steps_do_nothing, blocks_of, eliminated, inverse_of, surgeon, weights_after
 from torch import Tensor
 
 from pruners import obs
@@ -42,6 +42,7 @@ def assert_surgery(
     done: Elimination, problem: tuple[Tensor, Tensor, Tensor], steps: int, before: Tensor | None = None
 ) -> None:
     weights, fisher, alive = problem
+    assert_idle_steps_do_nothing(done)
     for block in range(len(weights)):
         lost = 0.0 if before is None else float(before[block])
         expected = surgeon(weights[block], fisher[block], alive[block], loss=lost)

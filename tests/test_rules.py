@@ -7,7 +7,16 @@ import torch
 from helpers import quick
 from hypothesis import given
 from hypothesis import strategies as st
-from surgery import Allowed, blocks_of, eliminated, few_of_each, surgeon, weights_after, whole_groups
+from surgery import (
+    Allowed,
+    assert_idle_steps_do_nothing,
+    blocks_of,
+    eliminated,
+    few_of_each,
+    surgeon,
+    weights_after,
+    whole_groups,
+)
 from torch import Tensor
 
 from pruners.obs import Elimination
@@ -18,6 +27,7 @@ from pruners.rules import FewOfEach, WholeGroups
 def assert_constrained_surgery(
     done: Elimination, weights: Tensor, fisher: Tensor, alive: Tensor, allowed: list[Allowed]
 ) -> None:
+    assert_idle_steps_do_nothing(done)
     for block, rule in enumerate(allowed):
         expected = surgeon(weights[block], fisher[block], alive[block], rule)
         count = min(len(expected.pivots), done.order.shape[1])
