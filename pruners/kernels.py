@@ -244,8 +244,9 @@ def eliminate(
     Args:
         weights: (n, r); inverse: (n, r, r); left: (n,), how many of the r are alive (the first ones).
         before: (n,), what each block has lost already.
-        offsets, widths, strides: (steps,), where a step's column of block 0 begins in ``columns`` (flat),
-            its length, and how far the next block's is; these blocks are ``first`` and following.
+        offsets, widths, strides: (steps,), where the panel of a step begins in ``columns`` (flat) for block
+            0, the length of its columns, and how far the next block's is; these blocks are ``first`` and
+            following.
         order, losses, coefficients: (n, steps), written; slots: (n, r), written: what the numbers of a
             column belong to.
     """
@@ -297,13 +298,18 @@ def eliminate(
             w[pivot] = w[count]
             for i in range(step + 1):
                 v[i, pivot], v[i, count] = v[i, count], v[i, pivot]
-        for step in range(steps):
-            known = max(left[block] - step, 0) if step < taken else 0
+        step = 0
+        while step < steps:  # the numbers of a panel's steps side by side, as they are read again
+            panel = strides[step] // widths[step]
             here = offsets[step] + (first + block) * strides[step]
-            for j in range(known):
-                columns[here + j] = v[step, j]
-            for j in range(known, widths[step]):
-                columns[here + j] = 0.0
+            for j in range(widths[step]):
+                known = min(max(min(taken, left[block] - j) - step, 0), panel)
+                for i in range(known):
+                    columns[here + i] = v[step + i, j]
+                for i in range(known, panel):
+                    columns[here + i] = 0.0
+                here += panel
+            step += panel
         for j in range(size):
             slots[block, j] = places[j]
 
@@ -316,14 +322,13 @@ def take_steps(
 
     Args:
         weights: (n, B) float32; done: (n,); widths: (n,), how many numbers of a column matter.
-        coefficients: (n, steps); columns: (n, steps, r); slots: (n, r).
+        coefficients: (n, steps); columns: (n, r, steps), the steps side by side; slots: (n, r).
     """
-    blocks, _, size = columns.shape
-    row = np.empty(size, np.float32)
-    for block in range(blocks):
-        width = widths[block]
-        for j in range(width):
-            row[j] = 0.0
-        _take_rows(row, columns[block], coefficients[block], done[block], width)
-        for j in range(width):
-            weights[block, slots[block, j]] += row[j]
+    for block in range(len(columns)):
+        y, count = coefficients[block], done[block]
+        for j in range(widths[block]):
+            numbers = columns[block, j]
+            moved = np.float32(0.0)
+            for i in range(count):
+                moved += y[i] * numbers[i]
+            weights[block, slots[block, j]] -= moved

@@ -98,15 +98,14 @@ def _one_by_one(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, bef
     sorted_already = bool((places[:, 1:] > places[:, :-1]).all())
     if not sorted_already:
         weights, inverse = weights.gather(1, places), _submatrix(inverse, places)
-    # the columns of PANEL steps lie together, (n, steps, r) numbers, of what was left when they began
+    # the columns of PANEL steps lie together, (n, r, steps) numbers, of what was left when they began
     begins = range(0, steps, PANEL)
-    shapes = [(blocks, min(PANEL, steps - begin), size - begin) for begin in begins]
+    shapes = [(blocks, size - begin, min(PANEL, steps - begin)) for begin in begins]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     number = np.arange(steps)
     widths = (size - number // PANEL * PANEL).astype(np.int64)
-    strides = np.array([shapes[step // PANEL][1] for step in number], dtype=np.int64) * widths
+    strides = np.array([shapes[step // PANEL][2] for step in number], dtype=np.int64) * widths
     offsets = np.array([ends[step // PANEL - 1] if step >= PANEL else 0 for step in number], dtype=np.int64)
-    offsets += number % PANEL * widths
     order = torch.zeros(blocks, steps, dtype=torch.long)
     found = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
     y = torch.zeros(blocks, steps)
@@ -124,8 +123,8 @@ def _one_by_one(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, bef
         order, slots = places.gather(1, order), places.gather(1, slots)
     stretches = []
     for begin, shape, end in zip(begins, shapes, ends, strict=True):
-        numbers = v[end - math.prod(shape) : end].view(shape)
-        stretches.append(Columns(numbers, y[:, begin : begin + shape[1]], slots[:, : shape[2]], True))
+        numbers = v[end - math.prod(shape) : end].view(shape).mT
+        stretches.append(Columns(numbers, y[:, begin : begin + shape[2]], slots[:, : shape[1]], True))
     return Elimination(order, found, stretches)
 
 

@@ -21,7 +21,7 @@ from pruners.masks import MaskSet
 from pruners.patterns import UNSTRUCTURED, Pattern
 
 ORDER, UPDATES = "order.safetensors", "updates.safetensors"
-_FORMAT = "espalier-order-1"
+_FORMAT = "espalier-order-2"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Stretch:
     """Some steps of the elimination of some Fisher blocks, and what they do to the weights that stay.
 
     ``w −= Σ y_i·v_i`` over the steps that have been taken, for blocks ``block`` … ``block + n`` of a layer:
-    ``columns`` v (n, steps, r), ``coefficients`` y (n, steps); ``slots`` (n, r) are the places in the block
-    that the r numbers belong to, with ``ranked`` those that stay longest first. The block had lost
-    ``begin`` weights when the stretch began, and counts no step at or beyond ``end`` (n,), where a later
-    elimination took over.
+    ``columns`` v (n, steps, r), in memory the steps side by side, ``coefficients`` y (n, steps); ``slots``
+    (n, r) are the places in the block that the r numbers belong to, with ``ranked`` those that stay longest
+    first. The block had lost ``begin`` weights when the stretch began, and counts no step at or beyond
+    ``end`` (n,), where a later elimination took over.
     """
 
     block: int
@@ -64,7 +64,7 @@ class Stretch:
             return
         if kernels.fit(fallen, columns):
             widths = stay if self.ranked else torch.full_like(stay, size)
-            arrays = (weights, done, widths, coefficients, columns, slots)
+            arrays = (weights, done, widths, coefficients, columns.mT.contiguous(), slots)
             kernels.take_steps(*(array.numpy() for array in arrays))
             return
         taken = torch.arange(steps, device=device) < done.unsqueeze(1)
@@ -190,7 +190,7 @@ class EliminationOrder(dict[str, LayerOrder]):
                 flat[f"{place}/block"] = torch.tensor(stretch.block)
                 flat[f"{place}/begin"] = torch.as_tensor(stretch.begin)
                 flat[f"{place}/ranked"] = torch.tensor(stretch.ranked)
-                flat[f"{place}/columns"] = stretch.columns.contiguous()
+                flat[f"{place}/columns"] = stretch.columns.mT.contiguous()
                 flat[f"{place}/coefficients"] = stretch.coefficients.contiguous()
                 flat[f"{place}/slots"] = stretch.slots.contiguous()
                 if stretch.end is not None:
@@ -210,7 +210,7 @@ class EliminationOrder(dict[str, LayerOrder]):
                     Stretch(
                         int(flat[f"{place}/block"]),
                         begin if begin.ndim else int(begin),
-                        flat[f"{place}/columns"],
+                        flat[f"{place}/columns"].mT,
                         flat[f"{place}/coefficients"],
                         flat[f"{place}/slots"],
                         flat.get(f"{place}/end"),

@@ -213,7 +213,8 @@ def chunks(task: Task, weight: Tensor, alive: Tensor) -> Iterator[Chunk]:
 def stretch_of(chunk: Chunk, columns: Columns, begin: int | Tensor) -> Stretch:
     slots = chunk.slots if columns.slots is None else chunk.slots.gather(1, columns.slots)
     y, places = columns.y.contiguous(), slots.short().contiguous()
-    return Stretch(chunk.part.start, begin, columns.v, y, places, ranked=columns.ranked)
+    v = columns.v.mT.contiguous().mT
+    return Stretch(chunk.part.start, begin, v, y, places, ranked=columns.ranked)
 
 
 def merged(

@@ -7,7 +7,7 @@ full downdate of its block, in float64 as ours is (in float32 it takes other piv
 Same gradients, same machine, same pivots (checked). Its m updates are extrapolated from 64. Layers are those
 of a small ViT for 32-pixel images (width 192, 6 blocks, 2.65 M weights) and the first encoder block of DeiT-S
 (1.77 M; the whole model's Fisher would take 12 GB), on CUDA all of DeiT-B. The last line sums up; the exit
-status is 1 when a stated ratio is missed.
+status is 1 when a stated ratio is missed. The process keeps what memory it frees (:func:`keep_memory`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import timm
 import torch
@@ -123,12 +124,18 @@ def time_ours(problem: Problem, most: int) -> Ours:
             fisher.flush()
         done = count
         accumulate[count] = clock.spent
-    with Clock(problem.device) as inverse:
-        for layer in problem.layers:
-            for _ in chunks(*unpacked(started(problem, layer, fisher))):
-                pass
-    with Clock(problem.device) as order:
-        found = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
+    inverses, orders = [], []
+    for _ in range(2):  # the smaller of two: they are subtracted
+        found = None
+        with Clock(problem.device) as inverse:
+            for layer in problem.layers:
+                for _ in chunks(*unpacked(started(problem, layer, fisher))):
+                    pass
+        with Clock(problem.device) as order:
+            found = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
+        inverses.append(inverse.spent)
+        orders.append(order.spent)
+    assert found is not None, "it was computed twice"
     reads = []
     for sparsity in (0.5, 0.75, 0.9):
         total = round(sparsity * problem.numel)
@@ -136,7 +143,7 @@ def time_ours(problem: Problem, most: int) -> Ours:
         with Clock(problem.device) as read:
             found.weights_at(problem.weights, allocation)
         reads.append(read.spent)
-    return Ours(accumulate, steady, inverse.spent, order.spent, sorted(reads)[1], found.nbytes)
+    return Ours(accumulate, steady, min(inverses), min(orders), sorted(reads)[1], found.nbytes)
 
 
 def unpacked(found: tuple[Task, State]) -> tuple[Task, Tensor, Tensor]:
@@ -242,15 +249,34 @@ def peak(device: torch.device) -> tuple[float, float]:
         before = torch.cuda.memory_allocated(device)
         work(problem, 256)
         return torch.cuda.max_memory_allocated(device) - before, bound
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     work(problem, 256)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), bound
+    return high_water() - before, bound
+
+
+def high_water() -> int:
+    """The most memory that this process has had, in bytes (what it was forked from does not count)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def keep_memory() -> None:
+    """Start again as a process that keeps the memory it frees, as a GPU's allocator does.
+
+    Memory that comes back from the system must be cleared page by page (on a virtual machine the host has its
+    part in that too), which takes longer than what is measured here. Both sides have it so.
+    """
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    if not wanted.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 def peak_apart(device: torch.device) -> tuple[float, float]:
     """:func:`peak` in a process of its own, whose memory is its alone."""
     command = [sys.executable, __file__, "--device", str(device), "--peak"]
-    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
+    found = done.stdout.splitlines()[-1]
     taken, bound = json.loads(found)
     return taken, bound
 
@@ -270,6 +296,7 @@ def main() -> None:
     if args.peak:
         print(json.dumps(peak(device)))
         return
+    keep_memory()
     report = Report()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {device}")
     for threads in args.threads if device.type == "cpu" else [torch.get_num_threads()]:
