@@ -31,7 +31,7 @@ from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
 from trainers.config import DataSettings, TrainingSettings
 from trainers.prune_step import prunable_layers
-from trainers.schedules import pruning_epochs
+from trainers.schedules import pruning_plan
 from trainers.tables import check_table
 
 _CORNERS = 64
@@ -63,7 +63,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     for part, training in (("dense", recipe.dense), ("recovery", recipe.recovery)):
         if training is not None:
             _check_training(training, part)
-    pruning_epochs(recipe.pruning.schedule, recipe.recovery.epochs)
+    _check_schedule(recipe)
     _check_space(recipe)
     model, layers = _model(recipe)
     total = _check_budget(recipe, layers)
@@ -193,6 +193,19 @@ def _check_training(training: TrainingSettings, part: str) -> None:
         raise InputError(key, text, "must be a RandAugment of timm, as rand-m9-mstd0.5-inc1") from None
 
 
+def _check_schedule(recipe: Recipe) -> None:
+    """Steps that fit into the run, and sparsities to keep that are among theirs."""
+    pruning = recipe.pruning
+    if pruning.schedule.unit == "steps":
+        return  # known when the images are counted
+    plan = pruning_plan(pruning.schedule, pruning.sparsity, recipe.recovery.epochs)
+    for sparsity in pruning.keep:
+        if not any(abs(sparsity - one) < 1e-6 for one in plan.values()):
+            stops = ", ".join(f"{one:.4g}" for one in plan.values()) or "none"
+            expected = f"the schedule does not stop there; it stops at {stops}"
+            raise InputError("pruning.keep", sparsity, expected)
+
+
 def _check_space(recipe: Recipe) -> None:
     """Every end of the space must be a recipe that could run, and so must every corner."""
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
@@ -214,7 +227,7 @@ def _check_space(recipe: Recipe) -> None:
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
     changed = with_values(recipe, values)
-    pruning_epochs(changed.pruning.schedule, changed.recovery.epochs)
+    _check_schedule(changed)
     if changed.recovery != recipe.recovery:
         _check_training(changed.recovery, "recovery")
 
@@ -263,7 +276,8 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
         if dry_run and not _is_here(uri):
             missing.append(uri)
             continue
-        hashes[part] = check_table(places[part], classes, key=f"data.{part}")
+        tolerant = data.bad_images == "skip"
+        hashes[part] = check_table(places[part], classes, key=f"data.{part}", tolerant=tolerant)
     found: Mapping[str, Any] = data.model_dump() | places
     rest = {key: value for key, value in found.items() if key not in places}
     return DataSettings.model_validate(found), digest(hashes, rest), missing

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from orchestration.cli_data import data
 from orchestration.cli_prune import inspect_model, prune
 from pruners.errors import InputError, did_you_mean
 
@@ -35,6 +36,7 @@ def cli() -> None:
 
 cli.add_command(prune)
 cli.add_command(inspect_model)
+cli.add_command(data)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
@@ -85,6 +87,32 @@ def run(
 
 
 @cli.command()
+@_recipe
+@_overrides
+@click.option("--png", metavar="FILE", help="Write the schedule's picture there too.")
+def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
+    """Show what a gradual run of RECIPE would be; needs neither data nor weights, and starts nothing."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from orchestration.checks import prepare
+    from orchestration.plan import print_plan
+    from orchestration.recipes import load_recipe
+
+    prepared = prepare(load_recipe(recipe, overrides), dry_run=True)
+    console = Console()
+    print_plan(console if console.is_terminal else Console(width=120), prepared, picture=True)
+    if png is not None:
+        from orchestration.picture import png as write
+
+        try:
+            click.echo(f"picture:    {write(prepared.recipe, Path(png))}")
+        except (OSError, ValueError) as error:
+            raise InputError("--png", png, f"cannot be written ({error})") from None
+
+
+@cli.command()
 @click.argument("model")
 @click.option("--data", "data_uri", required=True, help="Parquet file or folder (image, label).")
 @click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
@@ -125,7 +153,7 @@ def recipes() -> None:
     from orchestration.recipes import describe_shipped
 
     for name, text in describe_shipped():
-        click.echo(f"{name:<26}{text}")
+        click.echo(f"{name:<30}{text}")
 
 
 def _run(

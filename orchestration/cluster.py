@@ -54,16 +54,16 @@ class ClusterSize:
             ("CPUs", resources.cpus_per_worker, self.cpus),
             ("GPUs", resources.gpus_per_worker, self.gpus),
         ):
-            if each * resources.workers > there + 1e-6:
+            if each * resources.least > there + 1e-6:
                 raise InputError(
                     "resources.workers",
-                    resources.workers,
-                    f"need {each * resources.workers:g} {key}, the cluster can give {there:g}",
+                    resources.least,
+                    f"need {each * resources.least:g} {key}, the cluster can give {there:g}",
                 )
-        fit = [self.cpus / (resources.cpus_per_worker * resources.workers)]
+        fit = [self.cpus / (resources.cpus_per_worker * resources.most)]
         if resources.gpus_per_worker:
-            fit.append(self.gpus / (resources.gpus_per_worker * resources.workers))
-        return int(min(fit) + 1e-6)
+            fit.append(self.gpus / (resources.gpus_per_worker * resources.most))
+        return max(int(min(fit) + 1e-6), 1)
 
     def allocation_trials(self, search: AllocationSearch) -> int:
         """How many cheap trials fit at once.

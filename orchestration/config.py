@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -77,13 +77,36 @@ class ScheduleSearch(Settings):
         return self
 
 
+class WorkerRange(Settings):
+    """A run that goes on with fewer workers when a node leaves, at the same global batch."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min: must not lie above max ({self.max})")
+        return self
+
+
 class Resources(Settings):
     """What a training run takes from the cluster."""
 
-    workers: int = Field(1, ge=1, description="data-parallel workers of a run")
+    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+        1, description="data-parallel workers of a run, or {min, max} of them as nodes come and go"
+    )
     cpus_per_worker: float = Field(1.0, gt=0.0)
     gpus_per_worker: float = Field(0.0, ge=0.0)
     retries: int = Field(1, ge=0, description="restarts of a worker group after a failure")
+
+    @property
+    def least(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
 class Tracking(Settings):
@@ -120,10 +143,10 @@ class Recipe(Settings):
         if self.model.checkpoint is not None and self.dense is not None:
             raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
         for key, settings in (("dense", self.dense), ("recovery", self.recovery)):
-            if settings is not None and settings.batch_size % self.resources.workers:
+            if settings is not None and settings.batch_size < self.resources.most:
                 raise ValueError(
-                    f"{key}.batch_size: {settings.batch_size} must be a multiple of "
-                    f"resources.workers ({self.resources.workers})"
+                    f"{key}.batch_size: {settings.batch_size} must be an image at least for each of "
+                    f"resources.workers ({self.resources.most})"
                 )
         return self
 

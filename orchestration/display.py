@@ -96,11 +96,16 @@ class Display:
         """A phase ends: one line that stays."""
         self.say(f"  ✓ {self._phase}: {summary}" if self.live else f"      {summary}")
 
-    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None:
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None = None
+    ) -> str | None:
         self._running[trial_id] = 0.0
         self._show()
+        return None
 
     def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        for note in metrics.get("notes", []):
+            self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
         self._best = max(self._best, metrics["val_top1"] if metrics["score"] >= 0 else -math.inf)
         self._show()

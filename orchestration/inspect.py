@@ -52,12 +52,12 @@ def _evaluate(checkpoint: str, data_uri: str, batch_size: int) -> Iterator[str]:
     from trainers import data, models
     from trainers.checkpoint import load_checkpoint
     from trainers.evaluate import evaluate
-    from trainers.tables import check_table, read_table
+    from trainers.tables import check_table
 
     loaded = load_checkpoint(checkpoint, key="model")
     check_table(data_uri, models.classes(loaded.model), key="--data")
     transform = data.eval_transform(models.data_config(loaded.model))
-    images = data.ImageTable(read_table(data_uri, key="--data"), transform, data_uri)
+    images = data.images(data_uri, transform, key="--data")
     result = evaluate(loaded.model, data.eval_loader(images, batch_size))
     sparsity = loaded.masks.sparsity if loaded.masks is not None else 0.0
     yield f"images    {result.images}"

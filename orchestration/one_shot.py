@@ -58,7 +58,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
         config_of_model = models.data_config(self._model)
         images = data.split(inputs.data, "validation", data.eval_transform(config_of_model), inputs.seed)
-        count = min(inputs.images, len(images))  # type: ignore[arg-type]
+        count = min(inputs.images, len(images))
         subset = torch.utils.data.Subset(images, range(count))
         # decoded once: a trial costs its evaluation alone
         self._batches = list(data.eval_loader(subset, 128))

@@ -23,7 +23,7 @@ from orchestration.recipes import flatten, get
 from orchestration.search import Search, asha, run_search
 from orchestration.search_space import AllocationSpace, recipe_space
 from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.trial_runs import without_trainer_state
+from orchestration.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tune_trial import training_trial
 from trainers import storage
 from trainers.checkpoint import RECORD
@@ -39,7 +39,7 @@ def dense_phase(sweep: Sweep) -> Dense:
     key = digest(
         recipe.model.model_dump(mode="json"),
         recipe.dense and recipe.dense.model_dump(mode="json"),
-        recipe.resources.workers if recipe.dense else None,
+        recipe.resources.most if recipe.dense else None,
         recipe.seed,
         sweep.data_hash,
     )
@@ -174,7 +174,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
         recipe.pruning.model_dump(mode="json", exclude={"methods"}),
         recipe.recovery.model_dump(mode="json"),
         recipe.schedule.model_dump(mode="json", exclude={"trials"}),
-        recipe.resources.workers,
+        recipe.resources.most,
         recipe.seed,
         sweep.data_hash,
     )
@@ -225,6 +225,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
         with without_trainer_state(best.checkpoint) as clean:
             storage.upload(clean, recovered)
     version = runs.register(recipe.registered_model, best, recovered)
+    kept = _keep(sweep, runs, best, method, folder)
     if not known:
         runs.figure(plots.trial_history(log.trials, f"{method}: gradual runs", dense.top1), "history")
     runs.close(best)
@@ -232,8 +233,23 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     sweep.display.finished(
         f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "
         f"best {_percent(best)} on validation at {100 * best.metrics['sparsity']:.1f} %, version {version}"
+        + "".join(f"; {line}" for line in kept)
     )
     return Recovered(recovered, best, version, log.trials)
+
+
+def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, method: str, folder: str) -> list[str]:
+    """The best run's models at the sparsities on the way: copied, logged and registered, each as its own."""
+    told = []
+    for level, figures in best.kept.items():
+        if best.checkpoint is None or figures["checkpoint"] == best.checkpoint:
+            continue
+        target = f"{folder}/kept/{level}"
+        if not storage.exists(f"{target}/{RECORD}"):
+            storage.copy(figures["checkpoint"], target)
+        version = runs.register(sweep.recipe.registered_model, best, target, name=f"kept-{level}")
+        told.append(f"{100 * float(level):g} %: {100 * figures['val_top1']:.1f} %, version {version}")
+    return told
 
 
 def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:

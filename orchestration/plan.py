@@ -6,12 +6,19 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestration.checks import Prepared
+from orchestration.config import Recipe
 from orchestration.tracking import without_password
-from trainers.schedules import pruning_epochs, step_sparsities
+from pruners.memory import fisher_bytes, layer_groups
+from pruners.methods import create_pruner
+from trainers.schedules import pruning_plan
 
 
-def print_plan(console: Console, prepared: Prepared) -> None:
-    """Print the plan; nothing is started."""
+def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -> None:
+    """Print the plan; nothing is started.
+
+    Args:
+        picture: with the schedule in characters, and what the run will need.
+    """
     recipe = prepared.recipe
     if prepared.layers:
         table = Table(title=f"{recipe.name}: prunable layers", title_justify="left")
@@ -22,8 +29,14 @@ def print_plan(console: Console, prepared: Prepared) -> None:
             shape = "×".join(map(str, layer.shape))
             table.add_row(layer.name, layer.module, str(layer.stage), shape, f"{layer.numel:,}")
         console.print(table)
-    for key, value in _lines(prepared):
-        console.print(f"{key + ':':<12}{value}", highlight=False, soft_wrap=True, markup=False)
+    lines = _lines(prepared)
+    if picture:
+        from orchestration.picture import terminal
+
+        console.print(terminal(recipe, console.width), highlight=False, markup=False)
+        lines += _needs(prepared)
+    for key, value in lines:
+        console.print(f"{key + ':':<13}{value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _lines(prepared: Prepared) -> list[tuple[str, str]]:
@@ -52,10 +65,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
                 f"{costs.macs:,} → about {costs.macs_sparse:,} MACs (at a uniform sparsity)",
             )
         )
-    epochs = pruning_epochs(pruning.schedule, recipe.recovery.epochs)
-    steps = step_sparsities(pruning.schedule, pruning.sparsity)
-    raises = ", ".join(f"{100 * s:.4g} % at epoch {e}" for e, s in zip(epochs, steps, strict=True))
-    lines.append(("schedule", f"{raises}; {recipe.recovery.epochs} epochs, {recipe.recovery.lr.kind} LR"))
+    lines.append(("schedule", _schedule(recipe)))
     methods = " and ".join(pruning.methods)
     lines.append(
         (
@@ -71,4 +81,39 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     lines.append(("storage", recipe.storage))
     uri = recipe.tracking.uri
     lines.append(("tracking", without_password(uri) if uri else "an MLflow server of our own, on loopback"))
+    return lines
+
+
+def _schedule(recipe: Recipe) -> str:
+    schedule, training = recipe.pruning.schedule, recipe.recovery
+    end = f"{training.epochs} epochs, {training.lr.kind} LR"
+    if schedule.unit == "steps":
+        return f"{schedule.kind}, by steps; {end}"
+    plan = pruning_plan(schedule, recipe.pruning.sparsity, training.epochs)
+    raises = ", ".join(f"{100 * sparsity:.4g} % at epoch {epoch}" for epoch, sparsity in plan.items())
+    return f"{raises or 'zeros held'}; {end}"
+
+
+def _needs(prepared: Prepared) -> list[tuple[str, str]]:
+    """Memory of the Fisher on each worker, and checkpoints to come."""
+    recipe, lines = prepared.recipe, []
+    pruning, training = recipe.pruning, recipe.recovery
+    for method in pruning.methods:
+        fisher = create_pruner(method, **pruning.options(method)).fisher(prepared.layers)
+        if fisher is None or not prepared.layers:
+            continue
+        number = 8 if pruning.fisher.double else 4
+        sizes = {layer.name: fisher.block_size(layer.name) for layer in prepared.layers}
+        whole = sum(fisher_bytes(layer, sizes[layer.name], number) for layer in prepared.layers)
+        told = f"{whole / 1e9:.2f} GB on each worker"
+        if pruning.fisher.memory is not None:
+            groups = layer_groups(prepared.layers, sizes, pruning.fisher.memory, number)
+            told += f", in {len(groups)} passes within {pruning.fisher.memory / 1e9:.2f} GB"
+        lines.append(("Fisher", f"{method}: {told}"))
+    count = -(-training.epochs // training.checkpoint_every)
+    between = [f"every {training.checkpoint_minutes:g} minutes"] if training.checkpoint_minutes else []
+    between += [f"every {training.checkpoint_steps} steps"] if training.checkpoint_steps else []
+    within = f", and within epochs {' and '.join(between)}" if between else ""
+    kept = ", ".join(f"{100 * one:g} %" for one in sorted({*pruning.keep, pruning.sparsity}))
+    lines.append(("checkpoints", f"{count} at the ends of epochs{within}; the best is kept at {kept}"))
     return lines

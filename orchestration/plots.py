@@ -51,20 +51,21 @@ def trial_history(trials: Sequence[TrialRecord], title: str, dense_top1: float |
 
 
 def schedule(
-    epochs: Sequence[float], sparsity: Sequence[float], rates: Sequence[tuple[float, float]]
+    times: Sequence[float],
+    sparsity: Sequence[float],
+    rates: Sequence[tuple[float, float]],
+    unit: str = "step",
 ) -> Figure:
     """Sparsity and learning rate over the steps of a run.
 
     Args:
-        epochs: global steps at which ``sparsity`` was measured.
-        rates: (step, learning rate).
+        times: at which ``sparsity`` was measured, in ``unit``.
+        rates: (time, learning rate).
     """
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.step(
-        [0, *epochs], [100 * sparsity[0], *(100 * value for value in sparsity)], where="pre", color="C0"
-    )
-    axes.set_xlabel("step")
+    axes.step([0, *times], [100 * sparsity[0], *(100 * value for value in sparsity)], where="pre", color="C0")
+    axes.set_xlabel(unit)
     axes.set_ylabel("sparsity (%)", color="C0")
     axes.set_ylim(0, 100)
     other = axes.twinx()

@@ -32,7 +32,7 @@ from trainers.checkpoint import save_checkpoint
 from trainers.config import SECOND_ORDER
 from trainers.evaluate import Evaluation, evaluate
 from trainers.prune_step import Gradients, gradient_source
-from trainers.tables import check_table, read_table
+from trainers.tables import check_table
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _images(uri: str, model: nn.Module, key: str) -> data.ImageTable:
         raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
     check_table(uri, classes, key=key)
     transform = data.eval_transform(models.data_config(model))
-    return data.ImageTable(read_table(uri, key=key), transform, uri)
+    return data.images(uri, transform, key=key)
 
 
 def _check_budget(

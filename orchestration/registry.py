@@ -31,8 +31,10 @@ class Version:
         return f"models:/{self.model}/{self.version}"
 
 
-def register(tracker: Tracker, model: str, run: str, tags: Mapping[str, str]) -> str:
-    """Make the checkpoint artifact of a run a version of ``model``, once; returns the version."""
+def register(
+    tracker: Tracker, model: str, run: str, tags: Mapping[str, str], artifact: str = ARTIFACT
+) -> str:
+    """Make a checkpoint artifact of a run a version of ``model``, once; returns the version."""
     from mlflow.exceptions import MlflowException
 
     client = tracker.client
@@ -41,9 +43,11 @@ def register(tracker: Tracker, model: str, run: str, tags: Mapping[str, str]) ->
     except MlflowException:
         client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
     for version in client.search_model_versions(f"name='{model}'"):
-        if version.run_id == run:
+        if version.run_id == run and str(version.source).endswith(f"/{artifact}"):
             return str(version.version)
-    source = f"{client.get_run(run).info.artifact_uri}/{ARTIFACT}"
+    source = f"{client.get_run(run).info.artifact_uri}/{artifact}"
+    if artifact != ARTIFACT:
+        tags = {**tags, "artifact": artifact}
     made = client.create_model_version(model, source, run, tags=dict(tags), await_creation_for=0)
     return str(made.version)
 
@@ -89,7 +93,8 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
                 else client.get_model_version(name, version)
             )
             # by the client, as mlflow.artifacts goes by a URI that is global to the process
-            yield Path(client.download_artifacts(str(found.run_id), ARTIFACT, target))
+            artifact = dict(found.tags).get("artifact", ARTIFACT)
+            yield Path(client.download_artifacts(str(found.run_id), artifact, target))
         except (MlflowException, OSError) as error:
             reason = (str(error).splitlines() or ["unknown"])[0]
             raise InputError("model", reference, f"cannot be had from the registry ({reason})") from None

@@ -17,7 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.search_space import Space, contains
 from orchestration.trial_log import TrialLog, TrialRecord
-from trainers.storage import resolve, same_scheme
+from trainers.storage import resolve
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -25,7 +25,10 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 class Observer(Protocol):
     """Who wants to hear of trials: the display, the tracker."""
 
-    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None: ...
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None
+    ) -> str | None:
+        """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
 
     def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None: ...
 
@@ -102,6 +105,9 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
         return None
     known = [record for record in log.ended if contains(search.space, record.values)]
     tried = [record.values for record in known]
+    # what was broken off goes on first
+    pending = [values for values in log.pending if contains(search.space, values)]
+    first = pending + [values for values in search.first if values not in pending]
     # a resumed search draws anew: another seed, or it would propose again what is known
     seed = search.seed + len(known)
     sampler: optuna.samplers.BaseSampler = (
@@ -114,7 +120,7 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
         metric="score",
         mode="max",
         sampler=sampler,
-        points_to_evaluate=[values for values in search.first if values not in tried],
+        points_to_evaluate=[values for values in first if values not in tried],
     )
     for record in known:
         if record.score is not None and math.isfinite(record.score):
@@ -126,10 +132,7 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
 class _Running:
     number: int
     started: float
-    best: float = -math.inf
-    checkpoint: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] | None = None
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
@@ -150,20 +153,16 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         if trial.trial_id in self._running:
             return
         number = self._first + trials.index(trial)  # in the order of the proposals, not of the starts
+        values = dict(trial.config)
         self._running[trial.trial_id] = _Running(number, time.monotonic())
-        self._observer.trial_started(trial.trial_id, number, dict(trial.config))
+        before = self._log.broken_off(values)
+        self._log.begin(number, values, self._observer.trial_started(trial.trial_id, number, values, before))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        running = self._running[trial.trial_id]
-        score = result.get("score")
-        if score is not None:
-            running.metrics = result
-            # the model of a trial is its best checkpoint at the final sparsity
-            if result.get("checkpoint_path") and score >= running.best:
-                running.best, running.kept = score, result
-                running.checkpoint = same_scheme(self._search.storage, result["checkpoint_path"])
+        if result.get("score") is not None:  # others are of checkpoints within an epoch
+            self._running[trial.trial_id].metrics = result
             self._observer.trial_reported(trial.trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -176,15 +175,22 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def _end(self, trial: Trial, state: Any, error: str | None) -> None:
         running = self._running.pop(trial.trial_id)
-        # a trial that ran to its end stands for its best checkpoint, another for where it was stopped
-        figures = running.kept if state == "finished" and running.kept is not None else running.metrics
+        # one that ran to its end stands for its best model at the final sparsity, another for where it was
+        kept: Mapping[str, Any] = running.metrics.get("kept") or {}
+        place = running.metrics.get("kept_at")
+        whole = state == "finished" and bool(kept)
+        last = max(kept, key=float) if whole else ""
+        figures = kept[last] if whole else running.metrics
         record = TrialRecord(
             number=running.number,
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
             metrics={key: figures[key] for key in _KEPT if key in figures},
-            checkpoint=running.checkpoint,
+            checkpoint=f"{place}/{last}" if whole and place else None,
+            kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
+            if whole
+            else {},
             seconds=time.monotonic() - running.started,
             error=error,
             given=dict(trial.config) in list(self._search.first),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _TAG_LIMIT = 5000
+_PATIENCE_SECONDS = 3600.0
 
 # Its standard input closes when we end, however we end; then the server, in the same group, ends too.
 _KEEPER = """
@@ -162,6 +164,7 @@ class Tracker:
         self._sender = ThreadPoolExecutor(1, "mlflow")
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
+        self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
 
     def _create(self, experiment: str) -> str:
         # the kind decides which view the UI opens it in
@@ -193,6 +196,10 @@ class Tracker:
             return False
         return True
 
+    def has(self, run: str, artifact: str) -> bool:
+        """Whether a run has an artifact of this name."""
+        return any(found.path == artifact for found in self.client.list_artifacts(run))
+
     def resume(self, run: str) -> bool:
         """Go on with a run of before; ``False`` if this server does not know it.
 
@@ -207,14 +214,19 @@ class Tracker:
         self._open.add(run)
         return True
 
+    def last_step(self, run: str, key: str) -> int:
+        """The step of a metric's last point; -1 if it has none."""
+        self.flush()
+        return max((point.step for point in self.client.get_metric_history(run, key)), default=-1)
+
     def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
         """Log (step, value) points of some metrics."""
-        self._send(self._metrics, run, {key: list(values) for key, values in points.items()})
+        now = int(time.time() * 1000)  # a point that is sent twice is one point, as its time is the same
+        self._send(self._metrics, run, {key: list(values) for key, values in points.items()}, now)
 
-    def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]]) -> None:
+    def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]], now: int) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
         entries = [
             Metric(_safe(key), float(value), now, step)
             for key, values in points.items()
@@ -260,6 +272,7 @@ class Tracker:
         """End the open runs after an error, which must not be hidden by one of MLflow's."""
         from mlflow.exceptions import MlflowException
 
+        self._hurry.set()
         if self.uri.startswith("http") and not answers(self.uri, timeout=2.0):
             self._sender.shutdown(wait=False, cancel_futures=True)  # each request would be tried for long
             return
@@ -281,7 +294,22 @@ class Tracker:
         self._open.clear()
 
     def _send(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self._sent.append(self._sender.submit(call, *arguments))
+        self._sent.append(self._sender.submit(self._patiently, call, *arguments))
+
+    def _patiently(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Try again while the server does not answer: what is to be sent waits here, in order."""
+        from mlflow.exceptions import MlflowException
+
+        deadline, pause = time.monotonic() + _PATIENCE_SECONDS, 1.0
+        while True:
+            try:
+                return call(*arguments)
+            except MlflowException:
+                away = self.uri.startswith("http") and not answers(self.uri, timeout=5.0)
+                if not away or self._hurry.is_set() or time.monotonic() > deadline:
+                    raise
+                self._hurry.wait(pause)
+                pause = min(2 * pause, 30.0)
 
 
 def _safe(key: str) -> str:

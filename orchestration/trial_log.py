@@ -24,6 +24,7 @@ class TrialRecord:
     seconds: float = 0.0
     error: str | None = None
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
 
 
 class TrialLog:
@@ -34,14 +35,31 @@ class TrialLog:
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
+        self._running: dict[str, dict[str, Any]] = content.get("running", {})
+
+    def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
+        """A trial has started; until it is added it counts as broken off."""
+        self._running = {key: one for key, one in self._running.items() if one["values"] != values}
+        self._running[str(number)] = {"values": values, "run_id": run_id}
+        self.save()
 
     def add(self, record: TrialRecord) -> None:
         self.trials.append(record)
+        self._running = {key: one for key, one in self._running.items() if one["values"] != record.values}
         self.save()
 
     def save(self) -> None:
         records = [asdict(record) for record in self.trials]
-        storage.write_json(self._uri, {"run_id": self.run_id, "trials": records})
+        storage.write_json(self._uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+
+    @property
+    def pending(self) -> list[dict[str, Any]]:
+        """Proposals whose trials were broken off."""
+        return [dict(one["values"]) for one in self._running.values()]
+
+    def broken_off(self, values: dict[str, Any]) -> str | None:
+        """The MLflow run of a proposal's trial that was broken off."""
+        return next((one["run_id"] for one in self._running.values() if one["values"] == values), None)
 
     @property
     def ended(self) -> list[TrialRecord]:

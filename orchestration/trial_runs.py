@@ -15,9 +15,8 @@ from orchestration.display import Display
 from orchestration.tracking import Status, Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
+from trainers.checkpoint import TRAINER_FILES
 
-# what only the run that wrote it could go on from
-_TRAINER_FILES = ("trainer.safetensors", "trainer.json")
 _SERIES = (
     "train_loss",
     "val_loss",
@@ -56,6 +55,7 @@ class TrialRuns:
         self._tracker, self._display, self._log = tracker, display, log
         self._name, self._params, self._tags = name, dict(params), dict(tags)
         self._runs: dict[str, str] = {}
+        self._known: dict[str, int] = {}  # the last step that a resumed run has heard of
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
         go_on = tracker.knows if done else tracker.resume
@@ -66,13 +66,23 @@ class TrialRuns:
             self._left_alone = False
         self.run = log.run_id
 
-    def trial_started(self, trial_id: str, number: int, values: dict[str, Any]) -> None:
-        self._runs[trial_id] = self._start(number, values)
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None
+    ) -> str | None:
+        if before is not None and self._tracker.resume(before):
+            self._runs[trial_id] = before
+            self._known[trial_id] = self._tracker.last_step(before, "val_top1")
+        else:
+            self._runs[trial_id] = self._start(number, values)
         self._display.trial_started(trial_id, number, values)
+        return self._runs[trial_id]
 
     def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         self._display.trial_reported(trial_id, metrics)
         step = int(metrics.get("step", 0))
+        if step <= self._known.get(trial_id, -1):  # said before the run was broken off
+            return
+        self._known[trial_id] = step
         points = {key: [(step, metrics[key])] for key in _SERIES if key in metrics}
         losses, rates = metrics.get("step_loss", []), metrics.get("step_lr", [])
         first = step - len(losses)
@@ -109,18 +119,25 @@ class TrialRuns:
         """A figure of the whole phase."""
         self._tracker.figure(self.run, figure, name)
 
-    def register(self, model: str, best: TrialRecord, folder: str) -> str:
-        """Register the best trial's checkpoint as a version of ``model``; returns the version."""
+    def register(self, model: str, best: TrialRecord, folder: str, name: str = registry.ARTIFACT) -> str:
+        """Register a checkpoint of the best trial as a version of ``model``; returns the version.
+
+        Args:
+            name: of the artifact; the trial's own is there already, others are logged now.
+        """
         run = best.run_id
         self._tracker.flush()
-        if run is None or not self._tracker.knows(run):  # another MLflow than the sweep began with
+        missing = run is None or not self._tracker.knows(run)  # another MLflow than the sweep began with
+        if run is None or missing:
             run = self._start(best.number, best.values)
+        if missing or not self._tracker.has(run, name):
             with storage.local_copy(folder) as local:
-                self._tracker.folder(run, local, registry.ARTIFACT)
-            self._tracker.finish(run)
+                self._tracker.folder(run, local, name)
+            if missing:
+                self._tracker.finish(run)
             self._tracker.flush()
         record = storage.read_json(f"{folder}/pruning.json")
-        return registry.register(self._tracker, model, run, registry.describe(record))
+        return registry.register(self._tracker, model, run, registry.describe(record), name)
 
     def close(self, best: TrialRecord) -> None:
         """The phase ends: its run shows the best trial's figures."""
@@ -143,6 +160,6 @@ def without_trainer_state(uri: str) -> Iterator[Path]:
     """A local copy of a checkpoint folder as others may use it."""
     with TemporaryDirectory(prefix="espalier-") as target, storage.local_copy(uri) as source:
         for file in source.iterdir():
-            if file.is_file() and not file.name.startswith(".") and file.name not in _TRAINER_FILES:
+            if file.is_file() and not file.name.startswith(".") and file.name not in TRAINER_FILES:
                 (Path(target) / file.name).write_bytes(file.read_bytes())
         yield Path(target)

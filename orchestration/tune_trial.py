@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from orchestration.config import Resources
+from orchestration.config import Resources, digest
 from trainers.ray_worker import train_worker
 from trainers.storage import resolve
 
@@ -24,26 +23,30 @@ def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, stor
     Args:
         config: the proposal, recipe keys and values.
         jobs: gives the job (a dictionary) of a proposal.
+        storage: of the runs; one that was broken off is found again by its proposal, and goes on.
     """
     system, path = resolve(storage)
-    trial = ray.tune.get_context().get_trial_id()
+    name = digest(config)
+    job = jobs(config) | {"keep_folder": f"{storage}/{name}/kept"}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=jobs(config),
+        train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=resources.most
+            if resources.least == resources.most
+            else (resources.least, resources.most),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
         ),
         run_config=RunConfig(
-            name=str(trial),
+            name=name,
             storage_path=path,
             storage_filesystem=system,
             callbacks=[TuneReportCallback()],
             # a start that can never succeed must end in an error, not be tried for ever
             failure_config=FailureConfig(max_failures=resources.retries, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="score"),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from numba import njit
 Array = np.ndarray[Any, Any]
 
 STRIDE = 264
+_THREADS = "espalier-kernel"
 LARGEST = 256
 """The largest matrix that is inverted here (B of all published settings); others go to LAPACK."""
 
@@ -38,8 +40,12 @@ def fit(*tensors: torch.Tensor) -> bool:
 
 
 def on_threads(work: Callable[[slice], object], count: int) -> None:
-    """Call ``work`` on parts of ``range(count)``, each on a thread of its own, as many as torch would use."""
-    threads = max(1, min(torch.get_num_threads(), count))
+    """Call ``work`` on parts of ``range(count)``, each on a thread of its own, as many as torch would use.
+
+    Called by such a thread, it does all parts itself.
+    """
+    alone = threading.current_thread().name.startswith(_THREADS)
+    threads = 1 if alone else max(1, min(torch.get_num_threads(), count))
     cuts = [count * part // threads for part in range(threads + 1)]
     parts = [slice(first, last) for first, last in itertools.pairwise(cuts) if last > first]
     if len(parts) < 2:
@@ -52,7 +58,7 @@ def on_threads(work: Callable[[slice], object], count: int) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="espalier-kernel")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_THREADS)
 
 
 # a forked process inherits the pool, but not its threads

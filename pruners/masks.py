@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.layers import PrunableLayer
+
+_FORMAT = "espalier-masks-2"
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -86,8 +89,9 @@ class MaskSet(Mapping[str, Tensor]):
 
     def save(self, path: Path) -> None:
         """Write a ``uint8`` tensor of packed bits for each layer, its shape in the metadata."""
-        shapes = {name: ",".join(map(str, mask.shape)) for name, mask in self._masks.items()}
-        save_file(self._packed(), path, metadata={"format": "espalier-masks-1", **shapes})
+        shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
+        # a single entry: safetensors writes several in any order, and equal masks shall be equal files
+        save_file(self._packed(), path, metadata={_FORMAT: json.dumps(shapes, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> MaskSet:
@@ -98,20 +102,25 @@ class MaskSet(Mapping[str, Tensor]):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = dict(file.metadata() or {})
+                about = dict(file.metadata() or {})
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors raises its own kinds for a broken header
             raise InputError("masks", str(path), f"must be a readable mask file ({error})") from None
-        if shapes.pop("format", None) != "espalier-masks-1" or set(shapes) != set(packed):
+        try:
+            shapes: dict[str, list[int]] = json.loads(about[_FORMAT])
+            foreign = set(shapes) != set(packed)
+        except (KeyError, ValueError, TypeError):
+            foreign = True
+        if foreign:
             raise InputError("masks", str(path), "must be a mask file written by espalier")
         try:
             return cls({name: _unpack(bits, shapes[name]) for name, bits in packed.items()})
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise InputError("masks", str(path), f"must be a sound mask file ({error})") from None
 
 
-def _unpack(bits: Tensor, sides: str) -> Tensor:
-    shape = tuple(int(side) for side in sides.split(","))
+def _unpack(bits: Tensor, sides: Sequence[int]) -> Tensor:
+    shape = tuple(int(side) for side in sides)
     numel = math.prod(shape)
     if bits.dtype != torch.uint8 or min(shape) < 0 or bits.shape != (-(-numel // 8),):
         raise ValueError(f"its bits do not fit a layer of {sides}")

@@ -168,10 +168,19 @@ class EliminationOrder(dict[str, LayerOrder]):
             weights: the weights that the order was computed from.
             allocation: pruned weights of each layer.
         """
-        new, masks = {}, {}
-        for name, order in self.items():
-            new[name], masks[name] = order.at(weights[name], allocation[name])
-        return new, MaskSet(masks)
+        names = sorted(self, key=lambda name: -weights[name].numel())
+        threads = torch.get_num_threads()
+        if kernels.fit(*weights.values()) and len(names) > 2 * threads:  # whole layers at once
+            names = [name for first in range(threads) for name in names[first::threads]]
+            found: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def work(part: slice) -> None:
+                found.update({name: self[name].at(weights[name], allocation[name]) for name in names[part]})
+
+            kernels.on_threads(work, len(names))
+        else:
+            found = {name: self[name].at(weights[name], allocation[name]) for name in names}
+        return {name: found[name][0] for name in self}, MaskSet({name: found[name][1] for name in self})
 
     def arrays(self, *, updates: bool = True) -> dict[str, Tensor]:
         """Flat tensors, to be stored or shared; :meth:`from_arrays` reads them back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 # read when torch is loaded: threads that wait for each other leave the cores to whoever else works there
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# images that tests copy to this machine are gone with them
+_cache = tempfile.TemporaryDirectory(prefix="espalier-cache-")
+os.environ.setdefault("ESPALIER_CACHE", _cache.name)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_the_least_recipe() -> None:
         ({"model": {"architecture": "x", "checkpoint": "y"}}, "either architecture or checkpoint"),
         ({"model": {"checkpoint": "y", "pretrained": True}}, "drop pretrained and args"),
         ({"data": {}}, "either source or train"),
-        ({"resources": {"workers": 3}}, "recovery.batch_size: 64 must be a multiple"),
+        ({"resources": {"workers": 65}}, "recovery.batch_size: 64 must be an image at least"),
         ({"pruning": {"floor": 0.8}}, "nearest feasible: 0.8"),
         ({"pruning": {"methods": []}}, "at least 1 item"),
         ({"name": "../x"}, "should match pattern"),

@@ -13,7 +13,7 @@ from helpers import quick
 from hypothesis import given
 from hypothesis import strategies as st
 from image_tables import IMAGES, png, table, write
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from pruners.errors import InputError
 from trainers import data
@@ -90,7 +90,7 @@ def test_no_test_images(tmp_path: Path) -> None:
 
 def test_pixels_are_those_of_the_image(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([1]))
-    image, label = data.ImageTable(data.read_table(uri), data.eval_transform(CONFIG), uri)[0]
+    image, label = data.images(uri, data.eval_transform(CONFIG), key="data")[0]
     expected = torch.tensor(list(data.decode(png(0, shade=50)).tobytes())).view(16, 16, 3).permute(2, 0, 1)
     assert torch.allclose(image, expected / 255 * 2 - 1, atol=1e-6)
     assert label == 1
@@ -131,7 +131,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     content["image"][1] = {"bytes": b"nothing", "path": "x"}
     broken = pa.table({"image": pa.array(content["image"], IMAGES), "label": content["label"]})
     uri = write(tmp_path / "a.parquet", broken)
-    images = data.ImageTable(data.read_table(uri), data.eval_transform(CONFIG), uri)
+    images = data.images(uri, data.eval_transform(CONFIG), key="data")
     with pytest.raises(InputError, match=r"a\.parquet.*row 1 cannot be decoded"):
         images[1]
 
@@ -159,18 +159,3 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     assert [len(chosen) for chosen in alone] == [batch] * count
     flat = [label for chosen in alone for label in chosen]
     assert len(set(flat[:size])) == min(size, len(flat))  # no image twice before all were seen
-
-
-def test_training_batches_cover_the_images_and_are_reshuffled() -> None:
-    def epoch(number: int) -> list[list[int]]:
-        seen: list[list[int]] = []
-        for rank in range(2):
-            loader = data.train_loader(Numbers(20), 5, rank=rank, world=2, seed=1, processes=0)
-            assert isinstance(loader.sampler, DistributedSampler)
-            loader.sampler.set_epoch(number)
-            seen.append([label for _, chosen in loader for label in chosen.tolist()])
-        return seen
-
-    first = epoch(0)
-    assert sorted(first[0] + first[1]) == list(range(20))
-    assert epoch(0) == first != epoch(1)

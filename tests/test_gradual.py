@@ -20,7 +20,8 @@ from pruners.layers import find_layers
 from trainers import gradual
 from trainers.config import TrainJob
 from trainers.gradual import Progress, run
-from trainers.session import STATE, Session
+from trainers.session import Session
+from trainers.state import TENSORS as STATE
 
 CPU = torch.device("cpu")
 TARGET = 0.7
@@ -79,11 +80,17 @@ class Log:
     folder: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
     saved: dict[int, Path] = field(default_factory=dict)
+    between: dict[int, Path] = field(default_factory=dict)
 
     def __call__(self, progress: Progress) -> None:
+        if "epoch" not in progress.metrics:  # within an epoch
+            assert progress.save is not None
+            self.between[progress.metrics["step"]] = self.folder / f"step-{progress.metrics['step']}"
+            progress.save(self.between[progress.metrics["step"]])
+            return
         self.metrics.append(dict(progress.metrics))
         if progress.save is not None:
-            epoch = int(progress.metrics["epoch"])  # type: ignore[arg-type]
+            epoch = int(progress.metrics["epoch"])
             self.saved[epoch] = self.folder / str(epoch)
             progress.save(self.saved[epoch])
 
@@ -132,7 +139,6 @@ def test_a_gradual_run(
             assert name not in before or not mask[~before[name]].any(), "a mask opened again"
             before[name] = mask.clone()
         sparsities.append(session.masks.sparsity)
-        assert session.train.sampler.epoch == session.epoch - 1  # type: ignore[union-attr]
         log(progress)
 
     run(job(files, dense[architecture], method), report, CPU)
@@ -251,36 +257,60 @@ def test_a_searched_allocation_is_met_to_the_weight(
     assert record["figures"]["val_top1"] == log.metrics[-1]["val_top1"]
 
 
-def poison(session: Session) -> Callable[..., Any]:
-    """A network whose output is NaN from the eighth training step on (step 1 of epoch 1)."""
-    calls = 0
-    network = session.network
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """Makes ``blocks.1.mlp.fc1`` answer NaN in some steps of the run."""
 
-    class Poisoned(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            nonlocal calls
-            calls += 1
-            logits: torch.Tensor = network(images)
-            return logits * torch.nan if calls >= 8 else logits
+    def at(steps: set[int]) -> None:
+        original = gradual.train_step
 
-    return Poisoned()
+        def step(session: Session, batch: Any) -> None:
+            layer = session.model.get_submodule("blocks.1.mlp.fc1")
+            hooks = []
+            if session.step in steps:
+                hooks = [layer.register_forward_hook(lambda module, given, output: output * torch.nan)]
+            try:
+                original(session, batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        monkeypatch.setattr(gradual, "train_step", step)
+
+    return at
 
 
 def test_a_loss_that_is_nan_ends_the_run(
-    files: dict[str, str], dense: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
 ) -> None:
-    original = Session.open.__func__  # type: ignore[attr-defined]
-
-    def opened(cls: type[Session], *arguments: Any, **options: Any) -> Session:
-        session: Session = original(cls, *arguments, **options)
-        session.network = poison(session)  # type: ignore[assignment]
-        return session
-
-    monkeypatch.setattr(Session, "open", classmethod(opened))
+    """Step, layer and images are named, and the weights of before are those of the last checkpoint."""
+    poisoned({7})
     log = Log(tmp_path)
-    with pytest.raises(FloatingPointError, match=r"nan in step 1 of epoch 1"):
+    says = (
+        r"nan in step 1 of epoch 1; blocks\.1\.mlp\.fc1 is the first .* not finite, for train\.parquet, row"
+    )
+    with pytest.raises(FloatingPointError, match=says):
         run(job(files, dense[VIT], "dimap"), log, CPU)
     assert len(log.metrics) == 1
+
+
+def test_steps_that_are_not_finite_may_be_left_out(
+    files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
+) -> None:
+    poisoned({7, 9})
+    log = Log(tmp_path)
+    run(job(files, dense[VIT], "dimap", training={"on_nan": "skip"}), log, CPU)
+    assert [row["skipped_steps"] for row in log.metrics] == [0, 2, 2, 2, 2]
+    model = timm.create_model(f"local-dir:{log.saved[EPOCHS]}", pretrained=True)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_too_many_steps_that_are_not_finite(
+    files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
+) -> None:
+    poisoned(set(range(5, 30)))
+    with pytest.raises(FloatingPointError, match="after 10 steps left out"):
+        run(job(files, dense[VIT], "dimap", training={"on_nan": "skip"}), Log(tmp_path), CPU)
 
 
 @pytest.mark.parametrize("mixing", [{"mixup": 0.5}, {"cutmix": 1.0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def foreign(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | N
     return path
 
 
-OURS = {"format": "espalier-masks-1"}
+def ours(**shapes: object) -> dict[str, str]:
+    return {"espalier-masks-2": json.dumps(shapes)}
+
+
 BITS = torch.tensor([255], dtype=torch.uint8)
 
 
@@ -78,14 +82,17 @@ BITS = torch.tensor([255], dtype=torch.uint8)
     [
         ({"a": torch.ones(3)}, None),  # any checkpoint
         ({"a": BITS}, {"a": "8"}),  # no format
-        ({"a": BITS}, {"format": "espalier-masks-2", "a": "8"}),  # a later format
-        ({"a": BITS}, OURS),  # no shape
-        ({"a": BITS}, {**OURS, "a": "8", "b": "8"}),  # a layer without bits
-        ({"a": BITS}, {**OURS, "a": "8,x"}),  # a shape of no numbers
-        ({"a": BITS}, {**OURS, "a": "9"}),  # fewer bits than weights
-        ({"a": BITS}, {**OURS, "a": "-8"}),
-        ({"a": BITS}, {**OURS, "a": "0"}),  # more bits than weights
-        ({"a": torch.ones(1)}, {**OURS, "a": "8"}),  # no bits
+        ({"a": BITS}, {"espalier-masks-3": '{"a": [8]}'}),  # a later format
+        ({"a": BITS}, {"espalier-masks-2": "8"}),
+        ({"a": BITS}, ours()),  # no shape
+        ({"a": BITS}, ours(a=[8], b=[8])),  # a layer without bits
+        ({"a": BITS}, ours(a=[8, "x"])),  # a shape of no numbers
+        ({"a": BITS}, ours(a=8)),
+        ({"a": BITS}, ours(a=[])),
+        ({"a": BITS}, ours(a=[9])),  # fewer bits than weights
+        ({"a": BITS}, ours(a=[-8])),
+        ({"a": BITS}, ours(a=[0])),  # more bits than weights
+        ({"a": torch.ones(1)}, ours(a=[8])),  # no bits
     ],
 )
 def test_a_foreign_file_is_refused(

@@ -142,11 +142,3 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="must hold JSON"):
         storage.read_json(f"{tmp_path}/x.json")
-
-
-@pytest.mark.parametrize(
-    ("base", "expected"),
-    [("s3://bucket/runs", "s3://bucket/x"), ("/runs", "bucket/x"), ("file:///runs", "bucket/x")],
-)
-def test_paths_that_ray_reports(base: str, expected: str) -> None:
-    assert storage.same_scheme(base, "bucket/x") == expected

@@ -7,6 +7,7 @@ prunable weight) and ``pruning.json`` (method, allocation, figures, versions, ch
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -16,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
 from timm.models import _hub
@@ -28,6 +30,8 @@ from trainers.models import load_hub, load_timm_folder
 from trainers.storage import local_copy, resolve
 
 WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
+TRAINER_FILES = ("trainer.safetensors", "trainer.json")
+"""What only the run that wrote it could go on from (:mod:`trainers.state`)."""
 FORMAT = "espalier-checkpoint-1"
 
 
@@ -55,6 +59,8 @@ def save_checkpoint(
         record: what ``pruning.json`` shall say besides versions and checksums.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):  # channels last
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     _hub.save_for_hf(model, str(folder), model_args=dict(model_args), safe_serialization=True)
     files = [WEIGHTS, CONFIG]
     (folder / MASKS).unlink(missing_ok=True)
@@ -73,17 +79,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None
+    uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None, **arguments: Any
 ) -> Checkpoint:
     """Load a folder (any pyarrow URI), or ``hf-hub:NAME``, after checking its files.
 
     A timm folder that espalier did not write is welcome; masks are then read from the zeros of the weights.
 
+    Args:
+        arguments: for timm's model, over those of the folder (``drop_path_rate``).
+
     Raises:
         InputError: a file that is missing, truncated, or not what its record says.
     """
     if uri.startswith("hf-hub:"):
-        return Checkpoint(load_hub(uri), None)
+        return Checkpoint(load_hub(uri, **arguments), None)
     system, path = resolve(uri, key)
     try:
         there = system.get_file_info(path).type != fs.FileType.NotFound
@@ -95,7 +104,7 @@ def load_checkpoint(
     with local_copy(uri) as folder:
         record = verify(folder, uri, key=key)
         try:
-            model = load_timm_folder(folder)
+            model = load_timm_folder(folder, **arguments)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
         if (folder / MASKS).exists():

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from pruners.errors import InputError
 from pruners.patterns import Pattern
+from trainers.presets import TRAINING, merged
+from trainers.schedule_settings import LearningRate, PruningSchedule
+from trainers.settings import Name, Settings, Share
 
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PerLayer = Share | dict[str, Share]
 Method = Literal[
     "dimap", "dimap+ovit", "lamp", "magnitude", "magnitude_global", "ovit", "ovit_fast", "woodfisher"
 ]
 SECOND_ORDER = frozenset({"dimap+ovit", "ovit", "ovit_fast", "woodfisher"})
 ScopeName = Literal["layer", "module", "stage", "global"]
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    return text
-
-
-Name = Annotated[str, AfterValidator(_not_blank)]
-
-
-class Settings(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values never change after they are read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelSettings(Settings):
@@ -67,6 +55,10 @@ class DataSettings(Settings):
     holdout: float = Field(0.1, gt=0.0, lt=1.0, description="part of train held out without validation")
     mean: tuple[float, float, float] | None = Field(None, description="default: the model's own")
     std: tuple[float, float, float] | None = None
+    bad_images: Literal["stop", "skip"] = Field(
+        "stop", description="images that cannot be decoded, rows without a label, files that cannot be read"
+    )
+    bad_limit: int = Field(100, ge=0, description="skip: images of training that may be left out")
 
     @model_validator(mode="after")
     def _source_or_files(self) -> DataSettings:
@@ -87,38 +79,68 @@ class AugmentSettings(Settings):
     cutmix: float = Field(0.0, ge=0.0)
 
 
-class LearningRate(Settings):
-    """``cosine``: warm-up, then one cosine to the floor. ``cyclic``: a jump to the peak at each pruning step,
-    then linear to the floor until the next."""
+class DistillSettings(Settings):
+    """A teacher whose outputs the model learns from beside the labels (hard: its choice; soft: its logits).
 
-    kind: Literal["cosine", "cyclic"] = "cosine"
-    peak: float = Field(1e-3, gt=0.0)
-    floor: float = Field(0.0, ge=0.0)
-    warmup_epochs: float = Field(0.0, ge=0.0)
-    cycle_peaks: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
-        (), description="cyclic: a peak for each cycle in place of one for all; the last goes on"
-    )
+    Models with a distillation head (DeiT's) learn from the teacher with that head alone.
+    """
 
-    @model_validator(mode="after")
-    def _floor_below_peak(self) -> LearningRate:
-        if self.floor > self.peak:
-            raise ValueError(f"floor: must not lie above peak ({self.peak})")
-        return self
+    teacher: Name = Field("dense", description="dense (what the run starts from), a timm model or a folder")
+    kind: Literal["soft", "hard"] = "soft"
+    weight: float = Field(0.5, gt=0.0, le=1.0, description="share of the loss")
+    temperature: float = Field(1.0, gt=0.0, description="soft: of both sides")
 
 
 class TrainingSettings(Settings):
-    """How a model is trained, or recovers after pruning."""
+    """How a model is trained, or recovers; a ``preset`` sets augmentation and regularisation."""
 
+    preset: Literal["light1", "light2", "medium1", "medium2", "deit"] | None = None
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(64, ge=1, description="images a step over all workers")
+    accumulate: int = Field(1, ge=1, description="parts that a worker takes its images of a step in")
     optimizer: Name = Field("adamw", description="timm optimizer name")
+    optimizer_args: dict[str, Any] = Field({}, description="its keyword arguments, as {betas: [0.9, 0.95]}")
     lr: LearningRate = LearningRate()
-    weight_decay: float = Field(0.05, ge=0.0)
+    weight_decay: float = Field(0.05, ge=0.0, description="not for biases and norms")
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0, description="learning rate, layer by layer down")
     clip_grad: float | None = Field(1.0, gt=0.0)
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    drop_path: float | None = Field(None, ge=0.0, lt=1.0, description="default: the model's own")
     augment: AugmentSettings = AugmentSettings()
+    distill: DistillSettings | None = None
+    freeze: tuple[Name, ...] = Field(
+        (), description="regular expressions of parameters that stay as they are"
+    )
+    ema: float | None = Field(None, gt=0.0, lt=1.0, description="decay of a moving average of the weights")
+    moments: Literal["mask", "reset"] = Field(
+        "mask", description="what the optimizer remembers after a pruning step: all but what fell, or nothing"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = Field(False, description="torch.compile")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="a step that is not finite: end the run, or leave it out (ten of a run at most)"
+    )
     data_workers: int = Field(0, ge=0, description="decoding processes of each worker")
     checkpoint_every: int = Field(5, ge=1, description="epochs")
+    checkpoint_minutes: float | None = Field(10.0, gt=0.0, description="within an epoch too, this far apart")
+    checkpoint_steps: int | None = Field(None, ge=1, description="within an epoch too, this many steps apart")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, value: Any) -> Any:
+        preset = value.get("preset") if isinstance(value, Mapping) else None
+        return merged(TRAINING[preset], value) if preset in TRAINING else value
+
+    @field_validator("freeze")
+    @classmethod
+    def _expressions(cls, found: tuple[str, ...]) -> tuple[str, ...]:
+        for text in found:
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ValueError(f"{text!r} is no regular expression ({error})") from None
+        return found
 
 
 def _not_sexagesimal(value: object) -> object:
@@ -152,16 +174,6 @@ class FisherSettings(Settings):
     )
 
 
-class PruningSchedule(Settings):
-    """Gradual pruning: ``steps`` raises, linear from ``start`` to the target, the last at ``last_at``."""
-
-    start: Share = Field(0.5, description="sparsity of the first step (of a run with several)")
-    steps: int = Field(4, ge=1)
-    last_at: float = Field(
-        0.5, ge=0.0, lt=1.0, description="share of the epochs at which the last step falls"
-    )
-
-
 class PruningSettings(Settings):
     """What is pruned, and how far."""
 
@@ -177,6 +189,7 @@ class PruningSettings(Settings):
     floor: PerLayer = Field(0.0, description="least sparsity of a layer, or of those that a pattern matches")
     ceiling: PerLayer = Field(1.0, description="largest sparsity of a layer, or by patterns")
     schedule: PruningSchedule = PruningSchedule()
+    keep: tuple[Share, ...] = Field((), description="sparsities on the way whose best model is kept too")
     fisher: FisherSettings = FisherSettings()
 
     @model_validator(mode="after")
@@ -188,6 +201,7 @@ class PruningSettings(Settings):
                 f"sparsity: cannot be met with floor {floor} and ceiling {ceiling}; "
                 f"nearest feasible: {min(max(self.sparsity, floor), ceiling)}"
             )
+        self.schedule.check(self.sparsity)
         if len(set(self.methods)) != len(self.methods):
             raise ValueError("methods: must not name one twice")
         if self.table is not None and self.scope is not None:
@@ -242,4 +256,27 @@ class TrainJob(Settings):
     method: Method | None = None
     allocation: dict[str, int] | None = Field(None, description="searched: pruned weights a layer at the end")
     threads: int = Field(1, ge=1)
+    keep_folder: str | None = Field(None, description="where the best model of each sparsity is kept")
     lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
+
+
+__all__ = [
+    "SECOND_ORDER",
+    "AugmentSettings",
+    "DataSettings",
+    "DistillSettings",
+    "FisherSettings",
+    "LearningRate",
+    "Method",
+    "ModelSettings",
+    "Name",
+    "PerLayer",
+    "PruningSchedule",
+    "PruningSettings",
+    "ScopeName",
+    "Settings",
+    "Share",
+    "TrainJob",
+    "TrainingSettings",
+    "forced_sparsity",
+]

@@ -1,46 +1,115 @@
-"""Images for training and evaluation: a table of encoded images, decoded and transformed as they are read."""
+"""Images for training and evaluation: encoded rows of a store, decoded and transformed as they are read."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from pruners.errors import InputError
 from trainers.config import AugmentSettings, DataSettings
-from trainers.tables import decode, read_table
+from trainers.sampling import EpochBatches, Sample
+from trainers.store import Store
+from trainers.tables import decode
 
 Batches = DataLoader[Any]
 Transform = Callable[[Image.Image], Tensor]
+_TRIES = 100  # unreadable images in a row
 
 
 class ImageTable(Dataset[tuple[Tensor, int]]):
-    """Encoded images in an Arrow table; an item is (image tensor, label)."""
+    """Rows of a store; an item is (image tensor, label).
 
-    def __init__(self, table: pa.Table, transform: Transform, uri: str) -> None:
-        self._images = table["image"].combine_chunks()
-        self._labels = table["label"].to_numpy()
+    Args:
+        rows: which rows, in which order; default all.
+        tolerant: the next image takes the place of one that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        transform: Transform,
+        rows: np.ndarray | None = None,
+        *,
+        tolerant: bool = False,
+    ) -> None:
+        self.store = store
         self._transform = transform
-        self._uri = uri
+        self._rows = np.arange(len(store)) if rows is None else rows
+        self._tolerant = tolerant
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._rows)
+
+    def where(self, index: int) -> str:
+        """File and row of an image."""
+        return self.store.where(int(self._rows[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            image = decode(self._images[index].as_py())
-        except (OSError, TypeError, KeyError) as error:
-            raise InputError("data", self._uri, f"row {index} cannot be decoded ({error})") from None
-        return self._transform(image), int(self._labels[index])
+        """The image at ``index`` and its label.
+
+        Raises:
+            InputError: an image that cannot be decoded, by file and row.
+        """
+        image, label, _ = self._readable(index)
+        return self._transform(image), label
+
+    def _readable(self, index: int) -> tuple[Image.Image, int, int]:
+        """An image, its label, and how many before it could not be decoded."""
+        for skipped in range(_TRIES):
+            at = (index + skipped) % len(self)
+            row = int(self._rows[at])
+            try:
+                return decode(self.store.cell(row)), int(self.store.labels[row]), skipped
+            except (OSError, TypeError, KeyError) as error:
+                if not self._tolerant:
+                    reason = f"{self.store.where(row)} cannot be decoded ({error})"
+                    raise InputError("data", self.store.uri, reason) from None
+        raise InputError(
+            "data", self.store.uri, f"{_TRIES} images in a row cannot be decoded, at {self.where(at)}"
+        )
+
+
+class TrainingImages(Dataset[tuple[Tensor, int, int]]):
+    """Images as training sees them; an item is (image tensor, label, images skipped for it).
+
+    Augmentation is drawn from (seed, epoch, image), so that it depends neither on the number of workers and
+    processes nor on what was read before.
+    """
+
+    def __init__(self, images: ImageTable, seed: int) -> None:
+        self.images = images
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, int]:
+        image, label, skipped = self.images._readable(sample.row)
+        seed_augmentation(self._seed, sample)
+        return self.images._transform(image), label, skipped
+
+
+def seed_augmentation(seed: int, sample: Sample) -> None:
+    """Seed what transforms draw from. Two cheap mixes of 64 bits, as it is done for each image."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + sample.epoch * 0xBF58476D1CE4E5B9 + sample.row) & _BITS
+    mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & _BITS
+    mixed ^= mixed >> 29
+    torch.default_generator.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed & 0xFFFFFFFF)
+
+
+_BITS = (1 << 64) - 1
 
 
 def eval_transform(data_config: dict[str, Any]) -> Transform:
@@ -73,43 +142,51 @@ def train_transform(data_config: dict[str, Any], augment: AugmentSettings) -> Tr
     return composed
 
 
-def split(data: DataSettings, part: str, transform: Transform, seed: int) -> Dataset[tuple[Tensor, int]]:
+def split(data: DataSettings, part: str, transform: Transform, seed: int) -> ImageTable:
     """``train``, ``validation`` or ``test``; without validation files a fixed part of train is held out.
 
     Raises:
         InputError: the recipe names no such part.
     """
+    tolerant = data.bad_images == "skip"
     uri: str | None = getattr(data, part)
     if uri is not None and (part == "test" or data.validation is not None):
-        return ImageTable(read_table(uri, key=f"data.{part}"), transform, uri)
+        return ImageTable(
+            Store.open(uri, key=f"data.{part}", tolerant=tolerant), transform, tolerant=tolerant
+        )
     if part == "test" or data.train is None:
         raise InputError(f"data.{part}", uri, "the recipe names no such images")
-    whole = ImageTable(read_table(data.train, key="data.train"), transform, data.train)
+    whole = Store.open(data.train, key="data.train", tolerant=tolerant)
     shuffled = np.random.default_rng(seed).permutation(len(whole))
     held_out = max(1, round(data.holdout * len(whole)))
     chosen = shuffled[:held_out] if part == "validation" else shuffled[held_out:]
-    return Subset(whole, chosen.tolist())
+    return ImageTable(whole, transform, chosen, tolerant=tolerant)
+
+
+def images(uri: str, transform: Transform, *, key: str) -> ImageTable:
+    """All images of a Parquet file or folder, in order."""
+    return ImageTable(Store.open(uri, key=key), transform)
 
 
 def train_loader(
-    dataset: Dataset[tuple[Tensor, int]], batch: int, *, rank: int, world: int, seed: int, processes: int
-) -> Batches:
-    """Shuffled batches of one worker; ``set_epoch`` of its sampler reshuffles.
+    table: ImageTable, batch: int, *, rank: int, world: int, seed: int, processes: int, pin: bool = False
+) -> tuple[Batches, EpochBatches]:
+    """Shuffled batches of one worker, and the sampler that says which epoch they are of.
 
     Args:
-        batch: images a step of this worker.
+        batch: images a step over all workers.
+        processes: that decode and augment; 0 does it between the steps.
     """
-    sampler: DistributedSampler[tuple[Tensor, int]] = DistributedSampler(
-        dataset, num_replicas=world, rank=rank, seed=seed, shuffle=True
-    )
-    return DataLoader(
-        dataset,
-        batch,
-        sampler=sampler,
+    sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed)
+    loader: Batches = DataLoader(
+        TrainingImages(table, seed),
+        batch_sampler=sampler,
         num_workers=processes,
         persistent_workers=processes > 0,
         multiprocessing_context="forkserver" if processes else None,
+        pin_memory=pin,
     )
+    return loader, sampler
 
 
 def eval_loader(dataset: Dataset[tuple[Tensor, int]], batch: int, rank: int = 0, world: int = 1) -> Batches:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,32 @@ def gather(value: T) -> list[T]:
 def agree(text: str) -> bool:
     """Whether all workers have the same text."""
     return len(set(gather(text))) == 1
+
+
+def mean_over_workers(tensor: Tensor) -> Tensor:
+    """The mean of every worker's tensor, added up in the order of their ranks."""
+    if not active():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts).sum(0) / world_size()
+
+
+def first_says(value: bool) -> bool:
+    """The first worker's answer, on all of them; devices are not waited for."""
+    if not active():
+        return value
+    answer = torch.tensor([value], dtype=torch.uint8)
+    dist.broadcast(answer, src=0, group=_host_group())
+    return bool(answer)
+
+
+@functools.cache
+def _host_group() -> dist.ProcessGroup | None:
+    """A group that talks through the hosts' memory, whatever moves the gradients."""
+    if dist.get_backend() == "gloo":
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def bool_from(mask: Tensor, owner: int) -> Tensor:

@@ -48,16 +48,16 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 
-def load_timm_folder(folder: Path) -> nn.Module:
+def load_timm_folder(folder: Path, **arguments: Any) -> nn.Module:
     """What plain timm makes of a checkpoint folder."""
-    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
     return model
 
 
-def load_hub(name: str, classes: int | None = None) -> nn.Module:
+def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Module:
     """A model of a hub (``hf-hub:NAME``)."""
     extra = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, pretrained=True, **extra)
+    model: nn.Module = timm.create_model(name, pretrained=True, **extra, **arguments)
     return model
 
 

@@ -6,11 +6,16 @@ those are imported when a worker begins.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import ray.train
+from pyarrow import fs
+from ray.train import CheckpointUploadMode
 
 from trainers.config import TrainJob
 
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 def train_worker(config: dict[str, Any]) -> None:
     """The function of one Ray Train worker; ``config`` is a :class:`TrainJob` as a dictionary.
 
-    After a failure Ray starts it again with the last reported checkpoint, from which the run goes on.
+    After a failure, or when the same run is started again, it goes on from the newest checkpoint that is as
+    it was written.
     """
     import ray.train.torch
 
@@ -29,19 +35,64 @@ def train_worker(config: dict[str, Any]) -> None:
 
     job = TrainJob.model_validate(config)
     device = ray.train.torch.get_device()
-    previous = ray.train.get_checkpoint()
-    if previous is None:
-        run(job, _report, device)
-        return
-    with previous.as_directory() as folder:
-        run(job, _report, device, resume=Path(folder))
+    with _newest_intact() as (folder, notes):
+        run(job, _report, device, resume=folder, leaving=_leaving, notes=notes)
+
+
+@contextmanager
+def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
+    """The checkpoint to go on from, on this machine, and what is wrong with those after it.
+
+    Raises:
+        RuntimeError: none of those there can be used.
+    """
+    from trainers.state import damage
+
+    latest = ray.train.get_checkpoint()
+    notes: list[str] = []
+    for checkpoint in _up_to(latest) if latest is not None else []:
+        with checkpoint.as_directory() as folder:
+            wrong = damage(Path(folder))
+            if wrong is None:
+                yield Path(folder), notes
+                return
+            notes.append(f"checkpoint {PurePosixPath(checkpoint.path).name} is left aside: {wrong}")
+    if notes:
+        raise RuntimeError(f"no checkpoint to go on from: {'; '.join(notes)}")
+    yield None, notes
+
+
+def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
+    """The run's checkpoints that are still there, the newest first (their names are times)."""
+    parent = str(PurePosixPath(latest.path).parent)
+    entries = latest.filesystem.get_file_info(fs.FileSelector(parent))
+    paths = sorted(entry.path for entry in entries if entry.type == fs.FileType.Directory)
+    found = [path for path in paths if PurePosixPath(path).name.startswith("checkpoint_")]
+    return [
+        ray.train.Checkpoint(path, latest.filesystem)
+        for path in reversed(found)
+        if PurePosixPath(path).name <= PurePosixPath(latest.path).name
+    ]
+
+
+def _leaving() -> bool:
+    """Whether the cluster is about to take away a node of this run."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _report(progress: Progress) -> None:
-    """Every worker reports; the first one brings the checkpoint."""
+    """Every worker reports; the first one brings the checkpoint, which is copied to the storage meanwhile."""
     if progress.save is None or ray.train.get_context().get_world_rank() != 0:
         ray.train.report(progress.metrics)
         return
-    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+    folder = tempfile.mkdtemp(prefix="espalier-")
+    try:
         progress.save(Path(folder))
-        ray.train.report(progress.metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    ray.train.report(
+        progress.metrics,
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+    )

@@ -2,51 +2,82 @@
 
 from __future__ import annotations
 
-import json
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import timm
 import torch
-from safetensors.torch import load_file, save_file
-from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruners.base import Pruner
 from pruners.costs import count_costs
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from trainers import checkpoint as folder_format
-from trainers import data, distributed, models
+from trainers import data, distributed, models, state
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.config import TrainJob
+from trainers.learning import (
+    Distillation,
+    Held,
+    Loss,
+    Precision,
+    Targets,
+    freeze,
+    make_optimizer,
+    moving_average,
+)
+from trainers.meter import Meter, Metrics
 from trainers.prune_step import Gradients, gradient_source, prunable_layers
+from trainers.sampling import EpochBatches
+from trainers.schedules import pruning_plan
 from trainers.storage import local_copy
-
-STATE, PROGRESS = "trainer.safetensors", "trainer.json"
 
 
 @dataclass
 class Session:
-    """One worker's run. ``model`` is the bare model, ``network`` what is trained (DDP around it)."""
+    """One worker's run.
+
+    Attributes:
+        model: the bare model; ``network`` is what is trained (DDP around it, compiled if asked).
+        average: the moving average of its weights, if the recipe asks for one.
+        plan: steps that begin with a pruning step, and the sparsity it reaches.
+        held: what keeps pruned weights at zero; ``meter`` holds the losses of the epoch so far.
+        step: optimizer steps done.
+        kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
+    """
 
     job: TrainJob
+    device: torch.device
     model: nn.Module
     network: nn.Module
     model_args: dict[str, Any]
     layers: list[PrunableLayer]
     masks: MaskSet | None
     optimizer: torch.optim.Optimizer
+    precision: Precision
+    average: ModelEmaV3 | None
+    targets: Targets
+    loss: Callable[[Any, Tensor, Tensor], Tensor]
     train: data.Batches
+    sampler: EpochBatches
+    images: data.ImageTable
     validation: data.Batches
-    gradient_images: torch.utils.data.Dataset[tuple[Tensor, int]]
-    device: torch.device
-    epoch: int = 0
-    lineage: dict[str, Any] = field(default_factory=dict)
+    plan: dict[int, float]
+    held: Held
+    meter: Meter = field(default_factory=Meter)
+    step: int = 0
+    kept: dict[str, Metrics] = field(default_factory=dict)
+    last: Metrics = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, job: TrainJob, device: torch.device, resume: Path | None = None) -> Session:
@@ -56,165 +87,253 @@ class Session:
             InputError: whatever of the job cannot be used.
         """
         torch.set_num_threads(job.threads)
-        world = distributed.world_size()
-        batch = job.training.batch_size
-        if batch % world:
-            raise InputError("training.batch_size", batch, f"must be a multiple of the {world} workers")
+        training = job.training
         seed_everything(job.seed)
         model, args, masks = _load(job, resume)
+        layers = prunable_layers(model, job.pruning) if job.pruning else []
+        freeze(model, training.freeze, layers)
         model.to(device)
-        network = (
-            DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-            if distributed.active()
-            else model
-        )
+        if training.channels_last:
+            model.to(memory_format=torch.channels_last)
+        precision = Precision(training.precision, device)
+        targets = Targets(training, models.classes(model))
+        loss = _loss(job, model, targets.loss, precision)
         config = models.data_config(model)
         plain = data.eval_transform(config)
+        world, rank = distributed.world_size(), distributed.rank()
+        train, sampler = data.train_loader(
+            data.split(job.data, "train", data.train_transform(config, training.augment), job.seed),
+            training.batch_size,
+            rank=rank,
+            world=world,
+            seed=job.seed,
+            processes=training.data_workers,
+            pin=device.type == "cuda",
+        )
         session = cls(
             job=job,
-            model=model,
-            network=network,
-            model_args=args,
-            layers=prunable_layers(model, job.pruning) if job.pruning else [],
-            masks=masks,
-            optimizer=_optimizer(job, model),
-            train=data.train_loader(
-                data.split(job.data, "train", data.train_transform(config, job.training.augment), job.seed),
-                batch // world,
-                rank=distributed.rank(),
-                world=world,
-                seed=job.seed,
-                processes=job.training.data_workers,
-            ),
-            validation=data.eval_loader(
-                data.split(job.data, "validation", plain, job.seed), 128, distributed.rank(), world
-            ),
-            gradient_images=data.split(job.data, "train", plain, job.seed),
             device=device,
+            model=model,
+            network=_network(job, model, device),
+            model_args=args,
+            layers=layers,
+            masks=masks,
+            optimizer=make_optimizer(training, model),
+            precision=precision,
+            average=moving_average(model, training.ema),
+            targets=targets,
+            loss=loss,
+            train=train,
+            sampler=sampler,
+            images=data.split(job.data, "train", plain, job.seed),
+            validation=data.eval_loader(
+                data.split(job.data, "validation", plain, job.seed), 128, rank, world
+            ),
+            plan=_plan(job, masks, len(sampler)),
+            held=Held(model, masks),
         )
         if resume is not None:
             session._restore(resume)
         return session
 
-    def gradients(self, pruner: Pruner, epoch: int) -> Gradients:
-        """This worker's gradients for a pruning step."""
-        settings = self.job.pruning
-        assert settings is not None, "pruning settings ask for gradients"
-        world, rank = distributed.world_size(), distributed.rank()
-        tries = self.job.method is not None and settings.tries_damps(self.job.method)
-        return gradient_source(
-            self.gradient_images,
-            settings.fisher,
-            pruner,
-            tries_damps=tries,
-            rank=rank,
-            world=world,
-            seed=self.job.seed + epoch,
-        )
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [one for group in self.optimizer.param_groups for one in group["params"]]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // len(self.sampler)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.job.training.epochs * len(self.sampler)
+
+    @property
+    def target(self) -> float:
+        """The sparsity that the last pruning step up to here was for (0: none)."""
+        if self.job.pruning is not None and not self.plan:
+            return self.job.pruning.sparsity
+        return max((sparsity for step, sparsity in self.plan.items() if step < self.step), default=0.0)
 
     @property
     def sparsity(self) -> float:
         return self.masks.sparsity if self.masks is not None else 0.0
 
-    def mask_moments(self) -> None:
-        """What the optimizer remembers of pruned weights is forgotten."""
-        if self.masks is None:
-            return
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameter, state in self.optimizer.state.items():
-            moments = {key: value for key, value in state.items() if torch.is_tensor(value)}
-            for moment in moments.values():
-                if moment.shape == parameter.shape:
-                    self.masks.mask_({names[id(parameter)]: moment})
+    @property
+    def shown(self) -> nn.Module:
+        """The model that is evaluated and saved: the moving average, if there is one."""
+        return self.model if self.average is None else self.average.module
 
-    def save(self, folder: Path, metrics: dict[str, float]) -> None:
-        """Write the checkpoint folder, with what is needed to go on from it."""
+    def gradients(self, pruner: Pruner) -> Gradients:
+        """This worker's gradients for a pruning step."""
+        settings = self.job.pruning
+        assert settings is not None, "pruning settings ask for gradients"
+        tries = self.job.method is not None and settings.tries_damps(self.job.method)
+        return gradient_source(
+            self.images,
+            settings.fisher,
+            pruner,
+            tries_damps=tries,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            seed=self.job.seed + self.epoch,
+        )
+
+    def pruned(self, masks: MaskSet) -> None:
+        """After a pruning step: the optimizer forgets what fell, or all; the average begins anew."""
+        self.masks, self.held = masks, Held(self.model, masks)
+        if self.job.training.moments == "reset":
+            self.optimizer.state.clear()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameter, known in self.optimizer.state.items():
+            for moment in known.values():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    masks.mask_({names[id(parameter)]: moment})
+        if self.average is not None:
+            self.average.set(self.model)
+
+    @property
+    def recovery_epochs(self) -> int:
+        """Epochs since the last pruning step up to here began."""
+        before = max((step for step in self.plan if step < self.step), default=0)
+        return self.epoch - before // len(self.sampler)
+
+    def save(self, folder: Path, metrics: Metrics, *, whole: bool = True) -> None:
+        """Write the checkpoint folder, with ``metrics`` as its figures.
+
+        Args:
+            whole: with what is needed to go on from it.
+        """
         pruned = self.masks.pruned() if self.masks is not None else {}
         record = {
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
-            "figures": metrics,
+            "figures": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
             "costs": count_costs(self.model, models.input_size(self.model), pruned).as_dict(),
             "recipe": self.job.model_dump(mode="json", include={"seed", "training", "pruning"}),
             **self.job.lineage,
         }
-        save_checkpoint(folder, self.model, model_args=self.model_args, masks=self.masks, record=record)
-        tensors, plain = _flatten(self.optimizer.state_dict())
-        save_file(tensors, folder / STATE)
-        # some optimizers count their steps in the parameter groups
-        groups = [
-            {key: _plain(value) for key, value in group.items() if key != "params"}
-            for group in self.optimizer.state_dict()["param_groups"]
-        ]
-        progress = {"epoch": self.epoch, "optimizer": plain, "groups": groups}
-        (folder / PROGRESS).write_text(json.dumps(progress))
+        save_checkpoint(folder, self.shown, model_args=self.model_args, masks=self.masks, record=record)
+        if not whole:
+            return
+        tensors, optimizer = state.flatten_optimizer(self.optimizer.state_dict())
+        tensors = {f"optimizer/{key}": tensor for key, tensor in tensors.items()}
+        if self.average is not None:
+            tensors |= {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        progress = {
+            "step": self.step,
+            "optimizer": optimizer,
+            "scaler": self.precision.scaler.state_dict(),
+            "meter": self.meter.state(),
+            "kept": self.kept,
+            "last": self.last,
+            "job": state.identity(self.job),
+        }
+        state.write_state(folder, tensors, progress)
 
     def _restore(self, folder: Path) -> None:
-        progress = json.loads((folder / PROGRESS).read_text())
-        state = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(
-            _unflatten(
-                load_file(folder / STATE),
-                progress["optimizer"],
-                [new | old for new, old in zip(state["param_groups"], progress["groups"], strict=True)],
-            )
-        )
-        self.epoch = progress["epoch"]
+        tensors, progress = state.read_state(folder)
+        state.check_identity(self.job, progress["job"])
+        if self.average is not None:
+            # the folder's weights are the average's
+            trained = {
+                key.removeprefix("model/"): tensor
+                for key, tensor in tensors.items()
+                if key.startswith("model/")
+            }
+            self.model.load_state_dict(trained)
+        moments = {
+            key.removeprefix("optimizer/"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("optimizer/")
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict(state.unflatten_optimizer(moments, progress["optimizer"], groups))
+        self.precision.scaler.load_state_dict(progress["scaler"])
+        self.meter = Meter.restored(progress["meter"])
+        self.step, self.kept, self.last = progress["step"], progress["kept"], progress["last"]
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed every source of randomness from some numbers (seed, epoch, rank)."""
+    """Seed every source of randomness from some numbers (seed, step, rank)."""
     seed = int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
+def _network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
+    network: nn.Module = model
+    if distributed.active():
+        network = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    return cast(nn.Module, torch.compile(network)) if job.training.compile else network
+
+
+def _loss(
+    job: TrainJob, model: nn.Module, loss: Loss, precision: Precision
+) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """The loss of (outputs, targets, images), with the teacher's part if there is one."""
+    settings = job.training.distill
+    if settings is not None:
+        return Distillation(settings, _teacher(job), model, precision).wrap(loss)
+    return lambda outputs, targets, images: loss(outputs, targets)
+
+
+def _teacher(job: TrainJob) -> nn.Module:
+    assert job.training.distill is not None, "only distillation has a teacher"
+    name = job.training.distill.teacher
+    place = job.model.checkpoint if name == "dense" else name
+    if place is None:
+        raise InputError("training.distill.teacher", name, "the model starts from no weights; name a teacher")
+    if timm.is_model(place.split(".")[0]) and "/" not in place:
+        try:
+            teacher: nn.Module = timm.create_model(place, pretrained=True)
+            return teacher
+        except RuntimeError as error:
+            raise InputError("training.distill.teacher", name, first_line(error)) from None
+    return load_checkpoint(place, key="training.distill.teacher").model
+
+
+def _plan(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
+    """Steps that begin with a pruning step, and the sparsity it reaches."""
+    if job.pruning is None:
+        return {}
+    schedule = job.pruning.schedule
+    if schedule.kind == "constant":
+        found = masks.sparsity if masks is not None else 0.0
+        if abs(found - job.pruning.sparsity) > 1e-3:
+            expected = f"constant holds what the checkpoint has, which is {found:.4g}"
+            raise InputError("pruning.sparsity", job.pruning.sparsity, expected)
+    length = job.training.epochs * (per_epoch if schedule.unit == "steps" else 1)
+    times = pruning_plan(schedule, job.pruning.sparsity, length)
+    return {
+        time * (1 if schedule.unit == "steps" else per_epoch): sparsity for time, sparsity in times.items()
+    }
+
+
 def _load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:
+    drop_path = job.training.drop_path
     source = str(resume) if resume is not None else job.model.checkpoint
     if source is None:
-        arguments = dict(job.model.args)
-        return models.build_model(job.model, job.data), arguments, None
-    loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None)
+        settings = job.model
+        if drop_path is not None:
+            settings = settings.model_copy(update={"args": {**settings.args, "drop_path_rate": drop_path}})
+        return models.build_model(settings, job.data), dict(job.model.args), None
+    extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
+    try:
+        loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None, **extra)
+    except InputError as error:
+        if not extra or "drop_path" not in error.expected:
+            raise
+        raise InputError("training.drop_path", drop_path, "the model has no drop path") from None
     if source.startswith("hf-hub:"):
         return loaded.model, {}, loaded.masks
     with local_copy(source) as folder:
         return loaded.model, folder_format.model_args(folder), loaded.masks
-
-
-def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, job.training.optimizer, lr=job.training.lr.peak, weight_decay=job.training.weight_decay
-        )
-        return optimizer
-    except (ValueError, AssertionError) as error:
-        raise InputError("training.optimizer", job.training.optimizer, str(error)) from None
-
-
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of an optimizer's state by ``number/key``, and the rest as JSON can hold it."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for number, values in state["state"].items():
-        for key, value in values.items():
-            if torch.is_tensor(value):
-                tensors[f"{number}/{key}"] = value.contiguous()
-            else:
-                plain[f"{number}/{key}"] = value
-    return tensors, plain
-
-
-def _unflatten(
-    tensors: dict[str, Tensor], plain: dict[str, Any], groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for place, value in {**plain, **tensors}.items():
-        number, key = place.split("/", 1)
-        state.setdefault(int(number), {})[key] = value
-    return {"state": state, "param_groups": groups}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if torch.is_tensor(value) else value

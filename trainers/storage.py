@@ -105,6 +105,12 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(target)
 
 
+def copy(source: str, target: str) -> None:
+    """Copy a folder from one place to another, as :func:`upload` does."""
+    with local_copy(source) as folder:
+        upload(folder, target)
+
+
 def remove(uri: str) -> None:
     """Delete a folder, if it is there."""
     system, path = resolve(uri)
@@ -131,9 +137,3 @@ def sha256(uri: str) -> str:
         while chunk := stream.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def same_scheme(base: str, path: str) -> str:
-    """The URI of a path that Ray reports inside the file system of ``base``."""
-    scheme, separator, _ = base.partition("://")
-    return f"{scheme}://{path}" if separator and scheme != "file" else path

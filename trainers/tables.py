@@ -7,9 +7,10 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import fs
 
 from pruners.errors import InputError
@@ -33,7 +34,7 @@ def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data")
     Raises:
         InputError: missing, unreadable, or without the columns ``image`` and ``label``.
     """
-    system, files = _files(uri, key)
+    system, files = table_files(uri, key)
     wanted = columns or ["image", "label"]
     try:
         for file in files:
@@ -47,11 +48,14 @@ def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data")
         raise InputError(key, uri, f"must be a readable Parquet file, or several alike ({reason})") from None
 
 
-def check_table(uri: str, classes: int, *, key: str) -> str:
+def check_table(uri: str, classes: int, *, key: str, tolerant: bool = False) -> str:
     """Look at the labels and some images before anything starts; returns the table's fingerprint.
 
     The fingerprint covers all labels, the files' sizes, and the images of each file's first row group
     (every image of a small set), so that it takes seconds for a large one.
+
+    Args:
+        tolerant: rows without a label are no fault, nor is an image that cannot be decoded.
 
     Raises:
         InputError: labels missing, of another type or outside 0…classes-1; an image that cannot be decoded.
@@ -61,6 +65,8 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
         raise InputError(key, uri, "must hold at least one image")
     if not pa.types.is_integer(labels.type):
         raise InputError(key, uri, f"labels must be integers, not {labels.type}")
+    if tolerant:
+        labels = labels.drop_null()
     if labels.null_count:
         raise InputError(key, uri, f"{labels.null_count} images have no label")
     values = labels.to_numpy()
@@ -68,7 +74,7 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
         worst = int(values.min() if values.min() < 0 else values.max())
         raise InputError(key, uri, f"label {worst} lies outside the model's classes 0…{classes - 1}")
     digest = hashlib.sha256(values.tobytes())
-    system, files = _files(uri, key)
+    system, files = table_files(uri, key)
     seen = False
     for file in files:
         digest.update(str(system.get_file_info(file).size).encode())
@@ -79,7 +85,7 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
             parquet = pq.ParquetFile(source)
             groups = [0] if parquet.num_row_groups else []
             images = parquet.read_row_groups(groups, columns=["image"])["image"].to_pylist()
-        if images and not seen:
+        if images and not seen and not tolerant:
             _check_image(images[0], uri, key)
             seen = True
         for cell in images:
@@ -87,7 +93,12 @@ def check_table(uri: str, classes: int, *, key: str) -> str:
     return digest.hexdigest()
 
 
-def _files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
+def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
+    """The file system and the Parquet files of a URI, in the order of their names.
+
+    Raises:
+        InputError: there is none.
+    """
     system, path = resolve(uri, key)
     try:
         info = system.get_file_info(path)
@@ -118,7 +129,7 @@ def _content(cell: object) -> bytes | None:
 
 
 def decode(cell: object) -> Image.Image:
-    """An image in RGB from its cell: ``{bytes, path}`` or plain bytes.
+    """An image in RGB, upright, from its cell: ``{bytes, path}`` or plain bytes; of several frames the first.
 
     Raises:
         TypeError: no bytes.
@@ -128,6 +139,18 @@ def decode(cell: object) -> Image.Image:
     if content is None:
         raise TypeError("no bytes")
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(content))
+        if image.format == "JPEG":  # cameras leave the pixels as they came, and note how they held it
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "RGB":
+            image.load()
+            return image
+        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would keep the lower eight
+            wide = np.asarray(image).astype(np.float64)
+            scale = 257.0 if image.mode.startswith("I;16") or wide.max() > 255 else 1.0
+            image = Image.fromarray((wide / scale).round().clip(0, 255).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
     except _BROKEN as error:
         raise OSError(str(error) or type(error).__name__) from None

@@ -33,7 +33,6 @@ from pruners.gradients import gradients, mean_loss
 from pruners.ordering import write
 from pruners.second_order import SecondOrder
 from trainers import data, models
-from trainers.tables import read_table
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 METHODS = (
@@ -153,7 +152,7 @@ def top1(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 def batches(uri: str, transform: Any, size: int) -> Iterator[Batch]:
     """The images of a table in order, decoded once."""
-    yield from data.eval_loader(data.ImageTable(read_table(uri), transform, uri), size)
+    yield from data.eval_loader(data.images(uri, transform, key="data"), size)
 
 
 def open_bench(folder: str, args: argparse.Namespace) -> Bench:

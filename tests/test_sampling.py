@@ -1,0 +1,76 @@
+"""Which images a worker sees in which step: the same global batches for any number of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import quick
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruners.errors import InputError
+from trainers.sampling import EpochBatches, Sample
+
+SIZES: Any = st.tuples(st.integers(1, 60), st.integers(4, 17))
+
+
+def epoch(size: int, batch: int, world: int, number: int, start: int = 0) -> list[list[list[Sample]]]:
+    """The batches of each worker."""
+    found = []
+    for rank in range(world):
+        sampler = EpochBatches(size, batch, rank=rank, world=world, seed=3)
+        sampler.start(number, start)
+        found.append(list(sampler))
+    return found
+
+
+def joined(workers: list[list[list[Sample]]], step: int, size: int, batch: int) -> list[Sample]:
+    """A global batch, without what a worker took that was left without an image."""
+    whole = min(batch, size - step * batch)
+    return sorted(sample for worker in workers[:whole] for sample in worker[step])
+
+
+@quick(150)
+@given(SIZES, st.integers(1, 4), st.integers(0, 5))
+def test_workers_share_the_batches_of_one(sizes: tuple[int, int], world: int, number: int) -> None:
+    size, batch = sizes
+    alone, shared = epoch(size, batch, 1, number)[0], epoch(size, batch, world, number)
+    assert [sorted(one) for one in alone] == [joined(shared, step, size, batch) for step in range(len(alone))]
+    assert sorted(sample.row for one in alone for sample in one) == list(range(size))
+    assert [len(one) for one in alone[:-1]] == [batch] * (len(alone) - 1)
+    assert all(sample.epoch == number for one in alone for sample in one)
+
+
+@quick(100)
+@given(SIZES, st.integers(1, 4), st.integers(0, 20))
+def test_an_epoch_goes_on_where_it_was(sizes: tuple[int, int], world: int, step: int) -> None:
+    whole = epoch(*sizes, world, 2)
+    rest = epoch(*sizes, world, 2, start=step)
+    assert rest == [worker[step:] for worker in whole]
+
+
+@quick(100)
+@given(SIZES, st.integers(1, 4))
+def test_shares_add_up_to_the_mean_over_the_batch(sizes: tuple[int, int], world: int) -> None:
+    """Σ over workers of share·(their mean) / world is the mean over all images."""
+    size, batch = sizes
+    samplers = [EpochBatches(size, batch, rank=rank, world=world, seed=3) for rank in range(world)]
+    for step in range(len(samplers[0])):
+        sums = [
+            sampler.share(step) * sum(sample.row for sample in mine) / len(mine) / world
+            for sampler in samplers
+            for mine in [sampler.samples(0, step)]
+        ]
+        rows = [sample.row for sample in EpochBatches(size, batch, seed=3).samples(0, step)]
+        assert sum(sums) == pytest.approx(sum(rows) / len(rows))
+
+
+def test_epochs_are_shuffled_anew() -> None:
+    assert epoch(40, 8, 1, 0) != epoch(40, 8, 1, 1)
+    assert epoch(40, 8, 1, 1) == epoch(40, 8, 1, 1)
+
+
+def test_a_batch_that_is_smaller_than_the_workers() -> None:
+    with pytest.raises(InputError, match=r"training\.batch_size = 3, .*4 workers|at least one for each of 4"):
+        EpochBatches(10, 3, rank=0, world=4)
