@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from orchestration import plots, registry
+from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
@@ -26,7 +27,7 @@ def run_sweep(
     """Dense model → allocation and schedule search of each method → registry → table.
 
     Raises:
-        InputError: the cluster or MLflow cannot serve the recipe.
+        InputError: the cluster or MLflow cannot serve the recipe, or a run of its name is at work.
         KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
     """
     recipe = prepared.recipe
@@ -35,7 +36,13 @@ def run_sweep(
     searches = recipe.allocation.trials > 0
     display.plan(1 + len(recipe.pruning.methods) * (2 if searches else 1))
     place = tracking_folder(recipe.storage)
-    with server_for(recipe.tracking.uri, place) as (uri, ready), connect(address) as size:
+    name, root = recipe.name, f"{storage.absolute(recipe.storage)}/sweeps/{recipe.name}"
+    with (
+        alone_here(recipe.storage, name),
+        server_for(recipe.tracking.uri, place) as (uri, ready),
+        connect(address) as size,
+        alone_on_cluster(root, name),
+    ):
         check_size(recipe, size)
         ready()
         tracker = Tracker(uri, recipe.tracking.experiment)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -25,16 +25,25 @@ def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, stor
         jobs: gives the job (a dictionary) of a proposal.
         storage: of the runs; one that was broken off is found again by its proposal, and goes on.
     """
-    system, path = resolve(storage)
     name = digest(config)
-    job = jobs(config) | {"keep_folder": f"{storage}/{name}/kept"}
-    trainer = TorchTrainer(
+    train_run(jobs(config), resources, storage, name, [TuneReportCallback()]).fit()
+
+
+def train_run(
+    job: dict[str, Any], resources: Resources, storage: str, name: str, callbacks: list[UserCallback]
+) -> TorchTrainer:
+    """A Ray Train run of a job; one of the same name and storage goes on from its last checkpoint.
+
+    Args:
+        storage: folder or URI of runs; the best models lie in ``NAME/kept`` there.
+    """
+    system, path = resolve(storage)
+    elastic = resources.least < resources.most
+    return TorchTrainer(
         train_worker,
-        train_loop_config=job,
+        train_loop_config=job | {"keep_folder": f"{storage}/{name}/kept"},
         scaling_config=ScalingConfig(
-            num_workers=resources.most
-            if resources.least == resources.most
-            else (resources.least, resources.most),
+            num_workers=(resources.least, resources.most) if elastic else resources.most,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": resources.cpus_per_worker}
             | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
@@ -43,11 +52,10 @@ def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, stor
             name=name,
             storage_path=path,
             storage_filesystem=system,
-            callbacks=[TuneReportCallback()],
+            callbacks=callbacks,
             # a start that can never succeed must end in an error, not be tried for ever
             failure_config=FailureConfig(max_failures=resources.retries, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.fit()

@@ -15,8 +15,8 @@ from pathlib import Path
 ESPALIER = Path(sys.executable).parent / "espalier"
 SMALL = Path(__file__).parent / "recipes" / "small.yaml"
 SECONDS = 540.0  # a busy machine takes four times as long as an idle one
-_MARK = "ESPALIER_TEST"
-_ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE", "COLUMNS")
+MARK = "ESPALIER_TEST"
+ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE", "COLUMNS")
 
 
 class Family:
@@ -27,7 +27,7 @@ class Family:
     """
 
     def __init__(self, root: int, folder: Path, mark: str) -> None:
-        self._folder, self._mark = str(folder), f"{_MARK}={mark}".encode()
+        self._folder, self._mark = str(folder), f"{MARK}={mark}".encode()
         self._known: dict[int, str] = {root: _start(root)}
 
     def look(self) -> dict[int, str]:
@@ -73,7 +73,7 @@ class Command:
     def __init__(self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
         mark = uuid.uuid4().hex
         self._files = [folder / f"{mark}.{name}" for name in ("out", "err")]
-        kept = {key: value for key, value in os.environ.items() if key not in _ELSEWHERE}
+        kept = {key: value for key, value in os.environ.items() if key not in ELSEWHERE}
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
                 [ESPALIER, *arguments],
@@ -81,7 +81,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**kept, **environment, _MARK: mark},
+                env={**kept, **environment, MARK: mark},
                 start_new_session=True,
             )
         self.family = Family(self.process.pid, folder, mark)

@@ -252,6 +252,35 @@ def test_a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.cluster
+def test_a_server_that_is_away_for_a_while_misses_nothing(tmp_path: Path) -> None:
+    """What is logged meanwhile is sent when it is back: in order, none lost, none doubled."""
+    server = start_server(tmp_path)
+    try:
+        server.wait_ready()
+        tracker = Tracker(server.uri, "tests")
+        run = tracker.start("away", None, {}, {})
+        tracker.metrics(run, {"loss": [(0, 0.0)]})
+        tracker.flush()
+        port = int(server.uri.rpartition(":")[2])
+        server.stop()
+        for step in range(1, 30):
+            tracker.metrics(run, {"loss": [(step, step / 2)]})
+            tracker.tags(run, {"last": str(step)})
+        time.sleep(3)
+        server = start_server(tmp_path, port)
+        assert server.uri == tracker.uri
+        server.wait_ready()
+        tracker.flush()
+        history = tracker.client.get_metric_history(run, "loss")
+        assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(30)]
+        assert tracker.last_step(run, "loss") == 29
+        assert tracker.client.get_run(run).data.tags["last"] == "29"
+        tracker.close("FINISHED")
+    finally:
+        server.stop()
+
+
 # the registry
 
 

@@ -44,6 +44,22 @@ def test_each_trial_is_there_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
 
 
+def test_what_was_broken_off_is_known(tmp_path: Path) -> None:
+    """A trial that began and never ended: its proposal goes on first, in its own MLflow run."""
+    uri = f"{tmp_path}/trials.json"
+    log = TrialLog(uri)
+    values = {"recovery.lr.peak": 1e-3, "kind": "a"}
+    log.begin(0, values, "run-0")
+    log.begin(1, {"recovery.lr.peak": 2e-3}, "run-1")
+    log.add(trial(0, 0.5))
+    again = TrialLog(uri)
+    assert again.pending == [{"recovery.lr.peak": 2e-3}]
+    assert again.broken_off({"recovery.lr.peak": 2e-3}) == "run-1"
+    assert again.broken_off(values) is None
+    again.begin(2, {"recovery.lr.peak": 2e-3}, "run-1")
+    assert len(TrialLog(uri).pending) == 1
+
+
 def test_failed_trials_are_run_again(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for record in (trial(0, 0.5), trial(1, None, "failed"), trial(2, 0.4, "stopped")):

@@ -61,15 +61,16 @@ def run(
     """
     session = Session.open(job, device, resume)
     costs = cost_model(session.model, models.input_size(session.model))
+    place: Metrics = {"kept_at": job.keep_folder}
     told: Metrics = {"notes": list(notes)} if notes else {}
     if session.step == session.steps:  # it ended before, and was not heard
-        report(Progress(session.last | told, None))
+        report(Progress(session.last | place | told, None))
     while session.step < session.steps:
         train_epoch(session, report, leaving)
         session.last = end_epoch(session, costs)
         done = session.step == session.steps
         due = done or session.epoch % job.training.checkpoint_every == 0
-        report(Progress(session.last | told, _saver(session) if due else None))
+        report(Progress(session.last | place | told, _saver(session) if due else None))
         told = {}
 
 
@@ -112,7 +113,7 @@ def end_epoch(session: Session, costs: CostModel) -> Metrics:
     }
     meter.next_epoch()
     _keep(session, metrics, result)
-    return metrics | {"kept": dict(session.kept), "kept_at": job.keep_folder}
+    return metrics | {"kept": dict(session.kept)}
 
 
 def _due(session: Session, leaving: Callable[[], bool]) -> bool:

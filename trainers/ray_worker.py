@@ -63,16 +63,19 @@ def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
 
 
 def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
-    """The run's checkpoints that are still there, the newest first (their names are times)."""
+    """The run's checkpoints that are still there, the newest first (their names are times).
+
+    Later ones than the latest that Ray knows of were on their way when the run was broken off; they go.
+    """
     parent = str(PurePosixPath(latest.path).parent)
     entries = latest.filesystem.get_file_info(fs.FileSelector(parent))
     paths = sorted(entry.path for entry in entries if entry.type == fs.FileType.Directory)
     found = [path for path in paths if PurePosixPath(path).name.startswith("checkpoint_")]
-    return [
-        ray.train.Checkpoint(path, latest.filesystem)
-        for path in reversed(found)
-        if PurePosixPath(path).name <= PurePosixPath(latest.path).name
-    ]
+    known = [path for path in found if PurePosixPath(path).name <= PurePosixPath(latest.path).name]
+    if ray.train.get_context().get_world_rank() == 0:
+        for path in set(found) - set(known):
+            latest.filesystem.delete_dir(path)
+    return [ray.train.Checkpoint(path, latest.filesystem) for path in reversed(known)]
 
 
 def _leaving() -> bool:

@@ -1,0 +1,207 @@
+"""Our training loop against a bare one of twenty lines: same model, data, threads and workers, in one run.
+
+    python experiments/benchmarks/loop_overhead.py --model FOLDER --train A.parquet [--workers 1 2]
+
+Ours is the worker's own loop (:func:`trainers.gradual.run`) under Ray Train, with DDP, masks of 75 % zeros
+held, metrics, and checkpoints at the default interval. The bare loop is torch's DataLoader, DDP, AdamW and
+clipping. Both time their steps after a warm-up; the two take turns and the medians are compared. Start-up
+(from the command to the first step) is told apart.
+
+The last line sums up; the exit status is 1 when a stated ratio is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LIMIT = 1.05
+WARM = 5
+
+
+def times_of(steps: list[float]) -> float:
+    """The median seconds between the starts of two steps, after a warm-up."""
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
+    return statistics.median(gaps[WARM:])
+
+
+def bare(rank: int, world: int, folder: str, args: argparse.Namespace) -> None:
+    """Twenty lines of PyTorch."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    from trainers import data, models
+    from trainers.checkpoint import load_checkpoint
+    from trainers.config import AugmentSettings
+
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model = load_checkpoint(args.model).model.train()
+    network = DistributedDataParallel(model)
+    images = data.images(
+        args.train, data.train_transform(models.data_config(model), AugmentSettings()), key="t"
+    )
+    sampler = DistributedSampler(images, world, rank, seed=0)
+    loader = DataLoader(images, args.batch // world, sampler=sampler)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
+    criterion = nn.CrossEntropyLoss()
+    steps = []
+    for pixels, labels in loader:
+        steps.append(time.perf_counter())
+        loss = criterion(network(pixels), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if len(steps) == args.steps:
+            break
+    dist.destroy_process_group()
+    if rank == 0:
+        Path(folder, "steps.json").write_text(json.dumps({"steps": steps, "first": time.time()}))
+
+
+def ours(args: argparse.Namespace, workers: int, folder: str) -> dict[str, Any]:
+    """The product's own worker on a Ray cluster of this machine, timed from within by a hook on its steps."""
+    job = {
+        "name": "bench",
+        "model": {"checkpoint": args.pruned, "classes": args.classes},
+        "data": {"train": args.train, "holdout": 0.01},
+        "training": {"epochs": 1, "batch_size": args.batch, "lr": {"kind": "constant", "peak": 1e-4}},
+        "pruning": {"methods": ["magnitude"], "sparsity": 0.75, "schedule": {"kind": "constant"}},
+        "method": "magnitude",
+        "threads": args.threads,
+    }
+    Path(folder, "job.json").write_text(json.dumps(job))
+    command = [sys.executable, __file__, "--drive", folder, "--workers", str(workers)]
+    command += ["--steps", str(args.steps)]
+    began = time.time()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    found: dict[str, Any] = json.loads(Path(folder, "steps.json").read_text())
+    return found | {"began": began}
+
+
+def timed_worker(config: dict[str, Any]) -> None:
+    """:func:`trainers.ray_worker.train_worker`, which notes when steps begin and ends after some of them."""
+    import trainers.gradual
+    from trainers.ray_worker import train_worker
+
+    steps: list[float] = []
+    original = trainers.gradual.train_step
+
+    class Enough(Exception):  # noqa: N818 - it is none
+        pass
+
+    def step(session: Any, batch: Any) -> None:
+        steps.append(time.perf_counter())
+        if len(steps) == 1:
+            config["first"] = time.time()
+        original(session, batch)
+        if len(steps) == config["steps"]:
+            raise Enough
+
+    trainers.gradual.train_step = step
+    try:
+        train_worker(config["job"])
+    except Enough:
+        import ray.train
+
+        if ray.train.get_context().get_world_rank() == 0:
+            content = {"steps": steps, "first": config["first"]}
+            Path(config["folder"], "steps.json").write_text(json.dumps(content))
+
+
+def drive(folder: str, workers: int, steps: int) -> None:
+    """The driver's process: Ray, one Ray Train run with the product's settings."""
+    from orchestration.cluster import connect
+    from orchestration.config import Resources
+    from orchestration.tune_trial import train_run
+
+    job = json.loads(Path(folder, "job.json").read_text())
+    with connect(None):
+        resources = Resources(workers=workers, cpus_per_worker=1.0, retries=0)
+        trainer = train_run({}, resources, f"{folder}/runs", "run", [])
+        trainer = type(trainer)(
+            timed_worker,
+            train_loop_config={"job": job, "folder": folder, "steps": steps},
+            scaling_config=trainer.scaling_config,
+            run_config=trainer.run_config,
+        )
+        trainer.fit()
+
+
+def compare(args: argparse.Namespace, workers: int) -> float:
+    """Our seconds a step over the bare loop's."""
+    theirs, mine, starts = [], [], []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(bare, (workers, folder, args), nprocs=workers)
+            theirs.append(times_of(json.loads(Path(folder, "steps.json").read_text())["steps"]))
+        with tempfile.TemporaryDirectory() as folder:
+            found = ours(args, workers, folder)
+            mine.append(times_of(found["steps"]))
+            starts.append(found["first"] - found["began"])
+    ratio = statistics.median(mine) / statistics.median(theirs)
+    spread = [", ".join(f"{1000 * one:.1f}" for one in times) for times in (theirs, mine)]
+    print(f"{workers} workers of {args.threads} threads, batch {args.batch}: {ratio:.3f} (≤ {LIMIT})")
+    print(f"  ms a step, bare: {spread[0]}; ours: {spread[1]}")
+    print(f"  from the command to the first step: {statistics.median(starts):.1f} s")
+    return ratio
+
+
+def pruned_copy(model: str, folder: str) -> tuple[str, int]:
+    """The model with 75 % zeros, as a checkpoint, and its classes."""
+    from pruners import prune
+    from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
+    from trainers.models import classes
+
+    loaded = load_checkpoint(model).model
+    masks = prune(loaded, "magnitude", 0.75).masks
+    arguments = model_args(Path(model))
+    save_checkpoint(Path(folder), loaded, model_args=arguments, masks=masks, record={})
+    return folder, classes(loaded)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model")
+    parser.add_argument("--train")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drive", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.drive:
+        drive(args.drive, args.workers[0], args.steps)
+        return
+    if not (args.model and args.train):
+        parser.error("--model and --train are needed")
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    args.train = str(Path(args.train).absolute())
+    with tempfile.TemporaryDirectory() as folder:
+        args.pruned, args.classes = pruned_copy(args.model, f"{folder}/pruned")
+        ratios = {workers: compare(args, workers) for workers in args.workers}
+    missed = [workers for workers, ratio in ratios.items() if ratio > LIMIT]
+    told = ", ".join(f"{workers} workers {ratio:.3f}" for workers, ratio in ratios.items())
+    print(f"our loop over a bare one: {told}; {'missed' if missed else 'all'} within {LIMIT}")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

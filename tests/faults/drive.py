@@ -1,0 +1,40 @@
+"""A driver for the tests of faults: one Ray Train run on a cluster of this machine, its reports in a file.
+
+python drive.py JOB.json STORAGE WORKERS RETRIES
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from orchestration.cluster import connect
+from orchestration.config import Resources
+from orchestration.tune_trial import train_run
+
+
+class Reports(UserCallback):
+    """Appends what the first worker reports."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with Path(self._path).open("a") as file:
+            file.write(json.dumps(metrics[0]) + "\n")
+
+
+def main() -> None:
+    job, storage, workers, retries = sys.argv[1:]
+    resources = Resources(workers=int(workers), cpus_per_worker=0.5, retries=int(retries))
+    with connect(None):
+        reports = Reports(f"{storage}/reports.jsonl")
+        train_run(json.loads(Path(job).read_text()), resources, storage, "run", [reports]).fit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Two runs of the same name: the second is refused before it touches anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestration.alone import alone_here
+from pruners.errors import InputError
+
+SECOND = """
+import sys
+from orchestration.alone import alone_here
+with alone_here(sys.argv[1], sys.argv[2]):
+    print("held")
+"""
+
+
+def second(place: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SECOND, str(place), name]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with alone_here(str(tmp_path), "mine"):
+        refused = second(tmp_path, "mine")
+        assert f"process {os.getpid()} on" in refused.stderr
+        assert "name = 'mine'" in refused.stderr
+        assert second(tmp_path, "another").stdout == "held\n"
+    assert second(tmp_path, "mine").stdout == "held\n"
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    code = SECOND.replace('print("held")', 'print("held", flush=True); import os; os.kill(os.getpid(), 9)')
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), "mine"], timeout=60, check=False)
+    assert second(tmp_path, "mine").stdout == "held\n"
+
+
+def test_an_error_inside_frees_the_name(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), alone_here(str(tmp_path), "mine"):
+        raise ZeroDivisionError
+    with alone_here(str(tmp_path), "mine"):
+        pass
+    with (
+        alone_here(str(tmp_path), "mine"),
+        pytest.raises(InputError, match="is at work"),
+        alone_here(str(tmp_path), "mine"),
+    ):
+        pass
