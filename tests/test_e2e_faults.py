@@ -43,6 +43,15 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(path for path in (self.storage / "run").glob("checkpoint_*") if path.is_dir())
 
+    @property
+    def known(self) -> list[str]:
+        """Names of the checkpoints that Ray has taken down, oldest first."""
+        try:
+            state = json.loads((self.storage / "run" / "checkpoint_manager_snapshot.json").read_text())
+        except (FileNotFoundError, ValueError):  # not there yet, or not whole
+            return []
+        return sorted(one["checkpoint_dir_name"] for one in state["checkpoint_results"])
+
     def files(self) -> dict[str, bytes]:
         """The last checkpoint and the best model."""
         last = self.checkpoints[-1]
@@ -157,8 +166,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
 def test_the_driver_killed_and_started_again(place: Path, job: Path, undisturbed: Run) -> None:
     run = Run(place / "driver")
     with driver(run.storage, job) as process:
-        until((run.storage / "reports.jsonl").exists, process)
-        until(lambda: len(run.checkpoints) > 1, process)
+        until(lambda: len(run.known) > 1, process)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     before = {path.name for path in run.checkpoints}
@@ -174,10 +182,10 @@ def test_the_newest_checkpoint_damaged(harm: str, place: Path, job: Path, undist
     """The one before is taken, and it is said which and why."""
     run = Run(place / harm)
     with driver(run.storage, job) as process:
-        until(lambda: len(run.checkpoints) > 1, process)
+        until(lambda: len(run.known) > 1, process)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-    newest = run.checkpoints[-1]
+    newest = run.storage / "run" / run.known[-1]
     file = newest / "trainer.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,6 +1,8 @@
 """A driver for the tests of faults: one Ray Train run on a cluster of this machine, its reports in a file.
 
 python drive.py JOB.json STORAGE WORKERS RETRIES
+
+WORKERS is a number (of half a processor each), or MIN-MAX (a whole one each); RAY_ADDRESS is joined if set.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ class Reports(UserCallback):
 
 def main() -> None:
     job, storage, workers, retries = sys.argv[1:]
-    resources = Resources(workers=int(workers), cpus_per_worker=0.5, retries=int(retries))
+    least, _, most = workers.partition("-")
+    resources = Resources.model_validate(
+        {
+            "workers": {"min": int(least), "max": int(most)} if most else int(least),
+            "cpus_per_worker": 1.0 if most else 0.5,
+            "retries": int(retries),
+        }
+    )
     with connect(None):
         reports = Reports(f"{storage}/reports.jsonl")
         train_run(json.loads(Path(job).read_text()), resources, storage, "run", [reports]).fit()
