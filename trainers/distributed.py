@@ -70,13 +70,13 @@ def mean_over_workers(tensor: Tensor) -> Tensor:
     return torch.stack(parts).sum(0) / world_size()
 
 
-def first_says(value: bool) -> bool:
+def first_says(value: int) -> int:
     """The first worker's answer, on all of them; devices are not waited for."""
     if not active():
         return value
-    answer = torch.tensor([value], dtype=torch.uint8)
+    answer = torch.tensor([value])
     dist.broadcast(answer, src=0, group=_host_group())
-    return bool(answer)
+    return int(answer)
 
 
 @functools.cache

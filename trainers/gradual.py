@@ -23,7 +23,9 @@ from trainers.prune_step import Goal, StepReport, ordering, prune_step
 from trainers.session import Session
 from trainers.step import train_step
 
-_LOOK = 10  # steps between two looks at the clock and at what the cluster says
+_LOOK = 10  # steps between two looks at the clock
+_ASK_SECONDS = 5.0  # between two questions to the cluster, which takes some milliseconds to answer
+_ASK, _SAVE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,15 @@ def _due(session: Session, leaving: Callable[[], bool]) -> bool:
         return True
     if session.step % _LOOK:
         return False
-    waited = time.monotonic() - session.saved_at
-    minutes = training.checkpoint_minutes
-    if distributed.first_says(minutes is not None and waited > 60 * minutes):
-        return True
-    return leaving()
+    now, minutes = time.monotonic(), training.checkpoint_minutes
+    wish = _ASK if now - session.asked_at > _ASK_SECONDS else 0
+    if minutes is not None and now - session.saved_at > 60 * minutes:
+        wish = _SAVE
+    agreed = distributed.first_says(wish)
+    if agreed == _ASK:
+        session.asked_at = now
+        return leaving()
+    return agreed == _SAVE
 
 
 def _keep(session: Session, metrics: Metrics, result: Evaluation) -> None:

@@ -7,28 +7,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pruners.base import Pruner
 from pruners.costs import count_costs
-from pruners.errors import InputError, first_line
 from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
-from trainers import checkpoint as folder_format
-from trainers import data, distributed, models, state
-from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers import building, data, distributed, models, state
+from trainers.checkpoint import save_checkpoint
 from trainers.config import TrainJob
 from trainers.learning import (
-    Distillation,
     Held,
-    Loss,
     Precision,
     Targets,
     freeze,
@@ -38,8 +32,6 @@ from trainers.learning import (
 from trainers.meter import Meter, Metrics
 from trainers.prune_step import Gradients, gradient_source, prunable_layers
 from trainers.sampling import EpochBatches
-from trainers.schedules import pruning_plan
-from trainers.storage import local_copy
 
 
 @dataclass
@@ -78,6 +70,7 @@ class Session:
     kept: dict[str, Metrics] = field(default_factory=dict)
     last: Metrics = field(default_factory=dict)
     saved_at: float = field(default_factory=time.monotonic)
+    asked_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, job: TrainJob, device: torch.device, resume: Path | None = None) -> Session:
@@ -89,7 +82,7 @@ class Session:
         torch.set_num_threads(job.threads)
         training = job.training
         seed_everything(job.seed)
-        model, args, masks = _load(job, resume)
+        model, args, masks = building.load(job, resume)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
         freeze(model, training.freeze, layers)
         model.to(device)
@@ -97,7 +90,7 @@ class Session:
             model.to(memory_format=torch.channels_last)
         precision = Precision(training.precision, device)
         targets = Targets(training, models.classes(model))
-        loss = _loss(job, model, targets.loss, precision)
+        loss = building.loss(job, model, targets.loss, precision)
         config = models.data_config(model)
         plain = data.eval_transform(config)
         world, rank = distributed.world_size(), distributed.rank()
@@ -114,7 +107,7 @@ class Session:
             job=job,
             device=device,
             model=model,
-            network=_network(job, model, device),
+            network=building.network(job, model, device),
             model_args=args,
             layers=layers,
             masks=masks,
@@ -129,7 +122,7 @@ class Session:
             validation=data.eval_loader(
                 data.split(job.data, "validation", plain, job.seed), 128, rank, world
             ),
-            plan=_plan(job, masks, len(sampler)),
+            plan=building.pruning_steps(job, masks, len(sampler)),
             held=Held(model, masks),
         )
         if resume is not None:
@@ -263,77 +256,3 @@ def seed_everything(*parts: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
-    network: nn.Module = model
-    if distributed.active():
-        network = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
-    return cast(nn.Module, torch.compile(network)) if job.training.compile else network
-
-
-def _loss(
-    job: TrainJob, model: nn.Module, loss: Loss, precision: Precision
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """The loss of (outputs, targets, images), with the teacher's part if there is one."""
-    settings = job.training.distill
-    if settings is not None:
-        return Distillation(settings, _teacher(job), model, precision).wrap(loss)
-    return lambda outputs, targets, images: loss(outputs, targets)
-
-
-def _teacher(job: TrainJob) -> nn.Module:
-    assert job.training.distill is not None, "only distillation has a teacher"
-    name = job.training.distill.teacher
-    place = job.model.checkpoint if name == "dense" else name
-    if place is None:
-        raise InputError("training.distill.teacher", name, "the model starts from no weights; name a teacher")
-    if timm.is_model(place.split(".")[0]) and "/" not in place:
-        try:
-            teacher: nn.Module = timm.create_model(place, pretrained=True)
-            return teacher
-        except RuntimeError as error:
-            raise InputError("training.distill.teacher", name, first_line(error)) from None
-    return load_checkpoint(place, key="training.distill.teacher").model
-
-
-def _plan(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
-    """Steps that begin with a pruning step, and the sparsity it reaches."""
-    if job.pruning is None:
-        return {}
-    schedule = job.pruning.schedule
-    if schedule.kind == "constant":
-        found = masks.sparsity if masks is not None else 0.0
-        if abs(found - job.pruning.sparsity) > 1e-3:
-            expected = f"constant holds what the checkpoint has, which is {found:.4g}"
-            raise InputError("pruning.sparsity", job.pruning.sparsity, expected)
-    length = job.training.epochs * (per_epoch if schedule.unit == "steps" else 1)
-    times = pruning_plan(schedule, job.pruning.sparsity, length)
-    return {
-        time * (1 if schedule.unit == "steps" else per_epoch): sparsity for time, sparsity in times.items()
-    }
-
-
-def _load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:
-    drop_path = job.training.drop_path
-    source = str(resume) if resume is not None else job.model.checkpoint
-    if source is None:
-        settings = job.model
-        if drop_path is not None:
-            settings = settings.model_copy(update={"args": {**settings.args, "drop_path_rate": drop_path}})
-        return models.build_model(settings, job.data), dict(job.model.args), None
-    extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
-    try:
-        loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None, **extra)
-    except InputError as error:
-        if not extra or "drop_path" not in error.expected:
-            raise
-        raise InputError("training.drop_path", drop_path, "the model has no drop path") from None
-    if source.startswith("hf-hub:"):
-        return loaded.model, {}, loaded.masks
-    with local_copy(source) as folder:
-        return loaded.model, folder_format.model_args(folder), loaded.masks

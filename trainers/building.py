@@ -1,0 +1,98 @@
+"""From a job to the parts of a session: the model, what is trained of it, its loss, its pruning steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pruners.errors import InputError, first_line
+from pruners.masks import MaskSet
+from trainers import checkpoint as folder_format
+from trainers import distributed, models
+from trainers.checkpoint import load_checkpoint
+from trainers.config import TrainJob
+from trainers.learning import Distillation, Loss, Precision
+from trainers.schedules import pruning_plan
+from trainers.storage import local_copy
+
+
+def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
+    """What is trained: the model in DDP where there are several workers, compiled if asked."""
+    wrapped: nn.Module = model
+    if distributed.active():
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    return cast(nn.Module, torch.compile(wrapped)) if job.training.compile else wrapped
+
+
+def loss(
+    job: TrainJob, model: nn.Module, labelled: Loss, precision: Precision
+) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """The loss of (outputs, targets, images), with the teacher's part if there is one."""
+    settings = job.training.distill
+    if settings is not None:
+        return Distillation(settings, _teacher(job), model, precision).wrap(labelled)
+    return lambda outputs, targets, images: labelled(outputs, targets)
+
+
+def _teacher(job: TrainJob) -> nn.Module:
+    assert job.training.distill is not None, "only distillation has a teacher"
+    name = job.training.distill.teacher
+    place = job.model.checkpoint if name == "dense" else name
+    if place is None:
+        raise InputError("training.distill.teacher", name, "the model starts from no weights; name a teacher")
+    if timm.is_model(place.split(".")[0]) and "/" not in place:
+        try:
+            teacher: nn.Module = timm.create_model(place, pretrained=True)
+            return teacher
+        except RuntimeError as error:
+            raise InputError("training.distill.teacher", name, first_line(error)) from None
+    return load_checkpoint(place, key="training.distill.teacher").model
+
+
+def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
+    """Steps that begin with a pruning step, and the sparsity it reaches."""
+    if job.pruning is None:
+        return {}
+    schedule = job.pruning.schedule
+    if schedule.kind == "constant":
+        found = masks.sparsity if masks is not None else 0.0
+        if abs(found - job.pruning.sparsity) > 1e-3:
+            expected = f"constant holds what the checkpoint has, which is {found:.4g}"
+            raise InputError("pruning.sparsity", job.pruning.sparsity, expected)
+    length = job.training.epochs * (per_epoch if schedule.unit == "steps" else 1)
+    times = pruning_plan(schedule, job.pruning.sparsity, length)
+    return {
+        time * (1 if schedule.unit == "steps" else per_epoch): sparsity for time, sparsity in times.items()
+    }
+
+
+def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:
+    """The model to start from, or to go on with: itself, the arguments that build it, its masks."""
+    drop_path = job.training.drop_path
+    source = str(resume) if resume is not None else job.model.checkpoint
+    if source is None:
+        settings = job.model
+        if drop_path is not None:
+            settings = settings.model_copy(update={"args": {**settings.args, "drop_path_rate": drop_path}})
+        return models.build_model(settings, job.data), dict(job.model.args), None
+    extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
+    try:
+        loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None, **extra)
+    except InputError as error:
+        if not extra or "drop_path" not in error.expected:
+            raise
+        raise InputError("training.drop_path", drop_path, "the model has no drop path") from None
+    if source.startswith("hf-hub:"):
+        return loaded.model, {}, loaded.masks
+    with local_copy(source) as folder:
+        return loaded.model, folder_format.model_args(folder), loaded.masks
