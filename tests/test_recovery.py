@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import timm
 import torch
-from image_tables import VIT_ARGS
+from image_tables import IMAGES, VIT_ARGS, table, write
 from training_runs import CPU, Log, make_files, make_job, same_files
 
 from pruners.errors import InputError
@@ -227,3 +228,27 @@ def test_every_sparsity_that_is_kept(files: dict[str, str], tmp_path: Path) -> N
     assert {key: row[key] for key in ("val_top1", "val_loss")} == {
         key: best[key] for key in ("val_top1", "val_loss")
     }
+
+
+def faulty(files: dict[str, str], folder: Path) -> dict[str, str]:
+    """Training images of which two cannot be decoded."""
+    content = table([i % 3 for i in range(50)]).to_pydict()
+    for row in (7, 20):
+        content["image"][row] = {"bytes": b"no image", "path": "x"}
+    broken = pa.table({"image": pa.array(content["image"], IMAGES), "label": content["label"]})
+    return {"train": write(folder / "faulty.parquet", broken), "validation": files["validation"]}
+
+
+def test_images_that_cannot_be_read_end_the_run(files: dict[str, str], tmp_path: Path) -> None:
+    job = make_job(files, {}, data=faulty(files, tmp_path))
+    with pytest.raises(InputError, match=r"faulty\.parquet, row (7|20) cannot be decoded"):
+        run(job, lambda progress: None, CPU)
+
+
+def test_or_are_skipped_and_counted(files: dict[str, str], tmp_path: Path) -> None:
+    data = {**faulty(files, tmp_path), "bad_images": "skip"}
+    log = Log(tmp_path)
+    run(make_job(files, {}, data=data), log, CPU)
+    assert [row["skipped_images"] for row in log.metrics] == [2, 4, 6, 8]  # two in each epoch
+    with pytest.raises(InputError, match=r"data\.bad_limit = 5.*6 images of training"):
+        run(make_job(files, {}, data={**data, "bad_limit": 5}), lambda progress: None, CPU)
