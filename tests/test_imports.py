@@ -18,8 +18,8 @@ FORBIDDEN = {
     "trainers": {"orchestration", "experiments"},
     "orchestration": {"experiments"},
     "experiments": set(PACKAGES),
-    # programs that use the house as anybody would, from the lower floors
-    "experiments/benchmarks": {"orchestration", "experiments", "ray", "mlflow", "optuna"},
+    # programs that use the house as anybody would
+    "experiments/benchmarks": {"experiments", "ray", "mlflow", "optuna"},
 }
 # third-party package: the only modules that import it
 CONFINED = {
@@ -90,7 +90,7 @@ def test_every_module_keeps_the_direction_of_imports() -> None:
         ("orchestration/tracking.py", "import optuna"),
         ("orchestration/deep/tracking.py", "import mlflow"),
         ("experiments/a.py", "import pruners"),
-        ("experiments/benchmarks/a.py", "from orchestration import cli"),
+        ("experiments/benchmarks/a.py", "import ray.train"),
         ("pruners/a.py", "\n" * 401),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("trainers/ray_worker.py", "import ray\nfrom ray import train\nimport pruners"),
         ("trainers/models.py", "import timm"),
         ("orchestration/launch.py", "import ray\nfrom trainers import loop\nimport pruners"),
-        ("experiments/benchmarks/a.py", "import pruners, trainers, timm"),
+        ("experiments/benchmarks/a.py", "import pruners, trainers, orchestration, timm"),
         ("orchestration/tracking.py", "import mlflow"),
         ("orchestration/registry.py", "from mlflow import MlflowClient"),
         ("orchestration/search_space.py", "import optuna"),

@@ -116,9 +116,7 @@ def timed_worker(config: dict[str, Any]) -> None:
     try:
         train_worker(config["job"])
     except Enough:
-        import ray.train
-
-        if ray.train.get_context().get_world_rank() == 0:
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             content = {"steps": steps, "first": config["first"]}
             Path(config["folder"], "steps.json").write_text(json.dumps(content))
 
