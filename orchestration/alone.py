@@ -33,13 +33,17 @@ def alone_here(place: str, name: str) -> Iterator[None]:
     file = Path(path) / "locks" / f"{name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     about = file.with_suffix(".json")
+    lock = FileLock(file)
     try:
-        with FileLock(file, timeout=0):
-            about.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-            yield
-            about.unlink(missing_ok=True)
+        lock.acquire(timeout=0)
     except Timeout:
         raise _refused(name, _read(about)) from None
+    try:
+        about.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        yield
+    finally:
+        about.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager

@@ -68,3 +68,29 @@ def client(mlflow_uri: str) -> MlflowClient:
     import mlflow
 
     return mlflow.MlflowClient(mlflow_uri)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Any]:
+    """Ray's head and one more node (``other``), a processor each; only the main thread may add nodes."""
+    from commands import Family
+    from ray.cluster_utils import Cluster
+
+    from orchestration.ports import LOOPBACK, free_port
+
+    before = set(Family(os.getpid(), tmp_path, "none").look())
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": True,
+        "dashboard_host": LOOPBACK,
+        "dashboard_port": free_port(8265),
+    }
+    made = Cluster(initialize_head=True, head_node_args=head)
+    family = Family(os.getpid(), tmp_path, "none")
+    try:
+        made.other = made.add_node(num_cpus=1)
+        family.look()
+        yield made
+    finally:
+        made.shutdown()
+        family.end(but=before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -136,3 +137,17 @@ def weights_after(done: Elimination, weights: Tensor, alive: Tensor, block: int,
         begun += columns.y.shape[1]
     result[done.order[block, :count]] = 0.0
     return torch.where(alive[block], result, 0.0)
+
+
+def assert_follows(
+    done: Elimination, block: int, expected: Surgery, problem: tuple[Tensor, Tensor], steps: int
+) -> None:
+    """A block fell as the oracle says, for up to ``steps``; ``problem``: weights (n, B), and who is alive."""
+    weights, alive = problem
+    count = min(len(expected.pivots), steps)
+    assert done.order[block, :count].tolist() == expected.pivots[:count]
+    assert done.losses[block, :count].tolist() == pytest.approx(expected.losses[:count], rel=1e-9)
+    assert (done.losses[block, count:] == torch.inf).all()
+    for step in range(count + 1):
+        found = weights_after(done, weights, alive, block, step)
+        torch.testing.assert_close(found, expected.weights[step], rtol=1e-5, atol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,7 @@ import pytest
 from commands import SMALL, Family, espalier, parent
 from conftest import Swept
 
-from orchestration.ports import LOOPBACK, free_port
-
 pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Any]:
-    """Head and one more node, each with one processor; nodes can be added from the main thread alone."""
-    from ray.cluster_utils import Cluster
-
-    before = set(Family(os.getpid(), tmp_path, "none").look())
-    head = {
-        "num_cpus": 1,
-        "include_dashboard": True,
-        "dashboard_host": LOOPBACK,
-        "dashboard_port": free_port(8265),
-    }
-    made = Cluster(initialize_head=True, head_node_args=head)
-    family = Family(os.getpid(), tmp_path, "none")
-    try:
-        made.add_node(num_cpus=1)
-        family.look()
-        yield made
-    finally:
-        made.shutdown()
-        family.end(but=before)
 
 
 def test_a_sweep_on_a_cluster_puts_a_worker_on_each_node(swept: Swept, cluster: Any, tmp_path: Path) -> None:

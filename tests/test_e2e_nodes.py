@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,11 @@ import pytest
 from commands import ELSEWHERE, MARK, Family
 from training_runs import CPU, Log, make_files, make_job
 
-from orchestration.ports import LOOPBACK, free_port
 from trainers.gradual import run
 
 DRIVE = Path(__file__).parent / "faults" / "drive.py"
 SECONDS = 300.0
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(900)]
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Any]:
-    """Head and one more node, a processor each."""
-    from ray.cluster_utils import Cluster
-
-    before = set(Family(os.getpid(), tmp_path, "none").look())
-    head = {
-        "num_cpus": 1,
-        "include_dashboard": True,
-        "dashboard_host": LOOPBACK,
-        "dashboard_port": free_port(8265),
-    }
-    made = Cluster(initialize_head=True, head_node_args=head)
-    family = Family(os.getpid(), tmp_path, "none")
-    try:
-        made.other = made.add_node(num_cpus=1)
-        family.look()
-        yield made
-    finally:
-        made.shutdown()
-        family.end(but=before)
 
 
 def start(folder: Path, address: str, training: dict[str, Any]) -> tuple[subprocess.Popen[str], Any]:

@@ -7,7 +7,15 @@ import torch
 from helpers import quick, threads
 from hypothesis import given
 from hypothesis import strategies as st
-from surgery import assert_idle_steps_do_nothing, blocks_of, eliminated, inverse_of, surgeon, weights_after
+from surgery import (
+    assert_follows,
+    assert_idle_steps_do_nothing,
+    blocks_of,
+    eliminated,
+    inverse_of,
+    surgeon,
+    weights_after,
+)
 from torch import Tensor
 
 from pruners import obs
@@ -46,13 +54,7 @@ def assert_surgery(
     for block in range(len(weights)):
         lost = 0.0 if before is None else float(before[block])
         expected = surgeon(weights[block], fisher[block], alive[block], loss=lost)
-        count = min(len(expected.pivots), steps)
-        assert done.order[block, :count].tolist() == expected.pivots[:count]
-        assert done.losses[block, :count].tolist() == pytest.approx(expected.losses[:count], rel=1e-9)
-        assert (done.losses[block, count:] == torch.inf).all()
-        for step in range(count + 1):
-            found = weights_after(done, weights, alive, block, step)
-            torch.testing.assert_close(found, expected.weights[step], rtol=1e-5, atol=1e-5)
+        assert_follows(done, block, expected, (weights, alive), steps)
 
 
 @both_paths

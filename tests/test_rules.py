@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from surgery import (
     Allowed,
+    assert_follows,
     assert_idle_steps_do_nothing,
     blocks_of,
     eliminated,
@@ -30,13 +31,7 @@ def assert_constrained_surgery(
     assert_idle_steps_do_nothing(done)
     for block, rule in enumerate(allowed):
         expected = surgeon(weights[block], fisher[block], alive[block], rule)
-        count = min(len(expected.pivots), done.order.shape[1])
-        assert done.order[block, :count].tolist() == expected.pivots[:count]
-        assert done.losses[block, :count].tolist() == pytest.approx(expected.losses[:count], rel=1e-9)
-        assert (done.losses[block, count:] == torch.inf).all()
-        for step in range(count + 1):
-            found = weights_after(done, weights, alive, block, step)
-            torch.testing.assert_close(found, expected.weights[step], rtol=1e-5, atol=1e-5)
+        assert_follows(done, block, expected, (weights, alive), done.order.shape[1])
 
 
 @given(

@@ -43,12 +43,16 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         tolerant: bool = False,
     ) -> None:
         self.store = store
-        self._transform = transform
+        self.transform = transform
         self._rows = np.arange(len(store)) if rows is None else rows
         self._tolerant = tolerant
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def through(self, transform: Transform) -> ImageTable:
+        """The same images, transformed in another way."""
+        return ImageTable(self.store, transform, self._rows, tolerant=self._tolerant)
 
     def where(self, index: int) -> str:
         """File and row of an image."""
@@ -60,10 +64,10 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         Raises:
             InputError: an image that cannot be decoded, by file and row.
         """
-        image, label, _ = self._readable(index)
-        return self._transform(image), label
+        image, label, _ = self.readable(index)
+        return self.transform(image), label
 
-    def _readable(self, index: int) -> tuple[Image.Image, int, int]:
+    def readable(self, index: int) -> tuple[Image.Image, int, int]:
         """An image, its label, and how many before it could not be decoded."""
         for skipped in range(_TRIES):
             at = (index + skipped) % len(self)
@@ -94,9 +98,9 @@ class TrainingImages(Dataset[tuple[Tensor, int, int]]):
         return len(self.images)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, int, int]:
-        image, label, skipped = self.images._readable(sample.row)
+        image, label, skipped = self.images.readable(sample.row)
         seed_augmentation(self._seed, sample)
-        return self.images._transform(image), label, skipped
+        return self.images.transform(image), label, skipped
 
 
 def seed_augmentation(seed: int, sample: Sample) -> None:

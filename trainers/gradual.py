@@ -11,11 +11,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pruners.allocation import Sharing, scale
-from pruners.costs import CostModel, cost_model
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
-from trainers import distributed, models, storage
+from trainers import distributed, storage
 from trainers.config import TrainJob
 from trainers.evaluate import Evaluation, evaluate
 from trainers.meter import Metrics
@@ -62,14 +61,13 @@ def run(
         notes: what the user should hear of, said with the first report.
     """
     session = Session.open(job, device, resume)
-    costs = cost_model(session.model, models.input_size(session.model))
     place: Metrics = {"kept_at": job.keep_folder}
     told: Metrics = {"notes": list(notes)} if notes else {}
     if session.step == session.steps:  # it ended before, and was not heard
         report(Progress(session.last | place | told, None))
     while session.step < session.steps:
         train_epoch(session, report, leaving)
-        session.last = end_epoch(session, costs)
+        session.last = end_epoch(session)
         done = session.step == session.steps
         due = done or session.epoch % job.training.checkpoint_every == 0
         report(Progress(session.last | place | told, _saver(session) if due else None))
@@ -91,7 +89,7 @@ def train_epoch(session: Session, report: Report, leaving: Callable[[], bool]) -
             report(Progress({"step": session.step}, _saver(session)))
 
 
-def end_epoch(session: Session, costs: CostModel) -> Metrics:
+def end_epoch(session: Session) -> Metrics:
     """Evaluate, keep the model if it is the best at a sparsity that is kept, and say how things stand."""
     job, meter = session.job, session.meter
     meter.settle()
@@ -108,7 +106,7 @@ def end_epoch(session: Session, costs: CostModel) -> Metrics:
         "lr": meter.rates[-1],
         "score": result.score if at_target else -1.0,  # only at the final sparsity trials compare
         "recovery_epochs": session.recovery_epochs if at_target else 0,
-        **costs.at(session.masks.pruned() if session.masks is not None else {}).as_dict(),
+        **session.costs.at(session.pruned_weights).as_dict(),
         "step_loss": meter.losses,
         "step_lr": meter.rates,
         **meter.facts,

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pruners.base import Pruner
-from pruners.costs import count_costs
+from pruners.costs import CostModel, cost_model
 from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from trainers import building, data, distributed, models, state
@@ -53,6 +53,7 @@ class Session:
     network: nn.Module
     model_args: dict[str, Any]
     layers: list[PrunableLayer]
+    costs: CostModel
     masks: MaskSet | None
     optimizer: torch.optim.Optimizer
     precision: Precision
@@ -94,8 +95,9 @@ class Session:
         config = models.data_config(model)
         plain = data.eval_transform(config)
         world, rank = distributed.world_size(), distributed.rank()
+        images = data.split(job.data, "train", plain, job.seed)
         train, sampler = data.train_loader(
-            data.split(job.data, "train", data.train_transform(config, training.augment), job.seed),
+            images.through(data.train_transform(config, training.augment)),
             training.batch_size,
             rank=rank,
             world=world,
@@ -110,6 +112,7 @@ class Session:
             network=building.network(job, model, device),
             model_args=args,
             layers=layers,
+            costs=cost_model(model, models.input_size(model)),
             masks=masks,
             optimizer=make_optimizer(training, model),
             precision=precision,
@@ -118,7 +121,7 @@ class Session:
             loss=loss,
             train=train,
             sampler=sampler,
-            images=data.split(job.data, "train", plain, job.seed),
+            images=images,
             validation=data.eval_loader(
                 data.split(job.data, "validation", plain, job.seed), 128, rank, world
             ),
@@ -149,6 +152,11 @@ class Session:
         if self.job.pruning is not None and not self.plan:
             return self.job.pruning.sparsity
         return max((sparsity for step, sparsity in self.plan.items() if step < self.step), default=0.0)
+
+    @property
+    def pruned_weights(self) -> dict[str, int]:
+        """Of each layer."""
+        return self.masks.pruned() if self.masks is not None else {}
 
     @property
     def sparsity(self) -> float:
@@ -199,13 +207,13 @@ class Session:
         Args:
             whole: with what is needed to go on from it.
         """
-        pruned = self.masks.pruned() if self.masks is not None else {}
+        pruned = self.pruned_weights
         record = {
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
             "figures": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
-            "costs": count_costs(self.model, models.input_size(self.model), pruned).as_dict(),
+            "costs": self.costs.at(pruned).as_dict(),
             "recipe": self.job.model_dump(mode="json", include={"seed", "training", "pruning"}),
             **self.job.lineage,
         }

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pruners.errors import first_line
+from trainers.storage import resolve
 from trainers.tables import decode, table_files
 
 _NAMED = 1000  # bad rows of a part that are kept by name
@@ -74,7 +75,7 @@ def survey(uri: str, processes: int) -> Iterator[tuple[int, int, Survey]]:
 
 def _look(uri: str, file: str, group: int) -> Survey:
     """One row group of a file."""
-    system, _ = table_files(uri, "PATH")
+    system, _ = resolve(uri, "PATH")
     found, name = Survey(), Path(file).name
     try:
         with system.open_input_file(file) as source:
