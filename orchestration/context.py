@@ -92,12 +92,21 @@ class Allocated:
 
 
 @dataclass(frozen=True)
-class Recovered:
-    """The best gradual run of a method: its checkpoint, MLflow run and registered version."""
+class Kept:
+    """The best model at a sparsity: its checkpoint, its top-1 on validation, its registered version."""
 
     checkpoint: str
-    record: TrialRecord
+    validation: float
     version: str
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The best gradual run of a method, the model it ended with, and those kept on the way (``0.5`` …)."""
+
+    record: TrialRecord
+    end: Kept
+    kept: dict[str, Kept]
     trials: list[TrialRecord]
 
 

@@ -16,7 +16,7 @@ from ray import tune
 
 from orchestration import plots, registry, remote
 from orchestration.config import Recipe, digest
-from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
+from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep, content_hash
 from orchestration.jobs import dense_job, gradual_job
 from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.recipes import flatten, get
@@ -225,7 +225,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
         with without_trainer_state(best.checkpoint) as clean:
             storage.upload(clean, recovered)
     version = runs.register(recipe.registered_model, best, recovered)
-    kept = _keep(sweep, runs, best, method, folder)
+    kept = _keep(sweep, runs, best, folder)
     if not known:
         runs.figure(plots.trial_history(log.trials, f"{method}: gradual runs", dense.top1), "history")
     runs.close(best)
@@ -233,14 +233,17 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     sweep.display.finished(
         f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "
         f"best {_percent(best)} on validation at {100 * best.metrics['sparsity']:.1f} %, version {version}"
-        + "".join(f"; {line}" for line in kept)
+        + "".join(
+            f"; {100 * float(level):g} %: {100 * one.validation:.1f} %, version {one.version}"
+            for level, one in kept.items()
+        )
     )
-    return Recovered(recovered, best, version, log.trials)
+    return Recovered(best, Kept(recovered, best.metrics["val_top1"], version), kept, log.trials)
 
 
-def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, method: str, folder: str) -> list[str]:
+def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, folder: str) -> dict[str, Kept]:
     """The best run's models at the sparsities on the way: copied, logged and registered, each as its own."""
-    told = []
+    found = {}
     for level, figures in best.kept.items():
         if best.checkpoint is None or figures["checkpoint"] == best.checkpoint:
             continue
@@ -248,8 +251,8 @@ def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, method: str, folder:
         if not storage.exists(f"{target}/{RECORD}"):
             storage.copy(figures["checkpoint"], target)
         version = runs.register(sweep.recipe.registered_model, best, target, name=f"kept-{level}")
-        told.append(f"{100 * float(level):g} %: {100 * figures['val_top1']:.1f} %, version {version}")
-    return told
+        found[level] = Kept(target, figures["val_top1"], version)
+    return found
 
 
 def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:

@@ -19,7 +19,10 @@ from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
 
 @dataclass(frozen=True)
 class Row:
-    """A method's figures; accuracies are of ``part``, in 0…1."""
+    """Figures of a method's model: the one at the end, or one ``kept`` on the way there.
+
+    Accuracies are of ``part``, in 0…1.
+    """
 
     method: str
     allocation: str
@@ -37,6 +40,7 @@ class Row:
     checkpoint: str
     run: str
     version: str
+    kept: bool = False
 
 
 def make_rows(
@@ -47,30 +51,40 @@ def make_rows(
 ) -> list[Row]:
     """Measure all models on test (validation where the data has no test images), each one once."""
     part = "test" if sweep.data.test is not None else "validation"
+    models = {method: [*found.kept.values(), found.end] for method, found in recovered.items()}
     one_shot = {method: found.checkpoint for method, found in allocated.items() if found is not None}
-    places = [dense.checkpoint, *one_shot.values(), *(found.checkpoint for found in recovered.values())]
+    places = [
+        dense.checkpoint,
+        *one_shot.values(),
+        *(one.checkpoint for some in models.values() for one in some),
+    ]
     top1 = _measure(sweep, places, part)
     rows = []
     for method, found in recovered.items():
-        record = storage.read_json(f"{found.checkpoint}/{RECORD}")
         before = allocated[method]
-        rows.append(
-            Row(
-                method=method,
-                allocation=before.name if before is not None else "own",
-                part=part,
-                dense=top1[dense.checkpoint],
-                one_shot=top1[before.checkpoint] if before is not None else None,
-                recovered=top1[found.checkpoint],
-                validation=found.record.metrics["val_top1"],
-                sparsity=record["sparsity"],
-                **record["costs"],
-                bytes=sum(storage.size(f"{found.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
-                checkpoint=found.checkpoint,
-                run=sweep.tracker.link(found.record.run_id or sweep.run),
-                version=found.version,
+        for model in models[method]:
+            record = storage.read_json(f"{model.checkpoint}/{RECORD}")
+            ends = model is found.end
+            rows.append(
+                Row(
+                    method=method,
+                    allocation=before.name if before is not None else "own",
+                    part=part,
+                    dense=top1[dense.checkpoint],
+                    one_shot=top1[before.checkpoint] if before is not None and ends else None,
+                    recovered=top1[model.checkpoint],
+                    validation=model.validation,
+                    sparsity=record["sparsity"],
+                    **record["costs"],
+                    bytes=sum(
+                        storage.size(f"{model.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)
+                    ),
+                    checkpoint=model.checkpoint,
+                    run=sweep.tracker.link(found.record.run_id or sweep.run),
+                    version=model.version,
+                    kept=not ends,
+                )
             )
-        )
     return rows
 
 
@@ -118,6 +132,8 @@ def print_end(console: Console, sweep: Sweep, rows: Sequence[Row], champion: Row
     """The table, the links, and what to do next."""
     console.print(table(rows))
     for row in rows:
+        if row.kept:  # the same run as its method's last model
+            continue
         console.print(f"{row.method}: {row.run}", highlight=False, soft_wrap=True)
     model = sweep.recipe.registered_model
     place = champion.checkpoint.removeprefix("file://")

@@ -59,7 +59,8 @@ def run_sweep(
             }
             rows = make_rows(sweep, dense, allocated, recovered)
             # validation chooses the champion; test images have no say
-            champion = max(rows, key=lambda row: recovered[row.method].record.score or 0.0)
+            ends = [row for row in rows if not row.kept]
+            champion = max(ends, key=lambda row: recovered[row.method].record.score or 0.0)
             registry.crown(tracker, recipe.registered_model, champion.version)
             _log_results(sweep, dense, allocated, recovered, rows)
             tracker.close("FINISHED")
@@ -91,7 +92,8 @@ def _log_results(
     sweep.tracker.table(sweep.run, as_json(rows), "results.json")
     for row in rows:
         figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
-        named = {f"{row.method}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
+        level = f".{100 * row.sparsity:.0f}" if row.kept else ""
+        named = {f"{row.method}{level}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
         sweep.tracker.metrics(sweep.run, named)
 
 

@@ -13,12 +13,14 @@ from helpers import quick
 from hypothesis import given
 from hypothesis import strategies as st
 from image_tables import IMAGES, png, table, write
+from PIL import Image
 from torch.utils.data import Dataset
+from torchvision import transforms
 
 from pruners.errors import InputError
 from trainers import data
+from trainers.augment import Augment, Normalise
 from trainers.config import AugmentSettings, DataSettings
-from trainers.session import seed_everything
 
 CONFIG: dict[str, Any] = {
     "input_size": (3, 16, 16),
@@ -96,10 +98,18 @@ def test_pixels_are_those_of_the_image(tmp_path: Path) -> None:
     assert label == 1
 
 
+def training_pixels(
+    image: Image.Image, settings: AugmentSettings, count: int = 1, seed: int = 0
+) -> torch.Tensor:
+    """What a training step makes of an image, several times."""
+    augment, normalise = Augment(CONFIG, settings), Normalise(CONFIG, settings, torch.device("cpu"))
+    pixels, rectangles = zip(*(augment(image, seed + n) for n in range(count)), strict=True)
+    return normalise(torch.stack(pixels), torch.stack(rectangles))
+
+
 def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> None:
     image = data.decode(png(0))
-    plain = data.train_transform(CONFIG, AugmentSettings())(image)
-    assert torch.allclose(plain, data.eval_transform(CONFIG)(image), atol=1e-6)
+    assert torch.equal(training_pixels(image, AugmentSettings())[0], data.eval_transform(CONFIG)(image))
 
 
 @pytest.mark.parametrize(
@@ -113,17 +123,27 @@ def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> N
     ],
 )
 def test_augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]) -> None:
-    transform = data.train_transform(CONFIG, AugmentSettings.model_validate(augment))
     image = data.decode(png(0))
 
     def seen(seed: int) -> torch.Tensor:
-        seed_everything(seed)
-        return torch.stack([transform(image) for _ in range(8)])
+        return training_pixels(image, AugmentSettings.model_validate(augment), 8, seed)
 
     assert seen(0).shape == (8, 3, 16, 16)
     assert torch.equal(seen(0), seen(0))
     plain = data.eval_transform(CONFIG)(image)
     assert any(not torch.allclose(one, plain, atol=1e-6) for one in seen(0))
+
+
+def test_pixels_are_erased_as_torchvision_does() -> None:
+    """The same draws, the same rectangle: on normalised images, after all else."""
+    image = data.decode(png(0))
+    theirs = transforms.Compose([data.eval_transform(CONFIG), transforms.RandomErasing(0.7)])
+    expected = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected.append(theirs(image))
+    assert torch.equal(training_pixels(image, AugmentSettings(erasing=0.7), 20), torch.stack(expected))
+    assert 5 < sum(bool((one == 0).any()) for one in expected) < 20
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:

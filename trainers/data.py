@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,13 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import transforms
 
 from pruners.errors import InputError
-from trainers.config import AugmentSettings, DataSettings
+from trainers.augment import Augment, sample_seed
+from trainers.config import DataSettings
 from trainers.sampling import EpochBatches, Sample
 from trainers.store import Store
 from trainers.tables import decode
@@ -43,16 +41,12 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         tolerant: bool = False,
     ) -> None:
         self.store = store
-        self.transform = transform
+        self._transform = transform
         self._rows = np.arange(len(store)) if rows is None else rows
         self._tolerant = tolerant
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    def through(self, transform: Transform) -> ImageTable:
-        """The same images, transformed in another way."""
-        return ImageTable(self.store, transform, self._rows, tolerant=self._tolerant)
 
     def where(self, index: int) -> str:
         """File and row of an image."""
@@ -65,7 +59,7 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
             InputError: an image that cannot be decoded, by file and row.
         """
         image, label, _ = self.readable(index)
-        return self.transform(image), label
+        return self._transform(image), label
 
     def readable(self, index: int) -> tuple[Image.Image, int, int]:
         """An image, its label, and how many before it could not be decoded."""
@@ -83,67 +77,28 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         )
 
 
-class TrainingImages(Dataset[tuple[Tensor, int, int]]):
-    """Images as training sees them; an item is (image tensor, label, images skipped for it).
+class TrainingImages(Dataset[tuple[Tensor, Tensor, int, int]]):
+    """Images as training sees them; an item is (pixels, rectangle to erase, label, images skipped for it).
 
     Augmentation is drawn from (seed, epoch, image), so that it depends neither on the number of workers and
     processes nor on what was read before.
     """
 
-    def __init__(self, images: ImageTable, seed: int) -> None:
-        self.images = images
-        self._seed = seed
+    def __init__(self, images: ImageTable, augment: Augment, seed: int) -> None:
+        self._images, self._augment, self._seed = images, augment, seed
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._images)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, int]:
-        image, label, skipped = self.images.readable(sample.row)
-        seed_augmentation(self._seed, sample)
-        return self.images.transform(image), label, skipped
-
-
-def seed_augmentation(seed: int, sample: Sample) -> None:
-    """Seed what transforms draw from. Two cheap mixes of 64 bits, as it is done for each image."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + sample.epoch * 0xBF58476D1CE4E5B9 + sample.row) & _BITS
-    mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & _BITS
-    mixed ^= mixed >> 29
-    torch.default_generator.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed & 0xFFFFFFFF)
-
-
-_BITS = (1 << 64) - 1
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor, int, int]:
+        image, label, skipped = self._images.readable(sample.row)
+        return *self._augment(image, sample_seed(self._seed, sample)), label, skipped
 
 
 def eval_transform(data_config: dict[str, Any]) -> Transform:
     """timm's own evaluation transform, so that plain timm sees the very same pixels."""
     transform: Transform = create_transform(**data_config, is_training=False)
     return transform
-
-
-def train_transform(data_config: dict[str, Any], augment: AugmentSettings) -> Transform:
-    """Resize or crop, augment, normalise."""
-    size = tuple(data_config["input_size"][1:])
-    mean, std = data_config["mean"], data_config["std"]
-    steps: list[Any] = []
-    if augment.scale is not None:
-        bicubic = transforms.InterpolationMode.BICUBIC
-        steps.append(transforms.RandomResizedCrop(size, scale=augment.scale, interpolation=bicubic))
-    else:
-        steps.append(transforms.Resize(size))
-    if augment.shift:
-        steps.append(transforms.RandomCrop(size, padding=augment.shift))
-    if augment.flip:
-        steps.append(transforms.RandomHorizontalFlip(augment.flip))
-    if augment.rand_augment is not None:
-        fill = tuple(round(255 * channel) for channel in mean)
-        steps.append(rand_augment_transform(augment.rand_augment, {"img_mean": fill}))
-    steps += [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    if augment.erasing:
-        steps.append(transforms.RandomErasing(augment.erasing))
-    composed: Transform = transforms.Compose(steps)
-    return composed
 
 
 def split(data: DataSettings, part: str, transform: Transform, seed: int) -> ImageTable:
@@ -173,7 +128,15 @@ def images(uri: str, transform: Transform, *, key: str) -> ImageTable:
 
 
 def train_loader(
-    table: ImageTable, batch: int, *, rank: int, world: int, seed: int, processes: int, pin: bool = False
+    table: ImageTable,
+    augment: Augment,
+    batch: int,
+    *,
+    rank: int,
+    world: int,
+    seed: int,
+    processes: int,
+    pin: bool = False,
 ) -> tuple[Batches, EpochBatches]:
     """Shuffled batches of one worker, and the sampler that says which epoch they are of.
 
@@ -183,7 +146,7 @@ def train_loader(
     """
     sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed)
     loader: Batches = DataLoader(
-        TrainingImages(table, seed),
+        TrainingImages(table, augment, seed),
         batch_sampler=sampler,
         num_workers=processes,
         persistent_workers=processes > 0,

@@ -19,6 +19,7 @@ from pruners.costs import CostModel, cost_model
 from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from trainers import building, data, distributed, models, state
+from trainers.augment import Augment, Normalise
 from trainers.checkpoint import save_checkpoint
 from trainers.config import TrainJob
 from trainers.learning import (
@@ -61,6 +62,7 @@ class Session:
     targets: Targets
     loss: Callable[[Any, Tensor, Tensor], Tensor]
     train: data.Batches
+    normalise: Normalise
     sampler: EpochBatches
     images: data.ImageTable
     validation: data.Batches
@@ -97,7 +99,8 @@ class Session:
         world, rank = distributed.world_size(), distributed.rank()
         images = data.split(job.data, "train", plain, job.seed)
         train, sampler = data.train_loader(
-            images.through(data.train_transform(config, training.augment)),
+            images,
+            Augment(config, training.augment),
             training.batch_size,
             rank=rank,
             world=world,
@@ -120,6 +123,7 @@ class Session:
             targets=targets,
             loss=loss,
             train=train,
+            normalise=Normalise(config, training.augment, device),
             sampler=sampler,
             images=images,
             validation=data.eval_loader(

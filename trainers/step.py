@@ -29,7 +29,8 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     training, optimizer, scaler = session.job.training, session.optimizer, session.precision.scaler
     seed_everything(session.job.seed, session.step, distributed.rank())
     rate = _set_rate(session)
-    images, labels, skipped = (part.to(session.device, non_blocking=True) for part in batch)
+    pixels, rectangles, labels, skipped = (part.to(session.device, non_blocking=True) for part in batch)
+    images = session.normalise(pixels, rectangles)
     if training.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     share = session.sampler.share(session.step % len(session.sampler))

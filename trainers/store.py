@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 from pyarrow import fs
@@ -64,7 +65,11 @@ class Store:
         facts = json.loads(_facts_of(self._path).read_text())
         self.left_out: list[str] = facts["left_out"]
         self._files: list[tuple[str, int]] = facts["files"]
-        self._chunks = table["image"].chunks
+        cells = table["image"]
+        # of a cell {bytes, path} the bytes alone are wanted, image for image
+        self._chunks = (
+            cells if not pa.types.is_struct(cells.type) else pc.struct_field(cells, "bytes")
+        ).chunks
         self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
         self.labels = table["label"].to_numpy()
         self._rows = table["row"]
@@ -73,7 +78,7 @@ class Store:
         return len(self.labels)
 
     def cell(self, row: int) -> Any:
-        """What the column ``image`` holds: ``{bytes, path}`` or plain bytes."""
+        """The encoded image of a row, as the column ``image`` holds it."""
         chunk = int(np.searchsorted(self._ends, row, side="right"))
         return self._chunks[chunk][row - int(self._ends[chunk]) + len(self._chunks[chunk])].as_py()
 

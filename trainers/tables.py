@@ -28,6 +28,10 @@ _BROKEN = (
 )
 
 
+# cameras leave the pixels as they came, and note here how they held it
+_TURNED = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
+
+
 def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data") -> pa.Table:
     """Read a Parquet file, or all ``*.parquet`` of a folder in the order of their names.
 
@@ -140,7 +144,7 @@ def decode(cell: object) -> Image.Image:
         raise TypeError("no bytes")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
-        if image.format == "JPEG":  # cameras leave the pixels as they came, and note how they held it
+        if image.format in ("JPEG", "MPO") and not _TURNED.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "RGB":
             image.load()
