@@ -18,7 +18,7 @@ from trainers import distributed, storage
 from trainers.config import TrainJob
 from trainers.evaluate import Evaluation, evaluate
 from trainers.meter import Metrics
-from trainers.prune_step import Goal, StepReport, ordering, prune_step
+from trainers.prune_step import Goal, StepReport, ordering, prune_step, sharing_of
 from trainers.session import Session
 from trainers.step import train_step
 
@@ -31,7 +31,7 @@ _ASK, _SAVE = 1, 2
 class Progress:
     """What is reported after each epoch; ``save`` writes the checkpoint folder when one is due.
 
-    Within an epoch ``metrics`` hold the step alone.
+    Within an epoch ``metrics`` hold no ``epoch``, but the step, and by what the last epoch is judged.
     """
 
     metrics: Metrics
@@ -86,7 +86,7 @@ def train_epoch(session: Session, report: Report, leaving: Callable[[], bool]) -
         session.step += 1
         if session.step % per_epoch and _due(session, leaving):
             session.meter.settle()
-            report(Progress({"step": session.step}, _saver(session)))
+            report(Progress(_between(session), _saver(session)))
 
 
 def end_epoch(session: Session) -> Metrics:
@@ -114,6 +114,14 @@ def end_epoch(session: Session) -> Metrics:
     meter.next_epoch()
     _keep(session, metrics, result)
     return metrics | {"kept": dict(session.kept)}
+
+
+def _between(session: Session) -> Metrics:
+    """What is said of a checkpoint within an epoch: who compares runs always finds what it compares by."""
+    judged = {
+        key: session.last.get(key, unknown) for key, unknown in (("score", -1.0), ("recovery_epochs", 0))
+    }
+    return {"step": session.step, **judged}
 
 
 def _due(session: Session, leaving: Callable[[], bool]) -> bool:
@@ -158,8 +166,7 @@ def _prune(session: Session, sparsity: float) -> None:
     pruner = create_pruner(job.method, **settings.options(job.method))
     masks = session.masks or MaskSet.dense(session.model, session.layers)
     total = max(pattern_budget(session.layers, sparsity, pruner.form, masks), sum(masks.pruned().values()))
-    scope = settings.scope or pruner.scope
-    target: dict[str, int] | Sharing = Sharing(scope, settings.floor, settings.ceiling, settings.table)
+    target: dict[str, int] | Sharing = sharing_of(settings, pruner)
     if job.allocation is not None:
         last = sparsity == settings.sparsity
         unit = pruner.form.unit
