@@ -226,7 +226,7 @@ def _check_space(recipe: Recipe) -> None:
 
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
-    changed = with_values(recipe, values)
+    changed = with_values(recipe, recipe.schedule.active(values))
     _check_schedule(changed)
     if changed.recovery != recipe.recovery:
         _check_training(changed.recovery, "recovery")

@@ -35,14 +35,16 @@ _QUIET = {
 # the next trial waits for ever.
 _STATE_API = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORT = 8265
+_STARTS = 3
 
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add."""
+    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add, and its nodes of now."""
 
     cpus: float
     gpus: float
+    nodes: int = 1
 
     def training_runs(self, resources: Resources) -> int:
         """How many training runs fit at once.
@@ -143,7 +145,19 @@ def _own_signals() -> Iterator[None]:
 
 
 def _start_local() -> None:
-    """A cluster of this machine's processors, the dashboard on loopback, other ports behind a token."""
+    """A cluster on this machine; another port is tried where somebody else was quicker to take the one."""
+    for left in range(_STARTS - 1, -1, -1):
+        try:
+            _start_at_free_port()
+            return
+        except Exception as error:  # Ray raises its own log as a plain one
+            if not left or "address already in use" not in str(error):
+                raise
+            ray.shutdown()
+
+
+def _start_at_free_port() -> None:
+    """All of this machine's processors, the dashboard on loopback, other ports behind a token."""
     port = free_port(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
@@ -173,4 +187,5 @@ def _size() -> ClusterSize:
     return ClusterSize(
         cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
         gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
+        nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
     )

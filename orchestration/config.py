@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -18,14 +20,17 @@ from trainers.config import (
     TrainingSettings,
 )
 
+Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
+
 
 class Distribution(Settings):
-    """Where a searched value comes from; exactly one of the four."""
+    """Where a searched value comes from; exactly one of the four, and ``when`` it is searched at all."""
 
     uniform: tuple[float, float] | None = None
     log: tuple[float, float] | None = Field(None, description="log-uniform")
     integer: tuple[int, int] | None = Field(None, description="both ends included")
     choice: tuple[float | int | str, ...] | None = Field(None, min_length=1)
+    when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
 
     @model_validator(mode="after")
     def _one(self) -> Distribution:
@@ -39,17 +44,43 @@ class Distribution(Settings):
             raise ValueError("log needs positive bounds")
         return self
 
+    def values(self) -> tuple[Any, ...]:
+        """Of a choice or an integer: all that it can be."""
+        if self.integer is not None:
+            return tuple(range(self.integer[0], self.integer[1] + 1))
+        return self.choice or ()
+
 
 class AllocationSearch(Settings):
-    """Cheap one-shot trials over the sparsity of stages and modules; 0 trials keep the method's own."""
+    """Cheap one-shot trials over the sparsity of parts of the model; 0 trials keep the method's own.
 
-    trials: int = Field(30, ge=0)
-    by: tuple[Literal["stage", "module"], ...] = Field(("stage", "module"), min_length=1)
+    A trial is evaluated on ``first_images``, then on ``reduction`` times as many and so on up to ``images``;
+    of the trials that come to each of these ends one in ``reduction`` goes on.
+    """
+
+    trials: int = Field(30, ge=0, description="for each sparsity")
+    sparsities: tuple[Share, ...] = Field(
+        (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
+    )
+    by: tuple[Literal["stage", "module", "group", "layer"], ...] = Field(
+        ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
+    )
     range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Sampler = "tpe"
     images: int = Field(2000, ge=1, description="validation images of a trial, at most")
+    first_images: int | None = Field(None, ge=1, description="default: all at once")
+    reduction: int = Field(2, ge=2)
     cpus_per_trial: float = Field(1.0, gt=0.0)
     gpus_per_trial: float = Field(0.0, ge=0.0)
+
+    def rungs(self, images: int) -> list[int]:
+        """How many of ``images`` a trial has seen at each of its ends."""
+        most = min(self.images, images)
+        ends, end = [], self.first_images or most
+        while end < most:
+            ends.append(end)
+            end *= self.reduction
+        return [*ends, most]
 
 
 class ScheduleSearch(Settings):
@@ -57,8 +88,10 @@ class ScheduleSearch(Settings):
 
     trials: int = Field(4, ge=1)
     space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
-    sampler: Literal["tpe", "random"] = "tpe"
-    stop_early: bool = Field(True, description="ASHA, over the epochs at the final sparsity")
+    sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha", description="what stops trials early, by their epochs at the final sparsity"
+    )
     grace_epochs: int = Field(
         1, ge=1, description="epochs at the final sparsity before a trial may be stopped"
     )
@@ -67,14 +100,35 @@ class ScheduleSearch(Settings):
     @property
     def runs(self) -> int:
         """Gradual runs of a method: without a space they would all be the same one."""
-        return self.trials if self.space else 1
+        if not self.space:
+            return 1
+        return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the space's values."""
+        combinations = itertools.product(*(one.values() for one in self.space.values()))
+        return [dict(zip(self.space, values, strict=True)) for values in combinations]
 
     @model_validator(mode="after")
     def _space_of_keys(self) -> ScheduleSearch:
         for key in self.space:
             if key.split(".")[0] not in {"recovery", "pruning"}:
                 raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
+        for key, one in self.space.items():
+            if self.sampler == "grid" and one.choice is None and one.integer is None:
+                raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
+            for other in one.when:
+                if other not in self.space or other == key:
+                    raise ValueError(f"space.{key}: when names {other}, which must be another searched key")
         return self
+
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a proposal is meant: keys whose conditions are not met keep the recipe's value."""
+        return {
+            key: value
+            for key, value in values.items()
+            if all(values.get(other, wanted) == wanted for other, wanted in self.space[key].when.items())
+        }
 
 
 class WorkerRange(Settings):
@@ -142,6 +196,8 @@ class Recipe(Settings):
             raise ValueError("dense: needed, as the model has neither pretrained weights nor a checkpoint")
         if self.model.checkpoint is not None and self.dense is not None:
             raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
+        for sparsity in self.allocation.sparsities:
+            self.pruning.check_reach(sparsity, "allocation.sparsities")
         for key, settings in (("dense", self.dense), ("recovery", self.recovery)):
             if settings is not None and settings.batch_size < self.resources.most:
                 raise ValueError(
@@ -149,6 +205,13 @@ class Recipe(Settings):
                     f"resources.workers ({self.resources.most})"
                 )
         return self
+
+    @property
+    def allocated_sparsities(self) -> list[float]:
+        """Those that an allocation is searched for, ascending."""
+        if not self.allocation.trials:
+            return []
+        return sorted({self.pruning.sparsity, *self.allocation.sparsities})
 
     @property
     def registered_model(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,16 @@ class Sweep:
         remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)
         return remote, "cuda" if gpus else "cpu"
 
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[str]:
+        """Where Tune and Train keep their own state while they run; nobody reads it again."""
+        uri = f"{self.storage}/scratch/{name}"
+        storage.remove(uri)
+        try:
+            yield uri
+        finally:
+            storage.remove(uri)
+
     def tags(self, phase: str, method: str = "") -> dict[str, str]:
         found = {
             "espalier.sweep": self.recipe.name,
@@ -58,10 +69,17 @@ class Sweep:
         return found | ({"espalier.method": method} if method else {})
 
     def runs(
-        self, log: TrialLog, phase: str, params: Mapping[str, Any], method: str = "", *, done: bool = False
+        self,
+        log: TrialLog,
+        phase: str,
+        params: Mapping[str, Any],
+        method: str = "",
+        *,
+        kind: type[TrialRuns] = TrialRuns,
+        done: bool = False,
     ) -> TrialRuns:
         """The MLflow runs of a phase."""
-        return TrialRuns(
+        return kind(
             self.tracker,
             self.display,
             log,
@@ -82,13 +100,41 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Allocated:
-    """The best allocation of a method, and the one-shot model that it gives."""
+class Study:
+    """The allocation search at one sparsity: its best trial, and the one-shot model that it gives."""
 
-    allocation: dict[str, int]
-    name: str
+    best: TrialRecord
     checkpoint: str
     trials: list[TrialRecord]
+
+    @property
+    def allocation(self) -> dict[str, int]:
+        found: dict[str, int] = self.best.metrics["allocation"]
+        return found
+
+    @property
+    def own(self) -> TrialRecord | None:
+        """The trial of the method's own allocation: the first of those that were given."""
+        given = [record for record in self.trials if record.given]
+        return min(given, key=lambda record: record.number, default=None)
+
+    @property
+    def name(self) -> str:
+        return "own" if self.own is not None and self.best.values == self.own.values else "searched"
+
+    @property
+    def moved(self) -> dict[str, float] | None:
+        """How far the best proposal lies from the method's own."""
+        own = self.own
+        return None if own is None else {key: self.best.values[key] - own.values[key] for key in own.values}
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The studies of a method by their sparsities; ``goal`` is the one at the recipe's own."""
+
+    studies: dict[float, Study]
+    goal: Study
 
 
 @dataclass(frozen=True)

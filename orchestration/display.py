@@ -107,7 +107,8 @@ class Display:
         for note in metrics.get("notes", []):
             self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
-        self._best = max(self._best, metrics["val_top1"] if metrics["score"] >= 0 else -math.inf)
+        comparable = metrics["score"] >= 0 and metrics.get("complete", True)  # at the end, on all images
+        self._best = max(self._best, metrics["val_top1"] if comparable else -math.inf)
         self._show()
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:

@@ -35,7 +35,8 @@ def gradual_job(
     lineage: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A gradual run with a proposal's ``values`` in place of the recipe's, as a plain dictionary."""
-    chosen = with_values(Recipe.model_validate(recipe), values)
+    given = Recipe.model_validate(recipe)
+    chosen = with_values(given, given.schedule.active(values))
     job = TrainJob.model_validate(
         {
             "name": f"{chosen.name}-{method}",

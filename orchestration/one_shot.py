@@ -2,88 +2,96 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import ray
 import torch
 from ray import tune
 
+from orchestration.config import AllocationSearch
+from orchestration.database import StoredOrder
 from orchestration.search_space import AllocationSpace, summarise
 from pruners.costs import CostModel
-from pruners.order import EliminationOrder
 from trainers import data, models
 from trainers.checkpoint import load_checkpoint
 from trainers.config import DataSettings
-from trainers.evaluate import evaluate
+from trainers.evaluate import Evaluation, evaluate
 
 
 @dataclass(frozen=True)
 class OneShotInputs:
-    """What all allocation trials of a method share; the arrays lie in the object store."""
+    """What all allocation trials of a study share."""
 
     checkpoint: str
     data: DataSettings
     seed: int
-    images: int
-    threads: int
-    device: str
+    search: AllocationSearch
     space: AllocationSpace
-    order: ray.ObjectRef
+    order: StoredOrder
     costs: CostModel
 
-    def elimination_order(self, device: str = "cpu") -> EliminationOrder:
-        """The order, read from the object store without a copy."""
-        arrays: Mapping[str, np.ndarray] = ray.get(self.order)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the arrays are read-only, and only read
-            return EliminationOrder.from_arrays(
-                {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-            )
+    @property
+    def device(self) -> str:
+        return "cuda" if self.search.gpus_per_trial else "cpu"
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.search.cpus_per_trial))
 
 
 class OneShotTrial(tune.Trainable):  # type: ignore[misc]
-    """Set the weights of a proposed allocation, evaluate on validation, report; the actor is then reused."""
+    """Set the weights of a proposed allocation, evaluate on validation, report; the actor is then reused.
+
+    Each step adds images up to the next of the search's ends.
+    """
 
     def setup(self, config: dict[str, float], inputs: OneShotInputs) -> None:
         torch.set_num_threads(inputs.threads)
-        self._values = config
         self._inputs = inputs
-        self._order = inputs.elimination_order(inputs.device)
+        self._order = inputs.order.open(device=inputs.device)
         self._model = load_checkpoint(inputs.checkpoint).model.eval().to(inputs.device)
         self._parameters = dict(self._model.named_parameters())
         self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
-        config_of_model = models.data_config(self._model)
-        images = data.split(inputs.data, "validation", data.eval_transform(config_of_model), inputs.seed)
-        count = min(inputs.images, len(images))
-        subset = torch.utils.data.Subset(images, range(count))
+        transform = data.eval_transform(models.data_config(self._model))
+        images = data.split(inputs.data, "validation", transform, inputs.seed)
         # decoded once: a trial costs its evaluation alone
-        self._batches = list(data.eval_loader(subset, 128))
+        self._parts = [
+            list(data.eval_loader(torch.utils.data.Subset(images, range(first, last)), 128))
+            for first, last in pairwise([0, *inputs.search.rungs(len(images))])
+        ]
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, float]) -> bool:
         self._values = new_config
+        self._results: list[Evaluation] = []
         return True
 
     def step(self) -> dict[str, Any]:
-        allocation = self._inputs.space.allocation(self._values, self._order.losses)
-        weights, masks = self._order.weights_at(self._dense, allocation)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self._parameters[name].copy_(weight)
-        result = evaluate(self._model, self._batches)
+        if not self._results:
+            self._set_weights()
+        self._results.append(evaluate(self._model, self._parts[len(self._results)]))
+        result = Evaluation.over(self._results)
         return {
             "score": result.score,
             "val_top1": result.top1,
             "val_loss": result.loss,
-            "sparsity": masks.sparsity,
-            **self._inputs.costs.at(allocation).as_dict(),
-            "allocation": allocation,
-            "shares": summarise(allocation, self._inputs.space.layers),
-            "done": True,
+            "images": result.images,
+            "sparsity": self._sparsity,
+            **self._inputs.costs.at(self._allocation).as_dict(),
+            "allocation": self._allocation,
+            "shares": summarise(self._allocation, self._inputs.space.layers),
+            "complete": len(self._results) == len(self._parts),
+            "done": len(self._results) == len(self._parts),
         }
+
+    def _set_weights(self) -> None:
+        self._allocation = self._inputs.space.allocation(self._values, self._order.losses)
+        weights, masks = self._order.weights_at(self._dense, self._allocation)
+        self._sparsity = masks.sparsity
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self._parameters[name].copy_(weight)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The phases of a sweep: a dense model, an allocation search and a schedule search for each method.
+"""The phases of a sweep around its allocation search: a dense model, and gradual runs of each method.
 
 A phase keeps its results in a folder named by the hash of all that it depends on: what has not changed is
 not run again, and an interrupted phase goes on where it was.
@@ -6,22 +6,21 @@ not run again, and an interrupted phase goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 
 from orchestration import plots, registry, remote
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep, content_hash
 from orchestration.jobs import dense_job, gradual_job
-from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.recipes import flatten, get
-from orchestration.search import Search, asha, run_search
-from orchestration.search_space import AllocationSpace, recipe_space
+from orchestration.search import Search, run_search, stopping
+from orchestration.search_space import recipe_space
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tune_trial import training_trial
@@ -60,7 +59,7 @@ def dense_phase(sweep: Sweep) -> Dense:
     log = TrialLog(f"{folder}/trials.json")
     job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
-    with _scratch(sweep, f"dense-{key}") as scratch:
+    with sweep.scratch(f"dense-{key}") as scratch:
         best = run_search(
             Search(
                 name=f"dense-{key}",
@@ -82,91 +81,10 @@ def dense_phase(sweep: Sweep) -> Dense:
     return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
 
 
-def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
-    """One elimination, then cheap trials that read it; the first is the method's own allocation."""
-    recipe = sweep.recipe
-    search = recipe.allocation
-    pruning = recipe.pruning.model_dump(mode="json", exclude={"methods", "schedule"})
-    key = digest(
-        content_hash(dense.checkpoint),
-        method,
-        pruning,
-        search.model_dump(mode="json", exclude={"trials"}),
-        recipe.seed,
-        sweep.data_hash,
-    )
-    folder = f"{sweep.root}/allocation-{method}-{key}"
-    log = TrialLog(f"{folder}/trials.json")
-    trials = max(search.trials, 1)
-    ended = len(log.ended)
-    sweep.display.phase(f"{method}: allocation search", trials=trials, done=ended)
-    one_shot = f"{folder}/one-shot"
-    if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
-        best = log.best()
-        sweep.display.finished(f"known, {_percent(best)} one-shot on validation")
-        return _allocated(best, one_shot, log)
-
-    task, device = sweep.task(remote.elimination_order, returns=2)
-    facts, order = task.remote(
-        dense.checkpoint,
-        sweep.data,
-        recipe.pruning,
-        method,
-        seed=recipe.seed,
-        device=device,
-    )
-    layers, own, costs, damp = ray.get(facts)
-    if damp is not None:
-        sweep.display.say(f"{method}: {damp.why}")
-    space = AllocationSpace.of(search, recipe.pruning, layers, own)
-    inputs = OneShotInputs(
-        checkpoint=dense.checkpoint,
-        data=sweep.data,
-        seed=recipe.seed,
-        images=search.images,
-        threads=max(1, int(search.cpus_per_trial)),
-        device="cuda" if search.gpus_per_trial else "cpu",
-        space=space,
-        order=order,
-        costs=costs,
-    )
-    tried = {} if damp is None else {"damp": damp.damp, "damp_why": damp.why}
-    runs = sweep.runs(log, "allocation", {"dense": content_hash(dense.checkpoint), **tried}, method)
-    with _scratch(sweep, f"allocation-{method}-{key}") as scratch:
-        best = run_search(
-            Search(
-                name=f"allocation-{method}-{key}",
-                trainable=tune.with_resources(
-                    tune.with_parameters(OneShotTrial, inputs=inputs),
-                    {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial},
-                ),
-                space=space.distributions(),
-                trials=trials,
-                concurrent=sweep.size.allocation_trials(search),
-                storage=scratch,
-                seed=recipe.seed,
-                sampler=search.sampler,
-                first=[space.own_values()],
-                reuse_actors=True,
-            ),
-            log,
-            runs,
-        )
-    record = {"method": method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
-    ray.get(sweep.task(remote.save_one_shot)[0].remote(inputs, best.metrics["allocation"], one_shot, record))
-    runs.figure(plots.allocations(log.trials, f"{method}: sparsity of stages and modules"), "allocations")
-    runs.figure(plots.trial_history(log.trials, f"{method}: one-shot trials", dense.top1), "history")
-    runs.close(best)
-    sweep.display.finished(
-        f"{len(log.ended)} trials, own {_own(log)} → best {_percent(best)} one-shot on validation"
-    )
-    return _allocated(best, one_shot, log)
-
-
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Recovered:
     """Gradual runs over schedule hyper-parameters; the best is registered."""
     recipe = sweep.recipe
-    allocation = allocated.allocation if allocated is not None else None
+    allocation = allocated.goal.allocation if allocated is not None else None
     key = digest(
         content_hash(dense.checkpoint),
         method,
@@ -199,7 +117,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
             allocation=allocation,
             lineage={**sweep.lineage, "parent": content_hash(dense.checkpoint)},
         )
-        with _scratch(sweep, f"schedule-{method}-{key}") as scratch:
+        with sweep.scratch(f"schedule-{method}-{key}") as scratch:
             run_search(
                 Search(
                     name=f"schedule-{method}-{key}",
@@ -210,10 +128,8 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
                     storage=scratch,
                     seed=recipe.seed,
                     sampler=recipe.schedule.sampler,
-                    first=[{name: get(content, name) for name in space}] if space else [],
-                    scheduler=partial(asha, recipe.schedule.grace_epochs, recipe.schedule.reduction, epochs)
-                    if recipe.schedule.stop_early and space
-                    else Search.scheduler,
+                    first=_first(recipe, content) if space else [],
+                    scheduler=_stopping(recipe) if space else Search.scheduler,
                     complete=_complete(epochs),
                 ),
                 log,
@@ -232,7 +148,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     stopped = sum(record.state == "stopped" for record in log.trials)
     sweep.display.finished(
         f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "
-        f"best {_percent(best)} on validation at {100 * best.metrics['sparsity']:.1f} %, version {version}"
+        f"best {best.percent} on validation at {100 * best.metrics['sparsity']:.1f} %, version {version}"
         + "".join(
             f"; {100 * float(level):g} %: {100 * one.validation:.1f} %, version {one.version}"
             for level, one in kept.items()
@@ -255,6 +171,21 @@ def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, folder: str) -> dict
     return found
 
 
+def _first(recipe: Recipe, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is tried before the sampler proposes: the recipe's own values, and all of a grid."""
+    search = recipe.schedule
+    own = {name: get(content, name) for name in search.space}
+    return search.grid()[: search.runs] if search.sampler == "grid" else [own]
+
+
+def _stopping(recipe: Recipe) -> Callable[[], TrialScheduler]:
+    search = recipe.schedule
+    if search.scheduler == "none":
+        return Search.scheduler
+    grace, epochs = search.grace_epochs, recipe.recovery.epochs
+    return partial(stopping, search.scheduler, "recovery_epochs", grace, search.reduction, epochs)
+
+
 def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:
     """Whether a trial ran all its epochs, or was stopped before."""
     return lambda metrics: bool(metrics.get("epoch", 0) >= epochs)
@@ -267,17 +198,6 @@ def _training(sweep: Sweep, jobs: Any, folder: str) -> Any:
         tune.with_parameters(training_trial, jobs=jobs, resources=sweep.recipe.resources, storage=folder),
         {"memory": 1 << 20},
     )
-
-
-def _own(log: TrialLog) -> str:
-    """How the method's own allocation did."""
-    given = next((record for record in log.ended if record.given), None)
-    return _percent(given) if given is not None else "failed"
-
-
-def _allocated(best: TrialRecord, checkpoint: str, log: TrialLog) -> Allocated:
-    name = "own" if best.given else "searched"
-    return Allocated(best.metrics["allocation"], name, checkpoint, log.ended)
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
@@ -293,21 +213,6 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
     return Dense(checkpoint, top1)
 
 
-@contextmanager
-def _scratch(sweep: Sweep, name: str) -> Iterator[str]:
-    """Where Tune keeps its own state while it runs; nobody reads it again."""
-    uri = f"{sweep.storage}/scratch/{name}"
-    storage.remove(uri)
-    try:
-        yield uri
-    finally:
-        storage.remove(uri)
-
-
 def _gradual_params(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", include={"pruning", "recovery", "seed"})
     return flatten(content)
-
-
-def _percent(record: TrialRecord) -> str:
-    return f"{100 * record.metrics['val_top1']:.1f} %"

@@ -5,59 +5,57 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs
-from pruners.allocation import Allocation, Sharing
+from pruners.allocation import Allocation
 from pruners.costs import CostModel, cost_model
-from pruners.damping import DampChoice
 from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import data, models, storage
 from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
-from trainers.config import DataSettings, ModelSettings, PruningSettings
+from trainers.config import DataSettings, ModelSettings, OrderJob, PruningSettings
 from trainers.evaluate import evaluate
-from trainers.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers
+from trainers.order_run import write_order
+from trainers.prune_step import prunable_layers, sharing_of
 
-Own = tuple[list[PrunableLayer], Allocation, CostModel, DampChoice | None]
+
+@dataclass(frozen=True)
+class OrderFacts:
+    """What trials need to know of an order: its layers, their costs, the method's own allocations."""
+
+    layers: list[PrunableLayer]
+    costs: CostModel
+    own: dict[float, Allocation]
 
 
-def elimination_order(
-    checkpoint: str, images: DataSettings, pruning: PruningSettings, method: str, *, seed: int, device: str
-) -> tuple[Own, dict[str, np.ndarray]]:
-    """Order a dense model's weights once, for all trials.
-
-    Returns:
-        (layers, the method's own allocation, costs, the λ taken of several), and the arrays of the order.
-    """
+def make_order(job: OrderJob, device: str) -> None:
+    """Order a dense model's weights, in one process, for all trials of all sweeps."""
     _use_all_processors(device)
-    model = load_checkpoint(checkpoint, layers=pruning.layers).model.to(device)
+    write_order(job.model_copy(update={"threads": torch.get_num_threads()}), torch.device(device))
+
+
+def order_facts(
+    checkpoint: str, pruning: PruningSettings, method: str, order: StoredOrder, sparsities: list[float]
+) -> OrderFacts:
+    """The method's own allocation at each sparsity, from the losses of a stored order."""
+    model = load_checkpoint(checkpoint, layers=pruning.layers).model
     layers = prunable_layers(model, pruning)
     pruner = create_pruner(method, **pruning.options(method))
     masks = MaskSet.from_zeros(model, layers)
-    transform = data.eval_transform(models.data_config(model))
-    source = gradient_source(
-        data.split(images, "train", transform, seed),
-        pruning.fisher,
-        pruner,
-        tries_damps=pruning.tries_damps(method),
-        rank=0,
-        world=1,
-        seed=seed,
-    )
-    total = pattern_budget(layers, pruning.sparsity, pruner.form, masks)
-    sharing = Sharing(pruning.scope or pruner.scope, pruning.floor, pruning.ceiling, pruning.table)
-    work = ordering(model, layers, masks, pruner, source)
-    order, damp = order_share(work, source, Goal(total, sharing))
-    own = sharing.allocate(order.losses, layers, total, pruned=masks.pruned(), unit=pruner.form.unit)
-    arrays = {name: tensor.cpu().numpy() for name, tensor in order.arrays().items()}
-    return (layers, own, cost_model(model, models.input_size(model)), damp), arrays
+    losses, sharing = order.open(updates=False).losses, sharing_of(pruning, pruner)
+    own = {}
+    for sparsity in sparsities:
+        total = pattern_budget(layers, sparsity, pruner.form, masks)
+        own[sparsity] = sharing.allocate(losses, layers, total, pruned=masks.pruned(), unit=pruner.form.unit)
+    return OrderFacts(layers, cost_model(model, models.input_size(model)), own)
 
 
 def save_one_shot(
@@ -67,7 +65,7 @@ def save_one_shot(
     torch.set_num_threads(inputs.threads)
     model = load_checkpoint(inputs.checkpoint).model
     parameters = dict(model.named_parameters())
-    order = inputs.elimination_order()
+    order = inputs.order.open()
     weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
     with torch.no_grad():
         for name, weight in weights.items():

@@ -51,40 +51,39 @@ def make_rows(
 ) -> list[Row]:
     """Measure all models on test (validation where the data has no test images), each one once."""
     part = "test" if sweep.data.test is not None else "validation"
-    models = {method: [*found.kept.values(), found.end] for method, found in recovered.items()}
-    one_shot = {method: found.checkpoint for method, found in allocated.items() if found is not None}
-    places = [
-        dense.checkpoint,
-        *one_shot.values(),
-        *(one.checkpoint for some in models.values() for one in some),
-    ]
+    goal = sweep.recipe.pruning.sparsity
+    models = {
+        method: {**{float(level): one for level, one in found.kept.items()}, goal: found.end}
+        for method, found in recovered.items()
+    }
+    studies = {method: {} if found is None else found.studies for method, found in allocated.items()}
+    places = [dense.checkpoint]
+    places += [one.checkpoint for some in studies.values() for one in some.values()]
+    places += [one.checkpoint for some in models.values() for one in some.values()]
     top1 = _measure(sweep, places, part)
     rows = []
-    for method, found in recovered.items():
-        before = allocated[method]
-        for model in models[method]:
-            record = storage.read_json(f"{model.checkpoint}/{RECORD}")
-            ends = model is found.end
-            rows.append(
-                Row(
-                    method=method,
-                    allocation=before.name if before is not None else "own",
-                    part=part,
-                    dense=top1[dense.checkpoint],
-                    one_shot=top1[before.checkpoint] if before is not None and ends else None,
-                    recovered=top1[model.checkpoint],
-                    validation=model.validation,
-                    sparsity=record["sparsity"],
-                    **record["costs"],
-                    bytes=sum(
-                        storage.size(f"{model.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)
-                    ),
-                    checkpoint=model.checkpoint,
-                    run=sweep.tracker.link(found.record.run_id or sweep.run),
-                    version=model.version,
-                    kept=not ends,
-                )
+    for method, level in ((method, level) for method, some in models.items() for level in some):
+        model, study = models[method][level], studies[method].get(level)
+        record = storage.read_json(f"{model.checkpoint}/{RECORD}")
+        of_goal = studies[method].get(goal)
+        rows.append(
+            Row(
+                method=method,
+                allocation="own" if of_goal is None else of_goal.name,
+                part=part,
+                dense=top1[dense.checkpoint],
+                one_shot=None if study is None else top1[study.checkpoint],
+                recovered=top1[model.checkpoint],
+                validation=model.validation,
+                sparsity=record["sparsity"],
+                **record["costs"],
+                bytes=sum(storage.size(f"{model.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
+                checkpoint=model.checkpoint,
+                run=sweep.tracker.link(recovered[method].record.run_id or sweep.run),
+                version=model.version,
+                kept=level != goal,
             )
+        )
     return rows
 
 

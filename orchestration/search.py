@@ -12,7 +12,12 @@ from typing import Any, Protocol
 import optuna
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
 from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.search_space import Space, contains
@@ -20,6 +25,16 @@ from orchestration.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+_BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
+_SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "grid": optuna.samplers.RandomSampler,  # its points are all given
+    "cmaes": optuna.samplers.CmaEsSampler,
+    "nsga2": optuna.samplers.NSGAIISampler,
+    "gp": optuna.samplers.GPSampler,
+}
 
 
 class Observer(Protocol):
@@ -88,15 +103,17 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> TrialRecord
     return log.best()
 
 
-def asha(grace: int, reduction: int, longest: int) -> AsyncHyperBandScheduler:
-    """ASHA over the epochs at the final sparsity: trials are only compared where their sparsity is equal."""
+def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
+    """What stops trials early, by the metric ``time``: of those that come as far, the better ones go on.
+
+    ``time`` counts where trials can be compared (``recovery_epochs``: epochs at the final sparsity).
+    """
+    score = {"time_attr": time, "metric": "score", "mode": "max", "grace_period": grace}
+    if kind == "median":
+        return MedianStoppingRule(**score, min_samples_required=2, hard_stop=True)
+    brackets = _BRACKETS if kind == "hyperband" else 1
     return AsyncHyperBandScheduler(
-        time_attr="recovery_epochs",
-        metric="score",
-        mode="max",
-        grace_period=grace,
-        reduction_factor=reduction,
-        max_t=max(longest, grace + 1),
+        **score, reduction_factor=reduction, max_t=max(longest, grace + 1), brackets=brackets
     )
 
 
@@ -109,12 +126,7 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
     pending = [values for values in log.pending if contains(search.space, values)]
     first = pending + [values for values in search.first if values not in pending]
     # a resumed search draws anew: another seed, or it would propose again what is known
-    seed = search.seed + len(known)
-    sampler: optuna.samplers.BaseSampler = (
-        optuna.samplers.RandomSampler(seed=seed)
-        if search.sampler == "random"
-        else optuna.samplers.TPESampler(seed=seed)
-    )
+    sampler = _SAMPLERS[search.sampler](seed=search.seed + len(known))
     searcher = OptunaSearch(
         search.space,
         metric="score",
@@ -161,7 +173,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        if result.get("score") is not None:  # others are of checkpoints within an epoch
+        if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
             self._running[trial.trial_id].metrics = result
             self._observer.trial_reported(trial.trial_id, result)
 
@@ -171,6 +183,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._end(trial, "finished" if complete else "stopped", None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         self._end(trial, "failed", _reason(trial))
 
     def _end(self, trial: Trial, state: Any, error: str | None) -> None:
@@ -200,6 +213,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
 
 _KEPT = (
+    "images",
     "parameters",
     "parameters_sparse",
     "macs",

@@ -15,15 +15,16 @@ from pruners.limits import PerLayer, bounds, group_bounds
 from pruners.patterns import Pattern
 
 Space = dict[str, optuna.distributions.BaseDistribution]
+Shares = dict[str, optuna.distributions.FloatDistribution]
 
 
 @dataclass(frozen=True)
 class AllocationSpace:
-    """Sparsities of every stage and module, each within ``range`` of the method's own.
+    """Sparsities of stages, modules, modules in stages or layers, each within ``range`` of the method's own.
 
-    A proposal moves every group (stage × module) by what it moves the group's stage and module, is projected
-    onto the exact budget, and one threshold inside the group picks the layers' counts. The method's own
-    sparsities, proposed, give its own allocation back to the weight.
+    A proposal moves every group (a module in a stage, or a layer) by what it moves all that the group belongs
+    to, is projected onto the exact budget, and one threshold inside the group picks the layers' counts. The
+    method's own sparsities, proposed, give its own allocation back to the weight.
     """
 
     layers: Sequence[PrunableLayer]
@@ -56,7 +57,7 @@ class AllocationSpace:
         """The method's own allocation as a proposal: the sparsity of each stage and module."""
         return summarise(self.own, self.layers, self.by)
 
-    def distributions(self) -> Space:
+    def distributions(self) -> Shares:
         floor = self.floor if isinstance(self.floor, float) else 0.0
         ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
         return {
@@ -75,7 +76,7 @@ class AllocationSpace:
         own = self.own_values()
         if all(values[key] == own[key] for key in own):
             return dict(self.own)
-        groups = group_layers(self.layers, lambda layer: (layer.stage, layer.module))
+        groups = group_layers(self.layers, self._group)
         reach = {name: len(found) for name, found in losses.items()}
         limits = bounds(self.layers, self.floor, self.ceiling, reach=reach, unit=self.unit)
         low, high = group_bounds(groups.values(), limits)
@@ -91,6 +92,18 @@ class AllocationSpace:
         for group, count in zip(groups.values(), counts, strict=True):
             found |= by_threshold(losses, group, count, limits, self.unit)
         return {layer.name: found[layer.name] for layer in self.layers}
+
+    def _group(self, layer: PrunableLayer) -> tuple[Any, ...]:
+        """What shares one threshold: no more than a proposal may move apart."""
+        return (layer.name,) if "layer" in self.by else (layer.stage, layer.module)
+
+    def moved(self, moves: Mapping[str, float]) -> dict[str, float]:
+        """A proposal as far from the own allocation as what was best at another sparsity."""
+        limits = self.distributions()
+        return {
+            key: min(max(own + moves[key], limits[key].low), limits[key].high)
+            for key, own in self.own_values().items()
+        }
 
 
 def summarise(
@@ -125,7 +138,12 @@ def contains(space: Space, values: Mapping[str, Any]) -> bool:
 
 
 def _keys(layer: PrunableLayer, by: Sequence[str]) -> list[str]:
-    names = {"stage": f"stage.{layer.stage}", "module": f"module.{layer.module}"}
+    names = {
+        "stage": f"stage.{layer.stage}",
+        "module": f"module.{layer.module}",
+        "group": f"group.{layer.stage}.{layer.module}",
+        "layer": f"layer.{layer.name}",
+    }
     return [names[kind] for kind in by]
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from orchestration import plots, registry
+from orchestration.allocation_phase import allocation_phase
 from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
-from orchestration.phases import allocation_phase, dense_phase, schedule_phase
+from orchestration.phases import dense_phase, schedule_phase
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.tracking import Tracker, server_for, tracking_folder
@@ -33,8 +34,8 @@ def run_sweep(
     recipe = prepared.recipe
     if cluster_address(address) is None:
         check_local(recipe)
-    searches = recipe.allocation.trials > 0
-    display.plan(1 + len(recipe.pruning.methods) * (2 if searches else 1))
+    searches = len(recipe.allocated_sparsities)
+    display.plan(1 + len(recipe.pruning.methods) * (searches + 1))
     place = tracking_folder(recipe.storage)
     name, root = recipe.name, f"{storage.absolute(recipe.storage)}/sweeps/{recipe.name}"
     with (
@@ -81,7 +82,9 @@ def _log_results(
 ) -> None:
     """Figures and the table of the whole sweep, on its own run."""
     series = {
-        f"{method}, one shot": found.trials for method, found in allocated.items() if found is not None
+        f"{method}, one shot": [trial for study in found.studies.values() for trial in study.trials]
+        for method, found in allocated.items()
+        if found is not None
     } | {f"{method}, recovered": found.trials for method, found in recovered.items()}
     points = {
         name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestration.ports import LOOPBACK, free_port
 from pruners.errors import InputError
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
+T = TypeVar("T")
+
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
+_PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
+_WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
 
 # Its standard input closes when we end, however we end; then the server, in the same group, ends too.
@@ -151,6 +155,19 @@ def without_password(uri: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
 
 
+@dataclass(frozen=True)
+class EndedRun:
+    """A run as it is logged when it is over."""
+
+    name: str
+    parent: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    status: Status
+    seconds: float
+
+
 class Tracker:
     """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
 
@@ -185,6 +202,42 @@ class Tracker:
             self.client.log_batch(run, params=entries[begin : begin + 100])
         self._open.add(run)
         return run
+
+    def log(self, run: EndedRun) -> Future[str]:
+        """A run that is over, in three requests; its id comes later."""
+        from mlflow.entities import Metric, Param
+
+        ended = int(time.time() * 1000)
+        began = ended - int(1000 * run.seconds)
+        tags = {**run.tags, "mlflow.parentRunId": run.parent}
+        made: list[str] = []  # what goes on when a request is tried again
+
+        def send() -> str:
+            if not made:
+                made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
+            points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
+            params = [Param(_safe(key), str(value)[:_TAG_LIMIT]) for key, value in run.params.items()]
+            self.client.log_batch(made[0], metrics=points[:_BATCH], params=params[:_PARAMS])
+            self.client.set_terminated(made[0], run.status, ended)
+            return made[0]
+
+        return self._send(send)
+
+    def children(self, run: str, tag: str) -> dict[str, str]:
+        """Runs that have ended below a run: the value of a tag -> id; those left half said are deleted."""
+        found: dict[str, str] = {}
+        token: str | None = None
+        while token is None or token:
+            below = f"tags.`mlflow.parentRunId` = '{run}'"
+            page = self.client.search_runs([self.experiment], below, max_results=1000, page_token=token)
+            for child in page:
+                value = child.data.tags.get(tag)
+                if child.info.end_time is None:
+                    self.client.delete_run(child.info.run_id)
+                elif value is not None:
+                    found[value] = child.info.run_id
+            token = page.token or ""
+        return found
 
     def knows(self, run: str) -> bool:
         """Whether a run is in this MLflow."""
@@ -293,10 +346,13 @@ class Tracker:
             self.client.set_terminated(run, status)
         self._open.clear()
 
-    def _send(self, call: Callable[..., Any], *arguments: Any) -> None:
-        self._sent.append(self._sender.submit(self._patiently, call, *arguments))
+    def _send(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
+        if len(self._sent) > _WAITING:  # who logs faster than MLflow takes it waits here
+            self._sent.pop(0).result()
+        self._sent.append(future := self._sender.submit(self._patiently, call, *arguments))
+        return future
 
-    def _patiently(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _patiently(self, call: Callable[..., T], *arguments: Any) -> T:
         """Try again while the server does not answer: what is to be sent waits here, in order."""
         from mlflow.exceptions import MlflowException
 

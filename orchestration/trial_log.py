@@ -26,19 +26,39 @@ class TrialRecord:
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
 
+    @property
+    def percent(self) -> str:
+        """Top-1 on validation, to be read."""
+        return f"{100 * self.metrics['val_top1']:.1f} %"
+
 
 class TrialLog:
-    """The trials of one phase, written whole after each one; ``run_id`` is the phase's MLflow run."""
+    """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    All are in one file but for the newest, which are in a second one: what is written for a trial grows with
+    the root of their number. ``cheap`` trials are not noted when they start: none is worth going on with.
+    """
+
+    def __init__(self, uri: str, *, cheap: bool = False) -> None:
+        self._uri, self._cheap = uri, cheap
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
+        self._whole = len(self.trials)  # of them are in the first file
+        if storage.exists(self._newest):
+            known = {record.number for record in self.trials}
+            newest = [TrialRecord(**record) for record in storage.read_json(self._newest)]
+            self.trials += [record for record in newest if record.number not in known]
+
+    @property
+    def _newest(self) -> str:
+        return self._uri.removesuffix(".json") + "-newest.json"
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
         """A trial has started; until it is added it counts as broken off."""
+        if self._cheap:
+            return
         self._running = {key: one for key, one in self._running.items() if one["values"] != values}
         self._running[str(number)] = {"values": values, "run_id": run_id}
         self.save()
@@ -46,11 +66,17 @@ class TrialLog:
     def add(self, record: TrialRecord) -> None:
         self.trials.append(record)
         self._running = {key: one for key, one in self._running.items() if one["values"] != record.values}
-        self.save()
+        newest = self.trials[self._whole :]
+        if not self._cheap or len(newest) ** 2 > len(self.trials):
+            self.save()
+        else:
+            storage.write_json(self._newest, [asdict(one) for one in newest])
 
     def save(self) -> None:
+        """Write all into one file."""
         records = [asdict(record) for record in self.trials]
         storage.write_json(self._uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+        self._whole = len(self.trials)
 
     @property
     def pending(self) -> list[dict[str, Any]]:

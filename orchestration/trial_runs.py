@@ -17,7 +17,7 @@ from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
 from trainers.checkpoint import TRAINER_FILES
 
-_SERIES = (
+SERIES = (
     "train_loss",
     "val_loss",
     "val_top1",
@@ -28,7 +28,7 @@ _SERIES = (
     "macs",
     "macs_sparse",
 )
-_STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class TrialRuns:
@@ -83,7 +83,7 @@ class TrialRuns:
         if step <= self._known.get(trial_id, -1):  # said before the run was broken off
             return
         self._known[trial_id] = step
-        points = {key: [(step, metrics[key])] for key in _SERIES if key in metrics}
+        points = {key: [(step, metrics[key])] for key in SERIES if key in metrics}
         losses, rates = metrics.get("step_loss", []), metrics.get("step_lr", [])
         first = step - len(losses)
         if losses:  # every step of the epoch, not its mean alone
@@ -112,7 +112,7 @@ class TrialRuns:
                 self._tracker.folder(run, folder, registry.ARTIFACT)
         tags = {"espalier.state": record.state} | ({"espalier.error": record.error} if record.error else {})
         self._tracker.tags(run, tags)
-        self._tracker.finish(run, _STATUS[record.state])
+        self._tracker.finish(run, STATUS[record.state])
         return run
 
     def figure(self, figure: Figure, name: str) -> None:
@@ -143,11 +143,14 @@ class TrialRuns:
         """The phase ends: its run shows the best trial's figures."""
         if self._left_alone:
             return
-        figures = {key: [(0, best.metrics[key])] for key in _SERIES if key in best.metrics}
+        figures = {key: [(0, best.metrics[key])] for key in SERIES if key in best.metrics}
         self._tracker.metrics(self.run, {f"best.{key}": points for key, points in figures.items()})
-        self._tracker.tags(self.run, {"espalier.best": best.run_id or ""})
+        self._tracker.tags(self.run, {"espalier.best": self._run_of(best)})
         self._tracker.finish(self.run)
         self._tracker.flush()
+
+    def _run_of(self, record: TrialRecord) -> str:
+        return record.run_id or ""
 
     def _start(self, number: int, values: Mapping[str, Any]) -> str:
         name = f"{self._name}-{number:03d}"

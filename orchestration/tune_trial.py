@@ -13,7 +13,8 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from orchestration.config import Resources, digest
-from trainers.ray_worker import train_worker
+from trainers.config import OrderJob
+from trainers.ray_worker import order_worker, train_worker
 from trainers.storage import resolve
 
 
@@ -29,6 +30,33 @@ def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, stor
     train_run(jobs(config), resources, storage, name, [TuneReportCallback()]).fit()
 
 
+def order_run(job: OrderJob, resources: Resources, storage: str) -> None:
+    """One elimination by a worker group."""
+    system, path = resolve(storage)
+    TorchTrainer(
+        order_worker,
+        train_loop_config=job.model_dump(mode="json"),
+        scaling_config=_scaling(resources),
+        run_config=RunConfig(
+            name="order",
+            storage_path=path,
+            storage_filesystem=system,
+            failure_config=FailureConfig(max_failures=resources.retries, controller_failure_limit=3),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    ).fit()
+
+
+def _scaling(resources: Resources) -> ScalingConfig:
+    elastic = resources.least < resources.most
+    return ScalingConfig(
+        num_workers=(resources.least, resources.most) if elastic else resources.most,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker={"CPU": resources.cpus_per_worker}
+        | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+    )
+
+
 def train_run(
     job: dict[str, Any], resources: Resources, storage: str, name: str, callbacks: list[UserCallback]
 ) -> TorchTrainer:
@@ -38,16 +66,10 @@ def train_run(
         storage: folder or URI of runs; the best models lie in ``NAME/kept`` there.
     """
     system, path = resolve(storage)
-    elastic = resources.least < resources.most
     return TorchTrainer(
         train_worker,
         train_loop_config=job | {"keep_folder": f"{storage}/{name}/kept"},
-        scaling_config=ScalingConfig(
-            num_workers=(resources.least, resources.most) if elastic else resources.most,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker}
-            | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-        ),
+        scaling_config=_scaling(resources),
         run_config=RunConfig(
             name=name,
             storage_path=path,

@@ -21,7 +21,7 @@ OVERRIDES = (
     "pruning.methods=[dimap]",
     "allocation.trials=12",
     "schedule.trials=2",
-    "schedule.stop_early=false",
+    "schedule.scheduler=none",
 )
 SWEEP = ("sweep", str(SMALL), *OVERRIDES)
 

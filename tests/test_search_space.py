@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestration.config import AllocationSearch, Distribution, PruningSettings
+from orchestration.config import AllocationSearch, Distribution, PruningSettings, ScheduleSearch
 from orchestration.search_space import AllocationSpace, contains, recipe_space, summarise
 from pruners import MaskSet, create_pruner, find_layers
 from pruners.allocation import Allocation, allocate, budget
@@ -43,7 +43,9 @@ def space(
     )
 
 
-@pytest.mark.parametrize("by", [("stage", "module"), ("stage",), ("module",)])
+@pytest.mark.parametrize(
+    "by", [("stage", "module"), ("stage",), ("module",), ("group",), ("layer",), ("stage", "layer")]
+)
 @pytest.mark.parametrize("scope", ["global", "module", "stage", "layer"])
 @pytest.mark.parametrize("layers", [SWIN, VIT], ids=["swin", "vit"])
 @pytest.mark.parametrize("limits", [{}, {"floor": 0.2, "ceiling": 0.9}])
@@ -165,3 +167,85 @@ def test_what_lies_in_a_space(changes: dict[str, Any], inside: bool) -> None:
 
 def test_a_value_that_is_missing_does_not() -> None:
     assert not contains(SPACE, {"u": 0.5})
+
+
+def test_layers_move_one_by_one() -> None:
+    losses = losses_of(SWIN)
+    own = allocate(losses, SWIN, budget(SWIN, 0.6), "global")
+    chosen = space(SWIN, own, by=("layer",))
+    values = chosen.own_values()
+    assert set(values) == {f"layer.{layer.name}" for layer in SWIN}
+    first = SWIN[0]
+    values[f"layer.{first.name}"] -= 0.1
+    found = chosen.allocation(values, losses)
+    assert sum(found.values()) == sum(own.values())
+    assert found[first.name] < own[first.name]
+    assert all(found[layer.name] >= own[layer.name] for layer in SWIN[1:])
+
+
+def test_a_study_begins_with_what_was_best_at_its_neighbour() -> None:
+    losses = losses_of(VIT)
+    own = allocate(losses, VIT, budget(VIT, 0.6), "global")
+    chosen = space(VIT, own)
+    here, limits = chosen.own_values(), chosen.distributions()
+    moves = {key: 0.05 if number % 2 else -5.0 for number, key in enumerate(here)}
+    for number, (key, value) in enumerate(chosen.moved(moves).items()):
+        assert value == pytest.approx(here[key] + 0.05 if number % 2 else limits[key].low)
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "ends"),
+    [
+        ({"images": 1000}, 5000, [1000]),
+        ({"images": 1000}, 300, [300]),
+        ({"images": 1000, "first_images": 250}, 5000, [250, 500, 1000]),
+        ({"images": 1000, "first_images": 300}, 5000, [300, 600, 1000]),
+        ({"images": 1000, "first_images": 100, "reduction": 3}, 5000, [100, 300, 900, 1000]),
+        ({"images": 1000, "first_images": 250}, 200, [200]),
+    ],
+)
+def test_subsets_grow_to_all_images(settings: dict[str, int], images: int, ends: list[int]) -> None:
+    assert AllocationSearch.model_validate(settings).rungs(images) == ends
+
+
+def test_a_grid_is_every_combination() -> None:
+    search = ScheduleSearch.model_validate(
+        {
+            "sampler": "grid",
+            "trials": 9,
+            "space": {
+                "pruning.schedule.steps": {"integer": [1, 3]},
+                "recovery.preset": {"choice": ["deit", "light1"]},
+            },
+        }
+    )
+    assert search.runs == 6
+    assert len({tuple(values.items()) for values in search.grid()}) == 6
+    assert search.model_copy(update={"trials": 4}).runs == 4
+
+
+def test_a_grid_of_a_continuum_is_refused() -> None:
+    with pytest.raises(ValueError, match="sampler grid takes choice and integer only"):
+        ScheduleSearch.model_validate(
+            {"sampler": "grid", "space": {"recovery.lr.peak": {"log": [1e-5, 1e-3]}}}
+        )
+
+
+CONDITIONAL = {
+    "recovery.distill.kind": {"choice": ["soft", "hard"]},
+    "recovery.distill.temperature": {"uniform": [1, 4], "when": {"recovery.distill.kind": "soft"}},
+}
+
+
+def test_a_key_is_meant_only_under_its_condition() -> None:
+    search = ScheduleSearch.model_validate({"space": CONDITIONAL})
+    values = {"recovery.distill.kind": "hard", "recovery.distill.temperature": 2.0}
+    assert search.active(values) == {"recovery.distill.kind": "hard"}
+    values["recovery.distill.kind"] = "soft"
+    assert search.active(values) == values
+
+
+def test_a_condition_on_what_is_not_searched_is_refused() -> None:
+    broken = {"recovery.lr.peak": {"log": [1e-5, 1e-3], "when": {"recovery.preset": "deit"}}}
+    with pytest.raises(ValueError, match=r"when names recovery\.preset, which must be another searched key"):
+        ScheduleSearch.model_validate({"space": broken})

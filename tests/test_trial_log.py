@@ -105,3 +105,21 @@ def test_the_file_is_plain_json(tmp_path: Path) -> None:
     TrialLog(f"{tmp_path}/trials.json").add(trial(0, 0.25))
     content = json.loads((tmp_path / "trials.json").read_text())
     assert content["trials"][0]["score"] == 0.25
+
+
+def test_cheap_trials_are_written_beside_until_they_are_many(tmp_path: Path) -> None:
+    """Each is there at once; what is written for one grows with the root of their number."""
+    uri = f"{tmp_path}/trials.json"
+    log = TrialLog(uri, cheap=True)
+    for number in range(400):
+        log.begin(number, {"x": number}, None)
+        log.add(trial(number, number / 400))
+        if number % 37 == 0:
+            again = TrialLog(uri, cheap=True)
+            assert [record.number for record in again.trials] == list(range(number + 1))
+            assert again.pending == []
+    newest = json.loads((tmp_path / "trials-newest.json").read_text())
+    assert len(newest) <= 21
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trials-newest.json", "trials.json"]
+    log.save()
+    assert [record.number for record in TrialLog(uri).trials] == list(range(400))

@@ -194,24 +194,28 @@ class PruningSettings(Settings):
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> PruningSettings:
-        floor = self.floor if isinstance(self.floor, float) else 0.0
-        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
-        if not floor <= self.sparsity <= ceiling:
-            raise ValueError(
-                f"sparsity: cannot be met with floor {floor} and ceiling {ceiling}; "
-                f"nearest feasible: {min(max(self.sparsity, floor), ceiling)}"
-            )
+        self.check_reach(self.sparsity, "sparsity")
         self.schedule.check(self.sparsity)
         if len(set(self.methods)) != len(self.methods):
             raise ValueError("methods: must not name one twice")
         if self.table is not None and self.scope is not None:
             raise ValueError("table: says what each layer gives up; drop scope")
-        forced = forced_sparsity(self.pattern)
-        if forced is not None and abs(self.sparsity - forced) > 1e-9:
-            raise ValueError(
-                f"sparsity: {self.pattern} leads to {forced:g}, no other ({self.sparsity} given)"
-            )
         return self
+
+    def check_reach(self, sparsity: float, key: str) -> None:
+        """Raises:
+        ValueError: a sparsity that floor, ceiling or the pattern do not allow.
+        """
+        floor = self.floor if isinstance(self.floor, float) else 0.0
+        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
+        if not floor <= sparsity <= ceiling:
+            raise ValueError(
+                f"{key}: cannot be met with floor {floor} and ceiling {ceiling}; "
+                f"nearest feasible: {min(max(sparsity, floor), ceiling)}"
+            )
+        forced = forced_sparsity(self.pattern)
+        if forced is not None and abs(sparsity - forced) > 1e-9:
+            raise ValueError(f"{key}: {self.pattern} leads to {forced:g}, no other ({sparsity} given)")
 
     def options(self, method: str) -> dict[str, Any]:
         """Constructor arguments of a method (``damp: auto`` is for those who order, not for the method)."""
@@ -260,6 +264,19 @@ class TrainJob(Settings):
     lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
 
 
+class OrderJob(Settings):
+    """Everything that workers need to order the weights of a dense model, and to write that down."""
+
+    checkpoint: Name
+    data: DataSettings
+    pruning: PruningSettings
+    method: Method
+    seed: int = 0
+    threads: int = Field(1, ge=1)
+    folder: Name = Field(description="of the order, on the shared storage")
+    fingerprint: Name
+
+
 __all__ = [
     "SECOND_ORDER",
     "AugmentSettings",
@@ -270,6 +287,7 @@ __all__ = [
     "Method",
     "ModelSettings",
     "Name",
+    "OrderJob",
     "PerLayer",
     "PruningSchedule",
     "PruningSettings",

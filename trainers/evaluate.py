@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,13 @@ class Evaluation:
     def score(self) -> float:
         """Orders by top-1 and, where that is equal, by loss (which counts for less than one image)."""
         return self.top1 - min(self.loss, _LOSS_CAP) / (_LOSS_CAP * 2 * self.images)
+
+    @classmethod
+    def over(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Of several sets of images together."""
+        images = sum(part.images for part in parts)
+        top1 = sum(part.top1 * part.images for part in parts) / images
+        return cls(top1, sum(part.loss * part.images for part in parts) / images, images)
 
 
 @torch.no_grad()

@@ -111,6 +111,11 @@ class Goal:
     target: Allocation | Sharing
 
 
+def sharing_of(settings: PruningSettings, pruner: Pruner) -> Sharing:
+    """How a recipe shares a budget out; without a scope of its own as the method does."""
+    return Sharing(settings.scope or pruner.scope, settings.floor, settings.ceiling, settings.table)
+
+
 @dataclass(frozen=True)
 class StepReport:
     """The new masks, and which λ was taken where several were tried."""

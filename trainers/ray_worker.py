@@ -17,7 +17,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import CheckpointUploadMode
 
-from trainers.config import TrainJob
+from trainers.config import OrderJob, TrainJob
 
 if TYPE_CHECKING:
     from trainers.gradual import Progress
@@ -37,6 +37,15 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     with _newest_intact() as (folder, notes):
         run(job, _report, device, resume=folder, leaving=_leaving, notes=notes)
+
+
+def order_worker(config: dict[str, Any]) -> None:
+    """The same for an elimination alone; ``config`` is an :class:`OrderJob` as a dictionary."""
+    import ray.train.torch
+
+    from trainers.order_run import write_order
+
+    write_order(OrderJob.model_validate(config), ray.train.torch.get_device())
 
 
 @contextmanager

@@ -74,18 +74,35 @@ def write_json(uri: str, content: Any) -> None:
     write_bytes(uri, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
+def is_local(uri: str) -> bool:
+    return isinstance(resolve(uri)[0], fs.LocalFileSystem)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[Path]:
+    """A local folder to fill, which then takes the place of what was there, whole or not at all."""
+    system, path = resolve(uri)
+    if not isinstance(system, fs.LocalFileSystem):
+        with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+            yield Path(folder)
+            upload(Path(folder), uri)
+        return
+    partial = f"{path}.partial"
+    if Path(partial).exists():
+        system.delete_dir(partial)
+    system.create_dir(partial, recursive=True)
+    yield Path(partial)
+    if Path(path).exists():
+        system.delete_dir(path)
+    Path(partial).replace(path)
+
+
 def upload(folder: Path, uri: str) -> None:
     """Copy a local folder there in place of what was; a local target takes its name only when it is whole."""
     system, path = resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
-        partial = f"{path}.partial"
-        if Path(partial).exists():
-            system.delete_dir(partial)
-        system.create_dir(partial, recursive=True)
-        fs.copy_files(str(folder), partial, destination_filesystem=system)
-        if Path(path).exists():
-            system.delete_dir(path)
-        Path(partial).replace(path)
+        with writing(uri) as partial:
+            fs.copy_files(str(folder), str(partial), destination_filesystem=system)
         return
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)

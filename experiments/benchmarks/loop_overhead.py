@@ -57,6 +57,7 @@ def bare(rank: int, world: int, folder: str, args: argparse.Namespace) -> None:
     from trainers import data, models
     from trainers.checkpoint import load_checkpoint
 
+    os.nice(15)  # as Ray's workers are: the same share of a machine that has other things to do
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = load_checkpoint(args.model).model.train()

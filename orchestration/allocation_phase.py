@@ -1,0 +1,168 @@
+"""The allocation search of a method: one elimination, then cheap trials that read it, by sparsities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import ray
+from ray import tune
+
+from orchestration import plots, remote
+from orchestration.cheap_runs import CheapRuns
+from orchestration.config import digest
+from orchestration.context import Allocated, Dense, Study, Sweep, content_hash
+from orchestration.database import StoredOrder
+from orchestration.one_shot import OneShotInputs, OneShotTrial
+from orchestration.remote import OrderFacts
+from orchestration.search import Search, run_search, stopping
+from orchestration.search_space import AllocationSpace
+from orchestration.trial_log import TrialLog
+from orchestration.tune_trial import order_run
+from trainers import storage
+from trainers.checkpoint import RECORD
+from trainers.config import OrderJob, PruningSettings
+
+
+def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
+    """A study for each sparsity, each begun with what was best at the one before."""
+    studies: dict[float, Study] = {}
+    search = _Searches(sweep, method, dense)
+    before: Study | None = None
+    for sparsity in search.sparsities:
+        before = studies[sparsity] = search.study(sparsity, before)
+    return Allocated(studies, studies[sweep.recipe.pruning.sparsity])
+
+
+class _Searches:
+    """The studies of one method; the order is made, and looked at, when the first of them needs it."""
+
+    def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
+        self._sweep, self._method, self._dense = sweep, method, dense
+        self._weights = content_hash(dense.checkpoint)
+        recipe = sweep.recipe
+        self.sparsities = recipe.allocated_sparsities
+        self._found: tuple[StoredOrder, OrderFacts] | None = None
+
+    def study(self, sparsity: float, before: Study | None) -> Study:
+        """One elimination serves all trials; the first is the method's own allocation."""
+        sweep, search = self._sweep, self._sweep.recipe.allocation
+        pruning = sweep.recipe.pruning.model_copy(update={"sparsity": sparsity})
+        moved = None if before is None else before.moved
+        key = digest(
+            self._weights,
+            self._method,
+            pruning.model_dump(mode="json", exclude={"methods", "schedule", "keep"}),
+            search.model_dump(mode="json", exclude={"trials", "sparsities"}),
+            moved,
+            sweep.recipe.seed,
+            sweep.data_hash,
+        )
+        name = f"allocation-{self._method}-{key}"
+        log = TrialLog(f"{sweep.root}/{name}/trials.json", cheap=True)
+        one_shot = f"{sweep.root}/{name}/one-shot"
+        trials, ended = max(search.trials, 1), len(log.ended)
+        title = f"{self._method} at {100 * sparsity:g} %"
+        sweep.display.phase(f"{title}: allocation search", trials=trials, done=ended)
+        if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
+            study = Study(log.best(), one_shot, log.ended)
+            sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
+            return study
+
+        inputs = self._inputs(sparsity, pruning)
+        shared = {"dense": self._weights, **inputs.order.facts}
+        phase = f"allocation-{100 * sparsity:g}"
+        runs = sweep.runs(log, phase, shared, self._method, kind=CheapRuns)
+        with sweep.scratch(name) as scratch:
+            best = run_search(self._search(name, scratch, inputs, moved), log, runs)
+        record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
+        task, _ = sweep.task(remote.save_one_shot)
+        ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
+        runs.figure(plots.allocations(log.trials, f"{title}: sparsity of stages and modules"), "allocations")
+        runs.figure(plots.trial_history(log.trials, f"{title}: one-shot trials", self._dense.top1), "history")
+        runs.close(best)
+        study = Study(best, one_shot, log.ended)
+        own = "failed" if study.own is None else study.own.percent
+        sweep.display.finished(
+            f"{len(log.ended)} trials, own {own} → best {best.percent} one-shot on validation"
+        )
+        return study
+
+    def _search(
+        self, name: str, scratch: str, inputs: OneShotInputs, moved: Mapping[str, float] | None
+    ) -> Search:
+        sweep, search, space = self._sweep, self._sweep.recipe.allocation, inputs.space
+        resources = {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial}
+        first = search.first_images
+        halving = partial(stopping, "asha", "images", first or 1, search.reduction, search.images)
+        return Search(
+            name=name,
+            trainable=tune.with_resources(tune.with_parameters(OneShotTrial, inputs=inputs), resources),
+            space=dict(space.distributions()),
+            trials=max(search.trials, 1),
+            concurrent=sweep.size.allocation_trials(search),
+            storage=scratch,
+            seed=sweep.recipe.seed,
+            sampler=search.sampler,
+            first=[space.own_values()] + ([] if moved is None else [space.moved(moved)]),
+            scheduler=Search.scheduler if first is None else halving,
+            reuse_actors=True,
+            complete=lambda metrics: bool(metrics["complete"]),
+        )
+
+    def _inputs(self, sparsity: float, pruning: PruningSettings) -> OneShotInputs:
+        order, facts = self._order()
+        search = self._sweep.recipe.allocation
+        return OneShotInputs(
+            checkpoint=self._dense.checkpoint,
+            data=self._sweep.data,
+            seed=self._sweep.recipe.seed,
+            search=search,
+            space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity]),
+            order=order,
+            costs=facts.costs,
+        )
+
+    def _order(self) -> tuple[StoredOrder, OrderFacts]:
+        """The method's order, made if nobody has made it before, and what trials need to know of it."""
+        if self._found is None:
+            sweep, pruning = self._sweep, self._sweep.recipe.pruning
+            order = StoredOrder.of(
+                sweep.storage,
+                self._method,
+                pruning,
+                weights=self._weights,
+                data=sweep.data_hash,
+                seed=sweep.recipe.seed,
+            )
+            if not order.known:
+                self._make(order)
+            if "why" in order.facts:
+                sweep.display.say(f"{self._method}: {order.facts['why']}")
+            task, _ = sweep.task(remote.order_facts)
+            facts = task.remote(self._dense.checkpoint, pruning, self._method, order, self.sparsities)
+            self._found = order, ray.get(facts)
+        return self._found
+
+    def _make(self, order: StoredOrder) -> None:
+        """By a worker group where there are GPUs or nodes for it, each with its share of the layers.
+
+        One process has all processors of a node to itself otherwise.
+        """
+        sweep, resources = self._sweep, self._sweep.recipe.resources
+        job = OrderJob(
+            checkpoint=self._dense.checkpoint,
+            data=sweep.data,
+            pruning=sweep.recipe.pruning,
+            method=self._method,
+            seed=sweep.recipe.seed,
+            threads=max(1, int(resources.cpus_per_worker)),
+            folder=order.folder,
+            fingerprint=order.fingerprint,
+        )
+        if resources.most > 1 and (resources.gpus_per_worker > 0 or sweep.size.nodes > 1):
+            with sweep.scratch(f"order-{order.fingerprint}") as scratch:
+                order_run(job, resources, scratch)
+            return
+        task, device = sweep.task(remote.make_order)
+        ray.get(task.remote(job, device))
