@@ -31,9 +31,9 @@ _INTERRUPTED = 130
 def finetune(**typed: Any) -> None:
     """Train CHECKPOINT on other images; what is zero in it stays zero.
 
-    CHECKPOINT is a checkpoint folder (any pyarrow URI), hf-hub:NAME, models:/NAME@alias, or the name of a timm
-    model. KEY=VALUE are those of a recipe's recovery; epochs=10 and lr.peak=1e-4 are the defaults. The result is
-    the best model on validation. After Ctrl-C the same command goes on.
+    CHECKPOINT is a checkpoint folder (any pyarrow URI), hf-hub:NAME, models:/NAME@alias, or the name of a
+    timm model. KEY=VALUE are those of a recipe's recovery (epochs=10 lr.peak=1e-4, unless you say otherwise).
+    The result is the best model on validation. After Ctrl-C the same command goes on.
     """
     from rich.console import Console
 

@@ -68,6 +68,6 @@ def _whole(target: Path, place: str, key: str) -> Iterator[Path]:
 def _end(target: Path, place: str) -> Iterator[str]:
     yield f"{'written to':<12}{place} ({size_on_disk(target) / 1e6:.2f} MB)"
     if is_packed(target):
-        yield f"{'load it by':<12}load_packed({str(target)!r}), which is in README.md; espalier takes it as it is"
+        yield f"{'load it by':<12}load_packed({str(target)!r}) of README.md; espalier takes it as it is"
     else:
         yield f"{'load it by':<12}timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"

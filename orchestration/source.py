@@ -1,4 +1,4 @@
-"""The MODEL of a command: a checkpoint folder, one of a hub or of the registry, or a timm model by its name."""
+"""The MODEL of a command: a checkpoint folder, one of a hub or the registry, or a timm model by its name."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 ``timm.create_model('local-dir:PATH', pretrained=True)``. Beside them lie ``masks.safetensors`` (one bit a
 prunable weight) and ``pruning.json`` (method, allocation, figures, versions, checksums). No pickle.
 
-A compressed folder holds weights and masks in one file of another name (:mod:`trainers.packed`), in which plain
-timm does not look for weights: it would take none of them. :func:`load_checkpoint` reads both kinds.
+A compressed folder holds weights and masks in one file of another name (:mod:`trainers.packed`), in which
+plain timm does not look for weights: it would take none of them. :func:`load_checkpoint` reads both kinds.
 """
 
 from __future__ import annotations

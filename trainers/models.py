@@ -58,7 +58,8 @@ def load_timm_folder(
     model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
     if weights is not None:
         config: Any = model.pretrained_cfg
-        config |= {"source": "local-dir", "state_dict": None}  # they are the model's now
+        config["source"] = "local-dir"
+        del config["state_dict"]  # they are the model's now
     return model
 
 
