@@ -21,7 +21,16 @@ from torch import nn
 from orchestration.check_training import check_training
 from orchestration.finetune_options import FinetuneOptions
 from orchestration.prune_options import layer_patterns
-from orchestration.source import Patterns, at_hand, check_images, device_for, is_file, load, recorded_patterns
+from orchestration.source import (
+    Patterns,
+    at_hand,
+    check_images,
+    device_for,
+    is_file,
+    layers_of,
+    load,
+    recorded_patterns,
+)
 from orchestration.work import Bars, free_folder, interruptible, whole_folder
 from pruners.errors import InputError, first_line
 from pruners.masks import MaskSet
@@ -62,6 +71,7 @@ class Finetuning:
         patterns: Patterns | None = layer_patterns(options.layers)
         with at_hand(options.checkpoint, options.tracking_uri, options.storage) as place:
             loaded = load(place, patterns)
+            layers_of(loaded, patterns)
             parent = _parent(options.checkpoint, place)
         model, before = loaded.model, models.classes(loaded.model)
         now = options.classes or before
@@ -130,16 +140,10 @@ class Finetuning:
 
     def _job(self, start: Path, work: Path) -> TrainJob:
         options, method = self.options, self.lineage["method"]
-        pruning = None
-        if self.masks is not None:
-            pruning = PruningSettings.model_validate(
-                {
-                    "sparsity": self.sparsity,
-                    "layers": self.patterns,
-                    "schedule": {"kind": "constant"},
-                    **({"methods": (method,)} if method in get_args(Method) else {}),
-                }
-            )
+        schedule = {"kind": "constant"}
+        pruning: dict[str, Any] = {"sparsity": self.sparsity, "layers": self.patterns, "schedule": schedule}
+        if method in get_args(Method):
+            pruning["methods"] = (method,)
         validation = options.validation
         return TrainJob(
             name=self.target.name,
@@ -150,7 +154,7 @@ class Finetuning:
                 validation=None if validation is None else storage.absolute(validation),
             ),
             training=options.training,
-            pruning=pruning,
+            pruning=PruningSettings.model_validate(pruning),
             threads=torch.get_num_threads(),
             keep_folder=str(work / "kept"),
             lineage=self.lineage,
