@@ -118,7 +118,8 @@ def test_the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> Non
 
 
 def test_the_classifier_alone_is_trained(run: Run, files: Path) -> None:
-    good(run, f"finetune @/swin --train @/train.parquet --classes 5 --out result {FAST} 'freeze=[^(?!head)]'")
+    frozen = "\"freeze=['^(?!head)']\""
+    good(run, f"finetune @/swin --train @/train.parquet --classes 5 --out result {FAST} {frozen}")
     before, after = (load_file(place / "model.safetensors") for place in (files / "swin", Path("result")))
     assert {key for key in after if not torch.equal(after[key], before[key])} == {
         "head.fc.weight",
