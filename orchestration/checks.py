@@ -12,24 +12,23 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data.auto_augment import rand_augment_transform
-from timm.optim import create_optimizer_v2, list_optimizers
 
 from orchestration import digits
+from orchestration.check_training import check_training
 from orchestration.cluster import ClusterSize
 from orchestration.config import Distribution, Recipe, digest
 from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
 from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
-from pruners.errors import InputError, did_you_mean, first_line
+from pruners.errors import InputError, first_line
 from pruners.layers import PrunableLayer
 from pruners.limits import bounds, check_feasible
 from pruners.methods import create_pruner
 from pruners.patterns import Pattern
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings, TrainingSettings
+from trainers.config import DataSettings
 from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
 from trainers.tables import check_table
@@ -62,7 +61,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     """
     for part, training in (("dense", recipe.dense), ("recovery", recipe.recovery)):
         if training is not None:
-            _check_training(training, part)
+            check_training(training, f"{part}.")
     _check_schedule(recipe)
     _check_space(recipe)
     model, layers = _model(recipe)
@@ -172,27 +171,6 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     return total
 
 
-def _check_training(training: TrainingSettings, part: str) -> None:
-    """What only timm can tell: its optimizers, and its augmentations."""
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
-    name = training.optimizer
-    try:
-        create_optimizer_v2([weight], name, lr=training.lr.peak, weight_decay=training.weight_decay).step()
-    except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
-        known = list_optimizers()
-        reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else first_line(error)
-        raise InputError(f"{part}.optimizer", name, f"must be one that works here ({reason})") from None
-    text = training.augment.rand_augment
-    if text is None:
-        return
-    try:
-        rand_augment_transform(text, {})
-    except (AssertionError, ValueError, KeyError):
-        key = f"{part}.augment.rand_augment"
-        raise InputError(key, text, "must be a RandAugment of timm, as rand-m9-mstd0.5-inc1") from None
-
-
 def _check_schedule(recipe: Recipe) -> None:
     """Steps that fit into the run, and sparsities to keep that are among theirs."""
     pruning = recipe.pruning
@@ -229,7 +207,7 @@ def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
     changed = with_values(recipe, recipe.schedule.active(values))
     _check_schedule(changed)
     if changed.recovery != recipe.recovery:
-        _check_training(changed.recovery, "recovery")
+        check_training(changed.recovery, "recovery.")
 
 
 def _ends(distribution: Distribution) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from orchestration.cli_data import data
+from orchestration.cli_export import export, pull
+from orchestration.cli_finetune import finetune
 from orchestration.cli_prune import inspect_model, prune
 from pruners.errors import InputError, did_you_mean
 
@@ -37,6 +39,9 @@ def cli() -> None:
 cli.add_command(prune)
 cli.add_command(inspect_model)
 cli.add_command(data)
+cli.add_command(export)
+cli.add_command(pull)
+cli.add_command(finetune)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")

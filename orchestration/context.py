@@ -16,6 +16,7 @@ from orchestration.tracking import Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns
 from trainers import storage
+from trainers.checkpoint import weights_hash
 from trainers.config import DataSettings
 
 
@@ -159,4 +160,4 @@ class Recovered:
 def content_hash(checkpoint: str) -> str:
     """A hash of a checkpoint's weights: the same model is the same wherever it lies."""
     config = storage.read_bytes(f"{checkpoint}/config.json")
-    return digest(config.hex(), storage.sha256(f"{checkpoint}/model.safetensors"))
+    return digest(config.hex(), weights_hash(checkpoint))

@@ -16,8 +16,12 @@ DATABASE = "mlflow.db"
 
 
 @contextmanager
-def _registry(tracking_uri: str | None, storage: str) -> Iterator[str]:
-    """A tracking URI: the one given, or our own database read directly."""
+def registry_uri(tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """A tracking URI for a while: the one given, or that of a server of ours over a storage's database.
+
+    Raises:
+        InputError: no server answers there, or nothing has been logged in the storage.
+    """
     if tracking_uri is not None:
         check_uri(tracking_uri)
         yield tracking_uri
@@ -44,7 +48,7 @@ def evaluate_model(
         return
     from orchestration import registry
 
-    with _registry(tracking_uri, storage) as uri, registry.pulled(model, uri) as folder:
+    with registry_uri(tracking_uri, storage) as uri, registry.pulled(model, uri) as folder:
         yield from _evaluate(str(folder), data_uri, batch_size)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from orchestration.prune_options import PruneOptions, layer_patterns
 from orchestration.prune_report import Outcome, gradients_taken
-from orchestration.source import layers_of, load
+from orchestration.source import check_images, device_for, layers_of, load
 from orchestration.work import Bars, free_folder, interruptible, whole_folder
 from pruners.base import Pruner
 from pruners.costs import count_costs
@@ -32,7 +32,6 @@ from trainers.checkpoint import save_checkpoint
 from trainers.config import SECOND_ORDER
 from trainers.evaluate import Evaluation, evaluate
 from trainers.prune_step import Gradients, gradient_source
-from trainers.tables import check_table
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Job:
         """
         with _by_option(options):
             target = free_folder(options.out, "--out")
-            device = _device(options.device)
+            device = device_for(options.device)
             patterns = layer_patterns(options.layers)
             loaded = load(options.model, patterns)
             chosen = options.for_method()
@@ -135,13 +134,6 @@ class _Again:
         return iter(self.batches())
 
 
-def _device(name: str | None) -> str:
-    here = torch.cuda.is_available()
-    if name == "cuda" and not here:
-        raise InputError("--device", name, "no CUDA device is here; take cpu")
-    return name or ("cuda" if here else "cpu")
-
-
 def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradients | None:
     if options.method not in SECOND_ORDER or options.data is None:
         return None
@@ -163,11 +155,7 @@ def _tests(options: PruneOptions, model: nn.Module) -> data.Batches | None:
 
 
 def _images(uri: str, model: nn.Module, key: str) -> data.ImageTable:
-    classes, (channels, *_) = models.classes(model), models.input_size(model)
-    if not classes or channels != 3:
-        found = f"{classes} classes and {channels} channels"
-        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
-    check_table(uri, classes, key=key)
+    check_images(uri, model, key)
     transform = data.eval_transform(models.data_config(model))
     return data.images(uri, transform, key=key)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestration.config import Recipe
 from pruners.errors import InputError, did_you_mean
+from trainers.settings import Settings
+
+S = TypeVar("S", bound=Settings)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -26,14 +30,32 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: whatever is wrong, by key and value.
     """
     content = _read(_find(name), ())
+    _override(content, overrides)
+    content.setdefault("name", Path(name).stem)
+    _from_environment(content)
+    return validate(content)
+
+
+def part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
+    """A part of a recipe without the rest, from ``key.sub=value`` strings over some defaults.
+
+    Raises:
+        InputError: for the first thing that is wrong, its key as it would be within the part.
+    """
+    content = copy.deepcopy(dict(defaults))
+    _override(content, overrides)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise _one_line(error, kind) from None
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, found, value = override.partition("=")
         if not found:
             raise InputError("override", override, "must have the form key.sub=value")
         put(content, key, _parse_yaml(value, f"override {key}"))
-    content.setdefault("name", Path(name).stem)
-    _from_environment(content)
-    return validate(content)
 
 
 def _from_environment(content: dict[str, Any]) -> None:
@@ -54,7 +76,7 @@ def validate(content: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _one_line(error) from None
+        raise _one_line(error, Recipe) from None
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -211,20 +233,20 @@ def _no_branch(errors: Sequence[Any]) -> InputError:
     return InputError(".".join(path[:begin] + rest), told[0].get("input"), ", or ".join(says))
 
 
-def _one_line(error: ValidationError) -> InputError:
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> InputError:
     """The first mistake that pydantic found, in our words."""
     errors = error.errors(include_url=False)
     if any(_BRANCH.fullmatch(str(part)) for part in errors[0]["loc"]):
         return _no_branch(errors)
-    return _one_mistake(errors[0])
+    return _one_mistake(errors[0], kind)
 
 
-def _one_mistake(first: Any) -> InputError:
+def _one_mistake(first: Any, whole: type[BaseModel]) -> InputError:
     location = [part for part in first["loc"] if isinstance(part, str | int)]
     key = ".".join(map(str, location)) or "recipe"
     kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        choices = _fields_at(location[:-1])
+        choices = _fields_at(whole, location[:-1])
         return InputError(key, given, f"unknown key{did_you_mean(str(location[-1]), choices)}")
     if kind == "missing":
         return InputError(key, None, "is missing")
@@ -246,9 +268,9 @@ def _shown(given: Any, key: str) -> Any:
     return get(given, key) if isinstance(given, dict) else None
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
-    """Names of the keys that are known at a place of the recipe."""
-    model: Any = Recipe
+def _fields_at(whole: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Names of the keys that are known at a place of a recipe, or of a part of one."""
+    model: Any = whole
     for part in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
             return []

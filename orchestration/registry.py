@@ -94,10 +94,11 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
             )
             # by the client, as mlflow.artifacts goes by a URI that is global to the process
             artifact = dict(found.tags).get("artifact", ARTIFACT)
-            yield Path(client.download_artifacts(str(found.run_id), artifact, target))
+            folder = Path(client.download_artifacts(str(found.run_id), artifact, target))
         except (MlflowException, OSError) as error:
             reason = (str(error).splitlines() or ["unknown"])[0]
             raise InputError("model", reference, f"cannot be had from the registry ({reason})") from None
+        yield folder
 
 
 def _parse(reference: str) -> tuple[str, str, str]:

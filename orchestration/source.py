@@ -1,12 +1,14 @@
-"""The MODEL of a command: a checkpoint folder, ``hf-hub:NAME``, or the name of a timm model."""
+"""The MODEL of a command: a checkpoint folder, one of a hub or the registry, or a timm model by its name."""
 
 from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,9 +17,10 @@ from torch import nn
 from pruners.errors import InputError, did_you_mean, first_line
 from pruners.layers import PrunableLayer, find_layers
 from trainers import models
-from trainers.checkpoint import Checkpoint, load_checkpoint
+from trainers.checkpoint import Checkpoint, load_checkpoint, opened, save_checkpoint
 from trainers.config import ModelSettings
 from trainers.storage import absolute
+from trainers.tables import check_table
 
 Patterns = Mapping[str, Sequence[str]]
 
@@ -30,7 +33,7 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
     Raises:
         InputError: whatever keeps it from being loaded.
     """
-    if not name.startswith(_HUB) and not is_architecture(name):
+    if is_file(name):
         with _by_option():
             return load_checkpoint(absolute(name), key="model", layers=patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
@@ -38,6 +41,40 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
         return Checkpoint(models.load_hub(name), None)
     except Exception as error:  # timm, the hub's client and what they stand on have kinds of their own
         raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
+
+
+@contextmanager
+def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
+
+    Raises:
+        InputError: a registry that does not answer, or does not hold it.
+    """
+    if not name.startswith("models:/"):
+        yield name
+        return
+    from orchestration import registry
+    from orchestration.inspect import registry_uri
+
+    with registry_uri(tracking_uri, storage) as uri, registry.pulled(name, uri) as folder:
+        yield str(folder)
+
+
+@contextmanager
+def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    if not name.startswith(_HUB):
+        with opened(absolute(name), key="model") as found:
+            yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        record = {"method": "dense", "sparsity": 0.0, "allocation": {}, "source": name}
+        save_checkpoint(Path(folder), load(name).model, model_args={}, masks=None, record=record)
+        yield Path(folder), record
 
 
 @contextmanager
@@ -79,8 +116,44 @@ def is_architecture(name: str) -> bool:
     return True
 
 
+def is_file(name: str) -> bool:
+    """Whether a model is a folder of files, here or elsewhere: not a hub's, and not timm's own."""
+    return not name.startswith(_HUB) and not is_architecture(name)
+
+
 def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
     """The prunable layers: by ``patterns``, by those it was pruned with, or by its family."""
-    recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
     with _by_option():
-        return find_layers(loaded.model, patterns or recorded.get("layers"))
+        return find_layers(loaded.model, patterns or recorded_patterns(loaded))
+
+
+def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
+    """The patterns of layers that a checkpoint was pruned with, if it was with any."""
+    recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
+    found: Patterns | None = recorded.get("layers")
+    return found
+
+
+def check_images(uri: str, model: nn.Module, key: str) -> str:
+    """Whether a model can learn from a table, or be tested on it; returns the table's fingerprint.
+
+    Raises:
+        InputError: as :func:`trainers.tables.check_table`, or a model that takes other images.
+    """
+    classes, (channels, *_) = models.classes(model), models.input_size(model)
+    if not classes or channels != 3:
+        found = f"{classes} classes and {channels} channels"
+        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
+    return check_table(uri, classes, key=key)
+
+
+def device_for(name: str | None) -> str:
+    """The device that is asked for; without a name, a GPU where there is one.
+
+    Raises:
+        InputError: there is none.
+    """
+    here = torch.cuda.is_available()
+    if name == "cuda" and not here:
+        raise InputError("--device", name, "no CUDA device is here; take cpu")
+    return name or ("cuda" if here else "cpu")

@@ -61,7 +61,8 @@ class Bars:
     ) -> None:
         self._bars.stop()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line that stays."""
         for line in filter(None, (self._heading, text)):
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         self._heading = ""
@@ -78,13 +79,13 @@ class Bars:
         again = f" (round {self._rounds[what]})" if self._rounds[what] > 1 else ""
         detail = f"{done:,} of {total:,}, {time_left}{again}"
         if self._live:
-            self._say("")
+            self.say("")
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, detail="")
             self._bars.update(self._tasks[what], completed=done, total=total, detail=detail)
         elif now - self._spoke > max(_PLAIN_SECONDS, _PLAIN_SHARE * took):
             self._spoke = now
-            self._say(f"{what:<12}{detail}")
+            self.say(f"{what:<12}{detail}")
 
     def over(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
         """The same batches, told as they are done with."""

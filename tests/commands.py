@@ -16,6 +16,8 @@ ESPALIER = Path(sys.executable).parent / "espalier"
 SMALL = Path(__file__).parent / "recipes" / "small.yaml"
 SECONDS = 540.0  # a busy machine takes four times as long as an idle one
 MARK = "ESPALIER_TEST"
+Run = Callable[[str], tuple[int, str, str]]
+"""What the fixture ``run`` gives: arguments as typed, to status, standard output, standard error."""
 ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "ESPALIER_STORAGE", "COLUMNS")
 
 
@@ -152,6 +154,13 @@ def run(*arguments: str, cwd: Path, seconds: float = SECONDS, **environment: str
         assert status == 0, command.err
         assert command.left() == {}
         return command
+
+
+def good(run: Run, text: str) -> str:
+    """What a command that ends well prints."""
+    status, out, error = run(text)
+    assert status == 0, error
+    return out
 
 
 def parent(pid: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from commands import Command
+    from commands import Command, Run
     from mlflow import MlflowClient
 
 # read when torch is loaded: threads that wait for each other leave the cores to whoever else works there
@@ -68,6 +71,34 @@ def client(mlflow_uri: str) -> MlflowClient:
     import mlflow
 
     return mlflow.MlflowClient(mlflow_uri)
+
+
+@pytest.fixture
+def run(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """The command line in this process, in an empty folder; ``@`` is the test file's fixture ``files``."""
+    from orchestration import cli
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in kinds]
+
+    def command(text: str) -> tuple[int, str, str]:
+        typed = [
+            part.replace("@", str(files)) if part.startswith("@") else part for part in shlex.split(text)
+        ]
+        monkeypatch.setattr(sys, "argv", ["espalier", *typed])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        found = capsys.readouterr()
+        return int(end.value.code or 0), found.out, found.err
+
+    yield command
+    for kind, handler in zip(kinds, before, strict=True):
+        signal.signal(kind, handler)
 
 
 @pytest.fixture

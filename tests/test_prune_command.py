@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,19 @@ import pyarrow as pa
 import pytest
 import timm
 import torch
-from commands import espalier
+from commands import Run, espalier, good
 from image_tables import SWIN, VIT, dense_folder, table, tiny, write
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from torch import nn
 
-from orchestration import cli, prune_command, source
+from orchestration import prune_command, source
 from orchestration.work import Bars, whole_folder
 from pruners.layers import find_layers
 from pruners.methods import METHODS
 
 WEIGHTS = 6144  # prunable ones of the tiny ViT
-
-Run = Callable[[str], tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -78,38 +74,6 @@ def _edited(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]],
     weights = load_file(place)
     change(weights)
     save_file(weights, place, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def run(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """The command line in this process, in an empty folder: status, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(kind) for kind in kinds]
-
-    def command(text: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["espalier", *(_placed(part, files) for part in shlex.split(text))])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        found = capsys.readouterr()
-        return int(end.value.code or 0), found.out, found.err
-
-    yield command
-    for kind, handler in zip(kinds, before, strict=True):
-        signal.signal(kind, handler)
-
-
-def _placed(part: str, files: Path) -> str:
-    return part.replace("@", str(files)) if part.startswith("@") else part
-
-
-def good(run: Run, text: str) -> str:
-    """What a command that ends well prints."""
-    status, out, error = run(text)
-    assert status == 0, error
-    return out
 
 
 def pruned(folder: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]:

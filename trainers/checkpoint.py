@@ -3,6 +3,9 @@
 ``config.json`` and ``model.safetensors`` are timm's hub format: plain timm loads the folder with
 ``timm.create_model('local-dir:PATH', pretrained=True)``. Beside them lie ``masks.safetensors`` (one bit a
 prunable weight) and ``pruning.json`` (method, allocation, figures, versions, checksums). No pickle.
+
+A compressed folder holds weights and masks in one file of another name (:mod:`trainers.packed`), in which
+plain timm does not look for weights: it would take none of them. :func:`load_checkpoint` reads both kinds.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import copy
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,16 +25,20 @@ from typing import Any
 import torch
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.models import _hub
-from torch import nn
+from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.layers import find_layers
 from pruners.masks import MaskSet
+from trainers import storage
 from trainers.models import load_hub, load_timm_folder
+from trainers.packed import read_packed, write_packed
 from trainers.storage import local_copy, resolve
 
 WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
+PACKED = "model.safetensors.packed"
 TRAINER_FILES = ("trainer.safetensors", "trainer.json")
 """What only the run that wrote it could go on from (:mod:`trainers.state`)."""
 FORMAT = "espalier-checkpoint-1"
@@ -81,7 +90,7 @@ def save_checkpoint(
 def load_checkpoint(
     uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None, **arguments: Any
 ) -> Checkpoint:
-    """Load a folder (any pyarrow URI), or ``hf-hub:NAME``, after checking its files.
+    """Load a folder (any pyarrow URI), compressed or not, or ``hf-hub:NAME``, after checking its files.
 
     A timm folder that espalier did not write is welcome; masks are then read from the zeros of the weights.
 
@@ -93,6 +102,32 @@ def load_checkpoint(
     """
     if uri.startswith("hf-hub:"):
         return Checkpoint(load_hub(uri, **arguments), None)
+    with opened(uri, key=key) as (folder, record):
+        weights, masks = None, MaskSet.load(folder / MASKS) if (folder / MASKS).exists() else None
+        if is_packed(folder):
+            weights, masks = _packed(folder, uri, key)
+        try:
+            model = load_timm_folder(folder, weights, **arguments)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
+        if masks is not None:
+            shapes = {name: weight.shape for name, weight in model.named_parameters()}
+            for name, mask in masks.items():
+                if shapes.get(name) != mask.shape:
+                    file = PACKED if is_packed(folder) else MASKS
+                    raise InputError(key, uri, f"{file} does not fit the model ({name})")
+            return Checkpoint(model, masks, record)
+        found = MaskSet.from_zeros(model, find_layers(model, layers))
+        return Checkpoint(model, found if found.sparsity > 0 else None, record)
+
+
+@contextmanager
+def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder (any pyarrow URI) on this machine for as long as it is needed, checked, and its record.
+
+    Raises:
+        InputError: as :func:`verify`, or a place that cannot be reached.
+    """
     system, path = resolve(uri, key)
     try:
         there = system.get_file_info(path).type != fs.FileType.NotFound
@@ -102,20 +137,45 @@ def load_checkpoint(
     if not there:
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
     with local_copy(uri) as folder:
-        record = verify(folder, uri, key=key)
-        try:
-            model = load_timm_folder(folder, **arguments)
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
-        if (folder / MASKS).exists():
-            masks = MaskSet.load(folder / MASKS)
-            shapes = {name: weight.shape for name, weight in model.named_parameters()}
-            for name, mask in masks.items():
-                if shapes.get(name) != mask.shape:
-                    raise InputError(key, uri, f"{MASKS} does not fit the model ({name})")
-            return Checkpoint(model, masks, record)
-        found = MaskSet.from_zeros(model, find_layers(model, layers))
-        return Checkpoint(model, found if found.sparsity > 0 else None, record)
+        yield folder, verify(folder, uri, key=key)
+
+
+def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[str]:
+    """Write the compressed form of a checkpoint folder; returns the names of the tensors that are packed.
+
+    Args:
+        source: a folder that :func:`verify` finds nothing wrong with, and its ``record``.
+        target: a folder that is there, and empty.
+
+    Raises:
+        InputError: masks, or packed weights, that cannot be read.
+    """
+    kept = {key: value for key, value in record.items() if key != "architecture"}
+    if is_packed(source):
+        weights, masks = _packed(source, str(source), "checkpoint")
+    else:
+        weights = load_file(source / WEIGHTS)
+        masks = MaskSet.load(source / MASKS) if (source / MASKS).exists() else None
+        kept["packed_from"] = _sha256(source / WEIGHTS)
+    names = write_packed(target / PACKED, weights, masks)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+    (target / PACKED).chmod(0o644)
+    files = {name: _sha256(target / name) for name in (PACKED, CONFIG)}
+    content = {"format": FORMAT, "versions": versions(), **kept, "files": files}
+    (target / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
+    return names
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is a compressed one."""
+    return (folder / PACKED).is_file() and not (folder / WEIGHTS).exists()
+
+
+def _packed(folder: Path, uri: str, key: str) -> tuple[dict[str, Tensor], MaskSet | None]:
+    try:
+        return read_packed(folder / PACKED)
+    except ValueError as error:
+        raise InputError(key, uri, f"{PACKED} holds no packed weights ({error})") from None
 
 
 def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]:
@@ -126,7 +186,8 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     """
     if not folder.is_dir():
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
-    for name in (CONFIG, WEIGHTS):
+    weights = PACKED if is_packed(folder) else WEIGHTS
+    for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(key, uri, f"{name} is missing; must be a timm checkpoint folder")
     try:
@@ -135,10 +196,10 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     except (ValueError, KeyError, TypeError):
         raise InputError(key, uri, f"{CONFIG} must be timm's, with an architecture") from None
     try:
-        with safe_open(folder / WEIGHTS, framework="np") as file:
+        with safe_open(folder / weights, framework="np") as file:
             file.keys()
     except (SafetensorError, OSError) as error:
-        raise InputError(key, uri, f"{WEIGHTS} is truncated or no safetensors file ({error})") from None
+        raise InputError(key, uri, f"{weights} is truncated or no safetensors file ({error})") from None
     if not (folder / RECORD).exists():
         return {}
     try:
@@ -164,7 +225,16 @@ def model_args(folder: Path) -> dict[str, Any]:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of the weights and masks."""
-    return sum((folder / name).stat().st_size for name in (WEIGHTS, MASKS) if (folder / name).exists())
+    files = (WEIGHTS, MASKS, PACKED)
+    return sum((folder / name).stat().st_size for name in files if (folder / name).exists())
+
+
+def weights_hash(uri: str) -> str:
+    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made."""
+    if storage.exists(f"{uri}/{WEIGHTS}"):
+        return storage.sha256(f"{uri}/{WEIGHTS}")
+    record = storage.read_json(f"{uri}/{RECORD}") if storage.exists(f"{uri}/{RECORD}") else {}
+    return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED}"))
 
 
 def versions() -> dict[str, str]:

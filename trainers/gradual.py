@@ -39,6 +39,7 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Stepped = Callable[[int, int], None]
 
 
 def run(
@@ -48,6 +49,7 @@ def run(
     resume: Path | None = None,
     *,
     leaving: Callable[[], bool] = lambda: False,
+    stepped: Stepped = lambda done, total: None,
     notes: Sequence[str] = (),
 ) -> None:
     """Run a job to its end: dense training if it names no pruning, else prune → recover → prune …
@@ -58,6 +60,7 @@ def run(
     Args:
         resume: a checkpoint folder of this job to go on from.
         leaving: asked now and then, by all workers together: whether this machine is about to be taken away.
+        stepped: told after each step how many are done, and how many there are.
         notes: what the user should hear of, said with the first report.
     """
     session = Session.open(job, device, resume)
@@ -66,7 +69,7 @@ def run(
     if session.step == session.steps:  # it ended before, and was not heard
         report(Progress(session.last | place | told, None))
     while session.step < session.steps:
-        train_epoch(session, report, leaving)
+        train_epoch(session, report, leaving, stepped)
         session.last = end_epoch(session)
         done = session.step == session.steps
         due = done or session.epoch % job.training.checkpoint_every == 0
@@ -74,7 +77,7 @@ def run(
         told = {}
 
 
-def train_epoch(session: Session, report: Report, leaving: Callable[[], bool]) -> None:
+def train_epoch(session: Session, report: Report, leaving: Callable[[], bool], stepped: Stepped) -> None:
     """The rest of an epoch: pruning steps where the plan has them, an optimizer step for each batch."""
     per_epoch = len(session.sampler)
     session.sampler.start(session.epoch, session.step % per_epoch)
@@ -84,6 +87,7 @@ def train_epoch(session: Session, report: Report, leaving: Callable[[], bool]) -
             _prune(session, session.plan[session.step])
         train_step(session, batch)
         session.step += 1
+        stepped(session.step, session.steps)
         if session.step % per_epoch and _due(session, leaving):
             session.meter.settle()
             report(Progress(_between(session), _saver(session)))

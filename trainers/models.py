@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config import DataSettings, ModelSettings
@@ -48,10 +49,30 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 
-def load_timm_folder(folder: Path, **arguments: Any) -> nn.Module:
-    """What plain timm makes of a checkpoint folder."""
+def load_timm_folder(
+    folder: Path, weights: Mapping[str, Tensor] | None = None, **arguments: Any
+) -> nn.Module:
+    """What plain timm makes of a checkpoint folder; ``weights`` stand for those of its file."""
+    if weights is not None:  # another source than the folder, whose file timm would read
+        arguments["pretrained_cfg_overlay"] = {"source": "", "state_dict": dict(weights)}
     model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
+    if weights is not None:
+        config: Any = model.pretrained_cfg
+        config["source"] = "local-dir"
+        del config["state_dict"]  # they are the model's now
     return model
+
+
+def replace_head(model: nn.Module, classes: int) -> None:
+    """A new classifier for so many classes, as timm initialises it.
+
+    Raises:
+        InputError: a model without one.
+    """
+    reset = getattr(model, "reset_classifier", None)
+    if reset is None:
+        raise InputError("classes", classes, f"{type(model).__name__} has no classifier that can be replaced")
+    reset(classes)
 
 
 def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Module:

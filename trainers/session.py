@@ -87,7 +87,8 @@ class Session:
         seed_everything(job.seed)
         model, args, masks = building.load(job, resume)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
-        freeze(model, training.freeze, layers)
+        prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
+        freeze(model, training.freeze, layers if prunes else [])
         model.to(device)
         if training.channels_last:
             model.to(memory_format=torch.channels_last)

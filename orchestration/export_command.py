@@ -1,0 +1,73 @@
+"""``espalier export`` and ``espalier pull``: checkpoint folders, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orchestration.source import as_folder, at_hand
+from orchestration.work import free_folder, whole_folder
+from pruners.errors import InputError, first_line
+from trainers.checkpoint import is_packed, pack_folder, size_on_disk, verify
+
+
+def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
+    """Write the compressed form of a checkpoint; returns lines about it.
+
+    Raises:
+        InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
+    """
+    target = free_folder(out, "OUT")
+    with at_hand(checkpoint, tracking_uri, storage) as place, as_folder(place) as (source, record):
+        before = size_on_disk(source)
+        with _whole(target, out, "OUT") as folder:
+            packed = pack_folder(source, folder, record)
+    after = size_on_disk(target)
+    gained = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
+    if not packed:
+        gained += "; nothing was gained: no tensor has zeros enough"
+    return [
+        f"{'packed':<12}{len(packed)} tensors with zeros; all others are as they were",
+        f"{'size':<12}{gained}",
+        *_end(target, out),
+    ]
+
+
+def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> list[str]:
+    """Copy the checkpoint folder of a registered version; returns lines about it.
+
+    Raises:
+        InputError: no such version, a registry that does not answer, a damaged folder, or one that is there.
+    """
+    if not reference.startswith("models:/"):
+        raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
+    target = free_folder(dest, "DEST")
+    with at_hand(reference, tracking_uri, storage) as place, _whole(target, dest, "DEST") as folder:
+        shutil.copytree(place, folder, dirs_exist_ok=True)
+        record = verify(folder, reference, key="model")
+    checked = f"{len(record['files'])} files as recorded" if record else "none are recorded"
+    return [
+        f"{'model':<12}{record.get('method', 'unknown')}, sparsity {100 * record.get('sparsity', 0.0):.2f} %",
+        f"{'checksums':<12}{checked}",
+        *_end(target, dest),
+    ]
+
+
+@contextmanager
+def _whole(target: Path, place: str, key: str) -> Iterator[Path]:
+    try:
+        with whole_folder(target) as folder:
+            yield folder
+    except OSError as error:
+        expected = f"cannot be written ({error.strerror or first_line(error)})"
+        raise InputError(key, place, expected) from None
+
+
+def _end(target: Path, place: str) -> Iterator[str]:
+    yield f"{'written to':<12}{place} ({size_on_disk(target) / 1e6:.2f} MB)"
+    if is_packed(target):
+        yield f"{'load it by':<12}load_packed({str(target)!r}) of README.md; espalier takes it as it is"
+    else:
+        yield f"{'load it by':<12}timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"
