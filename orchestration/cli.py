@@ -11,6 +11,7 @@ import click
 
 from orchestration.cli_data import data
 from orchestration.cli_prune import inspect_model, prune
+from orchestration.cli_registry import lineage, promote
 from pruners.errors import InputError, did_you_mean
 
 INTERRUPTED = 130
@@ -37,6 +38,8 @@ def cli() -> None:
 cli.add_command(prune)
 cli.add_command(inspect_model)
 cli.add_command(data)
+cli.add_command(promote)
+cli.add_command(lineage)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
