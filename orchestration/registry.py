@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestration.tracking import Tracker
-from orchestration.versions import Version, opened, parse
+from orchestration.versions import Version, opened, parse, refusal
 from pruners.errors import InputError
 
 ARTIFACT = "checkpoint"
@@ -84,8 +84,8 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
             artifact = dict(found.tags).get("artifact", ARTIFACT)
             yield Path(client.download_artifacts(str(found.run_id), artifact, target))
         except (MlflowException, OSError) as error:
-            reason = (str(error).splitlines() or ["unknown"])[0]
-            raise InputError("model", reference, f"cannot be had from the registry ({reason})") from None
+            reason = f"cannot be had from the registry ({refusal(error, uri)})"
+            raise InputError("model", reference, reason) from None
 
 
 def describe(record: Mapping[str, Any]) -> dict[str, str]:

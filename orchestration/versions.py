@@ -152,7 +152,12 @@ def opened(uri: str) -> Iterator[Registry]:
     try:
         yield Registry(mlflow.MlflowClient(uri))
     except MlflowException as error:
-        raise InputError("MLflow", without_password(uri), f"refuses ({first_line(error)})") from None
+        raise InputError("MLflow", without_password(uri), f"refuses ({refusal(error, uri)})") from None
+
+
+def refusal(error: Exception, uri: str) -> str:
+    """What MLflow says, in one line and without the password that its messages repeat."""
+    return first_line(error).replace(uri.rstrip("/"), without_password(uri).rstrip("/"))
 
 
 def check_name(name: str, key: str) -> None:
