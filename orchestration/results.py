@@ -140,7 +140,7 @@ def print_end(
             continue
         console.print(f"{row.method}: {row.run}", highlight=False, soft_wrap=True)
     for line in (
-        *_aliases(sweep.recipe.registered_model, rows, decisions),
+        *alias_lines(sweep.recipe.registered_model, rows, decisions),
         f"open the UI:       espalier ui --storage {sweep.recipe.storage}"
         if sweep.recipe.tracking.uri is None
         else f"open the UI:       {sweep.tracker.link(sweep.run)}",
@@ -149,7 +149,7 @@ def print_end(
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _aliases(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
+def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
     """The champion, if it is of this sweep, and how to load it, else why not; and who carries which alias."""
     mine = {row.version: row for row in rows}
     for decision in decisions:

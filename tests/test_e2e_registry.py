@@ -227,7 +227,7 @@ def test_no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClien
 
 
 def test_a_version_becomes_the_dense_model_of_the_next_sweep(
-    swept: Swept, client: MlflowClient, mlflow_uri: str
+    client: MlflowClient, mlflow_uri: str, tmp_path: Path
 ) -> None:
     """By its alias; the new version names it as its parent, and the chain is told."""
     before = client.get_model_version_by_alias(MODEL, "champion")
@@ -242,16 +242,12 @@ def test_a_version_becomes_the_dense_model_of_the_next_sweep(
         "schedule": {"trials": 1},
         "tracking": {"uri": mlflow_uri},
     }
-    (swept.folder / "again.yaml").write_text(yaml.safe_dump(recipe))
-    swept_again = run("sweep", "again.yaml", "schedule.space={}", cwd=swept.folder)
-    assert re.search(
-        r"^champion: dimap \(version 1, models:/espalier-again@champion\)$", swept_again.out, re.M
-    )
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
+    again = run("sweep", "again.yaml", "schedule.space={}", cwd=tmp_path)
+    assert re.search(r"^champion: dimap \(version 1, models:/espalier-again@champion\)$", again.out, re.M)
     (version,) = client.search_model_versions("name='espalier-again'")
     assert version.tags["parent"] == f"models:/{MODEL}/{before.version}"
-    said = run(
-        "lineage", "models:/espalier-again@sparsity-80", "--tracking-uri", mlflow_uri, cwd=swept.folder
-    )
+    said = run("lineage", "models:/espalier-again@sparsity-80", "--tracking-uri", mlflow_uri, cwd=tmp_path)
     heads = [line for line in said.out.splitlines() if not line.startswith(" ")]
     assert heads == [
         "models:/espalier-again/1  @champion, @sparsity-80",

@@ -6,7 +6,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,30 @@ from mlflow import MlflowClient
 from orchestration import cli, lineage
 from orchestration.config import Promotion
 from orchestration.promotion import choose, level_alias, promote, settle
+from orchestration.results import Row, alias_lines
 from orchestration.versions import Registry, Version, check_alias, check_name, opened
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)
 DATA = "0123456789ab"
+ROW = Row(
+    method="ovit",
+    allocation="own",
+    part="test",
+    dense=0.9,
+    one_shot=None,
+    recovered=0.9,
+    validation=0.9,
+    sparsity=0.75,
+    parameters=2,
+    parameters_sparse=1,
+    macs=2,
+    macs_sparse=1,
+    bytes=1,
+    checkpoint="file:///runs/recovered",
+    run="",
+    version="1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +224,46 @@ def test_a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Regis
     assert [one.version for one in lineage.chain(registry, "models:/m/3")] == ["3", "2"]
 
 
+def test_a_sweep_ends_with_what_became_of_the_aliases(client: MlflowClient, registry: Registry) -> None:
+    def told(made: Sequence[Version]) -> list[str]:
+        rows = [replace(ROW, version=one.version, sparsity=one.sparsity) for one in made]
+        return list(alias_lines("m", rows, settle(registry, made, RULE)))
+
+    assert told(made(client, 0.8)) == [
+        "champion: ovit (version 1, models:/m@champion)",
+        "load the champion: timm.create_model('local-dir:/runs/recovered', pretrained=True)",
+        "aliases: @champion version 1, @sparsity-75 version 1",
+    ]
+    assert told(made(client, 0.7)) == [
+        "champion: stays with version 1: version 2 has 70.00 % on validation, and it has 80.00 %",
+        "make it champion:  espalier promote m --version 2 --force",
+        "sparsity-75: stays with version 1: version 2 has 70.00 % on validation, and it has 80.00 %",
+    ]
+    assert told(made(client, 0.9, sparsity="0.5000")) == [
+        "champion: none of these, as none is sparse enough (tracking.promotion.sparsity)",
+        "aliases: @sparsity-50 version 3",
+    ]
+
+
 # by the command line
 
 
+@pytest.fixture
 def say(
+    storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Status and words of a command, run in this process, over the database or an MLflow that is named."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        where = () if "--tracking" in arguments else ("--storage", str(storage))
+        return _run(capsys, monkeypatch, *arguments, *where)
+
+    return call
+
+
+def _run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
 ) -> tuple[int, str, str]:
-    """Status and words of the command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["espalier", *arguments])
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     kinds = (signal.SIGINT, signal.SIGTERM)
@@ -227,38 +280,33 @@ def say(
 
 
 def test_promotion_by_hand(
-    client: MlflowClient,
-    registry: Registry,
-    storage: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    client: MlflowClient, registry: Registry, storage: Path, say: Callable[..., tuple[int, str, str]]
 ) -> None:
     made(client, 0.80, 0.85, 0.70)
     registry.set_rule("m", RULE)
-    where = ("--storage", str(storage))
-    status, out, err = say(capsys, monkeypatch, "promote", *where)
+    status, out, err = say("promote")
     assert (status, out, err) == (
         0,
         "m@champion: version 2 (85.00 % on validation, 75 % zeros) takes it\n",
         "",
     )
     assert carries(client) == "2"
-    status, out, _ = say(capsys, monkeypatch, "promote", "m", "--version", "3", *where)
+    status, out, _ = say("promote", "m", "--version", "3")
     assert status == 1
     assert out == (
         "m@champion: stays with version 2: version 3 has 70.00 % on validation, and it has 85.00 %\n"
     )
     assert carries(client) == "2"
     uri = f"sqlite:///{storage}/mlflow/mlflow.db"
-    status, out, _ = say(capsys, monkeypatch, "promote", "--version", "3", "--force", "--tracking", uri)
+    status, out, _ = say("promote", "--version", "3", "--force", "--tracking", uri)
     assert status == 0
     assert len(out.splitlines()) == 1
     assert carries(client) == "3"
-    status, out, _ = say(capsys, monkeypatch, "promote", "--version", "3", *where)
+    status, out, _ = say("promote", "--version", "3")
     assert (status, "carries it already" in out) == (0, True)
-    status, out, _ = say(capsys, monkeypatch, "promote", "--version", "1", "--alias", "staging", *where)
+    status, out, _ = say("promote", "--version", "1", "--alias", "staging")
     assert (status, carries(client, "staging")) == (0, "1")
-    status, out, _ = say(capsys, monkeypatch, "promote", "--version", "1", "--alias", "sparsity-90", *where)
+    status, out, _ = say("promote", "--version", "1", "--alias", "sparsity-90")
     assert (status, carries(client, "sparsity-90")) == (1, None)
 
 
@@ -280,14 +328,12 @@ def test_promotion_by_hand(
 )
 def test_what_is_not_there_is_one_line(
     client: MlflowClient,
-    storage: Path,
     arguments: Sequence[str],
     says: Sequence[str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    say: Callable[..., tuple[int, str, str]],
 ) -> None:
     made(client, 0.8, 0.9)
-    status, out, err = say(capsys, monkeypatch, *arguments, "--storage", str(storage))
+    status, out, err = say(*arguments)
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert [text for text in says if text not in err] == []
@@ -295,13 +341,12 @@ def test_what_is_not_there_is_one_line(
 
 
 def test_of_several_models_one_is_to_be_named(
-    client: MlflowClient, storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, say: Callable[..., tuple[int, str, str]]
 ) -> None:
-    where = ("--storage", str(storage))
-    assert say(capsys, monkeypatch, "promote", *where)[0] == 2
+    assert say("promote")[0] == 2
     made(client, 0.8)
     made(client, 0.8, model="n")
-    status, _, err = say(capsys, monkeypatch, "promote", *where)
+    status, _, err = say("promote")
     assert (status, "must be one of m, n" in err) == (2, True)
 
 
@@ -314,7 +359,7 @@ def test_names_that_cannot_be_registered(name: str) -> None:
 def test_an_mlflow_that_goes_away_is_one_line_within_seconds() -> None:
     began = time.monotonic()
     with (
-        pytest.raises(InputError, match="MLflow = 'http://127.0.0.1:9'") as refused,
+        pytest.raises(InputError, match=r"MLflow = 'http://127\.0\.0\.1:9'") as refused,
         opened("http://user:secret@127.0.0.1:9") as registry,
     ):
         registry.names()
