@@ -69,6 +69,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> dict
     (folder / "site/sitecustomize.py").write_text(BLOCK)
     kept = {key: value for key, value in os.environ.items() if key not in (*ELSEWHERE, "PYTHONPATH")}
     ours = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # MLflow starts uvicorn by its name
         "PYTHONPATH": str(folder / "site"),
         "MLFLOW_TRACKING_URI": mlflow_uri,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
@@ -118,6 +119,7 @@ def test_mlflow_alone_predicts(
     check(json.loads(done.stdout.splitlines()[-1]), expected)
 
 
+@pytest.mark.long
 def test_mlflow_alone_serves(
     elsewhere: dict[str, Any], pictures: list[bytes], expected: list[list[float]], tmp_path: Path
 ) -> None:
@@ -143,8 +145,12 @@ def test_mlflow_alone_serves(
         ):
             check(_post(f"{url}/invocations", body)["predictions"], expected)
     finally:
-        os.killpg(server.pid, 15)
+        server.terminate()  # what it started ends with it
         server.wait(30)
+        deadline = time.monotonic() + 30
+        while _pings(url) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not _pings(url)
 
 
 def _pings(url: str) -> bool:
@@ -226,6 +232,7 @@ def test_no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClien
         assert not any(place.encode() in file.read_bytes() for place in places), file
 
 
+@pytest.mark.long
 def test_a_version_becomes_the_dense_model_of_the_next_sweep(
     client: MlflowClient, mlflow_uri: str, tmp_path: Path
 ) -> None:
