@@ -43,7 +43,7 @@ def test_the_least_recipe() -> None:
         ({"pruning": {"floor": 0.8}}, "nearest feasible: 0.8"),
         ({"pruning": {"methods": []}}, "at least 1 item"),
         ({"name": "../x"}, "should match pattern"),
-        ({"tracking": {"promotion": {"sparsity": 0.9}}}, "so many zeros; at most 0.5"),
+        ({"tracking": {"promotion": {"sparsity": 0.9}}}, "so many zeros; at most 0.75"),
         ({"storage": "  "}, "must not be empty"),
         ({"schedule": {"space": {"model.classes": {"choice": [1]}}}}, "only keys of recovery and pruning"),
     ],

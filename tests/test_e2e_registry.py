@@ -239,18 +239,15 @@ def test_a_version_becomes_the_dense_model_of_the_next_sweep(
     """By its alias; the new version names it as its parent, and the chain is told."""
     before = client.get_model_version_by_alias(MODEL, "champion")
     recipe = {
-        "extends": str(SMALL),
-        "name": "again",
-        "model": {"architecture": None, "args": {}, "checkpoint": CHAMPION, "classes": 10},
-        "dense": None,
-        "pruning": {"methods": ["dimap"], "sparsity": 0.8, "schedule": {"start": 0.78}},
+        "model": {"checkpoint": CHAMPION, "classes": 10},
+        "data": {"source": "digits"},
+        "pruning": {"methods": ["dimap"], "sparsity": 0.8, "schedule": {"kind": "one_shot"}},
         "recovery": {"epochs": 1},
         "allocation": {"trials": 0},
-        "schedule": {"trials": 1},
         "tracking": {"uri": mlflow_uri},
     }
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
-    again = run("sweep", "again.yaml", "schedule.space={}", cwd=tmp_path)
+    again = run("sweep", "again.yaml", cwd=tmp_path)
     assert re.search(r"^champion: dimap \(version 1, models:/espalier-again@champion\)$", again.out, re.M)
     (version,) = client.search_model_versions("name='espalier-again'")
     assert version.tags["parent"] == f"models:/{MODEL}/{before.version}"
