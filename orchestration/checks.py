@@ -19,6 +19,7 @@ from orchestration.cluster import ClusterSize
 from orchestration.config import Distribution, Recipe, digest
 from orchestration.recipes import with_values
 from orchestration.tracking import check_uri
+from orchestration.versions import check_name
 from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
 from pruners.errors import InputError, first_line
@@ -68,6 +69,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     total = _check_budget(recipe, layers)
     if local:
         check_local(recipe)
+    check_name(recipe.registered_model, "tracking.registered_model")
     if recipe.tracking.uri is not None and not dry_run:
         check_uri(recipe.tracking.uri)
     storage.resolve(recipe.storage)

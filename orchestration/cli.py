@@ -13,6 +13,7 @@ from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
 from orchestration.cli_finetune import finetune
 from orchestration.cli_prune import inspect_model, prune
+from orchestration.cli_registry import lineage, promote
 from pruners.errors import InputError, did_you_mean
 
 INTERRUPTED = 130
@@ -42,6 +43,8 @@ cli.add_command(data)
 cli.add_command(export)
 cli.add_command(pull)
 cli.add_command(finetune)
+cli.add_command(promote)
+cli.add_command(lineage)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")

@@ -163,12 +163,22 @@ class Resources(Settings):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
+class Promotion(Settings):
+    """Which version becomes champion: the best on validation of those sparse enough, on the same data."""
+
+    sparsity: Share | None = Field(None, description="least sparsity; default pruning.sparsity")
+    tolerance: Share | None = Field(
+        0.0, description="how far below the champion's top-1 a newer one may lie; null: it must be better"
+    )
+
+
 class Tracking(Settings):
     """Where MLflow is; without a URI a server of our own is started on loopback."""
 
     uri: Name | None = None
     experiment: Name = "espalier"
     registered_model: Name | None = Field(None, description="default espalier-<name>")
+    promotion: Promotion = Promotion()
 
 
 class Recipe(Settings):
@@ -206,6 +216,29 @@ class Recipe(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _champion_can_be(self) -> Recipe:
+        asked, most = self.tracking.promotion.sparsity, max(self._sparsities)
+        if asked is not None and asked > most:
+            raise ValueError(
+                f"tracking.promotion.sparsity: no model of this recipe has so many zeros; at most {most:g}"
+            )
+        return self
+
+    @property
+    def _sparsities(self) -> tuple[float, ...]:
+        """Those that gradual runs end at, the least and the largest at least."""
+        found = self.schedule.space.get("pruning.sparsity")
+        ends = found and (found.uniform or found.log or found.integer or found.choice)
+        return tuple(map(float, ends or (self.pruning.sparsity,)))
+
+    @property
+    def promotion(self) -> Promotion:
+        """The champion's rule, with the sparsity that it asks for."""
+        rule = self.tracking.promotion
+        least = min(self._sparsities) if rule.sparsity is None else rule.sparsity
+        return rule.model_copy(update={"sparsity": least})
+
     @property
     def allocated_sparsities(self) -> list[float]:
         """Those that an allocation is searched for, ascending."""
@@ -229,6 +262,7 @@ __all__ = [
     "DataSettings",
     "Distribution",
     "ModelSettings",
+    "Promotion",
     "PruningSettings",
     "Recipe",
     "Resources",

@@ -94,10 +94,11 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model: its checkpoint and its validation top-1."""
+    """The dense model: its checkpoint, its validation top-1, and the registered version that it was."""
 
     checkpoint: str
     top1: float
+    version: str | None = None
 
 
 @dataclass(frozen=True)

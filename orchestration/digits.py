@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainers.config import DataSettings
 from trainers.storage import exists, write_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
 
 CLASSES = 10
 _SPLITS = {"train": 1097, "validation": 350, "test": 350}
@@ -27,9 +32,17 @@ def prepare_digits(storage: str) -> DataSettings:
     return DataSettings(**places, mean=(0.31,) * 3, std=(0.35,) * 3)
 
 
-def _tables() -> dict[str, pa.Table]:
+def picture(digit: np.ndarray[Any, Any]) -> Image:
+    """One of scikit-learn's digits (8 by 8, 0…16) as an RGB image of 32 by 32."""
     import numpy as np
     from PIL import Image
+
+    pixels = np.clip(digit * (255 / 16), 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _tables() -> dict[str, pa.Table]:
+    import numpy as np
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -41,10 +54,8 @@ def _tables() -> dict[str, pa.Table]:
         begin += size
         images = []
         for row in rows:
-            pixels = np.clip(digits.images[row] * (255 / 16), 0, 255).astype(np.uint8)
-            large = Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
             sink = io.BytesIO()
-            large.convert("RGB").save(sink, "PNG")
+            picture(digits.images[row]).save(sink, "PNG")
             images.append({"bytes": sink.getvalue(), "path": f"digits-{row}.png"})
         tables[part] = pa.table(
             {

@@ -1,16 +1,20 @@
-"""Looking at what is there: evaluate a model, list the registry, open the UI."""
+"""Looking at what is there: evaluate a model, list the registry, move its aliases, open the UI."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestration.tracking import check_uri, server_for, start_server, tracking_folder
 from pruners.errors import InputError
 from trainers.storage import absolute
+
+if TYPE_CHECKING:
+    from orchestration.promotion import Decision
 
 DATABASE = "mlflow.db"
 
@@ -30,6 +34,13 @@ def registry_uri(tracking_uri: str | None, storage: str) -> Iterator[str]:
     with server_for(None, folder) as (uri, ready):
         ready()
         yield uri
+
+
+def _database(tracking_uri: str | None, storage: str) -> str:
+    """A tracking URI for what needs no artifacts: our own database is read as it lies, without a server."""
+    if tracking_uri is not None:
+        check_uri(tracking_uri)
+    return tracking_uri or f"sqlite:///{_folder(storage) / DATABASE}"
 
 
 def _folder(storage: str) -> Path:
@@ -74,10 +85,7 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
     """A line for each registered version."""
     from orchestration import registry
 
-    if tracking_uri is not None:
-        check_uri(tracking_uri)
-    # our own database is read as it lies: no server is needed to list it
-    found = registry.versions(tracking_uri or f"sqlite:///{_folder(storage) / DATABASE}")
+    found = registry.versions(_database(tracking_uri, storage))
     if not found:
         yield "no registered models yet"
     for version in found:
@@ -85,8 +93,51 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
         aliases = f"  @{', @'.join(version.aliases)}" if version.aliases else ""
         yield (
             f"{version.uri:<32}{tags.get('method', ''):<12}sparsity {tags.get('sparsity', '?'):<8}"
-            f"validation top-1 {tags.get('validation_top1', '?')}{aliases}"
+            f"validation top-1 {f'{version.top1:.4f}' if version.top1 >= 0 else '?'}{aliases}"
         )
+
+
+def promote_version(
+    name: str | None, number: str | None, alias: str, *, force: bool, tracking_uri: str | None, storage: str
+) -> Decision:
+    """Move an alias by the rule that the model's last sweep left, or by force.
+
+    Args:
+        name: default: the only registered model.
+        number: default: the best version that the rule lets.
+
+    Raises:
+        InputError: no such model or version, or names that MLflow does not take.
+    """
+    from orchestration import promotion, versions
+
+    versions.check_alias(alias, "--alias")
+    if name is not None:
+        versions.check_name(name, "NAME")
+    if number is not None and not number.isdecimal():
+        raise InputError("--version", number, "must be the number of a version")
+    with versions.opened(_database(tracking_uri, storage)) as registry:
+        names = registry.names()
+        if name is None and len(names) != 1:
+            raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
+        model = name or names[0]
+        there = {one.version: one for one in registry.versions(model)}
+        rule = registry.rule(model)
+        if number is not None and number not in there:
+            raise InputError(
+                "--version", number, f"{model} has {', '.join(sorted(there, key=int)) or 'none'}"
+            )
+        candidate = there[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        return promotion.promote(registry, candidate, alias, rule, force=force)
+
+
+def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """Lines about a registered version and what it comes from."""
+    from orchestration import lineage, versions
+
+    versions.parse(reference)
+    with versions.opened(_database(tracking_uri, storage)) as registry:
+        yield from lineage.lines(registry, reference)
 
 
 def serve_ui(storage: str, port: int) -> None:

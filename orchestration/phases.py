@@ -18,14 +18,17 @@ from orchestration import plots, registry, remote
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep, content_hash
 from orchestration.jobs import dense_job, gradual_job
+from orchestration.mlflow_model import classes_of
 from orchestration.recipes import flatten, get
 from orchestration.search import Search, run_search, stopping
 from orchestration.search_space import recipe_space
 from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.trial_runs import TrialRuns, without_trainer_state
+from orchestration.trial_runs import without_trainer_state
 from orchestration.tune_trial import training_trial
 from trainers import storage
 from trainers.checkpoint import RECORD
+
+PARENT = "parent.json"  # in a dense model that was a registered version: which one
 
 
 def dense_phase(sweep: Sweep) -> Dense:
@@ -50,7 +53,9 @@ def dense_phase(sweep: Sweep) -> Dense:
     if recipe.dense is None:
         sweep.display.phase("dense model")
         if given is not None and given.startswith("models:/"):
-            with registry.pulled(given, sweep.tracker.uri) as local:
+            version = registry.version_of(given, sweep.tracker.uri)  # the alias may move on
+            with registry.pulled(version, sweep.tracker.uri) as local:
+                storage.write_json(f"{local}/{PARENT}", {"version": version})
                 storage.upload(local, checkpoint)
         else:
             ray.get(sweep.task(remote.save_pretrained)[0].remote(recipe.model, sweep.data, checkpoint))
@@ -115,7 +120,11 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
             data=sweep.data,
             checkpoint=dense.checkpoint,
             allocation=allocation,
-            lineage={**sweep.lineage, "parent": content_hash(dense.checkpoint)},
+            lineage={
+                **sweep.lineage,
+                "parent": content_hash(dense.checkpoint),
+                "parent_version": dense.version,
+            },
         )
         with sweep.scratch(f"schedule-{method}-{key}") as scratch:
             run_search(
@@ -140,8 +149,9 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     if not known:
         with without_trainer_state(best.checkpoint) as clean:
             storage.upload(clean, recovered)
-    version = runs.register(recipe.registered_model, best, recovered)
-    kept = _keep(sweep, runs, best, folder)
+    register = partial(runs.register, recipe.registered_model, best, classes=classes_of(sweep.data.train))
+    version = register(recovered)
+    kept = _keep(best, folder, register)
     if not known:
         runs.figure(plots.trial_history(log.trials, f"{method}: gradual runs", dense.top1), "history")
     runs.close(best)
@@ -157,7 +167,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     return Recovered(best, Kept(recovered, best.metrics["val_top1"], version), kept, log.trials)
 
 
-def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, folder: str) -> dict[str, Kept]:
+def _keep(best: TrialRecord, folder: str, register: Callable[..., str]) -> dict[str, Kept]:
     """The best run's models at the sparsities on the way: copied, logged and registered, each as its own."""
     found = {}
     for level, figures in best.kept.items():
@@ -166,7 +176,7 @@ def _keep(sweep: Sweep, runs: TrialRuns, best: TrialRecord, folder: str) -> dict
         target = f"{folder}/kept/{level}"
         if not storage.exists(f"{target}/{RECORD}"):
             storage.copy(figures["checkpoint"], target)
-        version = runs.register(sweep.recipe.registered_model, best, target, name=f"kept-{level}")
+        version = register(target, name=f"kept-{level}")
         found[level] = Kept(target, figures["val_top1"], version)
     return found
 
@@ -210,7 +220,9 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
         found = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
         top1 = found[0]["top1"]
     sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
-    return Dense(checkpoint, top1)
+    parent = f"{checkpoint}/{PARENT}"
+    version = storage.read_json(parent)["version"] if storage.exists(parent) else None
+    return Dense(checkpoint, top1, version)
 
 
 def _gradual_params(recipe: Recipe) -> dict[str, Any]:

@@ -1,40 +1,35 @@
-"""The MLflow model registry: a version for the best of each method, ``champion`` for the best of all."""
+"""The MLflow model registry: a version for the best of each method, with where it comes from in its tags."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from orchestration.tracking import Tracker
+from orchestration.versions import Version, opened, parse, refusal
 from pruners.errors import InputError
 
-CHAMPION = "champion"
 ARTIFACT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version, as ``espalier models`` lists it."""
-
-    model: str
-    version: str
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.model}/{self.version}"
+_LINEAGE = {
+    "dense": "parent",  # the hash of the dense model's configuration and weights
+    "data": "data",
+    "git_commit": "git_commit",
+    "recipe": "recipe_digest",
+    "parent": "parent_version",
+    "sweep": "sweep",
+}
 
 
 def register(
     tracker: Tracker, model: str, run: str, tags: Mapping[str, str], artifact: str = ARTIFACT
 ) -> str:
-    """Make a checkpoint artifact of a run a version of ``model``, once; returns the version."""
+    """Make a checkpoint artifact of a run a version of ``model``, once; returns the version.
+
+    A version of before gets the tags that it lacks.
+    """
     from mlflow.exceptions import MlflowException
 
     client = tracker.client
@@ -42,35 +37,28 @@ def register(
         client.get_registered_model(model)
     except MlflowException:
         client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
-    for version in client.search_model_versions(f"name='{model}'"):
-        if version.run_id == run and str(version.source).endswith(f"/{artifact}"):
-            return str(version.version)
-    source = f"{client.get_run(run).info.artifact_uri}/{artifact}"
     if artifact != ARTIFACT:
         tags = {**tags, "artifact": artifact}
+    for version in client.search_model_versions(f"name='{model}'"):
+        if version.run_id == run and str(version.source).endswith(f"/{artifact}"):
+            for key in tags.keys() - dict(version.tags).keys():
+                client.set_model_version_tag(model, version.version, key, tags[key])
+            return str(version.version)
+    source = f"{client.get_run(run).info.artifact_uri}/{artifact}"
     made = client.create_model_version(model, source, run, tags=dict(tags), await_creation_for=0)
     return str(made.version)
 
 
-def crown(tracker: Tracker, model: str, version: str, alias: str = CHAMPION) -> None:
-    """Give a version the alias; whatever carried it before loses it."""
-    tracker.client.set_registered_model_alias(model, alias, version)
-
-
 def versions(uri: str) -> list[Version]:
-    """All registered versions, newest first."""
-    import mlflow
+    """All registered versions, by model, newest first."""
+    with opened(uri) as registry:
+        return [version for name in sorted(registry.names()) for version in registry.versions(name)]
 
-    client = mlflow.MlflowClient(uri)
-    found = []
-    for model in client.search_registered_models(max_results=1000):
-        aliases: dict[str, list[str]] = {}
-        for alias, version in dict(model.aliases).items():
-            aliases.setdefault(str(version), []).append(alias)
-        for entry in client.search_model_versions(f"name='{model.name}'"):
-            names = tuple(sorted(aliases.get(str(entry.version), [])))
-            found.append(Version(model.name, str(entry.version), names, dict(entry.tags)))
-    return sorted(found, key=lambda version: (version.model, -int(version.version)))
+
+def version_of(reference: str, uri: str) -> str:
+    """``models:/NAME/2`` for what an alias names now."""
+    with opened(uri) as registry:
+        return registry.resolve(reference).uri
 
 
 @contextmanager
@@ -83,7 +71,7 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    name, alias, version = _parse(reference)
+    name, alias, version = parse(reference)
     client = mlflow.MlflowClient(uri)
     with TemporaryDirectory(prefix="espalier-") as target:
         try:
@@ -96,24 +84,19 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
             artifact = dict(found.tags).get("artifact", ARTIFACT)
             folder = Path(client.download_artifacts(str(found.run_id), artifact, target))
         except (MlflowException, OSError) as error:
-            reason = (str(error).splitlines() or ["unknown"])[0]
-            raise InputError("model", reference, f"cannot be had from the registry ({reason})") from None
+            reason = f"cannot be had from the registry ({refusal(error, uri)})"
+            raise InputError("model", reference, reason) from None
         yield folder
 
 
-def _parse(reference: str) -> tuple[str, str, str]:
-    """(name, alias, version) of ``models:/NAME@alias`` or ``models:/NAME/VERSION``."""
-    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
-    if found is None:
-        raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
-    return found[1], found[2] or "", found[3] or ""
-
-
 def describe(record: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a version, from the record of its checkpoint."""
+    """Tags of a version, from the record of its checkpoint: what it is, and what it comes from."""
     figures = record.get("figures", {})
-    return {
+    tags = {
         "method": str(record.get("method")),
         "sparsity": f"{record.get('sparsity', 0.0):.4f}",
-        "validation_top1": f"{figures.get('val_top1', float('nan')):.4f}",
+        "validation_top1": f"{figures.get('val_top1', float('nan')):.6f}",
     }
+    if "val_loss" in figures:
+        tags["validation_loss"] = f"{figures['val_loss']:.6f}"
+    return tags | {tag: str(record[key]) for tag, key in _LINEAGE.items() if record.get(key)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.table import Table
 from orchestration import remote
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
+from orchestration.promotion import Decision
+from orchestration.versions import CHAMPION
 from trainers import storage
 from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
 
@@ -127,29 +129,49 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
-def print_end(console: Console, sweep: Sweep, rows: Sequence[Row], champion: Row, recipe_name: str) -> None:
-    """The table, the links, and what to do next."""
+def print_end(
+    console: Console, sweep: Sweep, rows: Sequence[Row], decisions: Sequence[Decision], recipe_name: str
+) -> None:
+    """The table, the links, what became of the registry's aliases, and what to do next."""
     console.print(table(rows))
     for row in rows:
         if row.kept:  # the same run as its method's last model
             continue
         console.print(f"{row.method}: {row.run}", highlight=False, soft_wrap=True)
-    model = sweep.recipe.registered_model
-    place = champion.checkpoint.removeprefix("file://")
-    lines = (
-        f"champion: {champion.method} (version {champion.version}, models:/{model}@champion)",
+    for line in (
+        *alias_lines(sweep.recipe.registered_model, rows, decisions),
         f"open the UI:       espalier ui --storage {sweep.recipe.storage}"
         if sweep.recipe.tracking.uri is None
         else f"open the UI:       {sweep.tracker.link(sweep.run)}",
-        f"load the champion: timm.create_model('local-dir:{place}', pretrained=True)",
         f"run on a cluster:  ray up cluster.yaml, then espalier sweep {recipe_name} --address auto",
-    )
-    for line in lines:
+    ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
+def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
+    """The champion, if it is of this sweep, and how to load it, else why not; and who carries which alias."""
+    mine = {row.version: row for row in rows}
+    for decision in decisions:
+        row = mine[decision.candidate.version]
+        if decision.refused:
+            yield f"{decision.alias}: {decision.why}"
+            if decision.alias == CHAMPION:
+                forced = f"espalier promote {model} --version {row.version} --force"
+                yield f"make it champion:  {forced}"
+        elif decision.alias == CHAMPION:
+            place = row.checkpoint.removeprefix("file://")
+            yield f"champion: {row.method} (version {row.version}, models:/{model}@{CHAMPION})"
+            yield f"load the champion: timm.create_model('local-dir:{place}', pretrained=True)"
+    if all(decision.alias != CHAMPION for decision in decisions):
+        yield "champion: none of these, as none is sparse enough (tracking.promotion.sparsity)"
+    carried = [f"@{one.alias} version {one.candidate.version}" for one in decisions if not one.refused]
+    if carried:
+        yield f"aliases: {', '.join(carried)}"
+
+
+def as_json(rows: Sequence[Row], root: str) -> list[dict[str, Any]]:
+    """The table for MLflow; places of checkpoints are said from the storage on, not of this machine."""
+    return [asdict(row) | {"checkpoint": row.checkpoint.removeprefix(f"{root}/")} for row in rows]
 
 
 def _percent(value: float | None) -> str:

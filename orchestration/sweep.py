@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from orchestration import plots, registry
+from orchestration import plots
 from orchestration.allocation_phase import allocation_phase
 from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
@@ -15,10 +15,13 @@ from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
+from orchestration.lineage import RECIPE
 from orchestration.phases import dense_phase, schedule_phase
+from orchestration.promotion import Decision, settle
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
-from orchestration.tracking import Tracker, server_for, tracking_folder
+from orchestration.tracking import Tracker, public, server_for, tracking_folder
+from orchestration.versions import Registry
 from trainers import storage
 
 
@@ -59,18 +62,24 @@ def run_sweep(
                 for method in recipe.pruning.methods
             }
             rows = make_rows(sweep, dense, allocated, recovered)
-            # validation chooses the champion; test images have no say
-            ends = [row for row in rows if not row.kept]
-            champion = max(ends, key=lambda row: recovered[row.method].record.score or 0.0)
-            registry.crown(tracker, recipe.registered_model, champion.version)
+            decisions = _promote(sweep, rows)
             _log_results(sweep, dense, allocated, recovered, rows)
             tracker.close("FINISHED")
         except BaseException as error:
             tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     display.close()
-    print_end(out, sweep, rows, champion, recipe_name)
+    print_end(out, sweep, rows, decisions, recipe_name)
     return rows
+
+
+def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
+    """The registry's aliases after the sweep; validation alone decides, test images have no say."""
+    recipe, registry = sweep.recipe, Registry(sweep.tracker.client)
+    registry.set_rule(recipe.registered_model, recipe.promotion)
+    ours = {row.version for row in rows}
+    versions = [one for one in registry.versions(recipe.registered_model) if one.version in ours]
+    return settle(registry, versions, recipe.promotion)
 
 
 def _log_results(
@@ -92,7 +101,7 @@ def _log_results(
     }
     figure = plots.accuracy_over_sparsity(points, dense.top1)
     sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
-    sweep.tracker.table(sweep.run, as_json(rows), "results.json")
+    sweep.tracker.table(sweep.run, as_json(rows, sweep.storage), "results.json")
     for row in rows:
         figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
         level = f".{100 * row.sparsity:.0f}" if row.kept else ""
@@ -102,7 +111,14 @@ def _log_results(
 
 def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize) -> Sweep:
     recipe = prepared.recipe
-    lineage = {"git_commit": git_commit(), "data": prepared.data_hash, "sweep": recipe.name}
+    content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
+    shown = public(content)
+    lineage = {
+        "git_commit": git_commit(),
+        "data": prepared.data_hash,
+        "sweep": recipe.name,
+        "recipe_digest": digest(shown),
+    }
     sweep = Sweep(
         recipe=recipe,
         data=prepared.data,
@@ -113,13 +129,14 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         run="",
         lineage=lineage,
     )
-    content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
     known = f"{sweep.root}/sweep-{digest(content, prepared.data_hash)}.json"
     run = storage.read_json(known)["run_id"] if storage.exists(known) else None
     if run is None or not tracker.resume(run):
         tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}
         run = tracker.start(recipe.name, None, flatten(content), tags)
         storage.write_json(known, {"run_id": run})
+    if not tracker.has(run, RECIPE):
+        tracker.table(run, shown, RECIPE)
     sweep.run = run
     return sweep
 

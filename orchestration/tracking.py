@@ -103,7 +103,7 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
         stdout=log,
         stderr=log,
         start_new_session=True,  # Ctrl-C reaches us first; we end it in order
-        env={**os.environ, **_quiet_environment()},
+        env={**os.environ, **quiet_environment()},
     )
     log.close()
     return Server(f"http://{LOOPBACK}:{free}", process)
@@ -116,7 +116,7 @@ def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[]
     Raises:
         InputError: the given URI does not answer.
     """
-    os.environ.update(_quiet_environment())
+    os.environ.update(quiet_environment())
     if uri is not None:
         check_uri(uri)
         yield uri, lambda: None
@@ -153,6 +153,16 @@ def answers(uri: str, timeout: float) -> bool:
 def without_password(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
+
+
+def public(value: Any) -> Any:
+    """A recipe, or one of its values, as others may read it: no password, of a path here the last part."""
+    if isinstance(value, Mapping):
+        return {key: public(one) for key, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    local = value.startswith(("/", "~", "file:"))
+    return Path(value).name if local else without_password(value)
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class Tracker:
 
         tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
         run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        entries = [Param(_safe(key), str(value)[:_TAG_LIMIT]) for key, value in params.items()]
+        entries = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in params.items()]
         for begin in range(0, len(entries), 100):
             self.client.log_batch(run, params=entries[begin : begin + 100])
         self._open.add(run)
@@ -250,8 +260,9 @@ class Tracker:
         return True
 
     def has(self, run: str, artifact: str) -> bool:
-        """Whether a run has an artifact of this name."""
-        return any(found.path == artifact for found in self.client.list_artifacts(run))
+        """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
+        folder = artifact.rpartition("/")[0] or None
+        return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
 
     def resume(self, run: str) -> bool:
         """Go on with a run of before; ``False`` if this server does not know it.
@@ -373,7 +384,7 @@ def _safe(key: str) -> str:
     return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)
 
 
-def _quiet_environment() -> dict[str, str]:
+def quiet_environment() -> dict[str, str]:
     """No telemetry, no progress bars, and failures in seconds rather than minutes."""
     wanted = {
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from orchestration import plots, registry
 from orchestration.display import Display
+from orchestration.mlflow_model import MARK, model_files
 from orchestration.tracking import Status, Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
@@ -119,11 +120,19 @@ class TrialRuns:
         """A figure of the whole phase."""
         self._tracker.figure(self.run, figure, name)
 
-    def register(self, model: str, best: TrialRecord, folder: str, name: str = registry.ARTIFACT) -> str:
+    def register(
+        self,
+        model: str,
+        best: TrialRecord,
+        folder: str,
+        name: str = registry.ARTIFACT,
+        classes: Mapping[str, int] | None = None,
+    ) -> str:
         """Register a checkpoint of the best trial as a version of ``model``; returns the version.
 
         Args:
             name: of the artifact; the trial's own is there already, others are logged now.
+            classes: the label of each class by its name, if they are known.
         """
         run = best.run_id
         self._tracker.flush()
@@ -136,6 +145,9 @@ class TrialRuns:
             if missing:
                 self._tracker.finish(run)
             self._tracker.flush()
+        if not self._tracker.has(run, f"{name}/{MARK}"):
+            with model_files(classes) as files:  # beside the checkpoint's: no weight is stored twice
+                self._tracker.folder(run, files, name)
         record = storage.read_json(f"{folder}/pruning.json")
         return registry.register(self._tracker, model, run, registry.describe(record), name)
 

@@ -43,6 +43,7 @@ def test_the_least_recipe() -> None:
         ({"pruning": {"floor": 0.8}}, "nearest feasible: 0.8"),
         ({"pruning": {"methods": []}}, "at least 1 item"),
         ({"name": "../x"}, "should match pattern"),
+        ({"tracking": {"promotion": {"sparsity": 0.9}}}, "so many zeros; at most 0.75"),
         ({"storage": "  "}, "must not be empty"),
         ({"schedule": {"space": {"model.classes": {"choice": [1]}}}}, "only keys of recovery and pruning"),
     ],
@@ -50,6 +51,17 @@ def test_the_least_recipe() -> None:
 def test_what_contradicts_itself(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Recipe.model_validate(MINIMAL | changes)
+
+
+def test_a_champion_is_as_sparse_as_the_recipe_unless_it_says_otherwise() -> None:
+    assert Recipe.model_validate(MINIMAL | {"pruning": {"sparsity": 0.8}}).promotion.sparsity == 0.8
+    own = {"pruning": {"sparsity": 0.8}, "tracking": {"promotion": {"sparsity": 0.6, "tolerance": None}}}
+    assert Recipe.model_validate(MINIMAL | own).promotion.model_dump() == {"sparsity": 0.6, "tolerance": None}
+    space = {"pruning.sparsity": {"uniform": [0.6, 0.9]}}
+    searched = {"pruning": {"sparsity": 0.8}, "schedule": {"space": space}}
+    assert Recipe.model_validate(MINIMAL | searched).promotion.sparsity == 0.6
+    searched |= {"tracking": {"promotion": {"sparsity": 0.85}}}
+    assert Recipe.model_validate(MINIMAL | searched).promotion.sparsity == 0.85
 
 
 def test_pretrained_weights_may_be_fine_tuned() -> None:

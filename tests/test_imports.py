@@ -24,7 +24,13 @@ FORBIDDEN = {
 # third-party package: the only modules that import it
 CONFINED = {
     "ray": ("trainers/ray_worker.py", "orchestration/*.py"),
-    "mlflow": ("orchestration/tracking.py", "orchestration/registry.py"),
+    "mlflow": (
+        "orchestration/tracking.py",
+        "orchestration/registry.py",
+        "orchestration/versions.py",
+        "orchestration/mlflow_model.py",
+        "orchestration/served_model.py",
+    ),
     "optuna": ("orchestration/search*.py", "orchestration/tune_*.py"),
 }
 

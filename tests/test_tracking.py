@@ -155,6 +155,23 @@ def test_a_password_is_never_shown(uri: str, shown: str) -> None:
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/data/mine/train.parquet", "train.parquet"),
+        ("~/mine/train", "train"),
+        ("file:///data/mine/train", "train"),
+        ("s3://bucket/mine/train", "s3://bucket/mine/train"),
+        ("s3://key:secret@bucket/train", "s3://bucket/train"),
+        ("models:/espalier-a@champion", "models:/espalier-a@champion"),
+        (0.5, 0.5),
+        ({"a": {"b": "/data/x"}}, {"a": {"b": "x"}}),
+    ],
+)
+def test_others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
+    assert tracking.public(value) == shown
+
+
 # the tracker
 
 
@@ -299,7 +316,8 @@ def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_
         versions.append(made)
     assert versions == ["1", "2"]
     for version, method in zip(versions, ("dimap", "ovit"), strict=True):
-        registry.crown(tracker, "espalier-test", version)
+        tracker.client.set_registered_model_alias("espalier-test", "champion", version)
+        assert registry.version_of("models:/espalier-test@champion", tracker.uri).endswith(f"/{version}")
         with registry.pulled("models:/espalier-test@champion", tracker.uri) as folder:
             assert (folder / "config.json").read_text() == f'"{method}"'
         assert not folder.exists()
@@ -308,7 +326,29 @@ def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_
     newest, oldest = [found for found in registry.versions(tracker.uri) if found.model == "espalier-test"]
     assert (newest.uri, newest.aliases) == ("models:/espalier-test/2", ("champion",))
     assert (oldest.uri, oldest.aliases) == ("models:/espalier-test/1", ())
-    assert oldest.tags == {"method": "dimap", "sparsity": "0.7500", "validation_top1": "0.9000"}
+    assert oldest.tags == {"method": "dimap", "sparsity": "0.7500", "validation_top1": "0.900000"}
+    assert (oldest.sparsity, oldest.top1, oldest.data) == (0.75, 0.9, "")
+
+
+@pytest.mark.cluster
+def test_a_version_of_before_gets_what_it_lacks(tracker: Tracker, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    run = tracker.start("before", None, {}, {})
+    tracker.folder(run, tmp_path, "checkpoint")
+    registry.register(tracker, "espalier-before", run, {"method": "ovit"})
+    record = {"method": "dimap", "parent": "d0", "data": "d1", "recipe_digest": "r", "git_commit": None}
+    registry.register(tracker, "espalier-before", run, registry.describe(record))
+    (version,) = tracker.client.search_model_versions("name='espalier-before'")
+    assert version.tags == {
+        "method": "ovit",  # what is there stays
+        "sparsity": "0.0000",
+        "validation_top1": "nan",
+        "dense": "d0",
+        "data": "d1",
+        "recipe": "r",
+    }
+    assert tracker.has(run, "checkpoint/config.json")
+    assert not tracker.has(run, "checkpoint/MLmodel")
 
 
 @pytest.mark.cluster

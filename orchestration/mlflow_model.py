@@ -1,0 +1,102 @@
+"""What makes a checkpoint folder an MLflow model too: a few small files beside timm's, and no pickle."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from orchestration.digits import picture
+from trainers import storage
+from trainers.convert import CLASSES
+
+MARK = "MLmodel"
+CODE = Path(__file__).with_name("served_model.py")
+_NEEDS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow")
+
+
+@contextmanager
+def model_files(classes: Mapping[str, int] | None = None) -> Iterator[Path]:
+    """A folder of what goes beside ``config.json`` and ``model.safetensors`` for MLflow to serve them.
+
+    ``MLmodel`` with the signature (image bytes in; class, label, probabilities out), an example, the code
+    that answers, and the packages that it needs, as they are installed here.
+
+    Args:
+        classes: the label of each class by its name, if they are known.
+    """
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    inputs = Schema([ColSpec(DataType.binary, "image")])
+    outputs = Schema(
+        [
+            ColSpec(DataType.long, "class"),
+            ColSpec(DataType.string, "label", required=False),
+            ColSpec(Array(DataType.double), "probabilities"),
+        ]
+    )
+    with TemporaryDirectory(prefix="espalier-") as target, _quietly():
+        folder = Path(target) / "model"
+        pyfunc.save_model(
+            folder,
+            python_model=str(CODE),
+            signature=ModelSignature(inputs, outputs),
+            input_example=pd.DataFrame({"image": [_example()]}),
+            pip_requirements=requirements(),
+        )
+        model = Model.load(folder)
+        # as it is found beside MLmodel, and not on the machine that wrote it
+        model.flavors[pyfunc.FLAVOR_NAME][pyfunc.MODEL_CODE_PATH] = CODE.name
+        model.save(folder / MARK)
+        if classes is not None:
+            (folder / CLASSES).write_text(json.dumps(dict(classes), indent=1), encoding="utf-8")
+        yield folder
+
+
+def classes_of(train: str | None) -> dict[str, int] | None:
+    """The label of each class by its name, where ``espalier data convert`` left them beside the images."""
+    if train is None or not storage.exists(f"{train}/{CLASSES}"):
+        return None
+    return {str(name): int(label) for name, label in storage.read_json(f"{train}/{CLASSES}").items()}
+
+
+def requirements() -> list[str]:
+    """The served model's packages, pinned; without a build's local part (``+cu130``), unknown to indexes."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS]
+
+
+def _example() -> bytes:
+    """A real image that is small enough for a JSON file."""
+    from sklearn.datasets import load_digits
+
+    sink = io.BytesIO()
+    picture(load_digits().images[0]).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """MLflow without its remarks, and without the lock files of whatever project we were started in."""
+    logger = logging.getLogger("mlflow")
+    level, name = logger.level, "MLFLOW_UV_AUTO_DETECT"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

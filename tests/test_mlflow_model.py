@@ -1,0 +1,169 @@
+"""The files that make a checkpoint folder an MLflow model: what they hold, and what they answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copytree
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from image_tables import dense_folder, edit_json, png
+from PIL import Image
+
+from orchestration import served_model
+from orchestration.mlflow_model import CODE, classes_of, model_files
+from trainers.checkpoint import load_checkpoint
+from trainers.tables import decode
+
+CLASSES = {"ash": 1, "birch": 0, "cedar": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint that MLflow can load."""
+    made = dense_folder(tmp_path_factory.mktemp("model") / "checkpoint")
+    with model_files(CLASSES) as files:
+        assert not {path.name for path in files.iterdir()} & {path.name for path in made.iterdir()}
+        copytree(files, made, dirs_exist_ok=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[mlflow.pyfunc.PyFuncModel]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        yield mlflow.pyfunc.load_model(str(folder))
+
+
+def plain_timm(folder: Path, content: bytes) -> torch.Tensor:
+    """Shares of the classes, by timm alone."""
+    found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(found), is_training=False)
+    with torch.no_grad():
+        logits = found(transform(Image.open(io.BytesIO(content)).convert("RGB"))[None])
+    shares: torch.Tensor = logits.softmax(1)[0]
+    return shares
+
+
+def test_it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
+    pictures = [png(number) for number in range(70)]  # more than fit into one pass
+    found = model.predict(pd.DataFrame({"image": pictures}))
+    assert len(found) == len(pictures)
+    names = {label: name for name, label in CLASSES.items()}
+    for number in (0, 1, 64, 69):
+        expected = plain_timm(folder, pictures[number])
+        row = found.iloc[number]
+        assert row["probabilities"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row["class"] == int(expected.argmax())
+        assert row["label"] == names[row["class"]]
+
+
+def test_it_is_still_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    dense_folder(tmp_path)
+    found = load_checkpoint(str(folder)).model
+    for name, weight in load_checkpoint(str(tmp_path)).model.state_dict().items():
+        assert torch.equal(weight, found.state_dict()[name])
+
+
+def test_labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> None:
+    dense_folder(tmp_path)
+    with model_files() as files:
+        copytree(files, tmp_path, dirs_exist_ok=True)
+    picture = pd.DataFrame({"image": [png(1)]})
+    assert mlflow.pyfunc.load_model(str(tmp_path)).predict(picture)["label"].tolist() == [None]
+    edit_json(tmp_path / "config.json", label_names=["x", "y", "z"])
+    row = mlflow.pyfunc.load_model(str(tmp_path)).predict(picture).iloc[0]
+    assert row["label"] == "xyz"[row["class"]]
+
+
+def test_a_bad_image_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
+    with pytest.raises(ValueError, match="image 1 cannot be decoded"):
+        model.predict(pd.DataFrame({"image": [png(1), b"no image"]}))
+    with pytest.raises(mlflow.exceptions.MlflowException, match="image"):
+        model.predict(pd.DataFrame({"picture": [png(1)]}))
+
+
+def test_the_example_is_an_image_that_it_answers(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
+    example = model.input_example
+    assert Image.open(io.BytesIO(example["image"].iloc[0])).size == (32, 32)
+    found = model.predict(example).iloc[0]
+    assert sum(found["probabilities"]) == pytest.approx(1.0)
+    schema = model.metadata.signature
+    assert [(one.name, one.type.name) for one in schema.inputs.inputs] == [("image", "binary")]
+    assert schema.outputs.input_names() == ["class", "label", "probabilities"]
+
+
+def test_nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:
+    files = {path.name: path for path in folder.rglob("*") if path.is_file()}
+    assert set(files) == {
+        *("config.json", "model.safetensors", "pruning.json"),
+        *("MLmodel", "served_model.py", "classes.json", "input_example.json", "serving_input_example.json"),
+        *("requirements.txt", "conda.yaml", "python_env.yaml"),
+    }
+    for name in files.keys() - {"model.safetensors"}:
+        text = files[name].read_text(encoding="utf-8")
+        assert not re.search(r"/(tmp|root|home|work|usr)/|https?://|--index|--extra", text), name
+        assert str(CODE.parent) not in text, name
+    assert files["served_model.py"].read_bytes() == CODE.read_bytes()
+
+
+def test_requirements_are_what_is_installed(folder: Path) -> None:
+    pinned = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
+    assert set(pinned) == {"mlflow", "torch", "torchvision", "timm", "safetensors", "pillow"}
+    for name, one in pinned.items():
+        assert version(name).partition("+")[0] == one
+
+
+def test_the_users_project_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow copies the lock file of the project it is started in, which may name a private index."""
+    (tmp_path / "uv.lock").write_text('source = { registry = "https://user:secret@index/simple" }')
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'mine'\nversion = '1'\n")
+    monkeypatch.chdir(tmp_path)
+    with model_files() as files:
+        assert not {"uv.lock", "pyproject.toml"} & {path.name for path in files.iterdir()}
+
+
+def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def _pictures() -> dict[str, bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 12, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = Image.fromarray(noise).convert("P")
+    wide = noise[..., 0].astype(np.uint16) * 200
+    return {
+        "turned by its camera": _saved(Image.fromarray(noise), "JPEG", exif=turned),
+        "16 bits": _saved(Image.fromarray(wide), "PNG"),
+        "palette with a hole": _saved(palette, "PNG", transparency=3),
+        "grey": _saved(Image.fromarray(noise[..., 0]), "PNG"),
+        "transparent": _saved(Image.fromarray(np.dstack([noise, noise[..., :1]])), "PNG"),
+    }
+
+
+@pytest.mark.parametrize("name", _pictures())
+def test_images_are_decoded_as_for_training(name: str) -> None:
+    content = _pictures()[name]
+    ours, theirs = served_model.decode(content), decode(content)
+    assert (ours.mode, ours.size) == (theirs.mode, theirs.size)
+    assert ours.tobytes() == theirs.tobytes()
+
+
+def test_class_names_are_found_beside_the_images(tmp_path: Path) -> None:
+    assert classes_of(None) is None
+    assert classes_of(str(tmp_path)) is None
+    assert classes_of(str(tmp_path / "train.parquet")) is None
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+    assert classes_of(str(tmp_path)) == CLASSES
