@@ -62,8 +62,9 @@ class _Searches:
         log = TrialLog(f"{sweep.root}/{name}/trials.json", cheap=True)
         one_shot = f"{sweep.root}/{name}/one-shot"
         trials, ended = max(search.trials, 1), len(log.ended)
-        title = f"{self._method} at {100 * sparsity:g} %"
-        sweep.display.phase(f"{title}: allocation search", trials=trials, done=ended)
+        level = f"{100 * sparsity:g}"
+        at = f" at {level} %" if len(self.sparsities) > 1 else ""
+        sweep.display.phase(f"{self._method}: allocation search{at}", trials=trials, done=ended)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
             study = Study(log.best(), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
@@ -71,15 +72,20 @@ class _Searches:
 
         inputs = self._inputs(sparsity, pruning)
         shared = {"dense": self._weights, **inputs.order.facts}
-        phase = f"allocation-{100 * sparsity:g}"
-        runs = sweep.runs(log, phase, shared, self._method, kind=CheapRuns)
+        runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
         with sweep.scratch(name) as scratch:
             best = run_search(self._search(name, scratch, inputs, moved), log, runs)
         record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
         task, _ = sweep.task(remote.save_one_shot)
         ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
-        runs.figure(plots.allocations(log.trials, f"{title}: sparsity of stages and modules"), "allocations")
-        runs.figure(plots.trial_history(log.trials, f"{title}: one-shot trials", self._dense.top1), "history")
+        runs.figure(
+            plots.allocations(log.trials, f"{self._method}{at}: sparsity of stages and modules"),
+            "allocations",
+        )
+        runs.figure(
+            plots.trial_history(log.trials, f"{self._method}{at}: one-shot trials", self._dense.top1),
+            "history",
+        )
         runs.close(best)
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent

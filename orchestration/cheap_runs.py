@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from orchestration.tracking import EndedRun, Tracker
@@ -36,6 +37,12 @@ class CheapRuns(TrialRuns):
     def trial_ended(self, trial_id: str, record: TrialRecord) -> None:
         self._display.trial_ended(trial_id, record)
         self._say(record)
+
+    def close(self, best: TrialRecord) -> None:
+        """The phase ends: the log learns which runs its trials have."""
+        self._log.trials = [replace(one, run_id=self._run_of(one) or None) for one in self._log.trials]
+        self._log.save()
+        super().close(best)
 
     def _say(self, record: TrialRecord) -> None:
         found = record.metrics

@@ -76,18 +76,19 @@ class Sweep:
         params: Mapping[str, Any],
         method: str = "",
         *,
+        level: str = "",
         kind: type[TrialRuns] = TrialRuns,
         done: bool = False,
     ) -> TrialRuns:
-        """The MLflow runs of a phase."""
+        """The MLflow runs of a phase; ``level`` is a sparsity in percent, where a phase is for several."""
         return kind(
             self.tracker,
             self.display,
             log,
-            name=f"{method}-{phase}" if method else phase,
+            name="-".join(part for part in (method, phase, level) if part),
             parent=self.run,
             params=params,
-            tags=self.tags(phase, method),
+            tags=self.tags(phase, method) | ({"espalier.sparsity": level} if level else {}),
             done=done,
         )
 

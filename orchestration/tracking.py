@@ -226,7 +226,7 @@ class Tracker:
             if not made:
                 made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
             points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
-            params = [Param(_safe(key), str(value)[:_TAG_LIMIT]) for key, value in run.params.items()]
+            params = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
             self.client.log_batch(made[0], metrics=points[:_BATCH], params=params[:_PARAMS])
             self.client.set_terminated(made[0], run.status, ended)
             return made[0]

@@ -77,6 +77,8 @@ class TrialLog:
         records = [asdict(record) for record in self.trials]
         storage.write_json(self._uri, {"run_id": self.run_id, "trials": records, "running": self._running})
         self._whole = len(self.trials)
+        if self._cheap and storage.exists(self._newest):
+            storage.remove_file(self._newest)
 
     @property
     def pending(self) -> list[dict[str, Any]]:

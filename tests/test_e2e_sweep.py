@@ -25,6 +25,7 @@ from pruners.allocation import allocate, budget
 from pruners.layers import PrunableLayer, find_layers
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
+from pruners.order import UPDATES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -373,7 +374,7 @@ def test_no_pickle_is_left_anywhere(swept: Swept) -> None:
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="np") as content:
-                assert content.keys()
+                assert content.keys() or path.name == UPDATES  # of a method that updates nothing
         elif path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         elif path.name == ".validate_storage_marker" or path.suffix == ".lock":  # Ray Train's; a sweep's name
@@ -433,7 +434,7 @@ def test_models_lists_what_is_registered(
     for line in lines:
         assert line.startswith(f"models:/{MODEL}/")
         assert "sparsity 0.7500" in line
-        assert line.endswith("@champion") == (method in line)
+        assert ("@champion" in line) == (method in line)
 
 
 def everything(swept: Swept, client: MlflowClient) -> Mapping[str, Any]:
