@@ -56,8 +56,8 @@ def dense_phase(sweep: Sweep) -> Dense:
         else:
             ray.get(sweep.task(remote.save_pretrained)[0].remote(recipe.model, sweep.data, checkpoint))
         return _measured(sweep, checkpoint, "pretrained")
-    sweep.display.phase("dense model", epochs=recipe.dense.epochs)
     log = TrialLog(f"{folder}/trials.json")
+    sweep.display.phase("dense model", epochs=recipe.dense.epochs, label="dense", log=log.uri)
     job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
     with _scratch(sweep, f"dense-{key}") as scratch:
@@ -99,7 +99,9 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     log = TrialLog(f"{folder}/trials.json")
     trials = max(search.trials, 1)
     ended = len(log.ended)
-    sweep.display.phase(f"{method}: allocation search", trials=trials, done=ended)
+    sweep.display.phase(
+        f"{method}: allocation search", trials=trials, done=ended, label=f"{method}-allocation", log=log.uri
+    )
     one_shot = f"{folder}/one-shot"
     if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
         best = log.best()
@@ -183,7 +185,14 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     epochs = recipe.recovery.epochs
     trials = recipe.schedule.runs
     ended = len(log.ended)
-    sweep.display.phase(f"{method}: gradual pruning", trials=trials, done=ended, epochs=epochs)
+    sweep.display.phase(
+        f"{method}: gradual pruning",
+        trials=trials,
+        done=ended,
+        epochs=epochs,
+        label=f"{method}-schedule",
+        log=log.uri,
+    )
     recovered = f"{folder}/recovered"
     space = recipe_space(recipe.schedule.space) if trials > 1 else {}
     content = recipe.model_dump(mode="json")

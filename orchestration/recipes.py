@@ -26,14 +26,28 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: whatever is wrong, by key and value.
     """
     content = _read(_find(name), ())
+    _override(content, overrides)
+    content.setdefault("name", Path(name).stem)
+    _from_environment(content)
+    return validate(content)
+
+
+def overridden(content: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    """The recipe of a content that is whole, with ``key.sub=value`` strings over it.
+
+    Raises:
+        InputError: whatever is wrong, by key and value.
+    """
+    _override(content, overrides)
+    return validate(content)
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, found, value = override.partition("=")
         if not found:
             raise InputError("override", override, "must have the form key.sub=value")
         put(content, key, _parse_yaml(value, f"override {key}"))
-    content.setdefault("name", Path(name).stem)
-    _from_environment(content)
-    return validate(content)
 
 
 def _from_environment(content: dict[str, Any]) -> None:

@@ -14,9 +14,11 @@ from orchestration.cluster import ClusterSize, cluster_address, connect
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
+from orchestration.journal import Journal
 from orchestration.phases import allocation_phase, dense_phase, schedule_phase
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
+from orchestration.stored_recipe import content_of, folder_of, store
 from orchestration.tracking import Tracker, server_for, tracking_folder
 from trainers import storage
 
@@ -36,17 +38,19 @@ def run_sweep(
     searches = recipe.allocation.trials > 0
     display.plan(1 + len(recipe.pruning.methods) * (2 if searches else 1))
     place = tracking_folder(recipe.storage)
-    name, root = recipe.name, f"{storage.absolute(recipe.storage)}/sweeps/{recipe.name}"
+    name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
         alone_here(recipe.storage, name),
         server_for(recipe.tracking.uri, place) as (uri, ready),
         connect(address) as size,
         alone_on_cluster(root, name),
+        Journal(recipe.storage, name, display),
     ):
         check_size(recipe, size)
         ready()
         tracker = Tracker(uri, recipe.tracking.experiment)
         try:
+            store(recipe)
             sweep = _open(prepared, display, tracker, size)
             dense = dense_phase(sweep)
             allocated: dict[str, Allocated | None] = {
@@ -111,7 +115,8 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         lineage=lineage,
     )
     content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
-    known = f"{sweep.root}/sweep-{digest(content, prepared.data_hash)}.json"
+    same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
+    known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"
     run = storage.read_json(known)["run_id"] if storage.exists(known) else None
     if run is None or not tracker.resume(run):
         tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}

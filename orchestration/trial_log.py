@@ -23,6 +23,7 @@ class TrialRecord:
     run_id: str | None = None
     seconds: float = 0.0
     error: str | None = None
+    trace: str | None = None  # the last lines of what a failed trial wrote down
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
 
@@ -31,7 +32,7 @@ class TrialLog:
     """The trials of one phase, written whole after each one; ``run_id`` is the phase's MLflow run."""
 
     def __init__(self, uri: str) -> None:
-        self._uri = uri
+        self.uri = uri
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
@@ -50,7 +51,12 @@ class TrialLog:
 
     def save(self) -> None:
         records = [asdict(record) for record in self.trials]
-        storage.write_json(self._uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+        storage.write_json(self.uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the trials that have begun and not ended."""
+        return sorted(map(int, self._running))
 
     @property
     def pending(self) -> list[dict[str, Any]]:
