@@ -101,3 +101,46 @@ def resume(name: str, overrides: tuple[str, ...], storage: str, new: str | None,
     where = [] if storage == "runs" else ["--storage", storage]
     said = ["resume", recipe.name, *([] if new is not None else overrides), *where]
     launch(recipe, said, name, address=address)
+
+
+@click.group()
+def cluster() -> None:
+    """A Ray cluster that is there already."""
+
+
+@cluster.command("check")
+@click.argument("recipe", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+@click.option("--address", default="auto", show_default=True, help="auto, HOST:PORT or ray://HOST:10001.")
+@click.option(
+    "--storage", envvar="ESPALIER_STORAGE", help="To be tried by every node. Default: the recipe's."
+)
+def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, storage: str | None) -> None:
+    """What the cluster offers, whether its nodes share the storage, reach MLflow and hold the same versions,
+    and whether RECIPE fits. Exit 1 with a line for each problem."""
+    from rich.console import Console
+
+    from orchestration.recipes import load_recipe
+
+    chosen = None if recipe is None else load_recipe(recipe, overrides)
+    place = storage or (chosen.storage if chosen is not None else None)
+    if address != "auto":
+        from orchestration.ports import check_reachable
+
+        check_reachable(address)
+    from orchestration import cluster_check as checking
+
+    if address.startswith("ray://"):
+        content = None if chosen is None else chosen.model_dump(mode="json")
+        nodes, problems = checking.check_through_client(address, content, place)
+    else:
+        nodes, problems = checking.check_cluster(address, chosen, place)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(checking.offers(nodes))
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.exceptions.Exit(1)
+    tried = f", all reach {place}" if place else ""
+    fits = f"; {chosen.name} fits" if chosen is not None else ""
+    click.echo(f"{len(nodes)} nodes of the same versions{tried}{fits}")

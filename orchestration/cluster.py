@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -39,10 +40,20 @@ _DASHBOARD_PORT = 8265
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add."""
+    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add.
+
+    ``nodes`` holds the CPUs and GPUs of each node, or nothing where more of them may come.
+    """
 
     cpus: float
     gpus: float
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def _pieces(self, cpus: float, gpus: float) -> int:
+        """How many pieces of so much the nodes hold; a piece is not shared out over two."""
+        return sum(
+            int(min(node[0] / cpus, node[1] / gpus if gpus else math.inf) + 1e-6) for node in self.nodes
+        )
 
     def training_runs(self, resources: Resources) -> int:
         """How many training runs fit at once.
@@ -63,6 +74,12 @@ class ClusterSize:
         fit = [self.cpus / (resources.cpus_per_worker * resources.most)]
         if resources.gpus_per_worker:
             fit.append(self.gpus / (resources.gpus_per_worker * resources.most))
+        if self.nodes:
+            placed = self._pieces(resources.cpus_per_worker, resources.gpus_per_worker)
+            if placed < resources.least:
+                each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs each"
+                raise InputError("resources.workers", resources.least, f"the nodes hold {placed} of {each}")
+            fit.append(placed / resources.most)
         return max(int(min(fit) + 1e-6), 1)
 
     def allocation_trials(self, search: AllocationSearch) -> int:
@@ -77,6 +94,9 @@ class ClusterSize:
         ):
             if each > there + 1e-6:
                 raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
+        if self.nodes and not self._pieces(search.cpus_per_trial, search.gpus_per_trial):
+            each = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
+            raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {each}")
         fit = [self.cpus / search.cpus_per_trial]
         if search.gpus_per_trial:
             fit.append(self.gpus / search.gpus_per_trial)
@@ -170,7 +190,9 @@ def _size() -> ClusterSize:
     there = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(
         cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
         gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
+        nodes=() if possible else tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive),
     )

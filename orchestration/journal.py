@@ -28,7 +28,7 @@ class Journal:
     """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
 
     A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
-    was called anywhere; then the sweep ends as by Ctrl-C. That needs the storage only, wherever the driver is.
+    was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
     """
 
     def __init__(self, place: str, name: str, display: Display) -> None:

@@ -17,11 +17,11 @@ from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
 _SAID = {
-    "running": "running",
+    "running": "running since",
     "finished": "finished",
     "interrupted": "interrupted",
     "failed": "failed",
-    "gone": "ended without a word",
+    "gone": "not heard of since",
 }
 _LINES = 20
 
@@ -105,7 +105,7 @@ def _add(table: Table, failures: list[str], place: str, name: str, state: dict[s
 
 def _state(state: dict[str, Any]) -> str:
     since = state["began"] if state["state"] == "running" else state["updated"]
-    return f"{_SAID[state['state']]}, {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
+    return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
 
 
 def log_lines(place: str, name: str, trial: str | None) -> list[str]:

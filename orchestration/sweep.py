@@ -11,6 +11,7 @@ from orchestration import plots, registry
 from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect
+from orchestration.cluster_check import check_storage
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
@@ -47,6 +48,8 @@ def run_sweep(
         Journal(recipe.storage, name, display),
     ):
         check_size(recipe, size)
+        if cluster_address(address) is not None:
+            check_storage(recipe.storage)
         ready()
         tracker = Tracker(uri, recipe.tracking.experiment)
         try:
