@@ -19,7 +19,6 @@ from orchestration import digits
 from orchestration.cluster import ClusterSize
 from orchestration.config import Distribution, Recipe, digest
 from orchestration.recipes import with_values
-from orchestration.stored_recipe import check_unchanged
 from orchestration.tracking import check_uri
 from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
@@ -73,8 +72,6 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if recipe.tracking.uri is not None and not dry_run:
         check_uri(recipe.tracking.uri)
     storage.resolve(recipe.storage)
-    if not dry_run:
-        check_unchanged(recipe)
     if recipe.data.source is not None:
         _check_classes_of_digits(recipe)
         if not dry_run:

@@ -36,13 +36,7 @@ def cli() -> None:
 cli.add_command(prune)
 cli.add_command(inspect_model)
 cli.add_command(data)
-for command in (
-    cli_cluster.status,
-    cli_cluster.logs,
-    cli_cluster.stop,
-    cli_cluster.resume,
-    cli_cluster.cluster,
-):
+for command in cli_cluster.COMMANDS:
     cli.add_command(command)
 
 _recipe = click.argument("recipe")

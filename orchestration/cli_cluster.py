@@ -112,9 +112,7 @@ def cluster() -> None:
 @click.argument("recipe", required=False)
 @click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 @click.option("--address", default="auto", show_default=True, help="auto, HOST:PORT or ray://HOST:10001.")
-@click.option(
-    "--storage", envvar="ESPALIER_STORAGE", help="To be tried by every node. Default: the recipe's."
-)
+@click.option("--storage", envvar="ESPALIER_STORAGE", help="For every node to try. Default: the recipe's.")
 def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, storage: str | None) -> None:
     """What the cluster offers, whether its nodes share the storage, reach MLflow and hold the same versions,
     and whether RECIPE fits. Exit 1 with a line for each problem."""
@@ -144,3 +142,6 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
     tried = f", all reach {place}" if place else ""
     fits = f"; {chosen.name} fits" if chosen is not None else ""
     click.echo(f"{len(nodes)} nodes of the same versions{tried}{fits}")
+
+
+COMMANDS: tuple[click.Command, ...] = (status, logs, stop, resume, cluster)

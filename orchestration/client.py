@@ -94,9 +94,11 @@ def _drive(recipe: dict[str, Any], recipe_name: str, lines: Queue) -> None:
     from orchestration.checks import prepare
     from orchestration.config import Recipe
     from orchestration.display import Display
+    from orchestration.stored_recipe import check_unchanged
     from orchestration.sweep import run_sweep
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
-        prepared = prepare(Recipe.model_validate(recipe))
-        run_sweep(prepared, display, console, address="auto", recipe_name=recipe_name)
+        given = Recipe.model_validate(recipe)
+        check_unchanged(given)
+        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name)

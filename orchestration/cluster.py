@@ -77,8 +77,8 @@ class ClusterSize:
         if self.nodes:
             placed = self._pieces(resources.cpus_per_worker, resources.gpus_per_worker)
             if placed < resources.least:
-                each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs each"
-                raise InputError("resources.workers", resources.least, f"the nodes hold {placed} of {each}")
+                size = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs each"
+                raise InputError("resources.workers", resources.least, f"the nodes hold {placed} of {size}")
             fit.append(placed / resources.most)
         return max(int(min(fit) + 1e-6), 1)
 
@@ -95,8 +95,8 @@ class ClusterSize:
             if each > there + 1e-6:
                 raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
         if self.nodes and not self._pieces(search.cpus_per_trial, search.gpus_per_trial):
-            each = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
-            raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {each}")
+            size = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
+            raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {size}")
         fit = [self.cpus / search.cpus_per_trial]
         if search.gpus_per_trial:
             fit.append(self.gpus / search.gpus_per_trial)

@@ -59,9 +59,8 @@ def check_storage(place: str) -> None:
     """
     for node in probe(place, None):
         for problem in node.problems:
-            raise InputError(
-                "storage", place, f"must be a place that every node reaches ({node.address}: {problem})"
-            )
+            expected = f"must be a place that every node reaches ({node.address}: {problem})"
+            raise InputError("storage", place, expected)
 
 
 def probe(place: str | None, uri: str | None) -> list[Offer]:

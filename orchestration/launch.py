@@ -56,6 +56,9 @@ def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
 
         run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
         return
+    from orchestration.stored_recipe import check_unchanged
+
+    check_unchanged(recipe)
     # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
     with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
         from orchestration.checks import prepare
