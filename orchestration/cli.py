@@ -51,8 +51,11 @@ _storage = click.option(
 )
 _as = click.option("--as", "new", metavar="NEW", help="Run it as a sweep of its own, of this name.")
 _address = click.option(
-    "--address", help="Ray cluster to run on: auto or ray://HOST:10001. Default: this machine."
+    "--address",
+    help="Ray cluster to run on: auto, ray://HOST:10001, or http://HOST:8265 to submit a job. "
+    "Default: this machine.",
 )
+_detach = click.option("--detach", is_flag=True, help="Submit the job and leave it at work.")
 
 
 @cli.command()
@@ -61,15 +64,22 @@ _address = click.option(
 @_as
 @_dry_run
 @_address
+@_detach
 def sweep(
-    recipe: str, overrides: tuple[str, ...], new: str | None, dry_run: bool, address: str | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    *,
+    new: str | None,
+    dry_run: bool,
+    address: str | None,
+    detach: bool,
 ) -> None:
     """Search allocations and schedules of all methods of RECIPE, and register the best models."""
     from orchestration.recipes import load_recipe
 
     overrides += tuple(cli_cluster.new_name(new))
     said = ["sweep", recipe, *overrides]
-    launch(load_recipe(recipe, overrides), said, recipe, dry_run=dry_run, address=address)
+    launch(load_recipe(recipe, overrides), said, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @cli.command()
@@ -79,6 +89,7 @@ def sweep(
 @_as
 @_dry_run
 @_address
+@_detach
 def run(
     recipe: str,
     overrides: tuple[str, ...],
@@ -87,6 +98,7 @@ def run(
     new: str | None,
     dry_run: bool,
     address: str | None,
+    detach: bool,
 ) -> None:
     """One model, one method, no search: the gradual run of RECIPE as it stands."""
     from orchestration.recipes import load_recipe, single
@@ -100,7 +112,7 @@ def run(
         )
     one = single(chosen, method or methods[0])
     said = ["run", recipe, *overrides, "--method", one.pruning.methods[0]]
-    launch(one, said, recipe, dry_run=dry_run, address=address)
+    launch(one, said, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""What a node of a cluster says of itself; sent there whole, so that it also runs where Espalier is missing."""
+"""What a node of a cluster says of itself; sent there whole, as Espalier may be missing there."""
 
 from __future__ import annotations
 
