@@ -37,6 +37,10 @@ _QUIET = {
 _STATE_API = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORT = 8265
 
+# Ray tries for twenty seconds to join, with a line a second
+_IMPATIENT = {"RAY_gcs_server_port_wait_time_s": "5", "RAY_BACKEND_LOG_LEVEL": "error"}
+_WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
+
 
 @dataclass(frozen=True)
 class ClusterSize:
@@ -77,8 +81,9 @@ class ClusterSize:
         if self.nodes:
             placed = self._pieces(resources.cpus_per_worker, resources.gpus_per_worker)
             if placed < resources.least:
-                size = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs each"
-                raise InputError("resources.workers", resources.least, f"the nodes hold {placed} of {size}")
+                size = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+                expected = f"the nodes hold {placed} workers of {size} each"
+                raise InputError("resources.workers", resources.least, expected)
             fit.append(placed / resources.most)
         return max(int(min(fit) + 1e-6), 1)
 
@@ -132,7 +137,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
             else:
                 _start_local()
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        reason = first_line(error)
+        reason = _WRONG_TOKEN if _is_refused(error) else first_line(error)
         raise InputError(
             "--address", joined or "local", f"no Ray cluster could be joined ({reason})"
         ) from None
@@ -180,10 +185,33 @@ def _start_local() -> None:
 def _join(address: str) -> None:
     """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    dashboard = ray.init(address=address, **quiet).dashboard_url
+    given = {key: os.environ.get(key) for key in _IMPATIENT}
+    os.environ.update(_IMPATIENT)
+    try:
+        dashboard = ray.init(address=address, **quiet).dashboard_url
+    finally:
+        for key, value in given.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
     variables = dict(_QUIET) | ({_STATE_API: f"http://{dashboard}"} if dashboard else {})
     ray.shutdown()
     ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+
+
+def logs_folder() -> str:
+    """Where the cluster that is joined keeps its logs on this machine."""
+    return str(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a token was missing or wrong, which Ray says at the bottom of its errors only."""
+    while error is not None:
+        if any(word in str(error) for word in ("Unauthenticated", "AuthToken", "authentication")):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _size() -> ClusterSize:

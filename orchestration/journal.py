@@ -8,11 +8,8 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import ray
 
 from orchestration.display import Display
 from orchestration.stored_recipe import folder_of
@@ -31,7 +28,8 @@ class Journal:
     was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
     """
 
-    def __init__(self, place: str, name: str, display: Display) -> None:
+    def __init__(self, place: str, name: str, display: Display, ray_logs: str) -> None:
+        """``ray_logs``: where Ray writes its own on this machine."""
         self._root, self._display = folder_of(place, name), display
         self._prefix = f"{storage.absolute(place)}/"
         self._ended = threading.Event()
@@ -40,7 +38,7 @@ class Journal:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "began": time.time(),
-            "ray_logs": str(Path(ray._private.worker._global_node.get_logs_dir_path())),
+            "ray_logs": ray_logs,
         }
 
     def __enter__(self) -> Journal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -40,6 +41,7 @@ def open_jobs(address: str) -> JobSubmissionClient:
         InputError: nobody answers there, or not to our token.
     """
     check_reachable(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from rich.console import Console
 from orchestration import plots, registry
 from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
-from orchestration.cluster import ClusterSize, cluster_address, connect
+from orchestration.cluster import ClusterSize, cluster_address, connect, logs_folder
 from orchestration.cluster_check import check_storage
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
@@ -45,7 +45,7 @@ def run_sweep(
         server_for(recipe.tracking.uri, place) as (uri, ready),
         connect(address) as size,
         alone_on_cluster(root, name),
-        Journal(recipe.storage, name, display),
+        Journal(recipe.storage, name, display, logs_folder()),
     ):
         check_size(recipe, size)
         if cluster_address(address) is not None:
