@@ -6,10 +6,12 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,8 +39,7 @@ _QUIET = {
 _STATE_API = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORT = 8265
 
-# Ray tries for twenty seconds to join, with a line a second
-_IMPATIENT = {"RAY_gcs_server_port_wait_time_s": "5", "RAY_BACKEND_LOG_LEVEL": "error"}
+_JOIN_SECONDS = "RAY_gcs_server_port_wait_time_s"
 _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
 
 
@@ -185,19 +186,29 @@ def _start_local() -> None:
 def _join(address: str) -> None:
     """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    given = {key: os.environ.get(key) for key in _IMPATIENT}
-    os.environ.update(_IMPATIENT)
-    try:
+    with _impatient():
         dashboard = ray.init(address=address, **quiet).dashboard_url
-    finally:
-        for key, value in given.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
     variables = dict(_QUIET) | ({_STATE_API: f"http://{dashboard}"} if dashboard else {})
     ray.shutdown()
     ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Ray tries for some seconds to join, not for twenty, and its lines about it are not seen."""
+    given = os.environ.get(_JOIN_SECONDS)
+    os.environ[_JOIN_SECONDS] = given or "5"
+    sys.stderr.flush()
+    seen = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # they come from compiled code
+    try:
+        yield
+    finally:
+        os.dup2(seen, 2)
+        os.close(seen)
+        if given is None:
+            del os.environ[_JOIN_SECONDS]
 
 
 def logs_folder() -> str:

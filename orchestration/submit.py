@@ -31,7 +31,7 @@ _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
 _END_SECONDS = 30.0
 # what the job's supervisor says of itself, before ours
-_SUPERVISOR = re.compile(r"^\S+ \S+\s+INFO job_(manager|supervisor)\.py")
+_SUPERVISOR = re.compile(r"\S+ \S+\s+INFO job_\w+\.py|Running entrypoint for job ")
 
 
 def open_jobs(address: str) -> JobSubmissionClient:
@@ -41,7 +41,9 @@ def open_jobs(address: str) -> JobSubmissionClient:
         InputError: nobody answers there, or not to our token.
     """
     check_reachable(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, OSError, ValueError) as error:
