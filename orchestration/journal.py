@@ -17,6 +17,7 @@ from pruners.errors import first_line
 from trainers import storage
 
 _BEAT_SECONDS = 5.0
+_JOIN_SECONDS = 30.0
 _SILENCE_SECONDS = 120.0  # clocks differ, object stores are slow
 _STATE, _STOP = "state.json", "stop"
 
@@ -52,7 +53,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._beat.join(_BEAT_SECONDS)
+        self._beat.join(_JOIN_SECONDS)  # its last write must not come after ours
         state = "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
         with suppress(OSError):  # an error of the storage must not hide the one that ended the sweep
             self._write(state, first_line(error) if state == "failed" and error is not None else None)
