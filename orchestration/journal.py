@@ -47,6 +47,8 @@ class Journal:
             storage.remove_file(f"{self._root}/{_STOP}")
         self._write("running")
         self._beat.start()
+        # Ray starts jobs and tasks with it blocked; only what the thread sends to this one is meant
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return self
 
     def __exit__(

@@ -166,7 +166,8 @@ def test_a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Displa
 
 
 STOPPED = """
-import io, sys, time
+import io, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a job
 from rich.console import Console
 from orchestration import cli, journal
 from orchestration.display import Display
