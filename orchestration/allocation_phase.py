@@ -64,7 +64,11 @@ class _Searches:
         trials, ended = max(search.trials, 1), len(log.ended)
         level = f"{100 * sparsity:g}"
         at = f" at {level} %" if len(self.sparsities) > 1 else ""
-        sweep.display.phase(f"{self._method}: allocation search{at}", trials=trials, done=ended)
+        title, label = (
+            f"{self._method}: allocation search{at}",
+            f"{self._method}-allocation{at and '-' + level}",
+        )
+        sweep.display.phase(title, trials=trials, done=ended, label=label, log=log.uri)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
             study = Study(log.best(), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
@@ -166,7 +170,7 @@ class _Searches:
             folder=order.folder,
             fingerprint=order.fingerprint,
         )
-        if resources.most > 1 and (resources.gpus_per_worker > 0 or sweep.size.nodes > 1):
+        if resources.most > 1 and (resources.gpus_per_worker > 0 or len(sweep.size.nodes) != 1):
             with sweep.scratch(f"order-{order.fingerprint}") as scratch:
                 order_run(job, resources, scratch)
             return

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from typing import Any
 
 import click
 
+from orchestration import cli_cluster
 from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
 from orchestration.cli_finetune import finetune
 from orchestration.cli_prune import inspect_model, prune
 from orchestration.cli_registry import lineage, promote
+from orchestration.launch import INTERRUPTED, launch
 from pruners.errors import InputError, did_you_mean
-
-INTERRUPTED = 130
 
 
 class _Commands(click.Group):
@@ -45,6 +44,8 @@ cli.add_command(pull)
 cli.add_command(finetune)
 cli.add_command(promote)
 cli.add_command(lineage)
+for command in cli_cluster.COMMANDS:
+    cli.add_command(command)
 
 _recipe = click.argument("recipe")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
@@ -56,42 +57,70 @@ _storage = click.option(
     envvar="ESPALIER_STORAGE",
     help="Storage of the sweeps to look at.",
 )
+_as = click.option("--as", "new", metavar="NEW", help="Run it as a sweep of its own, of this name.")
 _address = click.option(
-    "--address", help="Ray cluster to run on: auto or ray://HOST:10001. Default: this machine."
+    "--address",
+    help="Ray cluster to run on: auto, ray://HOST:10001, or http://HOST:8265 to submit a job. "
+    "Default: this machine.",
 )
+_detach = click.option("--detach", is_flag=True, help="Submit the job and leave it at work.")
 
 
 @cli.command()
 @_recipe
 @_overrides
+@_as
 @_dry_run
 @_address
-def sweep(recipe: str, overrides: tuple[str, ...], dry_run: bool, address: str | None) -> None:
+@_detach
+def sweep(
+    recipe: str,
+    overrides: tuple[str, ...],
+    *,
+    new: str | None,
+    dry_run: bool,
+    address: str | None,
+    detach: bool,
+) -> None:
     """Search allocations and schedules of all methods of RECIPE, and register the best models."""
     from orchestration.recipes import load_recipe
 
-    _run("sweep", load_recipe(recipe, overrides), recipe, overrides, dry_run=dry_run, address=address)
+    overrides += tuple(cli_cluster.new_name(new))
+    said = ["sweep", recipe, *overrides]
+    launch(load_recipe(recipe, overrides), said, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @cli.command()
 @_recipe
 @_overrides
 @click.option("--method", help="Default: the recipe's first.")
+@_as
 @_dry_run
 @_address
+@_detach
 def run(
-    recipe: str, overrides: tuple[str, ...], method: str | None, dry_run: bool, address: str | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    *,
+    method: str | None,
+    new: str | None,
+    dry_run: bool,
+    address: str | None,
+    detach: bool,
 ) -> None:
     """One model, one method, no search: the gradual run of RECIPE as it stands."""
     from orchestration.recipes import load_recipe, single
 
+    overrides += tuple(cli_cluster.new_name(new))
     chosen = load_recipe(recipe, overrides)
     methods = chosen.pruning.methods
     if method is not None and method not in methods:
         raise InputError(
             "--method", method, f"must be one of {', '.join(methods)}{did_you_mean(method, methods)}"
         )
-    _run("run", single(chosen, method or methods[0]), recipe, overrides, dry_run=dry_run, address=address)
+    one = single(chosen, method or methods[0])
+    said = ["run", recipe, *overrides, "--method", one.pruning.methods[0]]
+    launch(one, said, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @cli.command()
@@ -162,54 +191,6 @@ def recipes() -> None:
 
     for name, text in describe_shipped():
         click.echo(f"{name:<30}{text}")
-
-
-def _run(
-    command: str, recipe: Any, name: str, overrides: tuple[str, ...], *, dry_run: bool, address: str | None
-) -> None:
-    from rich.console import Console
-
-    if dry_run:
-        from orchestration.checks import prepare
-        from orchestration.plan import print_plan
-
-        console = Console()
-        print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
-        return
-    try:
-        _start(command, recipe, name, address)
-    except KeyboardInterrupt:
-        method = [f"--method {recipe.pruning.methods[0]}"] if command == "run" else []
-        where = [f"--address {address}"] if address else []
-        again = " ".join(["espalier", command, name, *(f"'{text}'" for text in overrides), *method, *where])
-        click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
-
-
-def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
-    from rich.console import Console
-
-    if address is not None and address != "auto":
-        from orchestration.ports import check_reachable
-
-        check_reachable(address)
-    if address is not None and address.startswith("ray://"):
-        from orchestration.client import run_through_client
-
-        run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
-        return
-    # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
-    with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
-        from orchestration.checks import prepare
-        from orchestration.display import Display
-        from orchestration.sweep import run_sweep
-
-        prepared = prepare(recipe, local=address is None)
-    with Display() as display:
-        display.say(f"espalier {command} {name}: starting Ray and MLflow")
-        out = Console() if Console().is_terminal else Console(width=160)
-        run_sweep(prepared, display, out, address=address, recipe_name=name)
 
 
 def _end_in_order() -> None:

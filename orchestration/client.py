@@ -11,6 +11,8 @@ import io
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 import ray
@@ -30,6 +32,31 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
         InputError: no cluster answers, or the recipe cannot run there.
         KeyboardInterrupt: after the driver on the cluster has been cancelled.
     """
+    with joined(address):
+        lines = Queue(actor_options={"num_cpus": 0})
+        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, lines)
+        try:
+            done: list[Any] = []
+            while not done:
+                done, _ = ray.wait([task], timeout=_POLL_SECONDS)
+                _print_waiting(lines)
+            ray.get(task)
+        except RayTaskError as error:
+            raise error.cause from None
+        except KeyboardInterrupt:
+            ray.cancel(task)
+            with contextlib.suppress(RayError, TimeoutError):
+                ray.get(task, timeout=_CANCEL_SECONDS)
+            raise
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Ray's client at ``address``, left at the end.
+
+    Raises:
+        InputError: no cluster answers there.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is raised as well
@@ -37,21 +64,8 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = first_line(error)
         raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
-    lines = Queue(actor_options={"num_cpus": 0})
-    task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, lines)
     try:
-        done: list[Any] = []
-        while not done:
-            done, _ = ray.wait([task], timeout=_POLL_SECONDS)
-            _print_waiting(lines)
-        ray.get(task)
-    except RayTaskError as error:
-        raise error.cause from None
-    except KeyboardInterrupt:
-        ray.cancel(task)
-        with contextlib.suppress(RayError, TimeoutError):
-            ray.get(task, timeout=_CANCEL_SECONDS)
-        raise
+        yield
     finally:
         ray.shutdown()
 
@@ -80,9 +94,11 @@ def _drive(recipe: dict[str, Any], recipe_name: str, lines: Queue) -> None:
     from orchestration.checks import prepare
     from orchestration.config import Recipe
     from orchestration.display import Display
+    from orchestration.stored_recipe import check_unchanged
     from orchestration.sweep import run_sweep
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
-        prepared = prepare(Recipe.model_validate(recipe))
-        run_sweep(prepared, display, console, address="auto", recipe_name=recipe_name)
+        given = Recipe.model_validate(recipe)
+        check_unchanged(given)
+        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,14 +40,26 @@ _STATE_API = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORT = 8265
 _STARTS = 3
 
+_JOIN_SECONDS = "RAY_gcs_server_port_wait_time_s"
+_WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
+
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add, and its nodes of now."""
+    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add.
+
+    ``nodes`` holds the CPUs and GPUs of each node, or nothing where more of them may come.
+    """
 
     cpus: float
     gpus: float
-    nodes: int = 1
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def _pieces(self, cpus: float, gpus: float) -> int:
+        """How many pieces of so much the nodes hold; a piece is not shared out over two."""
+        return sum(
+            int(min(node[0] / cpus, node[1] / gpus if gpus else math.inf) + 1e-6) for node in self.nodes
+        )
 
     def training_runs(self, resources: Resources) -> int:
         """How many training runs fit at once.
@@ -65,6 +80,13 @@ class ClusterSize:
         fit = [self.cpus / (resources.cpus_per_worker * resources.most)]
         if resources.gpus_per_worker:
             fit.append(self.gpus / (resources.gpus_per_worker * resources.most))
+        if self.nodes:
+            placed = self._pieces(resources.cpus_per_worker, resources.gpus_per_worker)
+            if placed < resources.least:
+                size = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+                expected = f"the nodes hold {placed} workers of {size} each"
+                raise InputError("resources.workers", resources.least, expected)
+            fit.append(placed / resources.most)
         return max(int(min(fit) + 1e-6), 1)
 
     def allocation_trials(self, search: AllocationSearch) -> int:
@@ -79,6 +101,9 @@ class ClusterSize:
         ):
             if each > there + 1e-6:
                 raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
+        if self.nodes and not self._pieces(search.cpus_per_trial, search.gpus_per_trial):
+            size = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
+            raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {size}")
         fit = [self.cpus / search.cpus_per_trial]
         if search.gpus_per_trial:
             fit.append(self.gpus / search.gpus_per_trial)
@@ -114,7 +139,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
             else:
                 _start_local()
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        reason = first_line(error)
+        reason = _WRONG_TOKEN if _is_refused(error) else first_line(error)
         raise InputError(
             "--address", joined or "local", f"no Ray cluster could be joined ({reason})"
         ) from None
@@ -174,18 +199,52 @@ def _start_at_free_port() -> None:
 def _join(address: str) -> None:
     """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    dashboard = ray.init(address=address, **quiet).dashboard_url
+    with _impatient():
+        dashboard = ray.init(address=address, **quiet).dashboard_url
     variables = dict(_QUIET) | ({_STATE_API: f"http://{dashboard}"} if dashboard else {})
     ray.shutdown()
     ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Ray tries for some seconds to join, not for twenty, and its lines about it are not seen."""
+    given = os.environ.get(_JOIN_SECONDS)
+    os.environ[_JOIN_SECONDS] = given or "5"
+    sys.stderr.flush()
+    seen = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # they come from compiled code
+    try:
+        yield
+    finally:
+        os.dup2(seen, 2)
+        os.close(seen)
+        if given is None:
+            del os.environ[_JOIN_SECONDS]
+
+
+def logs_folder() -> str:
+    """Where the cluster that is joined keeps its logs on this machine."""
+    return str(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a token was missing or wrong, which Ray says at the bottom of its errors only."""
+    while error is not None:
+        if any(word in str(error) for word in ("Unauthenticated", "AuthToken", "authentication")):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _size() -> ClusterSize:
     there = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(
         cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
         gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
-        nodes=sum(bool(node["Alive"]) for node in ray.nodes()),
+        nodes=() if possible else tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive),
     )

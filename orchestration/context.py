@@ -12,6 +12,7 @@ import ray
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
 from orchestration.display import Display
+from orchestration.stored_recipe import folder_of
 from orchestration.tracking import Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns
@@ -39,7 +40,7 @@ class Sweep:
 
     @property
     def root(self) -> str:
-        return f"{self.storage}/sweeps/{self.recipe.name}"
+        return folder_of(self.recipe.storage, self.recipe.name)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
         """A function as a Ray task of the sweep's own, and the device that it gets.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from orchestration.trial_log import TrialRecord
 
 _PLAIN_SECONDS = 10.0
+_KEPT_LINES = 100
 
 
 class Display:
@@ -38,6 +40,8 @@ class Display:
         self._began = time.monotonic()
         self._begin_fraction = 0.0
         self._spoke = 0.0
+        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._begun: list[dict[str, Any]] = []
 
     def __enter__(self) -> Display:
         if self.live:
@@ -70,12 +74,37 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        self._said.append(text)
         self.console.print(text, highlight=False, soft_wrap=True)
 
+    def snapshot(self) -> dict[str, Any]:
+        """What is shown, in JSON's types; another thread may ask."""
+        return {
+            "planned": self._phases,
+            "phases": [dict(phase) for phase in self._begun],
+            "running": len(self._running),
+            "left": self._left(),
+            "said": list(self._said),
+        }
+
     def phase(
-        self, name: str, *, trials: int = 1, done: int = 0, epochs: int = 1, best: float | None = None
+        self,
+        name: str,
+        *,
+        trials: int = 1,
+        done: int = 0,
+        epochs: int = 1,
+        best: float | None = None,
+        label: str = "",
+        log: str | None = None,
     ) -> None:
-        """A phase begins; ``done`` of its ``trials`` are known from before."""
+        """A phase begins; ``done`` of its ``trials`` are known from before.
+
+        Args:
+            label: what its trials are called by, before their numbers.
+            log: where its trials are recorded.
+        """
+        self._begun.append({"name": name, "trials": trials, "label": label, "log": log, "summary": None})
         self._number += 1
         self._phase, self._total, self._done, self._epochs = name, max(trials, 1), done, max(epochs, 1)
         self._best = -math.inf if best is None else best
@@ -94,6 +123,7 @@ class Display:
 
     def finished(self, summary: str) -> None:
         """A phase ends: one line that stays."""
+        self._begun[-1]["summary"] = summary
         self.say(f"  ✓ {self._phase}: {summary}" if self.live else f"      {summary}")
 
     def trial_started(
@@ -120,7 +150,15 @@ class Display:
         return None
 
     def _fraction(self) -> float:
-        return min((self._done + sum(self._running.values())) / self._total, 1.0)
+        return min((self._done + sum(list(self._running.values()))) / self._total, 1.0)
+
+    def _left(self) -> str | None:
+        """The time that the phase still takes, once something of it is done."""
+        fraction = self._fraction()
+        gained = fraction - self._begin_fraction
+        if gained <= 0:
+            return None
+        return _minutes((time.monotonic() - self._began) * (1 - fraction) / gained)
 
     def _title(self) -> str:
         return f"[{self._number}/{self._phases}] {self._phase}".replace("[", "\\[", 1)
@@ -130,10 +168,8 @@ class Display:
         detail = f"{self._done}/{self._total} done, {len(self._running)} running"
         if math.isfinite(self._best):
             detail += f", best {100 * self._best:.1f} %"
-        gained = fraction - self._begin_fraction
-        if gained > 0:
-            left = (time.monotonic() - self._began) * (1 - fraction) / gained
-            detail += f", {_minutes(left)} left"
+        if left := self._left():
+            detail += f", {left} left"
         if self._progress is not None:
             if self._task is not None:
                 self._progress.update(self._task, completed=fraction, detail=detail)

@@ -60,8 +60,8 @@ def dense_phase(sweep: Sweep) -> Dense:
         else:
             ray.get(sweep.task(remote.save_pretrained)[0].remote(recipe.model, sweep.data, checkpoint))
         return _measured(sweep, checkpoint, "pretrained")
-    sweep.display.phase("dense model", epochs=recipe.dense.epochs)
     log = TrialLog(f"{folder}/trials.json")
+    sweep.display.phase("dense model", epochs=recipe.dense.epochs, label="dense", log=log.uri)
     job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
     with sweep.scratch(f"dense-{key}") as scratch:
@@ -106,7 +106,14 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     epochs = recipe.recovery.epochs
     trials = recipe.schedule.runs
     ended = len(log.ended)
-    sweep.display.phase(f"{method}: gradual pruning", trials=trials, done=ended, epochs=epochs)
+    sweep.display.phase(
+        f"{method}: gradual pruning",
+        trials=trials,
+        done=ended,
+        epochs=epochs,
+        label=f"{method}-schedule",
+        log=log.uri,
+    )
     recovered = f"{folder}/recovered"
     space = recipe_space(recipe.schedule.space) if trials > 1 else {}
     content = recipe.model_dump(mode="json")

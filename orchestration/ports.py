@@ -12,14 +12,16 @@ _TRIED = 50
 
 
 def check_reachable(address: str) -> None:
-    """Whether anybody listens at ``ray://HOST:PORT`` or ``HOST:PORT``, asked before Ray tries for a minute.
+    """Whether anybody listens at ``ray://HOST:PORT``, ``http://…`` or ``HOST:PORT``; Ray tries for a minute.
 
     Raises:
         InputError: nobody does, within seconds.
     """
-    host, found, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
-    if not found or not port.isdigit():
-        raise InputError("--address", address, "must be auto, HOST:PORT or ray://HOST:PORT")
+    host, found, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    scheme = address.partition("://")[0] if "://" in address else "ray"
+    if not found or not port.isdigit() or scheme not in ("ray", "http", "https"):
+        expected = "must be auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
+        raise InputError("--address", address, expected)
     try:
         socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:

@@ -50,6 +50,16 @@ def part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -
         raise _one_line(error, kind) from None
 
 
+def overridden(content: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    """The recipe of a content that is whole, with ``key.sub=value`` strings over it.
+
+    Raises:
+        InputError: whatever is wrong, by key and value.
+    """
+    _override(content, overrides)
+    return validate(content)
+
+
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, found, value = override.partition("=")

@@ -25,6 +25,7 @@ from orchestration.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+_TRACE_LINES = 40
 
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 _SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -180,13 +181,13 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         running = self._running[trial.trial_id]
         complete = bool(running.metrics) and self._search.complete(running.metrics)
-        self._end(trial, "finished" if complete else "stopped", None)
+        self._end(trial, "finished" if complete else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
-        self._end(trial, "failed", _reason(trial))
+        self._end(trial, "failed", _last_words(trial))
 
-    def _end(self, trial: Trial, state: Any, error: str | None) -> None:
+    def _end(self, trial: Trial, state: Any, said: Sequence[str] = ()) -> None:
         running = self._running.pop(trial.trial_id)
         # one that ran to its end stands for its best model at the final sparsity, another for where it was
         kept: Mapping[str, Any] = running.metrics.get("kept") or {}
@@ -205,7 +206,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             if whole
             else {},
             seconds=time.monotonic() - running.started,
-            error=error,
+            error=said[-1].strip() if said else None,
+            trace="\n".join(said) if said else None,
             given=dict(trial.config) in list(self._search.first),
         )
         run_id = self._observer.trial_ended(trial.trial_id, record)
@@ -230,10 +232,10 @@ _KEPT = (
 )
 
 
-def _reason(trial: Trial) -> str:
-    """The last line of what a failed trial wrote down."""
+def _last_words(trial: Trial) -> list[str]:
+    """The last lines of what a failed trial wrote down."""
     name = trial.run_metadata.error_filename
     file = Path(trial.local_path or "", name or "")
     text = file.read_text(errors="replace") if name is not None and file.is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "the trial failed without a word"
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return lines[-_TRACE_LINES:] or ["the trial failed without a word"]

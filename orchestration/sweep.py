@@ -11,15 +11,18 @@ from orchestration import plots
 from orchestration.allocation_phase import allocation_phase
 from orchestration.alone import alone_here, alone_on_cluster
 from orchestration.checks import Prepared, check_local, check_size
-from orchestration.cluster import ClusterSize, cluster_address, connect
+from orchestration.cluster import ClusterSize, cluster_address, connect, logs_folder
+from orchestration.cluster_check import check_storage
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
+from orchestration.journal import Journal
 from orchestration.lineage import RECIPE
 from orchestration.phases import dense_phase, schedule_phase
 from orchestration.promotion import Decision, settle
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
+from orchestration.stored_recipe import content_of, folder_of, store
 from orchestration.tracking import Tracker, public, server_for, tracking_folder
 from orchestration.versions import Registry
 from trainers import storage
@@ -40,17 +43,21 @@ def run_sweep(
     searches = len(recipe.allocated_sparsities)
     display.plan(1 + len(recipe.pruning.methods) * (searches + 1))
     place = tracking_folder(recipe.storage)
-    name, root = recipe.name, f"{storage.absolute(recipe.storage)}/sweeps/{recipe.name}"
+    name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
         alone_here(recipe.storage, name),
         server_for(recipe.tracking.uri, place) as (uri, ready),
         connect(address) as size,
         alone_on_cluster(root, name),
+        Journal(recipe.storage, name, display, logs_folder()),
     ):
         check_size(recipe, size)
+        if cluster_address(address) is not None:
+            check_storage(recipe.storage)
         ready()
         tracker = Tracker(uri, recipe.tracking.experiment)
         try:
+            store(recipe)
             sweep = _open(prepared, display, tracker, size)
             dense = dense_phase(sweep)
             allocated: dict[str, Allocated | None] = {
@@ -129,7 +136,8 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         run="",
         lineage=lineage,
     )
-    known = f"{sweep.root}/sweep-{digest(content, prepared.data_hash)}.json"
+    same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
+    known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"
     run = storage.read_json(known)["run_id"] if storage.exists(known) else None
     if run is None or not tracker.resume(run):
         tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}

@@ -23,6 +23,7 @@ class TrialRecord:
     run_id: str | None = None
     seconds: float = 0.0
     error: str | None = None
+    trace: str | None = None  # the last lines of what a failed trial wrote down
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
 
@@ -40,7 +41,7 @@ class TrialLog:
     """
 
     def __init__(self, uri: str, *, cheap: bool = False) -> None:
-        self._uri, self._cheap = uri, cheap
+        self.uri, self._cheap = uri, cheap
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
@@ -53,7 +54,7 @@ class TrialLog:
 
     @property
     def _newest(self) -> str:
-        return self._uri.removesuffix(".json") + "-newest.json"
+        return self.uri.removesuffix(".json") + "-newest.json"
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
         """A trial has started; until it is added it counts as broken off."""
@@ -75,10 +76,15 @@ class TrialLog:
     def save(self) -> None:
         """Write all into one file."""
         records = [asdict(record) for record in self.trials]
-        storage.write_json(self._uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+        storage.write_json(self.uri, {"run_id": self.run_id, "trials": records, "running": self._running})
         self._whole = len(self.trials)
         if self._cheap and storage.exists(self._newest):
             storage.remove_file(self._newest)
+
+    @property
+    def running(self) -> list[int]:
+        """Numbers of the trials that have begun and not ended."""
+        return sorted(map(int, self._running))
 
     @property
     def pending(self) -> list[dict[str, Any]]:

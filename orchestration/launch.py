@@ -1,0 +1,140 @@
+"""A recipe as the command line runs it: shown, or started here, on a cluster's head, or from a laptop."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pruners.errors import InputError
+
+INTERRUPTED = 130
+JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
+JOB_RECIPE = "recipe.json"
+
+
+def launch(
+    recipe: Any,
+    said: Sequence[str],
+    name: str,
+    *,
+    dry_run: bool = False,
+    address: str | None,
+    detach: bool = False,
+) -> None:
+    """Run a recipe to its end, or show what would happen.
+
+    Args:
+        said: the command as it was given, without the address: what goes on with it after Ctrl-C.
+        name: of the recipe, as it was given.
+        detach: a submitted job is not followed.
+
+    Raises:
+        InputError: whatever keeps it from being run.
+    """
+    if dry_run:
+        _show(recipe)
+        return
+    if address is not None and is_jobs_api(address):
+        words = ["sweep", JOB_RECIPE]
+        raise click.exceptions.Exit(
+            run_as_job(words, address, recipe=recipe, sweep=recipe.name, detach=detach)
+        )
+    if detach:
+        raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
+    try:
+        _start(said[0], recipe, name, address)
+    except KeyboardInterrupt:
+        where = ["--address", address] if address else []
+        again = shlex.join(["espalier", *said, *where])
+        click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
+
+
+def is_jobs_api(address: str) -> bool:
+    """Whether an address is that of Ray's Jobs API: what runs there is submitted as a job."""
+    return address.startswith(("http://", "https://"))
+
+
+def run_as_job(
+    words: Sequence[str],
+    address: str,
+    *,
+    recipe: Any = None,
+    sweep: str | None = None,
+    detach: bool = False,
+) -> int:
+    """``espalier WORDS`` on a cluster, through its Jobs API; returns the exit status.
+
+    Args:
+        recipe: goes with it as :data:`JOB_RECIPE`.
+        sweep: the name of the sweep that it runs, if it runs one.
+        detach: it is not followed.
+
+    Raises:
+        InputError: the cluster takes no job of ours.
+    """
+    from orchestration.submit import follow, open_jobs, submit
+
+    client = open_jobs(address)
+    job = submit(client, words, sweep=sweep, recipe=recipe)
+    if sweep is None:
+        return follow(client, job)
+    if detach:
+        click.echo(f"submitted as job {job}; {farewell(sweep, address)}")
+        return 0
+    click.echo(f"submitted as job {job}; Ctrl-C leaves it at work", err=True)
+    return follow(client, job, farewell(sweep, address))
+
+
+def farewell(sweep: str, address: str) -> str:
+    """How a submitted sweep is found again."""
+    there = f"{sweep} --address {address}"
+    return f"the sweep goes on; to follow it: espalier attach {there}; to end it: espalier stop {there}"
+
+
+def _show(recipe: Any) -> None:
+    from rich.console import Console
+
+    from orchestration.checks import prepare
+    from orchestration.plan import print_plan
+
+    console = Console()
+    print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
+
+
+def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
+    from rich.console import Console
+
+    if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
+        expected = "for a job, must be a full path or URI that every node reaches (or ESPALIER_STORAGE there)"
+        raise InputError("storage", recipe.storage, expected)
+    if address is not None and address != "auto":
+        from orchestration.ports import check_reachable
+
+        check_reachable(address)
+    if address is not None and address.startswith("ray://"):
+        from orchestration.client import run_through_client
+
+        run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
+        return
+    from orchestration.stored_recipe import check_unchanged
+
+    check_unchanged(recipe)
+    # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
+    with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
+        from orchestration.checks import prepare
+        from orchestration.display import Display
+        from orchestration.sweep import run_sweep
+
+        prepared = prepare(recipe, local=address is None)
+    with Display() as display:
+        display.say(f"espalier {command} {name}: starting Ray and MLflow")
+        out = Console() if Console().is_terminal else Console(width=160)
+        run_sweep(prepared, display, out, address=address, recipe_name=name)

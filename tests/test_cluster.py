@@ -1,0 +1,57 @@
+"""What a cluster can give, by its totals and by its nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestration.cluster import ClusterSize
+from orchestration.config import AllocationSearch, Resources
+from pruners.errors import InputError
+
+
+def size(*nodes: tuple[float, float]) -> ClusterSize:
+    return ClusterSize(sum(node[0] for node in nodes), sum(node[1] for node in nodes), nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "runs"),
+    [
+        ([(4, 0)], {"workers": 2}, 2),
+        ([(3, 0), (3, 0)], {"workers": 1, "cpus_per_worker": 2}, 2),  # six CPUs, but a pair on each node
+        ([(8, 2), (8, 2)], {"workers": 2, "gpus_per_worker": 1}, 2),
+        ([(8, 0), (48, 4)], {"workers": 4, "cpus_per_worker": 8, "gpus_per_worker": 1}, 1),
+        ([(1, 0), (1, 0), (1, 0)], {"workers": {"min": 2, "max": 8}}, 1),
+        ([(4, 1)], {"workers": 2, "gpus_per_worker": 0.5}, 1),
+    ],
+)
+def test_runs_at_once(nodes: list[tuple[float, float]], resources: dict[str, Any], runs: int) -> None:
+    assert size(*nodes).training_runs(Resources.model_validate(resources)) == runs
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "says"),
+    [
+        ([(1, 0), (1, 0)], {"workers": 1, "cpus_per_worker": 2}, "hold 0 workers of 2 CPUs and 0 GPUs each"),
+        ([(2, 0), (2, 1)], {"workers": 2, "gpus_per_worker": 1}, "need 2 GPUs, the cluster can give 1"),
+        # enough CPUs and GPUs, but not on the same node
+        ([(8, 0), (1, 4)], {"workers": 4, "cpus_per_worker": 2, "gpus_per_worker": 1}, "hold 0 workers"),
+    ],
+)
+def test_what_no_node_holds_is_refused(
+    nodes: list[tuple[float, float]], resources: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        size(*nodes).training_runs(Resources.model_validate(resources))
+
+
+def test_where_nodes_may_come_the_totals_count() -> None:
+    assert ClusterSize(4, 0).training_runs(Resources(workers=1, cpus_per_worker=4)) == 1
+
+
+def test_a_cheap_trial_needs_one_node() -> None:
+    search = AllocationSearch(cpus_per_trial=2)
+    assert size((2, 0), (1, 0)).allocation_trials(search) == 1
+    with pytest.raises(InputError, match="no node has 2 CPUs"):
+        size((1, 0), (1, 0)).allocation_trials(search)

@@ -1,0 +1,58 @@
+"""What is submitted as a job: our source as it is, and a recipe that another machine can read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestration.recipes import load_recipe
+from orchestration.submit import _for_elsewhere, _packed
+
+ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
+
+
+def test_the_package_runs_on_its_own(tmp_path: Path) -> None:
+    """As a job runs it: in the package's folder, with nothing of ours on the path."""
+    recipe = load_recipe("demo", ["pruning.sparsity=0.5", "recovery.lr.peak=1e-5"])
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = (
+        "import orchestration, trainers, pruners, sys; from orchestration.recipes import load_recipe; "
+        "recipe = load_recipe('recipe.json'); print(orchestration.__file__); print(recipe.storage); "
+        "print(recipe.tracking.uri); print(recipe.pruning.sparsity, recipe.recovery.lr.peak)"
+    )
+    with _packed(recipe) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env=env | ELSEWHERE,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        listed = [sys.executable, "-m", "orchestration.cli", "recipes"]
+        shown = subprocess.run(listed, cwd=folder, env=env, capture_output=True, text=True, check=True)
+        size = sum(file.stat().st_size for file in folder.rglob("*"))
+        assert not list(folder.rglob("__pycache__/*.pyc")) or size < 20e6
+    assert not folder.exists()
+    assert done.stdout.splitlines() == [
+        f"{folder}/orchestration/__init__.py",
+        ELSEWHERE["ESPALIER_STORAGE"],
+        ELSEWHERE["MLFLOW_TRACKING_URI"],
+        "0.5 1e-05",
+    ]
+    assert "demo" in shown.stdout
+    assert size < 20e6, "Ray takes packages of some megabytes"
+
+
+def test_a_storage_that_every_node_reaches_goes_along() -> None:
+    for place in ("s3://bucket/runs", "/mnt/espalier"):
+        assert _for_elsewhere(load_recipe("demo", [f"storage={place}"]))["storage"] == place
+    assert "storage" not in _for_elsewhere(load_recipe("demo", ["storage=runs"]))
+
+
+def test_a_login_stays_here() -> None:
+    uri = "https://me:hunter2@mlflow.example"
+    tracking = _for_elsewhere(load_recipe("demo", [f"tracking.uri={uri}"]))["tracking"]
+    assert tracking["uri"] == "https://mlflow.example"
