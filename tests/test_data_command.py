@@ -17,6 +17,7 @@ from test_store import BROKEN, PICTURES, cells
 
 from trainers.convert import convert, plan
 from trainers.store import Store
+from trainers.tables import read_table
 
 
 def espalier(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,9 +49,9 @@ def test_a_folder_of_class_folders(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"ant": 0, "cat": 1, "dog": 2}
     store = Store.open(str(tmp_path / "out"))
     assert store.labels.tolist() == [0, 1, 1, 1, 2, 2]
-    names = [store.cell(row)["path"] for row in range(6)]
-    assert names == ["a.png", "a.png", "b.PNG", "c.png", "x.png", "y.png"]
-    assert [store.cell(row)["bytes"] for row in (0, 3)] == [png(4), png(3)]  # to the byte
+    written = read_table(str(tmp_path / "out"))["image"].to_pylist()
+    assert [image["path"] for image in written] == ["a.png", "a.png", "b.PNG", "c.png", "x.png", "y.png"]
+    assert [store.cell(row) for row in (0, 3)] == [png(4), png(3)]  # to the byte
     features = json.loads(pq.read_schema(next((tmp_path / "out").glob("*.parquet"))).metadata[b"huggingface"])
     assert features["info"]["features"]["label"]["names"] == ["ant", "cat", "dog"]
 
@@ -97,7 +98,8 @@ def test_tars(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"6 images in 2 files in {tmp_path / 'out'}\n")
     store = Store.open(str(tmp_path / "out"))
     assert store.labels.tolist() == [0, 1, 7, 10, 11, 7]
-    assert store.cell(1) == {"bytes": png(1), "path": "n001.png"}
+    assert store.cell(1) == png(1)
+    assert read_table(str(tmp_path / "out"))["image"][1].as_py() == {"bytes": png(1), "path": "n001.png"}
 
 
 @pytest.mark.parametrize(
