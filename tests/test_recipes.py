@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import quick
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestration.config import Recipe
@@ -282,6 +282,7 @@ PLACES = st.sampled_from([*FLAT, *sorted({key.rpartition(".")[0] for key in FLAT
 
 
 @quick(150)
+@example([("dense.preset", [])])
 @given(st.lists(st.tuples(PLACES | st.text(max_size=8), ANY), min_size=1, max_size=3))
 def test_any_recipe_is_read_or_refused(changes: list[tuple[str, Any]]) -> None:
     """Whatever is put into the demo: a recipe, or one line about it."""

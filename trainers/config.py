@@ -130,7 +130,9 @@ class TrainingSettings(Settings):
     @classmethod
     def _with_preset(cls, value: Any) -> Any:
         preset = value.get("preset") if isinstance(value, Mapping) else None
-        return merged(TRAINING[preset], value) if preset in TRAINING else value
+        if not isinstance(preset, str) or preset not in TRAINING:
+            return value  # no preset, or one that is refused
+        return merged(TRAINING[preset], value)
 
     @field_validator("freeze")
     @classmethod
