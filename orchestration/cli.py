@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from orchestration import cli_cluster
+from orchestration import cli_cluster, cli_options
 from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
 from orchestration.cli_finetune import finetune
@@ -48,15 +48,9 @@ for command in cli_cluster.COMMANDS:
     cli.add_command(command)
 
 _recipe = click.argument("recipe")
-_overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+_overrides = cli_options.overrides
 _dry_run = click.option("--dry-run", is_flag=True, help="Show what would happen; start nothing.")
-_storage = click.option(
-    "--storage",
-    default="runs",
-    show_default=True,
-    envvar="ESPALIER_STORAGE",
-    help="Storage of the sweeps to look at.",
-)
+_storage = cli_options.storage_to_look_at
 _as = click.option("--as", "new", metavar="NEW", help="Run it as a sweep of its own, of this name.")
 _address = click.option(
     "--address",

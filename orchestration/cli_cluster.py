@@ -6,22 +6,16 @@ import time
 
 import click
 
+from orchestration import cli_options
 from orchestration.launch import JOB_RECIPE, farewell, is_jobs_api, launch, run_as_job
 from pruners.errors import InputError
 
 _STOP_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
-_DEFAULT_STORAGE = "runs"
 
 _name = click.argument("name")
-_overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
-_storage = click.option(
-    "--storage",
-    default=_DEFAULT_STORAGE,
-    show_default=True,
-    envvar="ESPALIER_STORAGE",
-    help="Storage of the sweeps.",
-)
+_overrides = cli_options.overrides
+_storage = cli_options.storage("Storage of the sweeps.")
 _address = click.option(
     "--address", help="http://HOST:8265 of the cluster, where this machine does not see the storage."
 )
@@ -186,7 +180,7 @@ def new_name(name: str | None) -> list[str]:
 
 
 def _where(storage: str | None) -> list[str]:
-    return [] if storage in (None, _DEFAULT_STORAGE) else ["--storage", str(storage)]
+    return [] if storage in (None, cli_options.DEFAULT_STORAGE) else ["--storage", str(storage)]
 
 
 def _there(address: str | None, words: list[str], storage: str) -> None:

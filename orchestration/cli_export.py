@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from orchestration import cli_options
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = {"compressed": "a checkpoint folder without its zeros"}
@@ -15,13 +17,7 @@ FORMATS = {"compressed": "a checkpoint folder without its zeros"}
 
 def of_registry(command: F) -> F:
     """The options of a command that also takes ``models:/NAME@alias``."""
-    where = click.option(
-        "--storage",
-        default="runs",
-        show_default=True,
-        envvar="ESPALIER_STORAGE",
-        help="Storage of the sweeps whose registry is meant, without a server.",
-    )
+    where = cli_options.storage("Storage of the sweeps whose registry is meant, without a server.")
     server = click.option(
         "--tracking-uri",
         "--tracking",

@@ -6,19 +6,15 @@ from typing import Any
 
 import click
 
+from orchestration import cli_options
+
 _tracking = click.option(
     "--tracking-uri",
     "--tracking",
     help="MLflow. Default: that of --storage.",
     envvar="MLFLOW_TRACKING_URI",
 )
-_storage = click.option(
-    "--storage",
-    default="runs",
-    show_default=True,
-    envvar="ESPALIER_STORAGE",
-    help="Storage of the sweeps to look at.",
-)
+_storage = cli_options.storage_to_look_at
 
 
 @click.command()
