@@ -14,10 +14,13 @@ from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Study, Sweep, content_hash
 from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs, OneShotTrial
+from orchestration.pareto import chosen
 from orchestration.remote import OrderFacts
 from orchestration.search import Search, run_search, stopping
+from orchestration.search_config import LIMITS, AllocationSearch
+from orchestration.search_limits import Limits
 from orchestration.search_space import AllocationSpace
-from orchestration.trial_log import TrialLog
+from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import order_run
 from trainers import storage
 from trainers.checkpoint import RECORD
@@ -31,7 +34,8 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     before: Study | None = None
     for sparsity in search.sparsities:
         before = studies[sparsity] = search.study(sparsity, before)
-    return Allocated(studies, studies[sweep.recipe.pruning.sparsity])
+    goal = studies[sweep.recipe.pruning.sparsity]
+    return Allocated({goal.sparsity: goal} if sweep.finds_sparsity else studies, goal)
 
 
 class _Searches:
@@ -53,7 +57,7 @@ class _Searches:
             self._weights,
             self._method,
             pruning.model_dump(mode="json", exclude={"methods", "schedule", "keep"}),
-            search.model_dump(mode="json", exclude={"trials", "sparsities"}),
+            search.model_dump(mode="json", exclude={"trials", "sparsities", *LIMITS}),
             moved,
             sweep.recipe.seed,
             sweep.data_hash,
@@ -70,15 +74,17 @@ class _Searches:
         )
         sweep.display.phase(title, trials=trials, done=ended, label=label, log=log.uri)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
-            study = Study(log.best(), one_shot, log.ended)
+            study = Study(_best(search, log), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
             return study
 
+        sweep.begin("allocation", title)
         inputs = self._inputs(sparsity, pruning)
         shared = {"dense": self._weights, **inputs.order.facts}
         runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
         with sweep.scratch(name) as scratch:
-            best = run_search(self._search(name, scratch, inputs, moved), log, runs)
+            run_search(self._search(name, scratch, inputs, moved), log, runs)
+        best = _best(search, log)
         record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
         task, _ = sweep.task(remote.save_one_shot)
         ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
@@ -90,6 +96,8 @@ class _Searches:
             plots.trial_history(log.trials, f"{self._method}{at}: one-shot trials", self._dense.top1),
             "history",
         )
+        if search.pareto is not None:
+            runs.figure(plots.pareto(log.trials, search.pareto, best, f"{self._method}{at}"), "pareto")
         runs.close(best)
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent
@@ -116,6 +124,8 @@ class _Searches:
             sampler=search.sampler,
             first=[space.own_values()] + ([] if moved is None else [space.moved(moved)]),
             scheduler=Search.scheduler if first is None else halving,
+            cost=None if search.pareto is None else search.pareto.cost,
+            limits=Limits(search, "allocation"),
             reuse_actors=True,
             complete=lambda metrics: bool(metrics["complete"]),
         )
@@ -176,3 +186,7 @@ class _Searches:
             return
         task, device = sweep.task(remote.make_order)
         ray.get(task.remote(job, device))
+
+
+def _best(search: AllocationSearch, log: TrialLog) -> TrialRecord:
+    return log.best() if search.pareto is None else chosen(log.trials, search.pareto)

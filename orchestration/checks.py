@@ -16,8 +16,9 @@ import torch
 from orchestration import digits
 from orchestration.check_training import check_training
 from orchestration.cluster import ClusterSize
-from orchestration.config import Distribution, Recipe, digest
+from orchestration.config import Recipe, digest
 from orchestration.recipes import with_values
+from orchestration.search_config import Distribution
 from orchestration.tracking import check_uri
 from orchestration.versions import check_name
 from pruners.allocation import budget, by_table
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
             check_training(training, f"{part}.")
     _check_schedule(recipe)
     _check_space(recipe)
+    _check_long_run(recipe)
     model, layers = _model(recipe)
     total = _check_budget(recipe, layers)
     if local:
@@ -105,7 +107,8 @@ def check_size(recipe: Recipe, size: ClusterSize) -> None:
     """Raises:
     InputError: the recipe asks for more than the cluster can ever give.
     """
-    size.training_runs(recipe.resources)
+    for phase in ("dense", "schedule", "long_run"):
+        size.training_runs(recipe.resources.of(phase))
     if recipe.allocation.trials:
         size.allocation_trials(recipe.allocation)
 
@@ -203,6 +206,17 @@ def _check_space(recipe: Recipe) -> None:
             _check_values(recipe, chosen)
         except InputError as error:
             raise InputError("schedule.space", chosen, f"{error.key}: {error.expected}") from None
+
+
+def _check_long_run(recipe: Recipe) -> None:
+    """Its values must make a recipe that could run."""
+    try:
+        changed = with_values(recipe, recipe.long_run)
+        _check_schedule(changed)
+        check_training(changed.recovery, "recovery.")
+    except InputError as error:
+        value = recipe.long_run.get(error.key, recipe.long_run)
+        raise InputError("long_run", value, f"{error.key}: {error.expected}") from None
 
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from orchestration.cli_finetune import finetune
 from orchestration.cli_prune import inspect_model, prune
 from orchestration.cli_registry import lineage, promote
 from orchestration.launch import INTERRUPTED, launch
+from orchestration.span import PHASES, Phase, Span
 from pruners.errors import InputError, did_you_mean
 
 
@@ -57,12 +58,24 @@ _address = click.option(
     help="Ray cluster to run on: auto, ray://HOST:10001, or http://HOST:8265 to submit a job. "
     "Default: this machine.",
 )
+_from = click.option(
+    "--from",
+    "first",
+    type=click.Choice(PHASES),
+    default=PHASES[0],
+    help="Start with this phase; those before it must be known.",
+)
+_until = click.option(
+    "--until", "last", type=click.Choice(PHASES), default=PHASES[-1], help="End after this phase."
+)
 _detach = click.option("--detach", is_flag=True, help="Submit the job and leave it at work.")
 
 
 @cli.command()
 @_recipe
 @_overrides
+@_from
+@_until
 @_as
 @_dry_run
 @_address
@@ -71,6 +84,8 @@ def sweep(
     recipe: str,
     overrides: tuple[str, ...],
     *,
+    first: Phase,
+    last: Phase,
     new: str | None,
     dry_run: bool,
     address: str | None,
@@ -80,8 +95,10 @@ def sweep(
     from orchestration.recipes import load_recipe
 
     overrides += tuple(cli_cluster.new_name(new))
-    said = ["sweep", recipe, *overrides]
-    launch(load_recipe(recipe, overrides), said, recipe, dry_run=dry_run, address=address, detach=detach)
+    span = Span(first, last)
+    said = ["sweep", recipe, *overrides, *span.words]
+    chosen = load_recipe(recipe, overrides)
+    launch(chosen, said, recipe, span=span, dry_run=dry_run, address=address, detach=detach)
 
 
 @cli.command()

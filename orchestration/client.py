@@ -19,13 +19,14 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 
+from orchestration.span import Span
 from pruners.errors import InputError, first_line
 
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
 
 
-def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str) -> None:
+def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str, span: Span) -> None:
     """Run a recipe's sweep on the cluster behind ``address``.
 
     Raises:
@@ -34,7 +35,7 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
     """
     with joined(address):
         lines = Queue(actor_options={"num_cpus": 0})
-        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, lines)
+        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, span, lines)
         try:
             done: list[Any] = []
             while not done:
@@ -87,7 +88,7 @@ class _Sender(io.TextIOBase):
         return len(text)
 
 
-def _drive(recipe: dict[str, Any], recipe_name: str, lines: Queue) -> None:
+def _drive(recipe: dict[str, Any], recipe_name: str, span: Span, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
     from rich.console import Console
 
@@ -101,4 +102,4 @@ def _drive(recipe: dict[str, Any], recipe_name: str, lines: Queue) -> None:
     with Display(console) as display:
         given = Recipe.model_validate(recipe)
         check_unchanged(given)
-        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name)
+        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name, span=span)

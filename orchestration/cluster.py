@@ -16,8 +16,9 @@ from typing import Any
 
 import ray
 
-from orchestration.config import AllocationSearch, Resources
+from orchestration.config import Resources
 from orchestration.ports import LOOPBACK, free_port
+from orchestration.search_config import AllocationSearch
 from pruners.errors import InputError, first_line
 
 # Our own display shows progress; Ray's would print a line a report and worker over it.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from orchestration.search_config import AllocationSearch, ScheduleSearch
+from orchestration.span import Phase
 from trainers.config import (
     DataSettings,
     ModelSettings,
@@ -19,116 +19,6 @@ from trainers.config import (
     Share,
     TrainingSettings,
 )
-
-Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
-
-
-class Distribution(Settings):
-    """Where a searched value comes from; exactly one of the four, and ``when`` it is searched at all."""
-
-    uniform: tuple[float, float] | None = None
-    log: tuple[float, float] | None = Field(None, description="log-uniform")
-    integer: tuple[int, int] | None = Field(None, description="both ends included")
-    choice: tuple[float | int | str, ...] | None = Field(None, min_length=1)
-    when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
-
-    @model_validator(mode="after")
-    def _one(self) -> Distribution:
-        given = [value for value in (self.uniform, self.log, self.integer, self.choice) if value is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of uniform, log, integer, choice")
-        for bounds in (self.uniform, self.log, self.integer):
-            if bounds is not None and not bounds[0] <= bounds[1]:
-                raise ValueError(f"the lower bound {bounds[0]} lies above the upper one {bounds[1]}")
-        if self.log is not None and self.log[0] <= 0:
-            raise ValueError("log needs positive bounds")
-        return self
-
-    def values(self) -> tuple[Any, ...]:
-        """Of a choice or an integer: all that it can be."""
-        if self.integer is not None:
-            return tuple(range(self.integer[0], self.integer[1] + 1))
-        return self.choice or ()
-
-
-class AllocationSearch(Settings):
-    """Cheap one-shot trials over the sparsity of parts of the model; 0 trials keep the method's own.
-
-    A trial is evaluated on ``first_images``, then on ``reduction`` times as many and so on up to ``images``;
-    of the trials that come to each of these ends one in ``reduction`` goes on.
-    """
-
-    trials: int = Field(30, ge=0, description="for each sparsity")
-    sparsities: tuple[Share, ...] = Field(
-        (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
-    )
-    by: tuple[Literal["stage", "module", "group", "layer"], ...] = Field(
-        ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
-    )
-    range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
-    sampler: Sampler = "tpe"
-    images: int = Field(2000, ge=1, description="validation images of a trial, at most")
-    first_images: int | None = Field(None, ge=1, description="default: all at once")
-    reduction: int = Field(2, ge=2)
-    cpus_per_trial: float = Field(1.0, gt=0.0)
-    gpus_per_trial: float = Field(0.0, ge=0.0)
-
-    def rungs(self, images: int) -> list[int]:
-        """How many of ``images`` a trial has seen at each of its ends."""
-        most = min(self.images, images)
-        ends, end = [], self.first_images or most
-        while end < most:
-            ends.append(end)
-            end *= self.reduction
-        return [*ends, most]
-
-
-class ScheduleSearch(Settings):
-    """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
-
-    trials: int = Field(4, ge=1)
-    space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
-    sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
-    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
-        "asha", description="what stops trials early, by their epochs at the final sparsity"
-    )
-    grace_epochs: int = Field(
-        1, ge=1, description="epochs at the final sparsity before a trial may be stopped"
-    )
-    reduction: int = Field(2, ge=2, description="one in so many goes on")
-
-    @property
-    def runs(self) -> int:
-        """Gradual runs of a method: without a space they would all be the same one."""
-        if not self.space:
-            return 1
-        return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
-
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination of the space's values."""
-        combinations = itertools.product(*(one.values() for one in self.space.values()))
-        return [dict(zip(self.space, values, strict=True)) for values in combinations]
-
-    @model_validator(mode="after")
-    def _space_of_keys(self) -> ScheduleSearch:
-        for key in self.space:
-            if key.split(".")[0] not in {"recovery", "pruning"}:
-                raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
-        for key, one in self.space.items():
-            if self.sampler == "grid" and one.choice is None and one.integer is None:
-                raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
-            for other in one.when:
-                if other not in self.space or other == key:
-                    raise ValueError(f"space.{key}: when names {other}, which must be another searched key")
-        return self
-
-    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a proposal is meant: keys whose conditions are not met keep the recipe's value."""
-        return {
-            key: value
-            for key, value in values.items()
-            if all(values.get(other, wanted) == wanted for other, wanted in self.space[key].when.items())
-        }
 
 
 class WorkerRange(Settings):
@@ -161,6 +51,17 @@ class Resources(Settings):
     @property
     def most(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class PhaseResources(Resources):
+    """What training runs take, where a phase needs no other."""
+
+    dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
+    long_run: Resources | None = Field(None, description="for the long run; default: the same as others")
+
+    def of(self, phase: Phase) -> Resources:
+        own = {"dense": self.dense, "long_run": self.long_run}.get(phase)
+        return self if own is None else own
 
 
 class Promotion(Settings):
@@ -197,7 +98,10 @@ class Recipe(Settings):
     recovery: TrainingSettings = TrainingSettings()
     allocation: AllocationSearch = AllocationSearch()
     schedule: ScheduleSearch = ScheduleSearch()
-    resources: Resources = Resources()
+    long_run: dict[str, Any] = Field(
+        {}, description="recipe key -> value: a last gradual run with the best schedule's values and these"
+    )
+    resources: PhaseResources = PhaseResources()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -208,12 +112,44 @@ class Recipe(Settings):
             raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
         for sparsity in self.allocation.sparsities:
             self.pruning.check_reach(sparsity, "allocation.sparsities")
-        for key, settings in (("dense", self.dense), ("recovery", self.recovery)):
-            if settings is not None and settings.batch_size < self.resources.most:
+        for key in self.long_run:
+            if key.split(".")[0] not in {"recovery", "pruning"} or key == "pruning.sparsity":
+                raise ValueError(
+                    f"long_run: {key} cannot change; only keys of recovery and pruning.schedule do"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _an_image_for_each_worker(self) -> Recipe:
+        runs: tuple[tuple[str, TrainingSettings | None, Phase], ...] = (
+            ("dense", self.dense, "dense"),
+            ("recovery", self.recovery, "schedule"),
+            ("recovery", self.recovery if self.long_run else None, "long_run"),
+        )
+        for key, settings, phase in runs:
+            most = self.resources.of(phase).most
+            if settings is not None and settings.batch_size < most:
                 raise ValueError(
                     f"{key}.batch_size: {settings.batch_size} must be an image at least for each of "
-                    f"resources.workers ({self.resources.most})"
+                    f"resources.workers ({most})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsities_to_choose_from(self) -> Recipe:
+        pareto = self.allocation.pareto
+        if pareto is None or pareto.between is None or not self.allocation.trials:
+            return self
+        for sparsity in pareto.between:
+            self.pruning.check_reach(sparsity, "allocation.pareto.between")
+            try:
+                self.pruning.schedule.check(sparsity)
+            except ValueError as error:
+                raise ValueError(f"allocation.pareto.between: {sparsity:g}: {error}") from None
+        if any(level >= pareto.between[0] for level in self.pruning.keep):
+            raise ValueError(
+                f"pruning.keep: must lie below allocation.pareto.between ({pareto.between[0]:g})"
+            )
         return self
 
     @model_validator(mode="after")
@@ -228,6 +164,9 @@ class Recipe(Settings):
     @property
     def _sparsities(self) -> tuple[float, ...]:
         """Those that gradual runs end at, the least and the largest at least."""
+        pareto = self.allocation.pareto
+        if pareto is not None and pareto.between is not None and self.allocation.trials:
+            return pareto.between
         found = self.schedule.space.get("pruning.sparsity")
         ends = found and (found.uniform or found.log or found.integer or found.choice)
         return tuple(map(float, ends or (self.pruning.sparsity,)))
@@ -258,15 +197,12 @@ def digest(*parts: Any) -> str:
 
 
 __all__ = [
-    "AllocationSearch",
     "DataSettings",
-    "Distribution",
     "ModelSettings",
     "Promotion",
     "PruningSettings",
     "Recipe",
     "Resources",
-    "ScheduleSearch",
     "Share",
     "Tracking",
     "TrainingSettings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -12,10 +12,13 @@ import ray
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
 from orchestration.display import Display
+from orchestration.recipes import with_values
+from orchestration.span import WHOLE, Phase, Span
 from orchestration.stored_recipe import folder_of
 from orchestration.tracking import Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns
+from pruners.errors import InputError
 from trainers import storage
 from trainers.checkpoint import weights_hash
 from trainers.config import DataSettings
@@ -33,6 +36,7 @@ class Sweep:
     display: Display
     run: str
     lineage: dict[str, Any] = field(default_factory=dict)
+    span: Span = WHOLE
 
     @property
     def storage(self) -> str:
@@ -50,6 +54,30 @@ class Sweep:
         gpus = min(self.recipe.resources.gpus_per_worker, 1.0)
         remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)
         return remote, "cuda" if gpus else "cpu"
+
+    def begin(self, phase: Phase, title: str) -> None:
+        """Work of a phase is about to start.
+
+        Raises:
+            InputError: the command was to start with a later one.
+        """
+        if self.span.starts_after(phase):
+            expected = f"the phase before it has no result yet ({title}); run that first, by --until {phase}"
+            raise InputError("--from", self.span.first, expected)
+
+    @property
+    def finds_sparsity(self) -> bool:
+        """Whether the allocation search says how sparse the models are to be."""
+        pareto = self.recipe.allocation.pareto
+        return pareto is not None and pareto.between is not None
+
+    def phase(self, phase: Phase) -> Sweep:
+        """The sweep with the phase's own resources."""
+        return self.changed({"resources": self.recipe.resources.of(phase).model_dump(mode="json")})
+
+    def changed(self, values: Mapping[str, Any]) -> Sweep:
+        """The same sweep with other values of some recipe keys."""
+        return replace(self, recipe=with_values(self.recipe, values)) if values else self
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
@@ -123,6 +151,12 @@ class Study:
         return min(given, key=lambda record: record.number, default=None)
 
     @property
+    def sparsity(self) -> float:
+        """Of the model that was chosen."""
+        found: float = self.best.metrics["sparsity"]
+        return found
+
+    @property
     def name(self) -> str:
         return "own" if self.own is not None and self.best.values == self.own.values else "searched"
 
@@ -135,7 +169,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Allocated:
-    """The studies of a method by their sparsities; ``goal`` is the one at the recipe's own."""
+    """The studies of a method by their sparsities; ``goal`` is the one that gradual runs go by."""
 
     studies: dict[float, Study]
     goal: Study
@@ -154,10 +188,20 @@ class Kept:
 class Recovered:
     """The best gradual run of a method, the model it ended with, and those kept on the way (``0.5`` …)."""
 
+    sparsity: float
     record: TrialRecord
     end: Kept
     kept: dict[str, Kept]
     trials: list[TrialRecord]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What all phases of a sweep have found, by method."""
+
+    dense: Dense
+    allocated: Mapping[str, Allocated | None]
+    recovered: Mapping[str, Recovered]
 
 
 def content_hash(checkpoint: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from orchestration.span import WHOLE, Span
 from pruners.errors import InputError
 
 INTERRUPTED = 130
@@ -23,6 +24,7 @@ def launch(
     said: Sequence[str],
     name: str,
     *,
+    span: Span = WHOLE,
     dry_run: bool = False,
     address: str | None,
     detach: bool = False,
@@ -32,6 +34,7 @@ def launch(
     Args:
         said: the command as it was given, without the address: what goes on with it after Ctrl-C.
         name: of the recipe, as it was given.
+        span: the phases to run.
         detach: a submitted job is not followed.
 
     Raises:
@@ -41,14 +44,14 @@ def launch(
         _show(recipe)
         return
     if address is not None and is_jobs_api(address):
-        words = ["sweep", JOB_RECIPE]
+        words = ["sweep", JOB_RECIPE, *span.words]
         raise click.exceptions.Exit(
             run_as_job(words, address, recipe=recipe, sweep=recipe.name, detach=detach)
         )
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
     try:
-        _start(said[0], recipe, name, address)
+        _start(said[0], recipe, name, address, span)
     except KeyboardInterrupt:
         where = ["--address", address] if address else []
         again = shlex.join(["espalier", *said, *where])
@@ -109,7 +112,7 @@ def _show(recipe: Any) -> None:
     print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
 
 
-def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
+def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
     from rich.console import Console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
@@ -122,7 +125,8 @@ def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
     if address is not None and address.startswith("ray://"):
         from orchestration.client import run_through_client
 
-        run_through_client(recipe.model_dump(mode="json"), address=address, recipe_name=name)
+        content = recipe.model_dump(mode="json")
+        run_through_client(content, address=address, recipe_name=name, span=span)
         return
     from orchestration.stored_recipe import check_unchanged
 
@@ -137,4 +141,4 @@ def _start(command: str, recipe: Any, name: str, address: str | None) -> None:
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = Console() if Console().is_terminal else Console(width=160)
-        run_sweep(prepared, display, out, address=address, recipe_name=name)
+        run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)

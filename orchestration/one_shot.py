@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from ray import tune
 
-from orchestration.config import AllocationSearch
 from orchestration.database import StoredOrder
+from orchestration.search_config import AllocationSearch
 from orchestration.search_space import AllocationSpace, summarise
 from pruners.costs import CostModel
 from trainers import data, models

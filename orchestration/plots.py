@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from orchestration.pareto import front
+from orchestration.search_config import Pareto
 from orchestration.trial_log import TrialRecord
 
 _SIZE = (7.0, 4.2)
@@ -85,5 +87,23 @@ def accuracy_over_sparsity(points: Mapping[str, Sequence[tuple[float, float]]], 
     axes.set_xlabel("sparsity of the prunable weights (%)")
     axes.set_ylabel("validation top-1 (%)")
     axes.set_title("Accuracy against sparsity")
+    axes.legend()
+    return figure
+
+
+def pareto(trials: Sequence[TrialRecord], rule: Pareto, chosen: TrialRecord, title: str) -> Figure:
+    """Validation top-1 against a cost, the front as a line, the trial that the rule took marked."""
+    done = [trial for trial in trials if trial.state == "finished"]
+    best = front(trials, rule.cost)
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for series, style, label in ((done, "o", "trial"), (best, ".-", "front"), ([chosen], "D", "chosen")):
+        costs = [trial.metrics[rule.cost] / 1e6 for trial in series]
+        axes.plot(costs, [100 * trial.metrics["val_top1"] for trial in series], style, label=label)
+    axes.set_xlabel(
+        {"macs": "MACs of weights that are not zero", "size": "parameters not zero"}[rule.against] + " (M)"
+    )
+    axes.set_ylabel("validation top-1 (%)")
+    axes.set_title(f"{title}: top-1 against {rule.against}")
     axes.legend()
     return figure

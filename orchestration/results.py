@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from orchestration import remote
 from orchestration.config import digest
-from orchestration.context import Allocated, Dense, Recovered, Sweep, content_hash
+from orchestration.context import Results, Sweep, content_hash
 from orchestration.promotion import Decision
 from orchestration.versions import CHAMPION
 from trainers import storage
@@ -45,17 +45,12 @@ class Row:
     kept: bool = False
 
 
-def make_rows(
-    sweep: Sweep,
-    dense: Dense,
-    allocated: Mapping[str, Allocated | None],
-    recovered: Mapping[str, Recovered],
-) -> list[Row]:
+def make_rows(sweep: Sweep, results: Results) -> list[Row]:
     """Measure all models on test (validation where the data has no test images), each one once."""
+    dense, allocated, recovered = results.dense, results.allocated, results.recovered
     part = "test" if sweep.data.test is not None else "validation"
-    goal = sweep.recipe.pruning.sparsity
     models = {
-        method: {**{float(level): one for level, one in found.kept.items()}, goal: found.end}
+        method: {**{float(level): one for level, one in found.kept.items()}, found.sparsity: found.end}
         for method, found in recovered.items()
     }
     studies = {method: {} if found is None else found.studies for method, found in allocated.items()}
@@ -67,6 +62,7 @@ def make_rows(
     for method, level in ((method, level) for method, some in models.items() for level in some):
         model, study = models[method][level], studies[method].get(level)
         record = storage.read_json(f"{model.checkpoint}/{RECORD}")
+        goal = recovered[method].sparsity
         of_goal = studies[method].get(goal)
         rows.append(
             Row(

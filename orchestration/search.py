@@ -20,12 +20,14 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
 from orchestration.search_space import Space, contains
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 _TRACE_LINES = 40
+_STUDY = "search"
 
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 _SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -66,21 +68,24 @@ class Search:
     sampler: str = "tpe"
     first: Sequence[dict[str, Any]] = ()
     scheduler: Callable[[], TrialScheduler] = FIFOScheduler
+    cost: str | None = None  # a second objective: the metric that is to be small
+    limits: Limits = NONE
     reuse_actors: bool = False
     complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
 
 
-def run_search(search: Search, log: TrialLog, observer: Observer) -> TrialRecord:
-    """Run the trials that ``log`` does not hold yet; returns the best of all.
+def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
+    """Run the trials that ``log`` does not hold yet.
 
     Trials of an interrupted search are told to the sampler as evaluated, so none is run twice.
 
     Raises:
-        RuntimeError: every trial failed.
+        RuntimeError: more trials failed than the limits allow.
     """
     missing = search.trials - len(log.ended)
     if missing > 0:
         system, path = resolve(search.storage)
+        given_up = GivenUp(search.limits, search.trials)
         tune.Tuner(
             search.trainable,
             tune_config=tune.TuneConfig(
@@ -96,12 +101,13 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> TrialRecord
                 name=search.name,
                 storage_path=path,
                 storage_filesystem=system,
-                callbacks=[_Recorder(search, log, observer)],
+                callbacks=[_Recorder(search, log, observer, given_up)],
+                stop=given_up,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()
-    return log.best()
+        given_up.check()
 
 
 def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
@@ -128,33 +134,52 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
     first = pending + [values for values in search.first if values not in pending]
     # a resumed search draws anew: another seed, or it would propose again what is known
     sampler = _SAMPLERS[search.sampler](seed=search.seed + len(known))
-    searcher = OptunaSearch(
+    goals = {"score": "max"} | ({search.cost: "min"} if search.cost else {})
+    return OptunaSearch(
         search.space,
-        metric="score",
-        mode="max",
+        metric=list(goals) if search.cost else "score",
+        mode=list(goals.values()) if search.cost else "max",
         sampler=sampler,
         points_to_evaluate=[values for values in first if values not in tried],
+        storage=_told(search.space, known, goals),
+        study_name=_STUDY,
+    )
+
+
+def _told(
+    space: Space, known: Sequence[TrialRecord], goals: Mapping[str, str]
+) -> optuna.storages.InMemoryStorage:
+    """A study that knows these trials' results (Tune's own way of telling takes one objective only)."""
+    place = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(
+        storage=place, study_name=_STUDY, directions=[f"{goal}imize" for goal in goals.values()]
     )
     for record in known:
-        if record.score is not None and math.isfinite(record.score):
-            searcher.add_evaluated_point(record.values, record.score)
-    return searcher
+        figures = {**record.metrics, "score": record.score}
+        values = [figures.get(goal) for goal in goals]
+        if all(value is not None and math.isfinite(value) for value in values):
+            study.add_trial(
+                optuna.trial.create_trial(values=values, params=record.values, distributions=space)
+            )
+    return place
 
 
 @dataclass
 class _Running:
     number: int
     started: float
+    late: str | None = None  # why it is ended by force
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
     """Writes down every trial that ends, and tells the observer."""
 
-    def __init__(self, search: Search, log: TrialLog, observer: Observer) -> None:
+    def __init__(self, search: Search, log: TrialLog, observer: Observer, given_up: GivenUp) -> None:
         self._search = search
         self._log = log
         self._observer = observer
+        self._given_up = given_up
         self._running: dict[str, _Running] = {}
         self._first = max((record.number for record in log.trials), default=-1) + 1
 
@@ -185,7 +210,20 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
-        self._end(trial, "failed", _last_words(trial))
+        late = self._running[trial.trial_id].late
+        said = [late] if late else _last_words(trial)
+        self._given_up.note(said[-1].strip())
+        self._end(trial, "failed", said)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._search.limits.settings.trial_minutes is None:
+            return
+        for trial in trials:
+            running = self._running.get(trial.trial_id)
+            if running is not None and running.late is None:
+                running.late = self._search.limits.overdue(running.started)
+                if running.late:
+                    end_by_force(trial)
 
     def _end(self, trial: Trial, state: Any, said: Sequence[str] = ()) -> None:
         running = self._running.pop(trial.trial_id)
@@ -200,7 +238,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in _KEPT if key in figures},
+            metrics={key: figures[key] for key in (*_KEPT, self._search.cost) if key in figures},
             checkpoint=f"{place}/{last}" if whole and place else None,
             kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
             if whole

@@ -8,7 +8,8 @@ from typing import Any
 
 import optuna
 
-from orchestration.config import AllocationSearch, Distribution, PruningSettings
+from orchestration.config import PruningSettings
+from orchestration.search_config import AllocationSearch, Distribution
 from pruners.allocation import Allocation, by_threshold, group_layers, project
 from pruners.layers import PrunableLayer
 from pruners.limits import PerLayer, bounds, group_bounds
@@ -16,6 +17,7 @@ from pruners.patterns import Pattern
 
 Space = dict[str, optuna.distributions.BaseDistribution]
 Shares = dict[str, optuna.distributions.FloatDistribution]
+_WHOLE = "sparsity"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class AllocationSpace:
     floor: PerLayer
     ceiling: PerLayer
     unit: int = 1
+    between: tuple[float, float] | None = None  # the sparsity of the whole is proposed too
 
     @classmethod
     def of(
@@ -51,21 +54,33 @@ class AllocationSpace:
             pruning.floor,
             pruning.ceiling,
             Pattern.parse(pruning.pattern).unit,
+            None if search.pareto is None else search.pareto.between,
         )
 
     def own_values(self) -> dict[str, float]:
         """The method's own allocation as a proposal: the sparsity of each stage and module."""
-        return summarise(self.own, self.layers, self.by)
+        values = summarise(self.own, self.layers, self.by)
+        if self.between is not None:
+            low, high = self.between
+            values[_WHOLE] = min(max(sum(self.own.values()) / self._numel, low), high)
+        return values
+
+    @property
+    def _numel(self) -> int:
+        return sum(layer.numel for layer in self.layers)
 
     def distributions(self) -> Shares:
         floor = self.floor if isinstance(self.floor, float) else 0.0
         ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
-        return {
+        found = {
             key: optuna.distributions.FloatDistribution(
                 max(floor, own - self.range), min(ceiling, own + self.range)
             )
             for key, own in self.own_values().items()
         }
+        if self.between is not None:
+            found[_WHOLE] = optuna.distributions.FloatDistribution(*self.between)
+        return found
 
     def allocation(self, values: Mapping[str, float], losses: Mapping[str, Any]) -> Allocation:
         """The exact allocation of a proposal.
@@ -73,8 +88,10 @@ class AllocationSpace:
         Args:
             losses: ascending losses of each layer's weights.
         """
-        own = self.own_values()
-        if all(values[key] == own[key] for key in own):
+        own, total = self.own_values(), sum(self.own.values())
+        if self.between is not None:
+            total = round(values[_WHOLE] * self._numel / self.unit) * self.unit
+        if all(values[key] == own[key] for key in own) and total == sum(self.own.values()):
             return dict(self.own)
         groups = group_layers(self.layers, self._group)
         reach = {name: len(found) for name, found in losses.items()}
@@ -87,7 +104,7 @@ class AllocationSpace:
             move = sum(values[key] - own[key] for key in keys)
             wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
             sizes.append(size)
-        counts = project(wishes, sizes, sum(self.own.values()), low, high, unit=self.unit)
+        counts = project(wishes, sizes, total, low, high, unit=self.unit)
         found: Allocation = {}
         for group, count in zip(groups.values(), counts, strict=True):
             found |= by_threshold(losses, group, count, limits, self.unit)

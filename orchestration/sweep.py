@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -14,14 +14,16 @@ from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect, logs_folder
 from orchestration.cluster_check import check_storage
 from orchestration.config import digest
-from orchestration.context import Allocated, Dense, Recovered, Sweep
+from orchestration.context import Allocated, Results, Sweep
+from orchestration.dense_phase import dense_phase
 from orchestration.display import Display
+from orchestration.gradual_phase import long_run_phase, schedule_phase
 from orchestration.journal import Journal
 from orchestration.lineage import RECIPE
-from orchestration.phases import dense_phase, schedule_phase
 from orchestration.promotion import Decision, settle
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
+from orchestration.span import PHASES, WHOLE, Span
 from orchestration.stored_recipe import content_of, folder_of, store
 from orchestration.tracking import Tracker, public, server_for, tracking_folder
 from orchestration.versions import Registry
@@ -29,9 +31,18 @@ from trainers import storage
 
 
 def run_sweep(
-    prepared: Prepared, display: Display, out: Console, *, address: str | None, recipe_name: str
+    prepared: Prepared,
+    display: Display,
+    out: Console,
+    *,
+    address: str | None,
+    recipe_name: str,
+    span: Span = WHOLE,
 ) -> list[Row]:
-    """Dense model → allocation and schedule search of each method → registry → table.
+    """Dense model → allocation, schedule search and long run of each method → registry → table.
+
+    Args:
+        span: the phases to run; without the last one there is no table.
 
     Raises:
         InputError: the cluster or MLflow cannot serve the recipe, or a run of its name is at work.
@@ -41,7 +52,9 @@ def run_sweep(
     if cluster_address(address) is None:
         check_local(recipe)
     searches = len(recipe.allocated_sparsities)
-    display.plan(1 + len(recipe.pruning.methods) * (searches + 1))
+    phases = {"dense": 1, "allocation": searches, "schedule": 1, "long_run": int(bool(recipe.long_run))}
+    of_methods = sum(phases[one] for one in PHASES[1:] if span.reaches(one))
+    display.plan(1 + len(recipe.pruning.methods) * of_methods)
     place = tracking_folder(recipe.storage)
     name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
@@ -58,26 +71,40 @@ def run_sweep(
         tracker = Tracker(uri, recipe.tracking.experiment)
         try:
             store(recipe)
-            sweep = _open(prepared, display, tracker, size)
-            dense = dense_phase(sweep)
-            allocated: dict[str, Allocated | None] = {
-                method: allocation_phase(sweep, method, dense) if searches else None
-                for method in recipe.pruning.methods
-            }
-            recovered: dict[str, Recovered] = {
-                method: schedule_phase(sweep, method, dense, allocated[method])
-                for method in recipe.pruning.methods
-            }
-            rows = make_rows(sweep, dense, allocated, recovered)
-            decisions = _promote(sweep, rows)
-            _log_results(sweep, dense, allocated, recovered, rows)
+            sweep = _open(prepared, display, tracker, size, span)
+            found = _run_phases(sweep)
+            rows, decisions = ([], []) if found is None else _finish(sweep, found)
             tracker.close("FINISHED")
         except BaseException as error:
             tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     display.close()
-    print_end(out, sweep, rows, decisions, recipe_name)
+    if found is None:
+        go_on = f"espalier resume {name} --storage {recipe.storage}"
+        out.print(f"done until {span.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        print_end(out, sweep, rows, decisions, recipe_name)
     return rows
+
+
+def _run_phases(sweep: Sweep) -> Results | None:
+    """Each phase for all methods; nothing where the command ends before the last of them."""
+    recipe, reaches = sweep.recipe, sweep.span.reaches
+    dense = dense_phase(sweep)
+    allocated: dict[str, Allocated | None] = dict.fromkeys(recipe.pruning.methods)
+    if recipe.allocated_sparsities and reaches("allocation"):
+        for method in allocated:
+            allocated[method] = allocation_phase(sweep, method, dense)
+    if not reaches("schedule"):
+        return None
+    recovered = {}
+    for method, given in allocated.items():
+        runs = schedule_phase(sweep, method, dense, given)
+        if recipe.long_run and reaches("long_run"):
+            runs = long_run_phase(sweep, method, dense, given, runs)
+        if reaches("long_run") or not recipe.long_run:
+            recovered[method] = runs.register()
+    return Results(dense, allocated, recovered) if recovered else None
 
 
 def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
@@ -89,19 +116,16 @@ def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
     return settle(registry, versions, recipe.promotion)
 
 
-def _log_results(
-    sweep: Sweep,
-    dense: Dense,
-    allocated: Mapping[str, Allocated | None],
-    recovered: Mapping[str, Recovered],
-    rows: Sequence[Row],
-) -> None:
-    """Figures and the table of the whole sweep, on its own run."""
+def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
+    """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
+    rows = make_rows(sweep, found)
+    decisions = _promote(sweep, rows)
+    dense, allocated, recovered = found.dense, found.allocated, found.recovered
     series = {
-        f"{method}, one shot": [trial for study in found.studies.values() for trial in study.trials]
-        for method, found in allocated.items()
-        if found is not None
-    } | {f"{method}, recovered": found.trials for method, found in recovered.items()}
+        f"{method}, one shot": [trial for study in one.studies.values() for trial in study.trials]
+        for method, one in allocated.items()
+        if one is not None
+    } | {f"{method}, recovered": one.trials for method, one in recovered.items()}
     points = {
         name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]
         for name, trials in series.items()
@@ -114,9 +138,10 @@ def _log_results(
         level = f".{100 * row.sparsity:.0f}" if row.kept else ""
         named = {f"{row.method}{level}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
         sweep.tracker.metrics(sweep.run, named)
+    return rows, decisions
 
 
-def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize) -> Sweep:
+def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, span: Span) -> Sweep:
     recipe = prepared.recipe
     content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
     shown = public(content)
@@ -135,6 +160,7 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         display=display,
         run="",
         lineage=lineage,
+        span=span,
     )
     same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
     known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from orchestration.cluster import ClusterSize
-from orchestration.config import AllocationSearch, Resources
+from orchestration.config import Resources
+from orchestration.search_config import AllocationSearch
 from pruners.errors import InputError
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from orchestration.config import Distribution, Recipe, digest
+from orchestration.config import Recipe, digest
+from orchestration.search_config import Distribution
 from trainers.config import LearningRate, PruningSettings, Settings
 
 ESPALIER = Path(sys.executable).parent / "espalier"

@@ -43,6 +43,13 @@ class Bowl(tune.Trainable):  # type: ignore[misc]
         return None
 
 
+class TwoGoals(Bowl):
+    """What is good at one goal costs at the other."""
+
+    def step(self) -> dict[str, Any]:
+        return {**super().step(), "cost": 100 * self._values["x"]}
+
+
 class Quiet:
     def trial_started(self, *_: Any) -> None: ...
     def trial_reported(self, *_: Any) -> None: ...
@@ -63,7 +70,7 @@ def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[Tria
     log = TrialLog(f"{folder}/trials.json", cheap=True)
     search = Search(
         name="bowl",
-        trainable=tune.with_resources(Bowl, {"CPU": 1}),
+        trainable=tune.with_resources(changes.pop("trainable", Bowl), {"CPU": 1}),
         space=dict(SPACE),
         trials=trials,
         concurrent=1,
@@ -89,6 +96,18 @@ def test_a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
     assert one[0].given
     assert len({tuple(record.values.items()) for record in one}) == TRIALS
     assert all(0 <= value <= 1 for record in one for value in record.values.values())
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
+def test_two_objectives_are_both_told_to_the_sampler(sampler: str, cluster: None, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sampler": sampler, "trainable": TwoGoals, "cost": "cost"}
+    before = searched(tmp_path, trials=6, **options)
+    found = searched(tmp_path, trials=TRIALS, **options)  # goes on with what is known of both
+    assert found[:6] == before
+    assert len(found) == TRIALS
+    assert {record.state for record in found} == {"finished"}
+    assert all(record.metrics["cost"] == 100 * record.values["x"] for record in found)
 
 
 @pytest.mark.cluster

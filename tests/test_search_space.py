@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestration.config import AllocationSearch, Distribution, PruningSettings, ScheduleSearch
+from orchestration.config import PruningSettings
+from orchestration.search_config import AllocationSearch, Distribution, ScheduleSearch
 from orchestration.search_space import AllocationSpace, contains, recipe_space, summarise
 from pruners import MaskSet, create_pruner, find_layers
 from pruners.allocation import Allocation, allocate, budget

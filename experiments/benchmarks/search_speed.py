@@ -25,11 +25,12 @@ import torch
 from ray import tune
 
 from orchestration.cluster import connect
-from orchestration.config import AllocationSearch, Resources
+from orchestration.config import Resources
 from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.remote import order_facts
 from orchestration.search import Search, run_search
+from orchestration.search_config import AllocationSearch
 from orchestration.search_space import AllocationSpace
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import training_trial

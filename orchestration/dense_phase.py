@@ -1,0 +1,91 @@
+"""The dense model that a sweep prunes.
+
+Like every phase it keeps its results in a folder named by the hash of all that it depends on: what has not
+changed is not run again, and an interrupted phase goes on where it was.
+"""
+
+from __future__ import annotations
+
+import ray
+
+from orchestration import registry, remote
+from orchestration.config import digest
+from orchestration.context import Dense, Sweep
+from orchestration.jobs import dense_job
+from orchestration.recipes import flatten
+from orchestration.search import run_search
+from orchestration.training_search import training_search
+from orchestration.trial_log import TrialLog
+from orchestration.trial_runs import without_trainer_state
+from trainers import storage
+from trainers.checkpoint import RECORD
+
+PARENT = "parent.json"  # in a dense model that was a registered version: which one
+
+
+def dense_phase(sweep: Sweep) -> Dense:
+    """The dense model: trained once for a recipe and data, or taken as it is."""
+    sweep = sweep.phase("dense")
+    recipe = sweep.recipe
+    given = recipe.model.checkpoint
+    if given is not None and not given.startswith(("hf-hub:", "models:/")):
+        sweep.display.phase("dense model")
+        return _measured(sweep, storage.absolute(given), "given")
+    key = digest(
+        recipe.model.model_dump(mode="json"),
+        recipe.dense and recipe.dense.model_dump(mode="json"),
+        recipe.resources.most if recipe.dense else None,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    folder = f"{sweep.storage}/dense/{key}"
+    checkpoint = f"{folder}/model"
+    if storage.exists(f"{checkpoint}/{RECORD}"):
+        sweep.display.phase("dense model")
+        return _measured(sweep, checkpoint, "reused")
+    if recipe.dense is None:
+        sweep.display.phase("dense model")
+        if given is not None and given.startswith("models:/"):
+            version = registry.version_of(given, sweep.tracker.uri)  # the alias may move on
+            with registry.pulled(version, sweep.tracker.uri) as local:
+                storage.write_json(f"{local}/{PARENT}", {"version": version})
+                storage.upload(local, checkpoint)
+        else:
+            ray.get(sweep.task(remote.save_pretrained)[0].remote(recipe.model, sweep.data, checkpoint))
+        return _measured(sweep, checkpoint, "pretrained")
+    log = TrialLog(f"{folder}/trials.json")
+    sweep.display.phase("dense model", epochs=recipe.dense.epochs, label="dense", log=log.uri)
+    sweep.begin("dense", "dense model")
+    job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
+    runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
+    with sweep.scratch(f"dense-{key}") as scratch:
+        search = training_search(
+            sweep,
+            f"dense-{key}",
+            lambda values: job,
+            folder=f"{folder}/train",
+            scratch=scratch,
+            epochs=recipe.dense.epochs,
+        )
+        run_search(search, log, runs)
+    best = log.best()
+    assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
+    with without_trainer_state(best.checkpoint) as clean:
+        storage.upload(clean, f"{folder}/model")
+    runs.close(best)
+    return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
+
+
+def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
+    """The dense model with its validation top-1: from its record if that tells of the same data."""
+    place = f"{checkpoint}/{RECORD}"
+    record = storage.read_json(place) if storage.exists(place) else {}
+    top1 = record.get("figures", {}).get("val_top1")
+    if top1 is None or record.get("data") != sweep.data_hash:
+        task, device = sweep.task(remote.measure)
+        found = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
+        top1 = found[0]["top1"]
+    sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
+    parent = f"{checkpoint}/{PARENT}"
+    version = storage.read_json(parent)["version"] if storage.exists(parent) else None
+    return Dense(checkpoint, top1, version)

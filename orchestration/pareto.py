@@ -1,0 +1,52 @@
+"""Two objectives: which trials nobody beats in both, and which of them the recipe's rule takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestration.search_config import Pareto
+from orchestration.trial_log import TrialRecord
+
+
+def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
+    """The finished trials that no other one beats: none is cheaper without a lower score.
+
+    Args:
+        cost: the metric that is to be small.
+
+    Returns:
+        By ascending cost, and so by ascending score.
+    """
+    done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
+    found: list[TrialRecord] = []
+    for trial in sorted(done, key=lambda one: (one.metrics[cost], -(one.score or 0.0), one.number)):
+        if not found or (trial.score or 0.0) > (found[-1].score or 0.0):
+            found.append(trial)
+    return found
+
+
+def chosen(trials: Sequence[TrialRecord], rule: Pareto) -> TrialRecord:
+    """The front's trial that the rule takes.
+
+    Raises:
+        RuntimeError: no trial ran to its end, or none is as cheap as the rule asks.
+    """
+    best = front(trials, rule.cost)
+    if not best:
+        raise RuntimeError("no trial ran to its end")
+    if rule.tolerance is not None:
+        least = best[-1].metrics["val_top1"] - rule.tolerance
+        return next(trial for trial in best if trial.metrics["val_top1"] >= least)
+    assert rule.at_most is not None, "a rule has one of the two"
+    cheap = [trial for trial in best if _share(trial, rule) <= rule.at_most]
+    if not cheap:
+        raise RuntimeError(
+            f"no trial is as cheap as allocation.pareto.at_most ({rule.at_most:g} of the dense model's "
+            f"{rule.against}) asks; the cheapest has {_share(best[0], rule):.3f}"
+        )
+    return cheap[-1]
+
+
+def _share(trial: TrialRecord, rule: Pareto) -> float:
+    """A trial's cost as a share of the dense model's."""
+    return float(trial.metrics[rule.cost] / trial.metrics[rule.cost.removesuffix("_sparse")])

@@ -1,0 +1,180 @@
+"""The part of a recipe that says what is searched, how, and when a trial or the search is given up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainers.config import Settings, Share
+
+Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
+
+
+class Distribution(Settings):
+    """Where a searched value comes from; exactly one of the four, and ``when`` it is searched at all."""
+
+    uniform: tuple[float, float] | None = None
+    log: tuple[float, float] | None = Field(None, description="log-uniform")
+    integer: tuple[int, int] | None = Field(None, description="both ends included")
+    choice: tuple[float | int | str, ...] | None = Field(None, min_length=1)
+    when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        given = [value for value in (self.uniform, self.log, self.integer, self.choice) if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log, integer, choice")
+        for bounds in (self.uniform, self.log, self.integer):
+            if bounds is not None and not bounds[0] <= bounds[1]:
+                raise ValueError(f"the lower bound {bounds[0]} lies above the upper one {bounds[1]}")
+        if self.log is not None and self.log[0] <= 0:
+            raise ValueError("log needs positive bounds")
+        return self
+
+    def values(self) -> tuple[Any, ...]:
+        """Of a choice or an integer: all that it can be."""
+        if self.integer is not None:
+            return tuple(range(self.integer[0], self.integer[1] + 1))
+        return self.choice or ()
+
+
+class SearchLimits(Settings):
+    """When a search is given up; what has ended so far stays, and counts when it is started again."""
+
+    failures: float = Field(
+        0.5, ge=0.0, le=1.0, description="share of the trials that may fail; one more ends the search"
+    )
+    trial_minutes: float | None = Field(
+        None, gt=0.0, description="a trial that takes longer counts as failed; default: none does"
+    )
+
+
+LIMITS = set(SearchLimits.model_fields)  # they decide nothing about a trial's result
+
+
+class Pareto(Settings):
+    """Two objectives, top-1 and a cost: what counts as cost, and which model of the front is taken.
+
+    Either the cheapest that is at most ``tolerance`` (of top-1, 0…1) below the most accurate, or the most
+    accurate whose cost is ``at_most`` a share of the dense model's.
+    """
+
+    against: Literal["macs", "size"] = Field(
+        "macs", description="macs: of multiplications whose weight is not zero; size: parameters not zero"
+    )
+    between: tuple[Share, Share] | None = Field(
+        None, description="sparsities to look between, in place of pruning.sparsity alone"
+    )
+    tolerance: Share | None = None
+    at_most: Share | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Pareto:
+        if (self.tolerance is None) == (self.at_most is None):
+            raise ValueError("give exactly one of tolerance and at_most")
+        if self.between is not None and not self.between[0] < self.between[1]:
+            raise ValueError(f"between: {self.between[0]} must lie below {self.between[1]}")
+        if self.against == "size" and self.between is None:
+            raise ValueError("between: needed, as all models of one sparsity have the same size")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """The metric that trials report."""
+        return {"macs": "macs_sparse", "size": "parameters_sparse"}[self.against]
+
+
+class AllocationSearch(SearchLimits):
+    """Cheap one-shot trials over the sparsity of parts of the model; 0 trials keep the method's own.
+
+    A trial is evaluated on ``first_images``, then on ``reduction`` times as many and so on up to ``images``;
+    of the trials that come to each of these ends one in ``reduction`` goes on.
+    """
+
+    trials: int = Field(30, ge=0, description="for each sparsity")
+    sparsities: tuple[Share, ...] = Field(
+        (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
+    )
+    by: tuple[Literal["stage", "module", "group", "layer"], ...] = Field(
+        ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
+    )
+    range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
+    sampler: Sampler = "tpe"
+    images: int = Field(2000, ge=1, description="validation images of a trial, at most")
+    first_images: int | None = Field(None, ge=1, description="default: all at once")
+    reduction: int = Field(2, ge=2)
+    pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
+    cpus_per_trial: float = Field(1.0, gt=0.0)
+    gpus_per_trial: float = Field(0.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _front(self) -> AllocationSearch:
+        if self.pareto is None:
+            return self
+        if self.sampler == "cmaes":
+            raise ValueError("sampler: cmaes knows one objective; with pareto take nsga2, tpe, gp or random")
+        if self.first_images is not None:
+            raise ValueError("first_images: with pareto every trial sees all images; drop it")
+        if self.sparsities and self.pareto.between is not None:
+            raise ValueError("sparsities: pareto.between is one search over all of them; drop one of the two")
+        return self
+
+    def rungs(self, images: int) -> list[int]:
+        """How many of ``images`` a trial has seen at each of its ends."""
+        most = min(self.images, images)
+        ends, end = [], self.first_images or most
+        while end < most:
+            ends.append(end)
+            end *= self.reduction
+        return [*ends, most]
+
+
+class ScheduleSearch(SearchLimits):
+    """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
+
+    trials: int = Field(4, ge=1)
+    space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
+    sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha", description="what stops trials early, by their epochs at the final sparsity"
+    )
+    grace_epochs: int = Field(
+        1, ge=1, description="epochs at the final sparsity before a trial may be stopped"
+    )
+    reduction: int = Field(2, ge=2, description="one in so many goes on")
+
+    @property
+    def runs(self) -> int:
+        """Gradual runs of a method: without a space they would all be the same one."""
+        if not self.space:
+            return 1
+        return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the space's values."""
+        combinations = itertools.product(*(one.values() for one in self.space.values()))
+        return [dict(zip(self.space, values, strict=True)) for values in combinations]
+
+    @model_validator(mode="after")
+    def _space_of_keys(self) -> ScheduleSearch:
+        for key in self.space:
+            if key.split(".")[0] not in {"recovery", "pruning"}:
+                raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
+        for key, one in self.space.items():
+            if self.sampler == "grid" and one.choice is None and one.integer is None:
+                raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
+            for other in one.when:
+                if other not in self.space or other == key:
+                    raise ValueError(f"space.{key}: when names {other}, which must be another searched key")
+        return self
+
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a proposal is meant: keys whose conditions are not met keep the recipe's value."""
+        return {
+            key: value
+            for key, value in values.items()
+            if all(values.get(other, wanted) == wanted for other, wanted in self.space[key].when.items())
+        }

@@ -1,0 +1,44 @@
+"""The phases of a sweep, and which of them a command runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pruners.errors import InputError
+
+Phase = Literal["dense", "allocation", "schedule", "long_run"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The phases that a command runs; what comes before the first must be known already.
+
+    Raises:
+        InputError: the last comes before the first.
+    """
+
+    first: Phase = PHASES[0]
+    last: Phase = PHASES[-1]
+
+    def __post_init__(self) -> None:
+        if PHASES.index(self.last) < PHASES.index(self.first):
+            raise InputError("--until", self.last, f"comes before --from {self.first}")
+
+    def reaches(self, phase: Phase) -> bool:
+        """Whether a phase is one of those, or comes before them."""
+        return PHASES.index(phase) <= PHASES.index(self.last)
+
+    def starts_after(self, phase: Phase) -> bool:
+        """Whether a phase comes before all of them."""
+        return PHASES.index(phase) < PHASES.index(self.first)
+
+    @property
+    def words(self) -> list[str]:
+        """As options of the command."""
+        first = [] if self.first == PHASES[0] else ["--from", self.first]
+        return first + ([] if self.last == PHASES[-1] else ["--until", self.last])
+
+
+WHOLE = Span()

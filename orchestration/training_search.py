@@ -1,0 +1,40 @@
+"""A search whose trials are Ray Train runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+
+from orchestration.context import Sweep
+from orchestration.search import Search
+from orchestration.tune_trial import training_trial
+
+
+def training_search(
+    sweep: Sweep, name: str, jobs: Any, *, folder: str, scratch: str, epochs: int, **others: Any
+) -> Search:
+    """A search of one trial, unless ``others`` say more.
+
+    Args:
+        jobs: gives the job (a dictionary) of a proposal.
+        folder: of the runs; what was broken off is found there again.
+        scratch: where Tune keeps its own state.
+        epochs: of a run that was not stopped before.
+        others: more of :class:`Search`.
+    """
+    resources = sweep.recipe.resources
+    trial = tune.with_parameters(training_trial, jobs=jobs, resources=resources, storage=folder)
+    whole: dict[str, Any] = {
+        "name": name,
+        # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor
+        # would already keep a group as large as the cluster from ever being placed.
+        "trainable": tune.with_resources(trial, {"memory": 1 << 20}),
+        "space": {},
+        "trials": 1,
+        "concurrent": 1,
+        "storage": scratch,
+        "seed": sweep.recipe.seed,
+        "complete": lambda metrics: bool(metrics.get("epoch", 0) >= epochs),
+    }
+    return Search(**{**whole, **others})
