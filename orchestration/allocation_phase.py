@@ -11,7 +11,7 @@ from ray import tune
 from orchestration import plots, remote
 from orchestration.cheap_runs import CheapRuns
 from orchestration.config import digest
-from orchestration.context import Allocated, Dense, Study, Sweep, content_hash
+from orchestration.context import Allocated, Dense, Study, Sweep
 from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.pareto import chosen
@@ -43,7 +43,6 @@ class _Searches:
 
     def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
         self._sweep, self._method, self._dense = sweep, method, dense
-        self._weights = content_hash(dense.checkpoint)
         recipe = sweep.recipe
         self.sparsities = recipe.allocated_sparsities
         self._found: tuple[StoredOrder, OrderFacts] | None = None
@@ -54,7 +53,7 @@ class _Searches:
         pruning = sweep.recipe.pruning.model_copy(update={"sparsity": sparsity})
         moved = None if before is None else before.moved
         key = digest(
-            self._weights,
+            self._dense.weights,
             self._method,
             pruning.model_dump(mode="json", exclude={"methods", "schedule", "keep"}),
             search.model_dump(mode="json", exclude={"trials", "sparsities", *LIMITS}),
@@ -80,7 +79,7 @@ class _Searches:
 
         sweep.begin("allocation", title)
         inputs = self._inputs(sparsity, pruning)
-        shared = {"dense": self._weights, **inputs.order.facts}
+        shared = {"dense": self._dense.weights, **inputs.order.facts}
         runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
         with sweep.scratch(name) as scratch:
             run_search(self._search(name, scratch, inputs, moved), log, runs)
@@ -151,7 +150,7 @@ class _Searches:
                 sweep.storage,
                 self._method,
                 pruning,
-                weights=self._weights,
+                weights=self._dense.weights,
                 data=sweep.data_hash,
                 seed=sweep.recipe.seed,
             )

@@ -124,10 +124,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model: its checkpoint, its validation top-1, and the registered version that it was."""
+    """The dense model: its checkpoint, its validation top-1, and the registered version that it was.
+
+    ``weights`` is the hash of its content: the same model is the same wherever it lies.
+    """
 
     checkpoint: str
     top1: float
+    weights: str
     version: str | None = None
 
 

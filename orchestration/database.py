@@ -7,6 +7,7 @@ written last says how many. Trials map it from a local disk, so that all of a no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class StoredOrder:
     def known(self) -> bool:
         return storage.exists(f"{self.folder}/{FACTS}")
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """How many parts there are, and the λ that was chosen of several."""
         found: dict[str, Any] = storage.read_json(f"{self.folder}/{FACTS}")

@@ -10,7 +10,7 @@ import ray
 
 from orchestration import registry, remote
 from orchestration.config import digest
-from orchestration.context import Dense, Sweep
+from orchestration.context import Dense, Sweep, content_hash
 from orchestration.jobs import dense_job
 from orchestration.recipes import flatten
 from orchestration.search import run_search
@@ -88,4 +88,4 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
     sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
     parent = f"{checkpoint}/{PARENT}"
     version = storage.read_json(parent)["version"] if storage.exists(parent) else None
-    return Dense(checkpoint, top1, version)
+    return Dense(checkpoint, top1, content_hash(checkpoint), version)

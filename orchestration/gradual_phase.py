@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from orchestration import plots
 from orchestration.config import Recipe, digest
-from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep, content_hash
+from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep
 from orchestration.jobs import gradual_job
 from orchestration.mlflow_model import classes_of
 from orchestration.recipes import flatten, get
@@ -90,7 +90,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     recipe, title = sweep.recipe, f"{method}: {_TITLES[phase]}"
     allocation = allocated.goal.allocation if allocated is not None else None
     key = digest(
-        content_hash(dense.checkpoint),
+        dense.weights,
         method,
         allocation,
         recipe.pruning.model_dump(mode="json", exclude={"methods"}),
@@ -113,7 +113,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     if not known:
         lineage = {
             **sweep.lineage,
-            "parent": content_hash(dense.checkpoint),
+            "parent": dense.weights,
             "parent_version": dense.version,
         }
         jobs = partial(

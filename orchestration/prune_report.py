@@ -15,7 +15,6 @@ from pruners.costs import Costs
 from pruners.layers import PrunableLayer
 from pruners.one_shot import PruneReport
 from pruners.second_order import SecondOrder
-from trainers import storage
 from trainers.checkpoint import size_on_disk
 from trainers.evaluate import Evaluation
 
@@ -43,7 +42,7 @@ class Outcome:
             "allocation": report.allocation,
             "costs": self.costs.as_dict(),
             "seed": options.seed,
-            "source": storage.absolute(source) if Path(source).expanduser().exists() else source,
+            "source": Path(source).name if Path(source).expanduser().exists() else source,  # no path of ours
             "options": options.as_record() | self._resolved(),
         }
         if report.damp is not None:

@@ -238,7 +238,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in (*_KEPT, self._search.cost) if key in figures},
+            metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures},
             checkpoint=f"{place}/{last}" if whole and place else None,
             kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
             if whole
