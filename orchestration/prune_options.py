@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -106,6 +107,8 @@ class PruneOptions:
         """What of it ``pruning.json`` keeps."""
         elsewhere = ("model", "method", "seed", "out", "device")
         kept = {key: value for key, value in asdict(self).items() if key not in elsewhere}
+        if self.data is not None:
+            kept["data"] = PurePath(self.data).name  # where it lies on this machine helps nobody else
         return kept | {"sparsity": self.target, "layers": layer_patterns(self.layers)}
 
     def _check_sparsity(self) -> None:

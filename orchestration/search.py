@@ -28,6 +28,7 @@ from trainers.storage import resolve
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 _TRACE_LINES = 40
 _STUDY = "search"
+_ROUND = 500  # trials
 
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 _SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -83,31 +84,36 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
         RuntimeError: more trials failed than the limits allow.
     """
     missing = search.trials - len(log.ended)
-    if missing > 0:
-        system, path = resolve(search.storage)
-        given_up = GivenUp(search.limits, search.trials)
-        tune.Tuner(
-            search.trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=_searcher(search, log),
-                num_samples=missing,
-                max_concurrent_trials=min(search.concurrent, missing),
-                scheduler=search.scheduler(),
-                reuse_actors=search.reuse_actors,
-                metric=None if search.space else "score",
-                mode=None if search.space else "max",
-            ),
-            run_config=tune.RunConfig(
-                name=search.name,
-                storage_path=path,
-                storage_filesystem=system,
-                callbacks=[_Recorder(search, log, observer, given_up)],
-                stop=given_up,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                verbose=0,
-            ),
-        ).fit()
+    given_up = GivenUp(search.limits, search.trials)
+    # by rounds: what Tune does for a trial grows with the number of those that it has seen
+    for begin in range(0, missing, _ROUND):
+        _run_round(search, log, observer, given_up, min(missing - begin, _ROUND))
         given_up.check()
+
+
+def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: GivenUp, trials: int) -> None:
+    system, path = resolve(search.storage)
+    tune.Tuner(
+        search.trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_searcher(search, log),
+            num_samples=trials,
+            max_concurrent_trials=min(search.concurrent, trials),
+            scheduler=search.scheduler(),
+            reuse_actors=search.reuse_actors,
+            metric=None if search.space else "score",
+            mode=None if search.space else "max",
+        ),
+        run_config=tune.RunConfig(
+            name=search.name,
+            storage_path=path,
+            storage_filesystem=system,
+            callbacks=[_Recorder(search, log, observer, given_up)],
+            stop=given_up,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
 
 
 def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
@@ -168,6 +174,7 @@ def _told(
 class _Running:
     number: int
     started: float
+    trial: Trial
     late: str | None = None  # why it is ended by force
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -192,7 +199,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             return
         number = self._first + trials.index(trial)  # in the order of the proposals, not of the starts
         values = dict(trial.config)
-        self._running[trial.trial_id] = _Running(number, time.monotonic())
+        self._running[trial.trial_id] = _Running(number, time.monotonic(), trial)
         before = self._log.broken_off(values)
         self._log.begin(number, values, self._observer.trial_started(trial.trial_id, number, values, before))
 
@@ -218,12 +225,11 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._search.limits.settings.trial_minutes is None:
             return
-        for trial in trials:
-            running = self._running.get(trial.trial_id)
-            if running is not None and running.late is None:
+        for running in self._running.values():
+            if running.late is None:
                 running.late = self._search.limits.overdue(running.started)
                 if running.late:
-                    end_by_force(trial)
+                    end_by_force(running.trial)
 
     def _end(self, trial: Trial, state: Any, said: Sequence[str] = ()) -> None:
         running = self._running.pop(trial.trial_id)

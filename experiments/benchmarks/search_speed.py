@@ -39,7 +39,7 @@ from trainers.evaluate import evaluate
 from trainers.order_run import write_order
 
 AT_LEAST = {"anew": 50.0, "loop": 5.0}
-AT_MOST = {"trial": 1.3, "growth": 2.0, "start": 7.0}
+AT_MOST = {"trial": 1.3, "growth": 2.0, "memory": 1.5, "start": 7.0}
 SPARSITY, IMAGES = 0.75, 1000
 
 
@@ -70,6 +70,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.bytes: list[int] = []  # of this process, resident
 
     def trial_started(self, *_: Any) -> None: ...
 
@@ -77,6 +78,7 @@ class Clock:
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> None:
         self.ends.append(time.perf_counter())
+        self.bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
 
 
 def stored(args: argparse.Namespace, folder: str) -> tuple[OneShotInputs, float]:
@@ -130,8 +132,8 @@ def trials(args: argparse.Namespace) -> dict[str, float]:
     return {"anew": (order_seconds + evaluation) / one, "trial": one / evaluation}
 
 
-def run_idle(folder: str, count: int, concurrent: int, seconds: float, sampler: str = "tpe") -> list[float]:
-    """The times at which so many trials ended."""
+def run_idle(folder: str, count: int, concurrent: int, seconds: float, sampler: str = "tpe") -> Clock:
+    """So many trials, and when they ended."""
     clock = Clock()
     space = {f"x{n}": optuna.distributions.FloatDistribution(0.0, 1.0) for n in range(6)}
     search = Search(
@@ -145,19 +147,28 @@ def run_idle(folder: str, count: int, concurrent: int, seconds: float, sampler: 
         sampler=sampler,
         reuse_actors=True,
     )
-    run_search(search, TrialLog(f"{folder}/trials.json"), clock)
-    return clock.ends
+    run_search(search, TrialLog(f"{folder}/trials.json", cheap=True), clock)
+    return clock
 
 
 def loop(args: argparse.Namespace) -> dict[str, float]:
-    """``loop``: trials a second that do nothing; ``growth``: seconds of one among the last over the first."""
+    """``loop``: trials a second that do nothing; ``growth``: seconds of one among the last over the first.
+
+    ``memory``: of the driver, the last tenth over the second.
+    """
     with connect(None), tempfile.TemporaryDirectory() as folder:
-        ends = run_idle(folder, args.trials, 2, 0.0)
+        clock = run_idle(folder, args.trials, 2, 0.0, args.sampler)
+    ends = clock.ends
     tenth = max(len(ends) // 10, 2)
     first = (ends[2 * tenth - 1] - ends[tenth - 1]) / tenth  # the very first wait for the actors
     last = (ends[-1] - ends[-1 - tenth]) / tenth
-    print(f"{len(ends):,} idle trials: {1000 * first:.0f} ms each at first, {1000 * last:.0f} ms at the end")
-    return {"loop": len(ends[tenth:]) / (ends[-1] - ends[tenth - 1]), "growth": last / first}
+    early, late = clock.bytes[2 * tenth - 1], clock.bytes[-1]
+    print(
+        f"{len(ends):,} idle trials ({args.sampler}): {1000 * first:.0f} ms each at first, {1000 * last:.0f} ms "
+        f"at the end; driver {early / 1e6:.0f} → {late / 1e6:.0f} MB"
+    )
+    rate = len(ends[tenth:]) / (ends[-1] - ends[tenth - 1])
+    return {"loop": rate, "growth": last / first, "memory": late / early}
 
 
 def actors(args: argparse.Namespace) -> dict[str, float]:
@@ -172,7 +183,7 @@ def actors(args: argparse.Namespace) -> dict[str, float]:
                 cluster.add_node(num_cpus=1)
             ray.init(cluster.address, log_to_driver=False)
             with connect(None), tempfile.TemporaryDirectory() as folder:
-                ends = run_idle(folder, 20 * nodes + 1, nodes, 0.5)
+                ends = run_idle(folder, 20 * nodes + 1, nodes, 0.5).ends
             rates[nodes] = (len(ends) - 2 * nodes) / (ends[-1] - ends[2 * nodes - 1])
         finally:
             ray.shutdown()
@@ -235,6 +246,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--trials", type=int, default=300, help="of the idle loop")
+    parser.add_argument("--sampler", default="tpe", help="of the idle loop")
     args = parser.parse_args()
     args.model, args.train = str(Path(args.model).absolute()), str(Path(args.train).absolute())
     found: dict[str, float] = {}
