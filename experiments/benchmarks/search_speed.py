@@ -164,8 +164,8 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     last = (ends[-1] - ends[-1 - tenth]) / tenth
     early, late = clock.bytes[2 * tenth - 1], clock.bytes[-1]
     print(
-        f"{len(ends):,} idle trials ({args.sampler}): {1000 * first:.0f} ms each at first, {1000 * last:.0f} ms "
-        f"at the end; driver {early / 1e6:.0f} → {late / 1e6:.0f} MB"
+        f"{len(ends):,} idle trials ({args.sampler}): {1000 * first:.0f} ms each at first, "
+        f"{1000 * last:.0f} ms at the end; driver {early / 1e6:.0f} → {late / 1e6:.0f} MB"
     )
     rate = len(ends[tenth:]) / (ends[-1] - ends[tenth - 1])
     return {"loop": rate, "growth": last / first, "memory": late / early}
