@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import click
 
 from orchestration.span import WHOLE, Span
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 
 INTERRUPTED = 130
 JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
 JOB_RECIPE = "recipe.json"
+ERROR = "error.txt"  # of a sweep that broke off
 
 
 def launch(
@@ -50,14 +52,32 @@ def launch(
         )
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
+    again = shlex.join(["espalier", *said, *(["--address", address] if address else [])])
     try:
         _start(said[0], recipe, name, address, span)
+    except InputError:
+        raise
+    except Exception as error:  # whatever it was: one line, and the whole where it does not hide the line
+        click.echo(f"espalier: {recipe.name} broke off: {first_line(error)}", err=True)
+        click.echo(f"finished trials are kept; to go on: {again}; {_trace(recipe)}", err=True)
+        raise click.exceptions.Exit(1) from None
     except KeyboardInterrupt:
-        where = ["--address", address] if address else []
-        again = shlex.join(["espalier", *said, *where])
         click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
         sys.stderr.flush()
         os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
+
+
+def _trace(recipe: Any) -> str:
+    """Keep the trace of the error that is being handled beside the sweep's results; says where it is."""
+    from orchestration.stored_recipe import folder_of
+    from trainers import storage
+
+    place, trace = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}", traceback.format_exc()
+    try:
+        storage.write_bytes(place, trace.encode())
+    except OSError:  # the storage itself may be what is wrong
+        return f"the trace:\n{trace}"
+    return f"the trace is in {place}"
 
 
 def is_jobs_api(address: str) -> bool:

@@ -96,12 +96,26 @@ def _disk_full(module: ModuleType) -> None:
     module.write_state = struck
 
 
+def _search_full(module: ModuleType) -> None:
+    original, written = module.write_bytes, []
+
+    def struck(uri: str, content: bytes) -> None:
+        if "/allocation-" in uri and "/trials" in uri:
+            written.append(uri)
+            if len(written) > 8:
+                raise OSError(28, "No space left on device", uri)
+        original(uri, content)
+
+    module.write_bytes = struck
+
+
 FAULTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "mid-epoch": ("trainers.gradual", _mid_epoch),
     "gradients": ("trainers.prune_step", _gradients),
     "elimination": ("pruners.obs", _elimination),
     "writing": ("trainers.state", _writing),
     "disk full": ("trainers.state", _disk_full),
+    "search full": ("trainers.storage", _search_full),
 }
 
 

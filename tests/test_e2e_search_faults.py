@@ -1,0 +1,108 @@
+"""A node, the storage or MLflow fails in an allocation search: no finished trial is lost or repeated."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from commands import SMALL, espalier
+from conftest import Swept
+
+from orchestration.trial_log import TrialLog
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+FAULTS = Path(__file__).parent / "faults"
+TRIALS = 24
+
+
+def sweep(swept: Swept, *more: str) -> tuple[str, ...]:
+    """A sweep of DIMAP alone, from the dense model that another one has trained."""
+    (dense,) = swept.storage.glob("dense/*/model")
+    return (
+        "sweep",
+        str(SMALL),
+        f"model={{checkpoint: 'file://{dense}', classes: 10}}",
+        "dense=null",
+        "pruning.methods=[dimap]",
+        f"allocation.trials={TRIALS}",
+        "schedule.trials=1",
+        *more,
+    )
+
+
+def log_of(storage: Path) -> TrialLog | None:
+    found = list(storage.glob("sweeps/small/allocation-*/trials*.json"))
+    return TrialLog(f"{found[0].parent}/trials.json", cheap=True) if found else None
+
+
+def ended(storage: Path) -> int:
+    log = log_of(storage)
+    return 0 if log is None else len(log.trials)
+
+
+def agrees(storage: Path) -> TrialLog:
+    """MLflow knows the trials of the log, each once, and the registry one version."""
+    log = log_of(storage)
+    assert log is not None
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow/mlflow.db")
+    ids = [one.experiment_id for one in client.search_experiments()]
+    below = f"tags.`mlflow.parentRunId` = '{log.run_id}'"
+    runs = client.search_runs(ids, below, max_results=1000)
+    assert sorted(int(run.data.tags["espalier.number"]) for run in runs) == sorted(
+        trial.number for trial in log.trials
+    )
+    assert len({trial.number for trial in log.trials}) == len(log.trials)
+    proposals = [tuple(sorted(trial.values.items())) for trial in log.ended]
+    assert len(set(proposals)) == len(proposals)
+    assert len(client.search_model_versions("name='espalier-small'")) == 1
+    return log
+
+
+def test_a_node_is_lost_with_its_trials(swept: Swept, cluster: Any, tmp_path: Path) -> None:
+    storage = tmp_path / "shared"
+    arguments = sweep(swept, f"storage=file://{storage}", "resources.workers=1", "--address", cluster.address)
+    with espalier(*arguments, cwd=tmp_path) as command:
+        command.until(lambda: ended(storage) > 3, what="some trials")
+        cluster.remove_node(cluster.other, allow_graceful=False)
+        assert command.wait() == 0, command.err
+    log = agrees(storage)
+    failed = [trial for trial in log.trials if trial.state == "failed"]
+    assert len(failed) <= 1  # it had one processor
+    assert len(log.ended) >= TRIALS - 1
+
+
+def test_a_full_storage_ends_the_sweep_with_one_line(swept: Swept, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    arguments = sweep(swept, f"storage={storage}")
+    path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+    fault = {"PYTHONPATH": path, "ESPALIER_FAULT": "search full:0:"}
+    with espalier(*arguments, cwd=tmp_path, **fault) as command:
+        assert command.wait() == 1, command.err
+        assert command.left() == {}
+    assert "Traceback" not in command.err
+    (line,) = [line for line in command.err.splitlines() if line.startswith("espalier: ")]
+    assert "small broke off" in line
+    assert "No space left on device" in line
+    before = log_of(storage)
+    assert before is not None
+    assert before.trials
+
+    with espalier(*arguments, cwd=tmp_path) as command:
+        assert command.wait() == 0, command.err
+    after = agrees(storage).trials
+    assert [trial.metrics for trial in after[: len(before.trials)]] == [one.metrics for one in before.trials]
+
+
+def test_the_server_of_ours_is_killed(swept: Swept, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    with espalier(*sweep(swept, f"storage={storage}"), cwd=tmp_path) as command:
+        command.until(lambda: ended(storage) > 3, what="some trials")
+        for pid, line in command.family.look().items():
+            if "mlflow" in line and "server" in line:
+                os.kill(pid, signal.SIGKILL)
+        assert command.wait() == 0, command.err
+    assert len(agrees(storage).ended) == TRIALS
