@@ -10,6 +10,7 @@ from ray import tune
 
 from orchestration import plots, remote
 from orchestration.cheap_runs import CheapRuns
+from orchestration.cluster import cluster_size
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Study, Sweep
 from orchestration.database import StoredOrder
@@ -125,6 +126,7 @@ class _Searches:
             scheduler=Search.scheduler if first is None else halving,
             cost=None if search.pareto is None else search.pareto.cost,
             limits=Limits(search, "allocation"),
+            fits=lambda: cluster_size().allocation_trials(search),
             reuse_actors=True,
             complete=lambda metrics: bool(metrics["complete"]),
         )

@@ -130,7 +130,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is our own line
     if ray.is_initialized():  # a driver that runs as a task on the cluster
-        yield _size()
+        yield cluster_size()
         return
     joined = cluster_address(address)
     try:
@@ -145,7 +145,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
             "--address", joined or "local", f"no Ray cluster could be joined ({reason})"
         ) from None
     try:
-        yield _size()
+        yield cluster_size()
     finally:
         ray.shutdown()
         os.environ.pop(_STATE_API, None)
@@ -239,7 +239,8 @@ def _is_refused(error: BaseException | None) -> bool:
     return False
 
 
-def _size() -> ClusterSize:
+def cluster_size() -> ClusterSize:
+    """What the cluster that is joined can give just now."""
     there = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}

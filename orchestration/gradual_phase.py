@@ -10,6 +10,7 @@ from typing import Any
 from ray.tune.schedulers import TrialScheduler
 
 from orchestration import plots
+from orchestration.cluster import cluster_size
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep
 from orchestration.jobs import gradual_job
@@ -164,6 +165,7 @@ def _searched(sweep: Sweep, phase: Phase) -> dict[str, Any]:
         "first": _first(recipe),
         "scheduler": _stopping(recipe),
         "limits": Limits(search, "schedule"),
+        "fits": lambda: cluster_size().training_runs(recipe.resources),
     }
 
 

@@ -18,8 +18,10 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
+from orchestration.elastic import FollowCluster
 from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
 from orchestration.search_space import Space, contains
 from orchestration.trial_log import TrialLog, TrialRecord
@@ -71,6 +73,7 @@ class Search:
     scheduler: Callable[[], TrialScheduler] = FIFOScheduler
     cost: str | None = None  # a second objective: the metric that is to be small
     limits: Limits = NONE
+    fits: Callable[[], int] | None = None  # how many run at once, as nodes come and go
     reuse_actors: bool = False
     complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
 
@@ -93,12 +96,16 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
 
 def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: GivenUp, trials: int) -> None:
     system, path = resolve(search.storage)
+    searcher = _searcher(search, log)
+    callbacks: list[tune.Callback] = [_Recorder(search, log, observer, given_up)]
+    if searcher is not None and search.fits is not None:
+        callbacks.append(FollowCluster(searcher, search.fits))
     tune.Tuner(
         search.trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(search, log),
+            search_alg=searcher,
             num_samples=trials,
-            max_concurrent_trials=min(search.concurrent, trials),
+            max_concurrent_trials=1 if searcher is None else None,  # the searcher's own limit
             scheduler=search.scheduler(),
             reuse_actors=search.reuse_actors,
             metric=None if search.space else "score",
@@ -108,7 +115,7 @@ def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: Give
             name=search.name,
             storage_path=path,
             storage_filesystem=system,
-            callbacks=[_Recorder(search, log, observer, given_up)],
+            callbacks=callbacks,
             stop=given_up,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
@@ -130,7 +137,7 @@ def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> 
     )
 
 
-def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
+def _searcher(search: Search, log: TrialLog) -> ConcurrencyLimiter | None:
     if not search.space:
         return None
     known = [record for record in log.ended if contains(search.space, record.values)]
@@ -141,7 +148,7 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
     # a resumed search draws anew: another seed, or it would propose again what is known
     sampler = _SAMPLERS[search.sampler](seed=search.seed + len(known))
     goals = {"score": "max"} | ({search.cost: "min"} if search.cost else {})
-    return OptunaSearch(
+    searcher = OptunaSearch(
         search.space,
         metric=list(goals) if search.cost else "score",
         mode=list(goals.values()) if search.cost else "max",
@@ -150,6 +157,7 @@ def _searcher(search: Search, log: TrialLog) -> OptunaSearch | None:
         storage=_told(search.space, known, goals),
         study_name=_STUDY,
     )
+    return ConcurrencyLimiter(searcher, max_concurrent=search.concurrent)
 
 
 def _told(
