@@ -1,0 +1,82 @@
+"""A sweep by phases: ended early, begun late, with two objectives and a long run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from commands import SMALL, Command, espalier, run
+
+from orchestration.pareto import chosen, front
+from orchestration.search_config import Pareto
+from orchestration.trial_log import TrialLog
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+
+SWEEP = (
+    "sweep",
+    str(SMALL),
+    "name=phases",
+    "pruning.methods=[lamp]",
+    "allocation.trials=8",
+    "allocation.sampler=nsga2",
+    "allocation.pareto={against: size, between: [0.55, 0.8], tolerance: 0.05}",
+    "schedule.trials=2",
+    "long_run={recovery.epochs: 4}",
+    "resources.workers=1",
+    "resources.long_run={workers: 2}",
+)
+
+
+def known(command: Command) -> int:
+    """Phases that had nothing to do."""
+    return command.err.count("known, ") + command.err.count("      reused, ")
+
+
+def test_phase_by_phase(tmp_path: Path) -> None:
+    with espalier(*SWEEP, "--from", "schedule", cwd=tmp_path) as command:
+        assert command.wait() == 2
+        assert "--from: 'schedule'" in command.err
+        assert "run that first, by --until dense" in command.err
+
+    until = run(*SWEEP, "--until", "allocation", cwd=tmp_path)
+    assert "done until allocation; to go on: espalier resume phases" in until.out
+    root = tmp_path / "runs" / "sweeps" / "phases"
+    assert not list(root.glob("schedule-*"))
+    (place,) = root.glob("allocation-lamp-*/trials.json")
+    log = TrialLog(str(place))
+    sparsities = [trial.metrics["sparsity"] for trial in log.ended]
+    assert len(sparsities) == 8
+    assert len(set(sparsities)) > 2
+    assert all(0.55 - 1e-4 <= one <= 0.8 + 1e-4 for one in sparsities)
+    rule = Pareto.model_validate({"against": "size", "between": [0.55, 0.8], "tolerance": 0.05})
+    best = chosen(log.trials, rule)
+    assert best in front(log.trials, "parameters_sparse")
+
+    whole = run(*SWEEP, "--from", "schedule", cwd=tmp_path)
+    assert known(whole) == 2  # the dense model and the allocations
+    assert TrialLog(str(place)).trials == log.trials
+    (schedule,) = root.glob("schedule-lamp-*/trials.json")
+    (long_run,) = root.glob("long_run-lamp-*/trials.json")
+    searched, final = TrialLog(str(schedule)), TrialLog(str(long_run))
+    (last,) = final.trials
+    assert last.metrics["epoch"] == 4
+    assert abs(last.metrics["sparsity"] - best.metrics["sparsity"]) < 1e-4
+    assert {trial.metrics["epoch"] for trial in searched.ended if trial.state == "finished"} == {3}
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
+    (version,) = client.search_model_versions("name='espalier-phases'")  # of the long run alone
+    assert version.run_id == last.run_id
+    params = client.get_run(str(last.run_id)).data.params
+    peak = searched.best().values["recovery.lr.peak"]
+    assert float(params["recovery.lr.peak"]) == pytest.approx(peak)
+    record = json.loads((long_run.parent / "recovered" / "pruning.json").read_text())
+    assert record["sparsity"] == pytest.approx(best.metrics["sparsity"], abs=1e-4)
+
+    again = run(*SWEEP, cwd=tmp_path)
+    assert known(again) == 4
+    assert [line for line in again.out.splitlines() if "│ lamp" in line] == [
+        line for line in whole.out.splitlines() if "│ lamp" in line
+    ]
