@@ -11,8 +11,8 @@ from typing import Any
 from pyarrow import fs
 
 from orchestration.config import Recipe
+from orchestration.public import without_password
 from orchestration.recipes import flatten, single, validate
-from orchestration.tracking import without_password
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 

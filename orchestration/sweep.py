@@ -18,12 +18,14 @@ from orchestration.context import Allocated, Dense, Recovered, Sweep
 from orchestration.display import Display
 from orchestration.journal import Journal
 from orchestration.lineage import RECIPE
+from orchestration.mlflow_server import tracking_folder
 from orchestration.phases import dense_phase, schedule_phase
 from orchestration.promotion import Decision, settle
+from orchestration.public import public
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.stored_recipe import content_of, folder_of, store
-from orchestration.tracking import Tracker, public, server_for, tracking_folder
+from orchestration.tracking import Tracker, server_for
 from orchestration.versions import Registry
 from trainers import storage
 
