@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_PLACE = re.compile(r"(?<![\w./~])(?:file:/{2,3}|~?/)(?!/)(?:[^\s/'\",:;()\[\]]+/)*(?=[^\s/'\",:;()\[\]])")
+_LOGIN = re.compile(r"(?<=://)[^\s/@]+@")
 
 
 def without_password(uri: str) -> str:
@@ -20,3 +24,8 @@ def public(value: Any) -> Any:
         return value
     local = value.startswith(("/", "~", "file:"))
     return Path(value).name if local else without_password(value)
+
+
+def without_places(text: str) -> str:
+    """A text for others, as an error's message: of paths in it the last part, of addresses no password."""
+    return _PLACE.sub("", _LOGIN.sub("", text))

@@ -16,6 +16,7 @@ from orchestration.recipes import flatten, single, validate
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
+RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
 _SHOWN = 6
 # What a sweep may go on with: more or fewer trials, another share of the cluster, other methods beside those
