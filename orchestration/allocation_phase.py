@@ -16,6 +16,7 @@ from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.remote import OrderFacts
 from orchestration.search import Search, run_search, stopping
+from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
 from orchestration.trial_log import TrialLog
 from orchestration.tune_trial import order_run
@@ -90,6 +91,7 @@ class _Searches:
             plots.trial_history(log.trials, f"{self._method}{at}: one-shot trials", self._dense.top1),
             "history",
         )
+        runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
         runs.close(best)
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent

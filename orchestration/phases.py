@@ -21,6 +21,7 @@ from orchestration.jobs import dense_job, gradual_job
 from orchestration.mlflow_model import classes_of
 from orchestration.recipes import flatten, get
 from orchestration.search import Search, run_search, stopping
+from orchestration.search_plots import search_figures
 from orchestration.search_space import recipe_space
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import without_trainer_state
@@ -161,6 +162,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
     kept = _keep(best, folder, register)
     if not known:
         runs.figure(plots.trial_history(log.trials, f"{method}: gradual runs", dense.top1), "history")
+        runs.figures(search_figures(log.trials, space, f"{method}: gradual runs"))
     runs.close(best)
     stopped = sum(record.state == "stopped" for record in log.trials)
     sweep.display.finished(
