@@ -20,6 +20,7 @@ from orchestration.remote import OrderFacts
 from orchestration.search import Search, run_search, stopping
 from orchestration.search_config import LIMITS, AllocationSearch
 from orchestration.search_limits import Limits
+from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import order_run
@@ -97,7 +98,8 @@ class _Searches:
             "history",
         )
         if search.pareto is not None:
-            runs.figure(plots.pareto(log.trials, search.pareto, best, f"{self._method}{at}"), "pareto")
+            runs.figure(plots.search_front(log.trials, search.pareto, best, f"{self._method}{at}"), "pareto")
+        runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
         runs.close(best)
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent

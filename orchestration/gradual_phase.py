@@ -19,6 +19,7 @@ from orchestration.recipes import flatten, get
 from orchestration.search import Search, run_search, stopping
 from orchestration.search_config import LIMITS
 from orchestration.search_limits import Limits
+from orchestration.search_plots import search_figures
 from orchestration.search_space import recipe_space
 from orchestration.span import Phase
 from orchestration.training_search import training_search
@@ -143,6 +144,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
         with without_trainer_state(best.checkpoint) as clean:
             storage.upload(clean, recovered)
         runs.figure(plots.trial_history(log.trials, title, dense.top1), "history")
+        runs.figures(search_figures(log.trials, recipe_space(recipe.schedule.space), title))
     runs.close(best)
     stopped = sum(record.state == "stopped" for record in log.trials)
     sweep.display.finished(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from orchestration.tracking import check_uri, server_for, start_server, tracking_folder
+from orchestration.mlflow_server import start_server, tracking_folder
+from orchestration.tracking import check_uri, server_for
 from pruners.errors import InputError
 from trainers.storage import absolute
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from orchestration.search_config import Pareto
 from orchestration.trial_log import TrialRecord
 
+T = TypeVar("T")
+
+
+def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
+    """The items that no other one beats: none is cheaper without being worth less (the first of equals).
+
+    Returns:
+        By ascending cost, and so by ascending worth.
+    """
+    found: list[T] = []
+    for item in sorted(items, key=lambda one: (cost(one), -worth(one))):
+        if not found or worth(item) > worth(found[-1]):
+            found.append(item)
+    return found
+
 
 def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
-    """The finished trials that no other one beats: none is cheaper without a lower score.
+    """The finished trials that no other one beats, by ascending cost.
 
     Args:
         cost: the metric that is to be small.
-
-    Returns:
-        By ascending cost, and so by ascending score.
     """
     done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
-    found: list[TrialRecord] = []
-    for trial in sorted(done, key=lambda one: (one.metrics[cost], -(one.score or 0.0), one.number)):
-        if not found or (trial.score or 0.0) > (found[-1].score or 0.0):
-            found.append(trial)
-    return found
+    return unbeaten(done, cost=lambda one: one.metrics[cost], worth=lambda one: one.score or 0.0)
 
 
 def chosen(trials: Sequence[TrialRecord], rule: Pareto) -> TrialRecord:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from orchestration.checks import Prepared
 from orchestration.config import Recipe
-from orchestration.tracking import without_password
+from orchestration.public import without_password
 from pruners.memory import fisher_bytes, layer_groups
 from pruners.methods import create_pruner
 from trainers.schedules import pruning_plan

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from orchestration.pareto import front
+from orchestration.pareto import front, unbeaten
 from orchestration.search_config import Pareto
 from orchestration.trial_log import TrialRecord
 
 _SIZE = (7.0, 4.2)
 
 
-def allocations(trials: Sequence[TrialRecord], title: str) -> Figure:
-    """Sparsity of each stage and module in every trial, best trials to the left."""
+def allocations(trials: Sequence[TrialRecord], title: str, most: int | None = None) -> Figure:
+    """Sparsity of each stage and module in every trial (or the ``most`` best), best trials to the left."""
     ranked = sorted(
         (trial for trial in trials if trial.score is not None and "shares" in trial.metrics),
         key=lambda trial: -(trial.score or 0.0),
-    )
+    )[:most]
     keys = sorted({key for trial in ranked for key in trial.metrics["shares"]})
     values = [[100 * trial.metrics["shares"][key] for trial in ranked] for key in keys]
     figure = Figure((max(_SIZE[0], 0.22 * len(ranked) + 2), _SIZE[1]), layout="constrained")
@@ -46,6 +48,7 @@ def trial_history(trials: Sequence[TrialRecord], title: str, dense_top1: float |
     if dense_top1 is not None:
         axes.axhline(100 * dense_top1, linestyle="--", color="grey", label="dense")
     axes.set_xlabel("trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation top-1 (%)")
     axes.set_title(title)
     axes.legend()
@@ -77,21 +80,24 @@ def schedule(
     return figure
 
 
-def accuracy_over_sparsity(points: Mapping[str, Sequence[tuple[float, float]]], dense_top1: float) -> Figure:
-    """Validation top-1 against sparsity, a colour for each series, the dense model as a line."""
+def accuracy_over_sparsity(
+    points: Mapping[str, Sequence[tuple[float, float]]], dense: Mapping[str, float], part: str = "validation"
+) -> Figure:
+    """Top-1 against sparsity, a colour for each series, dense models (by their names) as lines."""
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for name, values in points.items():
         axes.plot([100 * x for x, _ in values], [100 * y for _, y in values], "o", label=name, alpha=0.7)
-    axes.axhline(100 * dense_top1, linestyle="--", color="grey", label="dense")
+    for (name, top1), style in zip(dense.items(), cycle(("--", ":", "-.")), strict=False):
+        axes.axhline(100 * top1, linestyle=style, color="grey", label=name)
     axes.set_xlabel("sparsity of the prunable weights (%)")
-    axes.set_ylabel("validation top-1 (%)")
+    axes.set_ylabel(f"{part} top-1 (%)")
     axes.set_title("Accuracy against sparsity")
     axes.legend()
     return figure
 
 
-def pareto(trials: Sequence[TrialRecord], rule: Pareto, chosen: TrialRecord, title: str) -> Figure:
+def search_front(trials: Sequence[TrialRecord], rule: Pareto, chosen: TrialRecord, title: str) -> Figure:
     """Validation top-1 against a cost, the front as a line, the trial that the rule took marked."""
     done = [trial for trial in trials if trial.state == "finished"]
     best = front(trials, rule.cost)
@@ -105,5 +111,30 @@ def pareto(trials: Sequence[TrialRecord], rule: Pareto, chosen: TrialRecord, tit
     )
     axes.set_ylabel("validation top-1 (%)")
     axes.set_title(f"{title}: top-1 against {rule.against}")
+    axes.legend()
+    return figure
+
+
+def pareto(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    cost: str = "MACs of weights that are not zero (millions)",
+    scale: float = 1e-6,
+) -> Figure:
+    """Validation top-1 against a cost, a colour for each series; the front of all series is a line.
+
+    Args:
+        points: (cost, top-1 in 0…1) of the models of each series.
+        scale: what costs are multiplied by to be in the unit that ``cost`` names.
+    """
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in points.items():
+        axes.plot([scale * x for x, _ in values], [100 * y for _, y in values], "o", label=name, alpha=0.5)
+    everything = [point for values in points.values() for point in values]
+    best = unbeaten(everything, cost=lambda point: point[0], worth=lambda point: point[1])
+    axes.step([scale * x for x, _ in best], [100 * y for _, y in best], "k-", where="post", label="front")
+    axes.set_xlabel(cost)
+    axes.set_ylabel("validation top-1 (%)")
+    axes.set_title("Accuracy against cost")
     axes.legend()
     return figure

@@ -14,6 +14,7 @@ from orchestration import remote
 from orchestration.config import digest
 from orchestration.context import Results, Sweep, content_hash
 from orchestration.promotion import Decision
+from orchestration.readable import count, megabytes, percent
 from orchestration.versions import CHAMPION
 from trainers import storage
 from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
@@ -113,13 +114,13 @@ def table(rows: Sequence[Row]) -> Table:
         made.add_row(
             row.method,
             row.allocation,
-            _percent(row.dense),
-            _percent(row.one_shot),
-            _percent(row.recovered),
-            _percent(row.sparsity),
-            f"{_count(row.parameters)} → {_count(row.parameters_sparse)}",
-            f"{_count(row.macs)} → {_count(row.macs_sparse)}",
-            f"{row.bytes / 1e6:.2f} MB",
+            percent(row.dense),
+            percent(row.one_shot),
+            percent(row.recovered),
+            percent(row.sparsity),
+            f"{count(row.parameters)} → {count(row.parameters_sparse)}",
+            f"{count(row.macs)} → {count(row.macs_sparse)}",
+            megabytes(row.bytes),
             row.version,
         )
     return made
@@ -168,14 +169,3 @@ def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) 
 def as_json(rows: Sequence[Row], root: str) -> list[dict[str, Any]]:
     """The table for MLflow; places of checkpoints are said from the storage on, not of this machine."""
     return [asdict(row) | {"checkpoint": row.checkpoint.removeprefix(f"{root}/")} for row in rows]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f} %"
-
-
-def _count(value: int) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2f} {letter}"
-    return str(value)

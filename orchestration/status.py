@@ -41,6 +41,9 @@ class Phase:
         """The trials that ended, by their names in MLflow."""
         return [(f"{self.label}-{one.number:03d}", one) for one in self.log.trials] if self.log else []
 
+    def failures(self) -> list[str]:
+        return [f"{name} failed: {one.error}" for name, one in self.trials() if one.state == "failed"]
+
 
 def phases(place: str, state: dict[str, Any]) -> list[Phase]:
     """The phases of a sweep's last run that have begun."""
@@ -80,11 +83,11 @@ def overview(place: str, name: str | None) -> Group:
 def _add(table: Table, failures: list[str], place: str, name: str, state: dict[str, Any]) -> None:
     if state["reason"]:
         failures.append(f"{name}: {state['reason']}")
-    told = [name, _state(state)]
+    told = [name, said(state)]
     for number, phase in enumerate(phases(place, state), start=1):
         records = phase.log.trials if phase.log else []
-        failed = [(trial, one) for trial, one in phase.trials() if one.state == "failed"]
-        failures += [f"{name}: {trial} failed: {one.error}" for trial, one in failed]
+        failed = phase.failures()
+        failures += [f"{name}: {one}" for one in failed]
         scores = [
             one.metrics["val_top1"] for one in records if one.state == "finished" and one.score is not None
         ]
@@ -103,7 +106,8 @@ def _add(table: Table, failures: list[str], place: str, name: str, state: dict[s
         table.add_row(*told)
 
 
-def _state(state: dict[str, Any]) -> str:
+def said(state: dict[str, Any]) -> str:
+    """Whether a sweep is at work, or how it ended, and when."""
     since = state["began"] if state["state"] == "running" else state["updated"]
     return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
 
@@ -124,7 +128,7 @@ def log_lines(place: str, name: str, trial: str | None) -> list[str]:
     if trial is not None:
         return _trial(phases(place, state), trial, state)
     failed = [key for phase in phases(place, state) for key, one in phase.trials() if one.state == "failed"]
-    lines = [f"{name}: {_state(state)} (process {state['pid']} on {state['host']})"]
+    lines = [f"{name}: {said(state)} (process {state['pid']} on {state['host']})"]
     lines += state["said"][-_LINES:]
     lines += [state["reason"]] if state["reason"] else []
     lines += [f"more of a failed trial: espalier logs {name} {key}" for key in failed]

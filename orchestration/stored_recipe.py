@@ -11,11 +11,12 @@ from typing import Any
 from pyarrow import fs
 
 from orchestration.config import Recipe
+from orchestration.public import without_password
 from orchestration.recipes import flatten, single, validate
-from orchestration.tracking import without_password
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
+RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
 _SHOWN = 6
 # What a sweep may go on with: more or fewer trials, another share of the cluster, other methods beside those

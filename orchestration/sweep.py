@@ -20,12 +20,14 @@ from orchestration.display import Display
 from orchestration.gradual_phase import long_run_phase, schedule_phase
 from orchestration.journal import Journal
 from orchestration.lineage import RECIPE
+from orchestration.mlflow_server import tracking_folder
 from orchestration.promotion import Decision, settle
+from orchestration.public import public
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.span import PHASES, WHOLE, Span
-from orchestration.stored_recipe import content_of, folder_of, store
-from orchestration.tracking import Tracker, public, server_for, tracking_folder
+from orchestration.stored_recipe import RESULTS, content_of, folder_of, store
+from orchestration.tracking import Tracker, server_for
 from orchestration.versions import Registry
 from trainers import storage
 
@@ -130,9 +132,11 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
         name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]
         for name, trials in series.items()
     }
-    figure = plots.accuracy_over_sparsity(points, dense.top1)
+    figure = plots.accuracy_over_sparsity(points, {"dense": dense.top1})
     sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
-    sweep.tracker.table(sweep.run, as_json(rows, sweep.storage), "results.json")
+    table = as_json(rows, sweep.storage)
+    sweep.tracker.table(sweep.run, table, RESULTS)
+    storage.write_json(f"{sweep.root}/{RESULTS}", table)
     for row in rows:
         figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
         level = f".{100 * row.sparsity:.0f}" if row.kept else ""

@@ -1,14 +1,10 @@
-"""MLflow: a server on loopback where none is given, and runs nested under the right parents."""
+"""MLflow: the server to log to, and runs nested under the right parents."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orchestration.ports import LOOPBACK, free_port
+from orchestration.mlflow_server import answers, quiet_environment, start_server
+from orchestration.public import public, without_password
 from pruners.errors import InputError
-from trainers import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,87 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_PORT = 5000
-_READY_SECONDS = 90.0
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
 _WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
 
-# Its standard input closes when we end, however we end; then the server, in the same group, ends too.
-_KEEPER = """
-import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def end():
-    sys.stdin.buffer.read()
-    os.killpg(0, 15)
-threading.Thread(target=end, daemon=True).start()
-sys.exit(server.wait())
-"""
-
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-@dataclass
-class Server:
-    """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only."""
-
-    uri: str
-    process: subprocess.Popen[bytes]
-
-    def wait_ready(self) -> None:
-        """Raises:
-        RuntimeError: it ended, or did not answer in time.
-        """
-        deadline = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the MLflow server ended with status {self.process.returncode}")
-            if answers(self.uri, timeout=1.0):
-                return
-            time.sleep(0.2)
-        raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
-
-    def stop(self) -> None:
-        """End it and its workers, which share its process group."""
-        for stop, seconds in ((15, 5.0), (9, 5.0)):
-            try:
-                os.killpg(self.process.pid, stop)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait(5.0)
-
-
-def tracking_folder(place: str) -> Path:
-    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
-    where = storage.absolute(place).removeprefix("file://")
-    return Path("runs" if "://" in where else where).absolute() / "mlflow"
-
-
-def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
-    """Start a server over ``folder``, at ``port`` or the next free one; :meth:`Server.wait_ready` waits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = free_port(port)
-    command = [sys.executable, "-c", _KEEPER, sys.executable, "-m", "mlflow", "server"]
-    command += ["--host", LOOPBACK, "--port", str(free)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    log = (folder / "server.log").open("ab")
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches us first; we end it in order
-        env={**os.environ, **quiet_environment()},
-    )
-    log.close()
-    return Server(f"http://{LOOPBACK}:{free}", process)
 
 
 @contextmanager
@@ -137,32 +59,6 @@ def check_uri(uri: str) -> None:
             raise InputError("tracking.uri", without_password(uri), "no MLflow server answers there")
     elif "://" not in uri or not uri.startswith(("sqlite:", "file:", "databricks", "postgresql", "mysql")):
         raise InputError("tracking.uri", without_password(uri), "must be an MLflow URI, as http://host:5000")
-
-
-def answers(uri: str, timeout: float) -> bool:
-    """Whether an HTTP server answers at all (asking for a password is an answer)."""
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in {401, 403}
-    except (OSError, ValueError):
-        return False
-
-
-def without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
-
-
-def public(value: Any) -> Any:
-    """A recipe, or one of its values, as others may read it: no password, of a path here the last part."""
-    if isinstance(value, Mapping):
-        return {key: public(one) for key, one in value.items()}
-    if not isinstance(value, str):
-        return value
-    local = value.startswith(("/", "~", "file:"))
-    return Path(value).name if local else without_password(value)
 
 
 @dataclass(frozen=True)
@@ -382,18 +278,3 @@ class Tracker:
 def _safe(key: str) -> str:
     """MLflow takes letters, digits and ``_-. /`` in keys."""
     return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)
-
-
-def quiet_environment() -> dict[str, str]:
-    """No telemetry, no progress bars, and failures in seconds rather than minutes."""
-    wanted = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner costs ten processes
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }
-    return {key: os.environ.get(key, value) for key, value in wanted.items()}

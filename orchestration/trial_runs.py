@@ -120,6 +120,11 @@ class TrialRuns:
         """A figure of the whole phase."""
         self._tracker.figure(self.run, figure, name)
 
+    def figures(self, figures: Mapping[str, Figure]) -> None:
+        """Figures of the whole phase by their names."""
+        for name, figure in figures.items():
+            self.figure(figure, name)
+
     def register(
         self,
         model: str,

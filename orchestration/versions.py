@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestration.config import Promotion
-from orchestration.tracking import quiet_environment, without_password
+from orchestration.mlflow_server import quiet_environment
+from orchestration.public import without_password
 from pruners.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:

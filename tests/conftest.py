@@ -59,7 +59,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 @pytest.fixture(scope="session")
 def mlflow_uri(swept: Swept) -> Iterator[str]:
     """A server over what the sweep left, as ``espalier ui`` starts it."""
-    from orchestration.tracking import server_for, tracking_folder
+    from orchestration.mlflow_server import tracking_folder
+    from orchestration.tracking import server_for
 
     with server_for(None, tracking_folder(str(swept.storage))) as (uri, ready):
         ready()

@@ -19,6 +19,8 @@ import yaml
 from image_tables import dense_folder, edit_json, table, write
 
 from orchestration import cli, cluster, tracking
+from orchestration.recipes import load_recipe
+from orchestration.stored_recipe import store
 
 ESPALIER = Path(sys.executable).parent / "espalier"
 CASES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
@@ -50,6 +52,7 @@ def _recipes(folder: Path) -> None:
     }
     for name, content in recipes.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    store(load_recipe("demo", [f"storage={folder}/begun"]))
     (folder / "broken.yaml").write_text("seed: 1\nmodel: {classes: 3]\n")
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from orchestration import export_command, registry, source
 from orchestration.context import content_hash
-from orchestration.tracking import Server, Tracker, start_server
+from orchestration.mlflow_server import Server, start_server
+from orchestration.tracking import Tracker
 from pruners import find_layers, prune
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 

@@ -73,7 +73,7 @@ def test_every_trial_is_on_the_front_or_beaten(points: list[tuple[float, int]]) 
 
 def test_the_figure_shows_all_the_front_and_the_chosen_one() -> None:
     rule = Pareto(tolerance=0.085)
-    axes = plots.pareto(TRIALS, rule, chosen(TRIALS, rule), "ovit").axes[0]
+    axes = plots.search_front(TRIALS, rule, chosen(TRIALS, rule), "ovit").axes[0]
     drawn = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
     assert len(drawn["trial"]) == 6
     assert [round(1e6 * x) for x in drawn["front"]] == [400, 500, 700, 900]

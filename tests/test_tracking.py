@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from orchestration import registry, tracking
-from orchestration.tracking import Server, Tracker, check_uri, server_for, start_server, without_password
+from orchestration.mlflow_server import Server, answers, start_server
+from orchestration.public import public, without_password
+from orchestration.tracking import Tracker, check_uri, server_for
 from pruners.errors import InputError
 
 
@@ -59,11 +61,11 @@ def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -
     with server_for(None, tmp_path / "mlflow") as (uri, ready):
         ready()
         assert uri.startswith("http://127.0.0.1:")
-        assert tracking.answers(uri, 1.0)
+        assert answers(uri, 1.0)
         assert MlflowClient(uri).search_experiments()
         grown = set(Family(os.getpid(), tmp_path, "none").look()) - before
         assert grown
-    assert not tracking.answers(uri, 1.0)
+    assert not answers(uri, 1.0)
     for _ in range(20):
         left = grown & set(Family(os.getpid(), tmp_path, "none").look())
         if not left:
@@ -77,7 +79,7 @@ def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -
 def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """Also when that is killed, and can end nothing itself."""
     code = (
-        "import sys, time; from pathlib import Path; from orchestration.tracking import start_server;"
+        "import sys, time; from pathlib import Path; from orchestration.mlflow_server import start_server;"
         f"server = start_server(Path({str(tmp_path)!r}));"
         "server.wait_ready(); print(server.uri, flush=True); time.sleep(600)"
     )
@@ -86,14 +88,14 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         try:
             assert starter.stdout is not None
             uri = starter.stdout.readline().strip()
-            assert tracking.answers(uri, 1.0)
+            assert answers(uri, 1.0)
             assert len(family.look()) > 1
             os.kill(starter.pid, signal.SIGKILL)
             deadline = time.monotonic() + 10
             while family.look() and time.monotonic() < deadline:
                 time.sleep(0.2)
             assert family.look() == {}
-            assert not tracking.answers(uri, 1.0)
+            assert not answers(uri, 1.0)
         finally:
             family.end()
 
@@ -109,7 +111,7 @@ def test_a_given_server_is_left_alone(
     with server_for(running.server.uri, tmp_path / "mlflow") as (uri, ready):
         ready()
         assert uri == running.server.uri
-    assert tracking.answers(uri, 1.0)
+    assert answers(uri, 1.0)
     assert not (tmp_path / "mlflow").exists()
 
 
@@ -169,7 +171,7 @@ def test_a_password_is_never_shown(uri: str, shown: str) -> None:
     ],
 )
 def test_others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
-    assert tracking.public(value) == shown
+    assert public(value) == shown
 
 
 # the tracker
