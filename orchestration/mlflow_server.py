@@ -18,15 +18,19 @@ from trainers import storage
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
 
-# Its standard input closes when we end, however we end; then the server, in the same group, ends too.
+# Its standard input closes when we end, however we end; then the server, in the same group, ends too. A server
+# that somebody killed is started again: what waits for it is sent then.
 _KEEPER = """
-import os, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+import os, subprocess, sys, threading, time
 def end():
     sys.stdin.buffer.read()
     os.killpg(0, 15)
 threading.Thread(target=end, daemon=True).start()
-sys.exit(server.wait())
+while True:
+    began = time.monotonic()
+    status = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+    if time.monotonic() - began < 20:
+        sys.exit(status)
 """
 
 
