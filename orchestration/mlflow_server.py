@@ -18,7 +18,7 @@ from trainers import storage
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
 
-# Its standard input closes when we end, however we end; then the server, in the same group, ends too. A server
+# Its standard input closes when we end, however we end; then the server, in the same group, ends too. One
 # that somebody killed is started again: what waits for it is sent then.
 _KEEPER = """
 import os, subprocess, sys, threading, time
