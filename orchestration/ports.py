@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import urllib.error
+import urllib.request
+from http.client import HTTPException
 
 from pruners.errors import InputError
 
@@ -23,9 +27,18 @@ def check_reachable(address: str) -> None:
         expected = "must be auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
         raise InputError("--address", address, expected)
     try:
-        socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
+        if scheme in ("http", "https"):
+            _ask(f"{address.rstrip('/')}/api/version")
+        else:
+            socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
+    except (OSError, OverflowError, HTTPException) as error:
         raise InputError("--address", address, f"no Ray cluster answers there ({error})") from None
+
+
+def _ask(url: str) -> None:
+    """Ray's own client waits for ever for a port that takes a request and says nothing."""
+    with contextlib.suppress(urllib.error.HTTPError):  # asking for a token is an answer
+        urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()
 
 
 def free_port(first: int) -> int:
