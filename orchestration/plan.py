@@ -74,6 +74,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
             f"for each of {methods}",
         )
     )
+    lines += _more(recipe)
     gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
     lines.append(
         ("resources", f"{resources.workers} workers of {resources.cpus_per_worker:g} CPU{gpus} a gradual run")
@@ -81,6 +82,22 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     lines.append(("storage", recipe.storage))
     uri = recipe.tracking.uri
     lines.append(("tracking", without_password(uri) if uri else "an MLflow server of our own, on loopback"))
+    return lines
+
+
+def _more(recipe: Recipe) -> list[tuple[str, str]]:
+    """A second objective and a long run, where the recipe asks for them."""
+    lines, pareto = [], recipe.allocation.pareto
+    if pareto is not None and recipe.allocation.trials:
+        reach = f" from {pareto.between[0]:g} to {pareto.between[1]:g}" if pareto.between else ""
+        if pareto.tolerance is not None:
+            rule = f"the cheapest within {pareto.tolerance:g} of the best top-1"
+        else:
+            rule = f"the best within {pareto.at_most:g} of the dense model's"
+        lines.append(("objectives", f"top-1 against {pareto.against}{reach}; {rule}"))
+    if recipe.long_run:
+        changed = ", ".join(f"{key}={value}" for key, value in recipe.long_run.items())
+        lines.append(("long run", f"the best gradual run's values, and {changed}"))
     return lines
 
 
