@@ -31,6 +31,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 _TRACE_LINES = 40
 _STUDY = "search"
 _ROUND = 500  # trials
+_MOST_TOLD = 1000
 
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 _SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -154,10 +155,21 @@ def _searcher(search: Search, log: TrialLog) -> ConcurrencyLimiter | None:
         mode=list(goals.values()) if search.cost else "max",
         sampler=sampler,
         points_to_evaluate=[values for values in first if values not in tried],
-        storage=_told(search.space, known, goals),
+        storage=_told(search.space, _telling(known), goals),
         study_name=_STUDY,
     )
     return ConcurrencyLimiter(searcher, max_concurrent=search.concurrent)
+
+
+def _telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """What a sampler is told: all, or of very many the best and the newest (TPE goes through all each time)."""
+    if len(known) <= _MOST_TOLD:
+        return list(known)
+    ranked = sorted(known, key=lambda record: math.inf if record.score is None else -record.score)
+    best = ranked[: _MOST_TOLD // 10]
+    numbers = {record.number for record in best}
+    newest = [record for record in known if record.number not in numbers][-(_MOST_TOLD - len(best)) :]
+    return sorted([*best, *newest], key=lambda record: record.number)
 
 
 def _told(

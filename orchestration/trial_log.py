@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from trainers import storage
 
+_PART = 32  # cheap trials in a file
 State = Literal["finished", "stopped", "failed"]
 
 
@@ -36,8 +37,8 @@ class TrialRecord:
 class TrialLog:
     """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    All are in one file but for the newest, which are in a second one: what is written for a trial grows with
-    the root of their number. ``cheap`` trials are not noted when they start: none is worth going on with.
+    ``cheap`` trials are not noted when they start, as none is worth going on with, and are written in parts of
+    a few, so that what is written for one does not grow with their number; :meth:`save` joins the parts.
     """
 
     def __init__(self, uri: str, *, cheap: bool = False) -> None:
@@ -47,14 +48,14 @@ class TrialLog:
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
         self._whole = len(self.trials)  # of them are in the first file
-        if storage.exists(self._newest):
-            known = {record.number for record in self.trials}
-            newest = [TrialRecord(**record) for record in storage.read_json(self._newest)]
-            self.trials += [record for record in newest if record.number not in known]
+        known = {record.number for record in self.trials}
+        for name in storage.names(self._parts):  # those joined already are left over from a killed driver
+            part = [TrialRecord(**record) for record in storage.read_json(f"{self._parts}/{name}")]
+            self.trials += [record for record in part if record.number not in known]
 
     @property
-    def _newest(self) -> str:
-        return self.uri.removesuffix(".json") + "-newest.json"
+    def _parts(self) -> str:
+        return self.uri.removesuffix(".json") + ".parts"
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
         """A trial has started; until it is added it counts as broken off."""
@@ -67,19 +68,19 @@ class TrialLog:
     def add(self, record: TrialRecord) -> None:
         self.trials.append(record)
         self._running = {key: one for key, one in self._running.items() if one["values"] != record.values}
-        newest = self.trials[self._whole :]
-        if not self._cheap or len(newest) ** 2 > len(self.trials):
+        if not self._cheap:
             self.save()
-        else:
-            storage.write_json(self._newest, [asdict(one) for one in newest])
+            return
+        part = (len(self.trials) - self._whole - 1) // _PART
+        records = self.trials[self._whole + part * _PART :]
+        storage.write_json(f"{self._parts}/{part:06d}.json", [asdict(one) for one in records])
 
     def save(self) -> None:
         """Write all into one file."""
         records = [asdict(record) for record in self.trials]
         storage.write_json(self.uri, {"run_id": self.run_id, "trials": records, "running": self._running})
         self._whole = len(self.trials)
-        if self._cheap and storage.exists(self._newest):
-            storage.remove_file(self._newest)
+        storage.remove(self._parts)
 
     @property
     def running(self) -> list[int]:

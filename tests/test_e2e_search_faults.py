@@ -35,7 +35,7 @@ def sweep(swept: Swept, *more: str) -> tuple[str, ...]:
 
 
 def log_of(storage: Path) -> TrialLog | None:
-    found = list(storage.glob("sweeps/small/allocation-*/trials*.json"))
+    found = list(storage.glob("sweeps/small/allocation-*/trials.json"))
     return TrialLog(f"{found[0].parent}/trials.json", cheap=True) if found else None
 
 

@@ -41,6 +41,13 @@ def exists(uri: str) -> bool:
     return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
 
+def names(uri: str) -> list[str]:
+    """What lies in a folder, sorted; nothing where there is none."""
+    system, path = resolve(uri)
+    entries = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(".partial"))
+
+
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
     with system.open_input_stream(path) as stream:
