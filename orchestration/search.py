@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import optuna
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -18,30 +16,17 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
 
 from orchestration.elastic import FollowCluster
 from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
-from orchestration.search_space import Space, contains
+from orchestration.search_proposals import proposals
+from orchestration.search_space import Space
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 _TRACE_LINES = 40
-_STUDY = "search"
 _ROUND = 500  # trials
-_MOST_TOLD = 1000
-
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
-_SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-    "tpe": optuna.samplers.TPESampler,
-    "random": optuna.samplers.RandomSampler,
-    "grid": optuna.samplers.RandomSampler,  # its points are all given
-    "cmaes": optuna.samplers.CmaEsSampler,
-    "nsga2": optuna.samplers.NSGAIISampler,
-    "gp": optuna.samplers.GPSampler,
-}
 
 
 class Observer(Protocol):
@@ -97,7 +82,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
 
 def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: GivenUp, trials: int) -> None:
     system, path = resolve(search.storage)
-    searcher = _searcher(search, log)
+    searcher = proposals(search, log)
     callbacks: list[tune.Callback] = [_Recorder(search, log, observer, given_up)]
     if searcher is not None and search.fits is not None:
         callbacks.append(FollowCluster(searcher, search.fits))
@@ -136,58 +121,6 @@ def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> 
     return AsyncHyperBandScheduler(
         **score, reduction_factor=reduction, max_t=max(longest, grace + 1), brackets=brackets
     )
-
-
-def _searcher(search: Search, log: TrialLog) -> ConcurrencyLimiter | None:
-    if not search.space:
-        return None
-    known = [record for record in log.ended if contains(search.space, record.values)]
-    tried = [record.values for record in known]
-    # what was broken off goes on first
-    pending = [values for values in log.pending if contains(search.space, values)]
-    first = pending + [values for values in search.first if values not in pending]
-    # a resumed search draws anew: another seed, or it would propose again what is known
-    sampler = _SAMPLERS[search.sampler](seed=search.seed + len(known))
-    goals = {"score": "max"} | ({search.cost: "min"} if search.cost else {})
-    searcher = OptunaSearch(
-        search.space,
-        metric=list(goals) if search.cost else "score",
-        mode=list(goals.values()) if search.cost else "max",
-        sampler=sampler,
-        points_to_evaluate=[values for values in first if values not in tried],
-        storage=_told(search.space, _telling(known), goals),
-        study_name=_STUDY,
-    )
-    return ConcurrencyLimiter(searcher, max_concurrent=search.concurrent)
-
-
-def _telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """What a sampler is told: all, or of very many the best and the newest (TPE goes through all each time)."""
-    if len(known) <= _MOST_TOLD:
-        return list(known)
-    ranked = sorted(known, key=lambda record: math.inf if record.score is None else -record.score)
-    best = ranked[: _MOST_TOLD // 10]
-    numbers = {record.number for record in best}
-    newest = [record for record in known if record.number not in numbers][-(_MOST_TOLD - len(best)) :]
-    return sorted([*best, *newest], key=lambda record: record.number)
-
-
-def _told(
-    space: Space, known: Sequence[TrialRecord], goals: Mapping[str, str]
-) -> optuna.storages.InMemoryStorage:
-    """A study that knows these trials' results (Tune's own way of telling takes one objective only)."""
-    place = optuna.storages.InMemoryStorage()
-    study = optuna.create_study(
-        storage=place, study_name=_STUDY, directions=[f"{goal}imize" for goal in goals.values()]
-    )
-    for record in known:
-        figures = {**record.metrics, "score": record.score}
-        values = [figures.get(goal) for goal in goals]
-        if all(value is not None and math.isfinite(value) for value in values):
-            study.add_trial(
-                optuna.trial.create_trial(values=values, params=record.values, distributions=space)
-            )
-    return place
 
 
 @dataclass

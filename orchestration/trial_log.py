@@ -37,8 +37,8 @@ class TrialRecord:
 class TrialLog:
     """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    ``cheap`` trials are not noted when they start, as none is worth going on with, and are written in parts of
-    a few, so that what is written for one does not grow with their number; :meth:`save` joins the parts.
+    ``cheap`` trials are not noted when they start, as none is worth going on with, and are written in parts
+    of a few, so that what is written for one does not grow with their number; :meth:`save` joins them.
     """
 
     def __init__(self, uri: str, *, cheap: bool = False) -> None:
