@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import ray
 
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
+from orchestration.datasets import Dataset, datasets
 from orchestration.display import Display
 from orchestration.recipes import with_values
 from orchestration.span import WHOLE, Phase, Span
@@ -45,6 +47,10 @@ class Sweep:
     @property
     def root(self) -> str:
         return folder_of(self.recipe.storage, self.recipe.name)
+
+    @cached_property
+    def datasets(self) -> list[Dataset]:
+        return datasets(self.data, self.data_hash)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
         """A function as a Ray task of the sweep's own, and the device that it gets.
@@ -110,7 +116,7 @@ class Sweep:
         done: bool = False,
     ) -> TrialRuns:
         """The MLflow runs of a phase; ``level`` is a sparsity in percent, where a phase is for several."""
-        return kind(
+        made = kind(
             self.tracker,
             self.display,
             log,
@@ -120,6 +126,9 @@ class Sweep:
             tags=self.tags(phase, method) | ({"espalier.sparsity": level} if level else {}),
             done=done,
         )
+        if not done:  # test images are for the sweep's end
+            self.tracker.inputs(made.run, [one for one in self.datasets if one.context != "test"])
+        return made
 
 
 @dataclass(frozen=True)

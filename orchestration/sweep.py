@@ -175,6 +175,8 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         storage.write_json(known, {"run_id": run})
     if not tracker.has(run, RECIPE):
         tracker.table(run, shown, RECIPE)
+    tracker.inputs(run, sweep.datasets)
+    tracker.monitor(run)
     sweep.run = run
     return sweep
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestration.mlflow_server import answers, quiet_environment, start_server
-from orchestration.public import public, without_password
-from pruners.errors import InputError
+from orchestration.public import public, without_password, without_places
+from pruners.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    from orchestration.datasets import Dataset
 
 T = TypeVar("T")
 
@@ -27,6 +32,7 @@ _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
 _WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
+_MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -52,13 +58,31 @@ def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[]
 
 def check_uri(uri: str) -> None:
     """Raises:
-    InputError: an HTTP server that does not answer within seconds.
+    InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
     """
     if uri.startswith(("http://", "https://")):
         if not answers(uri, timeout=5.0):
             raise InputError("tracking.uri", without_password(uri), "no MLflow server answers there")
+        _check_login(uri)
     elif "://" not in uri or not uri.startswith(("sqlite:", "file:", "databricks", "postgresql", "mysql")):
         raise InputError("tracking.uri", without_password(uri), "must be an MLflow URI, as http://host:5000")
+
+
+def _check_login(uri: str) -> None:
+    """Ask for something that a server shows to those alone whom it knows."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    os.environ.update(quiet_environment())
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        known = "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of who may use it"
+        refused = error.get_http_status_code() in {401, 403}  # type: ignore[no-untyped-call]
+        said = without_places(first_line(error))[:200]
+        raise InputError(
+            "tracking.uri", without_password(uri), known if refused else f"is of no use ({said})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,7 @@ class Tracker:
         self._sender = ThreadPoolExecutor(1, "mlflow")
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
+        self._monitor: SystemMetricsMonitor | None = None
         self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
 
     def _create(self, experiment: str) -> str:
@@ -206,6 +231,41 @@ class Tracker:
         """A JSON artifact."""
         self._send(self.client.log_dict, run, content, name)
 
+    def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
+        """The images that a run reads; those that it is known to read stay."""
+        from mlflow import entities
+
+        self._send(
+            self.client.log_inputs,
+            run,
+            [
+                entities.DatasetInput(
+                    entities.Dataset(
+                        name=one.name,
+                        digest=one.digest,
+                        source_type=one.source_type,
+                        source=json.dumps({"uri": one.source}),
+                        profile=json.dumps({"num_rows": one.rows}),
+                    ),
+                    [entities.InputTag("mlflow.data.context", one.context)],
+                )
+                for one in datasets
+            ],
+        )
+
+    def monitor(self, run: str) -> None:
+        """Log how busy this machine is on a run, until the tracker is closed."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it speaks of each start and end
+        try:
+            self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+                run, sampling_interval=_MONITOR_SECONDS, resume_logging=True, tracking_uri=self.uri
+            )
+            self._monitor.start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # a machine that cannot be measured can still prune
+            logging.getLogger(__name__).warning("no system metrics: %s", error)
+
     def folder(self, run: str, folder: Path, name: str) -> None:
         """A folder as artifact; returns when it is there."""
         self._sender.submit(self.client.log_artifacts, run, str(folder), name).result()
@@ -243,6 +303,9 @@ class Tracker:
 
     def close(self, status: Status) -> None:
         """End the runs that are still open and send what waits."""
+        if self._monitor is not None:
+            self._monitor.finish()  # type: ignore[no-untyped-call]
+            self._monitor = None
         # by the sender, after what waits: a run that an interrupt caught at its start is open by then
         self._send(self._finish_open, status)
         self.flush()

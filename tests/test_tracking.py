@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from orchestration import registry, tracking
+from orchestration.datasets import datasets
 from orchestration.mlflow_server import Server, answers, start_server
 from orchestration.public import public, without_password
 from orchestration.tracking import Tracker, check_uri, server_for
 from pruners.errors import InputError
+from trainers.config import DataSettings
 
 
 @dataclass(frozen=True)
@@ -258,12 +261,59 @@ def test_a_refusal_of_the_server_surfaces_in_flush(tracker: Tracker) -> None:
         tracker.flush()
 
 
+DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@bucket/cats.parquet")
+
+
+@pytest.mark.cluster
+def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestration.datasets.count_rows", lambda uri, key: len(uri))
+    run = tracker.start("inputs", None, {}, {})
+    found = datasets(DATA, "0123456789abcdef")
+    for part in (found[:1], found):  # a phase, then one that was resumed
+        tracker.inputs(run, part)
+    tracker.finish(run)
+    tracker.flush()
+    inputs = tracker.client.get_run(run).inputs.dataset_inputs
+    assert len(inputs) == 2
+    told = {one.tags[0].value: one.dataset for one in inputs}
+    train, test = told["train"], told["test"]
+    assert (train.name, train.digest, train.source_type) == ("train", "0123456789ab", "local")
+    assert (test.name, test.digest, test.source_type) == ("cats-test", "0123456789ab", "s3")
+    assert (train.source, test.source) == ('{"uri": "train.parquet"}', '{"uri": "s3://bucket/cats.parquet"}')
+    assert train.profile == '{"num_rows": 24}'
+
+
+def watchers() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "SystemMetricsMonitor"]
+
+
+@pytest.mark.cluster
+def test_the_machine_is_watched_until_the_run_ends(
+    running: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "_MONITOR_SECONDS", 0.2)
+    tracker = Tracker(running.server.uri, "tests")
+    run = tracker.start("watched", None, {}, {})
+    tracker.monitor(run)
+    assert len(watchers()) == 1
+    deadline = time.monotonic() + 60
+    while not (seen := tracker.client.get_run(run).data.metrics):
+        assert time.monotonic() < deadline, "nothing was measured"
+        time.sleep(0.2)
+    tracker.abandon("KILLED")
+    assert watchers() == []
+    assert MlflowClient(running.server.uri).get_run(run).info.status == "KILLED"
+    assert "system/cpu_utilization_percentage" in seen
+    assert "monitoring" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.cluster
 def test_a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
     with server_for(None, tmp_path) as (uri, ready):
         ready()
         tracker = Tracker(uri, "tests")
         run = tracker.start("orphan", None, {}, {})
+        tracker.monitor(run)
     for step in range(50):
         tracker.metrics(run, {"loss": [(step, 0.0)]})
     began = time.monotonic()

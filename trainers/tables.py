@@ -97,6 +97,16 @@ def check_table(uri: str, classes: int, *, key: str, tolerant: bool = False) -> 
     return digest.hexdigest()
 
 
+def count_rows(uri: str, *, key: str = "data") -> int:
+    """Rows of a Parquet file, or of all of a folder, as their footers say.
+
+    Raises:
+        InputError: there is none.
+    """
+    system, files = table_files(uri, key)
+    return sum(pq.read_metadata(file, filesystem=system).num_rows for file in files)
+
+
 def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
     """The file system and the Parquet files of a URI, in the order of their names.
 

@@ -1,0 +1,46 @@
+"""A sweep's images as MLflow knows them: what they are called, how many there are, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from orchestration.public import public
+from trainers import storage
+from trainers.config import DataSettings
+from trainers.tables import count_rows
+
+_PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One part of the images; ``digest`` is of the data as a whole, as in checkpoints and versions."""
+
+    name: str
+    digest: str
+    source: str
+    rows: int
+    context: str
+
+    @property
+    def source_type(self) -> str:
+        """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
+        scheme, found, _ = self.source.partition("://")
+        return scheme if found else "local"
+
+
+def datasets(data: DataSettings, data_hash: str) -> list[Dataset]:
+    """Those that a sweep reads; validation images held out of train are counted there."""
+    return list(_datasets(data, data_hash[:12]))
+
+
+def _datasets(data: DataSettings, digest: str) -> Iterator[Dataset]:
+    for part in _PARTS:
+        uri: str | None = getattr(data, part)
+        if uri is None:
+            continue
+        stem = data.source or PurePosixPath(uri).stem
+        name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
+        yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)

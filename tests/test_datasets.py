@@ -1,0 +1,78 @@
+"""What MLflow is told of a sweep's images, and on which runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_tables import table, write
+
+from orchestration.cluster import ClusterSize
+from orchestration.context import Sweep
+from orchestration.datasets import Dataset, datasets
+from orchestration.recipes import load_recipe
+from orchestration.trial_log import TrialLog
+from pruners.errors import InputError
+from trainers.config import DataSettings
+
+HASH = "0123456789abcdef"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataSettings:
+    """Ten images of training in two files of a folder, three of test."""
+    for name, labels in (("train/a", [0, 1, 2, 0, 1, 2]), ("train/b", [0, 1, 2, 0]), ("cats", [0, 1, 2])):
+        write(tmp_path / f"{name}.parquet", table(labels))
+    return DataSettings(train=f"{tmp_path}/train", test=f"{tmp_path}/cats.parquet")
+
+
+def test_parts_by_name_number_and_place_for_others(data: DataSettings) -> None:
+    assert datasets(data, HASH) == [
+        Dataset("train", "0123456789ab", "train", 10, "train"),
+        Dataset("cats-test", "0123456789ab", "cats.parquet", 3, "test"),
+    ]
+
+
+def test_data_of_our_own_bear_their_name(data: DataSettings) -> None:
+    named = data.model_copy(update={"source": "digits"})
+    assert [one.name for one in datasets(named, HASH)] == ["digits-train", "digits-test"]
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"), [("train", "local"), ("s3://bucket/train", "s3"), ("gs://bucket/x.parquet", "gs")]
+)
+def test_what_kind_of_place_it_is(source: str, kind: str) -> None:
+    assert Dataset("train", "0", source, 1, "train").source_type == kind
+
+
+def test_images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> None:
+    (tmp_path / "cats.parquet").unlink()
+    with pytest.raises(InputError, match=r"data\.test"):
+        datasets(data, HASH)
+
+
+@pytest.mark.parametrize(("done", "told"), [(False, [["train"]]), (True, [])])
+def test_a_phase_reads_no_test_images(
+    data: DataSettings, tmp_path: Path, done: bool, told: list[list[str]]
+) -> None:
+    heard: list[list[str]] = []
+
+    class Told:
+        def inputs(self, run: str, found: list[Dataset]) -> None:
+            heard.append([one.name for one in found])
+
+    class Runs:
+        run = "phase"
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            pass
+
+    recipe = load_recipe("demo", [f"storage={tmp_path}"])
+    size = ClusterSize(cpus=1.0, gpus=0.0)
+    told_to: Any = Told()
+    nobody: Any = None
+    sweep = Sweep(recipe, data, HASH, size, told_to, nobody, "run")
+    kind: Any = Runs
+    sweep.runs(TrialLog(f"{tmp_path}/trials.json"), "schedule", {}, kind=kind, done=done)
+    assert heard == told
