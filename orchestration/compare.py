@@ -22,7 +22,7 @@ from orchestration.trial_log import TrialRecord
 from pruners.errors import InputError
 from trainers import storage
 
-_LABEL = re.compile(r"(.+)-(allocation|schedule)(?:-([\d.]+))?")
+_LABEL = re.compile(r"(.+)-(allocation|schedule|long_run)(?:-([\d.]+))?")
 _COSTS = ("sparsity", "parameters", "parameters_sparse", "macs", "macs_sparse")
 
 
@@ -160,7 +160,7 @@ def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> 
     rows = []
     for method in recipe.pruning.methods:
         best = {one.kind: one.best for one in searches if one.method == method and one.level in goal}
-        one_shot, recovered = best.get("allocation"), best.get("schedule")
+        one_shot, recovered = best.get("allocation"), best.get("long_run") or best.get("schedule")
         if last := recovered or one_shot:
             rows.append(
                 Model(

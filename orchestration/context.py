@@ -50,7 +50,7 @@ class Sweep:
 
     @cached_property
     def datasets(self) -> list[Dataset]:
-        return datasets(self.data, self.data_hash)
+        return datasets(self.data, self.data_hash, self.recipe.data.source)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
         """A function as a Ray task of the sweep's own, and the device that it gets.

@@ -31,16 +31,20 @@ class Dataset:
         return scheme if found else "local"
 
 
-def datasets(data: DataSettings, data_hash: str) -> list[Dataset]:
-    """Those that a sweep reads; validation images held out of train are counted there."""
-    return list(_datasets(data, data_hash[:12]))
+def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
+    """Those that a sweep reads; validation images held out of train are counted there.
+
+    Args:
+        name: of the data as a whole, if it is known by one.
+    """
+    return list(_datasets(data, data_hash[:12], name))
 
 
-def _datasets(data: DataSettings, digest: str) -> Iterator[Dataset]:
+def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Dataset]:
     for part in _PARTS:
         uri: str | None = getattr(data, part)
         if uri is None:
             continue
-        stem = data.source or PurePosixPath(uri).stem
+        stem = known or PurePosixPath(uri).stem
         name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
         yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)

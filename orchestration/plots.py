@@ -43,11 +43,11 @@ def trial_history(trials: Sequence[TrialRecord], title: str, dense_top1: float |
     best = [max(points[: index + 1]) for index in range(len(points))]
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([trial.number for trial in done], points, "o", label="trial")
+    axes.plot(range(len(points)), points, "o", label="trial")
     axes.step(range(len(best)), best, where="post", label="best so far")
     if dense_top1 is not None:
         axes.axhline(100 * dense_top1, linestyle="--", color="grey", label="dense")
-    axes.set_xlabel("trial")
+    axes.set_xlabel("trial, in the order they ended")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation top-1 (%)")
     axes.set_title(title)

@@ -35,8 +35,7 @@ def test_parts_by_name_number_and_place_for_others(data: DataSettings) -> None:
 
 
 def test_data_of_our_own_bear_their_name(data: DataSettings) -> None:
-    named = data.model_copy(update={"source": "digits"})
-    assert [one.name for one in datasets(named, HASH)] == ["digits-train", "digits-test"]
+    assert [one.name for one in datasets(data, HASH, "digits")] == ["digits-train", "digits-test"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> N
         datasets(data, HASH)
 
 
-@pytest.mark.parametrize(("done", "told"), [(False, [["train"]]), (True, [])])
+@pytest.mark.parametrize(("done", "told"), [(False, [["digits-train"]]), (True, [])])
 def test_a_phase_reads_no_test_images(
     data: DataSettings, tmp_path: Path, done: bool, told: list[list[str]]
 ) -> None:
