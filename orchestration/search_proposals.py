@@ -47,13 +47,13 @@ def proposals(search: Search, log: TrialLog) -> ConcurrencyLimiter | None:
         mode=list(goals.values()) if search.cost else "max",
         sampler=sampler,
         points_to_evaluate=[values for values in first if values not in tried],
-        storage=_told(search.space, _telling(known), goals),
+        storage=_told(search.space, telling(known), goals),
         study_name=_STUDY,
     )
     return ConcurrencyLimiter(searcher, max_concurrent=search.concurrent)
 
 
-def _telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
+def telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
     """All, or of very many the best and the newest: TPE goes through all each time."""
     if len(known) <= _MOST_TOLD:
         return list(known)
