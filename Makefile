@@ -8,8 +8,10 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/espalier sweep experiments/demo.yaml
 
+# side by side what needs no cluster; what starts one has the machine for itself
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not cluster and not long"
+	$(BIN)/python -m pytest -m "cluster and not long"
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m ""

@@ -14,7 +14,7 @@ from conftest import Swept
 
 from orchestration.trial_log import TrialLog
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(900)]
 FAULTS = Path(__file__).parent / "faults"
 TRIALS = 24
 
