@@ -38,7 +38,7 @@ def known(command: Command) -> int:
 def test_phase_by_phase(tmp_path: Path) -> None:
     with espalier(*SWEEP, "--from", "schedule", cwd=tmp_path) as command:
         assert command.wait() == 2
-        assert "--from: 'schedule'" in command.err
+        assert "--from = 'schedule'" in command.err
         assert "run that first, by --until dense" in command.err
 
     until = run(*SWEEP, "--until", "allocation", cwd=tmp_path)

@@ -152,6 +152,7 @@ def test_a_trial_that_cannot_even_begin_has_failed(cluster: None, tmp_path: Path
         storage=f"{tmp_path}/tune",
         seed=0,
     )
+    run_search(search, log, Quiet())
     with pytest.raises(RuntimeError, match=r"no trial ran to its end: .*no room for the model"):
-        run_search(search, log, Quiet())
+        log.best()
     assert [record.state for record in log.trials] == ["failed", "failed"]
