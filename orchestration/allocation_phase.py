@@ -37,7 +37,8 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     for sparsity in search.sparsities:
         before = studies[sparsity] = search.study(sparsity, before)
     goal = studies[sweep.recipe.pruning.sparsity]
-    return Allocated({goal.sparsity: goal} if sweep.finds_sparsity else studies, goal)
+    found = sweep.recipe.allocation.between is not None
+    return Allocated({goal.sparsity: goal} if found else studies, goal)
 
 
 class _Searches:

@@ -195,7 +195,7 @@ def _check_space(recipe: Recipe) -> None:
     for key, values in ends.items():
         for value in values:
             try:
-                _check_values(recipe, {key: value})
+                _check_values(recipe, recipe.schedule.active({key: value}))
             except InputError as error:
                 raise InputError(f"schedule.space.{key}", value, f"{error.key}: {error.expected}") from None
     if math.prod(map(len, ends.values())) > _CORNERS:
@@ -203,7 +203,7 @@ def _check_space(recipe: Recipe) -> None:
     for corner in itertools.product(*ends.values()):
         chosen = dict(zip(ends, corner, strict=True))
         try:
-            _check_values(recipe, chosen)
+            _check_values(recipe, recipe.schedule.active(chosen))
         except InputError as error:
             raise InputError("schedule.space", chosen, f"{error.key}: {error.expected}") from None
 
@@ -211,16 +211,14 @@ def _check_space(recipe: Recipe) -> None:
 def _check_long_run(recipe: Recipe) -> None:
     """Its values must make a recipe that could run."""
     try:
-        changed = with_values(recipe, recipe.long_run)
-        _check_schedule(changed)
-        check_training(changed.recovery, "recovery.")
+        _check_values(recipe, recipe.long_run)
     except InputError as error:
         value = recipe.long_run.get(error.key, recipe.long_run)
         raise InputError("long_run", value, f"{error.key}: {error.expected}") from None
 
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
-    changed = with_values(recipe, recipe.schedule.active(values))
+    changed = with_values(recipe, values)
     _check_schedule(changed)
     if changed.recovery != recipe.recovery:
         check_training(changed.recovery, "recovery.")

@@ -137,19 +137,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _sparsities_to_choose_from(self) -> Recipe:
-        pareto = self.allocation.pareto
-        if pareto is None or pareto.between is None or not self.allocation.trials:
+        between = self.allocation.between
+        if between is None:
             return self
-        for sparsity in pareto.between:
+        for sparsity in between:
             self.pruning.check_reach(sparsity, "allocation.pareto.between")
             try:
                 self.pruning.schedule.check(sparsity)
             except ValueError as error:
                 raise ValueError(f"allocation.pareto.between: {sparsity:g}: {error}") from None
-        if any(level >= pareto.between[0] for level in self.pruning.keep):
-            raise ValueError(
-                f"pruning.keep: must lie below allocation.pareto.between ({pareto.between[0]:g})"
-            )
+        if any(level >= between[0] for level in self.pruning.keep):
+            raise ValueError(f"pruning.keep: must lie below allocation.pareto.between ({between[0]:g})")
         return self
 
     @model_validator(mode="after")
@@ -164,9 +162,8 @@ class Recipe(Settings):
     @property
     def _sparsities(self) -> tuple[float, ...]:
         """Those that gradual runs end at, the least and the largest at least."""
-        pareto = self.allocation.pareto
-        if pareto is not None and pareto.between is not None and self.allocation.trials:
-            return pareto.between
+        if self.allocation.between is not None:
+            return self.allocation.between
         found = self.schedule.space.get("pruning.sparsity")
         ends = found and (found.uniform or found.log or found.integer or found.choice)
         return tuple(map(float, ends or (self.pruning.sparsity,)))

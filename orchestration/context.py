@@ -71,15 +71,11 @@ class Sweep:
             expected = f"the phase before it has no result yet ({title}); run that first, by --until {phase}"
             raise InputError("--from", self.span.first, expected)
 
-    @property
-    def finds_sparsity(self) -> bool:
-        """Whether the allocation search says how sparse the models are to be."""
-        pareto = self.recipe.allocation.pareto
-        return pareto is not None and pareto.between is not None
-
     def phase(self, phase: Phase) -> Sweep:
         """The sweep with the phase's own resources."""
-        return self.changed({"resources": self.recipe.resources.of(phase).model_dump(mode="json")})
+        own = self.recipe.resources.of(phase)
+        same = own is self.recipe.resources
+        return self if same else self.changed({"resources": own.model_dump(mode="json")})
 
     def changed(self, values: Mapping[str, Any]) -> Sweep:
         """The same sweep with other values of some recipe keys."""

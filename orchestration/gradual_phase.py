@@ -33,7 +33,7 @@ _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long ru
 
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:
     """Gradual runs over schedule hyper-parameters."""
-    if allocated is not None and sweep.finds_sparsity:
+    if allocated is not None and sweep.recipe.allocation.between is not None:
         sweep = sweep.changed({"pruning.sparsity": allocated.goal.sparsity})
     return _runs(sweep, "schedule", method, dense, allocated)
 
@@ -135,7 +135,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
                 folder=f"{folder}/train",
                 scratch=scratch,
                 epochs=epochs,
-                **_searched(sweep, phase),
+                **_searched(sweep),
             )
             run_search(search, log, runs)
     best = log.best()
@@ -154,10 +154,10 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     return Gradual(sweep, best, log.trials, folder, runs)
 
 
-def _searched(sweep: Sweep, phase: Phase) -> dict[str, Any]:
+def _searched(sweep: Sweep) -> dict[str, Any]:
     """What makes a search of several runs; nothing where there is one."""
     recipe, search = sweep.recipe, sweep.recipe.schedule
-    if phase == "long_run" or search.runs == 1:
+    if search.runs == 1:
         return {}
     return {
         "space": recipe_space(search.space),

@@ -122,6 +122,11 @@ class AllocationSearch(SearchLimits):
             raise ValueError("sparsities: pareto.between is one search over all of them; drop one of the two")
         return self
 
+    @property
+    def between(self) -> tuple[float, float] | None:
+        """The sparsities to choose from, where the search says how sparse the models are to be."""
+        return None if self.pareto is None or not self.trials else self.pareto.between
+
     def rungs(self, images: int) -> list[int]:
         """How many of ``images`` a trial has seen at each of its ends."""
         most = min(self.images, images)

@@ -54,7 +54,7 @@ class AllocationSpace:
             pruning.floor,
             pruning.ceiling,
             Pattern.parse(pruning.pattern).unit,
-            None if search.pareto is None else search.pareto.between,
+            search.between,
         )
 
     def own_values(self) -> dict[str, float]:

@@ -102,6 +102,21 @@ def run(
         signal.signal(kind, handler)
 
 
+@pytest.fixture(scope="module")
+def tune_here(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray on this machine, for trainables that the test module itself defines."""
+    from ray import cloudpickle
+
+    from orchestration.cluster import connect
+
+    cloudpickle.register_pickle_by_value(request.module)  # workers do not find the tests
+    try:
+        with connect(None):
+            yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(request.module)
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Any]:
     """Ray's head and one more node (``other``), a processor each; only the main thread may add nodes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,3 +132,11 @@ def state(model: nn.Module) -> dict[str, tuple[bytes, bool]]:
 def zeros(model: nn.Module, layers: list[PrunableLayer]) -> dict[str, Tensor]:
     weights = dict(model.named_parameters())
     return {layer.name: weights[layer.name].detach() == 0 for layer in layers}
+
+
+class Quiet:
+    """An observer of a search that does not listen."""
+
+    def trial_started(self, *_: Any) -> None: ...
+    def trial_reported(self, *_: Any) -> None: ...
+    def trial_ended(self, *_: Any) -> None: ...

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from ray import cloudpickle, tune
+from helpers import Quiet
+from ray import tune
 
-from orchestration.cluster import connect
 from orchestration.search import Search, run_search, stopping
 from orchestration.trial_log import TrialLog, TrialRecord
 
@@ -50,22 +48,6 @@ class TwoGoals(Bowl):
         return {**super().step(), "cost": 100 * self._values["x"]}
 
 
-class Quiet:
-    def trial_started(self, *_: Any) -> None: ...
-    def trial_reported(self, *_: Any) -> None: ...
-    def trial_ended(self, *_: Any) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
-    try:
-        with connect(None):
-            yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
 def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[TrialRecord]:
     log = TrialLog(f"{folder}/trials.json", cheap=True)
     search = Search(
@@ -88,7 +70,7 @@ def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[Tria
 @pytest.mark.cluster
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp", "nsga2"])
 def test_a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
-    sampler: str, cluster: None, tmp_path: Path
+    sampler: str, tune_here: None, tmp_path: Path
 ) -> None:
     one, two = (searched(tmp_path / name, sampler=sampler) for name in ("one", "two"))
     assert [record.values for record in one] == [record.values for record in two]
@@ -100,7 +82,7 @@ def test_a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
-def test_two_objectives_are_both_told_to_the_sampler(sampler: str, cluster: None, tmp_path: Path) -> None:
+def test_two_objectives_are_both_told_to_the_sampler(sampler: str, tune_here: None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"sampler": sampler, "trainable": TwoGoals, "cost": "cost"}
     before = searched(tmp_path, trials=6, **options)
     found = searched(tmp_path, trials=TRIALS, **options)  # goes on with what is known of both
@@ -111,7 +93,7 @@ def test_two_objectives_are_both_told_to_the_sampler(sampler: str, cluster: None
 
 
 @pytest.mark.cluster
-def test_a_search_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
+def test_a_search_goes_on_where_it_was(tune_here: None, tmp_path: Path) -> None:
     before = searched(tmp_path, trials=5)
     after = searched(tmp_path, trials=9)
     assert after[:5] == before
@@ -121,7 +103,7 @@ def test_a_search_goes_on_where_it_was(cluster: None, tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
-def test_the_worse_are_stopped_early(kind: str, cluster: None, tmp_path: Path) -> None:
+def test_the_worse_are_stopped_early(kind: str, tune_here: None, tmp_path: Path) -> None:
     found = searched(tmp_path, scheduler=lambda: stopping(kind, "images", 1, 2, 3), sampler="random")
     states = {record.state for record in found}
     assert len(found) == TRIALS
@@ -141,7 +123,7 @@ class Broken(Bowl):
 
 
 @pytest.mark.cluster
-def test_a_trial_that_cannot_even_begin_has_failed(cluster: None, tmp_path: Path) -> None:
+def test_a_trial_that_cannot_even_begin_has_failed(tune_here: None, tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     search = Search(
         name="broken",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from ray import cloudpickle, tune
+from helpers import Quiet
+from ray import tune
 
-from orchestration.cluster import connect
 from orchestration.search import Search, run_search
 from orchestration.search_config import SearchLimits
 from orchestration.search_limits import Limits
@@ -46,22 +44,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         return None
 
 
-class Quiet:
-    def trial_started(self, *_: Any) -> None: ...
-    def trial_reported(self, *_: Any) -> None: ...
-    def trial_ended(self, *_: Any) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
-    try:
-        with connect(None):
-            yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
 def run(folder: Path, first: list[float], trials: int, **limits: float) -> list[TrialRecord]:
     log = TrialLog(f"{folder}/trials.json", cheap=True)
     search = Search(
@@ -81,7 +63,7 @@ def run(folder: Path, first: list[float], trials: int, **limits: float) -> list[
 
 
 @pytest.mark.cluster
-def test_a_trial_that_hangs_has_failed_after_its_time(cluster: None, tmp_path: Path) -> None:
+def test_a_trial_that_hangs_has_failed_after_its_time(tune_here: None, tmp_path: Path) -> None:
     began = time.monotonic()
     found = run(tmp_path, [0.5, HANGS, 0.75], trials=4, trial_minutes=0.1)
     assert time.monotonic() - began < 100
@@ -91,14 +73,14 @@ def test_a_trial_that_hangs_has_failed_after_its_time(cluster: None, tmp_path: P
 
 
 @pytest.mark.cluster
-def test_a_trial_that_fails_is_marked_and_the_search_goes_on(cluster: None, tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_marked_and_the_search_goes_on(tune_here: None, tmp_path: Path) -> None:
     found = run(tmp_path, [0.5, FAILS, 0.75], trials=4, failures=0.25)
     assert [record.state for record in found] == ["finished", "failed", "finished", "finished"]
     assert "no such layer" in str(found[1].error)
 
 
 @pytest.mark.cluster
-def test_too_many_failures_end_the_search(cluster: None, tmp_path: Path) -> None:
+def test_too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         run(tmp_path, [0.5, FAILS, FAILS, 0.75, 0.875], trials=8, failures=0.2)
     said = str(raised.value)
