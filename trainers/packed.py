@@ -1,11 +1,13 @@
 """Weights with zeros in less space: for each a bit that says whether it is zero, and the values of the rest.
 
-One safetensors file. A packed tensor ``NAME`` is two tensors in it: ``NAME.mask``, ``uint8``, the bits of
+One safetensors file. A packed tensor ``NAME`` is two tensors of ``uint8`` in it: ``NAME.mask``, the bits of
 :func:`numpy.packbits` over the flat tensor in C order (its default order: the first weight is the highest bit
 of the first byte; the last byte is filled up with zeros; 1 is a weight that is stored), and ``NAME.values``,
-the stored weights in the same order and their own type. All others are as they were. The one metadata entry,
-:data:`FORMAT`, is JSON: ``shapes`` of the packed tensors, and ``masks``, the names of the pruned layers. A
-layer's mask is its ``NAME.mask``, or ``NAME.kept`` (packed alike) where the two differ.
+the stored weights in the same order: the first byte of each (as they lie in memory, least significant first),
+then the second of each, and so on, deflated by zlib. The last bytes hold sign and exponent, of which a layer
+has few: they take a quarter of their space. All other tensors are as they were. The one metadata entry,
+:data:`FORMAT`, is JSON: ``packed``, type and shape of the packed tensors, and ``masks``, the names of the
+pruned layers. A layer's mask is its ``NAME.mask``, or ``NAME.kept`` (packed alike) where the two differ.
 
 Zero is what has no bit set: -0.0 is stored. Nothing is computed with the values, so every bit comes back.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from pruners.masks import MaskSet
 
-FORMAT = "espalier-packed-1"
+FORMAT = "espalier-packed-2"
 _ENTRY = 256  # bytes that a packed tensor costs in the header
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -37,22 +40,22 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor], masks: MaskSet | Non
         masks: of some of the tensors, by name.
     """
     stored: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    packed: dict[str, tuple[str, list[int]]] = {}
     for name, tensor in tensors.items():
         pair = _pack(tensor)
         if pair is None:
             stored[name] = tensor.contiguous()
             continue
-        shapes[name] = list(tensor.shape)
+        packed[name] = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
         stored[f"{name}.mask"], stored[f"{name}.values"] = pair
     for name, mask in (masks or {}).items():
         bits = _bits(mask.reshape(-1))
-        if name not in shapes or not torch.equal(bits, stored[f"{name}.mask"]):
+        if name not in packed or not torch.equal(bits, stored[f"{name}.mask"]):
             stored[f"{name}.kept"] = bits
-    about = {"shapes": shapes, "masks": sorted(masks or {})}
+    about = {"packed": packed, "masks": sorted(masks or {})}
     # a single entry: safetensors writes several in any order, and equal weights shall be equal files
     save_file(stored, path, metadata={FORMAT: json.dumps(about, sort_keys=True)})
-    return list(shapes)
+    return list(packed)
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], MaskSet | None]:
@@ -65,13 +68,14 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], MaskSet | None]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})[FORMAT])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shapes: dict[str, list[int]] = about["shapes"]
-        bits = {name: stored.pop(f"{name}.mask") for name in shapes}
+        packed: dict[str, tuple[str, list[int]]] = about["packed"]
+        bits = {name: stored.pop(f"{name}.mask") for name in packed}
         kept = {name: stored.pop(f"{name}.kept", bits.get(name)) for name in about["masks"]}
-        for name, shape in shapes.items():
-            stored[name] = _unpack(bits[name], stored.pop(f"{name}.values"), shape)
+        for name, (kind, shape) in packed.items():
+            values = stored.pop(f"{name}.values").numpy()
+            stored[name] = _unpack(bits[name], values, getattr(torch, kind), shape)
         masks = {name: _mask(found, stored[name].shape) for name, found in kept.items()}
-    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError, zlib.error) as error:
         raise ValueError(str(error)) from None
     return stored, MaskSet(masks) if masks else None
 
@@ -83,18 +87,24 @@ def _pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     words = tensor.detach().cpu().contiguous().reshape(-1).view(_WORDS[size])
     stored = words != 0
-    bits, values = _bits(stored), words[stored].view(tensor.dtype)
-    saved = (len(words) - len(values)) * size - len(bits)
-    return (bits, values) if saved > _ENTRY else None
+    bits, values = _bits(stored), words[stored]
+    if (len(words) - len(values)) * size - len(bits) <= _ENTRY:
+        return None
+    planes = np.ascontiguousarray(values.numpy().view(np.uint8).reshape(-1, size).T)
+    return bits, torch.frombuffer(bytearray(zlib.compress(planes.tobytes())), dtype=torch.uint8)
 
 
-def _unpack(bits: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack(bits: Tensor, deflated: np.ndarray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     stored = _mask(bits, [math.prod(shape)])
-    if int(stored.sum()) != len(values):
-        raise ValueError(f"{len(values)} values do not fit {int(stored.sum())} bits")
-    tensor = torch.zeros(len(stored), dtype=values.dtype)
-    words = _WORDS[values.element_size()]
-    tensor.view(words)[stored] = values.view(words)
+    tensor = torch.zeros(len(stored), dtype=dtype)
+    size, count = tensor.element_size(), int(stored.sum())
+    inflate = zlib.decompressobj()
+    # one byte more than there may be: a file that inflates to gigabytes is refused, not read
+    planes = np.frombuffer(inflate.decompress(deflated.tobytes(), size * count + 1), np.uint8)
+    if len(planes) != size * count or not inflate.eof:
+        raise ValueError(f"its values do not fit {count} bits")
+    values = torch.from_numpy(np.ascontiguousarray(planes.reshape(size, -1).T).reshape(-1))
+    tensor.view(_WORDS[size])[stored] = values.view(_WORDS[size])
     return tensor.reshape(tuple(shape))
 
 
