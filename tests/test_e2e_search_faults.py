@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
-from commands import SMALL, espalier
+from commands import SMALL, Family, espalier
 from conftest import Swept
 
 from orchestration.trial_log import TrialLog
@@ -32,6 +35,25 @@ def sweep(swept: Swept, *more: str) -> tuple[str, ...]:
         "schedule.trials=1",
         *more,
     )
+
+
+@contextmanager
+def head() -> Iterator[Any]:
+    """A cluster of one node with two processors; its processes end with it."""
+    from ray.cluster_utils import Cluster
+
+    from orchestration.ports import LOOPBACK, free_port
+
+    port = {"dashboard_port": free_port(8265), "dashboard_host": LOOPBACK, "include_dashboard": True}
+    before = set(Family(os.getpid(), FAULTS, "none").look())
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **port})
+    family = Family(os.getpid(), FAULTS, "none")
+    try:
+        family.look()
+        yield made
+    finally:
+        made.shutdown()
+        family.end(but=before)
 
 
 def log_of(storage: Path) -> TrialLog | None:
@@ -75,18 +97,28 @@ def test_a_node_is_lost_with_its_trials(swept: Swept, cluster: Any, tmp_path: Pa
     assert len(log.ended) >= TRIALS - 1
 
 
-def test_a_full_storage_ends_the_sweep_with_one_line(swept: Swept, tmp_path: Path) -> None:
+def fault(name: str, folder: object = "") -> dict[str, str]:
+    """Environment of a command that a fault of tests/faults befalls."""
+    path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "ESPALIER_FAULT": f"{name}:0:{folder}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("search full", "No space left on device"), ("search read-only", "Read-only file system")],
+)
+def test_a_storage_that_takes_no_more_ends_the_sweep_with_one_line(
+    name: str, says: str, swept: Swept, tmp_path: Path
+) -> None:
     storage = tmp_path / "runs"
     arguments = sweep(swept, f"storage={storage}")
-    path = os.pathsep.join(filter(None, (str(FAULTS), os.environ.get("PYTHONPATH"))))
-    fault = {"PYTHONPATH": path, "ESPALIER_FAULT": "search full:0:"}
-    with espalier(*arguments, cwd=tmp_path, **fault) as command:
+    with espalier(*arguments, cwd=tmp_path, **fault(name)) as command:
         assert command.wait() == 1, command.err
         assert command.left() == {}
     assert "Traceback" not in command.err
     (line,) = [line for line in command.err.splitlines() if line.startswith("espalier: ")]
     assert "small broke off" in line
-    assert "No space left on device" in line
+    assert says in line
     before = log_of(storage)
     assert before is not None
     assert before.trials
@@ -95,6 +127,42 @@ def test_a_full_storage_ends_the_sweep_with_one_line(swept: Swept, tmp_path: Pat
         assert command.wait() == 0, command.err
     after = agrees(storage).trials
     assert [trial.metrics for trial in after[: len(before.trials)]] == [one.metrics for one in before.trials]
+
+
+def test_an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    memory = psutil.virtual_memory()
+    most = (memory.total - memory.available + 5e9) / memory.total  # of this machine's, for Ray's monitor
+    limit = {"RAY_memory_usage_threshold": f"{most:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    with espalier(
+        *sweep(swept, f"storage={storage}"), cwd=tmp_path, **limit, **fault("hungry", tmp_path / "struck")
+    ) as command:
+        assert command.wait() == 0, command.err
+    log = agrees(storage)
+    (failed,) = [trial for trial in log.trials if trial.state == "failed"]
+    assert "memory" in (failed.error or "")
+    assert len(log.ended) == TRIALS - 1
+
+
+def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
+    """The sweep ends in one line when its cluster is gone; on a new one it goes on with what is known."""
+    storage = tmp_path / "shared"
+    arguments = sweep(swept, f"storage=file://{storage}", "resources.workers=1", "--address")
+    before = []
+    for seconds in (120.0, None):
+        with head() as made, espalier(*arguments, made.address, cwd=tmp_path) as command:
+            if seconds is None:
+                assert command.wait() == 0, command.err
+                break
+            command.until(lambda: ended(storage) > 3, what="some trials")
+            made.remove_node(made.head_node, allow_graceful=False)
+            assert command.wait(seconds) == 1, command.err
+            assert "Traceback" not in command.err
+            assert "small broke off" in command.err
+            assert "to go on: espalier sweep" in command.err
+            before = (log_of(storage) or pytest.fail("no log")).trials
+    after = agrees(storage).trials
+    assert [trial.metrics for trial in after[: len(before)]] == [trial.metrics for trial in before]
 
 
 def test_the_server_of_ours_is_killed(swept: Swept, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ kills itself, once for the folder. The product knows nothing of it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.abc
 import importlib.machinery
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -96,17 +98,41 @@ def _disk_full(module: ModuleType) -> None:
     module.write_state = struck
 
 
-def _search_full(module: ModuleType) -> None:
-    original, written = module.write_bytes, []
+def _search_storage(number: int) -> Callable[[ModuleType], None]:
+    """After some trials the storage takes no more of them, for the reason that a number of errno says."""
 
-    def struck(uri: str, content: bytes) -> None:
-        if "/allocation-" in uri and "/trials" in uri:
-            written.append(uri)
-            if len(written) > 8:
-                raise OSError(28, "No space left on device", uri)
-        original(uri, content)
+    def change(module: ModuleType) -> None:
+        original, written = module.write_bytes, []
 
-    module.write_bytes = struck
+        def struck(uri: str, content: bytes) -> None:
+            if "/allocation-" in uri and "/trials" in uri:
+                written.append(uri)
+                if len(written) > 8:
+                    raise OSError(number, os.strerror(number), uri)
+            original(uri, content)
+
+        module.write_bytes = struck
+
+    return change
+
+
+def _hungry(module: ModuleType) -> None:
+    """One trial takes memory until it is ended: what it has, it has touched."""
+    original, steps, taken = module.OneShotTrial.step, [], []
+
+    def struck(self: Any) -> Any:
+        steps.append(self)
+        if len(steps) == 3:
+            try:
+                Path(FOLDER).mkdir()
+            except FileExistsError:
+                return original(self)
+            while True:
+                taken.append(b"x" * 2**27)
+                time.sleep(0.05)
+        return original(self)
+
+    module.OneShotTrial.step = struck
 
 
 FAULTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
@@ -115,7 +141,9 @@ FAULTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
     "elimination": ("pruners.obs", _elimination),
     "writing": ("trainers.state", _writing),
     "disk full": ("trainers.state", _disk_full),
-    "search full": ("trainers.storage", _search_full),
+    "search full": ("trainers.storage", _search_storage(errno.ENOSPC)),
+    "search read-only": ("trainers.storage", _search_storage(errno.EROFS)),
+    "hungry": ("orchestration.one_shot", _hungry),
 }
 
 
