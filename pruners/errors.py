@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
 
 
