@@ -17,8 +17,8 @@ _NUMBER = "espalier.number"
 class CheapRuns(TrialRuns):
     """:class:`TrialRuns` whose trials have runs of their own only once they are over.
 
-    The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the log
-    has, and loses what it has not.
+    The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
+    log has, and loses what it has not.
     """
 
     def __init__(self, tracker: Tracker, *arguments: Any, **options: Any) -> None:

@@ -157,8 +157,8 @@ class Tracker:
     def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
         """Runs below a run that are ``known`` by the value of a tag: value -> id.
 
-        Others are deleted: those left half said, and those of trials that were logged here and, as the driver or
-        its storage failed, nowhere else; they run again.
+        Others are deleted: those left half said, and those of trials that were logged here and, as the driver
+        or its storage failed, nowhere else; they run again.
         """
         found: dict[str, str] = {}
         token: str | None = None
@@ -166,8 +166,8 @@ class Tracker:
             below = f"tags.`mlflow.parentRunId` = '{run}'"
             page = self.client.search_runs([self.experiment], below, max_results=1000, page_token=token)
             for child in page:
-                value = child.data.tags.get(tag)
-                if child.info.end_time is None or value not in known or value in found:
+                value: str | None = child.data.tags.get(tag)
+                if value is None or child.info.end_time is None or value not in known or value in found:
                     self.client.delete_run(child.info.run_id)
                 else:
                     found[value] = child.info.run_id
