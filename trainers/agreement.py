@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE: Mapping[str, float] = MappingProxyType(
-    {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05, "int8": 0.2}
+    {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05, "int8": 0.1}
 )
 """By data type, the largest :attr:`Agreement.relative` of an answer that counts as the model's.
 
 Measured on a ViT and a Swin: 3e-7 in float32, 4e-3 in bfloat16, 0.01 to 0.04 in INT8. Quantisation that went
-wrong gave 0.42, with hardly another top-1: accuracy alone would not show it.
+wrong gave 0.15 and 0.42, with hardly another top-1: accuracy alone would not show it.
 """
 
 

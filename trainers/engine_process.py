@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,9 @@ class EngineError(RuntimeError):
 class EngineProcess:
     """The caller's side: a process that has loaded a model, until it is closed.
 
+    Raises:
+        EngineError: the engine cannot load the model.
+
     Args:
         path: a checkpoint folder or a file, as the engine takes it.
         images: a ``.npy`` file, (N, channels, height, width), normalised; batches are its first ones.
@@ -48,23 +52,29 @@ class EngineProcess:
             "OMP_NUM_THREADS": str(place.threads),
             "MKL_NUM_THREADS": str(place.threads),
         }
+        # no pipe: one that nobody reads would stop who fills it
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainers.engine_process"],
+            [sys.executable, "-P", "-m", "trainers.engine_process"],  # not what lies in the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             env=environment,
             start_new_session=True,  # Ctrl-C is the caller's, who closes it
         )
-        self._ask(
-            engine=choice.engine,
-            type=choice.kind,
-            path=str(path),
-            threads=place.threads,
-            device=place.device,
-            images=str(images),
-        )
+        try:
+            self._ask(
+                engine=choice.engine,
+                type=choice.kind,
+                path=str(path),
+                threads=place.threads,
+                device=place.device,
+                images=str(images),
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def warm(self, batch: int) -> int:
         """Run a batch size for the first times; returns the peak memory of the process so far, in bytes.
@@ -98,7 +108,7 @@ class EngineProcess:
         """End the process, which has nothing to lose, also in the middle of a question."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout, self._said):
             if stream is not None:
                 with suppress(BrokenPipeError):
                     stream.close()
@@ -128,9 +138,9 @@ class EngineProcess:
         return answer
 
     def _last_words(self) -> str:
-        assert self._process.stderr is not None
-        said = self._process.stderr.read().strip().splitlines()
         status = self._process.wait()
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         return f"its process ended ({how})" + (f": {said[-1]}" if said else "")
 
