@@ -102,7 +102,7 @@ class Report:
             if found is None:
                 yield f"batch {batch}: nothing to recommend"
                 continue
-            text = f"batch {batch}: {found.model} on {found.choice}, {1e3 * found.latency:.3g} ms"
+            text = f"batch {batch}: {found.model} on {found.choice}, {milliseconds(found.latency)} ms"
             if dense is not None and dense is not found:
                 text += f", {dense.latency / found.latency:.2f}× as fast as {self.first} on {dense.choice}"
             if found.top1 is None:
@@ -165,8 +165,8 @@ class Report:
         dense = self.best_dense(row.batch)
         return [
             *head,
-            f"{1e3 * row.latency:.3g}",
-            f"{1e3 * low:.3g} … {1e3 * high:.3g}",
+            milliseconds(row.latency),
+            f"{milliseconds(low)} … {milliseconds(high)}",
             f"{row.throughput:,.0f}",
             "–" if dense is None else f"{dense.latency / row.latency:.2f}",
             "–" if row.memory is None else f"{row.memory / 1e6:.0f} MB",
@@ -203,6 +203,12 @@ class Report:
 def gain(row: Row, over: Row) -> bool:
     """Whether a row is faster than another by more than what the measurement varies."""
     return over.latency >= GAIN * row.latency and row.spread[1] < over.spread[0]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and all those before the point."""
+    found = 1e3 * seconds
+    return f"{found:,.0f}" if found >= 100 else f"{found:.3g}"
 
 
 def _as_dict(row: Row) -> dict[str, Any]:

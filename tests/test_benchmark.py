@@ -25,7 +25,7 @@ from orchestration import benchmark_options, variants
 from orchestration.benchmark import Row, in_turns
 from orchestration.benchmark_options import BenchmarkOptions
 from orchestration.benchmark_plot import accuracy_over_latency
-from orchestration.benchmark_report import Report, gain
+from orchestration.benchmark_report import Report, gain, milliseconds
 from orchestration.machine import describe_machine
 from pruners import prune
 from pruners.errors import InputError
@@ -189,6 +189,15 @@ def test_a_gain_is_larger_than_the_noise() -> None:
     assert gain(quiet, row("b", ORT, 2.2))
     assert not gain(quiet, row("b", ORT, 2.05))
     assert not gain(noisy, row("b", ORT, 2.2))
+
+
+def test_times_are_readable() -> None:
+    assert [milliseconds(one) for one in (0.00012345, 0.0123456, 0.1234, 12.345)] == [
+        "0.123",
+        "12.3",
+        "123",
+        "12,345",
+    ]
 
 
 def test_a_busy_machine_is_told() -> None:
