@@ -1,8 +1,8 @@
 """``espalier export`` to a format that an engine reads: written, run by that engine, compared, then kept.
 
 The folder OUT holds the engine's file and ``export.json`` (:data:`RECORD`): where it came from, how it was
-checked, its versions and checksums, and torch's answers to a few made-up pictures, by which anybody can tell
-later and elsewhere whether an engine still answers what the model answers.
+checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
+anybody can tell later and elsewhere whether an engine still answers so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pruners.errors import InputError, first_line
 from trainers import data, models
 from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
-from trainers.engines import ENGINES, Place
+from trainers.engines import ENGINES, Place, Run
 from trainers.preprocessing import Images, pattern_images, preprocessing_of
 
 RECORD = "export.json"
@@ -82,7 +82,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
         source = source_of(model, checkpoint, wanted.calibration)
         with whole(target, wanted.out, "OUT") as folder:
             form.write(source, folder)
-            check = _check(form, folder, model, images)
+            run = _loaded(form, folder)
+            check = _check(run, form, model, images)
             say(f"{'compared':<12}with torch, on {len(images)} images ({name})")
             for batch, agreement in check.items():
                 say(f"{f'batch {batch}':<12}{agreement}")
@@ -94,6 +95,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
                     "nothing is kept"
                 )
             content = _content(wanted, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
+            content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
             content["source"] = _provenance(place, checkpoint, record)
             content["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
             (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
@@ -177,11 +179,27 @@ def _calibration(model: nn.Module, uri: str) -> Images:
     return torch.stack([table[int(row)][0] for row in drawn]).numpy()
 
 
-def _check(form: Format, folder: Path, model: nn.Module, images: Images) -> dict[int, Agreement]:
+def _loaded(form: Format, folder: Path) -> Run:
+    try:
+        return ENGINES[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
+    except Exception as error:  # whatever an engine raises
+        raise CheckError(
+            f"{form.engine} cannot load the file ({first_line(error)}); nothing is kept"
+        ) from None
+
+
+def _probes(source: Source) -> Images:
+    """Made-up pictures, whose answers by the checked file tell later and elsewhere whether it is still right.
+
+    By the file and not by torch: they may lie outside of what INT8 was calibrated for.
+    """
+    return pattern_images(source.preprocessing, PROBES)
+
+
+def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int, Agreement]:
     """The engine's answers to the first images, batch by batch, against torch's."""
     expected = torch_answers(model, images)
     try:
-        run = ENGINES[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
         return {size: Agreement.of(run(images[:size].copy()), expected[:size]) for size in BATCHES}
     except Exception as error:  # whatever an engine raises
         raise CheckError(
@@ -198,7 +216,7 @@ def _provenance(place: str, checkpoint: Path, record: Mapping[str, Any]) -> dict
 def _content(
     wanted: Wanted, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
 ) -> dict[str, Any]:
-    form, probes = wanted.form, pattern_images(source.preprocessing, PROBES)
+    form = wanted.form
     return {
         "format": FORMAT,
         "kind": wanted.kind,
@@ -208,7 +226,6 @@ def _content(
         "calibration": None if source.calibration is None else len(source.calibration),
         "preprocessing": source.preprocessing,
         "check": by | {"batches": {str(size): agreement.as_dict() for size, agreement in check.items()}},
-        "probe": {"images": PROBES, "logits": torch_answers(source.model, probes).tolist()},
         "versions": versions() | _installed(form.packages),
     }
 

@@ -109,10 +109,11 @@ class Variant:
     def questions(
         self, images: Images, others: Sequence[Variant]
     ) -> tuple[Images, NDArray[np.float32]] | None:
-        """Images on which an engine's answers are compared, and torch's answers to them in float32.
+        """Images on which an engine's answers are compared, and what they have to be: torch's, in float32.
 
         Args:
-            images: real ones. Of made-up pictures an exported folder holds torch's answers itself.
+            images: real ones. An exported folder holds the answers that it gave to made-up pictures when it
+                was checked.
             others: models, among them perhaps the one that a file was made from.
 
         Returns:

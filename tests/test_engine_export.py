@@ -98,13 +98,13 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     assert record["source"]["sparsity"] == pytest.approx(0.75)
     # a file of any batch size, by its engine
     model = load_checkpoint(str(files / name)).model.eval()
-    pictures = pattern_images(record["preprocessing"], 5)
+    pictures = engine_export._real_images(model, str(files / "images.parquet"))[0][:5]
     answer = ENGINES[form.engine].load(out / form.file, form.kind, Place(1))
     for size in (1, 3, 5):
         apart = Agreement.of(answer(pictures[:size]), torch_answers(model, pictures[:size]))
         assert apart.holds(form.kind), apart
     probe = np.array(record["probe"]["logits"], np.float32)
-    assert np.allclose(probe, torch_answers(model, pictures[:4]), atol=1e-6)
+    assert np.allclose(probe, answer(pattern_images(record["preprocessing"], 4)), atol=1e-6)
     # what the file says of itself
     about = json.loads(metadata(out)["preprocessing"])
     config = timm.data.resolve_model_data_config(model)
@@ -184,7 +184,7 @@ def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch
     monkeypatch.setattr(engine_export, "FORMATS", {**FORMATS, "onnx": wrong})
     status, _, error = run("export @/vit out --format onnx")
     assert (status, len(error.splitlines())) == (1, 1)
-    assert "onnxruntime cannot run the file" in error
+    assert "onnxruntime cannot load the file" in error
     assert list(Path().iterdir()) == []
 
 
