@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +84,20 @@ def test_peak_memory_is_of_this_process() -> None:
     before = peak_memory()
     held = np.ones(30_000_000)
     assert peak_memory() - before > 0.8 * held.nbytes or before > 1e9
+
+
+def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
+    """Its tools, and NNCF's, note a client's number in the home folder before they send anything."""
+    script = (
+        "from trainers.optional import import_openvino; import_openvino(); import nncf; "
+        "from openvino.tools import ovc"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert not list(tmp_path.rglob("*cid*"))
 
 
 # layers without their zeros

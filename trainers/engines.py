@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruners.errors import InputError
-from trainers.optional import missing
+from trainers.optional import import_openvino, missing
 from trainers.preprocessing import Images
 
 if TYPE_CHECKING:
@@ -123,16 +123,13 @@ class OpenVino:
 
     def lacking(self, kind: str, device: str) -> str | None:
         lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if kind == "int8" else []))
-        if lacks is None and kind == "bfloat16":
-            import openvino
-
-            if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-                return "this processor has no bfloat16"
-        return lacks
+        if lacks is not None or kind != "bfloat16":
+            return lacks
+        able = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return None if "BF16" in able else "this processor has no bfloat16"
 
     def load(self, path: Path, kind: str, place: Place) -> Run:
-        import openvino
-
+        openvino = import_openvino()
         settings = {
             "INFERENCE_NUM_THREADS": place.threads,
             "NUM_STREAMS": 1,
