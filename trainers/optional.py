@@ -1,0 +1,35 @@
+"""Libraries that only the extra ``deploy`` brings: asked for by name, in one line, where they are missing."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from pruners.errors import InputError
+
+EXTRA = "pip install 'espalier[deploy]'"
+
+
+def missing(*packages: str) -> str | None:
+    """What to say of the first of these packages that is not installed; ``None`` if all are."""
+    for package in packages:
+        if find_spec(package) is None:
+            return f"needs {package}, which is not installed: {EXTRA}"
+    return None
+
+
+def import_openvino() -> Any:
+    """OpenVINO without the reports that it and NNCF send home by a package that both can do without."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it then fails
+    return import_module("openvino")
+
+
+def require(key: str, value: object, *packages: str) -> None:
+    """Raises:
+    InputError: one of the packages is not installed; names it and the extra.
+    """
+    lacking = missing(*packages)
+    if lacking is not None:
+        raise InputError(key, value, lacking)
