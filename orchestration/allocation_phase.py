@@ -87,9 +87,6 @@ class _Searches:
         with sweep.scratch(name) as scratch:
             run_search(self._search(name, scratch, inputs, moved), log, runs)
         best = _best(search, log)
-        record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
-        task, _ = sweep.task(remote.save_one_shot)
-        ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
         runs.figure(
             plots.allocations(log.trials, f"{self._method}{at}: sparsity of stages and modules"),
             "allocations",
@@ -102,6 +99,10 @@ class _Searches:
             runs.figure(plots.search_front(log.trials, search.pareto, best, f"{self._method}{at}"), "pareto")
         runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
         runs.close(best)
+        # last, as it says that the search is done: MLflow has all of it by now
+        record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
+        task, _ = sweep.task(remote.save_one_shot)
+        ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent
         sweep.display.finished(

@@ -29,8 +29,9 @@ threading.Thread(target=end, daemon=True).start()
 while True:
     began = time.monotonic()
     status = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
-    if time.monotonic() - began < 20:
+    if status > 0 and time.monotonic() - began < 20:  # it cannot start; a signal has a negative one
         sys.exit(status)
+    time.sleep(0.5)
 """
 
 
