@@ -8,6 +8,7 @@ fewer places than the parameter has room for, which is repaired if it is known h
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -31,11 +32,9 @@ def check_installed(key: str = "structured") -> None:
     """Raises:
     InputError: torch-pruning is not here.
     """
-    try:
-        import torch_pruning  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("torch_pruning") is None:
         expected = "needs torch-pruning, which is not installed: pip install 'espalier[deploy]'"
-        raise InputError(key, None, expected) from None
+        raise InputError(key, None, expected)
 
 
 class Couplings:

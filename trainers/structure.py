@@ -112,14 +112,6 @@ class Shape:
         return {kind: ends for kind, ends in found.items() if ends[0] != ends[1]}
 
 
-def words(cut: Mapping[str, Sequence[Any]]) -> str:
-    """``mlp 768 → 576, heads 2/4/8 → 1/2/4`` for what :meth:`Shape.differences` found."""
-    return ", ".join(
-        f"{kind} {' → '.join('/'.join(map(str, one)) if isinstance(one, list) else str(one) for one in ends)}"
-        for kind, ends in cut.items()
-    )
-
-
 def wanted(shape: Shape, settings: StructuredSettings) -> Shape:
     """The shape that a recipe asks for.
 
@@ -138,7 +130,7 @@ def wanted(shape: Shape, settings: StructuredSettings) -> Shape:
 def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
     hidden = _of_blocks("mlp", settings.mlp, shape.hidden[0], shape.depths[0])
     most, dim = shape.heads[0], shape.head_dim[0]
-    heads = _of_blocks("heads", settings.heads, most, shape.depths[0])
+    heads = _of_blocks("heads", settings.heads, most, shape.depths[0], dim)
     each = _of_blocks("head_dim", settings.head_dim, dim, shape.depths[0])
     if not asked(settings.embed):
         if heads * each != shape.embed:
@@ -190,20 +182,26 @@ def _swin(shape: Shape, settings: StructuredSettings) -> Shape:
     )
 
 
-def _of_blocks(key: str, value: Width | tuple[Width, ...], whole: int, depth: int) -> int:
-    """A ViT's width, the same in all blocks."""
-    if not isinstance(value, tuple):
-        try:
+def _of_blocks(
+    key: str, value: Width | tuple[Width, ...], whole: int, depth: int, dim: int | None = None
+) -> int:
+    """A ViT's width, the same in all blocks.
+
+    Args:
+        dim: of a head, where it is heads, with which the embedding goes.
+    """
+    expected = f"timm builds all {depth} blocks of a ViT alike, and holds no list"
+    try:
+        if not isinstance(value, tuple):
             return _size(key, value, whole)
-        except InputError as error:
-            near = _near(value, whole)
-            raise InputError(error.key, value, f"{error.expected}; the nearest: {key}: {near}") from None
-    near = round(sum(_near(one, whole) for one in value) / len(value))
-    expected = (
-        f"timm builds all {depth} blocks of a ViT alike, and holds no list; the nearest shape that it can: "
-        f"{key}: {near}"
-    )
-    raise InputError(f"{_KEY}.{key}", list(value), expected)
+        near = round(sum(_near(one, whole) for one in value) / len(value))
+    except InputError as error:
+        assert not isinstance(value, tuple), "a list has not been tried"
+        near, expected = _near(value, whole), error.expected
+    together = f", embed: {near * dim}" if dim else ""
+    given = list(value) if isinstance(value, tuple) else value
+    expected += f"; the nearest shape that can be had: {key}: {near}{together}"
+    raise InputError(f"{_KEY}.{key}", given, expected)
 
 
 def _of_stages(

@@ -21,9 +21,9 @@ from pruners.masks import MaskSet
 from pruners.structured import WITH_GRADIENTS, Channels, Cut, Member, best, saliencies
 from trainers import models
 from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.structure import Shape, wanted, words
+from trainers.structure import Shape, wanted
 from trainers.structured_checks import check_cut, check_reloaded, noise
-from trainers.structured_settings import StructuredSettings
+from trainers.structured_settings import StructuredSettings, words
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ class Plan:
     @property
     def cut(self) -> dict[str, list[Any]]:
         return self.after.differences(self.before)
+
+    def facts(self, settings: StructuredSettings) -> dict[str, Any]:
+        """What is recorded of it."""
+        return {
+            "cut": self.cut,
+            "importance": settings.importance,
+            "images": settings.images if settings.importance in WITH_GRADIENTS else 0,
+            "dense_parameters": self.dense.parameters,
+            "dense_macs": self.dense.macs,
+        }
 
     def __str__(self) -> str:
         return words(self.cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -58,6 +59,14 @@ def asked(value: Width | tuple[Width, ...]) -> bool:
     if isinstance(value, tuple):
         return any(asked(one) for one in value)
     return isinstance(value, int) or value < 1.0
+
+
+def words(cut: Mapping[str, Sequence[Any]]) -> str:
+    """``mlp 768 → 576, heads 2/4/8 → 1/2/4`` for what was cut, kind -> [before, after]."""
+    return ", ".join(
+        f"{kind} {' → '.join('/'.join(map(str, one)) if isinstance(one, list) else str(one) for one in ends)}"
+        for kind, ends in cut.items()
+    )
 
 
 def _width(value: Any, key: str | None) -> Width:
