@@ -61,7 +61,7 @@ def recipe(files: dict[str, str], **more: Any) -> Recipe:
             "model": {"checkpoint": files["dense"], "classes": 3},
             "data": {key: files[key] for key in ("train", "validation")},
             "structured": {"embed": 0.75, "mlp": 0.5, "recovery": TRAINING},
-            "pruning": {"methods": ["magnitude"], "sparsity": 0.5},
+            "pruning": {"methods": ["magnitude"], "sparsity": 0.5, "schedule": {"kind": "one_shot"}},
             "recovery": {"epochs": 4, "batch_size": 8},
             **more,
         }

@@ -29,7 +29,7 @@ class StructuredSettings(Settings):
         1.0, description="channels of each head; a ViT's are embed / heads"
     )
     importance: Importance = Field(
-        "fisher",
+        "taylor",
         description="what a channel is worth: Σ w², Σ |w·g|, or Σ w²·g² (the diagonal of the Fisher)",
     )
     images: int = Field(2048, ge=1, description="training images for the gradients of taylor and fisher")
