@@ -135,17 +135,14 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         classes = getattr(model, "num_classes", recipe.model.classes)
         if classes != recipe.model.classes:
             raise InputError("model.classes", recipe.model.classes, f"{source} has {classes} classes")
-        with storage.local_copy(source) as folder:
-            arguments = model_args(folder)
     else:
         with torch.device("meta"):
             settings = recipe.model.model_copy(update={"pretrained": False})
             model = models.build_model(settings, recipe.data)
         _check_head(recipe)
-        arguments = recipe.model.args
     cut = None
     if recipe.structured is not None:
-        cut = plan_cut(model, arguments, recipe.structured)
+        cut = plan_cut(model, _arguments(recipe), recipe.structured)
         model = cut.skeleton
     try:
         return model, prunable_layers(model, recipe.pruning), cut
@@ -153,6 +150,14 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         if error.key != "pattern":
             raise
         raise InputError("pruning.pattern", error.value, error.expected) from None
+
+
+def _arguments(recipe: Recipe) -> Mapping[str, Any]:
+    """With which timm builds the dense model."""
+    if recipe.model.checkpoint is None:
+        return recipe.model.args
+    with storage.local_copy(recipe.model.checkpoint) as folder:
+        return model_args(folder)
 
 
 def _check_head(recipe: Recipe) -> None:
