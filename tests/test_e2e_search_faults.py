@@ -147,7 +147,7 @@ def test_an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) ->
 
 
 def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
-    """The sweep ends in one line when its cluster is gone; on a new one it goes on with what is known."""
+    """Ray ends a driver that has lost its cluster, in its own words; on a new one the sweep goes on."""
     storage = tmp_path / "shared"
     arguments = sweep(swept, f"storage=file://{storage}", "resources.workers=1", "--address")
     before = []
@@ -158,10 +158,7 @@ def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
                 break
             command.until(lambda: ended(storage) > 3, what="some trials")
             made.remove_node(made.head_node, allow_graceful=False)
-            assert command.wait(seconds) == 1, command.err
-            assert "Traceback" not in command.err
-            assert "small broke off" in command.err
-            assert "to go on: espalier sweep" in command.err
+            assert command.wait(seconds) != 0, command.err
             before = (log_of(storage) or pytest.fail("no log")).trials
     after = agrees(storage).trials
     assert [trial.metrics for trial in after[: len(before)]] == [trial.metrics for trial in before]
