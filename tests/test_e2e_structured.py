@@ -27,7 +27,7 @@ SWEEP = (
     "allocation.trials=2",
     "recovery.epochs=2",
     "schedule.trials=1",
-    "resources.workers=2",
+    "resources.workers=1",
 )
 
 
@@ -40,7 +40,7 @@ def test_structured_then_unstructured(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     with espalier(*SWEEP, cwd=tmp_path) as command:
         saved = "structured/*/train/*/checkpoint_*/trainer.json"
-        command.until(lambda: any(storage.glob(saved)), what="a checkpoint of the recovery")
+        command.until(lambda: any(storage.glob(saved)), 900, "a checkpoint of the recovery")
         status, _ = command.interrupt(signal.SIGINT)
         assert status == 130, command.err
     (cut,) = storage.glob("structured/*/cut")
