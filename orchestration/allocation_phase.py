@@ -18,7 +18,7 @@ from orchestration.one_shot import OneShotInputs, OneShotTrial
 from orchestration.pareto import chosen
 from orchestration.remote import OrderFacts
 from orchestration.search import Search, run_search, stopping
-from orchestration.search_config import LIMITS, AllocationSearch
+from orchestration.search_config import LIMITS
 from orchestration.search_limits import Limits
 from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
@@ -76,7 +76,7 @@ class _Searches:
         )
         sweep.display.phase(title, trials=trials, done=ended, label=label, log=log.uri)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
-            study = Study(_best(search, log), one_shot, log.ended)
+            study = Study(self._best(log), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
             return study
 
@@ -86,7 +86,7 @@ class _Searches:
         runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
         with sweep.scratch(name) as scratch:
             run_search(self._search(name, scratch, inputs, moved), log, runs)
-        best = _best(search, log)
+        best = self._best(log)
         runs.figure(
             plots.allocations(log.trials, f"{self._method}{at}: sparsity of stages and modules"),
             "allocations",
@@ -109,6 +109,13 @@ class _Searches:
             f"{len(log.ended)} trials, own {own} → best {best.percent} one-shot on validation"
         )
         return study
+
+    def _best(self, log: TrialLog) -> TrialRecord:
+        rule = self._sweep.recipe.allocation.pareto
+        if rule is None:
+            return log.best()
+        cost = rule.cost.removesuffix("_sparse")
+        return chosen(log.trials, rule, self._sweep.lineage.get("structured", {}).get(f"dense_{cost}"))
 
     def _search(
         self, name: str, scratch: str, inputs: OneShotInputs, moved: Mapping[str, float] | None
@@ -191,7 +198,3 @@ class _Searches:
             return
         task, device = sweep.task(remote.make_order)
         ray.get(task.remote(job, device))
-
-
-def _best(search: AllocationSearch, log: TrialLog) -> TrialRecord:
-    return log.best() if search.pareto is None else chosen(log.trials, search.pareto)

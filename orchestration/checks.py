@@ -23,16 +23,18 @@ from orchestration.tracking import check_uri
 from orchestration.versions import check_name
 from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
+from pruners.coupling import check_installed
 from pruners.errors import InputError, first_line
 from pruners.layers import PrunableLayer
 from pruners.limits import bounds, check_feasible
 from pruners.methods import create_pruner
 from pruners.patterns import Pattern
 from trainers import models, storage
-from trainers.checkpoint import load_checkpoint
+from trainers.checkpoint import load_checkpoint, model_args
 from trainers.config import DataSettings
 from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
+from trainers.structured import Plan, plan_cut
 from trainers.tables import check_table
 
 _CORNERS = 64
@@ -48,6 +50,7 @@ class Prepared:
     layers: list[PrunableLayer]
     pruned: int
     costs: Costs | None
+    cut: Plan | None = None
     missing: list[str] = field(default_factory=list)
 
 
@@ -61,13 +64,21 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     Raises:
         InputError: the first thing that cannot work.
     """
-    for part, training in (("dense", recipe.dense), ("recovery", recipe.recovery)):
+    structured = recipe.structured
+    parts = (
+        ("dense", recipe.dense),
+        ("structured.recovery", structured.recovery if structured else None),
+        ("recovery", recipe.recovery),
+    )
+    for part, training in parts:
         if training is not None:
             check_training(training, f"{part}.")
     _check_schedule(recipe)
     _check_space(recipe)
     _check_long_run(recipe)
-    model, layers = _model(recipe)
+    if structured is not None and not dry_run:
+        check_installed()
+    model, layers, cut = _model(recipe)
     total = _check_budget(recipe, layers)
     if local:
         check_local(recipe)
@@ -86,7 +97,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if model is not None:
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
         costs = count_costs(model, models.input_size(model), shares)
-    return Prepared(recipe, data, data_hash, layers, total, costs, missing)
+    return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing)
 
 
 def check_local(recipe: Recipe) -> None:
@@ -107,17 +118,18 @@ def check_size(recipe: Recipe, size: ClusterSize) -> None:
     """Raises:
     InputError: the recipe asks for more than the cluster can ever give.
     """
-    for phase in ("dense", "schedule", "long_run"):
+    for phase in ("dense", "structured", "schedule", "long_run"):
         size.training_runs(recipe.resources.of(phase))
     if recipe.allocation.trials:
         size.allocation_trials(recipe.allocation)
 
 
-def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]:
+def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer], Plan | None]:
+    """The model that weights are pruned of, its layers, and the structured step that leads to it."""
     patterns = recipe.pruning.layers
     source = recipe.model.checkpoint
     if source is not None and source.startswith(("hf-hub:", "models:/")):
-        return None, []  # known when it is fetched
+        return None, [], None  # known when it is fetched
     if source is not None:
         model = load_checkpoint(source, key="model.checkpoint", layers=patterns).model
         classes = getattr(model, "num_classes", recipe.model.classes)
@@ -128,12 +140,24 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer]]
             settings = recipe.model.model_copy(update={"pretrained": False})
             model = models.build_model(settings, recipe.data)
         _check_head(recipe)
+    cut = None
+    if recipe.structured is not None:
+        cut = plan_cut(model, _arguments(recipe), recipe.structured)
+        model = cut.skeleton
     try:
-        return model, prunable_layers(model, recipe.pruning)
+        return model, prunable_layers(model, recipe.pruning), cut
     except InputError as error:
         if error.key != "pattern":
             raise
         raise InputError("pruning.pattern", error.value, error.expected) from None
+
+
+def _arguments(recipe: Recipe) -> Mapping[str, Any]:
+    """With which timm builds the dense model."""
+    if recipe.model.checkpoint is None:
+        return recipe.model.args
+    with storage.local_copy(recipe.model.checkpoint) as folder:
+        return model_args(folder)
 
 
 def _check_head(recipe: Recipe) -> None:

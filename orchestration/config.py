@@ -19,6 +19,7 @@ from trainers.config import (
     Share,
     TrainingSettings,
 )
+from trainers.structured_settings import StructuredSettings
 
 
 class WorkerRange(Settings):
@@ -57,10 +58,13 @@ class PhaseResources(Resources):
     """What training runs take, where a phase needs no other."""
 
     dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
+    structured: Resources | None = Field(
+        None, description="for recovery after the structured step; default: the same as others"
+    )
     long_run: Resources | None = Field(None, description="for the long run; default: the same as others")
 
     def of(self, phase: Phase) -> Resources:
-        own = {"dense": self.dense, "long_run": self.long_run}.get(phase)
+        own = {"dense": self.dense, "structured": self.structured, "long_run": self.long_run}.get(phase)
         return self if own is None else own
 
 
@@ -94,6 +98,9 @@ class Recipe(Settings):
     dense: TrainingSettings | None = Field(
         None, description="how the dense model is trained, or fine-tuned from pretrained weights"
     )
+    structured: StructuredSettings | None = Field(
+        None, description="whole channels are cut, and the smaller model recovers, before weights are pruned"
+    )
     pruning: PruningSettings = PruningSettings()
     recovery: TrainingSettings = TrainingSettings()
     allocation: AllocationSearch = AllocationSearch()
@@ -123,6 +130,7 @@ class Recipe(Settings):
     def _an_image_for_each_worker(self) -> Recipe:
         runs: tuple[tuple[str, TrainingSettings | None, Phase], ...] = (
             ("dense", self.dense, "dense"),
+            ("structured.recovery", self.structured.recovery if self.structured else None, "structured"),
             ("recovery", self.recovery, "schedule"),
             ("recovery", self.recovery if self.long_run else None, "long_run"),
         )

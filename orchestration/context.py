@@ -81,6 +81,10 @@ class Sweep:
         """The same sweep with other values of some recipe keys."""
         return replace(self, recipe=with_values(self.recipe, values)) if values else self
 
+    def descending(self, facts: Mapping[str, Any]) -> Sweep:
+        """The same sweep, whose models are said to come from others by ``facts``."""
+        return replace(self, lineage={**self.lineage, **facts})
+
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
         """Where Tune and Train keep their own state while they run; nobody reads it again."""
@@ -206,9 +210,10 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Results:
-    """What all phases of a sweep have found, by method."""
+    """What all phases of a sweep have found, by method; ``structured`` is the dense model cut in width."""
 
     dense: Dense
+    structured: Dense | None
     allocated: Mapping[str, Allocated | None]
     recovered: Mapping[str, Recovered]
 

@@ -87,7 +87,16 @@ def _version(sweep: Sweep, given: str | None) -> str | None:
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
-    """The dense model with its validation top-1: from its record if that tells of the same data."""
+    """The dense model with its validation top-1, and the version that it was."""
+    top1 = validation_top1(sweep, checkpoint)
+    sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
+    parent = f"{checkpoint}/{PARENT}"
+    version = storage.read_json(parent)["version"] if storage.exists(parent) else None
+    return Dense(checkpoint, top1, content_hash(checkpoint), version)
+
+
+def validation_top1(sweep: Sweep, checkpoint: str) -> float:
+    """Of a model: from its record if that tells of the same data, else measured."""
     place = f"{checkpoint}/{RECORD}"
     record = storage.read_json(place) if storage.exists(place) else {}
     top1 = record.get("figures", {}).get("val_top1")
@@ -95,7 +104,4 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
         task, device = sweep.task(remote.measure)
         found = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
         top1 = found[0]["top1"]
-    sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
-    parent = f"{checkpoint}/{PARENT}"
-    version = storage.read_json(parent)["version"] if storage.exists(parent) else None
-    return Dense(checkpoint, top1, content_hash(checkpoint), version)
+    return float(top1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from pruners.layers import PrunableLayer
 from pruners.patterns import Pattern
 from trainers import models
 from trainers.checkpoint import Checkpoint
+from trainers.structured_settings import words
 
 PATTERNS = ("2:4", "4:8", "1x4")
 
@@ -31,6 +32,7 @@ class Description:
     zeros: dict[str, int] | None
     held: dict[str, bool]
     costs: Costs
+    cut: Mapping[str, Any] | None = None
 
     @property
     def weights(self) -> int:
@@ -61,6 +63,7 @@ class Description:
             "modules": {key: self._figures(group) for key, group in self.by(lambda layer: layer.module)},
             "stages": {key: self._figures(group) for key, group in self.by(lambda layer: layer.stage)},
             "patterns": self.held,
+            "structured": self.cut,
         }
 
     @property
@@ -101,6 +104,9 @@ class Description:
             return
         if self.method is not None:
             yield "method", self.method
+        if self.cut is not None:
+            before = f"of {self.cut['dense_parameters']:,} parameters and {self.cut['dense_macs']:,} MACs"
+            yield "structured", f"{words(self.cut['cut'])}, {before}"
         whole = f"{100 * self.share_of_all:.2f} % of the whole model"
         yield "sparsity", f"{_share(zeros, self.weights)} ({zeros:,} zeros), {whole}"
         for heading, groups in self._groups():
@@ -146,7 +152,8 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
     held = {text: any(counts.values()) and _holds(text, layers, zeros) for text in PATTERNS}
     method = loaded.record.get("method")
     left_out = len(found) - len(layers)
-    return Description(name, method, layers, left_out, counts, held, _costs(loaded.model, counts))
+    cut = loaded.record.get("structured")
+    return Description(name, method, layers, left_out, counts, held, _costs(loaded.model, counts), cut)
 
 
 def _holds(text: str, layers: list[PrunableLayer], zeros: dict[str, Tensor]) -> bool:

@@ -24,6 +24,27 @@ def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) ->
     )
 
 
+def structured_job(
+    recipe: Recipe, data: DataSettings, *, cut: str, dense: str, lineage: Mapping[str, Any]
+) -> TrainJob:
+    """Recovery of a model that was cut in width, from ``cut``; by ``dense`` as a teacher learns from that."""
+    assert recipe.structured is not None, "only a recipe with a structured step has this job"
+    training = recipe.structured.recovery
+    assert training is not None, "only a structured step with recovery has this job"
+    if training.distill is not None and training.distill.teacher == "dense":
+        distill = training.distill.model_copy(update={"teacher": dense})
+        training = training.model_copy(update={"distill": distill})
+    return TrainJob(
+        name=f"{recipe.name}-structured",
+        seed=recipe.seed,
+        model=ModelSettings(checkpoint=cut, classes=recipe.model.classes),
+        data=data,
+        training=training,
+        threads=threads(recipe),
+        lineage=lineage,
+    )
+
+
 def gradual_job(
     values: Mapping[str, Any],
     *,

@@ -160,5 +160,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         prepared = prepare(recipe, local=address is None)
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
-        out = Console() if Console().is_terminal else Console(width=160)
+        out = Console() if Console().is_terminal else Console(width=180)
         run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)

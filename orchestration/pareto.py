@@ -34,8 +34,11 @@ def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
     return unbeaten(done, cost=lambda one: one.metrics[cost], worth=lambda one: one.score or 0.0)
 
 
-def chosen(trials: Sequence[TrialRecord], rule: Pareto) -> TrialRecord:
+def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = None) -> TrialRecord:
     """The front's trial that the rule takes.
+
+    Args:
+        whole: what the dense model costs, where the trials prune one that was cut in width before.
 
     Raises:
         RuntimeError: no trial ran to its end, or none is as cheap as the rule asks.
@@ -47,15 +50,15 @@ def chosen(trials: Sequence[TrialRecord], rule: Pareto) -> TrialRecord:
         least = best[-1].metrics["val_top1"] - rule.tolerance
         return next(trial for trial in best if trial.metrics["val_top1"] >= least)
     assert rule.at_most is not None, "a rule has one of the two"
-    cheap = [trial for trial in best if _share(trial, rule) <= rule.at_most]
+    cheap = [trial for trial in best if _share(trial, rule, whole) <= rule.at_most]
     if not cheap:
         raise RuntimeError(
             f"no trial is as cheap as allocation.pareto.at_most ({rule.at_most:g} of the dense model's "
-            f"{rule.against}) asks; the cheapest has {_share(best[0], rule):.3f}"
+            f"{rule.against}) asks; the cheapest has {_share(best[0], rule, whole):.3f}"
         )
     return cheap[-1]
 
 
-def _share(trial: TrialRecord, rule: Pareto) -> float:
+def _share(trial: TrialRecord, rule: Pareto, whole: float | None) -> float:
     """A trial's cost as a share of the dense model's."""
-    return float(trial.metrics[rule.cost] / trial.metrics[rule.cost.removesuffix("_sparse")])
+    return float(trial.metrics[rule.cost] / (whole or trial.metrics[rule.cost.removesuffix("_sparse")]))

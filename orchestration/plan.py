@@ -52,6 +52,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     lines.append(("data", data + absent))
     dense = f"train for {recipe.dense.epochs} epochs" if recipe.dense else "given"
     lines.append(("dense", dense))
+    lines += _structured(prepared)
     if prepared.layers:
         lines.append(("budget", f"{prepared.pruned:,} of {total:,} weights in {len(prepared.layers)} layers"))
     else:
@@ -83,6 +84,22 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     uri = recipe.tracking.uri
     lines.append(("tracking", without_password(uri) if uri else "an MLflow server of our own, on loopback"))
     return lines
+
+
+def _structured(prepared: Prepared) -> list[tuple[str, str]]:
+    """The step before weights are pruned, where the recipe has one: widths, counts, recovery."""
+    settings, cut = prepared.recipe.structured, prepared.cut
+    if settings is None:
+        return []
+    training = settings.recovery
+    rest = f"by {settings.importance}, " + (f"{training.epochs} epochs" if training else "no recovery")
+    if cut is None:
+        return [("structured", f"widths of the fetched model; {rest}")]
+    counts = (
+        f"{cut.dense.parameters:,} → {cut.costs.parameters:,} parameters, "
+        f"{cut.dense.macs:,} → {cut.costs.macs:,} MACs"
+    )
+    return [("structured", f"{cut}; {counts}; {rest}")]
 
 
 def _more(recipe: Recipe) -> list[tuple[str, str]]:

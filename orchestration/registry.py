@@ -11,6 +11,7 @@ from typing import Any
 from orchestration.tracking import Tracker
 from orchestration.versions import Version, opened, parse, refusal
 from pruners.errors import InputError
+from trainers.structured_settings import words
 
 ARTIFACT = "checkpoint"
 _LINEAGE = {
@@ -99,4 +100,7 @@ def describe(record: Mapping[str, Any]) -> dict[str, str]:
     }
     if "val_loss" in figures:
         tags["validation_loss"] = f"{figures['val_loss']:.6f}"
+    cut = (record.get("structured") or {}).get("cut")
+    if cut:
+        tags["structured"] = words(cut)
     return tags | {tag: str(record[key]) for tag, key in _LINEAGE.items() if record.get(key)}

@@ -25,6 +25,8 @@ from trainers.config import DataSettings, ModelSettings, OrderJob, PruningSettin
 from trainers.evaluate import evaluate
 from trainers.order_run import write_order
 from trainers.prune_step import prunable_layers, sharing_of
+from trainers.structured import cut_model, plan_cut, save_cut
+from trainers.structured_settings import StructuredSettings
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,37 @@ def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) 
             masks=None,
             record={"method": "dense", "sparsity": 0.0, "allocation": {}},
         )
+        storage.upload(Path(folder), target)
+
+
+def save_structured(
+    checkpoint: str,
+    settings: StructuredSettings,
+    images: DataSettings,
+    target: str,
+    *,
+    seed: int,
+    lineage: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Write the model of ``checkpoint`` cut in width, without recovery, as a checkpoint folder at ``target``.
+
+    Args:
+        lineage: recorded in ``pruning.json``; what was cut is added to its ``structured``.
+    """
+    _use_all_processors(device)
+    loaded = load_checkpoint(checkpoint)
+    with storage.local_copy(checkpoint) as dense:
+        arguments = model_args(dense)
+    model = loaded.model.to(device)
+    plan = plan_cut(model, arguments, settings)
+    train = data.split(images, "train", data.eval_transform(models.data_config(model)), seed)
+    count = -(-min(settings.images, len(train)) // settings.batch_size)
+    batches = data.fixed_batches(train, settings.batch_size, 0, count, rank=0, world=1, seed=seed)
+    made = cut_model(model, plan, settings, batches)
+    record = {**lineage, "structured": {**lineage["structured"], **plan.facts(settings)}}
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_cut(Path(folder), made, plan, record, sparse=loaded.masks is not None)
         storage.upload(Path(folder), target)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS
 class Row:
     """Figures of a method's model: the one at the end, or one ``kept`` on the way there.
 
-    Accuracies are of ``part``, in 0…1.
+    Accuracies are of ``part``, in 0…1. Counts are held against the dense model that all began with;
+    ``structured`` figures are of the step between, if there was one.
     """
 
     method: str
@@ -44,6 +45,9 @@ class Row:
     run: str
     version: str
     kept: bool = False
+    structured: float | None = None
+    structured_parameters: int | None = None
+    structured_macs: int | None = None
 
 
 def make_rows(sweep: Sweep, results: Results) -> list[Row]:
@@ -55,7 +59,8 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
         for method, found in recovered.items()
     }
     studies = {method: {} if found is None else found.studies for method, found in allocated.items()}
-    places = [dense.checkpoint]
+    structured = results.structured
+    places = [dense.checkpoint] + ([] if structured is None else [structured.checkpoint])
     places += [one.checkpoint for some in studies.values() for one in some.values()]
     places += [one.checkpoint for some in models.values() for one in some.values()]
     top1 = _measure(sweep, places, part)
@@ -75,15 +80,30 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
                 recovered=top1[model.checkpoint],
                 validation=model.validation,
                 sparsity=record["sparsity"],
-                **record["costs"],
+                **_counts(record),
                 bytes=sum(storage.size(f"{model.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
                 checkpoint=model.checkpoint,
                 run=sweep.tracker.link(recovered[method].record.run_id or sweep.run),
                 version=model.version,
                 kept=level != goal,
+                structured=None if structured is None else top1[structured.checkpoint],
             )
         )
     return rows
+
+
+def _counts(record: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters and MACs of a model, against those of the dense one before any structured step."""
+    costs, before = record["costs"], record.get("structured")
+    if not before:
+        return dict(costs)
+    return {
+        **costs,
+        "parameters": before["dense_parameters"],
+        "macs": before["dense_macs"],
+        "structured_parameters": costs["parameters"],
+        "structured_macs": costs["macs"],
+    }
 
 
 def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, float]:
@@ -107,7 +127,9 @@ def table(rows: Sequence[Row]) -> Table:
     made = Table(title=f"Top-1 on {part} images (chosen on validation)", title_justify="left")
     made.add_column("method")
     made.add_column("allocation")
-    for heading in ("dense", "one shot", "recovered", "sparsity", "parameters", "MACs", "on disk"):
+    cut = any(row.structured is not None for row in rows)
+    accuracies = ("dense", *(("structured",) if cut else ()), "one shot", "recovered")
+    for heading in (*accuracies, "sparsity", "parameters", "MACs", "on disk"):
         made.add_column(heading, justify="right")
     made.add_column("registered")
     for row in rows:
@@ -115,15 +137,21 @@ def table(rows: Sequence[Row]) -> Table:
             row.method,
             row.allocation,
             percent(row.dense),
+            *((percent(row.structured),) if cut else ()),
             percent(row.one_shot),
             percent(row.recovered),
             percent(row.sparsity),
-            f"{count(row.parameters)} → {count(row.parameters_sparse)}",
-            f"{count(row.macs)} → {count(row.macs_sparse)}",
+            _steps(row.parameters, row.structured_parameters, row.parameters_sparse),
+            _steps(row.macs, row.structured_macs, row.macs_sparse),
             megabytes(row.bytes),
             row.version,
         )
     return made
+
+
+def _steps(*counts: int | None) -> str:
+    """``2.69 M → 2.25 M → 505 k``."""
+    return " → ".join(count(one) for one in counts if one is not None)
 
 
 def print_end(

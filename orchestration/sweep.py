@@ -27,6 +27,7 @@ from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.span import PHASES, WHOLE, Span
 from orchestration.stored_recipe import RESULTS, content_of, folder_of, store
+from orchestration.structured_phase import structured_phase
 from orchestration.tracking import Tracker, server_for
 from orchestration.versions import Registry
 from trainers import storage
@@ -41,7 +42,7 @@ def run_sweep(
     recipe_name: str,
     span: Span = WHOLE,
 ) -> list[Row]:
-    """Dense model → allocation, schedule search and long run of each method → registry → table.
+    """Dense model → structured step → allocation, schedules and long run of each method → registry → table.
 
     Args:
         span: the phases to run; without the last one there is no table.
@@ -53,10 +54,15 @@ def run_sweep(
     recipe = prepared.recipe
     if cluster_address(address) is None:
         check_local(recipe)
-    searches = len(recipe.allocated_sparsities)
-    phases = {"dense": 1, "allocation": searches, "schedule": 1, "long_run": int(bool(recipe.long_run))}
-    of_methods = sum(phases[one] for one in PHASES[1:] if span.reaches(one))
-    display.plan(1 + len(recipe.pruning.methods) * of_methods)
+    searches, methods = len(recipe.allocated_sparsities), len(recipe.pruning.methods)
+    phases = {
+        "dense": 1,
+        "structured": int(recipe.structured is not None),
+        "allocation": methods * searches,
+        "schedule": methods,
+        "long_run": methods * bool(recipe.long_run),
+    }
+    display.plan(sum(phases[one] for one in PHASES if span.reaches(one)))
     place = tracking_folder(recipe.storage)
     name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
@@ -92,7 +98,11 @@ def run_sweep(
 def _run_phases(sweep: Sweep) -> Results | None:
     """Each phase for all methods; nothing where the command ends before the last of them."""
     recipe, reaches = sweep.recipe, sweep.span.reaches
-    dense = dense_phase(sweep)
+    original = dense = dense_phase(sweep)
+    structured = None
+    if recipe.structured is not None and reaches("structured"):
+        structured, facts = structured_phase(sweep, original)
+        dense, sweep = structured, sweep.descending({"structured": facts})
     allocated: dict[str, Allocated | None] = dict.fromkeys(recipe.pruning.methods)
     if recipe.allocated_sparsities and reaches("allocation"):
         for method in allocated:
@@ -106,7 +116,7 @@ def _run_phases(sweep: Sweep) -> Results | None:
             runs = long_run_phase(sweep, method, dense, given, runs)
         if reaches("long_run") or not recipe.long_run:
             recovered[method] = runs.register()
-    return Results(dense, allocated, recovered) if recovered else None
+    return Results(original, structured, allocated, recovered) if recovered else None
 
 
 def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
@@ -132,7 +142,10 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
         name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]
         for name, trials in series.items()
     }
-    figure = plots.accuracy_over_sparsity(points, {"dense": dense.top1})
+    levels = {"dense": dense.top1}
+    if found.structured is not None:
+        levels["structured"] = found.structured.top1
+    figure = plots.accuracy_over_sparsity(points, levels)
     sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
     table = as_json(rows, sweep.storage)
     sweep.tracker.table(sweep.run, table, RESULTS)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import ray
 import yaml
-from image_tables import dense_folder, edit_json, table, write
+from image_tables import VIT, VIT_ARGS, dense_folder, edit_json, table, write
 
 from orchestration import cli, cluster, tracking
 from orchestration.recipes import load_recipe
@@ -26,6 +26,7 @@ ESPALIER = Path(sys.executable).parent / "espalier"
 CASES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "bad_input.yaml").read_text(encoding="utf-8")
 )
+TRAINED = {"data": {"source": "digits"}, "dense": {"epochs": 1}}
 BY_HAND = ("unknown key", "unknown command", "truncated weights", "unknown optimizer")
 
 
@@ -45,6 +46,8 @@ def _recipes(folder: Path) -> None:
     recipes: dict[str, object] = {
         "own": {"extends": "demo", "model": {"classes": 3}, "data": {"source": None, **data}},
         "ready": {"model": {"checkpoint": f"{folder}/dense", "classes": 3}, "data": data},
+        "vit": {**TRAINED, "model": {"architecture": VIT, "args": VIT_ARGS, "classes": 10}},
+        "cnn": {**TRAINED, "model": {"architecture": "convnext_atto", "classes": 10}},
         "list": ["demo"],
         "extends": {"extends": "demmo"},
         "circle": {"extends": "circle.yaml"},

@@ -69,6 +69,20 @@ def test_pretrained_weights_may_be_fine_tuned() -> None:
     assert Recipe.model_validate(MINIMAL | {"dense": {"epochs": 2}}).dense is not None
 
 
+def test_the_structured_step_may_have_other_resources() -> None:
+    own = {"workers": 8, "structured": {"workers": 2}}
+    recovery = {"batch_size": 2}
+    recipe = Recipe.model_validate(
+        {**MINIMAL, "resources": own, "structured": {"mlp": 0.5, "recovery": recovery}}
+    )
+    assert recipe.resources.of("structured").workers == 2
+    assert recipe.resources.of("schedule").workers == 8
+    with pytest.raises(ValueError, match=r"structured\.recovery\.batch_size: 1 must be an image"):
+        Recipe.model_validate(
+            {**MINIMAL, "resources": own, "structured": {"mlp": 0.5, "recovery": {"batch_size": 1}}}
+        )
+
+
 def test_without_a_space_there_is_one_gradual_run() -> None:
     recipe = Recipe.model_validate(MINIMAL | {"schedule": {"trials": 5}})
     assert recipe.schedule.runs == 1

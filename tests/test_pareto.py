@@ -54,6 +54,12 @@ def test_rules(rule: dict[str, float], taken: int) -> None:
     assert chosen(TRIALS, Pareto.model_validate(rule)).number == taken
 
 
+@pytest.mark.parametrize(("at_most", "taken"), [(0.6, 3), (0.47, 6), (0.34, 1), (0.27, 0)])
+def test_shares_are_of_the_dense_model_that_was_cut_in_width_before(at_most: float, taken: int) -> None:
+    """It had 1,500 where the trials' own model has 1,000."""
+    assert chosen(TRIALS, Pareto(at_most=at_most), 1500).number == taken
+
+
 def test_nothing_so_cheap() -> None:
     with pytest.raises(RuntimeError, match=re.escape("at_most (0.3 of the dense model's macs)")) as raised:
         chosen(TRIALS, Pareto(at_most=0.3))

@@ -61,6 +61,24 @@ def test_every_recipe_is_planned(name: str) -> None:
     assert "sparsity (%)" in terminal(recipe, 80)
 
 
+def test_a_structured_step_is_planned_from_shapes() -> None:
+    """Its widths and counts; the layers, budget and costs after it are those of the smaller model."""
+    cut = "structured={mlp: 0.75, heads: 0.5, recovery: {epochs: 7}}"
+    whole, prepared = (prepare(load_recipe("demo", some), dry_run=True) for some in ([], [cut]))
+    assert whole.costs is not None
+    assert prepared.costs is not None
+    lines = dict(_lines(prepared))
+    assert "structured" not in dict(_lines(whole))
+    words = "heads 2/4/8 → 1/2/4, mlp 192/384/768 → 144/288/576"
+    counts = f"{whole.costs.parameters:,} → {prepared.costs.parameters:,} parameters"
+    assert lines["structured"].startswith(f"{words}; {counts}")
+    assert lines["structured"].endswith("by taylor, 7 epochs")
+    assert prepared.pruned == pytest.approx(0.75 * sum(layer.numel for layer in prepared.layers), abs=4)
+    shapes = {layer.name: layer.shape for layer in prepared.layers}
+    assert shapes["layers.0.blocks.0.mlp.fc1.weight"] == (144, 48)
+    assert shapes["layers.0.blocks.0.attn.qkv.weight"] == (72, 48)
+
+
 def test_the_paper_s_removed_parameters() -> None:
     """DIMAP's column for Swin-T, S, B at DIMAP1, 2, 3."""
     column = {"t": (13.7, 32.0, 50.3), "s": (14.2, 33.2, 52.2), "b": (14.3, 33.4, 52.5)}

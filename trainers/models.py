@@ -63,6 +63,15 @@ def load_timm_folder(
     return model
 
 
+def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
+    """Another model of the same architecture and preprocessing, with arguments of its own and new weights."""
+    known: Any = model.pretrained_cfg
+    config = dict(known)
+    given = {"num_classes": classes(model), **arguments}
+    made: nn.Module = timm.create_model(config["architecture"], pretrained_cfg=config, **given)
+    return made
+
+
 def replace_head(model: nn.Module, classes: int) -> None:
     """A new classifier for so many classes, as timm initialises it.
 

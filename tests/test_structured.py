@@ -1,0 +1,153 @@
+"""What channels are worth against loops over single weights, which stay, and what is left of the tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import quick
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruners.coupling import Couplings
+from pruners.errors import InputError
+from pruners.gradients import gradients
+from pruners.layers import PrunableLayer
+from pruners.structured import KINDS, Channels, Cut, Member, best, saliencies
+
+HIDDEN = 6
+
+
+def tiny_mlp() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 3))
+
+
+def mlp_batches() -> list[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(5)
+    return [(torch.randn(8, 4, generator=random), torch.randint(3, (8,), generator=random)) for _ in range(3)]
+
+
+def by_loops(model: nn.Module, kind: str) -> list[float]:
+    """The worth of each hidden unit, weight by weight: its row, its bias, its column."""
+    found = []
+    for unit in range(HIDDEN):
+        weights = [("0.weight", (unit, i)) for i in range(4)]
+        weights += [("0.bias", (unit,)), *(("2.weight", (i, unit)) for i in range(3))]
+        total = 0.0
+        for name, place in weights:
+            parameter = model.get_parameter(name)
+            w = float(parameter.detach()[place])
+            if kind == "magnitude":
+                total += w * w
+                continue
+            for images, labels in mlp_batches():
+                model.zero_grad()
+                functional.cross_entropy(model(images), labels).backward()
+                assert parameter.grad is not None
+                g = float(parameter.grad[place])
+                total += (abs(w * g) if kind == "taylor" else w * w * g * g / 2) / 3
+        found.append(total)
+    return found
+
+
+def worth(model: nn.Module, kind: str) -> tuple[Channels, Tensor]:
+    hidden = Couplings(model, mlp_batches()[0][0][:2]).of("0")
+    weights = {member.name: model.get_parameter(member.name) for member in hidden.members}
+    layers = [PrunableLayer(name, "", 0, tuple(weight.shape)) for name, weight in weights.items()]
+    source = gradients(model, layers, {}, mlp_batches(), functional.cross_entropy)
+    return hidden, hidden.worth(saliencies(kind, weights, source))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_worth_is_the_sum_over_single_weights(kind: str) -> None:
+    model = tiny_mlp()
+    _, found = worth(model, kind)
+    assert found.tolist() == pytest.approx(by_loops(model, kind), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["taylor", "fisher"])
+def test_a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind: str) -> None:
+    model = tiny_mlp()
+    with torch.no_grad():
+        model.get_parameter("2.weight")[:, 2] = 0.0
+        model.get_parameter("0.weight")[2] *= 10  # large, and of no use
+    hidden, found = worth(model, kind)
+    assert float(found[2]) == 0
+    stays = best(found, HIDDEN - 1)
+    assert stays.tolist() == [True, True, False, True, True, True]
+    cut = Cut({name: tensor.shape for name, tensor in model.state_dict().items()})
+    cut.drop(hidden, stays)
+    smaller = nn.Sequential(nn.Linear(4, HIDDEN - 1), nn.GELU(), nn.Linear(HIDDEN - 1, 3))
+    smaller.load_state_dict(cut.sliced(model.state_dict()))
+    images = mlp_batches()[0][0]
+    assert torch.allclose(smaller(images), model(images), atol=1e-6)
+
+
+def test_magnitude_takes_no_gradients() -> None:
+    def never() -> None:
+        raise AssertionError("gradients were asked for")
+
+    source = (never() for _ in range(1))
+    found = saliencies("magnitude", {"a": torch.tensor([2.0, -3.0])}, source)  # type: ignore[arg-type]
+    assert found["a"].tolist() == [4.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gradient", "says"),
+    [
+        ("hessian", None, "did you mean"),
+        ("fisher", None, "at least one gradient"),
+        ("fisher", [[1.0, torch.nan]], "NaN or Inf"),
+        ("taylor", [[1.0, torch.inf]], "NaN or Inf"),
+    ],
+)
+def test_bad_saliencies_are_refused(kind: str, gradient: list[list[float]] | None, says: str) -> None:
+    source = [] if gradient is None else [{"a": torch.tensor(gradient)}]
+    if kind == "hessian":
+        says = "must be one of magnitude, taylor, fisher"
+    with pytest.raises(InputError, match=says):
+        saliencies(kind, {"a": torch.ones(2)}, source)
+
+
+def test_of_equals_the_first_stay() -> None:
+    assert best(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2).tolist() == [True, False, False, True]
+
+
+@quick(40)
+@given(st.integers(1, 4), st.integers(1, 6), st.data())
+def test_the_best_of_each_group_stay(groups: int, size: int, data: st.DataObject) -> None:
+    keep = data.draw(st.integers(1, size))
+    values = data.draw(st.lists(st.integers(0, 9), min_size=groups * size, max_size=groups * size))
+    stays = best(torch.tensor(values, dtype=torch.float64), keep, groups)
+    for group in range(groups):
+        part = range(group * size, (group + 1) * size)
+        kept = sorted((values[i] for i in part if stays[i]), reverse=True)
+        assert kept == sorted((values[i] for i in part), reverse=True)[:keep]
+
+
+@quick(40)
+@given(st.lists(st.booleans(), min_size=4, max_size=4), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_slices_keep_their_order_and_zeros_their_places(rows: list[bool], columns: list[bool]) -> None:
+    """Channels with two places each, as queries and keys have, and others along the second dimension."""
+    weight = torch.arange(24.0).reshape(8, 3) + 1
+    places = torch.tensor([[i, i + 4] for i in range(4)])
+    cut = Cut({"w": weight.shape})
+    cut.drop(Channels("a", (Member("w", 0, places),)), torch.tensor(rows))
+    cut.drop(Channels("b", (Member("w", 1, torch.arange(3).unsqueeze(1)),)), torch.tensor(columns))
+    mesh = np.ix_(np.flatnonzero(rows + rows), np.flatnonzero(columns))
+    assert np.array_equal(cut.sliced({"w": weight})["w"].numpy(), weight.numpy()[mesh])
+    zeroed = cut.zeroed({"w": weight})["w"].numpy()
+    assert np.array_equal(zeroed[mesh], weight.numpy()[mesh])
+    assert np.count_nonzero(zeroed) == weight.numpy()[mesh].size
+
+
+def test_two_groups_may_cut_the_same_dimension() -> None:
+    cut = Cut({"w": torch.Size([4, 1])})
+    for first, dropped in ((0, 0), (2, 1)):
+        member = Member("w", 0, torch.tensor([[first], [first + 1]]))
+        cut.drop(Channels("part", (member,)), torch.tensor([dropped != 0, dropped != 1]))
+    assert cut.sliced({"w": torch.arange(4).reshape(4, 1)})["w"].flatten().tolist() == [1, 2]
