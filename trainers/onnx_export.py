@@ -1,0 +1,147 @@
+"""A model as an ONNX file, for any engine that reads ONNX; and its INT8 form, as ONNX Runtime makes it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pruners.errors import InputError, first_line
+from trainers.optional import require
+from trainers.preprocessing import Images
+from trainers.torch_export import captured
+
+FILE = "model.onnx"
+INPUT, OUTPUT = "images", "logits"
+_QUANTISED = ["MatMul", "Gemm"]  # an INT8 convolution of three channels gains nothing, and costs accuracy
+_CALIBRATION_BATCH = 32
+_MOST_BYTES = 2**31 - 2**20  # of a protobuf message, less what the graph takes
+
+
+def export_onnx(
+    model: nn.Module, path: Path, input_size: tuple[int, int, int], metadata: Mapping[str, str]
+) -> None:
+    """Write ``path``: one file with the weights in it, float32, any batch size, no place of this machine.
+
+    Its input is :data:`INPUT`, (batch, channels, height, width), normalised; its output :data:`OUTPUT`,
+    (batch, classes).
+
+    Args:
+        input_size: (channels, height, width).
+        metadata: kept in the file as ONNX's ``metadata_props``.
+
+    Raises:
+        InputError: ONNX's libraries are missing, or the model has operations that ONNX has not (named).
+    """
+    require("export", "onnx", "onnx", "onnxscript")
+    import torch
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    if sum(weight.numel() for weight in model.state_dict().values()) * 4 >= _MOST_BYTES:
+        raise InputError("model", type(model).__name__, "has more weights than one ONNX file holds (2 GiB)")
+    program = captured(model, input_size)
+    try:
+        with _quietly():
+            made = torch.onnx.export(
+                program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
+            )
+    except Exception as error:  # the exporter's kinds, and those of what it stands on
+        raise InputError("model", type(model).__name__, _unsupported(error)) from None
+    assert made is not None, "an exporter that is given no file returns the program"
+    graph = made.model.graph
+    made.rename_axes({str(graph.inputs[0].shape[0]): "batch"})
+    ClearMetadataAndDocStringPass()(made.model)  # the exporter notes where each operation's source lies
+    made.model.metadata_props.update(metadata)
+    proto = made.model_proto
+    # shapes of what lies between: quantisers stumble over them once they have transposed a weight
+    del proto.graph.value_info[:]
+    path.write_bytes(proto.SerializeToString())
+
+
+def quantise_onnx(source: Path, target: Path, images: Images | None = None) -> None:
+    """Write the INT8 form of a float32 file that :func:`export_onnx` wrote; zeros stay exact zeros.
+
+    Weights are symmetric (zero point 0) with a scale for each output channel. Without ``images`` activations
+    are measured as they come (dynamic quantisation), which needs no calibration.
+
+    Args:
+        images: for calibration, (N, channels, height, width), normalised: ranges of activations are then
+            fixed (static quantisation).
+
+    Raises:
+        InputError: ONNX Runtime is missing.
+    """
+    require("export", "onnx-int8", "onnx", "onnxruntime")
+    from onnxruntime import quantization
+
+    common: dict[str, Any] = {
+        "op_types_to_quantize": _QUANTISED,
+        "per_channel": True,
+        "weight_type": quantization.QuantType.QInt8,
+    }
+    with _quietly():
+        if images is None:
+            quantization.quantize_dynamic(source, target, **common)
+        else:
+            quantization.quantize_static(
+                source,
+                target,
+                _reader(images),
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                extra_options={"WeightSymmetric": True},
+                **common,
+            )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``metadata_props`` of a file."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _reader(images: Images) -> Any:
+    """Batches of images, as ONNX Runtime's calibration asks for them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
+        def __init__(self) -> None:
+            self._batches: Iterator[Images] = iter(
+                images[begin : begin + _CALIBRATION_BATCH]
+                for begin in range(0, len(images), _CALIBRATION_BATCH)
+            )
+
+        def get_next(self) -> dict[str, Images] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    return Reader()
+
+
+def _unsupported(error: BaseException) -> str:
+    """What ONNX lacks, by the names of torch's operations, as far as the exporter says so."""
+    text, cause = "", error.__cause__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__
+    named = re.findall(r"No ONNX function found for <OpOverload\(op='([^']+)'", f"{error}\n{text}")
+    if named:
+        return f"has operations that ONNX has not: {', '.join(sorted(set(named)))}"
+    return f"cannot be exported to ONNX ({first_line(error)})"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's and the quantiser's remarks, which nobody could act on."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

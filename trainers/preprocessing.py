@@ -1,0 +1,66 @@
+"""What an exported file says of the images that it takes, and images that need no data set.
+
+An engine's file holds it as JSON, under the name :data:`PREPROCESSING`: ``input_size`` (channels, height,
+width), ``mean`` and ``std`` (of pixels in 0…1), ``interpolation``, ``crop_pct`` and ``crop_mode`` (as timm
+means them), ``classes``, and ``labels`` where their names are known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PREPROCESSING = "preprocessing"
+Images = NDArray[np.float32]
+_KEPT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def preprocessing_of(model: Any, labels: Sequence[str] | None = None) -> dict[str, Any]:
+    """How images become a timm model's input, and what comes out.
+
+    Args:
+        labels: names of the classes, in their order; default those of timm's configuration, if it has any.
+    """
+    from trainers import models
+
+    config = models.data_config(model)
+    found = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEPT}
+    names = labels or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return found | {"classes": models.classes(model)} | ({"labels": list(names)} if names else {})
+
+
+def metadata_of(preprocessing: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of a file's metadata."""
+    return {PREPROCESSING: json.dumps(preprocessing, sort_keys=True)}
+
+
+def transform_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of timm's ``create_transform``."""
+    tuples = ("input_size", "mean", "std")
+    return {key: tuple(preprocessing[key]) if key in tuples else preprocessing[key] for key in _KEPT}
+
+
+def pattern_images(preprocessing: Mapping[str, Any], count: int) -> Images:
+    """Pictures of waves, the same bits wherever they are computed, as a model's input.
+
+    They stand for images where answers of one model are compared with each other, and for nothing else.
+
+    Returns:
+        (count, channels, height, width), float32, normalised.
+    """
+    channels, height, width = preprocessing["input_size"]
+    number = np.arange(count).reshape(-1, 1, 1, 1)
+    channel = np.arange(channels).reshape(1, -1, 1, 1)
+    row = np.arange(height).reshape(1, 1, -1, 1) / height
+    column = np.arange(width).reshape(1, 1, 1, -1) / width
+    along = row * (1 + number % 5) + column * (1 + number % 7)
+    wave = np.sin(2 * np.pi * along + channel + number)
+    shade = 0.5 + 0.3 * wave * np.cos(number)
+    square = (np.floor(4 * row + number) + np.floor(4 * column)) % 2  # edges, as photographs have them
+    pixels = np.round(255 * np.clip(shade + 0.2 * square - 0.1, 0, 1)) / 255
+    mean, std = (np.reshape(preprocessing[key], (1, -1, 1, 1)) for key in ("mean", "std"))
+    return np.ascontiguousarray((pixels - mean) / std, dtype=np.float32)
