@@ -205,12 +205,23 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """The INT8 form of a method's model: its folder, its top-1 on validation, its bytes, its version."""
+
+    folder: str
+    validation: float
+    bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
 class Results:
     """What all phases of a sweep have found, by method."""
 
     dense: Dense
     allocated: Mapping[str, Allocated | None]
     recovered: Mapping[str, Recovered]
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
 
 def content_hash(checkpoint: str) -> str:

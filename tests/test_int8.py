@@ -17,6 +17,8 @@ from pruners.errors import InputError
 from pruners.masks import MaskSet
 from trainers import int8
 from trainers.checkpoint import load_checkpoint, save_checkpoint, weights_hash
+from trainers.int8_file import check_zeros
+from trainers.onnx_export import FILE
 from trainers.preprocessing import PREPROCESSING
 from trainers.quantize import Prepared
 from trainers.quantize_settings import Mode
@@ -57,7 +59,7 @@ CASES = pytest.mark.parametrize("case", [(way, name) for way in WAYS for name in
 def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str, str], Path]) -> None:
     """Read from the file by onnx alone: int8 initialisers by their names, and their zero points."""
     _, _, masks = pruned(case[1])
-    model = onnx.load(folders[case] / int8.FILE)
+    model = onnx.load(folders[case] / FILE)
     tensors = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
     zero_points = {}
     for node in model.graph.node:
@@ -72,7 +74,7 @@ def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str
         assert not values[~mask.numpy()].any()
         assert values[mask.numpy()].any()
         assert not zero_points[stored].any()
-    assert int8.check_zeros(folders[case] / int8.FILE, masks) == sum(masks.pruned().values())
+    assert check_zeros(folders[case] / FILE, masks) == sum(masks.pruned().values())
 
 
 @CASES
@@ -83,7 +85,7 @@ def test_answers_are_close_at_every_batch_size(
     batch = images(8)
     with torch.no_grad():
         expected = model(batch)
-    engine = int8.Int8Model(folders[case] / int8.FILE, threads=1)
+    engine = int8.Int8Model(folders[case] / FILE, threads=1)
     for count in range(1, 9):
         found = engine(batch[:count])
         assert found.shape == (count, 3)
@@ -103,7 +105,7 @@ def test_the_folder_says_all_and_nothing_of_this_machine(
     assert record["engine"].startswith("onnxruntime ")
     assert {path.name for path in folder.iterdir()} == {*record["files"], int8.RECORD}
     assert MaskSet.load(folder / "masks.safetensors").fingerprint() == pruned(case[1])[2].fingerprint()
-    metadata = {one.key: one.value for one in onnx.load(folder / int8.FILE).metadata_props}
+    metadata = {one.key: one.value for one in onnx.load(folder / FILE).metadata_props}
     about = json.loads(metadata[PREPROCESSING])
     assert about["input_size"] == [3, 16, 16]
     assert about["labels"] == LABELS
@@ -116,7 +118,7 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
     """The check can fail: one pruned weight of one layer is set, and so is a zero point."""
     name, (_, _, masks) = "blocks.1.mlp.fc1.weight", pruned(VIT)
     for way, stored in (("static", name), ("dynamic", f"{name}.T")):
-        model = onnx.load(folders[way, VIT] / int8.FILE)
+        model = onnx.load(folders[way, VIT] / FILE)
         tensor = next(one for one in model.graph.initializer if one.name == stored)
         values = numpy_helper.to_array(tensor).copy()
         pruned_at = (~masks[name].numpy() if way == "static" else ~masks[name].numpy().T).nonzero()
@@ -124,16 +126,16 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
         tensor.CopyFrom(numpy_helper.from_array(values, stored))
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises(RuntimeError, match=rf"{name} has pruned weights that are not 0"):
-            int8.check_zeros(tmp_path / "changed.onnx", masks)
-    model = onnx.load(folders["static", VIT] / int8.FILE)
+            check_zeros(tmp_path / "changed.onnx", masks)
+    model = onnx.load(folders["static", VIT] / FILE)
     node = next(one for one in model.graph.node if one.op_type == "DequantizeLinear" and one.input[0] == name)
     node.input[2] = "shifted"
     model.graph.initializer.append(numpy_helper.from_array(np.full(64, 1, np.int8), "shifted"))
     onnx.save(model, tmp_path / "changed.onnx")
     with pytest.raises(RuntimeError, match="zero points that are not 0"):
-        int8.check_zeros(tmp_path / "changed.onnx", masks)
+        check_zeros(tmp_path / "changed.onnx", masks)
     with pytest.raises(RuntimeError, match="has no int8 weight"):
-        int8.check_zeros(folders["static", VIT] / int8.FILE, pruned(SWIN)[2])
+        check_zeros(folders["static", VIT] / FILE, pruned(SWIN)[2])
 
 
 def test_what_is_quantised_is_not_quantised_again(
@@ -156,15 +158,15 @@ def test_images_of_another_shape(folders: dict[tuple[str, str], Path], tmp_path:
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path
-    for name in (int8.FILE, "config.json"):
+    for name in (FILE, "config.json"):
         (folder / name).write_text("{}")
     int8.seal(folder, pruned(VIT)[2], {})
     assert int8.is_int8(folder)
     int8.read_record(folder, "x", key="model")
-    (folder / int8.FILE).write_text("{ }")
+    (folder / FILE).write_text("{ }")
     with pytest.raises(InputError, match=r"model = 'x': model\.onnx is not the file"):
         int8.read_record(folder, "x", key="model")
-    (folder / int8.FILE).unlink()
+    (folder / FILE).unlink()
     with pytest.raises(InputError, match=r"model\.onnx is missing"):
         int8.read_record(folder, "x", key="model")
     edit_json(folder / int8.RECORD, files={"../x": ""})

@@ -247,9 +247,14 @@ def size_on_disk(folder: Path) -> int:
 
 
 def weights_hash(uri: str) -> str:
-    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made."""
+    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made.
+
+    Of an INT8 one it is that of its ``model.onnx``.
+    """
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
+    if storage.exists(f"{uri}/{QUANTISED}"):
+        return str(storage.read_json(f"{uri}/{QUANTISED}")["files"]["model.onnx"])
     record = storage.read_json(f"{uri}/{RECORD}") if storage.exists(f"{uri}/{RECORD}") else {}
     return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED}"))
 
