@@ -229,6 +229,12 @@ def test_it_does_not_prune(files: dict[str, str]) -> None:
         make_job(files, {}, {}, quantize={})
 
 
+def test_batch_norms_are_not_trained() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match=r"has batch norms.*take static or dynamic"):
+        Prepared(model, SIZE, aware=True)
+
+
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.optional.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs torchao.*pip install 'espalier\[deploy\]'"):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError
 from trainers import distributed
@@ -39,12 +40,15 @@ class Prepared(nn.Module):
         aware: for training, instead of for calibration.
 
     Raises:
-        InputError: the extra 'deploy' is not installed.
+        InputError: the extra 'deploy' is not installed, or a model with batch norms is to be trained.
     """
 
     def __init__(self, model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> None:
         super().__init__()
         require("quantize", "int8", "torchao")
+        if aware and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            expected = "has batch norms, which training for INT8 does not hold; take static or dynamic"
+            raise InputError("model", type(model).__name__, expected)
         self.aware, self.size = aware, size
         self.traced = _prepare(model, size, aware=aware)
         self._points = list(_fake_quantisers(self.traced))
