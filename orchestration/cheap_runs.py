@@ -17,13 +17,14 @@ _NUMBER = "espalier.number"
 class CheapRuns(TrialRuns):
     """:class:`TrialRuns` whose trials have runs of their own only once they are over.
 
-    Trials that the log knows and MLflow does not (a driver was killed in between) are logged at the start.
+    The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
+    log has, and loses what it has not.
     """
 
     def __init__(self, tracker: Tracker, *arguments: Any, **options: Any) -> None:
         super().__init__(tracker, *arguments, **options)
         self._ids: dict[int, Future[str]] = {}
-        self._there = tracker.children(self.run, _NUMBER)
+        self._there = tracker.children(self.run, _NUMBER, {str(record.number) for record in self._log.trials})
         for record in self._log.trials:
             if str(record.number) not in self._there:
                 self._say(record)

@@ -20,7 +20,7 @@ from orchestration.trial_runs import without_trainer_state
 from trainers import storage
 from trainers.checkpoint import RECORD
 
-PARENT = "parent.json"  # in a dense model that was a registered version: which one
+PARENT = "parent.json"  # which registered version a dense model was; beside it, and in the sweep's folder
 
 
 def dense_phase(sweep: Sweep) -> Dense:
@@ -31,8 +31,9 @@ def dense_phase(sweep: Sweep) -> Dense:
     if given is not None and not given.startswith(("hf-hub:", "models:/")):
         sweep.display.phase("dense model")
         return _measured(sweep, storage.absolute(given), "given")
+    version = _version(sweep, given)
     key = digest(
-        recipe.model.model_dump(mode="json"),
+        recipe.model.model_dump(mode="json") | {"checkpoint": version or given},
         recipe.dense and recipe.dense.model_dump(mode="json"),
         recipe.resources.most if recipe.dense else None,
         recipe.seed,
@@ -45,8 +46,7 @@ def dense_phase(sweep: Sweep) -> Dense:
         return _measured(sweep, checkpoint, "reused")
     if recipe.dense is None:
         sweep.display.phase("dense model")
-        if given is not None and given.startswith("models:/"):
-            version = registry.version_of(given, sweep.tracker.uri)  # the alias may move on
+        if version is not None:
             with registry.pulled(version, sweep.tracker.uri) as local:
                 storage.write_json(f"{local}/{PARENT}", {"version": version})
                 storage.upload(local, checkpoint)
@@ -74,6 +74,16 @@ def dense_phase(sweep: Sweep) -> Dense:
         storage.upload(clean, f"{folder}/model")
     runs.close(best)
     return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
+
+
+def _version(sweep: Sweep, given: str | None) -> str | None:
+    """The registered version that the recipe named when the sweep began: its alias may have moved on."""
+    if given is None or not given.startswith("models:/"):
+        return None
+    place = f"{sweep.root}/{PARENT}"
+    if not storage.exists(place):
+        storage.write_json(place, {"version": registry.version_of(given, sweep.tracker.uri)})
+    return str(storage.read_json(place)["version"])
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:

@@ -22,6 +22,7 @@ from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
 from orchestration.search_proposals import proposals
 from orchestration.search_space import Space
 from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.tune_memory import one_trial_pays
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
@@ -72,6 +73,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
     Raises:
         RuntimeError: more trials failed than the limits allow.
     """
+    one_trial_pays()
     missing = search.trials - len(log.ended)
     given_up = GivenUp(search.limits, search.trials)
     # by rounds: what Tune does for a trial grows with the number of those that it has seen

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,18 +154,22 @@ class Tracker:
 
         return self._send(send)
 
-    def children(self, run: str, tag: str) -> dict[str, str]:
-        """Runs that have ended below a run: the value of a tag -> id; those left half said are deleted."""
+    def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
+        """Runs below a run that are ``known`` by the value of a tag: value -> id.
+
+        Others are deleted: those left half said, and those of trials that were logged here and, as the driver
+        or its storage failed, nowhere else; they run again.
+        """
         found: dict[str, str] = {}
         token: str | None = None
         while token is None or token:
             below = f"tags.`mlflow.parentRunId` = '{run}'"
             page = self.client.search_runs([self.experiment], below, max_results=1000, page_token=token)
             for child in page:
-                value = child.data.tags.get(tag)
-                if child.info.end_time is None:
+                value: str | None = child.data.tags.get(tag)
+                if value is None or child.info.end_time is None or value not in known or value in found:
                     self.client.delete_run(child.info.run_id)
-                elif value is not None:
+                else:
                     found[value] = child.info.run_id
             token = page.token or ""
         return found

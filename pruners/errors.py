@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
+
 
 class InputError(ValueError):
     """Input that cannot be used: names the key, the value, and what would be right.
@@ -30,5 +32,9 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits on one line; its kind if it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error says, as far as it fits on one line; its kind if it says nothing.
+
+    Of one that tells another's trace (Ray's do) it is the end of it, where that one says what it is.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0]

@@ -10,6 +10,7 @@ from helpers import PRUNERS, batches, state, uneven
 from torch import Tensor, nn
 
 from pruners import InputError, PruneReport, Scope, prune
+from pruners.errors import first_line
 from pruners.gradients import Batch
 from pruners.ovit import OViT
 
@@ -133,3 +134,20 @@ def test_a_model_that_is_sparser_already_is_refused_and_untouched(method: str) -
     with pytest.raises(InputError, match=r"sparsity = 0\.5: the model is sparser already \(0\.5999\)"):
         pruned(model, method, 0.5)
     assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("no space", "no space"),
+        ("first\nsecond", "first"),
+        ("", "OSError"),
+        (
+            "Traceback (most recent call last):\n  File x\nOSError: [Errno 28] full: /a\n",
+            "OSError: [Errno 28] full: /a",
+        ),
+        ("\x1b[36mray::measure()\x1b[39m (pid=7)\n  File x\nValueError: bad\n", "ValueError: bad"),
+    ],
+)
+def test_an_error_in_one_line(said: str, line: str) -> None:
+    assert first_line(OSError(said)) == line

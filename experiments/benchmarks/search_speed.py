@@ -110,7 +110,8 @@ def trials(args: argparse.Namespace) -> dict[str, float]:
     """``anew``: pruning anew over a trial; ``trial``: a trial over its evaluation alone."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, order_seconds = stored(args, folder)
-        trial = OneShotTrial({}, inputs=inputs)
+        trial = OneShotTrial.__new__(OneShotTrial)  # as Tune makes one, without a cluster
+        trial.setup({}, inputs)
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.create_study(sampler=sampler)
         whole, alone = [], []
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--gradients", type=int, default=64, help="of the order; a real one takes more")
+    parser.add_argument("--gradients", type=int, default=256, help="of the order")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--trials", type=int, default=300, help="of the idle loop")
