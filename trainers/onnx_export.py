@@ -94,6 +94,7 @@ def quantise_onnx(source: Path, target: Path, images: Images | None = None) -> N
                 _reader(images),
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QUInt8,
+                nodes_to_exclude=_products_of_activations(source),
                 extra_options={"WeightSymmetric": True},
                 **common,
             )
@@ -105,6 +106,16 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     model = onnx.load(path, load_external_data=False)
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _products_of_activations(path: Path) -> list[str]:
+    """Nodes that stay in float32: quantised, ONNX Runtime 1.31 runs them wrongly once its optimiser has fused
+    them (a relative error of 0.15 on a small ViT, instead of 0.009)."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    weights = {weight.name for weight in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
 
 
 def _reader(images: Images) -> Any:
