@@ -101,6 +101,8 @@ def test_the_folder_says_all_and_nothing_of_this_machine(
     assert record["mode"] == case[0]
     assert record["method"] == "dimap"
     assert record["zeros"] == sum(pruned(case[1])[2].pruned().values())
+    assert len(record["probe"]["logits"]) == int8.PROBES
+    assert record["probe"]["agreement"]["relative"] < 0.15
     assert record["float"] == weights_hash(str(folder.parent / "parent"))
     assert record["engine"].startswith("onnxruntime ")
     assert {path.name for path in folder.iterdir()} == {*record["files"], int8.RECORD}
@@ -136,6 +138,18 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
         check_zeros(tmp_path / "changed.onnx", masks)
     with pytest.raises(RuntimeError, match="has no int8 weight"):
         check_zeros(folders["static", VIT] / FILE, pruned(SWIN)[2])
+
+
+def test_an_engine_that_answers_otherwise_is_noticed(
+    folders: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(int8.Int8Model):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return 1.3 * super().forward(images)
+
+    monkeypatch.setattr(int8, "Int8Model", Wrong)
+    with pytest.raises(RuntimeError, match=r"onnxruntime does not answer what torch answers"):
+        int8.quantise(folders["static", VIT].parent / "parent", tmp_path, "dynamic")
 
 
 def test_what_is_quantised_is_not_quantised_again(
