@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from orchestration import cli_cluster, cli_options
+from orchestration.cli_benchmark import benchmark
 from orchestration.cli_compare import compare
 from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
@@ -45,6 +46,7 @@ cli.add_command(quantize)
 cli.add_command(data)
 cli.add_command(export)
 cli.add_command(pull)
+cli.add_command(benchmark)
 cli.add_command(finetune)
 cli.add_command(promote)
 cli.add_command(lineage)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-from orchestration import cli_options
+from orchestration import cli_options, export_formats
+from pruners.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FORMATS = {"compressed": "a checkpoint folder without its zeros"}
-"""What ``export`` can write; :mod:`orchestration.export_command` writes it."""
+COMPRESSED = "compressed"
+FORMATS = {COMPRESSED: "a checkpoint folder without its zeros"} | {
+    name: form.text for name, form in export_formats.FORMATS.items()
+}
+"""What ``export`` can write, and what for."""
 
 
 def of_registry(command: F) -> F:
@@ -39,18 +44,56 @@ def of_registry(command: F) -> F:
     metavar="FORMAT",
     help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + ".",
 )
+@click.option(
+    "--data",
+    metavar="PARQUET",
+    help="Images on which the file's answers are compared with the model's before it is kept. "
+    "Default: parts of two photographs.",
+)
+@click.option(
+    "--calibration",
+    metavar="PARQUET",
+    help="Training images that fix the ranges of activations: for openvino-int8, and for onnx-int8 "
+    "(static quantisation; without them they are measured as the model runs).",
+)
 @of_registry
-def export(checkpoint: str, out: str, kind: str, tracking_uri: str | None, storage: str) -> None:
+def export(
+    checkpoint: str,
+    out: str,
+    *,
+    kind: str,
+    data: str | None,
+    calibration: str | None,
+    tracking_uri: str | None,
+    storage: str,
+) -> None:
     """Write CHECKPOINT in another form to the folder OUT.
 
-    CHECKPOINT is a checkpoint folder (any pyarrow URI), hf-hub:NAME or models:/NAME@alias.
+    CHECKPOINT is a checkpoint folder (any pyarrow URI), hf-hub:NAME or models:/NAME@alias. A file for an
+    engine is run by it, and kept only if it answers what the model answers; status 1 if it does not.
     """
     from rich.console import Console
 
     from orchestration.prune_options import one_of
 
     one_of("--format", kind, FORMATS)
-    with Console(stderr=True).status(f"espalier export: {checkpoint}"):
+    console = Console(stderr=True)
+    if kind != COMPRESSED:
+        export_formats.FORMATS[kind].check(kind, calibration)
+        with console.status(f"espalier export: {checkpoint}"):
+            from orchestration.engine_export import CheckError, Wanted, export
+
+            wanted = Wanted(checkpoint, out, kind, data, calibration, tracking_uri, storage)
+            try:
+                export(wanted, click.echo)
+            except CheckError as error:
+                click.echo(f"espalier: {error}", err=True)
+                sys.exit(1)
+        return
+    for key, value in (("--data", data), ("--calibration", calibration)):
+        if value is not None:
+            raise InputError(key, value, f"{COMPRESSED} is not run by an engine; drop it")
+    with console.status(f"espalier export: {checkpoint}"):
         from orchestration.export_command import compress
 
         lines = compress(checkpoint, out, tracking_uri, storage)

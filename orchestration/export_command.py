@@ -25,7 +25,7 @@ def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) 
     target = free_folder(out, "OUT")
     with at_hand(checkpoint, tracking_uri, storage) as place, as_folder(place) as (source, record):
         before = size_on_disk(source)
-        with _whole(target, out, "OUT") as folder:
+        with whole(target, out, "OUT") as folder:
             packed = pack_folder(source, folder, record)
     after = size_on_disk(target)
     gained = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
@@ -47,7 +47,7 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     if not reference.startswith("models:/"):
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
     target = free_folder(dest, "DEST")
-    with at_hand(reference, tracking_uri, storage) as place, _whole(target, dest, "DEST") as folder:
+    with at_hand(reference, tracking_uri, storage) as place, whole(target, dest, "DEST") as folder:
         shutil.copytree(place, folder, dirs_exist_ok=True)
         quantised = is_int8(folder)
         record = (read_record if quantised else verify)(folder, reference, key="model")
@@ -60,7 +60,12 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
 
 
 @contextmanager
-def _whole(target: Path, place: str, key: str) -> Iterator[Path]:
+def whole(target: Path, place: str, key: str) -> Iterator[Path]:
+    """A folder to write ``target`` in, as :func:`orchestration.work.whole_folder`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         with whole_folder(target) as folder:
             yield folder

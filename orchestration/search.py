@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from orchestration.tune_memory import one_trial_pays
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
+_NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _ROUND = 500  # trials
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 
@@ -174,7 +176,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         late = self._running[trial.trial_id].late
         said = [late] if late else _last_words(trial)
-        self._given_up.note(said[-1].strip())
+        self._given_up.note(_reason(said))
         self._end(trial, "failed", said)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -205,7 +207,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             if whole
             else {},
             seconds=time.monotonic() - running.started,
-            error=said[-1].strip() if said else None,
+            error=_reason(said) if said else None,
             trace="\n".join(said) if said else None,
             given=dict(trial.config) in list(self._search.first),
         )
@@ -229,6 +231,12 @@ _KEPT = (
     "allocation",
     "shares",
 )
+
+
+def _reason(said: Sequence[str]) -> str:
+    """The line that names an error; the last one where none does. Ray puts advice below."""
+    lines = [line.strip() for line in said]
+    return next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
 
 
 def _last_words(trial: Trial) -> list[str]:

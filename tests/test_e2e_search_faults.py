@@ -141,9 +141,10 @@ def test_an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) ->
     ) as command:
         assert command.wait() == 0, command.err
     log = agrees(storage)
-    (failed,) = [trial for trial in log.trials if trial.state == "failed"]
-    assert "memory" in (failed.error or "")
-    assert len(log.ended) == TRIALS - 1
+    failed = [trial for trial in log.trials if trial.state == "failed"]
+    assert 1 <= len(failed) <= 2  # the monitor may take the other one first: it knows no culprit
+    assert all("memory" in (trial.error or "") for trial in failed)
+    assert len(log.ended) == TRIALS - len(failed)
 
 
 def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:

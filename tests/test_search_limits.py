@@ -11,7 +11,7 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration.search import Search, run_search
+from orchestration.search import Search, _reason, run_search
 from orchestration.search_config import SearchLimits
 from orchestration.search_limits import Limits
 from orchestration.trial_log import TrialLog, TrialRecord
@@ -90,3 +90,18 @@ def test_too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> No
     assert [record.state for record in log.trials] == ["finished", "failed", "failed"]
     again = run(tmp_path, [0.5, 0.75], trials=3, failures=0.2)  # what failed may have been mended
     assert [record.state for record in again] == ["finished", "failed", "failed", "finished", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (["Traceback", "  File a", "ValueError: no such layer"], "ValueError: no such layer"),
+        (
+            ["ray.exceptions.OutOfMemoryError: low on memory (node 1)", "", "Refer to https://docs"],
+            "ray.exceptions.OutOfMemoryError: low on memory (node 1)",
+        ),
+        (["it was ended after 2 minutes"], "it was ended after 2 minutes"),
+    ],
+)
+def test_the_reason_is_the_line_that_names_an_error(said: list[str], reason: str) -> None:
+    assert _reason(said) == reason

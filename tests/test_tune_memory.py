@@ -14,7 +14,7 @@ from orchestration.tune_memory import one_trial_pays
 def test_a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Exception] = []
 
-    def decides(self: Any, task: Any, exception: Exception) -> None:
+    def decides(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         seen.append(exception)
 
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", decides)
@@ -22,8 +22,9 @@ def test_a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPa
     one_trial_pays()  # wrapped once
     manager: Any = RayActorManager.__new__(RayActorManager)
     other = ValueError("another")
-    manager._actor_task_failed(None, OutOfMemoryError("low on memory\nmore"))
-    manager._actor_task_failed(None, other)
+    low = OutOfMemoryError("low on memory\nmore")
+    manager._actor_task_failed(tracked_actor_task=None, exception=low)  # as Ray calls it
+    manager._actor_task_failed(tracked_actor_task=None, exception=other)
     assert isinstance(seen[0], RayActorError)
     assert str(seen[0]) == "low on memory"
     assert seen[1:] == [other]

@@ -3,7 +3,7 @@
 ``model.onnx`` is the model (:mod:`trainers.int8_file`), its preprocessing in the file's metadata;
 ``config.json`` the parent's (timm's: architecture, classes, preprocessing); ``masks.safetensors`` the masks
 of the parent, where it has some; ``quantization.json`` the record: mode, engine, the parent's hash, figures,
-torch's answers to some made-up pictures, versions, checksums. There is no pickle, and there are no float
+its answers to some made-up pictures, versions, checksums. There is no pickle, and there are no float
 weights: timm does not load this folder.
 """
 
@@ -49,7 +49,7 @@ RECORD = QUANTISED
 NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
 """Packages, all of the extra ``deploy``."""
 PROBES = 4
-"""Made-up pictures whose answers the record keeps: any engine can be held against them."""
+"""Made-up pictures whose answers, held against torch's, the record keeps."""
 _APART = 0.2  # relative, of the answers: small models of 16 channels come to 0.09, those of use to 0.04
 FORMAT = "espalier-int8-1"
 ENGINE = "onnxruntime"
@@ -107,7 +107,8 @@ def quantise(
             prepared.calibrate(images)
         write_static(folder / FILE, prepared, model, labels)
     engine = Int8Model(folder / FILE)
-    found = Agreement.of(_answers(engine, pictures), expected)
+    answers = _answers(engine, pictures)
+    found = Agreement.of(answers, expected)
     if not found.relative <= _APART:
         raise RuntimeError(f"{ENGINE} does not answer what torch answers (differences: {found})")
     held = 0 if loaded.masks is None else check_zeros(folder / FILE, loaded.masks)
@@ -121,7 +122,7 @@ def quantise(
         "float": weights_hash(str(source)),
         "zeros": held,
         "figures": dict(figures(engine)),
-        "probe": {"logits": expected.tolist(), "agreement": found.as_dict()},
+        "probe": {"images": PROBES, "logits": answers.tolist(), "agreement": found.as_dict()},
     }
     shutil.copyfile(source / CONFIG, folder / CONFIG)
     return seal(folder, loaded.masks, content)

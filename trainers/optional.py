@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from pruners.errors import InputError
 
@@ -15,6 +18,12 @@ def missing(*packages: str) -> str | None:
         if find_spec(package) is None:
             return f"needs {package}, which is not installed: {EXTRA}"
     return None
+
+
+def import_openvino() -> Any:
+    """OpenVINO without the reports that it and NNCF send home by a package that both can do without."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it then fails
+    return import_module("openvino")
 
 
 def require(key: str, value: object, *packages: str) -> None:

@@ -1,0 +1,251 @@
+"""``espalier export`` to a format that an engine reads: written, run by that engine, compared, then kept.
+
+The folder OUT holds the engine's file and ``export.json`` (:data:`RECORD`): where it came from, how it was
+checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
+anybody can tell later and elsewhere whether an engine still answers so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from orchestration import photographs
+from orchestration.export_command import whole
+from orchestration.export_formats import FORMATS, Format, Source
+from orchestration.mlflow_model import classes_of
+from orchestration.source import as_folder, at_hand, check_images
+from orchestration.work import free_folder
+from pruners.errors import InputError, first_line
+from trainers import data, models
+from trainers.agreement import TOLERANCE, Agreement
+from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
+from trainers.engines import ENGINES, Place, Run
+from trainers.preprocessing import Images, pattern_images, preprocessing_of
+
+RECORD = "export.json"
+FORMAT = "espalier-export-1"
+BATCHES = (1, 2, 7, 64)
+"""Sizes of the batches that a file has to answer before it is kept."""
+PROBES = 4
+CALIBRATION = 256
+_SEED = 0
+
+
+class CheckError(RuntimeError):
+    """A file whose engine does not answer what the model answers."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What ``espalier export`` was asked for."""
+
+    checkpoint: str
+    out: str
+    kind: str
+    data: str | None = None
+    calibration: str | None = None
+    tracking_uri: str | None = None
+    storage: str = "runs"
+
+    @property
+    def form(self) -> Format:
+        return FORMATS[self.kind]
+
+
+def export(wanted: Wanted, say: Callable[[str], None]) -> None:
+    """Write OUT, whole and checked, or nothing.
+
+    Raises:
+        InputError: whatever can be known to fail before anything is written.
+        CheckError: the engine's answers differ from the model's; ``say`` has said by how much.
+    """
+    form = wanted.form
+    form.check(wanted.kind, wanted.calibration)
+    target = free_folder(wanted.out, "OUT")
+    with (
+        at_hand(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as place,
+        as_folder(place) as (checkpoint, record),
+    ):
+        model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
+        images, name = _real_images(model, wanted.data)
+        source = source_of(model, checkpoint, wanted.calibration)
+        with whole(target, wanted.out, "OUT") as folder:
+            form.write(source, folder)
+            run = _loaded(form, folder)
+            check = _check(run, form, model, images)
+            say(f"{'compared':<12}with torch, on {len(images)} images ({name})")
+            for batch, agreement in check.items():
+                say(f"{f'batch {batch}':<12}{agreement}")
+            worst = max(check.values(), key=lambda agreement: agreement.relative)
+            if not worst.holds(form.kind):
+                raise CheckError(
+                    f"{wanted.kind}: {form.engine} does not answer what the model answers (relative "
+                    f"difference {worst.relative:.2g}, and {form.kind} allows {TOLERANCE[form.kind]:g}); "
+                    "nothing is kept"
+                )
+            content = _content(wanted, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
+            content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
+            content["source"] = _provenance(place, checkpoint, record)
+            content["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+            for path in folder.iterdir():
+                path.chmod(0o644)  # some libraries give their files to their owner alone
+    for line in _end(target, wanted):
+        say(line)
+
+
+def source_of(model: nn.Module, checkpoint: Path, calibration: str | None) -> Source:
+    """A model with what its file shall say, and with images for calibration, if they are given.
+
+    Raises:
+        InputError: images that the model cannot take.
+    """
+    names = classes_of(str(checkpoint))
+    labels = sorted(names, key=names.__getitem__) if names else None
+    source = Source(model, preprocessing_of(model, labels))
+    if calibration is None:
+        return source
+    return Source(model, source.preprocessing, _calibration(model, calibration))
+
+
+def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
+    """Logits of a float32 model in eval mode, (N, classes)."""
+    with torch.inference_mode():
+        found: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+    return found
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """The record of a folder that :func:`export` wrote, after checking its files.
+
+    Raises:
+        InputError: it is none, or a file is missing or not what the record says.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        kind, sums = record["kind"], dict(record["files"])
+        if kind not in FORMATS or any(PurePath(file).name != file for file in sums):
+            raise ValueError("another format")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError("model", name, f"{RECORD} must be a record written by espalier export") from None
+    check_sums(folder, name, RECORD, sums)
+    return record
+
+
+def check_sums(folder: Path, name: str, record: str, sums: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: a file of a folder is missing or not what its record says.
+    """
+    for file, expected in sums.items():
+        if not (folder / file).is_file():
+            raise InputError("model", name, f"{file} is missing; {record} lists it")
+        if _sha256(folder / file) != expected:
+            raise InputError("model", name, f"{file} is not the file that {record} describes")
+
+
+def _real_images(model: nn.Module, uri: str | None) -> tuple[Images, str]:
+    """Images to compare answers on, and what they are."""
+    transform = data.eval_transform(models.data_config(model))
+    if uri is None:
+        channels = models.input_size(model)[0]
+        if channels != 3:
+            raise InputError(
+                "model", None, f"takes images of {channels} channels, and only RGB can be checked"
+            )
+        return photographs.as_input(max(BATCHES), transform), photographs.NAME
+    check_images(uri, model, "--data")
+    table = data.images(uri, transform, key="--data")
+    count = max(BATCHES)
+    rows = [table[row % len(table)][0] for row in range(count)]
+    return torch.stack(rows).numpy(), f"the first of {PurePath(uri).name}"
+
+
+def _calibration(model: nn.Module, uri: str) -> Images:
+    """A fixed part of the training images, drawn once."""
+    check_images(uri, model, "--calibration")
+    table = data.images(uri, data.eval_transform(models.data_config(model)), key="--calibration")
+    drawn = np.random.default_rng(_SEED).permutation(len(table))[:CALIBRATION]
+    return torch.stack([table[int(row)][0] for row in drawn]).numpy()
+
+
+def _loaded(form: Format, folder: Path) -> Run:
+    try:
+        return ENGINES[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
+    except Exception as error:  # whatever an engine raises
+        raise CheckError(
+            f"{form.engine} cannot load the file ({first_line(error)}); nothing is kept"
+        ) from None
+
+
+def _probes(source: Source) -> Images:
+    """Made-up pictures, whose answers by the checked file tell later and elsewhere whether it is still right.
+
+    By the file and not by torch: they may lie outside of what INT8 was calibrated for.
+    """
+    return pattern_images(source.preprocessing, PROBES)
+
+
+def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int, Agreement]:
+    """The engine's answers to the first images, batch by batch, against torch's."""
+    expected = torch_answers(model, images)
+    try:
+        return {size: Agreement.of(run(images[:size].copy()), expected[:size]) for size in BATCHES}
+    except Exception as error:  # whatever an engine raises
+        raise CheckError(
+            f"{form.engine} cannot run the file ({first_line(error)}); nothing is kept"
+        ) from None
+
+
+def _provenance(place: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: record[key] for key in ("architecture", "method", "sparsity", "parent") if key in record}
+    local = (checkpoint / WEIGHTS).exists() or not place.startswith("hf-hub:")
+    return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": place})
+
+
+def _content(
+    wanted: Wanted, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
+) -> dict[str, Any]:
+    form = wanted.form
+    return {
+        "format": FORMAT,
+        "kind": wanted.kind,
+        "engine": form.engine,
+        "type": form.kind,
+        "file": form.file,
+        "calibration": None if source.calibration is None else len(source.calibration),
+        "preprocessing": source.preprocessing,
+        "check": by | {"batches": {str(size): agreement.as_dict() for size, agreement in check.items()}},
+        "versions": versions() | _installed(form.packages),
+    }
+
+
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _end(target: Path, wanted: Wanted) -> Iterator[str]:
+    size = sum(path.stat().st_size for path in target.iterdir() if path.name != RECORD)
+    yield f"{'written to':<12}{wanted.out} ({size / 1e6:.2f} MB)"
+    yield f"{'run it by':<12}the example for {wanted.kind} in README.md"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

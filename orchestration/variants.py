@@ -1,0 +1,215 @@
+"""The models of a benchmark, and the files by which each engine runs them.
+
+A checkpoint is run by every engine that is asked for: its file for an engine is written to a temporary
+folder. A folder that ``espalier export`` or ``espalier quantize`` wrote is run by its own engine, as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from orchestration.engine_export import RECORD, check_sums, read_record, source_of, torch_answers
+from orchestration.export_formats import FORMATS, Source
+from orchestration.source import as_folder, at_hand
+from pruners.errors import InputError
+from trainers import onnx_export
+from trainers.checkpoint import load_checkpoint, size_on_disk, weights_hash
+from trainers.engines import SPARSE_ENOUGH, Choice, keeps_2_of_4
+from trainers.preprocessing import PREPROCESSING, Images, pattern_images
+from trainers.storage import absolute
+
+_QUANTISED = "quantization.json"
+
+
+@dataclass(frozen=True)
+class File:
+    """What an engine is given, and how large it is on disk, in bytes."""
+
+    path: Path
+    size: int
+
+
+@dataclass
+class Variant:
+    """A model of a benchmark.
+
+    Attributes:
+        name: by which tables call it; no path.
+        sparsity: share of zeros among the prunable weights, as recorded.
+        parameters: of a checkpoint; of an exported folder unknown.
+        weights: hash of the checkpoint's; of an exported folder, of the one that it was made from.
+        source: a checkpoint's model, in float32, and what its files shall say.
+        record: of an exported folder.
+    """
+
+    name: str
+    folder: Path
+    preprocessing: Mapping[str, Any]
+    sparsity: float
+    weights: str | None
+    source: Source | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    _files: dict[str, File] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self.source is None else self.source.model
+
+    @property
+    def parameters(self) -> int | None:
+        return None if self.model is None else sum(one.numel() for one in self.model.parameters())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What models that are compared must have in common: classes, channels, height, width."""
+        return (self.preprocessing["classes"], *self.preprocessing["input_size"])
+
+    def refuses(self, choice: Choice) -> str | None:
+        """Why an engine has nothing to do with it, in words; ``None`` if it runs it."""
+        if self.model is None:
+            own = Choice(self.record["engine"], self.record["type"])
+            return None if choice == own else f"is a file for {own}"
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if choice.engine == "csr" and not any(_sparse(module) for module in linear):
+            return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
+        if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
+            return "no linear layer keeps 2:4"
+        return None
+
+    def file(self, choice: Choice, scratch: Path) -> File:
+        """What the engine runs; written below ``scratch`` if need be.
+
+        Raises:
+            InputError: a model that cannot be exported.
+        """
+        if self.source is None:
+            size = sum((self.folder / name).stat().st_size for name in self.record["files"])
+            return File(self.folder / self.record["file"], size)
+        kind = form_of(choice)
+        if kind is None:
+            return File(self.folder, size_on_disk(self.folder))
+        if kind not in self._files:
+            folder = scratch / f"{self.name.replace('/', '-')}-{kind}"
+            folder.mkdir()
+            FORMATS[kind].write(self.source, folder)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self._files[kind] = File(folder / FORMATS[kind].file, size)
+        return self._files[kind]
+
+    def questions(
+        self, images: Images, others: Sequence[Variant]
+    ) -> tuple[Images, NDArray[np.float32]] | None:
+        """Images on which an engine's answers are compared, and what they have to be: torch's, in float32.
+
+        Args:
+            images: real ones. An exported folder holds the answers that it gave to made-up pictures when it
+                was checked.
+            others: models, among them perhaps the one that a file was made from.
+
+        Returns:
+            ``None`` if nothing is known that this model ought to answer.
+        """
+        if self.model is not None:
+            return images, torch_answers(self.model, images)
+        if "probe" in self.record:
+            logits = np.array(self.record["probe"]["logits"], np.float32)
+            return pattern_images(self.preprocessing, len(logits)), logits
+        for other in others:
+            if other.model is not None and other.weights == self.weights:
+                return images, torch_answers(other.model, images)
+        return None
+
+
+def form_of(choice: Choice) -> str | None:
+    """The export format that an engine runs in a data type; ``None``: the checkpoint itself."""
+    kind = "float32" if choice.kind == "bfloat16" else choice.kind
+    if choice.engine not in ("onnxruntime", "openvino"):
+        return None
+    return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == (choice.engine, kind))
+
+
+@contextmanager
+def opened(
+    names: Sequence[str], calibration: str | None, tracking_uri: str | None, storage: str
+) -> Iterator[list[Variant]]:
+    """The models, local and loaded for as long as they are needed.
+
+    Raises:
+        InputError: one that cannot be loaded, or that has other classes or inputs than the first.
+    """
+    with ExitStack() as stack:
+        found: list[Variant] = []
+        for name, label in zip(names, labels(names), strict=True):
+            place = stack.enter_context(at_hand(name, tracking_uri, storage))
+            found.append(_open(stack, place, name, label, calibration))
+            _check_alike(found[0], found[-1], name)
+        yield found
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Short names that tell models apart: the last parts of their places, as many as it takes."""
+    parts = [PurePath(name.partition("://")[2] or name).parts for name in names]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        found = ["/".join(one[-count:]) for one in parts]
+        if len(set(found)) == len(found):
+            return found
+    raise InputError("model", " ".join(names), "names the same model twice")
+
+
+def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str | None) -> Variant:
+    local = Path(absolute(place))
+    if "://" not in place and (local / RECORD).is_file():
+        record = read_record(local, name)
+        about = record.get("source", {})
+        sparsity = float(about.get("sparsity", 0.0))
+        return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
+    if "://" not in place and (local / _QUANTISED).is_file():
+        return _quantised(local, name, label)
+    folder, record = stack.enter_context(as_folder(place))
+    loaded = load_checkpoint(str(folder), key="model")
+    sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
+    source = source_of(loaded.model.float().eval(), folder, calibration)
+    return Variant(label, folder, source.preprocessing, sparsity, weights_hash(str(folder)), source)
+
+
+def _quantised(folder: Path, name: str, label: str) -> Variant:
+    """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
+    try:
+        about = json.loads((folder / _QUANTISED).read_text(encoding="utf-8"))
+        check_sums(folder, name, _QUANTISED, about["files"])
+        preprocessing = json.loads(onnx_export.read_metadata(folder / onnx_export.FILE)[PREPROCESSING])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("model", name, f"{_QUANTISED} must be a record written by espalier") from None
+    record = {"engine": "onnxruntime", "type": "int8", "file": onnx_export.FILE, "files": [onnx_export.FILE]}
+    record |= {"probe": about["probe"]} if "probe" in about else {}
+    return Variant(
+        label, folder, preprocessing, float(about.get("sparsity", 0.0)), about.get("float"), record=record
+    )
+
+
+def _check_alike(first: Variant, other: Variant, name: str) -> None:
+    if first.shape != other.shape:
+        here, there = (_said(*one.shape) for one in (other, first))
+        raise InputError(
+            "model", name, f"is for {here}, and {first.name} for {there}; compare like with like"
+        )
+
+
+def _said(classes: int, *size: int) -> str:
+    return f"{classes} classes and images of {'×'.join(map(str, size))}"
+
+
+def _sparse(layer: nn.Linear) -> bool:
+    return float((layer.weight == 0).to(torch.float32).mean()) >= SPARSE_ENOUGH

@@ -1,0 +1,255 @@
+"""What runs a model: torch in several ways, ONNX Runtime, OpenVINO. Each behind the same small protocol.
+
+Nothing heavy is imported before an engine loads, so that a process which runs ONNX Runtime holds no torch,
+and the memory that is measured of it is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruners.errors import InputError
+from trainers.optional import import_openvino, missing
+from trainers.preprocessing import Images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Run = Callable[[Images], NDArray[np.float32]]
+"""Images (batch, channels, height, width), normalised, to logits (batch, classes)."""
+SPARSE_ENOUGH = 0.5
+"""Least share of zeros with which the engine ``csr`` takes a layer for a sparse one."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an engine works: so many threads of the processor, or ``cuda``."""
+
+    threads: int
+    device: str = "cpu"
+
+
+class Engine(Protocol):
+    """Attributes:
+    types: the data types that it computes in, its default first.
+    devices: on which it runs.
+    """
+
+    @property
+    def types(self) -> tuple[str, ...]: ...
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+
+    def lacking(self, kind: str, device: str) -> str | None:
+        """Why it cannot compute here in a data type; ``None`` if it can."""
+
+    def load(self, path: Path, kind: str, place: Place) -> Run:
+        """Take a model's file (or folder) to run."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """torch itself: a checkpoint folder, or a ``.pt2``. ``change`` makes of the model what is to be run."""
+
+    types: tuple[str, ...] = ("float32", "bfloat16")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    change: Callable[[nn.Module], nn.Module] | None = None
+    needs: Callable[[str], str | None] = lambda device: None
+
+    def lacking(self, kind: str, device: str) -> str | None:
+        return self.needs(device)
+
+    def load(self, path: Path, kind: str, place: Place) -> Run:
+        import torch
+
+        torch.set_num_threads(place.threads)
+        if path.suffix == ".pt2":
+            model: nn.Module = torch.export.load(path).module()
+        else:
+            from trainers.checkpoint import load_checkpoint
+
+            model = load_checkpoint(str(path), key="model").model.eval()
+        dtype: torch.dtype = getattr(torch, kind)
+        model = model.to(place.device, dtype).requires_grad_(False)
+        if self.change is not None:
+            model = self.change(model)
+
+        def run(images: Images) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(images).to(place.device, dtype))
+                found: NDArray[np.float32] = logits.float().cpu().numpy()
+            return found
+
+        return run
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime's CPU provider: ``model.onnx`` as it is; in INT8 if the file is."""
+
+    types: tuple[str, ...] = ("float32", "int8")
+    devices: tuple[str, ...] = ("cpu",)
+
+    def lacking(self, kind: str, device: str) -> str | None:
+        return missing("onnxruntime", "onnx", "onnxscript")
+
+    def load(self, path: Path, kind: str, place: Place) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = place.threads, 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return lambda images: np.asarray(session.run(None, {name: images})[0], np.float32)
+
+
+@dataclass(frozen=True)
+class OpenVino:
+    """OpenVINO's CPU plug-in: ``model.xml``, or an ONNX file. bfloat16 only where the processor has it."""
+
+    types: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    devices: tuple[str, ...] = ("cpu",)
+
+    def lacking(self, kind: str, device: str) -> str | None:
+        lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if kind == "int8" else []))
+        if lacks is not None or kind != "bfloat16":
+            return lacks
+        able = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return None if "BF16" in able else "this processor has no bfloat16"
+
+    def load(self, path: Path, kind: str, place: Place) -> Run:
+        openvino = import_openvino()
+        settings = {
+            "INFERENCE_NUM_THREADS": place.threads,
+            "NUM_STREAMS": 1,
+            # by itself it would compute in bfloat16 where it can, and call that float32
+            "INFERENCE_PRECISION_HINT": "bf16" if kind == "bfloat16" else "f32",
+        }
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        return lambda images: np.array(compiled(images)[0], np.float32)
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    import torch
+
+    made: Any = torch.compile(model, dynamic=False)  # each batch size for itself, as fast as it goes
+    return made  # type: ignore[no-any-return]
+
+
+def _sparse_rows(model: nn.Module) -> nn.Module:
+    """Linear layers with zeros enough as sparse rows (CSR)."""
+    import warnings
+
+    from torch import nn
+
+    from trainers.sparse_linear import SparseRows
+
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and _zeros(module) >= SPARSE_ENOUGH:
+            model.set_submodule(name, SparseRows(module))
+    return model
+
+
+def _semi_structured(model: nn.Module) -> nn.Module:
+    """Linear layers that keep 2:4 in the form that the GPU's sparse units take, compiled."""
+    import torch
+    from torch import nn
+    from torch.sparse import to_sparse_semi_structured
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and keeps_2_of_4(module):
+            sparse = to_sparse_semi_structured(module.weight.detach().contiguous())
+            module.weight = nn.Parameter(sparse, requires_grad=False)
+    made: Any = torch.compile(model, dynamic=False)
+    return made  # type: ignore[no-any-return]
+
+
+def keeps_2_of_4(layer: nn.Linear) -> bool:
+    """Whether at least two of each four weights along the inputs are zero, in sides that the GPU takes."""
+    rows, columns = layer.weight.shape
+    if rows % 32 or columns % 64:
+        return False
+    return bool(((layer.weight.detach().reshape(rows, -1, 4) == 0).sum(-1) >= 2).all())
+
+
+def _zeros(layer: nn.Linear) -> float:
+    return float((layer.weight == 0).float().mean())
+
+
+def _compiler(device: str) -> str | None:
+    if device == "cpu" and not any(
+        map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))
+    ):
+        return "torch.compile needs a C++ compiler (g++), and there is none"
+    return None
+
+
+ENGINES: Mapping[str, Engine] = MappingProxyType(
+    {
+        "torch": Torch(),
+        "compile": Torch(change=_compiled, needs=_compiler),
+        "csr": Torch(types=("float32",), devices=("cpu",), change=_sparse_rows),
+        "onnxruntime": OnnxRuntime(),
+        "openvino": OpenVino(),
+        "2:4": Torch(types=("bfloat16", "float16"), devices=("cuda",), change=_semi_structured),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and the data type that it is to compute in."""
+
+    engine: str
+    kind: str
+
+    @classmethod
+    def parse(cls, text: str, key: str = "--engines") -> Choice:
+        """``ENGINE`` or ``ENGINE:TYPE``.
+
+        Raises:
+            InputError: an unknown engine, or one without this data type.
+        """
+        from pruners.errors import did_you_mean
+
+        name, kind = (text, "") if text in ENGINES else text.rpartition(":")[::2]
+        name, kind = (name, kind) if name else (kind, "")
+        if name not in ENGINES:
+            known = ", ".join(ENGINES)
+            raise InputError(key, name, f"must be one of {known}{did_you_mean(name, ENGINES)}")
+        types = ENGINES[name].types
+        if kind and kind not in types:
+            expected = f"{name} computes in {', '.join(types)}{did_you_mean(kind, types)}"
+            raise InputError(key, text, expected)
+        return cls(name, kind or types[0])
+
+    def check(self, device: str, key: str = "--engines") -> None:
+        """Raises:
+        InputError: an engine that is not installed (names the extra), or cannot run here.
+        """
+        engine = ENGINES[self.engine]
+        if device not in engine.devices:
+            others = [name for name, other in ENGINES.items() if device in other.devices]
+            expected = f"runs on {', '.join(engine.devices)} only; on {device}: {', '.join(others)}"
+            raise InputError(key, self.engine, expected)
+        lacking = engine.lacking(self.kind, device)
+        if lacking is not None:
+            raise InputError(key, str(self), lacking)
+
+    def load(self, path: Path, place: Place) -> Run:
+        return ENGINES[self.engine].load(path, self.kind, place)
+
+    def __str__(self) -> str:
+        return f"{self.engine}:{self.kind}"

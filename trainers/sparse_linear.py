@@ -1,0 +1,25 @@
+"""A linear layer whose weights are stored row by row without their zeros (CSR), as torch multiplies them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class SparseRows(nn.Module):
+    """The same map as a dense :class:`torch.nn.Linear`, for inference."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", dense.weight.detach().to_sparse_csr())
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().unsqueeze(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(…, inputs) to (…, outputs)."""
+        columns = inputs.reshape(-1, inputs.shape[-1]).T
+        outputs = self.weight @ columns
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs.T.reshape(*inputs.shape[:-1], -1)
