@@ -32,10 +32,12 @@ from pruners.patterns import Pattern
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint, model_args
 from trainers.config import DataSettings
+from trainers.int8 import NEEDS
+from trainers.optional import require
 from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
 from trainers.structured import Plan, plan_cut
-from trainers.tables import check_table
+from trainers.tables import check_table, count_rows
 
 _CORNERS = 64
 
@@ -73,6 +75,10 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     for part, training in parts:
         if training is not None:
             check_training(training, f"{part}.")
+    if recipe.quantize is not None:
+        require("quantize.mode", recipe.quantize.mode, *NEEDS)
+        if recipe.quantize.training is not None:
+            check_training(recipe.quantize.training, "quantize.recovery.")
     _check_schedule(recipe)
     _check_space(recipe)
     _check_long_run(recipe)
@@ -91,6 +97,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         if not dry_run:
             _check_writable(recipe.storage)
     data, data_hash, missing = _data(recipe, dry_run)
+    _check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
     costs = None
@@ -265,6 +272,17 @@ def _check_writable(place: str) -> None:
 def _check_classes_of_digits(recipe: Recipe) -> None:
     if recipe.model.classes != digits.CLASSES:
         raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
+
+
+def _check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
+    """Whether there are as many training images as ranges are to be taken from."""
+    asked = None if recipe.quantize is None else recipe.quantize.images
+    if asked is None or data.train is None or missing:
+        return
+    rows = count_rows(data.train, key="data.train")
+    there = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
+    if asked > there:
+        raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
 
 
 def _is_here(uri: str) -> bool:

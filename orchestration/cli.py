@@ -15,6 +15,7 @@ from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
 from orchestration.cli_finetune import finetune
 from orchestration.cli_prune import inspect_model, prune
+from orchestration.cli_quantize import quantize
 from orchestration.cli_registry import lineage, promote
 from orchestration.launch import INTERRUPTED, launch
 from orchestration.span import PHASES, Phase, Span
@@ -41,6 +42,7 @@ def cli() -> None:
 
 cli.add_command(prune)
 cli.add_command(inspect_model)
+cli.add_command(quantize)
 cli.add_command(data)
 cli.add_command(export)
 cli.add_command(pull)

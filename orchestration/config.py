@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from orchestration.quantize_config import Quantization
 from orchestration.search_config import AllocationSearch, ScheduleSearch
 from orchestration.span import Phase
 from trainers.config import (
@@ -108,6 +109,7 @@ class Recipe(Settings):
     long_run: dict[str, Any] = Field(
         {}, description="recipe key -> value: a last gradual run with the best schedule's values and these"
     )
+    quantize: Quantization | None = Field(None, description="the best model of each method as INT8")
     resources: PhaseResources = PhaseResources()
     tracking: Tracking = Tracking()
 
@@ -133,6 +135,7 @@ class Recipe(Settings):
             ("structured.recovery", self.structured.recovery if self.structured else None, "structured"),
             ("recovery", self.recovery, "schedule"),
             ("recovery", self.recovery if self.long_run else None, "long_run"),
+            ("quantize.recovery", None if self.quantize is None else self.quantize.training, "quantize"),
         )
         for key, settings, phase in runs:
             most = self.resources.of(phase).most

@@ -209,6 +209,16 @@ class Recovered:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """The INT8 form of a method's model: its folder, its top-1 on validation, its bytes, its version."""
+
+    folder: str
+    validation: float
+    bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
 class Results:
     """What all phases of a sweep have found, by method; ``structured`` is the dense model cut in width."""
 
@@ -216,6 +226,7 @@ class Results:
     structured: Dense | None
     allocated: Mapping[str, Allocated | None]
     recovered: Mapping[str, Recovered]
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
 
 
 def content_hash(checkpoint: str) -> str:

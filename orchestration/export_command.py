@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestration.source import as_folder, at_hand
 from orchestration.work import free_folder, whole_folder
 from pruners.errors import InputError, first_line
 from trainers.checkpoint import is_packed, pack_folder, size_on_disk, verify
+from trainers.int8 import is_int8, read_record
+from trainers.onnx_export import FILE
 
 
 def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
@@ -46,12 +49,13 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     target = free_folder(dest, "DEST")
     with at_hand(reference, tracking_uri, storage) as place, whole(target, dest, "DEST") as folder:
         shutil.copytree(place, folder, dirs_exist_ok=True)
-        record = verify(folder, reference, key="model")
+        quantised = is_int8(folder)
+        record = (read_record if quantised else verify)(folder, reference, key="model")
     checked = f"{len(record['files'])} files as recorded" if record else "none are recorded"
     return [
         f"{'model':<12}{record.get('method', 'unknown')}, sparsity {100 * record.get('sparsity', 0.0):.2f} %",
         f"{'checksums':<12}{checked}",
-        *_end(target, dest),
+        *(_end(target, dest) if not quantised else _end_of_int8(target, dest, record)),
     ]
 
 
@@ -68,6 +72,11 @@ def whole(target: Path, place: str, key: str) -> Iterator[Path]:
     except OSError as error:
         expected = f"cannot be written ({error.strerror or first_line(error)})"
         raise InputError(key, place, expected) from None
+
+
+def _end_of_int8(target: Path, place: str, record: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{'written to':<12}{place} ({record['bytes'] / 1e6:.2f} MB, INT8)"
+    yield f"{'run it by':<12}onnxruntime.InferenceSession({str(target / FILE)!r})"
 
 
 def _end(target: Path, place: str) -> Iterator[str]:

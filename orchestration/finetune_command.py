@@ -88,6 +88,11 @@ class Finetuning:
         return cls(options, target, device, model, (before, now), masks, patterns, lineage)
 
     @property
+    def level(self) -> str:
+        """The name under which a run keeps its best model."""
+        return f"{self.sparsity:g}"
+
+    @property
     def sparsity(self) -> float:
         return 0.0 if self.masks is None else self.masks.sparsity
 
@@ -101,7 +106,7 @@ class Finetuning:
                     bars.say("going on where it was interrupted")
                 report = _Report(work, bars, job.training.epochs)
                 interruptible(lambda: run(job, report, self.device, resume, stepped=report.stepped))
-            (work / "kept" / f"{self.sparsity:g}").replace(self.target)
+            (work / "kept" / self.level).replace(self.target)
             shutil.rmtree(work)
         return [f"{key:<12}{value}" for key, value in self._summary()]
 

@@ -75,6 +75,26 @@ def gradual_job(
     return job.model_dump(mode="json")
 
 
+def aware_job(
+    recipe: Recipe, method: str, data: DataSettings, checkpoint: str, lineage: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Training of a pruned model for INT8, its zeros held, as a plain dictionary."""
+    settings = recipe.quantize
+    assert settings is not None, "only a recipe that asks for INT8 has this job"
+    content = {
+        "name": f"{recipe.name}-{method}-int8",
+        "seed": recipe.seed,
+        "model": ModelSettings(checkpoint=checkpoint, classes=recipe.model.classes),
+        "data": data,
+        "training": settings.training and settings.training.model_dump(mode="json"),
+        "method": method,
+        "quantize": settings.calibration,
+        "threads": threads(recipe),
+        "lineage": lineage,
+    }
+    return TrainJob.model_validate(content).model_dump(mode="json")
+
+
 def threads(recipe: Recipe) -> int:
     """Threads of one worker: the CPUs it reserves."""
     return max(1, int(recipe.resources.cpus_per_worker))

@@ -45,6 +45,8 @@ def _facts(registry: Registry, version: Version, tags: dict[str, str]) -> Iterat
     yield "method", tags.get("method", unknown)
     if "structured" in tags:
         yield "structured", tags["structured"]
+    if "espalier.precision" in tags:
+        yield "precision", f"{tags['espalier.precision']}, {tags.get('espalier.quantize', unknown)}"
     yield "sparsity", f"{100 * version.sparsity:.2f} %"
     yield "validation", f"{100 * version.top1:.2f} %" if version.top1 >= 0 else unknown
     yield "recipe", f"{tags['recipe']}{where}" if "recipe" in tags else unknown

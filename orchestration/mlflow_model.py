@@ -70,6 +70,12 @@ def classes_of(train: str | None) -> dict[str, int] | None:
     return {str(name): int(label) for name, label in storage.read_json(f"{train}/{CLASSES}").items()}
 
 
+def labels_of(train: str | None) -> list[str] | None:
+    """The names of the classes by their labels, where :func:`classes_of` knows them."""
+    classes = classes_of(train)
+    return sorted(classes, key=classes.__getitem__) if classes else None
+
+
 def requirements() -> list[str]:
     """The served model's packages, pinned; without a build's local part (``+cu130``), unknown to indexes."""
     return [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS]

@@ -103,7 +103,7 @@ def _structured(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def _more(recipe: Recipe) -> list[tuple[str, str]]:
-    """A second objective and a long run, where the recipe asks for them."""
+    """A second objective, a long run and INT8, where the recipe asks for them."""
     lines, pareto = [], recipe.allocation.pareto
     if pareto is not None and recipe.allocation.trials:
         reach = f" from {pareto.between[0]:g} to {pareto.between[1]:g}" if pareto.between else ""
@@ -115,6 +115,10 @@ def _more(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.long_run:
         changed = ", ".join(f"{key}={value}" for key, value in recipe.long_run.items())
         lines.append(("long run", f"the best gradual run's values, and {changed}"))
+    if recipe.quantize is not None:
+        training = recipe.quantize.training
+        length = f", {training.epochs} epochs, zeros held" if training is not None else ""
+        lines.append(("INT8", f"{recipe.quantize.mode}{length}"))
     return lines
 
 

@@ -85,6 +85,8 @@ def promote(
 
 def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
     """Why a version alone cannot have an alias, if there is a reason."""
+    if "espalier.precision" in version.tags:  # who loads an alias expects a checkpoint of timm's
+        return f"version {version.version} is {version.tags['espalier.precision']}"
     has = f"version {version.version} has {100 * version.sparsity:.4g} % zeros"
     if _LEVEL.fullmatch(alias):
         return None if level_alias(version.sparsity) == alias else has

@@ -19,12 +19,13 @@ from pruners.layers import PrunableLayer
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
-from trainers import data, models, storage
-from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
+from trainers import data, int8, models, storage
+from trainers.checkpoint import QUANTISED, load_checkpoint, model_args, save_checkpoint
 from trainers.config import DataSettings, ModelSettings, OrderJob, PruningSettings
 from trainers.evaluate import evaluate
 from trainers.order_run import write_order
 from trainers.prune_step import prunable_layers, sharing_of
+from trainers.quantize_settings import Mode
 from trainers.structured import cut_model, plan_cut, save_cut
 from trainers.structured_settings import StructuredSettings
 
@@ -133,15 +134,67 @@ def save_structured(
         storage.upload(Path(folder), target)
 
 
+@dataclass(frozen=True)
+class Int8Job:
+    """A checkpoint to write as INT8 at ``target``.
+
+    Attributes:
+        images: that ranges are taken from, of the training split.
+        labels: names of the classes, where they are known.
+        record: where it comes from.
+    """
+
+    source: str
+    target: str
+    mode: Mode
+    images: int | None
+    data: DataSettings
+    seed: int
+    labels: list[str] | None
+    record: Mapping[str, Any]
+
+
+def quantise(job: Int8Job) -> None:
+    """Write the INT8 form of a checkpoint, measured on validation by the engine that runs it."""
+    _use_all_processors("cpu")
+    with storage.local_copy(job.source) as source, tempfile.TemporaryDirectory(prefix="espalier-") as made:
+        transform = data.eval_transform(models.data_config(load_checkpoint(str(source)).model))
+
+        def figures(model: torch.nn.Module) -> dict[str, float]:
+            images = data.split(job.data, "validation", transform, job.seed)
+            found = evaluate(model, data.eval_loader(images, 128))
+            return {"val_top1": found.top1, "val_loss": found.loss}
+
+        batches: list[torch.Tensor] = []
+        if job.mode == "static":
+            batches = data.chosen(data.split(job.data, "train", transform, job.seed), job.images, job.seed)
+        int8.quantise(
+            source,
+            Path(made),
+            job.mode,
+            batches,
+            labels=job.labels,
+            record=job.record,
+            figures=figures,
+        )
+        storage.upload(Path(made), job.target)
+
+
 def measure(
     checkpoints: list[str], images: DataSettings, part: str, seed: int, device: str
 ) -> list[dict[str, float]]:
     """Top-1 and loss of checkpoints on ``validation`` or ``test``."""
     _use_all_processors(device)
     figures = []
+    model: torch.nn.Module
     for checkpoint in checkpoints:
-        model = load_checkpoint(checkpoint).model.to(device)
-        transform = data.eval_transform(models.data_config(model))
+        if storage.exists(f"{checkpoint}/{QUANTISED}"):
+            with storage.local_copy(checkpoint) as folder:
+                model, config = int8.load(folder, checkpoint, key="checkpoint")
+        else:
+            model = load_checkpoint(checkpoint).model.to(device)
+            config = models.data_config(model)
+        transform = data.eval_transform(config)
         result = evaluate(model, data.eval_loader(data.split(images, part, transform, seed), 128))
         figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
     return figures

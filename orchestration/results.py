@@ -48,6 +48,9 @@ class Row:
     structured: float | None = None
     structured_parameters: int | None = None
     structured_macs: int | None = None
+    int8: float | None = None
+    int8_bytes: int | None = None
+    int8_version: str | None = None
 
 
 def make_rows(sweep: Sweep, results: Results) -> list[Row]:
@@ -63,6 +66,7 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
     places = [dense.checkpoint] + ([] if structured is None else [structured.checkpoint])
     places += [one.checkpoint for some in studies.values() for one in some.values()]
     places += [one.checkpoint for some in models.values() for one in some.values()]
+    places += [one.folder for one in results.quantized.values()]
     top1 = _measure(sweep, places, part)
     rows = []
     for method, level in ((method, level) for method, some in models.items() for level in some):
@@ -70,6 +74,7 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
         record = storage.read_json(f"{model.checkpoint}/{RECORD}")
         goal = recovered[method].sparsity
         of_goal = studies[method].get(goal)
+        quantized = results.quantized.get(method) if level == goal else None
         rows.append(
             Row(
                 method=method,
@@ -87,6 +92,9 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
                 version=model.version,
                 kept=level != goal,
                 structured=None if structured is None else top1[structured.checkpoint],
+                int8=top1[quantized.folder] if quantized else None,
+                int8_bytes=quantized.bytes if quantized else None,
+                int8_version=quantized.version if quantized else None,
             )
         )
     return rows
@@ -131,8 +139,12 @@ def table(rows: Sequence[Row]) -> Table:
     accuracies = ("dense", *(("structured",) if cut else ()), "one shot", "recovered")
     for heading in (*accuracies, "sparsity", "parameters", "MACs", "on disk"):
         made.add_column(heading, justify="right")
+    has_int8 = any(row.int8 is not None for row in rows)
+    for heading in ("INT8", "on disk") if has_int8 else ():
+        made.add_column(heading, justify="right")
     made.add_column("registered")
     for row in rows:
+        of_int8 = (percent(row.int8), "" if row.int8_bytes is None else megabytes(row.int8_bytes))
         made.add_row(
             row.method,
             row.allocation,
@@ -144,7 +156,8 @@ def table(rows: Sequence[Row]) -> Table:
             _steps(row.parameters, row.structured_parameters, row.parameters_sparse),
             _steps(row.macs, row.structured_macs, row.macs_sparse),
             megabytes(row.bytes),
-            row.version,
+            *(of_int8 if has_int8 else ()),
+            row.version if row.int8_version is None else f"{row.version}, {row.int8_version}",
         )
     return made
 

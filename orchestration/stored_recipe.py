@@ -20,13 +20,14 @@ RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
 _SHOWN = 6
 # What a sweep may go on with: more or fewer trials, another share of the cluster, other methods beside those
-# that are done, another place to log to. None of it makes what is known wrong.
+# that are done, INT8 after them, another place to log to. None of it makes what is known wrong.
 _FREE = (
     "allocation.trials",
     "allocation.cpus_per_trial",
     "allocation.gpus_per_trial",
     "description",
     "pruning.methods",
+    "quantize",
     "resources",
     "schedule.trials",
     "storage",

@@ -23,6 +23,7 @@ from orchestration.lineage import RECIPE
 from orchestration.mlflow_server import tracking_folder
 from orchestration.promotion import Decision, settle
 from orchestration.public import public
+from orchestration.quantize_phase import quantize_phase
 from orchestration.recipes import flatten
 from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.span import PHASES, WHOLE, Span
@@ -42,7 +43,7 @@ def run_sweep(
     recipe_name: str,
     span: Span = WHOLE,
 ) -> list[Row]:
-    """Dense model → structured step → allocation, schedules and long run of each method → registry → table.
+    """Dense → structured step → allocation, schedules, long run and INT8 of each method → registry → table.
 
     Args:
         span: the phases to run; without the last one there is no table.
@@ -61,6 +62,7 @@ def run_sweep(
         "allocation": methods * searches,
         "schedule": methods,
         "long_run": methods * bool(recipe.long_run),
+        "quantize": methods * (recipe.quantize is not None),
     }
     display.plan(sum(phases[one] for one in PHASES if span.reaches(one)))
     place = tracking_folder(recipe.storage)
@@ -116,7 +118,12 @@ def _run_phases(sweep: Sweep) -> Results | None:
             runs = long_run_phase(sweep, method, dense, given, runs)
         if reaches("long_run") or not recipe.long_run:
             recovered[method] = runs.register()
-    return Results(original, structured, allocated, recovered) if recovered else None
+    if not recovered:
+        return None
+    quantized = {}
+    if recipe.quantize is not None and reaches("quantize"):
+        quantized = {method: quantize_phase(sweep, method, found) for method, found in recovered.items()}
+    return Results(original, structured, allocated, recovered, quantized)
 
 
 def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
@@ -152,6 +159,8 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
     storage.write_json(f"{sweep.root}/{RESULTS}", table)
     for row in rows:
         figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
+        if row.int8 is not None:
+            figures["int8"] = row.int8
         level = f".{100 * row.sparsity:.0f}" if row.kept else ""
         named = {f"{row.method}{level}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
         sweep.tracker.metrics(sweep.run, named)

@@ -85,14 +85,17 @@ def same_files(one: Path, other: Path) -> list[str]:
     )
 
 
-def train_as_worker(rank: int, world: int, folder: str, job: dict[str, Any]) -> None:
-    """One of several processes that train together; the first saves what it was told."""
+def train_as_worker(
+    rank: int, world: int, folder: str, job: dict[str, Any], resume: str | None = None
+) -> None:
+    """One of several processes that train together; each saves what it was told."""
     torch.set_num_threads(1)
+    Path(folder).mkdir(exist_ok=True)
     meet = f"file://{folder}/meet-{world}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     log = Log(Path(folder) / f"workers-{world}-{rank}")
     try:
-        run(TrainJob.model_validate(job), log, CPU)
+        run(TrainJob.model_validate(job), log, CPU, None if resume is None else Path(resume))
     finally:
         dist.destroy_process_group()
     (Path(folder) / f"metrics-{world}-{rank}.json").write_text(json.dumps(log.metrics))

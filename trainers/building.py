@@ -14,24 +14,46 @@ from torch.nn.parallel import DistributedDataParallel
 from pruners.errors import InputError, first_line
 from pruners.masks import MaskSet
 from trainers import checkpoint as folder_format
-from trainers import distributed, models
+from trainers import data, distributed, models
 from trainers.checkpoint import load_checkpoint
 from trainers.config import TrainJob
 from trainers.learning import Distillation, Loss, Precision
+from trainers.quantize import Prepared
 from trainers.schedules import pruning_plan
 from trainers.storage import local_copy
 
 
 def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
     """What is trained: the model in DDP where there are several workers, compiled if asked."""
+    own_ranges = isinstance(model, Prepared)  # which the workers agree on, instead of taking the first one's
     wrapped: nn.Module = model
     if distributed.active():
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=not own_ranges,
         )
     return cast(nn.Module, torch.compile(wrapped)) if job.training.compile else wrapped
+
+
+def prepared(
+    job: TrainJob, model: nn.Module, images: data.ImageTable, resume: Path | None
+) -> Prepared | None:
+    """The model with fake quantisation, if the job trains for INT8; its parameters are the model's own.
+
+    Every worker begins with the ranges of the same images, or goes on with those of the checkpoint.
+    """
+    if job.quantize is None:
+        return None
+    made = Prepared(model, models.input_size(model), aware=True)
+    known = folder_format.read_ranges(resume) if resume is not None else None
+    if known is not None:
+        made.set_ranges(known)
+        return made
+    device = next(model.parameters()).device
+    made.calibrate(batch.to(device) for batch in data.chosen(images, job.quantize.images, job.seed))
+    return made
 
 
 def loss(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from torch import Tensor, nn
 
@@ -39,6 +39,10 @@ from trainers.storage import local_copy, resolve
 
 WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
 PACKED = "model.safetensors.packed"
+QUANTISED = "quantization.json"
+"""What marks a folder of :mod:`trainers.int8`, which holds no weights that timm could load."""
+RANGES = "ranges.safetensors"
+"""Of a model that was trained for INT8: what its int8 values stand for (:mod:`trainers.quantize`)."""
 TRAINER_FILES = ("trainer.safetensors", "trainer.json")
 """What only the run that wrote it could go on from (:mod:`trainers.state`)."""
 FORMAT = "espalier-checkpoint-1"
@@ -60,12 +64,14 @@ def save_checkpoint(
     model_args: Mapping[str, Any],
     masks: MaskSet | None,
     record: Mapping[str, Any],
+    ranges: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the folder (made if need be).
 
     Args:
         model_args: the keyword arguments that build this architecture.
         record: what ``pruning.json`` shall say besides versions and checksums.
+        ranges: of a model that was trained for INT8; they go into :data:`RANGES`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):  # channels last
@@ -76,6 +82,10 @@ def save_checkpoint(
     if masks is not None:
         masks.save(folder / MASKS)
         files.append(MASKS)
+    (folder / RANGES).unlink(missing_ok=True)
+    if ranges is not None:
+        save_file(dict(ranges), folder / RANGES)
+        files.append(RANGES)
     for name in files:
         (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
     content = {
@@ -186,6 +196,8 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     """
     if not folder.is_dir():
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
+    if (folder / QUANTISED).is_file():
+        raise InputError(key, uri, "is quantised already: an INT8 model, which ONNX Runtime alone runs")
     weights = PACKED if is_packed(folder) else WEIGHTS
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
@@ -217,6 +229,11 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     return {"architecture": architecture, **record}
 
 
+def read_ranges(folder: Path) -> dict[str, Tensor] | None:
+    """The ranges of a model that was trained for INT8; ``None`` of any other."""
+    return load_file(folder / RANGES) if (folder / RANGES).exists() else None
+
+
 def model_args(folder: Path) -> dict[str, Any]:
     """The arguments with which timm builds the folder's architecture."""
     arguments: dict[str, Any] = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
@@ -230,9 +247,14 @@ def size_on_disk(folder: Path) -> int:
 
 
 def weights_hash(uri: str) -> str:
-    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made."""
+    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made.
+
+    Of an INT8 one it is that of its ``model.onnx``.
+    """
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
+    if storage.exists(f"{uri}/{QUANTISED}"):
+        return str(storage.read_json(f"{uri}/{QUANTISED}")["files"]["model.onnx"])
     record = storage.read_json(f"{uri}/{RECORD}") if storage.exists(f"{uri}/{RECORD}") else {}
     return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED}"))
 

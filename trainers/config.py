@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 from pruners.errors import InputError
 from pruners.patterns import Pattern
 from trainers.presets import TRAINING, merged
+from trainers.quantize_settings import Calibration, check_training
 from trainers.schedule_settings import LearningRate, PruningSchedule
 from trainers.settings import Name, Settings, Share
 
@@ -261,9 +262,20 @@ class TrainJob(Settings):
     pruning: PruningSettings | None = None
     method: Method | None = None
     allocation: dict[str, int] | None = Field(None, description="searched: pruned weights a layer at the end")
+    quantize: Calibration | None = Field(
+        None, description="quantisation-aware training, and what its ranges begin with"
+    )
     threads: int = Field(1, ge=1)
     keep_folder: str | None = Field(None, description="where the best model of each sparsity is kept")
     lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
+
+    @model_validator(mode="after")
+    def _trains_for_int8(self) -> TrainJob:
+        if self.quantize is not None:
+            if self.pruning is not None:
+                raise ValueError("pruning: training for INT8 holds the zeros there are; drop pruning")
+            check_training(self.training, "training.")
+        return self
 
 
 class OrderJob(Settings):

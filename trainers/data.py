@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pruners.errors import InputError
 from trainers.augment import Augment, sample_seed
 from trainers.config import DataSettings
+from trainers.quantize_settings import IMAGES
 from trainers.sampling import EpochBatches, Sample
 from trainers.store import Store
 from trainers.tables import decode
@@ -22,6 +23,7 @@ from trainers.tables import decode
 Batches = DataLoader[Any]
 Transform = Callable[[Image.Image], Tensor]
 _TRIES = 100  # unreadable images in a row
+_CHOSEN = 64  # images at once, where there is no training
 
 
 class ImageTable(Dataset[tuple[Tensor, int]]):
@@ -160,6 +162,22 @@ def eval_loader(dataset: Dataset[tuple[Tensor, int]], batch: int, rank: int = 0,
     """Every ``world``-th image in order: together the workers see each image once."""
     size = len(dataset)  # type: ignore[arg-type]
     return DataLoader(Subset(dataset, range(rank, size, world)), batch)
+
+
+def chosen(images: ImageTable, count: int | None, seed: int) -> list[Tensor]:
+    """Batches of ``count`` images, the same ones for the same seed, without their labels.
+
+    Args:
+        count: default :data:`trainers.quantize_settings.IMAGES`, or all there are.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if count is not None and count > len(images):
+        raise InputError("quantize.images", count, f"there are {len(images)} images to choose from")
+    count = min(IMAGES, len(images)) if count is None else count
+    rows: Sequence[int] = np.random.default_rng(seed).permutation(len(images))[:count].tolist()
+    return [batch for batch, _ in DataLoader(Subset(images, rows), _CHOSEN)]
 
 
 def fixed_batches(

@@ -37,8 +37,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Evaluate in eval mode; the model's mode is restored."""
-    device = next(model.parameters()).device
+    """Evaluate in eval mode; the model's mode is restored. What has no parameters is run on the CPU."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images

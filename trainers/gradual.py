@@ -98,7 +98,7 @@ def end_epoch(session: Session) -> Metrics:
     job, meter = session.job, session.meter
     meter.settle()
     meter.check(job.data.bad_limit)
-    result = evaluate(session.shown, session.validation)
+    result = evaluate(session.evaluated, session.validation)
     at_target = job.pruning is None or session.target == job.pruning.sparsity
     metrics: Metrics = {
         "epoch": session.epoch,

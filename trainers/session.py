@@ -32,6 +32,7 @@ from trainers.learning import (
 )
 from trainers.meter import Meter, Metrics
 from trainers.prune_step import Gradients, gradient_source, prunable_layers
+from trainers.quantize import Prepared
 from trainers.sampling import EpochBatches
 
 
@@ -42,6 +43,7 @@ class Session:
     Attributes:
         model: the bare model; ``network`` is what is trained (DDP around it, compiled if asked).
         average: the moving average of its weights, if the recipe asks for one.
+        prepared: the model with fake quantisation around its weights, where it is trained for INT8.
         plan: steps that begin with a pruning step, and the sparsity it reaches.
         held: what keeps pruned weights at zero; ``meter`` holds the losses of the epoch so far.
         step: optimizer steps done.
@@ -68,6 +70,7 @@ class Session:
     validation: data.Batches
     plan: dict[int, float]
     held: Held
+    prepared: Prepared | None = None
     meter: Meter = field(default_factory=Meter)
     step: int = 0
     kept: dict[str, Metrics] = field(default_factory=dict)
@@ -109,11 +112,12 @@ class Session:
             processes=training.data_workers,
             pin=device.type == "cuda",
         )
+        prepared = building.prepared(job, model, images, resume)
         session = cls(
             job=job,
             device=device,
             model=model,
-            network=building.network(job, model, device),
+            network=building.network(job, model if prepared is None else prepared, device),
             model_args=args,
             layers=layers,
             costs=cost_model(model, models.input_size(model)),
@@ -132,6 +136,7 @@ class Session:
             ),
             plan=building.pruning_steps(job, masks, len(sampler)),
             held=Held(model, masks),
+            prepared=prepared,
         )
         if resume is not None:
             session._restore(resume)
@@ -169,8 +174,13 @@ class Session:
 
     @property
     def shown(self) -> nn.Module:
-        """The model that is evaluated and saved: the moving average, if there is one."""
+        """The model that is saved, and evaluated: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is shown, with the values that int8 can hold where it is trained for those."""
+        return self.shown if self.prepared is None else self.prepared
 
     def gradients(self, pruner: Pruner) -> Gradients:
         """This worker's gradients for a pruning step."""
@@ -213,16 +223,24 @@ class Session:
             whole: with what is needed to go on from it.
         """
         pruned = self.pruned_weights
+        said = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
         record = {
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
             "figures": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
             "costs": self.costs.at(pruned).as_dict(),
-            "recipe": self.job.model_dump(mode="json", include={"seed", "training", "pruning"}),
+            "recipe": self.job.model_dump(mode="json", include=said),
             **self.job.lineage,
         }
-        save_checkpoint(folder, self.shown, model_args=self.model_args, masks=self.masks, record=record)
+        save_checkpoint(
+            folder,
+            self.shown,
+            model_args=self.model_args,
+            masks=self.masks,
+            record=record,
+            ranges=None if self.prepared is None else self.prepared.ranges(),
+        )
         if not whole:
             return
         tensors, optimizer = state.flatten_optimizer(self.optimizer.state_dict())

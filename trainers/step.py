@@ -51,6 +51,8 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     else:
         scaler.step(optimizer)
         session.held.weights()
+        if session.prepared is not None:
+            session.prepared.agree()
         if session.average is not None:
             session.average.update(session.model)
     scaler.update()

@@ -1,0 +1,175 @@
+"""``espalier quantize``: one checkpoint to INT8, on this machine, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from rich.status import Status
+from torch import nn
+
+from orchestration.finetune_command import Finetuning
+from orchestration.mlflow_model import labels_of
+from orchestration.quantize_options import AwareOptions, QuantizeOptions
+from orchestration.source import as_folder, at_hand, check_images
+from orchestration.work import free_folder, whole_folder
+from pruners.errors import InputError, first_line
+from trainers import data, int8, models
+from trainers.checkpoint import load_checkpoint, size_on_disk, verify
+from trainers.config import Method, TrainJob
+from trainers.evaluate import evaluate
+from trainers.onnx_export import FILE
+from trainers.optional import require
+from trainers.quantize_settings import Mode
+
+_BATCH = 128
+
+
+class Training(Finetuning):
+    """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
+
+    level = "0"  # what is kept is the best model, at no sparsity of its own
+
+    def _job(self, start: Path, work: Path) -> TrainJob:
+        assert isinstance(self.options, AwareOptions)
+        method = self.lineage["method"]
+        changes = {
+            "pruning": None,
+            "method": method if method in get_args(Method) else None,
+            "quantize": {"images": self.options.images},
+        }
+        return TrainJob.model_validate(super()._job(start, work).model_dump() | changes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Those that ranges are taken from, and those on which the model is measured.
+
+    Attributes:
+        before: the float model's top-1 on ``tests``.
+    """
+
+    calibration: list[torch.Tensor]
+    tests: data.Batches | None = None
+    before: float = 0.0
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        if self.tests is None:
+            return {}
+        found = evaluate(model, self.tests)
+        return {"test_top1": found.top1, "test_loss": found.loss, "float_test_top1": self.before}
+
+
+def quantise(options: QuantizeOptions, status: Status) -> list[str]:
+    """Write the INT8 folder; returns lines about it.
+
+    Args:
+        status: what the terminal shows meanwhile; training has bars of its own.
+
+    Raises:
+        InputError: whatever keeps it from being written.
+        RuntimeError: a pruned weight that is not 0 in the file, by its layer.
+    """
+    require("--mode", options.mode, *int8.NEEDS)
+    target = free_folder(options.out, "--out")
+    with (
+        _by_option(),
+        at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
+        as_folder(place) as (source, _),
+    ):
+        model = load_checkpoint(str(source), key="model").model.eval()
+        images = _images(options, model)
+        if options.mode != "qat":
+            return _write(options, source, target, images)
+        status.stop()
+        with _trained(options) as trained:
+            status.start()
+            return _write(options, trained, target, images)
+
+
+def _write(options: QuantizeOptions, source: Path, target: Path, images: Images) -> list[str]:
+    mode = cast(Mode, options.mode)
+    record: dict[str, Any] = {
+        "source": options.checkpoint if ":/" in options.checkpoint else Path(options.checkpoint).name,
+        "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
+    }
+
+    try:
+        with whole_folder(target) as folder:
+            made = int8.quantise(
+                source,
+                folder,
+                mode,
+                images.calibration,
+                labels=labels_of(options.train),
+                record=record,
+                figures=images.figures,
+                key="model",
+            )
+    except OSError as error:
+        expected = f"cannot be written ({error.strerror or first_line(error)})"
+        raise InputError("--out", options.out, expected) from None
+    return [f"{key:<12}{value}" for key, value in _summary(options, source, target, made)]
+
+
+def _summary(
+    options: QuantizeOptions, source: Path, target: Path, made: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    figures, before = made["figures"], size_on_disk(source)
+    ranges = {"dynamic": "ranges as they come", "static": "ranges from {} training images"}
+    how = ranges.get(options.mode, "trained with fake quantisation").format(made["options"]["images"])
+    yield "mode", f"{options.mode}: {how}"
+    yield "zeros", f"{made['zeros']:,} pruned weights, each of them 0 in int8"
+    if figures:
+        yield (
+            "test top-1",
+            f"{100 * figures['float_test_top1']:.2f} % → {100 * figures['test_top1']:.2f} %, "
+            f"by {made['engine']}",
+        )
+    yield (
+        "size",
+        f"{before / 1e6:.2f} MB → {made['bytes'] / 1e6:.2f} MB ({100 * made['bytes'] / before:.0f} %)",
+    )
+    yield "written to", options.out
+    yield "run it by", f"onnxruntime.InferenceSession({str(target / FILE)!r})"
+
+
+def _images(options: QuantizeOptions, model: nn.Module) -> Images:
+    """Checked too where it is the training that takes them."""
+    transform, calibration = data.eval_transform(models.data_config(model)), []
+    if options.train is not None:
+        check_images(options.train, model, "--train")
+        table = data.images(options.train, transform, key="--train")
+        calibration = data.chosen(table, options.images, options.seed)
+    if options.test is None:
+        return Images(calibration)
+    check_images(options.test, model, "--test")
+    tests = data.eval_loader(data.images(options.test, transform, key="--test"), _BATCH)
+    return Images(calibration, tests, evaluate(model, tests).top1)
+
+
+@contextmanager
+def _trained(options: QuantizeOptions) -> Iterator[Path]:
+    """The float checkpoint that was trained for INT8; it goes when the INT8 folder is written."""
+    aware = options.aware
+    folder = Path(aware.out).resolve()
+    if not folder.exists():
+        Training.of(aware).run()
+    verify(folder, aware.out, key="--out")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def _by_option() -> Iterator[None]:
+    """Errors of the layers below, in the words of the command line."""
+    try:
+        yield
+    except InputError as error:
+        names = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
+        raise InputError(names.get(error.key, error.key), error.value, error.expected) from None

@@ -1,0 +1,144 @@
+"""INT8 after the last gradual run of a method: trained for it if asked, written, measured, registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from orchestration import registry, remote
+from orchestration.config import digest
+from orchestration.context import Quantized, Recovered, Sweep, content_hash
+from orchestration.jobs import aware_job
+from orchestration.mlflow_model import labels_of
+from orchestration.quantize_config import Quantization
+from orchestration.readable import megabytes
+from orchestration.recipes import flatten
+from orchestration.search import run_search
+from orchestration.training_search import training_search
+from orchestration.trial_log import TrialLog
+from orchestration.trial_runs import TrialRuns
+from trainers import storage
+from trainers.checkpoint import QUANTISED
+
+ARTIFACT = "int8"
+
+
+def quantize_phase(sweep: Sweep, method: str, found: Recovered) -> Quantized:
+    """The best model of a method as INT8, registered beside its float parent.
+
+    It is evaluated by ONNX Runtime, which will run it.
+    """
+    sweep = sweep.phase("quantize")
+    recipe, settings = sweep.recipe, sweep.recipe.quantize
+    assert settings is not None, "only a recipe that asks for INT8 has this phase"
+    training = settings.training
+    key = digest(
+        content_hash(found.end.checkpoint),
+        settings.model_dump(mode="json", exclude={"recovery"}),
+        training and training.model_dump(mode="json"),
+        recipe.resources.most if training else None,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    name = f"quantize-{method}-{key}"
+    log = TrialLog(f"{sweep.root}/{name}/trials.json")
+    title, epochs = f"{method}: INT8, {settings.mode}", training.epochs if training else 1
+    label = f"{method}-quantize"
+    sweep.display.phase(title, done=len(log.ended), epochs=epochs, label=label, log=log.uri)
+    known = storage.exists(f"{sweep.root}/{name}/{ARTIFACT}/{QUANTISED}")
+    if not known:
+        sweep.begin("quantize", title)
+    params = flatten({"quantize": settings.model_dump(mode="json"), "seed": recipe.seed})
+    runs = sweep.runs(log, "quantize", params, method, done=known)
+    work = _Work(sweep, method, found, name, log, runs)
+    if not known:
+        work.write(settings, work.trained() if training else found.end.checkpoint)
+    record = storage.read_json(f"{work.target}/{QUANTISED}")
+    version, reached = work.register(record), record["figures"]["val_top1"]
+    sweep.display.finished(
+        f"{'known, ' if known else ''}{100 * found.end.validation:.1f} % → {100 * reached:.1f} % "
+        f"on validation, {megabytes(record['bytes'])}, version {version}"
+    )
+    return Quantized(work.target, reached, record["bytes"], version)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The phase of a method; ``name`` is that of its folder."""
+
+    sweep: Sweep
+    method: str
+    found: Recovered
+    name: str
+    log: TrialLog
+    runs: TrialRuns
+
+    @property
+    def folder(self) -> str:
+        return f"{self.sweep.root}/{self.name}"
+
+    @property
+    def target(self) -> str:
+        return f"{self.folder}/{ARTIFACT}"
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        model = self.sweep.recipe.registered_model
+        return {**self.sweep.lineage, "parent_version": f"models:/{model}/{self.found.end.version}"}
+
+    def trained(self) -> str:
+        """The checkpoint of the run that trains for INT8; one that was broken off goes on."""
+        sweep, checkpoint = self.sweep, self.found.end.checkpoint
+        if not self.log.ended:
+            job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
+            with sweep.scratch(self.name) as scratch:
+                search = training_search(
+                    sweep,
+                    self.name,
+                    lambda values: job,
+                    folder=f"{self.folder}/train",
+                    scratch=scratch,
+                    epochs=job["training"]["epochs"],
+                )
+                run_search(search, self.log, self.runs)
+        best = self.log.best()
+        self.runs.close(best)
+        assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
+        return best.checkpoint
+
+    def write(self, settings: Quantization, source: str) -> None:
+        """The INT8 folder of a float checkpoint, by a task of the cluster."""
+        sweep = self.sweep
+        task, _ = sweep.task(remote.quantise)
+        job = remote.Int8Job(
+            source=source,
+            target=self.target,
+            mode=settings.mode,
+            images=settings.images,
+            data=sweep.data,
+            seed=sweep.recipe.seed,
+            labels=labels_of(sweep.data.train),
+            record=self.lineage,
+        )
+        ray.get(task.remote(job))
+
+    def register(self, record: Mapping[str, Any]) -> str:
+        """Log the folder on the phase's run, once, and make it a version with tags of its own."""
+        tracker, run = self.sweep.tracker, self.runs.run
+        tracker.flush()
+        if not tracker.has(run, f"{ARTIFACT}/{QUANTISED}"):
+            with storage.local_copy(self.target) as local:
+                tracker.folder(run, local, ARTIFACT)
+            figures = {**record["figures"], "bytes": record["bytes"], "zeros": record["zeros"]}
+            tracker.metrics(run, {f"int8.{key}": [(0, value)] for key, value in figures.items()})
+        tracker.finish(run)
+        tracker.flush()
+        tags = registry.describe(record) | {
+            "espalier.precision": "int8",
+            "espalier.quantize": str(record["mode"]),
+            "espalier.engine": str(record["engine"]),
+        }
+        return registry.register(tracker, self.sweep.recipe.registered_model, run, tags, ARTIFACT)
