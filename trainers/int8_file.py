@@ -21,7 +21,7 @@ from trainers import models
 from trainers.onnx_export import FILE, export_onnx, quantise_onnx
 from trainers.optional import require
 from trainers.preprocessing import metadata_of, preprocessing_of
-from trainers.quantize import Prepared
+from trainers.quantize import Converted
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,18 +29,16 @@ if TYPE_CHECKING:
 _TURNED = ".T"
 
 
-def write_static(path: Path, prepared: Prepared, model: nn.Module, labels: list[str] | None = None) -> None:
+def write_static(path: Path, converted: Converted, model: nn.Module, labels: list[str] | None = None) -> None:
     """Write a calibrated or trained model as ONNX: weights in int8, fixed ranges of activations (QDQ).
 
     Args:
-        prepared: is used up.
         model: what it was made from, for the preprocessing.
         labels: names of the classes.
     """
     import onnx
 
     metadata = metadata_of(preprocessing_of(model, labels))
-    converted = prepared.convert()
     export_onnx(converted, path, models.input_size(model), metadata)
     written = onnx.load(path)
     _rename(written, converted.weights)
