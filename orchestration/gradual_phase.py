@@ -151,7 +151,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
         f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "
         f"best {best.percent} on validation at {100 * best.metrics['sparsity']:.1f} %"
     )
-    return Gradual(sweep, best, log.trials, folder, runs)
+    return Gradual(sweep, best, log.ended, folder, runs)
 
 
 def _searched(sweep: Sweep) -> dict[str, Any]:

@@ -146,7 +146,11 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
         if one is not None
     } | {f"{method}, recovered": one.trials for method, one in recovered.items()}
     points = {
-        name: [(trial.metrics["sparsity"], trial.metrics["val_top1"]) for trial in trials]
+        name: [
+            (trial.metrics["sparsity"], trial.metrics["val_top1"])
+            for trial in trials
+            if "val_top1" in trial.metrics  # one may have been stopped before it reported
+        ]
         for name, trials in series.items()
     }
     levels = {"dense": dense.top1}
