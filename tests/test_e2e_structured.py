@@ -14,7 +14,7 @@ from commands import SMALL, espalier, run
 
 from orchestration.trial_log import TrialLog
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 SWEEP = (
     "sweep",
