@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from orchestration.work import free_file
 from pruners.errors import InputError
 from trainers.engines import ENGINES, Choice, Place
 
@@ -47,7 +47,8 @@ class BenchmarkOptions:
         if self.plot is not None and self.data is None:
             raise InputError("--plot", self.plot, "shows accuracy: give test images by --data")
         for key, place in (("--json", self.json), ("--plot", self.plot)):
-            _check_target(key, place)
+            if place is not None:
+                free_file(place, key)
 
     @property
     def place(self) -> Place:
@@ -107,13 +108,3 @@ class BenchmarkOptions:
         if not 0 <= share < 1:
             raise InputError("--loss", self.loss, "must be a share of the accuracy, as 1% or 0.01")
         return share
-
-
-def _check_target(key: str, place: str | None) -> None:
-    if place is None:
-        return
-    path = Path(place).expanduser()
-    if not path.absolute().parent.is_dir():
-        raise InputError(key, place, "must lie in a folder that exists")
-    if path.exists():
-        raise InputError(key, place, "is there already; name another file")

@@ -21,8 +21,9 @@ def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
         console = Console()
         (console if console.is_terminal else Console(width=160)).print(tables(read(storage, names)))
         return
-    from orchestration.compare_page import check_target, write
+    from orchestration.compare_page import write
+    from orchestration.work import free_file
 
-    target = check_target(html)
+    target = free_file(html, "--html")
     write(read(storage, names), target)
     click.echo(f"page: {target}")

@@ -30,18 +30,6 @@ class Picture:
     words: str
 
 
-def check_target(html: str) -> Path:
-    """Raises:
-    InputError: a page cannot be written there without loss.
-    """
-    path = Path(html).expanduser()
-    if not path.absolute().parent.is_dir():
-        raise InputError("--html", html, "must lie in a folder that exists")
-    if path.exists():
-        raise InputError("--html", html, "is there already; name another file")
-    return path
-
-
 def write(sweeps: Sequence[Compared], target: Path) -> None:
     """Raises:
     InputError: the file cannot be written.

@@ -13,8 +13,7 @@ from orchestration.config import digest
 from orchestration.context import Dense, Sweep, content_hash
 from orchestration.jobs import dense_job
 from orchestration.recipes import flatten
-from orchestration.search import run_search
-from orchestration.training_search import training_search
+from orchestration.training_search import run_training
 from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import without_trainer_state
 from trainers import storage
@@ -58,20 +57,9 @@ def dense_phase(sweep: Sweep) -> Dense:
     sweep.begin("dense", "dense model")
     job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
-    with sweep.scratch(f"dense-{key}") as scratch:
-        search = training_search(
-            sweep,
-            f"dense-{key}",
-            lambda values: job,
-            folder=f"{folder}/train",
-            scratch=scratch,
-            epochs=recipe.dense.epochs,
-        )
-        run_search(search, log, runs)
-    best = log.best()
-    assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
-    with without_trainer_state(best.checkpoint) as clean:
-        storage.upload(clean, f"{folder}/model")
+    best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
+    with without_trainer_state(trained) as clean:
+        storage.upload(clean, checkpoint)
     runs.close(best)
     return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
 

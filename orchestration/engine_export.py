@@ -7,11 +7,9 @@ anybody can tell later and elsewhere whether an engine still answers so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,23 +19,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orchestration import photographs
-from orchestration.export_command import whole
 from orchestration.export_formats import FORMATS, Format, Source
-from orchestration.mlflow_model import classes_of
+from orchestration.mlflow_model import labels_of
 from orchestration.source import as_folder, at_hand, check_images
-from orchestration.work import free_folder
+from orchestration.work import free_folder, whole_folder
 from pruners.errors import InputError, first_line
 from trainers import data, models
 from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
 from trainers.engines import ENGINES, Place, Run
-from trainers.preprocessing import Images, pattern_images, preprocessing_of
+from trainers.optional import installed
+from trainers.preprocessing import PROBES, Images, pattern_images, preprocessing_of
+from trainers.seals import read_sealed, sums
 
 RECORD = "export.json"
 FORMAT = "espalier-export-1"
 BATCHES = (1, 2, 7, 64)
 """Sizes of the batches that a file has to answer before it is kept."""
-PROBES = 4
 CALIBRATION = 256
 _SEED = 0
 
@@ -80,7 +78,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
         images, name = _real_images(model, wanted.data)
         source = source_of(model, checkpoint, wanted.calibration)
-        with whole(target, wanted.out, "OUT") as folder:
+        with whole_folder(target, wanted.out, "OUT") as folder:
             form.write(source, folder)
             run = _loaded(form, folder)
             check = _check(run, form, model, images)
@@ -97,7 +95,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             content = _content(wanted, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
             content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
             content["source"] = _provenance(place, checkpoint, record)
-            content["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
             (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
             for path in folder.iterdir():
                 path.chmod(0o644)  # some libraries give their files to their owner alone
@@ -111,9 +109,7 @@ def source_of(model: nn.Module, checkpoint: Path, calibration: str | None) -> So
     Raises:
         InputError: images that the model cannot take.
     """
-    names = classes_of(str(checkpoint))
-    labels = sorted(names, key=names.__getitem__) if names else None
-    source = Source(model, preprocessing_of(model, labels))
+    source = Source(model, preprocessing_of(model, labels_of(str(checkpoint))))
     if calibration is None:
         return source
     return Source(model, source.preprocessing, _calibration(model, calibration))
@@ -132,26 +128,14 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: it is none, or a file is missing or not what the record says.
     """
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        kind, sums = record["kind"], dict(record["files"])
-        if kind not in FORMATS or any(PurePath(file).name != file for file in sums):
-            raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError("model", name, f"{RECORD} must be a record written by espalier export") from None
-    check_sums(folder, name, RECORD, sums)
-    return record
-
-
-def check_sums(folder: Path, name: str, record: str, sums: Mapping[str, str]) -> None:
-    """Raises:
-    InputError: a file of a folder is missing or not what its record says.
-    """
-    for file, expected in sums.items():
-        if not (folder / file).is_file():
-            raise InputError("model", name, f"{file} is missing; {record} lists it")
-        if _sha256(folder / file) != expected:
-            raise InputError("model", name, f"{file} is not the file that {record} describes")
+    return read_sealed(
+        folder,
+        RECORD,
+        name,
+        key="model",
+        writer="espalier export",
+        fits=lambda content: content["kind"] in FORMATS,
+    )
 
 
 def _real_images(model: nn.Module, uri: str | None) -> tuple[Images, str]:
@@ -226,26 +210,11 @@ def _content(
         "calibration": None if source.calibration is None else len(source.calibration),
         "preprocessing": source.preprocessing,
         "check": by | {"batches": {str(size): agreement.as_dict() for size, agreement in check.items()}},
-        "versions": versions() | _installed(form.packages),
+        "versions": versions() | installed(*form.packages),
     }
-
-
-def _installed(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _end(target: Path, wanted: Wanted) -> Iterator[str]:
     size = sum(path.stat().st_size for path in target.iterdir() if path.name != RECORD)
     yield f"{'written to':<12}{wanted.out} ({size / 1e6:.2f} MB)"
     yield f"{'run it by':<12}the example for {wanted.kind} in README.md"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

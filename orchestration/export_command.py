@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from orchestration.source import as_folder, at_hand
 from orchestration.work import free_folder, whole_folder
-from pruners.errors import InputError, first_line
+from pruners.errors import InputError
 from trainers.checkpoint import is_packed, pack_folder, size_on_disk, verify
 from trainers.int8 import is_int8, read_record
 from trainers.onnx_export import FILE
@@ -25,7 +24,7 @@ def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) 
     target = free_folder(out, "OUT")
     with at_hand(checkpoint, tracking_uri, storage) as place, as_folder(place) as (source, record):
         before = size_on_disk(source)
-        with whole(target, out, "OUT") as folder:
+        with whole_folder(target, out, "OUT") as folder:
             packed = pack_folder(source, folder, record)
     after = size_on_disk(target)
     gained = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
@@ -47,7 +46,7 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     if not reference.startswith("models:/"):
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
     target = free_folder(dest, "DEST")
-    with at_hand(reference, tracking_uri, storage) as place, whole(target, dest, "DEST") as folder:
+    with at_hand(reference, tracking_uri, storage) as place, whole_folder(target, dest, "DEST") as folder:
         shutil.copytree(place, folder, dirs_exist_ok=True)
         quantised = is_int8(folder)
         record = (read_record if quantised else verify)(folder, reference, key="model")
@@ -57,21 +56,6 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
         f"{'checksums':<12}{checked}",
         *(_end(target, dest) if not quantised else _end_of_int8(target, dest, record)),
     ]
-
-
-@contextmanager
-def whole(target: Path, place: str, key: str) -> Iterator[Path]:
-    """A folder to write ``target`` in, as :func:`orchestration.work.whole_folder`.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        with whole_folder(target) as folder:
-            yield folder
-    except OSError as error:
-        expected = f"cannot be written ({error.strerror or first_line(error)})"
-        raise InputError(key, place, expected) from None
 
 
 def _end_of_int8(target: Path, place: str, record: Mapping[str, Any]) -> Iterator[str]:

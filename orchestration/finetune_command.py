@@ -135,7 +135,7 @@ class Finetuning:
     def _start(self, work: Path) -> Path:
         start = work / "start"
         if not start.exists():
-            with whole_folder(start) as folder:
+            with whole_folder(start, self.options.out, "--out") as folder:
                 # the arguments that built the model: timm knows them itself
                 save_checkpoint(folder, self.model, model_args={}, masks=self.masks, record=self.lineage)
         record = verify(start, str(start))

@@ -65,41 +65,19 @@ def evaluate_model(
 
 
 def _evaluate(checkpoint: str, data_uri: str, batch_size: int) -> Iterator[str]:
-    from trainers import data, int8, models
-    from trainers.checkpoint import load_checkpoint
-    from trainers.evaluate import evaluate
-    from trainers.tables import check_table
-
-    if int8.is_int8(Path(checkpoint)):
-        yield from _evaluate_int8(Path(checkpoint), data_uri, batch_size)
-        return
-    loaded = load_checkpoint(checkpoint, key="model")
-    check_table(data_uri, models.classes(loaded.model), key="--data")
-    transform = data.eval_transform(models.data_config(loaded.model))
-    images = data.images(data_uri, transform, key="--data")
-    result = evaluate(loaded.model, data.eval_loader(images, batch_size))
-    sparsity = loaded.masks.sparsity if loaded.masks is not None else 0.0
-    yield f"images    {result.images}"
-    yield f"top-1     {100 * result.top1:.2f} %"
-    yield f"loss      {result.loss:.4f}"
-    yield f"sparsity  {100 * sparsity:.2f} % of the prunable weights"
-
-
-def _evaluate_int8(folder: Path, data_uri: str, batch_size: int) -> Iterator[str]:
-    """The same of an INT8 folder, by the engine that runs it."""
     from trainers import data, int8
     from trainers.evaluate import evaluate
     from trainers.tables import check_table
 
-    model, config = int8.load(folder, str(folder), key="model")
-    record = int8.read_record(folder, str(folder), key="model")
-    check_table(data_uri, int8.classes(folder), key="--data")
-    images = data.images(data_uri, data.eval_transform(config), key="--data")
-    result = evaluate(model, data.eval_loader(images, batch_size))
+    found = int8.load_runnable(checkpoint, key="model")
+    check_table(data_uri, found.classes, key="--data")
+    images = data.images(data_uri, data.eval_transform(found.config), key="--data")
+    result = evaluate(found.model, data.eval_loader(images, batch_size))
+    by = "" if found.engine is None else f", INT8 by {found.engine}"
     yield f"images    {result.images}"
-    yield f"top-1     {100 * result.top1:.2f} %, INT8 by {record['engine']}"
+    yield f"top-1     {100 * result.top1:.2f} %{by}"
     yield f"loss      {result.loss:.4f}"
-    yield f"sparsity  {100 * record['sparsity']:.2f} % of the prunable weights"
+    yield f"sparsity  {100 * found.sparsity:.2f} % of the prunable weights"
 
 
 def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:

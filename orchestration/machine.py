@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from trainers.optional import installed
 
 _FLAGS = (
     "avx2",
@@ -33,7 +34,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": _gpu(),
         "load": round(os.getloadavg()[0], 2),
         "system": platform.system(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed(*_PACKAGES)},
     }
 
 
@@ -52,13 +53,3 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -19,7 +19,7 @@ from orchestration.work import Bars, free_folder, interruptible, whole_folder
 from pruners.base import Pruner
 from pruners.costs import count_costs
 from pruners.damping import LADDER
-from pruners.errors import InputError, first_line
+from pruners.errors import InputError
 from pruners.gradients import Batch
 from pruners.layers import PrunableLayer
 from pruners.limits import bounds, check_feasible
@@ -107,13 +107,9 @@ class Job:
 
     def _write(self, outcome: Outcome) -> None:
         masks, record = outcome.report.masks, outcome.record()
-        try:
-            with whole_folder(self.target) as folder:
-                # the arguments that built the model: timm knows them itself
-                save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
-        except OSError as error:
-            expected = f"cannot be written ({error.strerror or first_line(error)})"
-            raise InputError("--out", self.options.out, expected) from None
+        with whole_folder(self.target, self.options.out, "--out") as folder:
+            # the arguments that built the model: timm knows them itself
+            save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
 
     def _plan(self) -> str:
         weights = sum(layer.numel for layer in self.layers)

@@ -18,7 +18,7 @@ from orchestration.mlflow_model import labels_of
 from orchestration.quantize_options import AwareOptions, QuantizeOptions
 from orchestration.source import as_folder, at_hand, check_images
 from orchestration.work import free_folder, whole_folder
-from pruners.errors import InputError, first_line
+from pruners.errors import InputError
 from trainers import data, int8, models
 from trainers.checkpoint import load_checkpoint, size_on_disk, verify
 from trainers.config import Method, TrainJob
@@ -98,22 +98,17 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
         "source": options.checkpoint if ":/" in options.checkpoint else Path(options.checkpoint).name,
         "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
     }
-
-    try:
-        with whole_folder(target) as folder:
-            made = int8.quantise(
-                source,
-                folder,
-                mode,
-                images.calibration,
-                labels=labels_of(options.train),
-                record=record,
-                figures=images.figures,
-                key="model",
-            )
-    except OSError as error:
-        expected = f"cannot be written ({error.strerror or first_line(error)})"
-        raise InputError("--out", options.out, expected) from None
+    with whole_folder(target, options.out, "--out") as folder:
+        made = int8.quantise(
+            source,
+            folder,
+            mode,
+            images.calibration,
+            labels=labels_of(options.train),
+            record=record,
+            figures=images.figures,
+            key="model",
+        )
     return [f"{key:<12}{value}" for key, value in _summary(options, source, target, made)]
 
 

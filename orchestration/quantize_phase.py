@@ -16,8 +16,7 @@ from orchestration.mlflow_model import labels_of
 from orchestration.quantize_config import Quantization
 from orchestration.readable import megabytes
 from orchestration.recipes import flatten
-from orchestration.search import run_search
-from orchestration.training_search import training_search
+from orchestration.training_search import run_training
 from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import TrialRuns
 from trainers import storage
@@ -92,22 +91,11 @@ class _Work:
     def trained(self) -> str:
         """The checkpoint of the run that trains for INT8; one that was broken off goes on."""
         sweep, checkpoint = self.sweep, self.found.end.checkpoint
-        if not self.log.ended:
-            job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
-            with sweep.scratch(self.name) as scratch:
-                search = training_search(
-                    sweep,
-                    self.name,
-                    lambda values: job,
-                    folder=f"{self.folder}/train",
-                    scratch=scratch,
-                    epochs=job["training"]["epochs"],
-                )
-                run_search(search, self.log, self.runs)
-        best = self.log.best()
+        job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
+        folder = f"{self.folder}/train"
+        best, trained = run_training(sweep, self.name, job, self.log, self.runs, folder=folder)
         self.runs.close(best)
-        assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
-        return best.checkpoint
+        return trained
 
     def write(self, settings: Quantization, source: str) -> None:
         """The INT8 folder of a float checkpoint, by a task of the cluster."""

@@ -20,7 +20,7 @@ from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import data, int8, models, storage
-from trainers.checkpoint import QUANTISED, load_checkpoint, model_args, save_checkpoint
+from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
 from trainers.config import DataSettings, ModelSettings, OrderJob, PruningSettings
 from trainers.evaluate import evaluate
 from trainers.order_run import write_order
@@ -186,16 +186,10 @@ def measure(
     """Top-1 and loss of checkpoints on ``validation`` or ``test``."""
     _use_all_processors(device)
     figures = []
-    model: torch.nn.Module
     for checkpoint in checkpoints:
-        if storage.exists(f"{checkpoint}/{QUANTISED}"):
-            with storage.local_copy(checkpoint) as folder:
-                model, config = int8.load(folder, checkpoint, key="checkpoint")
-        else:
-            model = load_checkpoint(checkpoint).model.to(device)
-            config = models.data_config(model)
-        transform = data.eval_transform(config)
-        result = evaluate(model, data.eval_loader(data.split(images, part, transform, seed), 128))
+        found = int8.load_runnable(checkpoint, key="checkpoint")
+        table = data.split(images, part, data.eval_transform(found.config), seed)
+        result = evaluate(found.model.to(device), data.eval_loader(table, 128))
         figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
     return figures
 

@@ -17,8 +17,7 @@ from orchestration.dense_phase import validation_top1
 from orchestration.jobs import structured_job
 from orchestration.mlflow_model import classes_of
 from orchestration.recipes import flatten
-from orchestration.search import run_search
-from orchestration.training_search import training_search
+from orchestration.training_search import run_training
 from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import without_trainer_state
 from trainers import storage
@@ -118,19 +117,8 @@ class _Step:
         figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}
         sweep.tracker.metrics(runs.run, {key: [(0, float(value))] for key, value in figures.items()})
         name = f"structured-{self._key}"
-        with sweep.scratch(name) as scratch:
-            search = training_search(
-                sweep,
-                name,
-                lambda values: job,
-                folder=f"{self._folder}/train",
-                scratch=scratch,
-                epochs=job["training"]["epochs"],
-            )
-            run_search(search, log, runs)
-        best = log.best()
-        assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
-        with without_trainer_state(best.checkpoint) as clean:
+        best, trained = run_training(sweep, name, job, log, runs, folder=f"{self._folder}/train")
+        with without_trainer_state(trained) as clean:
             storage.upload(clean, self.model)
         version = runs.register(
             recipe.registered_model, best, self.model, classes=classes_of(sweep.data.train)

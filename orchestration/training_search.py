@@ -7,7 +7,8 @@ from typing import Any
 from ray import tune
 
 from orchestration.context import Sweep
-from orchestration.search import Search
+from orchestration.search import Observer, Search, run_search
+from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import training_trial
 
 
@@ -38,3 +39,22 @@ def training_search(
         "complete": lambda metrics: bool(metrics.get("epoch", 0) >= epochs),
     }
     return Search(**{**whole, **others})
+
+
+def run_training(
+    sweep: Sweep, name: str, job: dict[str, Any], log: TrialLog, runs: Observer, *, folder: str
+) -> tuple[TrialRecord, str]:
+    """One run, from where it was broken off if it was; its record and its checkpoint.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    epochs = job["training"]["epochs"]
+    with sweep.scratch(name) as scratch:
+        search = training_search(
+            sweep, name, lambda values: job, folder=folder, scratch=scratch, epochs=epochs
+        )
+        run_search(search, log, runs)
+    best = log.best()
+    assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
+    return best, best.checkpoint

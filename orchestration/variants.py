@@ -6,7 +6,6 @@ folder. A folder that ``espalier export`` or ``espalier quantize`` wrote is run 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,21 +13,19 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestration.engine_export import RECORD, check_sums, read_record, source_of, torch_answers
+from orchestration.engine_export import RECORD, read_record, source_of, torch_answers
 from orchestration.export_formats import FORMATS, Source
 from orchestration.source import as_folder, at_hand
 from pruners.errors import InputError
-from trainers import onnx_export
+from trainers import int8
 from trainers.checkpoint import load_checkpoint, size_on_disk, weights_hash
-from trainers.engines import SPARSE_ENOUGH, Choice, keeps_2_of_4
-from trainers.preprocessing import PREPROCESSING, Images, pattern_images
+from trainers.engines import SPARSE_ENOUGH, Choice, keeps_2_of_4, zeros
+from trainers.onnx_export import FILE, read_preprocessing
+from trainers.preprocessing import Images, pattern_images
 from trainers.storage import absolute
-
-_QUANTISED = "quantization.json"
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Variant:
             own = Choice(self.record["engine"], self.record["type"])
             return None if choice == own else f"is a file for {own}"
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        if choice.engine == "csr" and not any(_sparse(module) for module in linear):
+        if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
             return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
         if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
             return "no linear layer keeps 2:4"
@@ -173,7 +170,7 @@ def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str 
         about = record.get("source", {})
         sparsity = float(about.get("sparsity", 0.0))
         return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
-    if "://" not in place and (local / _QUANTISED).is_file():
+    if "://" not in place and int8.is_int8(local):
         return _quantised(local, name, label)
     folder, record = stack.enter_context(as_folder(place))
     loaded = load_checkpoint(str(folder), key="model")
@@ -184,19 +181,10 @@ def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str 
 
 def _quantised(folder: Path, name: str, label: str) -> Variant:
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
-    try:
-        about = json.loads((folder / _QUANTISED).read_text(encoding="utf-8"))
-        check_sums(folder, name, _QUANTISED, about["files"])
-        preprocessing = json.loads(onnx_export.read_metadata(folder / onnx_export.FILE)[PREPROCESSING])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError("model", name, f"{_QUANTISED} must be a record written by espalier") from None
-    record = {"engine": "onnxruntime", "type": "int8", "file": onnx_export.FILE, "files": [onnx_export.FILE]}
-    record |= {"probe": about["probe"]} if "probe" in about else {}
-    return Variant(
-        label, folder, preprocessing, float(about.get("sparsity", 0.0)), about.get("float"), record=record
-    )
+    about = int8.read_record(folder, name, key="model")
+    record = {"engine": int8.ENGINE, "type": "int8", "file": FILE, "files": [FILE], "probe": about["probe"]}
+    preprocessing = read_preprocessing(folder / FILE)
+    return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)
 
 
 def _check_alike(first: Variant, other: Variant, name: str) -> None:
@@ -209,7 +197,3 @@ def _check_alike(first: Variant, other: Variant, name: str) -> None:
 
 def _said(classes: int, *size: int) -> str:
     return f"{classes} classes and images of {'×'.join(map(str, size))}"
-
-
-def _sparse(layer: nn.Linear) -> bool:
-    return float((layer.weight == 0).to(torch.float32).mean()) >= SPARSE_ENOUGH

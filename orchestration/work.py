@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 
 _PLAIN_SECONDS = 10.0
 _PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
@@ -124,6 +124,18 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def free_file(place: str, key: str) -> Path:
+    """Raises:
+    InputError: a file cannot be written there without loss.
+    """
+    path = Path(place).expanduser()
+    if not path.absolute().parent.is_dir():
+        raise InputError(key, place, "must lie in a folder that exists")
+    if path.exists():
+        raise InputError(key, place, "is there already; name another file")
+    return path
+
+
 def free_folder(place: str, key: str) -> Path:
     """The absolute path of a folder that is not there yet (or is empty), where one can be written.
 
@@ -149,8 +161,15 @@ def free_folder(place: str, key: str) -> Path:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left."""
+def whole_folder(target: Path, place: str, key: str) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left.
+
+    Args:
+        place: the target as its user named it, by ``key``.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
@@ -158,6 +177,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.replace(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(made[-1], ignore_errors=True)
+        if isinstance(error, OSError):
+            expected = f"cannot be written ({error.strerror or first_line(error)})"
+            raise InputError(key, place, expected) from None
         raise

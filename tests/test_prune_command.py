@@ -283,7 +283,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     target = tmp_path / "new/deeper/folder"
 
     def write_and_stop() -> None:
-        with whole_folder(target) as partial:
+        with whole_folder(target, "new", "--out") as partial:
             (partial / "half").write_text("")
             raise KeyboardInterrupt
 

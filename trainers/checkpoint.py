@@ -11,14 +11,12 @@ plain timm does not look for weights: it would take none of them. :func:`load_ch
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,9 @@ from pruners.layers import find_layers
 from pruners.masks import MaskSet
 from trainers import storage
 from trainers.models import load_hub, load_timm_folder
+from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
+from trainers.seals import read_sealed, sha256, sums
 from trainers.storage import local_copy, resolve
 
 WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
@@ -92,7 +92,7 @@ def save_checkpoint(
         "format": FORMAT,
         **record,
         "versions": versions(),
-        "files": {name: _sha256(folder / name) for name in files},
+        "files": sums(folder, files),
     }
     (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
 
@@ -166,12 +166,11 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
     else:
         weights = load_file(source / WEIGHTS)
         masks = MaskSet.load(source / MASKS) if (source / MASKS).exists() else None
-        kept["packed_from"] = _sha256(source / WEIGHTS)
+        kept["packed_from"] = sha256(source / WEIGHTS)
     names = write_packed(target / PACKED, weights, masks)
     shutil.copyfile(source / CONFIG, target / CONFIG)
     (target / PACKED).chmod(0o644)
-    files = {name: _sha256(target / name) for name in (PACKED, CONFIG)}
-    content = {"format": FORMAT, "versions": versions(), **kept, "files": files}
+    content = {"format": FORMAT, "versions": versions(), **kept, "files": sums(target, (PACKED, CONFIG))}
     (target / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
     return names
 
@@ -214,19 +213,7 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
         raise InputError(key, uri, f"{weights} is truncated or no safetensors file ({error})") from None
     if not (folder / RECORD).exists():
         return {}
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        sums = dict(record["files"])
-        if any(Path(name).name != name for name in sums):
-            raise ValueError("files of other folders")
-    except (ValueError, KeyError, TypeError):
-        raise InputError(key, uri, f"{RECORD} must be a record written by espalier") from None
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            raise InputError(key, uri, f"{name} is missing; {RECORD} lists it")
-        if _sha256(folder / name) != expected:
-            raise InputError(key, uri, f"{name} is not the file that {RECORD} describes (checksum differs)")
-    return {"architecture": architecture, **record}
+    return {"architecture": architecture, **read_sealed(folder, RECORD, uri, key=key)}
 
 
 def read_ranges(folder: Path) -> dict[str, Tensor] | None:
@@ -261,15 +248,5 @@ def weights_hash(uri: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("espalier", "torch", "timm", "ray", "optuna", "mlflow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    packages = installed("espalier", "torch", "timm", "ray", "optuna", "mlflow")
+    return {"python": platform.python_version(), **packages}

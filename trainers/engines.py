@@ -157,14 +157,13 @@ def _sparse_rows(model: nn.Module) -> nn.Module:
 
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and _zeros(module) >= SPARSE_ENOUGH:
+        if isinstance(module, nn.Linear) and zeros(module) >= SPARSE_ENOUGH:
             model.set_submodule(name, SparseRows(module))
     return model
 
 
 def _semi_structured(model: nn.Module) -> nn.Module:
     """Linear layers that keep 2:4 in the form that the GPU's sparse units take, compiled."""
-    import torch
     from torch import nn
     from torch.sparse import to_sparse_semi_structured
 
@@ -172,8 +171,7 @@ def _semi_structured(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear) and keeps_2_of_4(module):
             sparse = to_sparse_semi_structured(module.weight.detach().contiguous())
             module.weight = nn.Parameter(sparse, requires_grad=False)
-    made: Any = torch.compile(model, dynamic=False)
-    return made  # type: ignore[no-any-return]
+    return _compiled(model)
 
 
 def keeps_2_of_4(layer: nn.Linear) -> bool:
@@ -184,7 +182,8 @@ def keeps_2_of_4(layer: nn.Linear) -> bool:
     return bool(((layer.weight.detach().reshape(rows, -1, 4) == 0).sum(-1) >= 2).all())
 
 
-def _zeros(layer: nn.Linear) -> float:
+def zeros(layer: nn.Linear) -> float:
+    """The share of a layer's weights that are zero."""
     return float((layer.weight == 0).float().mean())
 
 

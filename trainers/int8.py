@@ -9,10 +9,10 @@ weights: timm does not load this folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.masks import MaskSet
-from trainers import models
+from trainers import models, storage
 from trainers.agreement import Agreement
 from trainers.checkpoint import (
     CONFIG,
@@ -38,18 +38,18 @@ from trainers.checkpoint import (
     versions,
     weights_hash,
 )
+from trainers.engines import ENGINES, Place
 from trainers.int8_file import check_zeros, write_dynamic, write_static
-from trainers.onnx_export import FILE, read_metadata
+from trainers.onnx_export import FILE, read_preprocessing
 from trainers.optional import require
-from trainers.preprocessing import PREPROCESSING, pattern_images, preprocessing_of, transform_settings
+from trainers.preprocessing import PROBES, pattern_images, preprocessing_of, transform_settings
 from trainers.quantize import Prepared
 from trainers.quantize_settings import Mode
+from trainers.seals import read_sealed, sums
 
 RECORD = QUANTISED
 NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
 """Packages, all of the extra ``deploy``."""
-PROBES = 4
-"""Made-up pictures whose answers, held against torch's, the record keeps."""
 _APART: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
 """Relative, of the answers: held against torch's own INT8 model; ``dynamic`` against the one in float32, from
 which models of 16 channels come to 0.09, those of use to 0.01."""
@@ -145,7 +145,7 @@ def seal(folder: Path, masks: MaskSet | None, record: Mapping[str, Any]) -> dict
         **record,
         "bytes": (folder / FILE).stat().st_size,
         "versions": versions() | {name: version(name) for name in ("torchao", "onnx", ENGINE)},
-        "files": {name: _sha256(folder / name) for name in files},
+        "files": sums(folder, files),
     }
     (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
     return content
@@ -170,39 +170,48 @@ def read_record(folder: Path, place: str, *, key: str) -> dict[str, Any]:
     Raises:
         InputError: a file that is missing or changed.
     """
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        sums = dict(record["files"])
-        if any(Path(name).name != name for name in sums) or FILE not in sums:
-            raise ValueError("files of other folders")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(key, place, f"{RECORD} must be a record written by espalier") from None
-    for name, expected in sums.items():
-        if not (folder / name).is_file():
-            raise InputError(key, place, f"{name} is missing; {RECORD} lists it")
-        if _sha256(folder / name) != expected:
-            raise InputError(key, place, f"{name} is not the file that {RECORD} describes (checksum differs)")
-    return record
-
-
-def load(folder: Path, place: str, *, key: str) -> tuple[Int8Model, dict[str, Any]]:
-    """The model as its engine runs it, and timm's preprocessing for it.
-
-    Raises:
-        InputError: as :func:`read_record`.
-    """
-    read_record(folder, place, key=key)
-    about = json.loads(read_metadata(folder / FILE)[PREPROCESSING])
-    return Int8Model(folder / FILE), transform_settings(about)
-
-
-def classes(folder: Path) -> int:
-    """How many the model tells apart."""
-    return int(json.loads(read_metadata(folder / FILE)[PREPROCESSING])["classes"])
+    return read_sealed(folder, RECORD, place, key=key, fits=lambda content: FILE in content["files"])
 
 
 def is_int8(folder: Path) -> bool:
+    """Whether a folder is an INT8 one."""
     return (folder / RECORD).is_file()
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A model of a folder of either kind, as it is run.
+
+    Attributes:
+        config: timm's preprocessing for it.
+        sparsity: share of zeros among the prunable weights.
+        engine: what runs it, if not torch.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    classes: int
+    sparsity: float
+    engine: str | None = None
+
+
+def load_runnable(uri: str, *, key: str) -> Runnable:
+    """The model of a checkpoint folder or of an INT8 one (any pyarrow URI, or ``hf-hub:NAME``).
+
+    Raises:
+        InputError: a file that is missing, changed, or cannot be loaded.
+    """
+    if uri.startswith("hf-hub:") or not storage.exists(f"{uri}/{RECORD}"):
+        loaded = load_checkpoint(uri, key=key)
+        sparsity = 0.0 if loaded.masks is None else loaded.masks.sparsity
+        return Runnable(
+            loaded.model, models.data_config(loaded.model), models.classes(loaded.model), sparsity
+        )
+    with storage.local_copy(uri) as folder:
+        record = read_record(folder, uri, key=key)
+        about = read_preprocessing(folder / FILE)
+        model = Int8Model(folder / FILE)
+    return Runnable(model, transform_settings(about), about["classes"], record["sparsity"], record["engine"])
 
 
 class Int8Model(nn.Module):
@@ -211,18 +220,7 @@ class Int8Model(nn.Module):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         super().__init__()
         require("quantize", "int8", "onnxruntime")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
+        self._run = ENGINES[ENGINE].load(path, "int8", Place(threads or torch.get_num_threads()))
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self._session.run(None, {self._input: images.contiguous().numpy()})[0])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return torch.from_numpy(self._run(images.contiguous().numpy()))

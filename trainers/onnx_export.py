@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pruners.errors import InputError, first_line
-from trainers.optional import require
-from trainers.preprocessing import Images
+from trainers.optional import quietly, require
+from trainers.preprocessing import PREPROCESSING, Images
 from trainers.torch_export import captured
 
 FILE = "model.onnx"
@@ -46,7 +45,7 @@ def export_onnx(
         raise InputError("model", type(model).__name__, "has more weights than one ONNX file holds (2 GiB)")
     program = captured(model, input_size)
     try:
-        with _quietly():
+        with quietly():
             made = torch.onnx.export(
                 program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
             )
@@ -84,7 +83,7 @@ def quantise_onnx(source: Path, target: Path, images: Images | None = None) -> N
         "per_channel": True,
         "weight_type": quantization.QuantType.QInt8,
     }
-    with _quietly():
+    with quietly():
         if images is None:
             quantization.quantize_dynamic(source, target, **common)
         else:
@@ -106,6 +105,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     model = onnx.load(path, load_external_data=False)
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def read_preprocessing(path: Path) -> dict[str, Any]:
+    """What a file that espalier wrote says of its images and classes (:mod:`trainers.preprocessing`)."""
+    found: dict[str, Any] = json.loads(read_metadata(path)[PREPROCESSING])
+    return found
 
 
 def _products_of_activations(path: Path) -> list[str]:
@@ -145,14 +150,3 @@ def _unsupported(error: BaseException) -> str:
     if named:
         return f"has operations that ONNX has not: {', '.join(sorted(set(named)))}"
     return f"cannot be exported to ONNX ({first_line(error)})"
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporter's and the quantiser's remarks, which nobody could act on."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
 from pathlib import Path
 
-from trainers.optional import import_openvino, require
+from trainers.optional import import_openvino, quietly, require
 from trainers.preprocessing import Images
 
 FILE = "model.xml"
@@ -31,7 +28,7 @@ def export_openvino(
         InputError: OpenVINO, or NNCF for INT8, is missing.
     """
     require("export", "openvino", "openvino")
-    with _quietly():
+    with quietly():
         openvino = import_openvino()
         model = openvino.Core().read_model(onnx)
         if images is not None:
@@ -58,15 +55,3 @@ def read_metadata(path: Path, *names: str) -> dict[str, str]:
     """Entries of ``rt_info``; those that it has not are left out."""
     model = import_openvino().Core().read_model(path)
     return {name: str(model.get_rt_info([name]).value) for name in names if model.has_rt_info([name])}
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without NNCF's remarks and bars."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(io.StringIO()):  # bars of its own
-            yield
-    finally:
-        logging.disable(before)

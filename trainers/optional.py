@@ -1,9 +1,15 @@
-"""Libraries that only the extra ``deploy`` brings: asked for by name, in one line, where they are missing."""
+"""Libraries that may be there or not, and that talk: most of them only the extra ``deploy`` brings."""
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -33,3 +39,27 @@ def require(key: str, value: object, *packages: str) -> None:
     lacking = missing(*packages)
     if lacking is not None:
         raise InputError(key, value, lacking)
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what the libraries that convert models have to say: remarks, warnings, bars."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

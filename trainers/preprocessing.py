@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PREPROCESSING = "preprocessing"
+PROBES = 4
+"""Made-up pictures whose answers a record keeps, so that anybody can tell later whether a file is right."""
 Images = NDArray[np.float32]
 _KEPT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 

@@ -10,10 +10,7 @@ The traced graph holds the very parameters of the model that it was traced from:
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError
 from trainers import distributed
-from trainers.optional import require
+from trainers.optional import quietly, require
 
 _LOW, _HIGH = ".min", ".max"
 
@@ -120,7 +117,7 @@ class Prepared(nn.Module):
 
         self.eval()
         layers = {user.name: weight for weight, user in _weights(self.traced)}
-        with _quietly():
+        with quietly():
             return Converted(convert_pt2e(self.traced.cpu()), layers)
 
 
@@ -162,7 +159,7 @@ def _fake_quantisers(graph: GraphModule) -> Iterator[tuple[str, Any]]:
 
 
 def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> GraphModule:
-    with _quietly():
+    with quietly():
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
             X86InductorQuantizer,
@@ -182,19 +179,6 @@ def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> Gr
         quantizer.set_global(get_default_x86_inductor_quantization_config(is_qat=aware))
         prepared: GraphModule = (prepare_qat_pt2e if aware else prepare_pt2e)(traced, quantizer)
         return prepared
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without torchao's remarks on its own insides, which nobody could act on."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _ends(point: Any) -> tuple[Tensor, Tensor]:

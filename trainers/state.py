@@ -19,6 +19,7 @@ from torch import Tensor
 from pruners.errors import InputError
 from trainers.checkpoint import TRAINER_FILES
 from trainers.config import TrainJob
+from trainers.seals import sha256, sums
 
 TENSORS, PROGRESS = TRAINER_FILES
 
@@ -26,7 +27,7 @@ TENSORS, PROGRESS = TRAINER_FILES
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
     """Add a run's state to a checkpoint folder; comes last, as it seals the others."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != PROGRESS}
+    files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != PROGRESS))
     content = {"files": files, **progress}
     (folder / PROGRESS).write_text(json.dumps({"seal": _seal(content), "state": content}, sort_keys=True))
 
@@ -49,7 +50,7 @@ def damage(folder: Path) -> str | None:
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != expected:
+        if sha256(folder / name) != expected:
             return f"{name} is not as it was written"
     return None
 
@@ -120,8 +121,3 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     return value.item() if torch.is_tensor(value) else value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
