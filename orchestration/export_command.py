@@ -11,8 +11,9 @@ from orchestration.source import as_folder, at_hand
 from orchestration.work import free_folder, whole_folder
 from pruners.errors import InputError
 from trainers.checkpoint import is_packed, pack_folder, size_on_disk, verify
-from trainers.int8 import is_int8, read_record
+from trainers.int8 import ENGINE, PACKED, is_int8, pack, read_record
 from trainers.onnx_export import FILE
+from trainers.storage import absolute
 
 
 def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
@@ -22,19 +23,37 @@ def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) 
         InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
     """
     target = free_folder(out, "OUT")
-    with at_hand(checkpoint, tracking_uri, storage) as place, as_folder(place) as (source, record):
+    with at_hand(checkpoint, tracking_uri, storage) as place:
+        if "://" not in place and is_int8(Path(absolute(place))):
+            return list(_compress_int8(Path(absolute(place)), checkpoint, target, out))
+        return list(_compress(place, target, out))
+
+
+def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Iterator[str]:
+    record = read_record(source, checkpoint, key="model")
+    with whole_folder(target, out, "OUT") as folder:
+        pack(source, folder, record)
+    after = (target / PACKED).stat().st_size
+    yield f"{'packed':<12}the file of {ENGINE}"
+    yield f"{'size':<12}{_gained(record['bytes'], after)}"
+    yield f"{'written to':<12}{out} ({after / 1e6:.2f} MB, INT8)"
+    yield f"{'run it by':<12}the example under INT8 in README.md; espalier takes it as it is"
+
+
+def _compress(place: str, target: Path, out: str) -> Iterator[str]:
+    with as_folder(place) as (source, record):
         before = size_on_disk(source)
         with whole_folder(target, out, "OUT") as folder:
             packed = pack_folder(source, folder, record)
     after = size_on_disk(target)
-    gained = f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
-    if not packed:
-        gained += "; nothing was gained: no tensor has zeros enough"
-    return [
-        f"{'packed':<12}{len(packed)} tensors with zeros; all others are as they were",
-        f"{'size':<12}{gained}",
-        *_end(target, out),
-    ]
+    nothing = "" if packed else "; nothing was gained: no tensor has zeros enough"
+    yield f"{'packed':<12}{len(packed)} tensors with zeros; all others are as they were"
+    yield f"{'size':<12}{_gained(before, after)}{nothing}"
+    yield from _end(target, out)
+
+
+def _gained(before: int, after: int) -> str:
+    return f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
 
 
 def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> list[str]:

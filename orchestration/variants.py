@@ -171,7 +171,7 @@ def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str 
         sparsity = float(about.get("sparsity", 0.0))
         return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
     if "://" not in place and int8.is_int8(local):
-        return _quantised(local, name, label)
+        return _quantised(stack, local, name, label)
     folder, record = stack.enter_context(as_folder(place))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
@@ -179,11 +179,14 @@ def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str 
     return Variant(label, folder, source.preprocessing, sparsity, weights_hash(str(folder)), source)
 
 
-def _quantised(folder: Path, name: str, label: str) -> Variant:
+def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
     about = int8.read_record(folder, name, key="model")
-    record = {"engine": int8.ENGINE, "type": "int8", "file": FILE, "files": [FILE], "probe": about["probe"]}
-    preprocessing = read_preprocessing(folder / FILE)
+    path = stack.enter_context(int8.engine_file(folder, about))
+    there = FILE if FILE in about["files"] else int8.PACKED
+    record = {"engine": int8.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [there]}
+    record["probe"] = about["probe"]
+    preprocessing = read_preprocessing(path)
     return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)
 
 

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
+import pyarrow
 import pytest
 import torch
 from image_tables import SWIN, VIT, edit_json, images
 from onnx import numpy_helper
 from test_quantize import SIZE, pruned
 
+from orchestration import variants
+from orchestration.export_command import compress
 from pruners.errors import InputError
 from pruners.masks import MaskSet
 from trainers import int8
 from trainers.checkpoint import load_checkpoint, save_checkpoint, weights_hash
+from trainers.engines import Choice
 from trainers.int8_file import check_zeros
 from trainers.onnx_export import FILE
 from trainers.preprocessing import PREPROCESSING
@@ -186,3 +191,44 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     edit_json(folder / int8.RECORD, files={"../x": ""})
     with pytest.raises(InputError, match="must be a record written by espalier"):
         int8.read_record(folder, "x", key="model")
+
+
+def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    """By plain pyarrow and ONNX Runtime, as the README says, and by us; packed twice it is the same."""
+    source = folders["static", VIT]
+    packed = tmp_path / "packed"
+    lines = compress(str(source), str(packed), None, "runs")
+    assert f"{(source / FILE).stat().st_size / 1e6:.2f} MB → " in lines[1]
+    assert {path.name for path in packed.iterdir()} == {int8.PACKED, "config.json", int8.RECORD}
+    content = pyarrow.input_stream(str(packed / int8.PACKED)).read()
+    assert content == (source / FILE).read_bytes()
+    assert onnxruntime.InferenceSession(content).get_inputs()[0].name == "images"
+    there, here = (int8.load_runnable(str(one), key="model") for one in (packed, source))
+    pictures = images(4)
+    assert torch.equal(there.model(pictures), here.model(pictures))
+    assert (there.config, there.classes, there.sparsity) == (here.config, here.classes, here.sparsity)
+    assert weights_hash(str(packed)) == weights_hash(str(source))
+    compress(str(packed), str(tmp_path / "again"), None, "runs")
+    for name in (int8.PACKED, int8.RECORD):
+        assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes()
+    with variants.opened([str(packed)], None, None, "runs") as (variant,):
+        file = variant.file(Choice.parse("onnxruntime:int8"), tmp_path)
+        assert (file.path.read_bytes(), file.size) == (content, (packed / int8.PACKED).stat().st_size)
+
+
+def test_a_compressed_file_that_is_no_such_one(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    """Also one that would inflate to more than its record says is refused, and not read whole."""
+    source = folders["static", VIT]
+    int8.pack(source, tmp_path, int8.read_record(source, "x", key="model"))
+    record = int8.read_record(tmp_path, "x", key="model")
+    for size in (record["bytes"] - 1, record["bytes"] + 1):
+        with (
+            pytest.raises(InputError, match=rf"does not inflate to {size} bytes"),
+            int8.engine_file(tmp_path, record | {"bytes": size}),
+        ):
+            pass
+    (tmp_path / int8.PACKED).write_bytes(b"none")
+    with pytest.raises(InputError, match=r"model\.onnx\.zst is not the file that"):
+        int8.load_runnable(str(tmp_path), key="model")
+    with pytest.raises(InputError, match="does not inflate"), int8.engine_file(tmp_path, record):
+        pass

@@ -241,7 +241,8 @@ def weights_hash(uri: str) -> str:
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
     if storage.exists(f"{uri}/{QUANTISED}"):
-        return str(storage.read_json(f"{uri}/{QUANTISED}")["files"]["model.onnx"])
+        about = storage.read_json(f"{uri}/{QUANTISED}")
+        return str(about.get("packed_from") or about["files"]["model.onnx"])
     record = storage.read_json(f"{uri}/{RECORD}") if storage.exists(f"{uri}/{RECORD}") else {}
     return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED}"))
 

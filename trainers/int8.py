@@ -5,13 +5,18 @@
 of the parent, where it has some; ``quantization.json`` the record: mode, engine, the parent's hash, figures,
 its answers to some made-up pictures, versions, checksums. There is no pickle, and there are no float
 weights: timm does not load this folder.
+
+A compressed folder (:func:`pack`) has ``model.onnx.zst`` in place of ``model.onnx``, and no masks: what they
+say, the weights do.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -48,6 +54,8 @@ from trainers.quantize_settings import Mode
 from trainers.seals import read_sealed, sums
 
 RECORD = QUANTISED
+PACKED = "model.onnx.zst"
+_LEVEL = 19  # of zstd; it takes seconds, once
 NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
 """Packages, all of the extra ``deploy``."""
 _APART: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
@@ -170,7 +178,44 @@ def read_record(folder: Path, place: str, *, key: str) -> dict[str, Any]:
     Raises:
         InputError: a file that is missing or changed.
     """
-    return read_sealed(folder, RECORD, place, key=key, fits=lambda content: FILE in content["files"])
+    names = {FILE, PACKED}
+    return read_sealed(
+        folder, RECORD, place, key=key, fits=lambda content: len(names & set(content["files"])) == 1
+    )
+
+
+def pack(source: Path, target: Path, record: Mapping[str, Any]) -> None:
+    """Fill ``target`` with the compressed form of an INT8 folder; ``record`` is its checked one."""
+    with engine_file(source, record) as path:
+        content = pyarrow.Codec("zstd", compression_level=_LEVEL).compress(path.read_bytes(), asbytes=True)
+    (target / PACKED).write_bytes(content)
+    shutil.copyfile(source / CONFIG, target / CONFIG)
+    about = {**record, "packed_from": record["files"].get(FILE) or record["packed_from"]}
+    about["files"] = sums(target, (PACKED, CONFIG))
+    (target / RECORD).write_text(json.dumps(about, indent=1, sort_keys=True))
+
+
+@contextmanager
+def engine_file(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """What the engine runs, for as long as it is needed: of a compressed folder, inflated.
+
+    Raises:
+        InputError: it does not inflate to as many bytes as the record says.
+    """
+    if FILE in record["files"]:
+        yield folder / FILE
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-") as place:
+        try:
+            with pyarrow.input_stream(str(folder / PACKED), compression="zstd") as stream:
+                content = stream.read(record["bytes"] + 1)
+        except OSError:
+            content = b""
+        if len(content) != record["bytes"]:
+            raise InputError("model", str(folder), f"{PACKED} does not inflate to {record['bytes']} bytes")
+        path = Path(place, FILE)
+        path.write_bytes(content)
+        yield path
 
 
 def is_int8(folder: Path) -> bool:
@@ -209,8 +254,8 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
         )
     with storage.local_copy(uri) as folder:
         record = read_record(folder, uri, key=key)
-        about = read_preprocessing(folder / FILE)
-        model = Int8Model(folder / FILE)
+        with engine_file(folder, record) as path:
+            about, model = read_preprocessing(path), Int8Model(path)
     return Runnable(model, transform_settings(about), about["classes"], record["sparsity"], record["engine"])
 
 
