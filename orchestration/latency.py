@@ -63,7 +63,7 @@ class LatencyJob:
             if known is not None:
                 return known, False
             shapes = linear_shapes(model, layers)
-            whole, curves = measure(folder, shapes.values(), run, Pattern.parse(self.pruning.pattern))
+            whole, curves = measure(folder, shapes, run, Pattern.parse(self.pruning.pattern))
         table = LatencyTable(about, whole, shapes, curves)
         storage.write_json(file, table.as_json())
         return table, True

@@ -96,7 +96,7 @@ FASTEST = (
 
 @pytest.mark.long
 def test_the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
-    """Any loss will do here, so that the fastest of all trials is taken; a second sweep reads the same table."""
+    """Any loss will do here, so that the fastest of all is taken; a second sweep reads the same table."""
     first = run(*FASTEST, cwd=tmp_path)
     assert "measured: csr:float32 (batch 1, threads 1): " in first.err
     (place,) = (tmp_path / "runs/sweeps/fastest").glob("allocation-lamp-*/trials.json")

@@ -90,12 +90,13 @@ def test_a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_that_read_files(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "GRID", (0.0, 0.9))
+    monkeypatch.setattr(latency, "sparsities", lambda pattern, free=(): (0.0, 0.9))
     folder = dense_folder(tmp_path / "dense")
-    shapes = {LinearShape(48, 16, 5)}
+    shapes = {"blocks.0.attn.qkv.weight": LinearShape(48, 16, 5)}
     whole, found = measure(folder, shapes, target(engine, 2), UNSTRUCTURED, 1)
-    assert whole > 0
-    assert found.keys() == shapes
+    assert whole.sparsities == (0.0, 0.9)
+    assert min(whole.seconds) > 0
+    assert list(found) == list(shapes.values())
     (curve,) = found.values()
     assert curve.sparsities == (0.0, 0.9)
     assert min(curve.seconds) > 0
@@ -105,7 +106,7 @@ def test_an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "dense")
     broken = Target(Choice("csr", "nothing"), Place(1), 1)
     with pytest.raises(RuntimeError, match="csr:nothing cannot be timed") as raised:
-        measure(folder, [], broken, UNSTRUCTURED, 1)
+        measure(folder, {}, broken, UNSTRUCTURED, 1)
     assert len(str(raised.value).splitlines()) == 1
 
 
@@ -114,7 +115,7 @@ def test_a_table_foretells_what_a_vit_takes(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of one with 95 % zeros within a factor of 3, as the machine may be busy."""
-    monkeypatch.setattr(latency, "GRID", (0.0, 0.5, 0.95))
+    monkeypatch.setattr(latency, "sparsities", lambda pattern, free=(): (0.0, 0.5, 0.95))
     size = {"input_size": (3, 32, 32), "crop_pct": 1.0}
     torch.manual_seed(0)
     model = timm.create_model(VIT, num_classes=3, pretrained_cfg_overlay=size, **WIDE).eval()
@@ -122,7 +123,7 @@ def test_a_table_foretells_what_a_vit_takes(
     save_checkpoint(tmp_path / "dense", model, model_args=WIDE, masks=None, record=record)
     shapes = linear_shapes(model, find_layers(model))
     on = target(engine)
-    whole, found = measure(tmp_path / "dense", shapes.values(), on, UNSTRUCTURED)
+    whole, found = measure(tmp_path / "dense", shapes, on, UNSTRUCTURED)
     table = LatencyTable({}, whole, shapes, found)
     assert len(found) == 4
     for curve in found.values():
@@ -136,5 +137,5 @@ def test_a_table_foretells_what_a_vit_takes(
     np.save(images, pattern_images(preprocessing_of(model), 1))
     with EngineProcess(on.choice, tmp_path / "pruned", on.place, images) as process:
         took = statistics.median(process.seconds(1, 10) for _ in range(7))
-    assert table.at({}) >= table.whole
+    assert table.at({}) >= whole.at(0.0) * (1 - 1e-9)
     assert 1 / 3 < table.at(report.allocation) / took < 3

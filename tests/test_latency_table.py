@@ -29,7 +29,7 @@ def tables(draw: st.DrawFn) -> LatencyTable:
     found = draw(st.dictionaries(SHAPES, curves(), min_size=1, max_size=4))
     names = draw(st.lists(st.text(min_size=1, max_size=5), unique=True, min_size=1, max_size=6))
     layers = {name: draw(st.sampled_from(sorted(found))) for name in names}
-    return LatencyTable({"threads": 1}, draw(SECONDS), layers, found)
+    return LatencyTable({"threads": 1}, draw(curves()), layers, found)
 
 
 @quick(100)
@@ -72,14 +72,18 @@ def test_json_keeps_every_bit(table: LatencyTable) -> None:
 def test_a_model_is_its_layers_and_a_rest_that_is_never_negative(
     table: LatencyTable, data: st.DataObject
 ) -> None:
-    dense = {name: table.curves[shape].at(0.0) for name, shape in table.layers.items()}
-    assert table.rest >= 0
-    assert table.at({}) == pytest.approx(max(table.whole, sum(dense.values())))
+    assert min(table.rest.seconds) >= 0
+    for sparsity, took in zip(table.whole.sparsities, table.whole.seconds, strict=True):
+        alone = sum(table.curves[shape].at(sparsity) for shape in table.layers.values())
+        assert table.uniform(sparsity) == pytest.approx(max(took, alone))
+    assert table.at({}) == pytest.approx(table.uniform(0.0))
+    numel = sum(shape.numel for shape in table.layers.values())
     name = data.draw(st.sampled_from(sorted(table.layers)))
     shape = table.layers[name]
     count = data.draw(st.integers(0, shape.numel))
-    changed = table.curves[shape].at(count / shape.numel) - dense[name]
-    assert table.at({name: count}) == pytest.approx(table.at({}) + changed)
+    changed = table.curves[shape].at(count / shape.numel) - table.curves[shape].at(0.0)
+    changed += table.rest.at(count / numel) - table.rest.at(0.0)
+    assert table.at({name: count}) == pytest.approx(table.at({}) + changed, abs=1e-9)
     everything = {one: its.numel for one, its in table.layers.items()}
     assert table.at(everything) == pytest.approx(table.uniform(1.0))
     assert table.at({**everything, "another.weight": 7}) == table.at(everything)

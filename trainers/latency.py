@@ -14,6 +14,7 @@ from math import ceil, nextafter, sqrt
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -22,7 +23,7 @@ from pruners.errors import first_line
 from pruners.layers import PrunableLayer
 from pruners.patterns import Pattern
 from trainers import models
-from trainers.checkpoint import load_checkpoint
+from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
 from trainers.engine_process import EngineError, EngineProcess
 from trainers.engines import SPARSE_ENOUGH, Choice, Place
 from trainers.latency_table import Curve, LinearShape
@@ -31,6 +32,8 @@ from trainers.turns import K, in_turns
 
 GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Sparsities at which a layer is timed, where the pattern leaves them free."""
+WHOLE = (0.0, 0.5, 0.9)
+"""Those at which the whole model is: none, as many as make a layer sparse for an engine, and many."""
 _ROUNDS = 9
 _OPSET, _IR = 18, 10  # of ONNX; what every release of this year's engines reads
 
@@ -60,15 +63,24 @@ def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str
     }
 
 
-def sparsities(pattern: Pattern) -> tuple[float, ...]:
-    """At which a layer with this pattern is timed; N:M leads to one alone."""
-    return GRID if pattern.forced is None else (0.0, pattern.forced)
+def sparsities(pattern: Pattern, free: tuple[float, ...] = GRID) -> tuple[float, ...]:
+    """At which a layer with this pattern is timed: those that are given, or the one that N:M leads to."""
+    return free if pattern.forced is None else (0.0, pattern.forced)
 
 
 def measure(
-    folder: Path, shapes: Iterable[LinearShape], target: Target, pattern: Pattern, rounds: int = _ROUNDS
-) -> tuple[float, dict[LinearShape, Curve]]:
-    """Seconds of a dense checkpoint for a batch, and of layers of these shapes at each sparsity: medians.
+    folder: Path,
+    layers: Mapping[str, LinearShape],
+    target: Target,
+    pattern: Pattern,
+    rounds: int = _ROUNDS,
+) -> tuple[Curve, dict[LinearShape, Curve]]:
+    """Seconds of a dense checkpoint for a batch, also with zeros in these layers, and of each shape of layer.
+
+    Medians of what was measured in turns.
+
+    Args:
+        layers: as :func:`linear_shapes` found them.
 
     Raises:
         InputError: a model that the engine's format cannot hold.
@@ -77,8 +89,16 @@ def measure(
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="espalier-") as made:
         scratch = Path(made)
-        files: dict[tuple[LinearShape, float] | None, _File] = {None: _whole(folder, target, scratch)}
-        for number, shape in enumerate(sorted(set(shapes))):
+        files: dict[tuple[LinearShape | None, float], _File] = {}
+        for sparsity in sparsities(pattern, WHOLE):
+            place = scratch / f"whole-{sparsity}"
+            place.mkdir()
+            source = folder
+            if sparsity:
+                source = place / "model"
+                _write_sparse(folder, source, layers, sparsity, pattern=pattern, random=random)
+            files[None, sparsity] = _whole(source, target, place)
+        for number, shape in enumerate(sorted(set(layers.values()))):
             inputs = scratch / f"{number}.npy"
             batch = random.standard_normal((target.batch, 1, shape.tokens, shape.inputs), np.float32)
             np.save(inputs, batch, allow_pickle=False)
@@ -86,9 +106,29 @@ def measure(
                 weight = pruned_at(shape, sparsity, pattern, random)
                 layer = _layer_file(weight, target.choice, scratch / f"{number}-{sparsity}")
                 files[shape, sparsity] = layer, inputs
-        medians = _medians(files, target, rounds)
-    whole = medians.pop(None)
-    return whole, _curves({key: took for key, took in medians.items() if key is not None}, target.choice)
+        found = _curves(_medians(files, target, rounds), target.choice)
+    whole = found.pop(None)
+    return whole, {shape: curve for shape, curve in found.items() if shape is not None}
+
+
+def _write_sparse(
+    dense: Path,
+    folder: Path,
+    layers: Mapping[str, LinearShape],
+    sparsity: float,
+    *,
+    pattern: Pattern,
+    random: np.random.Generator,
+) -> None:
+    """A checkpoint with zeros in random places of its layers, for its time alone."""
+    model = load_checkpoint(str(dense)).model
+    with torch.no_grad():
+        for name, shape in layers.items():
+            zeros = pruned_at(shape, sparsity, pattern, random) == 0
+            model.get_parameter(name).masked_fill_(torch.from_numpy(zeros), 0.0)
+    folder.mkdir()
+    record = {"method": "dense", "sparsity": 0.0, "allocation": {}}
+    save_checkpoint(folder, model, model_args=model_args(dense), masks=None, record=record)
 
 
 def measure_models(folders: Sequence[Path], target: Target, rounds: int = _ROUNDS) -> list[float]:
@@ -152,12 +192,14 @@ def pruned_at(
     return units.reshape(weight.shape)
 
 
-def _curves(seconds: Mapping[tuple[LinearShape, float], float], choice: Choice) -> dict[LinearShape, Curve]:
-    """The times of each shape, ascending by sparsity.
+def _curves(
+    seconds: Mapping[tuple[LinearShape | None, float], float], choice: Choice
+) -> dict[LinearShape | None, Curve]:
+    """The times of each shape, and under ``None`` of the whole, ascending by sparsity.
 
     The engine ``csr`` runs a layer with fewer zeros than :data:`SPARSE_ENOUGH` as a dense one.
     """
-    found: dict[LinearShape, dict[float, float]] = {}
+    found: dict[LinearShape | None, dict[float, float]] = {}
     for (shape, sparsity), took in seconds.items():
         found.setdefault(shape, {})[sparsity] = took
     if choice.engine == "csr":
