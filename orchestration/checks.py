@@ -153,7 +153,8 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     cut = None
     if recipe.structured is not None:
         arguments = _arguments(recipe)
-        cut, *_ = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
+        plans = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
+        cut = plans[0]
         model = cut.skeleton
     try:
         return model, prunable_layers(model, recipe.pruning), cut
@@ -216,7 +217,7 @@ def _check_latency(
 ) -> None:
     """Whether there can be a table: the engine is installed, and zeros change some layer's time."""
     rule, step = recipe.allocation.rule, recipe.structured
-    wanted = {}
+    wanted: dict[str, LatencyTarget] = {}
     if step is not None and step.objective == "latency":
         wanted["structured"] = step.target or LatencyTarget()
     if isinstance(rule, Fastest) and recipe.allocation.trials:

@@ -65,7 +65,7 @@ def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1
     losses = [1 - one["top1"] / max(dense_top1, 1e-12) for one in candidates]
     within = [number for number, lost in enumerate(losses) if lost <= loss + 1e-9]
     if not within:
-        nearest = min(range(len(losses)), key=losses.__getitem__)
+        nearest = min(range(len(losses)), key=lambda number: losses[number])
         raise RuntimeError(
             f"no candidate is within structured.loss ({loss:g} of the dense model's top-1); the nearest, "
             f"{words(candidates[nearest]['cut'])}, loses {losses[nearest]:.3f} before recovery"

@@ -54,8 +54,8 @@ class EngineProcess:
         }
         # no pipe: one that nobody reads would stop who fills it
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        self._given = {"engine": choice.engine, "type": choice.kind, "threads": place.threads}
-        self._given |= {"device": place.device}
+        self._given: dict[str, Any] = {"engine": choice.engine, "type": choice.kind}
+        self._given |= {"threads": place.threads, "device": place.device}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainers.engine_process"],  # not what lies in the working directory
             stdin=subprocess.PIPE,
