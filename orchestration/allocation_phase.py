@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import ray
 from ray import tune
 
-from orchestration import plots, remote
+from orchestration import latency, plots, remote
 from orchestration.cheap_runs import CheapRuns
 from orchestration.cluster import cluster_size
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Study, Sweep
 from orchestration.database import StoredOrder
-from orchestration.one_shot import OneShotInputs, OneShotTrial
-from orchestration.pareto import chosen
+from orchestration.one_shot import OneShotInputs, OneShotTrial, Speed
+from orchestration.pareto import chosen, fastest
 from orchestration.remote import OrderFacts
 from orchestration.search import Search, run_search, stopping
-from orchestration.search_config import LIMITS
+from orchestration.search_config import Fastest, Rule
 from orchestration.search_limits import Limits
 from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
@@ -27,6 +28,7 @@ from orchestration.tune_trial import order_run
 from trainers import storage
 from trainers.checkpoint import RECORD
 from trainers.config import OrderJob, PruningSettings
+from trainers.latency_table import LatencyTable
 
 
 def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
@@ -37,7 +39,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     for sparsity in search.sparsities:
         before = studies[sparsity] = search.study(sparsity, before)
     goal = studies[sweep.recipe.pruning.sparsity]
-    found = sweep.recipe.allocation.between is not None
+    found = sweep.recipe.allocation.reach is not None
     return Allocated({goal.sparsity: goal} if found else studies, goal)
 
 
@@ -59,10 +61,12 @@ class _Searches:
             self._dense.weights,
             self._method,
             pruning.model_dump(mode="json", exclude={"methods", "schedule", "keep"}),
-            search.model_dump(mode="json", exclude={"trials", "sparsities", *LIMITS}),
+            search.decides(),
             moved,
             sweep.recipe.seed,
             sweep.data_hash,
+            # times of another machine are other results
+            *([] if self._table is None else [self._table.about]),
         )
         name = f"allocation-{self._method}-{key}"
         log = TrialLog(f"{sweep.root}/{name}/trials.json", cheap=True)
@@ -95,8 +99,8 @@ class _Searches:
             plots.trial_history(log.trials, f"{self._method}{at}: one-shot trials", self._dense.top1),
             "history",
         )
-        if search.pareto is not None:
-            runs.figure(plots.search_front(log.trials, search.pareto, best, f"{self._method}{at}"), "pareto")
+        if search.rule is not None:
+            runs.figure(plots.search_front(log.trials, search.rule, best, f"{self._method}{at}"), "pareto")
         runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
         runs.close(best)
         # last, as it says that the search is done: MLflow has all of it by now
@@ -107,13 +111,16 @@ class _Searches:
         own = "failed" if study.own is None else study.own.percent
         sweep.display.finished(
             f"{len(log.ended)} trials, own {own} → best {best.percent} one-shot on validation"
+            + _times(best.metrics)
         )
         return study
 
     def _best(self, log: TrialLog) -> TrialRecord:
-        rule = self._sweep.recipe.allocation.pareto
+        rule = self._rule
         if rule is None:
             return log.best()
+        if isinstance(rule, Fastest):
+            return fastest(log.trials, rule)
         cost = rule.cost.removesuffix("_sparse")
         return chosen(log.trials, rule, self._sweep.lineage.get("structured", {}).get(f"dense_{cost}"))
 
@@ -135,7 +142,7 @@ class _Searches:
             sampler=search.sampler,
             first=[space.own_values()] + ([] if moved is None else [space.moved(moved)]),
             scheduler=Search.scheduler if first is None else halving,
-            cost=None if search.pareto is None else search.pareto.cost,
+            cost=None if search.rule is None else search.rule.cost,
             limits=Limits(search, "allocation"),
             fits=lambda: cluster_size().allocation_trials(search),
             reuse_actors=True,
@@ -153,7 +160,38 @@ class _Searches:
             space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity]),
             order=order,
             costs=facts.costs,
+            speed=self._speed,
         )
+
+    @property
+    def _rule(self) -> Rule | None:
+        return self._sweep.recipe.allocation.rule
+
+    @cached_property
+    def _table(self) -> LatencyTable | None:
+        """Of the machine that is to serve; nothing where the recipe does not ask for speed."""
+        sweep = self._sweep
+        if not isinstance(self._rule, Fastest):
+            return None
+        target = self._rule.target
+        job = latency.LatencyJob(self._dense.checkpoint, sweep.recipe.pruning, target, sweep.storage)
+        table, new = latency.on_server(target, latency.LatencyJob.run, job)
+        sweep.display.say(f"      {'measured' if new else 'known'}: {latency.told(table, target)}")
+        return table
+
+    @cached_property
+    def _speed(self) -> Speed | None:
+        """With the top-1, on the trials' own images, of the model that loss is told against."""
+        sweep, table = self._sweep, self._table
+        if table is None:
+            return None
+        before = sweep.lineage.get("structured", {}).get("dense_top1")
+        if before is not None:  # of the model that was cut in width since
+            return Speed(table, before)
+        task, device = sweep.task(latency.dense_top1)
+        most = sweep.recipe.allocation.images
+        top1 = task.remote(self._dense.checkpoint, sweep.data, sweep.recipe.seed, most, device)
+        return Speed(table, ray.get(top1))
 
     def _order(self) -> tuple[StoredOrder, OrderFacts]:
         """The method's order, made if nobody has made it before, and what trials need to know of it."""
@@ -198,3 +236,10 @@ class _Searches:
             return
         task, device = sweep.task(remote.make_order)
         ray.get(task.remote(job, device))
+
+
+def _times(metrics: Mapping[str, Any]) -> str:
+    """How fast the chosen model is, where the search was for that."""
+    if "latency" not in metrics:
+        return ""
+    return f", {1e3 * metrics['latency_dense']:.2f} → {1e3 * metrics['latency']:.2f} ms by the table"

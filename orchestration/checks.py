@@ -17,8 +17,9 @@ from orchestration import digits
 from orchestration.check_training import check_training
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
+from orchestration.latency import check_linear, check_threads
 from orchestration.recipes import with_values
-from orchestration.search_config import Distribution
+from orchestration.search_config import Distribution, Fastest
 from orchestration.tracking import check_uri
 from orchestration.versions import check_name
 from pruners.allocation import budget, by_table
@@ -33,6 +34,7 @@ from trainers import models, storage
 from trainers.checkpoint import load_checkpoint, model_args
 from trainers.config import DataSettings
 from trainers.int8 import NEEDS
+from trainers.latency_settings import LatencyTarget
 from trainers.optional import require
 from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
@@ -86,6 +88,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         check_installed()
     model, layers, cut = _model(recipe)
     total = _check_budget(recipe, layers)
+    _check_latency(recipe, model, layers, local=local)
     if local:
         check_local(recipe)
     check_name(recipe.registered_model, "tracking.registered_model")
@@ -149,7 +152,9 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         _check_head(recipe)
     cut = None
     if recipe.structured is not None:
-        cut = plan_cut(model, _arguments(recipe), recipe.structured)
+        arguments = _arguments(recipe)
+        plans = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
+        cut = plans[0]
         model = cut.skeleton
     try:
         return model, prunable_layers(model, recipe.pruning), cut
@@ -205,6 +210,24 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
         )
         raise InputError("pruning.sparsity", pruning.sparsity, f"{between}: {error}") from None
     return total
+
+
+def _check_latency(
+    recipe: Recipe, model: torch.nn.Module | None, layers: list[PrunableLayer], *, local: bool
+) -> None:
+    """Whether there can be a table: the engine is installed, and zeros change some layer's time."""
+    rule, step = recipe.allocation.rule, recipe.structured
+    wanted: dict[str, LatencyTarget] = {}
+    if step is not None and step.objective == "latency":
+        wanted["structured"] = step.target or LatencyTarget()
+    if isinstance(rule, Fastest) and recipe.allocation.trials:
+        wanted["allocation"] = rule.target
+        if model is not None:
+            check_linear(model, layers)
+    for part, target in wanted.items():
+        target.choice.check("cpu", key=f"{part}.target.engine")
+        if local and not os.environ.get("RAY_ADDRESS"):
+            check_threads(target, os.cpu_count() or 1, key=f"{part}.target.threads")
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -148,17 +148,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _sparsities_to_choose_from(self) -> Recipe:
-        between = self.allocation.between
+        between, key = self.allocation.reach, f"allocation.{self.allocation.between_key}"
         if between is None:
             return self
         for sparsity in between:
-            self.pruning.check_reach(sparsity, "allocation.pareto.between")
+            self.pruning.check_reach(sparsity, key)
             try:
                 self.pruning.schedule.check(sparsity)
             except ValueError as error:
-                raise ValueError(f"allocation.pareto.between: {sparsity:g}: {error}") from None
+                raise ValueError(f"{key}: {sparsity:g}: {error}") from None
         if any(level >= between[0] for level in self.pruning.keep):
-            raise ValueError(f"pruning.keep: must lie below allocation.pareto.between ({between[0]:g})")
+            raise ValueError(f"pruning.keep: must lie below {key} ({between[0]:g})")
         return self
 
     @model_validator(mode="after")
@@ -173,8 +173,8 @@ class Recipe(Settings):
     @property
     def _sparsities(self) -> tuple[float, ...]:
         """Those that gradual runs end at, the least and the largest at least."""
-        if self.allocation.between is not None:
-            return self.allocation.between
+        if self.allocation.reach is not None:
+            return self.allocation.reach
         found = self.schedule.space.get("pruning.sparsity")
         ends = found and (found.uniform or found.log or found.integer or found.choice)
         return tuple(map(float, ends or (self.pruning.sparsity,)))

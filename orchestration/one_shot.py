@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,20 @@ from trainers import data, models
 from trainers.checkpoint import load_checkpoint
 from trainers.config import DataSettings
 from trainers.evaluate import Evaluation, evaluate
+from trainers.latency_table import LatencyTable
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a search for the fastest model goes by: the table, and the dense model's top-1 on its images."""
+
+    table: LatencyTable
+    dense_top1: float
+
+    def at(self, pruned: Mapping[str, int]) -> dict[str, float]:
+        """What a trial reports; seconds, as the table foretells them."""
+        times = {"latency": self.table.at(pruned), "latency_dense": self.table.at({})}
+        return {**times, "dense_top1": self.dense_top1}
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class OneShotInputs:
     space: AllocationSpace
     order: StoredOrder
     costs: CostModel
+    speed: Speed | None = None
 
     @property
     def device(self) -> str:
@@ -71,7 +87,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         if not self._results:
             self._set_weights()
         self._results.append(evaluate(self._model, self._parts[len(self._results)]))
-        result = Evaluation.over(self._results)
+        result, speed = Evaluation.over(self._results), self._inputs.speed
         return {
             "score": result.score,
             "val_top1": result.top1,
@@ -79,6 +95,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
             "images": result.images,
             "sparsity": self._sparsity,
             **self._inputs.costs.at(self._allocation).as_dict(),
+            **(speed.at(self._allocation) if speed is not None else {}),
             "allocation": self._allocation,
             "shares": summarise(self._allocation, self._inputs.space.layers),
             "complete": len(self._results) == len(self._parts),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from orchestration.search_config import Pareto
+from orchestration.search_config import Fastest, Pareto
 from orchestration.trial_log import TrialRecord
 
 T = TypeVar("T")
+_ROUNDING = 1e-9
 
 
 def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
@@ -62,3 +63,22 @@ def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = No
 def _share(trial: TrialRecord, rule: Pareto, whole: float | None) -> float:
     """A trial's cost as a share of the dense model's."""
     return float(trial.metrics[rule.cost] / (whole or trial.metrics[rule.cost.removesuffix("_sparse")]))
+
+
+def fastest(trials: Sequence[TrialRecord], rule: Fastest) -> TrialRecord:
+    """The front's fastest trial that loses at most ``rule.loss`` of the dense model's top-1.
+
+    Raises:
+        RuntimeError: no trial ran to its end, or all lose more; says the nearest.
+    """
+    best = front(trials, rule.cost)
+    if not best:
+        raise RuntimeError("no trial ran to its end")
+    losses = [1 - trial.metrics["val_top1"] / max(trial.metrics["dense_top1"], 1e-12) for trial in best]
+    for trial, loss in zip(best, losses, strict=True):
+        if loss <= rule.loss + _ROUNDING:
+            return trial
+    raise RuntimeError(
+        f"no trial is within allocation.loss ({rule.loss:g} of the dense model's top-1); the nearest loses "
+        f"{losses[-1]:.3f}, at {best[-1].metrics[rule.cost] * 1e3:.2f} ms"
+    )

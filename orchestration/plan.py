@@ -8,8 +8,10 @@ from rich.table import Table
 from orchestration.checks import Prepared
 from orchestration.config import Recipe
 from orchestration.public import without_password
+from orchestration.search_config import Fastest
 from pruners.memory import fisher_bytes, layer_groups
 from pruners.methods import create_pruner
+from trainers.latency_settings import LatencyTarget
 from trainers.schedules import pruning_plan
 
 
@@ -99,19 +101,28 @@ def _structured(prepared: Prepared) -> list[tuple[str, str]]:
         f"{cut.dense.parameters:,} → {cut.costs.parameters:,} parameters, "
         f"{cut.dense.macs:,} → {cut.costs.macs:,} MACs"
     )
+    if settings.objective == "latency":
+        target = settings.target or LatencyTarget()
+        rule = f"the fastest of {len(settings.candidates)} on {target} that loses at most {settings.loss:g}"
+        return [("structured", f"{rule}; {rest}"), ("the first", f"{cut}; {counts} (as all below)")]
     return [("structured", f"{cut}; {counts}; {rest}")]
 
 
 def _more(recipe: Recipe) -> list[tuple[str, str]]:
     """A second objective, a long run and INT8, where the recipe asks for them."""
-    lines, pareto = [], recipe.allocation.pareto
-    if pareto is not None and recipe.allocation.trials:
-        reach = f" from {pareto.between[0]:g} to {pareto.between[1]:g}" if pareto.between else ""
-        if pareto.tolerance is not None:
-            rule = f"the cheapest within {pareto.tolerance:g} of the best top-1"
+    lines, rule = [], recipe.allocation.rule
+    if rule is not None and recipe.allocation.trials:
+        reach = f" from {rule.between[0]:g} to {rule.between[1]:g}" if rule.between else ""
+        if isinstance(rule, Fastest):
+            taken = (
+                f"on {rule.target}; the fastest that loses at most {rule.loss:g} of the dense model's top-1"
+            )
+        elif rule.tolerance is not None:
+            taken = f"the cheapest within {rule.tolerance:g} of the best top-1"
         else:
-            rule = f"the best within {pareto.at_most:g} of the dense model's"
-        lines.append(("objectives", f"top-1 against {pareto.against}{reach}; {rule}"))
+            taken = f"the best within {rule.at_most:g} of the dense model's"
+        sign = " " if isinstance(rule, Fastest) else "; "
+        lines.append(("objectives", f"top-1 against {rule.against}{reach}{sign}{taken}"))
     if recipe.long_run:
         changed = ", ".join(f"{key}={value}" for key, value in recipe.long_run.items())
         lines.append(("long run", f"the best gradual run's values, and {changed}"))

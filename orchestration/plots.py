@@ -9,10 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from orchestration.pareto import front, unbeaten
-from orchestration.search_config import Pareto
+from orchestration.search_config import Rule
 from orchestration.trial_log import TrialRecord
 
 _SIZE = (7.0, 4.2)
+_COSTS = {
+    "macs": ("MACs of weights that are not zero (M)", 1e-6),
+    "size": ("parameters not zero (M)", 1e-6),
+    "latency": ("latency of a batch by the table (ms)", 1e3),
+}  # words on an axis, and what costs are multiplied by
 
 
 def allocations(trials: Sequence[TrialRecord], title: str, most: int | None = None) -> Figure:
@@ -97,18 +102,17 @@ def accuracy_over_sparsity(
     return figure
 
 
-def search_front(trials: Sequence[TrialRecord], rule: Pareto, chosen: TrialRecord, title: str) -> Figure:
+def search_front(trials: Sequence[TrialRecord], rule: Rule, chosen: TrialRecord, title: str) -> Figure:
     """Validation top-1 against a cost, the front as a line, the trial that the rule took marked."""
     done = [trial for trial in trials if trial.state == "finished"]
     best = front(trials, rule.cost)
+    words, scale = _COSTS[rule.against]
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for series, style, label in ((done, "o", "trial"), (best, ".-", "front"), ([chosen], "D", "chosen")):
-        costs = [trial.metrics[rule.cost] / 1e6 for trial in series]
+        costs = [scale * trial.metrics[rule.cost] for trial in series]
         axes.plot(costs, [100 * trial.metrics["val_top1"] for trial in series], style, label=label)
-    axes.set_xlabel(
-        {"macs": "MACs of weights that are not zero", "size": "parameters not zero"}[rule.against] + " (M)"
-    )
+    axes.set_xlabel(words)
     axes.set_ylabel("validation top-1 (%)")
     axes.set_title(f"{title}: top-1 against {rule.against}")
     axes.legend()

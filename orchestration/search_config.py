@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainers.config import Settings, Share
+from trainers.latency_settings import LatencyTarget
 
 Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 
@@ -71,12 +73,18 @@ class Pareto(Settings):
     tolerance: Share | None = None
     at_most: Share | None = None
 
+    @field_validator("against", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value == "latency":
+            raise ValueError("must be 'macs' or 'size'; measured times are asked for by objective: latency")
+        return value
+
     @model_validator(mode="after")
     def _one_rule(self) -> Pareto:
         if (self.tolerance is None) == (self.at_most is None):
             raise ValueError("give exactly one of tolerance and at_most")
-        if self.between is not None and not self.between[0] < self.between[1]:
-            raise ValueError(f"between: {self.between[0]} must lie below {self.between[1]}")
+        _check_ascending(self.between)
         if self.against == "size" and self.between is None:
             raise ValueError("between: needed, as all models of one sparsity have the same size")
         return self
@@ -85,6 +93,31 @@ class Pareto(Settings):
     def cost(self) -> str:
         """The metric that trials report."""
         return {"macs": "macs_sparse", "size": "parameters_sparse"}[self.against]
+
+
+def _check_ascending(between: tuple[float, float] | None) -> None:
+    if between is not None and not between[0] < between[1]:
+        raise ValueError(f"between: {between[0]} must lie below {between[1]}")
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """Two objectives, top-1 and measured time: the fastest model at most ``loss`` less accurate than dense.
+
+    Attributes:
+        loss: a share of the dense model's top-1.
+    """
+
+    loss: float
+    between: tuple[float, float]
+    target: LatencyTarget
+
+    against = "latency"
+    cost = "latency"
+
+
+Rule = Pareto | Fastest
+LOSS = 0.01
 
 
 class AllocationSearch(SearchLimits):
@@ -107,25 +140,70 @@ class AllocationSearch(SearchLimits):
     first_images: int | None = Field(None, ge=1, description="default: all at once")
     reduction: int = Field(2, ge=2)
     pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
+    objective: Literal["top1", "latency"] = Field(
+        "top1", description="latency: the fastest model that loses little, by times measured on an engine"
+    )
+    loss: Share | None = Field(
+        None, description="of latency: how much of the dense model's top-1 may be lost; default 0.01, 1 %"
+    )
+    between: tuple[Share, Share] | None = Field(None, description="of latency: sparsities to look between")
+    target: LatencyTarget | None = Field(None, description="of latency: what is to be fast; default csr")
     cpus_per_trial: float = Field(1.0, gt=0.0)
     gpus_per_trial: float = Field(0.0, ge=0.0)
 
     @model_validator(mode="after")
-    def _front(self) -> AllocationSearch:
-        if self.pareto is None:
+    def _of_latency(self) -> AllocationSearch:
+        if self.objective == "latency":
+            if self.pareto is not None:
+                raise ValueError("pareto: objective: latency is a rule of its own; drop one of the two")
+            if self.between is None:
+                raise ValueError("between: needed, as [0.5, 0.95]: sparsities to look between")
+            _check_ascending(self.between)
             return self
+        for key in ("loss", "between", "target"):
+            if getattr(self, key) is not None:
+                own = "; beside pareto it is pareto.between" if key == "between" and self.pareto else ""
+                raise ValueError(f"{key}: is for objective: latency alone{own}")
+        return self
+
+    @model_validator(mode="after")
+    def _front(self) -> AllocationSearch:
+        rule = self.rule
+        if rule is None:
+            return self
+        name = "pareto" if isinstance(rule, Pareto) else "objective: latency"
         if self.sampler == "cmaes":
-            raise ValueError("sampler: cmaes knows one objective; with pareto take nsga2, tpe, gp or random")
+            raise ValueError(f"sampler: cmaes knows one objective; with {name} take nsga2, tpe, gp or random")
         if self.first_images is not None:
-            raise ValueError("first_images: with pareto every trial sees all images; drop it")
-        if self.sparsities and self.pareto.between is not None:
-            raise ValueError("sparsities: pareto.between is one search over all of them; drop one of the two")
+            raise ValueError(f"first_images: with {name} every trial sees all images; drop it")
+        if self.sparsities and rule.between is not None:
+            key = self.between_key
+            raise ValueError(f"sparsities: {key} is one search over all of them; drop one of the two")
         return self
 
     @property
-    def between(self) -> tuple[float, float] | None:
+    def rule(self) -> Rule | None:
+        """The second objective, and which model of the front is taken; nothing where top-1 is all."""
+        if self.objective == "top1":
+            return self.pareto
+        assert self.between is not None, "checked when it was read"
+        return Fastest(LOSS if self.loss is None else self.loss, self.between, self.target or LatencyTarget())
+
+    @property
+    def between_key(self) -> str:
+        return "pareto.between" if self.pareto is not None else "between"
+
+    @property
+    def reach(self) -> tuple[float, float] | None:
         """The sparsities to choose from, where the search says how sparse the models are to be."""
-        return None if self.pareto is None or not self.trials else self.pareto.between
+        return None if self.rule is None or not self.trials else self.rule.between
+
+    def decides(self) -> dict[str, Any]:
+        """What a study's trials depend on, for its hash."""
+        rest = {"trials", "sparsities", *LIMITS}
+        if self.objective == "top1":
+            rest |= {"objective", "loss", "between", "target"}
+        return self.model_dump(mode="json", exclude=rest)
 
     def rungs(self, images: int) -> list[int]:
         """How many of ``images`` a trial has seen at each of its ends."""

@@ -54,7 +54,7 @@ class AllocationSpace:
             pruning.floor,
             pruning.ceiling,
             Pattern.parse(pruning.pattern).unit,
-            search.between,
+            search.reach,
         )
 
     def own_values(self) -> dict[str, float]:

@@ -6,11 +6,12 @@ there before it recovers, so that a run that is broken off goes on with the very
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
-from orchestration import remote
+from orchestration import latency, remote
 from orchestration.config import digest
 from orchestration.context import Dense, Sweep, content_hash
 from orchestration.dense_phase import validation_top1
@@ -22,7 +23,8 @@ from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import without_trainer_state
 from trainers import storage
 from trainers.checkpoint import RECORD
-from trainers.structured_settings import words
+from trainers.latency_settings import LatencyTarget
+from trainers.structured_settings import StructuredSettings, words
 
 REGISTERED = "registered.json"  # beside the model: its version in the registry
 _TITLE = "structured pruning"
@@ -33,12 +35,17 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
     sweep = sweep.phase("structured")
     settings = sweep.recipe.structured
     assert settings is not None, "only a recipe with a structured step has this phase"
+    server: list[Any] = []
+    if settings.objective == "latency":  # another machine may choose another model
+        target = settings.target or LatencyTarget()
+        server = [latency.on_server(target, latency.circumstances, target)]
     key = digest(
         dense.weights,
-        settings.model_dump(mode="json"),
+        settings.decides(),
         sweep.recipe.resources.most if settings.recovery else None,
         sweep.recipe.seed,
         sweep.data_hash,
+        *server,
     )
     step = _Step(sweep, dense, key)
     if not step.known:
@@ -46,6 +53,23 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
     else:
         sweep.display.phase(_TITLE)
     return step.result()
+
+
+def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1: float) -> int:
+    """Which candidate is the fastest of those that lose at most ``loss`` of the dense model's top-1.
+
+    Raises:
+        RuntimeError: all lose more; says the nearest.
+    """
+    losses = [1 - one["top1"] / max(dense_top1, 1e-12) for one in candidates]
+    within = [number for number, lost in enumerate(losses) if lost <= loss + 1e-9]
+    if not within:
+        nearest = min(range(len(losses)), key=lambda number: losses[number])
+        raise RuntimeError(
+            f"no candidate is within structured.loss ({loss:g} of the dense model's top-1); the nearest, "
+            f"{words(candidates[nearest]['cut'])}, loses {losses[nearest]:.3f} before recovery"
+        )
+    return min(within, key=lambda number: candidates[number]["latency"])
 
 
 class _Step:
@@ -95,16 +119,51 @@ class _Step:
         """Cut the dense model unless that was done before; what is recorded of it."""
         sweep, dense = self._sweep, self._dense
         if not storage.exists(f"{self._cut}/{RECORD}"):
-            task, device = sweep.task(remote.save_structured)
-            lineage = self._lineage({"dense": dense.weights, "dense_top1": dense.top1})
-            given = {"seed": sweep.recipe.seed, "lineage": lineage, "device": device}
-            ray.get(task.remote(dense.checkpoint, self._settings, sweep.data, self._cut, **given))
-        facts: dict[str, Any] = storage.read_json(f"{self._cut}/{RECORD}")["structured"]
+            facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
+            settings = self._settings
+            if settings.objective == "latency":
+                found, taken = self._candidates(facts)
+                settings, facts = settings.choices()[taken], facts | {"candidates": found, "taken": taken}
+            self._save(settings, facts, self._cut)
+        facts = storage.read_json(f"{self._cut}/{RECORD}")["structured"]
         top1 = validation_top1(sweep, self._cut)
         sweep.display.say(
             f"      {words(facts['cut'])}: {100 * dense.top1:.1f} → {100 * top1:.1f} % on validation"
         )
         return facts | {"cut_top1": top1}
+
+    def _save(self, settings: StructuredSettings, facts: dict[str, Any], folder: str) -> None:
+        """Cut the dense model by a task, into a folder."""
+        sweep = self._sweep
+        task, device = sweep.task(remote.save_structured)
+        given = {"seed": sweep.recipe.seed, "lineage": self._lineage(facts), "device": device}
+        ray.get(task.remote(self._dense.checkpoint, settings, sweep.data, folder, **given))
+
+    def _candidates(self, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """What each candidate comes to without recovery, and which one is taken."""
+        sweep, target = self._sweep, self._settings.target or LatencyTarget()
+        choices = self._settings.choices()
+        with sweep.scratch(f"structured-{self._key}") as scratch:
+            folders = [f"{scratch}/{number}" for number in range(len(choices))]
+            for settings, folder in zip(choices, folders, strict=True):
+                self._save(settings, facts, folder)
+            task, device = sweep.task(remote.measure)
+            tops = ray.get(task.remote(folders, sweep.data, "validation", sweep.recipe.seed, device))
+            times = latency.on_server(target, latency.times_of, [*folders, self._dense.checkpoint], target)
+            cuts = [storage.read_json(f"{folder}/{RECORD}")["structured"]["cut"] for folder in folders]
+        found = [
+            {"cut": cut, "top1": top["top1"], "latency": took}
+            for cut, top, took in zip(cuts, tops, times, strict=False)
+        ]
+        sweep.display.say(
+            f"      dense: {100 * self._dense.top1:.1f} %, {1e3 * times[-1]:.2f} ms on {target}"
+        )
+        for one in found:
+            sweep.display.say(
+                f"      {words(one['cut'])}: {100 * one['top1']:.1f} %, {1e3 * one['latency']:.2f} ms"
+            )
+        assert self._settings.loss is not None, "checked when it was read"
+        return found, fastest_cut(found, self._settings.loss, self._dense.top1)
 
     def _recover(self, log: TrialLog, facts: dict[str, Any]) -> None:
         sweep, recipe = self._sweep, self._sweep.recipe

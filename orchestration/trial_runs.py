@@ -28,6 +28,8 @@ SERIES = (
     "parameters_sparse",
     "macs",
     "macs_sparse",
+    "latency",
+    "latency_dense",
 )
 STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 

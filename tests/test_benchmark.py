@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from orchestration import benchmark_options, variants
-from orchestration.benchmark import Row, in_turns
+from orchestration.benchmark import Row
 from orchestration.benchmark_options import BenchmarkOptions
 from orchestration.benchmark_plot import accuracy_over_latency
 from orchestration.benchmark_report import Report, gain, milliseconds
@@ -34,6 +34,7 @@ from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import save_checkpoint
 from trainers.engine_process import EngineError
 from trainers.engines import ENGINES, Choice, Place
+from trainers.turns import in_turns
 
 GOOD = Agreement(1e-6, 1e-7, 1.0)
 TORCH, ORT, INT8 = Choice("torch", "float32"), Choice("onnxruntime", "float32"), Choice("onnxruntime", "int8")

@@ -80,3 +80,36 @@ def test_phase_by_phase(tmp_path: Path) -> None:
     assert [line for line in again.out.splitlines() if "│ lamp" in line] == [
         line for line in whole.out.splitlines() if "│ lamp" in line
     ]
+
+
+FASTEST = (
+    "sweep",
+    str(SMALL),
+    "name=fastest",
+    "pruning.methods=[lamp]",
+    "allocation={trials: 6, objective: latency, loss: 1.0, between: [0.55, 0.9], sampler: nsga2}",
+    "resources.workers=1",
+    "--until",
+    "allocation",
+)
+
+
+@pytest.mark.long
+def test_the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
+    """Any loss will do here, so that the fastest of all is taken; a second sweep reads the same table."""
+    first = run(*FASTEST, cwd=tmp_path)
+    assert "measured: csr:float32 (batch 1, threads 1): " in first.err
+    (place,) = (tmp_path / "runs/sweeps/fastest").glob("allocation-lamp-*/trials.json")
+    log = TrialLog(str(place))
+    times = [trial.metrics["latency"] for trial in log.ended]
+    assert len(times) == 6
+    assert min(times) > 0
+    assert {trial.metrics["dense_top1"] for trial in log.ended} == {log.ended[0].metrics["dense_top1"]}
+    record = json.loads((place.parent / "one-shot" / "pruning.json").read_text())
+    fastest = min(log.ended, key=lambda trial: trial.metrics["latency"])
+    assert record["sparsity"] == pytest.approx(fastest.metrics["sparsity"])
+    (table,) = (tmp_path / "runs/latency").iterdir()
+    known = table.read_bytes()
+    again = run(*FASTEST, "--as", "again", cwd=tmp_path)
+    assert "known: csr:float32 (batch 1, threads 1): " in again.err
+    assert table.read_bytes() == known

@@ -2,8 +2,8 @@
 
 The process imports what its engine needs and nothing else, holds its threads to as many processors, and
 waits between two questions without working: several of them can be asked in turn, and none is in another's
-way. Question and answer are a line of JSON each, on standard input and output; images and logits go by
-``.npy`` files.
+way. It may be given more files, to be timed beside the first one. Question and answer are a line of JSON
+each, on standard input and output; images and logits go by ``.npy`` files.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class EngineProcess:
         }
         # no pipe: one that nobody reads would stop who fills it
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self._given: dict[str, Any] = {"engine": choice.engine, "type": choice.kind}
+        self._given |= {"threads": place.threads, "device": place.device}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "trainers.engine_process"],  # not what lies in the working directory
             stdin=subprocess.PIPE,
@@ -64,17 +66,18 @@ class EngineProcess:
             start_new_session=True,  # Ctrl-C is the caller's, who closes it
         )
         try:
-            self._ask(
-                engine=choice.engine,
-                type=choice.kind,
-                path=str(path),
-                threads=place.threads,
-                device=place.device,
-                images=str(images),
-            )
+            self.add(path, images)
         except BaseException:
             self.close()
             raise
+
+    def add(self, path: Path, images: Path) -> int:
+        """Load one more file, with inputs of its own; returns its number, by which it is timed.
+
+        Raises:
+            EngineError: the engine cannot load it.
+        """
+        return int(self._ask(**self._given, path=str(path), images=str(images))["number"])
 
     def warm(self, batch: int) -> int:
         """Run a batch size for the first times; returns the peak memory of the process so far, in bytes.
@@ -84,13 +87,16 @@ class EngineProcess:
         """
         return int(self._ask(do="warm", batch=batch)["memory"])
 
-    def seconds(self, batch: int, calls: int) -> float:
+    def seconds(self, batch: int, calls: int, number: int = 0) -> float:
         """Mean time of ``calls`` passes over a batch, after one that is not counted.
+
+        Args:
+            number: of the file, as :meth:`add` told it; default the first one.
 
         Raises:
             EngineError: it cannot.
         """
-        return float(self._ask(do="time", batch=batch, calls=calls)["seconds"])
+        return float(self._ask(do="time", batch=batch, calls=calls, number=number)["seconds"])
 
     def answers(self, images: Path, batch: int) -> NDArray[np.float32]:
         """Logits of all images of a ``.npy`` file.
@@ -160,16 +166,15 @@ def _serve() -> None:
     """The process's side."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
-    run: Run | None = None
-    images: Images | None = None
+    loaded: list[tuple[Run, Images]] = []
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            if run is None or images is None:
-                run, images = _load(question)
-                answer: dict[str, Any] = {}
+            if "path" in question:
+                loaded.append(_load(question))
+                answer: dict[str, Any] = {"number": len(loaded) - 1}
             else:
-                answer = _answer(run, images, question)
+                answer = _answer(*loaded[question.get("number", 0)], question)
         except Exception as error:  # whatever an engine raises is told, not shown
             said = str(error).strip().splitlines() or [""]
             answer = {"error": f"{type(error).__name__}: {said[0]}".strip(": ")}

@@ -59,7 +59,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Torch:
-    """torch itself: a checkpoint folder, or a ``.pt2``. ``change`` makes of the model what is to be run."""
+    """torch itself: a checkpoint folder, a ``.pt2``, or the ``.safetensors`` of one linear layer.
+
+    ``change`` makes of the model what is to be run.
+    """
 
     types: tuple[str, ...] = ("float32", "bfloat16")
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -75,6 +78,8 @@ class Torch:
         torch.set_num_threads(place.threads)
         if path.suffix == ".pt2":
             model: nn.Module = torch.export.load(path).module()
+        elif path.suffix == ".safetensors":
+            model = _linear(path)
         else:
             from trainers.checkpoint import load_checkpoint
 
@@ -138,6 +143,18 @@ class OpenVino:
         }
         compiled = openvino.Core().compile_model(path, "CPU", settings)
         return lambda images: np.array(compiled(images)[0], np.float32)
+
+
+def _linear(path: Path) -> nn.Module:
+    """One linear layer, of its ``weight`` and ``bias``."""
+    from safetensors.torch import load_file
+    from torch import nn
+
+    state = load_file(path)
+    outputs, inputs = state["weight"].shape
+    layer = nn.Linear(inputs, outputs)
+    layer.load_state_dict(state)
+    return nn.Sequential(layer)  # in a model, so that it can be replaced
 
 
 def _compiled(model: nn.Module) -> nn.Module:

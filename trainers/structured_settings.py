@@ -8,15 +8,16 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainers.config import TrainingSettings
-from trainers.settings import Settings
+from trainers.latency_settings import LatencyTarget
+from trainers.settings import Settings, Share
 
 Importance = Literal["magnitude", "taylor", "fisher"]
 Width = int | float
 """A whole number is what stays, a fraction the share that does."""
 
 
-class StructuredSettings(Settings):
-    """Whole channels are cut before weights are pruned; what is left is a plain timm model, only smaller.
+class Widths(Settings):
+    """How wide a model is to be.
 
     Fractions (0.75) are the share that stays, whole numbers what stays of it. A list has an entry for each
     stage of a Swin.
@@ -28,15 +29,6 @@ class StructuredSettings(Settings):
     head_dim: Width | tuple[Width, ...] = Field(
         1.0, description="channels of each head; a ViT's are embed / heads"
     )
-    importance: Importance = Field(
-        "taylor",
-        description="what a channel is worth: Σ w², Σ |w·g|, or Σ w²·g² (the diagonal of the Fisher)",
-    )
-    images: int = Field(2048, ge=1, description="training images for the gradients of taylor and fisher")
-    batch_size: int = Field(32, ge=1, description="images of a gradient")
-    recovery: TrainingSettings | None = Field(
-        TrainingSettings(), description="training of the smaller model before weights are pruned; null: none"
-    )
 
     @field_validator("mlp", "embed", "heads", "head_dim", mode="before")
     @classmethod
@@ -47,11 +39,76 @@ class StructuredSettings(Settings):
             return tuple(_width(one, info.field_name) for one in value)
         return _width(value, info.field_name)
 
+    @property
+    def cuts(self) -> bool:
+        return any(asked(one) for one in (self.mlp, self.embed, self.heads, self.head_dim))
+
+
+class StructuredSettings(Widths):
+    """Whole channels are cut before weights are pruned; what is left is a plain timm model, only smaller.
+
+    With ``objective: latency`` the fastest of several ``candidates`` is taken that loses at most ``loss`` of
+    the dense model's top-1, all cut alike and not trained; the one that is taken recovers.
+    """
+
+    importance: Importance = Field(
+        "taylor",
+        description="what a channel is worth: Σ w², Σ |w·g|, or Σ w²·g² (the diagonal of the Fisher)",
+    )
+    images: int = Field(2048, ge=1, description="training images for the gradients of taylor and fisher")
+    batch_size: int = Field(32, ge=1, description="images of a gradient")
+    recovery: TrainingSettings | None = Field(
+        TrainingSettings(), description="training of the smaller model before weights are pruned; null: none"
+    )
+    objective: Literal["widths", "latency"] = Field(
+        "widths", description="widths: those given; latency: the fastest of candidates, by measured times"
+    )
+    candidates: tuple[Widths, ...] = Field((), description="of latency: mlp, embed, heads, head_dim of each")
+    loss: Share | None = Field(
+        None, description="of latency: how much of the dense model's top-1 may be lost before recovery"
+    )
+    target: LatencyTarget | None = Field(None, description="of latency: what is to be fast; default csr")
+
     @model_validator(mode="after")
     def _cuts_something(self) -> StructuredSettings:
-        if not any(asked(one) for one in (self.mlp, self.embed, self.heads, self.head_dim)):
+        if self.objective == "latency":
+            self._check_candidates()
+            return self
+        for key in _OF_LATENCY:
+            if getattr(self, key) not in (None, ()):
+                raise ValueError(f"{key}: is for objective: latency alone")
+        if not self.cuts:
             raise ValueError("nothing would be cut: give a share below 1 of mlp, embed, heads or head_dim")
         return self
+
+    def _check_candidates(self) -> None:
+        for key in Widths.model_fields:
+            if asked(getattr(self, key)):
+                raise ValueError(f"{key}: with objective: latency widths belong in candidates")
+        if not self.candidates:
+            raise ValueError("candidates: needed, as [{mlp: 0.75}, {mlp: 0.5}]: widths to choose from")
+        if self.loss is None:
+            raise ValueError("loss: needed: how much of the dense model's top-1 may be lost before recovery")
+        for number, one in enumerate(self.candidates):
+            if not one.cuts:
+                raise ValueError(f"candidates.{number}: nothing would be cut")
+
+    def choices(self) -> tuple[StructuredSettings, ...]:
+        """What may be made, each as if it alone had been asked for."""
+        if self.objective == "widths":
+            return (self,)
+        rest = self.model_dump(exclude={"objective", *_OF_LATENCY, *Widths.model_fields})
+        return tuple(
+            StructuredSettings.model_validate({**rest, **one.model_dump()}) for one in self.candidates
+        )
+
+    def decides(self) -> dict[str, Any]:
+        """What the step depends on, for its hash."""
+        rest = {"objective", *_OF_LATENCY} if self.objective == "widths" else set()
+        return self.model_dump(mode="json", exclude=rest)
+
+
+_OF_LATENCY = ("candidates", "loss", "target")
 
 
 def asked(value: Width | tuple[Width, ...]) -> bool:
