@@ -174,7 +174,8 @@ def _serve() -> None:
                 loaded.append(_load(question))
                 answer: dict[str, Any] = {"number": len(loaded) - 1}
             else:
-                answer = _answer(*loaded[question.get("number", 0)], question)
+                run, images = loaded[int(question.get("number", 0))]
+                answer = _answer(run, images, question)
         except Exception as error:  # whatever an engine raises is told, not shown
             said = str(error).strip().splitlines() or [""]
             answer = {"error": f"{type(error).__name__}: {said[0]}".strip(": ")}
