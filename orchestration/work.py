@@ -118,9 +118,9 @@ def interruptible(work: Callable[[], T]) -> T:
 
 def leave(status: int) -> NoReturn:
     """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
-    sys.stderr.write("interrupted\n")
-    sys.stderr.flush()
     atexit._run_exitfuncs()
+    sys.stderr.write("interrupted\n")  # the last word: the thread may speak until now
+    sys.stderr.flush()
     os._exit(status)
 
 
