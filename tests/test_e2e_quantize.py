@@ -96,7 +96,7 @@ def test_from_recipe_to_registry(tmp_path: Path) -> None:
     assert abs(record["sparsity"] - 0.75) < 1e-3
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
-    versions = {one.version: one for one in client.search_model_versions("name='espalier-int8'")}
+    versions = {str(one.version): one for one in client.search_model_versions("name='espalier-int8'")}
     assert len(versions) == 2
     plain, int8 = (versions[number] for number in sorted(versions))
     assert "espalier.precision" not in plain.tags
@@ -114,10 +114,10 @@ def test_from_recipe_to_registry(tmp_path: Path) -> None:
     children = client.search_runs([made.info.experiment_id], f"tags.`mlflow.parentRunId` = '{int8.run_id}'")
     assert [child.data.tags["espalier.state"] for child in children] == ["finished"]
     aliases = dict(client.get_registered_model("espalier-int8").aliases)
-    assert set(map(str, aliases.values())) == {plain.version}
+    assert set(map(str, aliases.values())) == {str(plain.version)}
 
     (row,) = json.loads((tmp_path / "runs/sweeps/int8/results.json").read_text())
-    assert row["int8_version"] == int8.version
+    assert row["int8_version"] == str(int8.version)
     assert row["int8_bytes"] == (folder / FILE).stat().st_size
     assert f"{plain.version}, {int8.version}" in first.out
     said = run(

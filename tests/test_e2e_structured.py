@@ -77,7 +77,7 @@ def test_structured_then_unstructured(tmp_path: Path) -> None:
 
     # and in the registry: the version that was pruned descends from the one that was cut
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow/mlflow.db")
-    versions = {one.version: one for one in client.search_model_versions("name='espalier-narrow'")}
+    versions = {str(one.version): one for one in client.search_model_versions("name='espalier-narrow'")}
     versions = {number: dict(one.tags) for number, one in versions.items()}
     assert {number: tags["method"] for number, tags in versions.items()} == {
         "1": "structured",
@@ -86,7 +86,7 @@ def test_structured_then_unstructured(tmp_path: Path) -> None:
     assert versions["2"]["parent"] == "models:/espalier-narrow/1"
     words = "heads 1/2/4 → 1/1/2, mlp 64/128/256 → 48/96/192"
     assert versions["1"]["structured"] == versions["2"]["structured"] == words
-    assert client.get_model_version_by_alias("espalier-narrow", "champion").version == "2"
+    assert str(client.get_model_version_by_alias("espalier-narrow", "champion").version) == "2"
     chain = run("lineage", "models:/espalier-narrow@champion", cwd=tmp_path).out
     assert chain.index("models:/espalier-narrow/2") < chain.index("models:/espalier-narrow/1\n")
     assert chain.count(words) == 2
