@@ -188,10 +188,16 @@ class _Searches:
         before = sweep.lineage.get("structured", {}).get("dense_top1")
         if before is not None:  # of the model that was cut in width since
             return Speed(table, before)
-        task, device = sweep.task(latency.dense_top1)
-        most = sweep.recipe.allocation.images
-        top1 = task.remote(self._dense.checkpoint, sweep.data, sweep.recipe.seed, most, device)
-        return Speed(table, ray.get(top1))
+        task, device = sweep.task(remote.measure)
+        figures = task.remote(
+            [self._dense.checkpoint],
+            sweep.data,
+            "validation",
+            sweep.recipe.seed,
+            device,
+            most=sweep.recipe.allocation.images,
+        )
+        return Speed(table, ray.get(figures)[0]["top1"])
 
     def _order(self) -> tuple[StoredOrder, OrderFacts]:
         """The method's order, made if nobody has made it before, and what trials need to know of it."""

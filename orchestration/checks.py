@@ -219,7 +219,7 @@ def _check_latency(
     rule, step = recipe.allocation.rule, recipe.structured
     wanted: dict[str, LatencyTarget] = {}
     if step is not None and step.objective == "latency":
-        wanted["structured"] = step.target or LatencyTarget()
+        wanted["structured"] = step.serves
     if isinstance(rule, Fastest) and recipe.allocation.trials:
         wanted["allocation"] = rule.target
         if model is not None:

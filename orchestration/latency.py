@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-import torch
 from torch import nn
 
 from orchestration.config import digest
@@ -22,11 +21,10 @@ from pruners.costs import cost_model
 from pruners.errors import InputError
 from pruners.layers import PrunableLayer
 from pruners.patterns import Pattern
-from trainers import data, models, storage
+from trainers import models, storage
 from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings, PruningSettings
+from trainers.config import PruningSettings
 from trainers.engines import Place
-from trainers.evaluate import evaluate
 from trainers.latency import Target, linear_shapes, measure, measure_models
 from trainers.latency_settings import LatencyTarget
 from trainers.latency_table import LatencyTable
@@ -129,15 +127,6 @@ def _runs(target: LatencyTarget, key: str) -> Target:
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check_threads(target, there, f"{key}.threads")
     return Target(target.choice, Place(target.threads), target.batch)
-
-
-def dense_top1(checkpoint: str, images: DataSettings, seed: int, most: int, device: str) -> float:
-    """Top-1 of a model on the first ``most`` validation images: those that trials are evaluated on."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = load_checkpoint(checkpoint).model.eval().to(device)
-    part = data.split(images, "validation", data.eval_transform(models.data_config(model)), seed)
-    first = torch.utils.data.Subset(part, range(min(most, len(part))))
-    return evaluate(model, data.eval_loader(first, 128)).top1
 
 
 def told(table: LatencyTable, target: LatencyTarget) -> str:

@@ -11,7 +11,6 @@ from orchestration.public import without_password
 from orchestration.search_config import Fastest
 from pruners.memory import fisher_bytes, layer_groups
 from pruners.methods import create_pruner
-from trainers.latency_settings import LatencyTarget
 from trainers.schedules import pruning_plan
 
 
@@ -102,8 +101,8 @@ def _structured(prepared: Prepared) -> list[tuple[str, str]]:
         f"{cut.dense.macs:,} → {cut.costs.macs:,} MACs"
     )
     if settings.objective == "latency":
-        target = settings.target or LatencyTarget()
-        rule = f"the fastest of {len(settings.candidates)} on {target} that loses at most {settings.loss:g}"
+        choices = f"{len(settings.candidates)} on {settings.serves}"
+        rule = f"the fastest of {choices} that loses at most {settings.loss:g}"
         return [("structured", f"{rule}; {rest}"), ("the first", f"{cut}; {counts} (as all below)")]
     return [("structured", f"{cut}; {counts}; {rest}")]
 

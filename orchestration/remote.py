@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs
@@ -181,15 +182,22 @@ def quantise(job: Int8Job) -> None:
 
 
 def measure(
-    checkpoints: list[str], images: DataSettings, part: str, seed: int, device: str
+    checkpoints: list[str],
+    images: DataSettings,
+    part: str,
+    seed: int,
+    device: str,
+    *,
+    most: int | None = None,
 ) -> list[dict[str, float]]:
-    """Top-1 and loss of checkpoints on ``validation`` or ``test``."""
+    """Top-1 and loss of checkpoints on ``validation`` or ``test``, or on its first ``most`` images."""
     _use_all_processors(device)
     figures = []
     for checkpoint in checkpoints:
         found = int8.load_runnable(checkpoint, key="checkpoint")
         table = data.split(images, part, data.eval_transform(found.config), seed)
-        result = evaluate(found.model.to(device), data.eval_loader(table, 128))
+        first = Subset(table, range(len(table) if most is None else min(most, len(table))))
+        result = evaluate(found.model.to(device), data.eval_loader(first, 128))
         figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
     return figures
 

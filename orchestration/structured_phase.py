@@ -23,7 +23,6 @@ from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import without_trainer_state
 from trainers import storage
 from trainers.checkpoint import RECORD
-from trainers.latency_settings import LatencyTarget
 from trainers.structured_settings import StructuredSettings, words
 
 REGISTERED = "registered.json"  # beside the model: its version in the registry
@@ -37,8 +36,7 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
     assert settings is not None, "only a recipe with a structured step has this phase"
     server: list[Any] = []
     if settings.objective == "latency":  # another machine may choose another model
-        target = settings.target or LatencyTarget()
-        server = [latency.on_server(target, latency.circumstances, target)]
+        server = [latency.on_server(settings.serves, latency.circumstances, settings.serves)]
     key = digest(
         dense.weights,
         settings.decides(),
@@ -141,7 +139,7 @@ class _Step:
 
     def _candidates(self, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
         """What each candidate comes to without recovery, and which one is taken."""
-        sweep, target = self._sweep, self._settings.target or LatencyTarget()
+        sweep, target = self._sweep, self._settings.serves
         choices = self._settings.choices()
         with sweep.scratch(f"structured-{self._key}") as scratch:
             folders = [f"{scratch}/{number}" for number in range(len(choices))]
@@ -149,15 +147,15 @@ class _Step:
                 self._save(settings, facts, folder)
             task, device = sweep.task(remote.measure)
             tops = ray.get(task.remote(folders, sweep.data, "validation", sweep.recipe.seed, device))
-            times = latency.on_server(target, latency.times_of, [*folders, self._dense.checkpoint], target)
+            *times, dense = latency.on_server(
+                target, latency.times_of, [*folders, self._dense.checkpoint], target
+            )
             cuts = [storage.read_json(f"{folder}/{RECORD}")["structured"]["cut"] for folder in folders]
         found = [
             {"cut": cut, "top1": top["top1"], "latency": took}
-            for cut, top, took in zip(cuts, tops, times, strict=False)
+            for cut, top, took in zip(cuts, tops, times, strict=True)
         ]
-        sweep.display.say(
-            f"      dense: {100 * self._dense.top1:.1f} %, {1e3 * times[-1]:.2f} ms on {target}"
-        )
+        sweep.display.say(f"      dense: {100 * self._dense.top1:.1f} %, {1e3 * dense:.2f} ms on {target}")
         for one in found:
             sweep.display.say(
                 f"      {words(one['cut'])}: {100 * one['top1']:.1f} %, {1e3 * one['latency']:.2f} ms"

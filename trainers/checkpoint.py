@@ -112,31 +112,54 @@ def load_checkpoint(
     """
     if uri.startswith("hf-hub:"):
         return Checkpoint(load_hub(uri, **arguments), None)
-    with opened(uri, key=key) as (folder, record):
-        weights, masks = None, MaskSet.load(folder / MASKS) if (folder / MASKS).exists() else None
-        if is_packed(folder):
-            weights, masks = _packed(folder, uri, key)
-        try:
-            model = load_timm_folder(folder, weights, **arguments)
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
-        if masks is not None:
-            shapes = {name: weight.shape for name, weight in model.named_parameters()}
-            for name, mask in masks.items():
-                if shapes.get(name) != mask.shape:
-                    file = PACKED if is_packed(folder) else MASKS
-                    raise InputError(key, uri, f"{file} does not fit the model ({name})")
-            return Checkpoint(model, masks, record)
-        found = MaskSet.from_zeros(model, find_layers(model, layers))
-        return Checkpoint(model, found if found.sparsity > 0 else None, record)
+    with fetched(uri, key=key) as folder:
+        return load_folder(folder, uri, key=key, layers=layers, **arguments)
+
+
+def load_folder(
+    folder: Path, uri: str, *, key: str, layers: Mapping[str, Any] | None = None, **arguments: Any
+) -> Checkpoint:
+    """As :func:`load_checkpoint`, of a folder of this machine that its user knows as ``uri``.
+
+    Raises:
+        InputError: as :func:`verify`, or weights or masks that do not fit.
+    """
+    record = verify(folder, uri, key=key)
+    weights, masks = None, MaskSet.load(folder / MASKS) if (folder / MASKS).exists() else None
+    if is_packed(folder):
+        weights, masks = _packed(folder, uri, key)
+    try:
+        model = load_timm_folder(folder, weights, **arguments)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
+    if masks is not None:
+        shapes = {name: weight.shape for name, weight in model.named_parameters()}
+        for name, mask in masks.items():
+            if shapes.get(name) != mask.shape:
+                file = PACKED if is_packed(folder) else MASKS
+                raise InputError(key, uri, f"{file} does not fit the model ({name})")
+        return Checkpoint(model, masks, record)
+    found = MaskSet.from_zeros(model, find_layers(model, layers))
+    return Checkpoint(model, found if found.sparsity > 0 else None, record)
 
 
 @contextmanager
 def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder (any pyarrow URI) on this machine for as long as it is needed, checked, and its record.
+    """A folder as :func:`fetched`, checked, and its record.
 
     Raises:
-        InputError: as :func:`verify`, or a place that cannot be reached.
+        InputError: as :func:`fetched` and :func:`verify`.
+    """
+    with fetched(uri, key=key) as folder:
+        yield folder, verify(folder, uri, key=key)
+
+
+@contextmanager
+def fetched(uri: str, *, key: str) -> Iterator[Path]:
+    """A folder (any pyarrow URI) on this machine for as long as it is needed, unchecked.
+
+    Raises:
+        InputError: nothing is there, or it cannot be reached.
     """
     system, path = resolve(uri, key)
     try:
@@ -147,7 +170,7 @@ def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[st
     if not there:
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
     with local_copy(uri) as folder:
-        yield folder, verify(folder, uri, key=key)
+        yield folder
 
 
 def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[str]:

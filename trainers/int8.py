@@ -31,14 +31,17 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.masks import MaskSet
-from trainers import models, storage
+from trainers import models
 from trainers.agreement import Agreement
 from trainers.checkpoint import (
     CONFIG,
     MASKS,
     QUANTISED,
     RANGES,
+    Checkpoint,
+    fetched,
     load_checkpoint,
+    load_folder,
     read_ranges,
     verify,
     versions,
@@ -246,17 +249,20 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
     Raises:
         InputError: a file that is missing, changed, or cannot be loaded.
     """
-    if uri.startswith("hf-hub:") or not storage.exists(f"{uri}/{RECORD}"):
-        loaded = load_checkpoint(uri, key=key)
-        sparsity = 0.0 if loaded.masks is None else loaded.masks.sparsity
-        return Runnable(
-            loaded.model, models.data_config(loaded.model), models.classes(loaded.model), sparsity
-        )
-    with storage.local_copy(uri) as folder:
+    if uri.startswith("hf-hub:"):
+        return _of_torch(load_checkpoint(uri, key=key))
+    with fetched(uri, key=key) as folder:
+        if not is_int8(folder):
+            return _of_torch(load_folder(folder, uri, key=key))
         record = read_record(folder, uri, key=key)
         with engine_file(folder, record) as path:
             about, model = read_preprocessing(path), Int8Model(path)
     return Runnable(model, transform_settings(about), about["classes"], record["sparsity"], record["engine"])
+
+
+def _of_torch(loaded: Checkpoint) -> Runnable:
+    sparsity = 0.0 if loaded.masks is None else loaded.masks.sparsity
+    return Runnable(loaded.model, models.data_config(loaded.model), models.classes(loaded.model), sparsity)
 
 
 class Int8Model(nn.Module):

@@ -93,6 +93,11 @@ class StructuredSettings(Widths):
             if not one.cuts:
                 raise ValueError(f"candidates.{number}: nothing would be cut")
 
+    @property
+    def serves(self) -> LatencyTarget:
+        """What is to be fast, of latency."""
+        return self.target or LatencyTarget()
+
     def choices(self) -> tuple[StructuredSettings, ...]:
         """What may be made, each as if it alone had been asked for."""
         if self.objective == "widths":
