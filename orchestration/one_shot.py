@@ -89,7 +89,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         self._results.append(evaluate(self._model, self._parts[len(self._results)]))
         result, speed = Evaluation.over(self._results), self._inputs.speed
         return {
-            "score": result.score,
+            "score": -result.loss if self._inputs.search.objective == "cross_entropy" else result.score,
             "val_top1": result.top1,
             "val_loss": result.loss,
             "images": result.images,

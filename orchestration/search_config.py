@@ -140,8 +140,10 @@ class AllocationSearch(SearchLimits):
     first_images: int | None = Field(None, ge=1, description="default: all at once")
     reduction: int = Field(2, ge=2)
     pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
-    objective: Literal["top1", "latency"] = Field(
-        "top1", description="latency: the fastest model that loses little, by times measured on an engine"
+    objective: Literal["top1", "cross_entropy", "latency"] = Field(
+        "top1",
+        description="cross_entropy: the least loss on validation, which tells models apart that top-1 on few "
+        "images cannot; latency: the fastest model that loses little, by times measured on an engine",
     )
     loss: Share | None = Field(
         None, description="of latency: how much of the dense model's top-1 may be lost; default 0.01, 1 %"
@@ -179,12 +181,14 @@ class AllocationSearch(SearchLimits):
         if self.sparsities and rule.between is not None:
             key = self.between_key
             raise ValueError(f"sparsities: {key} is one search over all of them; drop one of the two")
+        if self.objective == "cross_entropy":
+            raise ValueError("pareto: weighs top-1 against a cost; drop objective: cross_entropy")
         return self
 
     @property
     def rule(self) -> Rule | None:
         """The second objective, and which model of the front is taken; nothing where top-1 is all."""
-        if self.objective == "top1":
+        if self.objective != "latency":
             return self.pareto
         assert self.between is not None, "checked when it was read"
         return Fastest(LOSS if self.loss is None else self.loss, self.between, self.target or LatencyTarget())
@@ -201,8 +205,10 @@ class AllocationSearch(SearchLimits):
     def decides(self) -> dict[str, Any]:
         """What a study's trials depend on, for its hash."""
         rest = {"trials", "sparsities", *LIMITS}
+        if self.objective != "latency":
+            rest |= {"loss", "between", "target"}
         if self.objective == "top1":
-            rest |= {"objective", "loss", "between", "target"}
+            rest |= {"objective"}
         return self.model_dump(mode="json", exclude=rest)
 
     def rungs(self, images: int) -> list[int]:

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import quick
 from hypothesis import given
 from hypothesis import strategies as st
-from image_tables import VIT, VIT_ARGS, dense_folder, table, tiny, write
+from image_tables import VIT, VIT_ARGS, dense_folder, tiny
+from one_shot_inputs import actor, one_shot_inputs
 
 from orchestration import latency, plots
 from orchestration.checks import prepare
 from orchestration.config import Recipe
-from orchestration.database import StoredOrder
-from orchestration.latency import LatencyJob, dense_top1, told
-from orchestration.one_shot import OneShotInputs, OneShotTrial, Speed
+from orchestration.latency import LatencyJob, told
+from orchestration.one_shot import Speed
 from orchestration.pareto import fastest, front
 from orchestration.plan import _lines
 from orchestration.recipes import validate
-from orchestration.remote import order_facts
+from orchestration.remote import measure
 from orchestration.search_config import AllocationSearch, Fastest
-from orchestration.search_space import AllocationSpace
 from orchestration.trial_log import TrialRecord
 from pruners import find_layers
 from pruners.errors import InputError
 from trainers import optional
-from trainers.config import DataSettings, OrderJob, PruningSettings
+from trainers.config import PruningSettings
 from trainers.latency import linear_shapes
 from trainers.latency_settings import LatencyTarget
 from trainers.latency_table import Curve, LatencyTable, LinearShape
-from trainers.order_run import write_order
 
 FAST = {"objective": "latency", "between": [0.5, 0.95]}
 RULE = Fastest(0.01, (0.5, 0.95), LatencyTarget())
@@ -181,7 +179,10 @@ def test_studies_that_are_not_for_speed_are_what_they_were() -> None:
 @pytest.mark.parametrize(
     ("allocation", "line"),
     [
-        ({"objective": "speed"}, "allocation.objective = 'speed': must be 'top1' or 'latency'"),
+        (
+            {"objective": "speed"},
+            "allocation.objective = 'speed': must be 'top1', 'cross_entropy' or 'latency'",
+        ),
         ({"objective": "latency"}, "allocation.between: needed, as [0.5, 0.95]: sparsities to look between"),
         ({**FAST, "between": [0.9, 0.5]}, "allocation.between = [0.9, 0.5]: 0.9 must lie below 0.5"),
         ({"loss": 0.01}, "allocation.loss = 0.01: is for objective: latency alone"),
@@ -321,29 +322,21 @@ def test_the_figure_is_in_milliseconds() -> None:
 def test_a_trial_reports_what_its_model_will_take(dense: str, tmp_path: Path) -> None:
     """Without Ray: the actor's own steps, for the method's own allocation and for a sparser one."""
     search = AllocationSearch.model_validate({**FAST, "images": 8, "by": ["module"]})
-    pruning = PruningSettings.model_validate({"sparsity": 0.6, "methods": ["magnitude"]})
-    train = write(tmp_path / "train.parquet", table([i % 3 for i in range(40)]))
-    images = DataSettings(train=train, holdout=0.25)
-    order = StoredOrder(str(tmp_path / "order"), "f")
-    given = {"checkpoint": dense, "data": images, "pruning": pruning, "method": "magnitude"}
-    write_order(OrderJob(**given, folder=order.folder, fingerprint="f"), torch.device("cpu"))
-    facts = order_facts(dense, pruning, "magnitude", order, [0.6])
-    space = AllocationSpace.of(search, pruning, facts.layers, facts.own[0.6])
-    speed = Speed(linear_table(), dense_top1(dense, images, 0, 8, "cpu"))
-    inputs = OneShotInputs(dense, images, 0, search, space, order, facts.costs, speed)
-    actor = OneShotTrial.__new__(OneShotTrial)  # Tune's part of it starts loggers
-    actor.setup(space.own_values(), inputs)
-    own = actor.step()
+    inputs = one_shot_inputs(dense, search, tmp_path)
+    images, space = inputs.data, inputs.space
+    speed = Speed(linear_table(), measure([dense], images, "validation", 0, "cpu", most=8)[0]["top1"])
+    trial = actor(replace(inputs, speed=speed))
+    own = trial.step()
     assert own["done"]
     assert own["images"] == 8
     assert own["latency_dense"] == pytest.approx(10e-3)
     pruned = [own["allocation"][name] / shape.numel for name, shape in speed.table.layers.items()]
     assert own["latency"] == pytest.approx(10e-3 - 0.5e-3 * sum(pruned))
-    actor.reset_config({**space.own_values(), "sparsity": 0.9})
-    sparser = actor.step()
+    trial.reset_config({**space.own_values(), "sparsity": 0.9})
+    sparser = trial.step()
     assert sparser["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert sparser["latency"] < own["latency"]
-    actor.reset_config({**space.own_values(), "sparsity": 0.5})
-    found = actor.step()
+    trial.reset_config({**space.own_values(), "sparsity": 0.5})
+    found = trial.step()
     assert found["dense_top1"] == speed.dense_top1 == own["dense_top1"]
     assert 0 <= found["dense_top1"] <= 1
