@@ -4,8 +4,9 @@
         --out search_quality.json
 
 For each model, method and sparsity one elimination is made; each seed then searches by stage and module on
-training images that are held out, begun with the method's own allocation, and what was best there is measured
-on test. What the file holds already is not measured again. Prints a table in Markdown; the last line sums up.
+training images that are held out, by their loss (top-1 on a thousand images tells few models apart), begun
+with the method's own allocation; what was best there is measured on test. What the file holds already is not
+measured again. Prints a table in Markdown; the last line sums up.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ def elimination(args: argparse.Namespace, model: str, method: str, sparsity: flo
         write_order(job, torch.device("cpu"))
     facts = order_facts(model, pruning, method, order, [sparsity])
     search = AllocationSearch(
-        trials=args.trials, images=args.images, first_images=args.images // 4, range=args.range
+        trials=args.trials,
+        images=args.images,
+        first_images=args.images // 4,
+        range=args.range,
+        objective=args.objective,
     )
     space = AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity])
     return OneShotInputs(model, images, 0, search, space, order, facts.costs)
@@ -146,6 +151,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(PLAN), default=list(PLAN))
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--objective", choices=("cross_entropy", "top1"), default="cross_entropy")
     parser.add_argument("--holdout", type=float, default=0.04)
     parser.add_argument("--range", type=float, default=0.15)
     parser.add_argument("--gradients", type=int, default=256)
