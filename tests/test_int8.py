@@ -22,7 +22,7 @@ from pruners.masks import MaskSet
 from trainers import int8
 from trainers.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from trainers.engines import Choice
-from trainers.int8_file import check_zeros
+from trainers.int8_file import check_zeros, read_weights
 from trainers.onnx_export import FILE
 from trainers.preprocessing import PREPROCESSING
 from trainers.quantize import Prepared
@@ -80,6 +80,15 @@ def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str
         assert values[mask.numpy()].any()
         assert not zero_points[stored].any()
     assert check_zeros(folders[case] / FILE, masks) == sum(masks.pruned().values())
+
+
+@CASES
+def test_no_pair_of_products_overflows_16_bits(
+    case: tuple[str, str], folders: dict[tuple[str, str], Path]
+) -> None:
+    """255 · 64 · 2 fits; processors without VNNI cut off what does not."""
+    for weight in read_weights(folders[case] / FILE).values():
+        assert np.abs(weight.values.astype(int)).max() <= 64
 
 
 @CASES

@@ -82,6 +82,7 @@ def quantise_onnx(source: Path, target: Path, images: Images | None = None) -> N
         "op_types_to_quantize": _QUANTISED,
         "per_channel": True,
         "weight_type": quantization.QuantType.QInt8,
+        "reduce_range": True,  # as trainers.quantize.WEIGHTS
     }
     with quietly():
         if images is None:
