@@ -14,7 +14,7 @@ import timm
 import torch
 
 from orchestration import digits
-from orchestration.check_training import check_training
+from orchestration.check_training import check_training, trainings
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
 from orchestration.latency import check_linear, check_threads
@@ -69,14 +69,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         InputError: the first thing that cannot work.
     """
     structured = recipe.structured
-    parts = (
-        ("dense", recipe.dense),
-        ("structured.recovery", structured.recovery if structured else None),
-        ("recovery", recipe.recovery),
-    )
-    for part, training in parts:
-        if training is not None:
-            check_training(training, f"{part}.")
+    for part, training in trainings(recipe).items():
+        check_training(training, f"{part}.")
     if recipe.quantize is not None:
         require("quantize.mode", recipe.quantize.mode, *NEEDS)
         if recipe.quantize.training is not None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from orchestration import plots
 from orchestration.allocation_phase import allocation_phase
 from orchestration.alone import alone_here, alone_on_cluster
+from orchestration.check_training import remarks
 from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect, logs_folder
 from orchestration.cluster_check import check_storage
@@ -77,6 +78,9 @@ def run_sweep(
         check_size(recipe, size)
         if cluster_address(address) is not None:
             check_storage(recipe.storage)
+        else:
+            for line in remarks(recipe):
+                display.say(line)
         ready()
         tracker = Tracker(uri, recipe.tracking.experiment)
         try:
