@@ -18,8 +18,10 @@ class CheapRuns(TrialRuns):
     """:class:`TrialRuns` whose trials have runs of their own only once they are over.
 
     The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
-    log has, and loses what it has not.
+    log has, and loses what it has not and what was left half said.
     """
+
+    _trials_go_on = False  # one that is open was not said to its end, and is said anew
 
     def __init__(self, tracker: Tracker, *arguments: Any, **options: Any) -> None:
         super().__init__(tracker, *arguments, **options)

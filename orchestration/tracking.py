@@ -189,15 +189,17 @@ class Tracker:
         folder = artifact.rpartition("/")[0] or None
         return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
 
-    def resume(self, run: str) -> bool:
+    def resume(self, run: str, *, end_below: bool = True) -> bool:
         """Go on with a run of before; ``False`` if this server does not know it.
 
-        Runs below it that a killed process left open are ended; those that go on are resumed in their turn.
+        Args:
+            end_below: runs below it that a killed process left open are ended; those that go on are resumed
+                in their turn.
         """
         if not self.knows(run):
             return False
         left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
-        for child in self.client.search_runs([self.experiment], left, max_results=1000):
+        for child in self.client.search_runs([self.experiment], left, max_results=1000) if end_below else ():
             self.client.set_terminated(child.info.run_id, "KILLED")
         self.client.update_run(run, status="RUNNING")
         self._open.add(run)

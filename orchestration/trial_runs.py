@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +44,8 @@ class TrialRuns:
         done: the phase has ended before; its run is left as it is.
     """
 
+    _trials_go_on = True  # where they were broken off, in the runs that they had
+
     def __init__(
         self,
         tracker: Tracker,
@@ -61,7 +64,7 @@ class TrialRuns:
         self._known: dict[str, int] = {}  # the last step that a resumed run has heard of
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
-        go_on = tracker.knows if done else tracker.resume
+        go_on = tracker.knows if done else partial(tracker.resume, end_below=self._trials_go_on)
         self._left_alone = done
         if log.run_id is None or not go_on(log.run_id):
             log.run_id = tracker.start(name, parent, params, {**tags, "espalier.level": "phase"})

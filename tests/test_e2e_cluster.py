@@ -12,7 +12,7 @@ import pytest
 from commands import SMALL, Family, espalier, parent
 from conftest import Swept
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
 def test_a_sweep_on_a_cluster_puts_a_worker_on_each_node(swept: Swept, cluster: Any, tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def in_gradual(place: Place, command: Command) -> bool:
 @pytest.mark.parametrize(
     ("moment", "kind"),
     [
-        (has_begun, signal.SIGINT),
-        (in_dense, signal.SIGINT),
+        pytest.param(has_begun, signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(in_dense, signal.SIGINT, marks=pytest.mark.long),
         (in_allocation, signal.SIGTERM),
         (in_gradual, signal.SIGINT),
     ],

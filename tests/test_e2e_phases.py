@@ -13,7 +13,7 @@ from orchestration.pareto import chosen, front
 from orchestration.search_config import Pareto
 from orchestration.trial_log import TrialLog
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]
 
 SWEEP = (
     "sweep",
@@ -94,7 +94,6 @@ FASTEST = (
 )
 
 
-@pytest.mark.long
 def test_the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
     """Any loss will do here, so that the fastest of all is taken; a second sweep reads the same table."""
     first = run(*FASTEST, cwd=tmp_path)
