@@ -55,7 +55,7 @@ class CheapRuns(TrialRuns):
         tags |= {_NUMBER: str(record.number)} | ({"espalier.error": record.error} if record.error else {})
         self._ids[record.number] = self._tracker.log(
             EndedRun(
-                name=f"{self._name}-{record.number:03d}",
+                name=self._title(record.number),
                 parent=self.run,
                 params={**self._params, **record.values},
                 metrics=metrics,

@@ -17,6 +17,7 @@ from orchestration.search_space import Space, contains
 from orchestration.trial_log import TrialRecord
 
 _SIZE = (7.0, 4.2)
+_STRONG = 40  # trials whose lines can be told apart
 
 
 def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> dict[str, Figure]:
@@ -68,15 +69,16 @@ def _bars(shares: dict[str, float], title: str) -> Figure:
 
 
 def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
-    """A line for each trial through its values, coloured by accuracy, the best on top."""
+    """A line for each trial through its values, coloured by accuracy; of many the best are strong, on top."""
     figure = Figure((max(_SIZE[0], 0.9 * len(space) + 2), _SIZE[1] + 0.8), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(records, key=lambda one: one.metrics["val_top1"])
     top1 = [100 * one.metrics["val_top1"] for one in ranked]
     colours = ScalarMappable(Normalize(min(top1), max(top1)), "viridis")
-    for record, value in zip(ranked, top1, strict=True):
+    for left, (record, value) in enumerate(zip(ranked, top1, strict=True), start=-len(ranked)):
         heights = [_height(one, record.values[key]) for key, one in space.items()]
-        axes.plot(heights, color=colours.to_rgba(value), alpha=0.8)
+        shown = {"alpha": 0.8} if -left <= _STRONG else {"alpha": 0.15, "linewidth": 0.7}
+        axes.plot(heights, color=colours.to_rgba(value), **shown)
     for place, distribution in enumerate(space.values()):
         axes.axvline(place, color="lightgrey", zorder=0)
         for height, text in _marks(distribution):

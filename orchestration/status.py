@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ _SAID = {
     "gone": "not heard of since",
 }
 _LINES = 20
+_IN_MLFLOW = re.compile(r"(?P<number>\d+) (?P<label>.+)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Phase:
     ended: bool
 
     def trials(self) -> list[tuple[str, TrialRecord]]:
-        """The trials that ended, by their names in MLflow."""
+        """The trials that ended, by name (``ovit-schedule-001``; in MLflow ``001 ovit-schedule``)."""
         return [(f"{self.label}-{one.number:03d}", one) for one in self.log.trials] if self.log else []
 
     def failures(self) -> list[str]:
@@ -116,7 +118,7 @@ def log_lines(place: str, name: str, trial: str | None) -> list[str]:
     """The last lines of a sweep's driver, or all that is known of a trial.
 
     Args:
-        trial: its name in MLflow and ``espalier status`` (``ovit-schedule-001``; zeros may be left out).
+        trial: its name in ``espalier status`` (``ovit-schedule-001``; zeros may be left out) or in MLflow.
 
     Raises:
         InputError: no such sweep or trial.
@@ -140,6 +142,8 @@ def _trial(found: list[Phase], wanted: str, state: dict[str, Any]) -> list[str]:
     running = {
         f"{phase.label}-{number:03d}": phase for phase in found if phase.log for number in phase.log.running
     }
+    if named := _IN_MLFLOW.fullmatch(wanted):
+        wanted = f"{named['label']}-{named['number']}"
     label, _, number = wanted.rpartition("-")
     key = f"{label}-{int(number):03d}" if number.isdigit() else wanted
     if key in running:

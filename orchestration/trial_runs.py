@@ -174,10 +174,13 @@ class TrialRuns:
     def _run_of(self, record: TrialRecord) -> str:
         return record.run_id or ""
 
+    def _title(self, number: int) -> str:
+        """A trial's name in MLflow, whose columns show the beginning only."""
+        return f"{number:03d} {self._name}"
+
     def _start(self, number: int, values: Mapping[str, Any]) -> str:
-        name = f"{self._name}-{number:03d}"
         tags = {**self._tags, "espalier.level": "trial"}
-        return self._tracker.start(name, self.run, {**self._params, **values}, tags)
+        return self._tracker.start(self._title(number), self.run, {**self._params, **values}, tags)
 
 
 @contextmanager

@@ -71,6 +71,12 @@ def test_the_lines_lie_between_the_ends_of_each_value() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == list(SPACE)
 
 
+def test_of_many_lines_the_best_are_seen() -> None:
+    (axes, _) = search_figures(records(200), SPACE, "a search")["parallel_coordinates"].axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) == len(SPACE)]  # type: ignore[arg-type]
+    assert [line.get_alpha() for line in lines] == [0.15] * 160 + [0.8] * 40
+
+
 def test_too_little_gives_no_figure() -> None:
     two = records(2)
     assert search_figures(records(1), SPACE, "") == {}

@@ -99,6 +99,7 @@ def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
     assert "  file.py, line 3\nRuntimeError: out of memory" in told
     assert ":/ray/session/logs" in told
     assert "has not ended" in log_lines(str(at_work), "mine", "ovit-schedule-002")[0]
+    assert "has not ended" in log_lines(str(at_work), "mine", "002 ovit-schedule")[0]  # as MLflow has it
     with pytest.raises(InputError, match="did you mean 'ovit-schedule-001'"):
         log_lines(str(at_work), "mine", "ovit-shedule-1")
 
