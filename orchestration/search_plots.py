@@ -77,8 +77,8 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
     colours = ScalarMappable(Normalize(min(top1), max(top1)), "viridis")
     for left, (record, value) in enumerate(zip(ranked, top1, strict=True), start=-len(ranked)):
         heights = [_height(one, record.values[key]) for key, one in space.items()]
-        shown = {"alpha": 0.8} if -left <= _STRONG else {"alpha": 0.15, "linewidth": 0.7}
-        axes.plot(heights, color=colours.to_rgba(value), **shown)
+        alpha, width = (0.8, 1.5) if -left <= _STRONG else (0.15, 0.7)
+        axes.plot(heights, color=colours.to_rgba(value), alpha=alpha, linewidth=width)
     for place, distribution in enumerate(space.values()):
         axes.axvline(place, color="lightgrey", zorder=0)
         for height, text in _marks(distribution):
