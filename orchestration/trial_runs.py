@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,7 @@ class TrialRuns:
             with without_trainer_state(record.checkpoint) as folder:
                 self._tracker.folder(run, folder, registry.ARTIFACT)
         tags = {"espalier.state": record.state} | ({"espalier.error": record.error} if record.error else {})
+        tags |= _history(record)
         self._tracker.tags(run, tags)
         self._tracker.finish(run, STATUS[record.state])
         return run
@@ -175,6 +177,19 @@ class TrialRuns:
         name = f"{self._name}-{number:03d}"
         tags = {**self._tags, "espalier.level": "trial"}
         return self._tracker.start(name, self.run, {**self._params, **values}, tags)
+
+
+def _history(record: TrialRecord) -> dict[str, str]:
+    """Of a trial of a population: the values that it ended with, and where its model was taken over."""
+    taken = record.metrics.get("pbt.taken")
+    if taken is None:
+        return {}
+    steps = [f"trial {one['trial']} after epoch {one['epoch']}" for one in taken]
+    return {
+        "pbt.exploits": str(len(taken)),
+        "pbt.taken": ", then ".join(steps) or "nothing",
+        "pbt.values": json.dumps(record.values),
+    }
 
 
 @contextmanager
