@@ -8,6 +8,7 @@ itself.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self, space: Space, runs: str, *, every: int, share: float, epochs: int, slots: int, seed: int
     ) -> None:
         random.seed(seed)  # Ray draws from both
-        np.random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # a Tune function around a whole run cannot be called back, so its process goes with it
+        warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
         super().__init__(
             time_attr="recovery_epochs",
             metric="score",

@@ -60,6 +60,7 @@ class TrialRuns:
         self._name, self._params, self._tags = name, dict(params), dict(tags)
         self._runs: dict[str, str] = {}
         self._known: dict[str, int] = {}  # the last step that a resumed run has heard of
+        self._members: dict[str, str] = {}  # of a population: the Train runs that trials are
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
         go_on = tracker.knows if done else tracker.resume
@@ -84,6 +85,7 @@ class TrialRuns:
     def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         self._display.trial_reported(trial_id, metrics)
         step = int(metrics.get("step", 0))
+        self._look_back(trial_id, step - len(metrics.get("step_loss", [])), metrics.get("pbt", {}).get("run"))
         if step <= self._known.get(trial_id, -1):  # said before the run was broken off
             return
         self._known[trial_id] = step
@@ -98,6 +100,17 @@ class TrialRuns:
             )
             self._schedules.setdefault(trial_id, []).append((float(step), metrics["sparsity"]))
         self._tracker.metrics(self._runs[trial_id], points)
+
+    def _look_back(self, trial_id: str, first: int, member: str | None) -> None:
+        """A trial of a population may have gone back to where another one was: what it says next is new."""
+        before = self._members.get(trial_id)
+        if member is not None:
+            self._members[trial_id] = member
+        if before in (None, member):
+            return
+        self._known.pop(trial_id, None)
+        for points in (self._schedules, self._rates):
+            points[trial_id] = [(x, y) for x, y in points.get(trial_id, []) if x < first]
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
         self._display.trial_ended(trial_id, record)

@@ -24,8 +24,16 @@ SPACE: dict[str, Any] = {"x": optuna.distributions.FloatDistribution(0.1, 1.0, l
 EPOCHS = 6
 
 
-def stub(config: dict[str, float], *, runs: str, known: Any) -> None:
-    """A run that gains its value in each epoch; it has no final sparsity in the first one."""
+def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None:
+    """A run that gains its value in each epoch, from the second on at the final sparsity.
+
+    It waits at first for the others that can run beside it.
+    """
+    begun_by = Path(runs) / "begun"
+    begun_by.mkdir(exist_ok=True, parents=True)
+    (begun_by / tune.get_context().get_trial_id()).touch()
+    while len(list(begun_by.iterdir())) < slots:
+        time.sleep(0.1)
     given = tune.get_checkpoint()
     told = None if given is None else read_told(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, told, known)
@@ -55,7 +63,7 @@ def searched(folder: Path, *, trials: int, slots: int, **changes: Any) -> tuple[
     scheduler = partial(
         Population, SPACE, runs, every=1, share=0.5, epochs=EPOCHS, slots=slots, seed=len(log.trials)
     )
-    trial = tune.with_parameters(stub, runs=runs, known=known)
+    trial = tune.with_parameters(stub, runs=runs, known=known, slots=slots)
     search = Search(
         name="population",
         trainable=tune.with_resources(trial, {"memory": 1 << 20}),
@@ -88,7 +96,7 @@ def test_the_worse_go_on_from_the_better(trials: int, slots: int, tune_here: Non
     assert first["values"]["x"] > 0.1
     assert worst.score is not None
     assert worst.score > 0.1 * EPOCHS  # as it would have come to by itself
-    lived = {one.name for one in (tmp_path / "train").iterdir()} - {"origins"}
+    lived = {one.name for one in (tmp_path / "train").iterdir()} - {"begun", "origins"}
     ended = {Path(str(record.checkpoint)).parent.parent.name for record in log.trials}
     assert lived == ended, "runs that were given up are removed"
     for record in log.trials:
@@ -114,7 +122,7 @@ def test_a_population_that_was_broken_off_goes_on(tune_here: None, tmp_path: Pat
     log.begin(1, {"x": 0.9}, None)
     log.note(1, half.values, half.as_dict())
     storage.write_json(f"{tmp_path}/train/abc/state", {"epoch": 4, "sum": 2.0})
-    log, search = searched(tmp_path, trials=3, slots=3)
+    log, search = searched(tmp_path, trials=3, slots=2)
     run_search(search, log, Quiet())
     assert sorted(record.number for record in log.trials) == [0, 1, 2]
     gone_on = next(record for record in log.trials if record.number == 1)
