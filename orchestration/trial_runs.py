@@ -109,8 +109,9 @@ class TrialRuns:
         if before in (None, member):
             return
         self._known.pop(trial_id, None)
-        for points in (self._schedules, self._rates):
-            points[trial_id] = [(x, y) for x, y in points.get(trial_id, []) if x < first]
+        ends, rates = self._schedules.get(trial_id, []), self._rates.get(trial_id, [])
+        self._schedules[trial_id] = [(step, sparsity) for step, sparsity in ends if step <= first]
+        self._rates[trial_id] = [(step, rate) for step, rate in rates if step < first]
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
         self._display.trial_ended(trial_id, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from training_runs import CPU, Log, make_files, make_job, same_files
 from pruners.errors import InputError
 from trainers.config import TrainJob
 from trainers.gradual import run
+from trainers.ray_worker import _origin
 from trainers.session import Session
 from trainers.state import read_state, unflatten_optimizer
 
@@ -138,3 +140,20 @@ def test_settings_of_the_groups_are_kept_where_they_are_asked_for() -> None:
     assert (resumed["lr"], resumed["weight_decay"], resumed["step"]) == (1.0, 0.5, 7)
     own = unflatten_optimizer({}, rest, new, ("lr", "weight_decay"))["param_groups"][0]
     assert (own["lr"], own["weight_decay"], own["step"], own["params"]) == (2.0, 0.1, 7, [0])
+
+
+def test_an_origin_that_is_gone_or_damaged_is_named(
+    donor: tuple[dict[str, Any], Log], files: dict[str, str], tmp_path: Path
+) -> None:
+    means, log = donor
+    with _origin(job_of(files, means)) as none:
+        assert none is None
+    with _origin(branched(files, means, log.saved[21])) as whole:
+        assert whole == log.saved[21]
+    gone = tmp_path / "gone"
+    with pytest.raises(RuntimeError, match=f"no checkpoint to begin from: {gone} is not there"):
+        _origin(branched(files, means, gone)).__enter__()
+    shutil.copytree(log.saved[21], gone)
+    (gone / "masks.safetensors").unlink()
+    with pytest.raises(RuntimeError, match=f"begin from: masks.safetensors is missing in {gone}"):
+        _origin(branched(files, means, gone)).__enter__()

@@ -6,6 +6,8 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -13,9 +15,10 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
+from orchestration import population
 from orchestration.config import digest
 from orchestration.population import Population, draws, history, take_note, within
-from orchestration.population_trial import MEMBER, Member, origin_of, read_told
+from orchestration.population_trial import MEMBER, Member, Relay, origin_of, read_told
 from orchestration.search import Search, run_search
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
@@ -181,6 +184,50 @@ def test_the_job_of_a_trial() -> None:
     assert new.job(plain) == {"name": "n", "training": {"epochs": 4, **often}, "origin": None}
     taker = Member("a", {"recovery.lr.peak": 1e-3}, "runs", "r", "runs/origins/a", [])
     assert taker.job(plain)["origin"] == {"checkpoint": "runs/origins/a", "differs": ["training.lr.peak"]}
+
+
+def test_what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Tune checkpoint beside each of Train's; after an error the run is not left waiting."""
+    runs = f"{tmp_path}/train"
+    member = Member("a", {"x": 0.5}, runs, "r", origin_of(runs, "a"), [])
+    storage.write_json(f"{member.origin}/state", {})
+    said: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
+
+    def report(metrics: dict[str, Any], checkpoint: tune.Checkpoint | None = None) -> None:
+        if metrics.get("epoch") == 3:
+            raise OSError("no space left")
+        assert said or storage.exists(str(member.origin))
+        said.append((metrics, None if checkpoint is None else read_told(checkpoint)))
+
+    monkeypatch.setattr(tune, "report", report)
+    waiting: Queue[Any] = Queue()
+    relay = Relay(waiting, member)
+    items = [({"epoch": 1}, "c1"), ({"step": 9}, "c2"), ({"epoch": 2}, None), ({"epoch": 3}, "c3")]
+    for item in [*items, ({"epoch": 4}, "c4"), None]:
+        waiting.put(item)
+    relay.start()
+    relay.join(10)
+    assert [metrics for metrics, _ in said] == [{**one, MEMBER: member.as_dict()} for one, _ in items[:3]]
+    told = {"checkpoint": f"{runs}/r/c1", "epoch": 1, "member": member.as_dict()}
+    assert [checkpoint for _, checkpoint in said] == [told, {**told, "checkpoint": f"{runs}/r/c2"}, None]
+    assert not storage.exists(str(member.origin))
+    assert str(relay.error) == "no space left"
+    assert waiting.empty()
+
+
+def test_a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on from it finds it, whatever its own run deletes; a copy that failed is not half there."""
+    runs = f"{tmp_path}/train"
+    scheduler = Population(SPACE, runs, every=1, share=0.5, epochs=4, slots=2, seed=0)
+    told = {"checkpoint": f"{runs}/r/c1"}
+    monkeypatch.setattr(population, "read_told", lambda checkpoint: told)
+    trial: Any = SimpleNamespace(trial_id="a", checkpoint=None)
+    storage.write_json(f"{runs}/r/c1/state", {"epoch": 1})
+    scheduler._hold(trial)
+    storage.remove(f"{runs}/r/c1")
+    assert storage.read_json(f"{origin_of(runs, 'a')}/state") == {"epoch": 1}
+    scheduler._hold(trial)
+    assert storage.names(f"{runs}/origins") == []
 
 
 def test_what_is_noted_of_a_trial(tmp_path: Path) -> None:
