@@ -69,10 +69,10 @@ def test_the_worse_run_goes_on_from_the_better_ones_checkpoint(tmp_path: Path) -
     for trial in trials:
         record = json.loads((Path(str(trial.checkpoint)) / "pruning.json").read_text())
         assert record["recipe"]["training"]["lr"]["peak"] == trial.values["recovery.lr.peak"]
-    last = sorted(folders[0].glob("checkpoint_*"))[-1] / "trainer.json"
-    state = json.loads(last.read_text())["state"]
-    assert state["last"]["epoch"] == EPOCHS
-    kept = min(figures["epoch"] for figures in state["kept"].values())
+    left = sorted(folders[0].glob("checkpoint_*/trainer.json"))
+    states = [json.loads(file.read_text())["state"] for file in left]
+    assert [state["last"]["epoch"] for state in states] == list(range(taken[-1]["epoch"] + 1, EPOCHS + 1))
+    kept = min(figures["epoch"] for figures in states[-1]["kept"].values())
     assert kept > taken[-1]["epoch"], "what was best before is the other run's"
 
     again = run(*SWEEP, cwd=tmp_path, seconds=300)  # all is known
