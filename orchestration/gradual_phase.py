@@ -15,6 +15,7 @@ from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep
 from orchestration.jobs import gradual_job
 from orchestration.mlflow_model import classes_of
+from orchestration.population import Population
 from orchestration.recipes import flatten, get
 from orchestration.search import Search, run_search, stopping
 from orchestration.search_config import LIMITS
@@ -44,7 +45,7 @@ def long_run_phase(
     """One more run, with the values that were best in the search and those of the recipe's ``long_run``."""
     search = found.sweep.recipe.schedule
     values = search.active(found.best.values) | sweep.recipe.long_run
-    alone = {"schedule.trials": 1, "schedule.space": {}, "long_run": {}}
+    alone = {f"schedule.{key}": value for key, value in search.alone.items()} | {"long_run": {}}
     one = found.sweep.phase("long_run").changed({**values, **alone})
     return _runs(one, "long_run", method, dense, allocated)
 
@@ -135,7 +136,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
                 folder=f"{folder}/train",
                 scratch=scratch,
                 epochs=epochs,
-                **_searched(sweep),
+                **_searched(sweep) | _population(sweep, log, f"{folder}/train"),
             )
             run_search(search, log, runs)
     best = log.best()
@@ -171,6 +172,25 @@ def _searched(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+def _population(sweep: Sweep, log: TrialLog, runs: str) -> dict[str, Any]:
+    """What makes the trials of a search a population, if the recipe asks for one."""
+    recipe, search = sweep.recipe, sweep.recipe.schedule
+    if search.scheduler != "pbt":
+        return {}
+    scheduler = partial(
+        Population,
+        recipe_space(search.space),
+        runs,
+        every=search.grace_epochs,
+        share=1 / search.reduction,
+        epochs=recipe.recovery.epochs,
+        slots=sweep.size.training_runs(recipe.resources),
+        seed=recipe.seed + len(log.trials),
+    )
+    known = {digest(member["values"]): member for member in log.members}
+    return {"scheduler": scheduler, "population": {"known": known, "every": search.grace_epochs}}
+
+
 def _first(recipe: Recipe) -> list[dict[str, Any]]:
     """What is tried before the sampler proposes: the recipe's own values, and all of a grid."""
     search, content = recipe.schedule, recipe.model_dump(mode="json")
@@ -180,7 +200,7 @@ def _first(recipe: Recipe) -> list[dict[str, Any]]:
 
 def _stopping(recipe: Recipe) -> Callable[[], TrialScheduler]:
     search = recipe.schedule
-    if search.scheduler == "none":
+    if search.scheduler in ("none", "pbt"):
         return Search.scheduler
     grace, epochs = search.grace_epochs, recipe.recovery.epochs
     return partial(stopping, search.scheduler, "recovery_epochs", grace, search.reduction, epochs)

@@ -137,7 +137,7 @@ def single(recipe: Recipe, method: str) -> Recipe:
     content = recipe.model_dump(mode="json")
     content["pruning"]["methods"] = [method]
     content["allocation"]["trials"] = 0
-    content["schedule"] |= {"trials": 1, "space": {}}
+    content["schedule"] |= recipe.schedule.alone
     return validate(content)
 
 

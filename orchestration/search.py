@@ -19,6 +19,7 @@ from ray.tune.schedulers import (
 )
 
 from orchestration.elastic import FollowCluster
+from orchestration.population import Population, domains, draws, history, take_note
 from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
 from orchestration.search_proposals import proposals
 from orchestration.search_space import Space
@@ -86,17 +87,24 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
 
 def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: GivenUp, trials: int) -> None:
     system, path = resolve(search.storage)
-    searcher = proposals(search, log)
+    scheduler = search.scheduler()
     callbacks: list[tune.Callback] = [_Recorder(search, log, observer, given_up)]
-    if searcher is not None and search.fits is not None:
-        callbacks.append(FollowCluster(searcher, search.fits))
+    limiter: Any
+    if isinstance(scheduler, Population):
+        limiter = scheduler
+        searcher: Any = draws(search.space, log, search.first, trials, search.seed)
+    else:
+        limiter = searcher = proposals(search, log)
+    if limiter is not None and search.fits is not None:
+        callbacks.append(FollowCluster(limiter, search.fits))
     tune.Tuner(
         search.trainable,
+        param_space=domains(search.space) if limiter is scheduler else None,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=trials,
             max_concurrent_trials=1 if searcher is None else None,  # the searcher's own limit
-            scheduler=search.scheduler(),
+            scheduler=scheduler,
             reuse_actors=search.reuse_actors,
             metric=None if search.space else "score",
             mode=None if search.space else "max",
@@ -134,6 +142,7 @@ class _Running:
     trial: Trial
     late: str | None = None  # why it is ended by force
     metrics: dict[str, Any] = field(default_factory=dict)
+    member: dict[str, Any] = field(default_factory=dict)  # of a population
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
@@ -146,6 +155,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._given_up = given_up
         self._running: dict[str, _Running] = {}
         self._first = max((record.number for record in log.trials), default=-1) + 1
+        self._looked = time.monotonic()
 
     def __reduce__(self) -> Any:
         # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
@@ -163,8 +173,11 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        running = self._running[trial.trial_id]
+        numbers = {one.trial_id: self._first + place for place, one in enumerate(trials)}
+        running.member = take_note(self._log, running.number, result, numbers)
         if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
-            self._running[trial.trial_id].metrics = result
+            running.metrics = result
             self._observer.trial_reported(trial.trial_id, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -180,6 +193,10 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._end(trial, "failed", said)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        waited, self._looked = time.monotonic() - self._looked, time.monotonic()
+        for running in self._running.values():
+            if running.trial.status != Trial.RUNNING:  # it waits for its turn
+                running.started += waited
         if self._search.limits.settings.trial_minutes is None:
             return
         for running in self._running.values():
@@ -201,7 +218,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures},
+            metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures}
+            | history(running.member),
             checkpoint=f"{place}/{last}" if whole and place else None,
             kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
             if whole

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from orchestration.population_space import check_population
 from trainers.config import Settings, Share
 from trainers.latency_settings import LatencyTarget
 
@@ -227,13 +228,15 @@ class ScheduleSearch(SearchLimits):
     trials: int = Field(4, ge=1)
     space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
     sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
-    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
-        "asha", description="what stops trials early, by their epochs at the final sparsity"
+    scheduler: Literal["asha", "hyperband", "median", "none", "pbt"] = Field(
+        "asha",
+        description="what stops trials early, by their epochs at the final sparsity; pbt stops none: "
+        "the worse go on from the better ones' models",
     )
     grace_epochs: int = Field(
-        1, ge=1, description="epochs at the final sparsity before a trial may be stopped"
+        1, ge=1, description="epochs at the final sparsity before a trial may be stopped; pbt: between looks"
     )
-    reduction: int = Field(2, ge=2, description="one in so many goes on")
+    reduction: int = Field(2, ge=2, description="one in so many goes on; pbt: so many of the worst do not")
 
     @property
     def runs(self) -> int:
@@ -242,10 +245,21 @@ class ScheduleSearch(SearchLimits):
             return 1
         return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
 
+    @property
+    def alone(self) -> dict[str, Any]:
+        """What makes one run of it."""
+        return {"trials": 1, "space": {}} | ({"scheduler": "none"} if self.scheduler == "pbt" else {})
+
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the space's values."""
         combinations = itertools.product(*(one.values() for one in self.space.values()))
         return [dict(zip(self.space, values, strict=True)) for values in combinations]
+
+    @model_validator(mode="after")
+    def _population(self) -> ScheduleSearch:
+        if self.scheduler == "pbt":
+            check_population(self.trials, self.sampler, self.space)
+        return self
 
     @model_validator(mode="after")
     def _space_of_keys(self) -> ScheduleSearch:

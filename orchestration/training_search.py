@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
 
 from orchestration.context import Sweep
+from orchestration.population_trial import population_trial
 from orchestration.search import Observer, Search, run_search
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import training_trial
 
 
 def training_search(
-    sweep: Sweep, name: str, jobs: Any, *, folder: str, scratch: str, epochs: int, **others: Any
+    sweep: Sweep,
+    name: str,
+    jobs: Any,
+    *,
+    folder: str,
+    scratch: str,
+    epochs: int,
+    population: Mapping[str, Any] | None = None,
+    **others: Any,
 ) -> Search:
     """A search of one trial, unless ``others`` say more.
 
@@ -22,10 +32,16 @@ def training_search(
         folder: of the runs; what was broken off is found there again.
         scratch: where Tune keeps its own state.
         epochs: of a run that was not stopped before.
+        population: what else each trial is told that may go on as another one.
         others: more of :class:`Search`.
     """
     resources = sweep.recipe.resources
-    trial = tune.with_parameters(training_trial, jobs=jobs, resources=resources, storage=folder)
+    if population is None:
+        trial = tune.with_parameters(training_trial, jobs=jobs, resources=resources, storage=folder)
+    else:
+        trial = tune.with_parameters(
+            population_trial, jobs=jobs, resources=resources, runs=folder, **population
+        )
     whole: dict[str, Any] = {
         "name": name,
         # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor

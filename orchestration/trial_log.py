@@ -47,6 +47,7 @@ class TrialLog:
         self.run_id: str | None = content.get("run_id")
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
+        self._begun: set[str] = set()  # of them by this driver; the others are broken off
         self._whole = len(self.trials)  # of them are in the first file
         known = {record.number for record in self.trials}
         for name in storage.names(self._parts):  # those joined already are left over from a killed driver
@@ -61,13 +62,30 @@ class TrialLog:
         """A trial has started; until it is added it counts as broken off."""
         if self._cheap:
             return
-        self._running = {key: one for key, one in self._running.items() if one["values"] != values}
-        self._running[str(number)] = {"values": values, "run_id": run_id}
+        before = next((key for key in self._broken if self._running[key]["values"] == values), None)
+        entry = self._running.pop(before) if before is not None else {}
+        self._running[str(number)] = {**entry, "values": values, "run_id": run_id}
+        self._begun.add(str(number))
         self.save()
+
+    def note(self, number: int, values: dict[str, Any], member: dict[str, Any]) -> None:
+        """A running trial of a population goes on as something else, with other values."""
+        self._running[str(number)] |= {"values": values, "member": member}
+        self.save()
+
+    def member(self, number: int) -> dict[str, Any] | None:
+        """What was noted last of a running trial."""
+        found: dict[str, Any] | None = self._running[str(number)].get("member")
+        return found
+
+    @property
+    def members(self) -> list[dict[str, Any]]:
+        """What is noted of trials that have not ended."""
+        return [one["member"] for one in self._running.values() if "member" in one]
 
     def add(self, record: TrialRecord) -> None:
         self.trials.append(record)
-        self._running = {key: one for key, one in self._running.items() if one["values"] != record.values}
+        self._running.pop(str(record.number), None)
         if not self._cheap:
             self.save()
             return
@@ -90,11 +108,17 @@ class TrialLog:
     @property
     def pending(self) -> list[dict[str, Any]]:
         """Proposals whose trials were broken off."""
-        return [dict(one["values"]) for one in self._running.values()]
+        return [dict(self._running[str(number)]["values"]) for number in self.running]
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
         """The MLflow run of a proposal's trial that was broken off."""
-        return next((one["run_id"] for one in self._running.values() if one["values"] == values), None)
+        found = (self._running[key] for key in self._broken)
+        return next((one["run_id"] for one in found if one["values"] == values), None)
+
+    @property
+    def _broken(self) -> list[str]:
+        """Numbers of the trials that another driver began and did not end."""
+        return sorted(self._running.keys() - self._begun, key=int)
 
     @property
     def ended(self) -> list[TrialRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -62,6 +63,7 @@ class TrialRuns:
         self._name, self._params, self._tags = name, dict(params), dict(tags)
         self._runs: dict[str, str] = {}
         self._known: dict[str, int] = {}  # the last step that a resumed run has heard of
+        self._members: dict[str, str] = {}  # of a population: the Train runs that trials are
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
         go_on = tracker.knows if done else partial(tracker.resume, end_below=self._trials_go_on)
@@ -86,6 +88,7 @@ class TrialRuns:
     def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         self._display.trial_reported(trial_id, metrics)
         step = int(metrics.get("step", 0))
+        self._look_back(trial_id, step - len(metrics.get("step_loss", [])), metrics.get("pbt", {}).get("run"))
         if step <= self._known.get(trial_id, -1):  # said before the run was broken off
             return
         self._known[trial_id] = step
@@ -100,6 +103,18 @@ class TrialRuns:
             )
             self._schedules.setdefault(trial_id, []).append((float(step), metrics["sparsity"]))
         self._tracker.metrics(self._runs[trial_id], points)
+
+    def _look_back(self, trial_id: str, first: int, member: str | None) -> None:
+        """A trial of a population may have gone back to where another one was: what it says next is new."""
+        before = self._members.get(trial_id)
+        if member is not None:
+            self._members[trial_id] = member
+        if before in (None, member):
+            return
+        self._known.pop(trial_id, None)
+        ends, rates = self._schedules.get(trial_id, []), self._rates.get(trial_id, [])
+        self._schedules[trial_id] = [(step, sparsity) for step, sparsity in ends if step <= first]
+        self._rates[trial_id] = [(step, rate) for step, rate in rates if step < first]
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
         self._display.trial_ended(trial_id, record)
@@ -117,6 +132,7 @@ class TrialRuns:
             with without_trainer_state(record.checkpoint) as folder:
                 self._tracker.folder(run, folder, registry.ARTIFACT)
         tags = {"espalier.state": record.state} | ({"espalier.error": record.error} if record.error else {})
+        tags |= _history(record)
         self._tracker.tags(run, tags)
         self._tracker.finish(run, STATUS[record.state])
         return run
@@ -181,6 +197,19 @@ class TrialRuns:
     def _start(self, number: int, values: Mapping[str, Any]) -> str:
         tags = {**self._tags, "espalier.level": "trial"}
         return self._tracker.start(self._title(number), self.run, {**self._params, **values}, tags)
+
+
+def _history(record: TrialRecord) -> dict[str, str]:
+    """Of a trial of a population: the values that it ended with, and where its model was taken over."""
+    taken = record.metrics.get("pbt.taken")
+    if taken is None:
+        return {}
+    steps = [f"trial {one['trial']} after epoch {one['epoch']}" for one in taken]
+    return {
+        "pbt.exploits": str(len(taken)),
+        "pbt.taken": ", then ".join(steps) or "nothing",
+        "pbt.values": json.dumps(record.values),
+    }
 
 
 @contextmanager

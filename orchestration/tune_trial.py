@@ -58,12 +58,19 @@ def _scaling(resources: Resources) -> ScalingConfig:
 
 
 def train_run(
-    job: dict[str, Any], resources: Resources, storage: str, name: str, callbacks: list[UserCallback]
+    job: dict[str, Any],
+    resources: Resources,
+    storage: str,
+    name: str,
+    callbacks: list[UserCallback],
+    *,
+    keep: int = 2,
 ) -> TorchTrainer:
     """A Ray Train run of a job; one of the same name and storage goes on from its last checkpoint.
 
     Args:
         storage: folder or URI of runs; the best models lie in ``NAME/kept`` there.
+        keep: how many checkpoints to go on from.
     """
     system, path = resolve(storage)
     return TorchTrainer(
@@ -77,7 +84,7 @@ def train_run(
             callbacks=callbacks,
             # a start that can never succeed must end in an error, not be tried for ever
             failure_config=FailureConfig(max_failures=resources.retries, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=keep),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

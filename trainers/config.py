@@ -251,6 +251,13 @@ def forced_sparsity(pattern: str) -> float | None:
         raise ValueError(f"pattern: {error.expected} ({pattern!r} given)") from None
 
 
+class Origin(Settings):
+    """A checkpoint of another run, which a run that has none of its own goes on from."""
+
+    checkpoint: Name = Field(description="folder on the shared storage")
+    differs: tuple[Name, ...] = Field(description="keys of the job that need not be as they were there")
+
+
 class TrainJob(Settings):
     """Everything a worker group needs to train, or to prune and recover, one model."""
 
@@ -268,6 +275,7 @@ class TrainJob(Settings):
     threads: int = Field(1, ge=1)
     keep_folder: str | None = Field(None, description="where the best model of each sparsity is kept")
     lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
+    origin: Origin | None = Field(None, description="the run that this one branches off from")
 
     @model_validator(mode="after")
     def _trains_for_int8(self) -> TrainJob:
@@ -302,6 +310,7 @@ __all__ = [
     "ModelSettings",
     "Name",
     "OrderJob",
+    "Origin",
     "PerLayer",
     "PruningSchedule",
     "PruningSettings",

@@ -48,6 +48,7 @@ def run(
     device: torch.device,
     resume: Path | None = None,
     *,
+    branch: Path | None = None,
     leaving: Callable[[], bool] = lambda: False,
     stepped: Stepped = lambda done, total: None,
     notes: Sequence[str] = (),
@@ -59,11 +60,12 @@ def run(
 
     Args:
         resume: a checkpoint folder of this job to go on from.
+        branch: without one, the checkpoint folder of the job's ``origin``, to begin from.
         leaving: asked now and then, by all workers together: whether this machine is about to be taken away.
         stepped: told after each step how many are done, and how many there are.
         notes: what the user should hear of, said with the first report.
     """
-    session = Session.open(job, device, resume)
+    session = Session.open(job, device, resume, branch)
     place: Metrics = {"kept_at": job.keep_folder}
     told: Metrics = {"notes": list(notes)} if notes else {}
     if session.step == session.steps:  # it ended before, and was not heard

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """The function of one Ray Train worker; ``config`` is a :class:`TrainJob` as a dictionary.
 
     After a failure, or when the same run is started again, it goes on from the newest checkpoint that is as
-    it was written.
+    it was written; without one it begins from its job's origin, if that has one.
     """
     import ray.train.torch
 
@@ -35,8 +35,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     job = TrainJob.model_validate(config)
     device = ray.train.torch.get_device()
-    with _newest_intact() as (folder, notes):
-        run(job, _report, device, resume=folder, leaving=_leaving, notes=notes)
+    with _newest_intact() as (folder, notes), _origin(job) if folder is None else nullcontext() as branch:
+        run(job, _report, device, resume=folder, branch=branch, leaving=_leaving, notes=notes)
 
 
 def order_worker(config: dict[str, Any]) -> None:
@@ -69,6 +69,29 @@ def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
     if notes:
         raise RuntimeError(f"no checkpoint to go on from: {'; '.join(notes)}")
     yield None, notes
+
+
+@contextmanager
+def _origin(job: TrainJob) -> Iterator[Path | None]:
+    """The checkpoint of another run that a job begins from, on this machine; nothing where there is none.
+
+    Raises:
+        RuntimeError: it is not as it was written, or gone.
+    """
+    from trainers.state import damage
+    from trainers.storage import exists, local_copy
+
+    if job.origin is None:
+        yield None
+        return
+    place = job.origin.checkpoint
+    if not exists(place):
+        raise RuntimeError(f"no checkpoint to begin from: {place} is not there")
+    with local_copy(place) as folder:
+        wrong = damage(folder)
+        if wrong is not None:
+            raise RuntimeError(f"no checkpoint to begin from: {wrong} in {place}")
+        yield folder
 
 
 def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:

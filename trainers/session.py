@@ -79,8 +79,17 @@ class Session:
     asked_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, job: TrainJob, device: torch.device, resume: Path | None = None) -> Session:
+    def open(
+        cls,
+        job: TrainJob,
+        device: torch.device,
+        resume: Path | None = None,
+        branch: Path | None = None,
+    ) -> Session:
         """Build everything that the job names; with ``resume`` go on from a checkpoint folder of ours.
+
+        Args:
+            branch: the checkpoint folder of the job's ``origin``, where there is none of its own.
 
         Raises:
             InputError: whatever of the job cannot be used.
@@ -88,7 +97,8 @@ class Session:
         torch.set_num_threads(job.threads)
         training = job.training
         seed_everything(job.seed)
-        model, args, masks = building.load(job, resume)
+        source = resume or branch
+        model, args, masks = building.load(job, source)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])
@@ -112,7 +122,7 @@ class Session:
             processes=training.data_workers,
             pin=device.type == "cuda",
         )
-        prepared = building.prepared(job, model, images, resume)
+        prepared = building.prepared(job, model, images, source)
         session = cls(
             job=job,
             device=device,
@@ -138,8 +148,8 @@ class Session:
             held=Held(model, masks),
             prepared=prepared,
         )
-        if resume is not None:
-            session._restore(resume)
+        if source is not None:
+            session._restore(source, branches=resume is None)
         return session
 
     @property
@@ -258,9 +268,11 @@ class Session:
         }
         state.write_state(folder, tensors, progress)
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path, *, branches: bool) -> None:
+        """Go on from a checkpoint; who branches off has settings of its own, and its own best to keep."""
         tensors, progress = state.read_state(folder)
-        state.check_identity(self.job, progress["job"])
+        differs = self.job.origin.differs if branches and self.job.origin else ()
+        state.check_identity(self.job, progress["job"], differs)
         if self.average is not None:
             # the folder's weights are the average's
             trained = {
@@ -275,10 +287,13 @@ class Session:
             if key.startswith("optimizer/")
         }
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state.unflatten_optimizer(moments, progress["optimizer"], groups))
+        own = state.SETTINGS if branches else ()
+        self.optimizer.load_state_dict(state.unflatten_optimizer(moments, progress["optimizer"], groups, own))
         self.precision.scaler.load_state_dict(progress["scaler"])
         self.meter = Meter.restored(progress["meter"])
         self.step, self.kept, self.last = progress["step"], progress["kept"], progress["last"]
+        if branches:  # what was kept lies in the other run's folder
+            self.kept, self.last = {}, self.last | {"kept": {}}
 
 
 def seed_everything(*parts: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def damage(folder: Path) -> str | None:
 
 
 # what may change between a checkpoint and the run that goes on from it, without another result
-_FREE = {"name", "threads", "lineage", "keep_folder"}
+_FREE = {"name", "threads", "lineage", "keep_folder", "origin"}
 _FREE_TRAINING = {"data_workers", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps"}
 
 
@@ -67,12 +67,18 @@ def identity(job: TrainJob) -> dict[str, Any]:
     return content
 
 
-def check_identity(job: TrainJob, known: Mapping[str, Any]) -> None:
-    """Raises:
-    InputError: a checkpoint of another recipe, naming the first keys that differ.
+def check_identity(job: TrainJob, known: Mapping[str, Any], differs: Collection[str] = ()) -> None:
+    """Whether a checkpoint is one of this job; its values of the keys in ``differs`` may be others.
+
+    Raises:
+        InputError: a checkpoint of another recipe, naming the first keys that differ.
     """
     ours, theirs = _flat(identity(job)), _flat(known)
-    differ = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    differ = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in differs and ours.get(key) != theirs.get(key)
+    ]
     if differ:
         told = ", ".join(f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differ[:3])
         raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
@@ -103,15 +109,30 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, {"plain": plain, "groups": groups}
 
 
+# what the settings of a recipe, and no step, have put into an optimizer's groups
+SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay")
+
+
 def unflatten_optimizer(
-    tensors: Mapping[str, Tensor], rest: Mapping[str, Any], groups: list[dict[str, Any]]
+    tensors: Mapping[str, Tensor],
+    rest: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    own: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What ``load_state_dict`` takes; ``groups`` are those of the new optimizer."""
+    """What ``load_state_dict`` takes.
+
+    Args:
+        groups: of the new optimizer.
+        own: keys of these groups that stay as they are there.
+    """
     state: dict[int, dict[str, Any]] = {}
     for place, value in {**rest["plain"], **tensors}.items():
         number, key = place.split("/", 1)
         state.setdefault(int(number), {})[key] = value
-    merged = [new | old for new, old in zip(groups, rest["groups"], strict=True)]
+    merged = [
+        new | {key: value for key, value in old.items() if key not in own}
+        for new, old in zip(groups, rest["groups"], strict=True)
+    ]
     return {"state": state, "param_groups": merged}
 
 
