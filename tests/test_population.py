@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,11 +53,10 @@ def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None
         figures = {"score": done["sum"] if at_end else -1.0, "recovery_epochs": epoch - 1, "epoch": epoch}
         kept = {"kept": {"0.5": {"score": done["sum"]}}, "kept_at": f"{place}/kept", "step": epoch}
         content = {"checkpoint": str(place), "epoch": epoch, "member": member.as_dict()}
-        folder = Path.cwd() / "told"
-        folder.mkdir(exist_ok=True)
-        (folder / "member.json").write_text(json.dumps(content))
         report = {**figures, **kept, MEMBER: member.as_dict()}
-        tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "member.json").write_text(json.dumps(content))
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def searched(folder: Path, *, trials: int, slots: int, **changes: Any) -> tuple[TrialLog, Search]:
