@@ -141,7 +141,7 @@ def same(run: Run, other: Run) -> None:
 @pytest.mark.parametrize(
     ("fault", "rank"),
     [
-        ("mid-epoch", 1),
+        pytest.param("mid-epoch", 1, marks=pytest.mark.long),
         pytest.param("gradients", 0, marks=pytest.mark.long),
         pytest.param("elimination", 1, marks=pytest.mark.long),
         pytest.param("writing", 0, marks=pytest.mark.long),

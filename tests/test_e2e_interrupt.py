@@ -94,7 +94,7 @@ def in_gradual(place: Place, command: Command) -> bool:
     [
         pytest.param(has_begun, signal.SIGINT, marks=pytest.mark.long),
         pytest.param(in_dense, signal.SIGINT, marks=pytest.mark.long),
-        (in_allocation, signal.SIGTERM),
+        pytest.param(in_allocation, signal.SIGTERM, marks=pytest.mark.long),
         (in_gradual, signal.SIGINT),
     ],
 )
@@ -133,6 +133,7 @@ def late(process: str) -> bool:
     return process in AGENTS or "default_worker.py" in process
 
 
+@pytest.mark.long
 def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
     """SIGKILL, and then the same command again: it ends well, and repeats no finished trial."""
     with espalier(*SWEEP, cwd=place.folder) as command:
