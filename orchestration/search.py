@@ -29,6 +29,8 @@ from trainers.storage import resolve
 
 _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
+_MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
+_OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
 _ROUND = 500  # trials
 _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 
@@ -255,9 +257,10 @@ _KEPT = (
 
 
 def _reason(said: Sequence[str]) -> str:
-    """The line that names an error; the last one where none does. Ray puts advice below."""
+    """The line that names an error, or the last one. Ray puts advice below, or gives it alone."""
     lines = [line.strip() for line in said]
-    return next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
+    named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
+    return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
 
 
 def _last_words(trial: Trial) -> list[str]:

@@ -101,6 +101,13 @@ def test_too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> No
             "ray.exceptions.OutOfMemoryError: low on memory (node 1)",
         ),
         (["it was ended after 2 minutes"], "it was ended after 2 minutes"),
+        (
+            [
+                "Failure # 1 (occurred at 2026-01-01)",
+                "Refer to the documentation on how to address the out of memory issue: https://x. Consider …",
+            ],
+            "killed by Ray's memory monitor, as the node ran low on memory",
+        ),
     ],
 )
 def test_the_reason_is_the_line_that_names_an_error(said: list[str], reason: str) -> None:
