@@ -103,10 +103,13 @@ def resume(
     detach: bool,
 ) -> None:
     """Go on with the sweep NAME by the recipe stored with it; finished trials are not repeated."""
-    where = _where(storage)
     if address is not None and is_jobs_api(address):  # the recipe is there, where the storage is
+        storage = _put(storage, address, name)
+        where = _where(storage)
         words = ["resume", name, *overrides, *(["--as", new] if new else []), *where]
-        raise click.exceptions.Exit(run_as_job(words, address, sweep=new or name, detach=detach))
+        places = {"sweep": new or name, "storage": storage}
+        raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **places))
+    where = _where(storage)
     from orchestration.recipes import overridden
     from orchestration.stored_recipe import load
 
@@ -183,13 +186,23 @@ def _where(storage: str | None) -> list[str]:
     return [] if storage in (None, cli_options.DEFAULT_STORAGE) else ["--storage", str(storage)]
 
 
+def _put(storage: str, address: str, name: str | None) -> str:
+    """The storage that is given, or that in which a job put the sweep."""
+    if storage != cli_options.DEFAULT_STORAGE:
+        return storage
+    from orchestration.submit import open_jobs, storage_of
+
+    return storage_of(open_jobs(address), name) or storage
+
+
 def _there(address: str | None, words: list[str], storage: str) -> None:
     """Run the command on the cluster instead, if an address is given."""
     if address is None:
         return
     if not is_jobs_api(address):
         raise InputError("--address", address, "must be http://HOST:8265, the cluster's Jobs API")
-    raise click.exceptions.Exit(run_as_job([*words, *_where(storage)], address))
+    where = _where(_put(storage, address, words[1] if len(words) > 1 else None))
+    raise click.exceptions.Exit(run_as_job([*words, *where], address))
 
 
 COMMANDS: tuple[click.Command, ...] = (status, logs, stop, resume, attach, cluster)

@@ -47,12 +47,13 @@ def launch(
         return
     if address is not None and is_jobs_api(address):
         words = ["sweep", JOB_RECIPE, *span.words]
-        raise click.exceptions.Exit(
-            run_as_job(words, address, recipe=recipe, sweep=recipe.name, detach=detach)
-        )
+        places = {"sweep": recipe.name, "storage": recipe.storage}
+        raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
     again = shlex.join(["espalier", *said, *(["--address", address] if address else [])])
+    if JOB in os.environ:  # the laptop that submitted it knows where it did
+        again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
         _start(said[0], recipe, name, address, span)
     except InputError:
@@ -91,13 +92,14 @@ def run_as_job(
     *,
     recipe: Any = None,
     sweep: str | None = None,
+    storage: str | None = None,
     detach: bool = False,
 ) -> int:
     """``espalier WORDS`` on a cluster, through its Jobs API; returns the exit status.
 
     Args:
         recipe: goes with it as :data:`JOB_RECIPE`.
-        sweep: the name of the sweep that it runs, if it runs one.
+        sweep: the name of the sweep that it runs, if it runs one; ``storage`` is where that lies.
         detach: it is not followed.
 
     Raises:
@@ -106,7 +108,7 @@ def run_as_job(
     from orchestration.submit import follow, open_jobs, submit
 
     client = open_jobs(address)
-    job = submit(client, words, sweep=sweep, recipe=recipe)
+    job = submit(client, words, sweep=sweep, storage=storage, recipe=recipe)
     if sweep is None:
         return follow(client, job)
     if detach:

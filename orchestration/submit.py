@@ -29,6 +29,7 @@ from pruners.errors import InputError, did_you_mean, first_line
 
 _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
+_PLACE = "espalier.storage"  # and where that lies
 _END_SECONDS = 30.0
 # what the job's supervisor says of itself, before ours
 _SUPERVISOR = re.compile(r"\S+ \S+\s+INFO job_\w+\.py|Running entrypoint for job ")
@@ -56,12 +57,14 @@ def submit(
     words: Sequence[str],
     *,
     sweep: str | None = None,
+    storage: str | None = None,
     recipe: Recipe | None = None,
 ) -> str:
     """``espalier WORDS`` as a job, with this machine's source of Espalier; returns the job's id.
 
     Args:
         sweep: the name of the sweep that it runs, by which it is found again.
+        storage: where the sweep lies, for those who ask for it by name.
         recipe: packed as :data:`JOB_RECIPE`.
 
     Raises:
@@ -74,7 +77,7 @@ def submit(
                 entrypoint=f"exec python -m orchestration.cli {shlex.join(words)}",
                 submission_id=job,
                 runtime_env={"working_dir": str(folder), "env_vars": {JOB: "1"}},
-                metadata={} if sweep is None else {_TAG: sweep},
+                metadata={} if sweep is None else {_TAG: sweep} | ({_PLACE: storage} if storage else {}),
             )
         except RuntimeError as error:
             raise InputError("--address", None, f"the job was not taken ({first_line(error)})") from None
@@ -112,6 +115,14 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
     if sweep not in found:
         raise InputError("name", sweep, f"no job of this cluster ran it{did_you_mean(sweep, found)}")
     return str(found[sweep][-1].submission_id)
+
+
+def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
+    """Where the last job put a sweep (or any: ``None``); nothing where no job has said so."""
+    found = _jobs(client)
+    jobs = [job for name, jobs in found.items() if sweep in (None, name) for job in jobs]
+    jobs.sort(key=lambda job: job.start_time or 0)
+    return next((job.metadata[_PLACE] for job in reversed(jobs) if _PLACE in (job.metadata or {})), None)
 
 
 async def _print(client: JobSubmissionClient, job: str) -> None:

@@ -99,14 +99,14 @@ def test_a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: 
     with espalier("attach", "small", *there, cwd=laptop) as attached:
         attached.until(lambda: "dimap: gradual pruning" in attached.out, SECONDS, "the gradual run")
         assert "dimap: allocation search" in ask(laptop, "status", *there, "--storage", str(shared))
-        stopped = ask(laptop, "stop", "small", *there, "--storage", str(shared))
+        stopped = ask(laptop, "stop", "small", *there)  # as its submission said
         assert "small: interrupted; to go on: espalier resume small" in stopped
         assert attached.wait(120) == 130, attached.out
         assert "interrupted; finished trials are kept" in attached.out
     assert state_of(shared)["state"] == "interrupted"
     assert not list(laptop.glob("runs*")), "nothing is written here"
 
-    with espalier("resume", "small", *there, "--storage", str(shared), cwd=laptop) as resumed:
+    with espalier("resume", "small", *there, cwd=laptop) as resumed:
         assert resumed.wait(SECONDS) == 0, resumed.err + resumed.out
     assert "submitted as job espalier-small-3" in resumed.err
     assert "dimap: allocation search, 2 of 2 trials known" in resumed.out

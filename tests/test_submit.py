@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from orchestration.recipes import load_recipe
-from orchestration.submit import _for_elsewhere, _packed
+from orchestration.submit import _for_elsewhere, _packed, storage_of
 
 ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
 
@@ -50,6 +52,25 @@ def test_a_storage_that_every_node_reaches_goes_along() -> None:
     for place in ("s3://bucket/runs", "/mnt/espalier"):
         assert _for_elsewhere(load_recipe("demo", [f"storage={place}"]))["storage"] == place
     assert "storage" not in _for_elsewhere(load_recipe("demo", ["storage=runs"]))
+
+
+def job(start: int, **metadata: str) -> SimpleNamespace:
+    return SimpleNamespace(start_time=start, metadata=metadata)
+
+
+def test_a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
+    put = "espalier.storage"
+    jobs = [
+        job(3, espalier="mine", **{put: "/new"}),
+        job(1, espalier="mine", **{put: "/old"}),
+        job(4, espalier="mine"),
+        job(5, espalier="other", **{put: "s3://b"}),
+        job(6),
+    ]
+    client: Any = SimpleNamespace(list_jobs=lambda: jobs)
+    assert storage_of(client, "mine") == "/new"
+    assert storage_of(client, "other") == storage_of(client, None) == "s3://b"
+    assert storage_of(client, "absent") is None
 
 
 def test_a_login_stays_here() -> None:
