@@ -80,8 +80,9 @@ def ask(cwd: Path, *arguments: str, status: int = 0) -> str:
 
 
 def test_a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: Path) -> None:
-    laptop, shared = tmp_path / "laptop", tmp_path / "shared"
+    laptop, another, shared = tmp_path / "laptop", tmp_path / "another laptop", tmp_path / "shared"
     laptop.mkdir()
+    another.mkdir()  # a command that ends here takes with it whatever works in its folder
     there = ("--address", jobs_api)
     overrides = ("pruning.methods=[dimap]", "allocation.trials=2", "schedule.trials=1", "dense.epochs=1")
     sweep = ("sweep", str(SMALL), *overrides, f"storage={shared}", *there)
@@ -98,8 +99,8 @@ def test_a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: 
 
     with espalier("attach", "small", *there, cwd=laptop) as attached:
         attached.until(lambda: "dimap: gradual pruning" in attached.out, SECONDS, "the gradual run")
-        assert "dimap: allocation search" in ask(laptop, "status", *there, "--storage", str(shared))
-        stopped = ask(laptop, "stop", "small", *there)  # as its submission said
+        assert "dimap: allocation search" in ask(another, "status", *there, "--storage", str(shared))
+        stopped = ask(another, "stop", "small", *there)  # as its submission said
         assert "small: interrupted; to go on: espalier resume small" in stopped
         assert attached.wait(120) == 130, attached.out
         assert "interrupted; finished trials are kept" in attached.out
