@@ -24,6 +24,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from orchestration.config import Recipe
 from orchestration.launch import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.ports import check_reachable
+from orchestration.public import without_password
 from orchestration.stored_recipe import content_of
 from pruners.errors import InputError, did_you_mean, first_line
 
@@ -77,11 +78,20 @@ def submit(
                 entrypoint=f"exec python -m orchestration.cli {shlex.join(words)}",
                 submission_id=job,
                 runtime_env={"working_dir": str(folder), "env_vars": {JOB: "1"}},
-                metadata={} if sweep is None else {_TAG: sweep} | ({_PLACE: storage} if storage else {}),
+                metadata=_metadata(sweep, storage),
             )
         except RuntimeError as error:
             raise InputError("--address", None, f"the job was not taken ({first_line(error)})") from None
     return str(taken)
+
+
+def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
+    """What a job says of itself on Ray's dashboard; no password, and no place of this machine's own."""
+    if sweep is None:
+        return {}
+    if storage is None or not _travels(storage) or without_password(storage) != storage:
+        return {_TAG: sweep}
+    return {_TAG: sweep, _PLACE: storage}
 
 
 def follow(client: JobSubmissionClient, job: str, farewell: str = "") -> int:
@@ -171,10 +181,15 @@ def _packed(recipe: Recipe | None) -> Iterator[Path]:
         yield folder
 
 
+def _travels(storage: str) -> bool:
+    """Whether a place means the same on another machine."""
+    return "://" in storage or Path(storage).is_absolute()
+
+
 def _for_elsewhere(recipe: Recipe) -> Mapping[str, Any]:
     """A recipe without what only this machine knows: the cluster's own environment gives the rest."""
     content = content_of(recipe)
-    if "://" in recipe.storage or Path(recipe.storage).is_absolute():
+    if _travels(recipe.storage):
         content["storage"] = recipe.storage
     if content["tracking"]["uri"] is None:
         del content["tracking"]["uri"]

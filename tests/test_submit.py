@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from orchestration.recipes import load_recipe
-from orchestration.submit import _for_elsewhere, _packed, storage_of
+from orchestration.submit import _for_elsewhere, _metadata, _packed, storage_of
 
 ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
 
@@ -71,6 +71,13 @@ def test_a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
     assert storage_of(client, "mine") == "/new"
     assert storage_of(client, "other") == storage_of(client, None) == "s3://b"
     assert storage_of(client, "absent") is None
+
+
+def test_a_job_names_a_storage_that_others_reach_and_no_password() -> None:
+    assert _metadata("mine", "/shared") == {"espalier": "mine", "espalier.storage": "/shared"}
+    for place in (None, "runs", "s3://me:hunter2@bucket/runs"):
+        assert _metadata("mine", place) == {"espalier": "mine"}
+    assert _metadata(None, "/shared") == {}
 
 
 def test_a_login_stays_here() -> None:
