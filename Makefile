@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 # side by side what needs no cluster; what starts one has the machine for itself
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not cluster and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0 -m "not cluster and not long"
 	$(BIN)/python -m pytest -m "cluster and not long"
 
 test-all: $(VENV)/.installed

@@ -100,6 +100,25 @@ def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*cid*"))
 
 
+def test_openvino_leaves_signals_alone() -> None:
+    """On processors with AVX-512 a second ``Core`` that went after the first left a freed signal stack."""
+    script = (
+        "import gc, os, signal; from trainers.optional import openvino_core; "
+        "cores = [openvino_core(), openvino_core()]; "
+        "[core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES') for core in cores]; "
+        "cores.pop(0); gc.collect(); cores.pop(); gc.collect(); "
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert ended.stdout == "handled\n"
+
+
 # layers without their zeros
 
 

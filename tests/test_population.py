@@ -42,21 +42,27 @@ def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None
     told = None if given is None else read_told(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, told, known)
     place = Path(runs) / member.run
-    begun = Path(member.origin) if member.origin and not place.exists() else place
+    begun = Path(member.origin) if member.origin and not place.exists() else newest(place)
     done = json.loads((begun / "state").read_text()) if begun.exists() else {"epoch": 0, "sum": 0.0}
     for epoch in range(done["epoch"] + 1, EPOCHS + 1):
         time.sleep(0.3)
         done = {"epoch": epoch, "sum": done["sum"] + config["x"]}
-        place.mkdir(exist_ok=True, parents=True)
-        (place / "state").write_text(json.dumps(done))
+        checkpoint = place / f"checkpoint_{epoch}"  # one each: what another goes on from must not change
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state").write_text(json.dumps(done))
         at_end = epoch > 1
         figures = {"score": done["sum"] if at_end else -1.0, "recovery_epochs": epoch - 1, "epoch": epoch}
         kept = {"kept": {"0.5": {"score": done["sum"]}}, "kept_at": f"{place}/kept", "step": epoch}
-        content = {"checkpoint": str(place), "epoch": epoch, "member": member.as_dict()}
+        content = {"checkpoint": str(checkpoint), "epoch": epoch, "member": member.as_dict()}
         report = {**figures, **kept, MEMBER: member.as_dict()}
         with TemporaryDirectory() as folder:
             (Path(folder) / "member.json").write_text(json.dumps(content))
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a stub's run."""
+    return max(run.glob("checkpoint_*"), key=lambda one: int(one.name.split("_")[1]), default=run / "none")
 
 
 def searched(folder: Path, *, trials: int, slots: int, **changes: Any) -> tuple[TrialLog, Search]:
@@ -104,7 +110,7 @@ def test_the_worse_go_on_from_the_better(trials: int, slots: int, tune_here: Non
     assert lived == ended, "runs that were given up are removed"
     for record in log.trials:
         assert 0.1 <= record.values["x"] <= 1.0
-        state = json.loads((Path(str(record.checkpoint)).parent.parent / "state").read_text())
+        state = json.loads((newest(Path(str(record.checkpoint)).parent.parent) / "state").read_text())
         assert state["epoch"] == EPOCHS
         # each epoch gained what the values were then
         steps = [*record.metrics["pbt.taken"], {"epoch": EPOCHS, "values": record.values}]
@@ -124,7 +130,7 @@ def test_a_population_that_was_broken_off_goes_on(tune_here: None, tmp_path: Pat
     half = Member("old_00001", {"x": 0.25}, f"{tmp_path}/train", "abc", None, [{"trial": 0, "epoch": 2}])
     log.begin(1, {"x": 0.9}, None)
     log.note(1, half.values, half.as_dict())
-    storage.write_json(f"{tmp_path}/train/abc/state", {"epoch": 4, "sum": 2.0})
+    storage.write_json(f"{tmp_path}/train/abc/checkpoint_4/state", {"epoch": 4, "sum": 2.0})
     log, search = searched(tmp_path, trials=3, slots=2)
     run_search(search, log, Quiet())
     assert sorted(record.number for record in log.trials) == [0, 1, 2]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruners.errors import InputError
-from trainers.optional import import_openvino, missing
+from trainers.optional import missing, openvino_core
 from trainers.preprocessing import Images
 
 if TYPE_CHECKING:
@@ -130,18 +130,17 @@ class OpenVino:
         lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if kind == "int8" else []))
         if lacks is not None or kind != "bfloat16":
             return lacks
-        able = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return None if "BF16" in able else "this processor has no bfloat16"
 
     def load(self, path: Path, kind: str, place: Place) -> Run:
-        openvino = import_openvino()
         settings = {
             "INFERENCE_NUM_THREADS": place.threads,
             "NUM_STREAMS": 1,
             # by itself it would compute in bfloat16 where it can, and call that float32
             "INFERENCE_PRECISION_HINT": "bf16" if kind == "bfloat16" else "f32",
         }
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        compiled = openvino_core().compile_model(path, "CPU", settings)
         return lambda images: np.array(compiled(images)[0], np.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainers.optional import import_openvino, quietly, require
+from trainers.optional import import_openvino, openvino_core, quietly, require
 from trainers.preprocessing import Images
 
 FILE = "model.xml"
@@ -30,7 +30,7 @@ def export_openvino(
     require("export", "openvino", "openvino")
     with quietly():
         openvino = import_openvino()
-        model = openvino.Core().read_model(onnx)
+        model = openvino_core().read_model(onnx)
         if images is not None:
             require("export", "openvino-int8", "nncf")
             import nncf
@@ -53,5 +53,5 @@ def export_openvino(
 
 def read_metadata(path: Path, *names: str) -> dict[str, str]:
     """Entries of ``rt_info``; those that it has not are left out."""
-    model = import_openvino().Core().read_model(path)
+    model = openvino_core().read_model(path)
     return {name: str(model.get_rt_info([name]).value) for name in names if model.has_rt_info([name])}

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -30,6 +31,16 @@ def import_openvino() -> Any:
     """OpenVINO without the reports that it and NNCF send home by a package that both can do without."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it then fails
     return import_module("openvino")
+
+
+@cache
+def openvino_core() -> Any:
+    """The one ``Core`` of a process.
+
+    On processors with AVX-512 its CPU plug-in gives each of several a signal stack; the first to go takes the
+    one that the others are still on, and the next signal ends the process.
+    """
+    return import_openvino().Core()
 
 
 def require(key: str, value: object, *packages: str) -> None:
