@@ -86,7 +86,7 @@ class BenchmarkOptions:
         found = [Choice.parse(part.strip()) for part in self.engines.split(",")]
         for choice in found:
             choice.check(self.device)
-            if choice == Choice("openvino", "int8") and self.calibration is None:
+            if (choice.engine, choice.stored) == ("openvino", "int8") and self.calibration is None:
                 wanted = (
                     f"{choice} fixes the ranges of activations: give training images (Parquet: image, label)"
                 )

@@ -18,8 +18,8 @@ _INTERRUPTED = 130
     "--engines",
     metavar="ENGINE[:TYPE],…",
     help="torch, compile (both: float32, bfloat16), csr (float32), onnxruntime (float32, int8), openvino "
-    "(float32, bfloat16, int8), 2:4 (bfloat16, float16; CUDA). Default: all that are found, in their first "
-    "type.",
+    "(float32, bfloat16, int8, int8-bfloat16), 2:4 (bfloat16, float16; CUDA). Default: all that are found, "
+    "in their first type.",
 )
 @click.option("--batch", default="1,64", show_default=True, help="Images at once.")
 @click.option("--data", metavar="PARQUET", help="Test images: each engine's accuracy is measured on them.")

@@ -85,13 +85,17 @@ def _onnx_int8(source: Source, folder: Path) -> None:
     plain.unlink()
 
 
-def _openvino(source: Source, folder: Path) -> None:
+def _openvino(source: Source, folder: Path, images: Images | None = None) -> None:
     from trainers import onnx_export, openvino_export
 
     _onnx(source, folder)
     plain = folder / onnx_export.FILE
-    openvino_export.export_openvino(plain, folder / openvino_export.FILE, source.metadata, source.calibration)
+    openvino_export.export_openvino(plain, folder / openvino_export.FILE, source.metadata, images)
     plain.unlink()
+
+
+def _openvino_int8(source: Source, folder: Path) -> None:
+    _openvino(source, folder, source.calibration)
 
 
 def _torch(source: Source, folder: Path) -> None:
@@ -111,7 +115,13 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         ),
         "openvino": Format("for OpenVINO", "model.xml", "openvino", "float32", _OPENVINO, "none", _openvino),
         "openvino-int8": Format(
-            "the same in INT8", "model.xml", "openvino", "int8", (*_OPENVINO, "nncf"), "needed", _openvino
+            "the same in INT8",
+            "model.xml",
+            "openvino",
+            "int8",
+            packages=(*_OPENVINO, "nncf"),
+            calibration="needed",
+            write=_openvino_int8,
         ),
         "torch-export": Format("torch.export's program", "model.pt2", "torch", "float32", (), "none", _torch),
     }

@@ -1,4 +1,4 @@
-"""What makes a checkpoint folder an MLflow model too: a few small files beside timm's, and no pickle."""
+"""What makes a folder of weights an MLflow model too: a few small files beside them, and no pickle."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from trainers.convert import CLASSES
 
 MARK = "MLmodel"
 CODE = Path(__file__).with_name("served_model.py")
-_NEEDS = ("mlflow", "torch", "torchvision", "timm", "safetensors", "pillow")
+_NEEDS = ("mlflow", "torch", "torchvision", "timm", "pillow")
 
 
 @contextmanager
-def model_files(classes: Mapping[str, int] | None = None) -> Iterator[Path]:
-    """A folder of what goes beside ``config.json`` and ``model.safetensors`` for MLflow to serve them.
+def model_files(classes: Mapping[str, int] | None = None, reader: str = "safetensors") -> Iterator[Path]:
+    """A folder of what goes beside ``model.safetensors`` or ``model.onnx`` for MLflow to serve it.
 
     ``MLmodel`` with the signature (image bytes in; class, label, probabilities out), an example, the code
     that answers, and the packages that it needs, as they are installed here.
 
     Args:
         classes: the label of each class by its name, if they are known.
+        reader: the package that reads the model's file.
     """
     import pandas as pd
     from mlflow import pyfunc
@@ -52,7 +53,7 @@ def model_files(classes: Mapping[str, int] | None = None) -> Iterator[Path]:
             python_model=str(CODE),
             signature=ModelSignature(inputs, outputs),
             input_example=pd.DataFrame({"image": [_example()]}),
-            pip_requirements=requirements(),
+            pip_requirements=requirements(reader),
         )
         model = Model.load(folder)
         # as it is found beside MLmodel, and not on the machine that wrote it
@@ -76,9 +77,9 @@ def labels_of(train: str | None) -> list[str] | None:
     return sorted(classes, key=classes.__getitem__) if classes else None
 
 
-def requirements() -> list[str]:
+def requirements(reader: str) -> list[str]:
     """The served model's packages, pinned; without a build's local part (``+cu130``), unknown to indexes."""
-    return [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS]
+    return [f"{name}=={version(name).partition('+')[0]}" for name in (*_NEEDS, reader)]
 
 
 def _example() -> bytes:

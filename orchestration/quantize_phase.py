@@ -12,7 +12,7 @@ from orchestration import registry, remote
 from orchestration.config import digest
 from orchestration.context import Quantized, Recovered, Sweep, content_hash
 from orchestration.jobs import aware_job
-from orchestration.mlflow_model import labels_of
+from orchestration.mlflow_model import MARK, classes_of, labels_of, model_files
 from orchestration.quantize_config import Quantization
 from orchestration.readable import megabytes
 from orchestration.recipes import flatten
@@ -21,6 +21,7 @@ from orchestration.trial_log import TrialLog
 from orchestration.trial_runs import TrialRuns
 from trainers import storage
 from trainers.checkpoint import QUANTISED
+from trainers.int8 import ENGINE
 
 ARTIFACT = "int8"
 
@@ -122,6 +123,9 @@ class _Work:
                 tracker.folder(run, local, ARTIFACT)
             figures = {**record["figures"], "bytes": record["bytes"], "zeros": record["zeros"]}
             tracker.metrics(run, {f"int8.{key}": [(0, value)] for key, value in figures.items()})
+        if not tracker.has(run, f"{ARTIFACT}/{MARK}"):
+            with model_files(classes_of(self.sweep.data.train), ENGINE) as files:
+                tracker.folder(run, files, ARTIFACT)
         tracker.finish(run)
         tracker.flush()
         tags = registry.describe(record) | {

@@ -75,7 +75,8 @@ class Variant:
         """Why an engine has nothing to do with it, in words; ``None`` if it runs it."""
         if self.model is None:
             own = Choice(self.record["engine"], self.record["type"])
-            return None if choice == own else f"is a file for {own}"
+            fits = (choice.engine, choice.stored) == (own.engine, own.stored)
+            return None if fits else f"is a file for {own}"
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
             return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
@@ -129,10 +130,10 @@ class Variant:
 
 def form_of(choice: Choice) -> str | None:
     """The export format that an engine runs in a data type; ``None``: the checkpoint itself."""
-    kind = "float32" if choice.kind == "bfloat16" else choice.kind
     if choice.engine not in ("onnxruntime", "openvino"):
         return None
-    return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == (choice.engine, kind))
+    wanted = (choice.engine, choice.stored)
+    return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == wanted)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import nn
 
 from orchestration import engine_export, export_formats
 from orchestration.engine_export import read_record, torch_answers
-from orchestration.export_formats import FORMATS
+from orchestration.export_formats import FORMATS, Source
 from orchestration.photographs import photographs
 from pruners import find_layers, prune
 from pruners.errors import InputError
@@ -32,7 +32,8 @@ from trainers import engines, onnx_export, openvino_export, optional, torch_expo
 from trainers.agreement import Agreement
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.engines import ENGINES, Place
-from trainers.preprocessing import pattern_images
+from trainers.optional import openvino_core
+from trainers.preprocessing import pattern_images, preprocessing_of
 
 README = Path(__file__).parent.parent / "README.md"
 PLACES = re.compile(rb"/(?:work|tmp|root|home|usr|opt|var|build)/[ -~]{0,60}|site-packages")
@@ -349,3 +350,18 @@ def test_checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense")
     source = engine_export.source_of(tiny()[0], tmp_path / "dense", None)
     assert "labels" not in source.preprocessing
+
+
+def test_calibration_images_do_not_quantise_a_format_in_float(files: Path, tmp_path: Path) -> None:
+    """As a benchmark has them, for those of its engines that want them."""
+    model = load_checkpoint(str(files / "vit")).model.eval()
+    about = preprocessing_of(model)
+    source = Source(model, about, pattern_images(about, 8))
+    kinds = {}
+    for name in ("openvino", "openvino-int8"):
+        (tmp_path / name).mkdir()
+        FORMATS[name].write(source, tmp_path / name)
+        graph = openvino_core().read_model(tmp_path / name / FORMATS[name].file)
+        kinds[name] = {node.get_element_type().get_type_name() for node in graph.get_ops()}
+    assert "i8" not in kinds["openvino"]
+    assert "i8" in kinds["openvino-int8"]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from orchestration import served_model
 from orchestration.mlflow_model import CODE, classes_of, model_files
+from trainers import int8
 from trainers.checkpoint import load_checkpoint
 from trainers.tables import decode
 
@@ -86,7 +87,7 @@ def test_labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> 
 
 
 def test_a_bad_image_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
-    with pytest.raises(ValueError, match="image 1 cannot be decoded"):
+    with pytest.raises(ValueError, match=r"image 1 cannot be decoded \(no image of a known format\)"):
         model.predict(pd.DataFrame({"image": [png(1), b"no image"]}))
     with pytest.raises(mlflow.exceptions.MlflowException, match="image"):
         model.predict(pd.DataFrame({"picture": [png(1)]}))
@@ -100,6 +101,30 @@ def test_the_example_is_an_image_that_it_answers(folder: Path, model: mlflow.pyf
     schema = model.metadata.signature
     assert [(one.name, one.type.name) for one in schema.inputs.inputs] == [("image", "binary")]
     assert schema.outputs.input_names() == ["class", "label", "probabilities"]
+
+
+def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> None:
+    """With its own names of classes, where the data has none; and as near its parent as INT8 comes."""
+    parent = dense_folder(tmp_path / "parent")
+    served = tmp_path / "int8"
+    served.mkdir()
+    int8.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
+    with model_files(reader=int8.ENGINE) as files:
+        assert not {path.name for path in files.iterdir()} & {path.name for path in served.iterdir()}
+        copytree(files, served, dirs_exist_ok=True)
+    assert int8.read_record(served, "served", key="model")["mode"] == "dynamic"
+    needs = {line.split("==")[0] for line in (served / "requirements.txt").read_text().splitlines()}
+    assert needs == {"mlflow", "torch", "torchvision", "timm", "pillow", "onnxruntime"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        patch.setattr(timm, "create_model", None)
+        found = mlflow.pyfunc.load_model(str(served)).predict(
+            pd.DataFrame({"image": [png(number) for number in range(70)]})
+        )
+    for number in (0, 69):
+        row = found.iloc[number]
+        assert row["probabilities"] == pytest.approx(plain_timm(parent, png(number)).tolist(), abs=0.05)
+        assert row["label"] == "xyz"[row["class"]]
 
 
 def test_nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:

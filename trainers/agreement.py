@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE: Mapping[str, float] = MappingProxyType(
-    {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05, "int8": 0.1}
+    {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05, "int8": 0.1, "int8-bfloat16": 0.1}
 )
 """By data type, the largest :attr:`Agreement.relative` of an answer that counts as the model's.
 

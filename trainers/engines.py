@@ -121,14 +121,17 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class OpenVino:
-    """OpenVINO's CPU plug-in: ``model.xml``, or an ONNX file. bfloat16 only where the processor has it."""
+    """OpenVINO's CPU plug-in: ``model.xml``, or an ONNX file. bfloat16 only where the processor has it.
 
-    types: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    ``int8-bfloat16`` is an INT8 file whose other operations are computed in bfloat16.
+    """
+
+    types: tuple[str, ...] = ("float32", "bfloat16", "int8", "int8-bfloat16")
     devices: tuple[str, ...] = ("cpu",)
 
     def lacking(self, kind: str, device: str) -> str | None:
-        lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if kind == "int8" else []))
-        if lacks is not None or kind != "bfloat16":
+        lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if stored_as(kind) == "int8" else []))
+        if lacks is not None or not kind.endswith("bfloat16"):
             return lacks
         able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return None if "BF16" in able else "this processor has no bfloat16"
@@ -138,7 +141,7 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": place.threads,
             "NUM_STREAMS": 1,
             # by itself it would compute in bfloat16 where it can, and call that float32
-            "INFERENCE_PRECISION_HINT": "bf16" if kind == "bfloat16" else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if kind.endswith("bfloat16") else "f32",
         }
         compiled = openvino_core().compile_model(path, "CPU", settings)
         return lambda images: np.array(compiled(images)[0], np.float32)
@@ -211,6 +214,11 @@ def _compiler(device: str) -> str | None:
     return None
 
 
+def stored_as(kind: str) -> str:
+    """The data type of the file of which an engine computes in a data type."""
+    return "int8" if kind.startswith("int8") else "float32"
+
+
 ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         "torch": Torch(),
@@ -262,6 +270,11 @@ class Choice:
         lacking = engine.lacking(self.kind, device)
         if lacking is not None:
             raise InputError(key, str(self), lacking)
+
+    @property
+    def stored(self) -> str:
+        """The data type of the file that it runs."""
+        return stored_as(self.kind)
 
     def load(self, path: Path, place: Place) -> Run:
         return ENGINES[self.engine].load(path, self.kind, place)

@@ -32,7 +32,7 @@ class LatencyTarget(Settings):
         if self.engine not in MEASURED:
             others = f"must be one of {', '.join(MEASURED)}{did_you_mean(self.engine, MEASURED)}"
             raise ValueError(f"engine: {others}; on no other can layers be timed alone")
-        if self.type == "int8":
+        if (self.type or "").startswith("int8"):
             raise ValueError("type: INT8 is made of a model that was chosen; measure float32 or bfloat16")
         try:
             _ = self.choice

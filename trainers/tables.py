@@ -133,7 +133,7 @@ def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
 def _check_image(cell: object, uri: str, key: str) -> None:
     try:
         decode(cell)
-    except (UnidentifiedImageError, OSError, TypeError, KeyError) as error:
+    except (OSError, TypeError, KeyError) as error:
         raise InputError(key, uri, f"row 0 holds no image that can be decoded ({error})") from None
 
 
@@ -166,5 +166,7 @@ def decode(cell: object) -> Image.Image:
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
+    except UnidentifiedImageError:  # Pillow would name a place in memory
+        raise OSError("no image of a known format") from None
     except _BROKEN as error:
         raise OSError(str(error) or type(error).__name__) from None

@@ -1,12 +1,12 @@
 """Dense, unstructured, structured and INT8: accuracy, time and size of each ingredient, on all engines.
 
-    python experiments/benchmarks/deploy_speed.py --dense D --combined C --data test.parquet
-        --calibration train.parquet [--unstructured U75 U90 U95] [--structured S] [--int8 Q] [--least 2.4]
+    python experiments/benchmarks/deploy_speed.py --dense D --combined C --int8 Q --data test.parquet
+        --calibration train.parquet [--unstructured U75 U90 U95] [--structured S] [--least 2.4]
 
 D is the dense checkpoint, U those with zeros alone, S the one with fewer channels, C that with fewer channels
-and zeros, as the recipe ``experiments/deploy/vit_cifar10.yaml`` leaves them in its storage (of a Swin, with
-``--least 1.8``). INT8 is each of them quantised on the spot by ONNX Runtime and OpenVINO, and Q, a folder
-that ``espalier quantize`` wrote of C, if it is given. All in one run, in turns, on one thread.
+and zeros, Q the INT8 folder made of C, as the recipe ``experiments/deploy/vit_cifar10.yaml`` leaves them in
+its storage (of a Swin, with ``--least 1.8``). Each checkpoint is quantised on the spot by ONNX Runtime and
+OpenVINO besides. All in one run, in turns, on one thread.
 
     python experiments/benchmarks/deploy_speed.py --device cuda
 
@@ -21,7 +21,6 @@ import argparse
 import json
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,8 +30,12 @@ from orchestration.benchmark import Row
 from orchestration.benchmark_command import run
 from orchestration.benchmark_options import BenchmarkOptions
 from orchestration.benchmark_report import Report
+from trainers.engines import ENGINES, Choice
+from trainers.int8 import PACKED, pack, read_record
 
-ENGINES = "torch,compile,csr,onnxruntime,onnxruntime:int8,openvino,openvino:int8"
+WANTED = ["torch", "compile", "csr", "onnxruntime", "onnxruntime:int8", "openvino", "openvino:int8"]
+MIXED = Choice("openvino", "int8-bfloat16")  # where the processor has bfloat16
+INT8 = ("int8", "int8-bfloat16")
 LOSS, SIZE = 0.01, 0.10
 BATCHES = "1,64"
 
@@ -67,25 +70,20 @@ def shares(
     return found
 
 
-def deflated(checkpoint: Path, int8: str | None) -> int:
-    """Bytes of the INT8 file of a model, deflated."""
-    from orchestration.engine_export import source_of
-    from orchestration.export_formats import FORMATS
-    from trainers.checkpoint import load_checkpoint
-
+def packed_size(int8: Path) -> int:
+    """Bytes of the file of an INT8 folder as ``espalier export --format compressed`` writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        if int8 is None:
-            model = load_checkpoint(str(checkpoint)).model.float().eval()
-            FORMATS["onnx-int8"].write(source_of(model, checkpoint, None), Path(folder))
-        content = Path(int8 or folder, "model.onnx").read_bytes()
-    return len(zlib.compress(content, 9))
+        pack(int8, Path(folder), read_record(int8, str(int8), key="--int8"))
+        return Path(folder, PACKED).stat().st_size
 
 
 def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:
-    models = [args.dense, *args.unstructured, *([args.structured] if args.structured else []), args.combined]
+    structured = [args.structured] if args.structured else []
+    models = (args.dense, *args.unstructured, *structured, args.combined, args.int8)
+    mixed = [] if ENGINES["openvino"].lacking(MIXED.kind, "cpu") else [str(MIXED)]
     options = BenchmarkOptions(
-        tuple(models + ([args.int8] if args.int8 else [])),
-        engines=ENGINES,
+        models,
+        engines=",".join([*WANTED, *mixed]),
         batch=BATCHES,
         data=args.data,
         calibration=args.calibration,
@@ -98,13 +96,13 @@ def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:
     Console(width=160).print(report.table())
     print(*report.words(), *report.recommendations(), sep="\n")
     names = dict(zip(options.models, dict.fromkeys(row.model for row in report.rows), strict=True))
-    dense, combined = names[args.dense], [names[args.combined]]
+    dense, combined, int8 = names[args.dense], names[args.combined], names[args.int8]
     groups = {
-        "INT8 alone": ([dense], ("int8",)),
+        "INT8 alone": ([dense], INT8),
         **{f"zeros alone ({names[u]})": ([names[u]], ("float32",)) for u in args.unstructured},
         **({"structure alone": ([names[args.structured]], ("float32",))} if args.structured else {}),
-        "structure and zeros": (combined, ("float32",)),
-        "all": (combined + ([names[args.int8]] if args.int8 else []), ("float32", "int8")),
+        "structure and zeros": ([combined], ("float32",)),
+        "all": ([combined, int8], ("float32", *INT8)),
     }
     found = shares(report, groups)
     missed = [
@@ -112,7 +110,7 @@ def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:
         for batch, ratio in found.get("all", {0: 0.0}).items()
         if ratio < args.least
     ]
-    size = deflated(Path(args.combined), args.int8) / Path(args.dense, "model.safetensors").stat().st_size
+    size = packed_size(Path(args.int8)) / Path(args.dense, "model.safetensors").stat().st_size
     if size > SIZE:
         missed.append(f"size {size:.3f} > {SIZE:g}")
     accuracies = [
@@ -183,8 +181,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json")
     args = parser.parse_args()
-    if args.device == "cpu" and None in (args.dense, args.combined, args.data, args.calibration):
-        parser.error("--dense, --combined, --data and --calibration are needed")
+    needed = (args.dense, args.combined, args.int8, args.data, args.calibration)
+    if args.device == "cpu" and None in needed:
+        parser.error("--dense, --combined, --int8, --data and --calibration are needed")
     line, missed = on_cuda(args) if args.device == "cuda" else on_cpu(args)
     print(line + (f"; missed: {json.dumps(missed)}" if missed else ""))
     sys.exit(1 if missed else 0)
