@@ -167,6 +167,7 @@ def _searched(sweep: Sweep) -> dict[str, Any]:
         "sampler": search.sampler,
         "first": _first(recipe),
         "scheduler": _stopping(recipe),
+        "reuse_actors": search.scheduler == "none",  # a process whose run was stopped cannot take another
         "limits": Limits(search, "schedule"),
         "fits": lambda: cluster_size().training_runs(recipe.resources),
     }

@@ -5,8 +5,8 @@
 ``trial``: an elimination anew with its evaluation, against a trial that reads the stored one; and a trial
 against its evaluation alone. ``loop``: trials that do nothing, a second, and how the time of one grows with
 their number. ``actors``: trials of half a second each on 1, 2 and 4 nodes of a processor each, simulated
-on this machine. ``train``: a Tune trial around a Ray Train run, from its start to its first step and from its
-last step to its end. The last line sums up; the exit status is 1 when a stated ratio is missed.
+on this machine. ``train``: a Tune trial around a Ray Train run of one step, from the end of the one before to
+its own. The last line sums up; the exit status is 1 when a stated ratio is missed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainers.evaluate import evaluate
 from trainers.order_run import write_order
 
 AT_LEAST = {"anew": 50.0, "loop": 5.0}
-AT_MOST = {"trial": 1.3, "growth": 2.0, "memory": 1.5, "start": 7.0}
+AT_MOST = {"trial": 1.3, "growth": 2.0, "memory": 1.5, "start": 7.0, "again": 7.0}
 SPARSITY, IMAGES = 0.75, 1000
 
 
@@ -196,7 +196,15 @@ def actors(args: argparse.Namespace) -> dict[str, float]:
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
-    """``start``: seconds of a Tune trial around a Ray Train run of one step, the first trial left out."""
+    """Seconds of a Tune trial around a Ray Train run of one step, the first trial left out.
+
+    ``start``: in a process of its own; ``again``: in that of the trial before, as where nothing stops trials.
+    """
+    with connect(None):
+        return {name: _train(args, reuse) for name, reuse in (("start", False), ("again", True))}
+
+
+def _train(args: argparse.Namespace, reuse: bool) -> float:
     job = {
         "name": "bench",
         "model": {"checkpoint": args.model, "classes": 10},
@@ -207,7 +215,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     clock = Clock()
     began: list[float] = []
     clock.trial_started = lambda *_: began.append(time.perf_counter())  # type: ignore[method-assign]
-    with connect(None), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         trainable = tune.with_parameters(
             training_trial, jobs=lambda values: job, resources=Resources(), storage=f"{folder}/train"
         )
@@ -215,15 +223,18 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             name="train",
             trainable=tune.with_resources(trainable, {"memory": 1 << 20}),
             space={"x": optuna.distributions.FloatDistribution(0.0, 1.0)},
-            trials=3,
+            trials=4,
             concurrent=1,
             storage=f"{folder}/tune",
             seed=0,
+            reuse_actors=reuse,
         )
         run_search(search, TrialLog(f"{folder}/trials.json"), clock)
-    each = [end - start for start, end in zip(began, clock.ends, strict=True)]
-    print("a Tune trial around a Train run of one step: " + ", ".join(f"{one:.1f} s" for one in each))
-    return {"start": statistics.median(each[1:])}
+    # from the end of one to the end of the next: what starts a process is in it
+    each = [end - start for start, end in zip([began[0], *clock.ends], clock.ends, strict=False)]
+    how = "in the process of the one before" if reuse else "in a process of its own"
+    print(f"a Tune trial around a Train run of one step, {how}: " + ", ".join(f"{one:.1f} s" for one in each))
+    return statistics.median(each[1:])
 
 
 def small_file(folder: str, train_file: str) -> str:
