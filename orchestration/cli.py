@@ -210,6 +210,18 @@ def recipes() -> None:
         click.echo(f"{name:<30}{text}")
 
 
+@cli.command()
+@click.argument("part", default="")
+def keys(part: str) -> None:
+    """List the keys of a recipe: values, default, meaning; all, or those below PART (recovery.lr)."""
+    from rich.console import Console
+
+    from orchestration.recipe_keys import as_table, recipe_keys
+
+    console = Console()
+    (console if console.is_terminal else Console(width=180)).print(as_table(recipe_keys(part)))
+
+
 def _end_in_order() -> None:
     """Ctrl-C and SIGTERM become one KeyboardInterrupt, also where a shell started us with them ignored."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -56,13 +57,24 @@ class Resources(Settings):
 
 
 class PhaseResources(Resources):
-    """What training runs take, where a phase needs no other."""
+    """What training runs take; a phase of its own takes what it does not say from the rest."""
 
     dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
     structured: Resources | None = Field(
         None, description="for recovery after the structured step; default: the same as others"
     )
     long_run: Resources | None = Field(None, description="for the long run; default: the same as others")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherited(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        rest = {key: value for key, value in content.items() if key in Resources.model_fields}
+        return {
+            key: {**rest, **value} if isinstance(value, Mapping) and key not in rest else value
+            for key, value in content.items()
+        }
 
     def of(self, phase: Phase) -> Resources:
         own = {"dense": self.dense, "structured": self.structured, "long_run": self.long_run}.get(phase)

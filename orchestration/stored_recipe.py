@@ -13,23 +13,26 @@ from pyarrow import fs
 from orchestration.config import Recipe
 from orchestration.public import without_password
 from orchestration.recipes import flatten, single, validate
+from orchestration.search_config import LIMITS
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
 RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
 _SHOWN = 6
-# What a sweep may go on with: more or fewer trials, another share of the cluster, other methods beside those
-# that are done, INT8 after them, another place to log to. None of it makes what is known wrong.
+# What a sweep may go on with: more or fewer trials and other limits of them, another share of the cluster,
+# other methods and sparsities beside those that are done, a longer run or INT8 after them, another place to
+# log to. None of it makes what is known wrong.
 _FREE = (
-    "allocation.trials",
+    *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
     "allocation.cpus_per_trial",
     "allocation.gpus_per_trial",
+    "allocation.sparsities",
     "description",
+    "long_run",
     "pruning.methods",
     "quantize",
     "resources",
-    "schedule.trials",
     "storage",
     "tracking",
 )

@@ -77,6 +77,17 @@ def test_the_structured_step_may_have_other_resources() -> None:
     )
     assert recipe.resources.of("structured").workers == 2
     assert recipe.resources.of("schedule").workers == 8
+    shared = {
+        "workers": 8,
+        "gpus_per_worker": 1,
+        "cpus_per_worker": 4,
+        "long_run": {"workers": {"min": 2, "max": 4}},
+    }
+    inherited = Recipe.model_validate(MINIMAL | {"resources": shared}).resources
+    assert inherited.of("long_run").gpus_per_worker == 1
+    assert inherited.of("long_run").most == 4
+    again = Recipe.model_validate(MINIMAL | {"resources": inherited.model_dump(mode="json")}).resources
+    assert again == inherited
     with pytest.raises(ValueError, match=r"structured\.recovery\.batch_size: 1 must be an image"):
         Recipe.model_validate(
             {**MINIMAL, "resources": own, "structured": {"mlp": 0.5, "recovery": {"batch_size": 1}}}

@@ -152,9 +152,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     broken = pa.table({"image": pa.array(content["image"], IMAGES), "label": content["label"]})
     uri = write(tmp_path / "a.parquet", broken)
     images = data.images(uri, data.eval_transform(CONFIG), key="data")
-    with pytest.raises(
-        InputError, match=r"a\.parquet.*row 1 cannot be decoded \(no image of a known"
-    ):
+    with pytest.raises(InputError, match=r"a\.parquet.*row 1 cannot be decoded \(no image of a known"):
         images[1]
 
 

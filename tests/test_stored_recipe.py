@@ -55,6 +55,10 @@ def test_a_sweep_moves_with_its_storage(tmp_path: Path) -> None:
     [
         "allocation.trials=99",
         "allocation.cpus_per_trial=2",
+        "allocation.failures=0.9",
+        "schedule.trial_minutes=60",
+        "allocation.sparsities=[0.5, 0.6]",
+        "long_run={recovery.epochs: 3}",
         "schedule.trials=99",
         "resources={workers: {min: 1, max: 2}, retries: 5}",
         "tracking.experiment=another",

@@ -1,0 +1,78 @@
+"""The list of a recipe's keys: all of them, with the defaults that hold, and none that is refused."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from orchestration.config import Recipe
+from orchestration.recipe_keys import recipe_keys
+from orchestration.recipes import describe_shipped, flatten, load_recipe, put
+from pruners.errors import InputError
+
+MINIMAL = {
+    "name": "x",
+    "model": {"architecture": "vit_tiny_patch16_224", "pretrained": True, "classes": 10},
+    "data": {"train": "train.parquet"},
+    "pruning": {"sparsity": 0.5},
+}
+
+
+def everything(key: str) -> set[str]:
+    return {one.name for one in recipe_keys(key)}
+
+
+def test_what_shipped_recipes_say_is_listed() -> None:
+    parts = {one.name.partition(".")[0] for one in recipe_keys()}
+    known = set.union(*map(everything, parts))
+    for name, _ in describe_shipped():
+        for key in flatten(load_recipe(name, []).model_dump(mode="json")):
+            # of an open part (space, args) the recipe's own words come after a listed key
+            assert any(key == one or key.startswith(f"{one}.") for one in known), (name, key)
+
+
+def test_the_defaults_are_those_of_a_recipe() -> None:
+    found = flatten(Recipe.model_validate(MINIMAL).model_dump(mode="json"))
+    given = {
+        "name",
+        "model.architecture",
+        "model.pretrained",
+        "model.classes",
+        "data.train",
+        "pruning.sparsity",
+    }
+    said = {one.name: one.default for one in recipe_keys()}
+    written = {True: "true", False: "false", None: "null"}
+    for key in (found.keys() & said.keys()) - given:
+        value = found[key]
+        if isinstance(value, bool | None):
+            assert said[key] == written[value], key
+        elif isinstance(value, int | float | str):
+            assert said[key] == str(value), key
+    assert said["name"] is None
+
+
+def test_a_key_that_is_not_listed_is_refused() -> None:
+    listed = {one.name for one in recipe_keys()}
+    assert "recovery.epocs" not in listed
+    with pytest.raises(ValidationError, match="epocs"):
+        Recipe.model_validate({**MINIMAL, "recovery": {"epocs": 3}})
+    for key, value in {"dense.epochs": 3, "allocation.trials": 2, "resources.retries": 4}.items():
+        assert key in listed
+        content = dict(MINIMAL)
+        put(content, key, value)
+        assert flatten(Recipe.model_validate(content).model_dump(mode="json"))[key] == value
+
+
+def test_what_was_said_is_not_said_again() -> None:
+    names = everything("")
+    assert "recovery.lr.peak" not in names
+    (short,) = (one for one in recipe_keys() if one.name == "recovery")
+    assert short.text.endswith("its keys are those of dense")
+    assert "recovery.lr.peak" in everything("recovery")
+    assert everything("recovery.lr") == {name for name in everything("recovery") if ".lr." in name}
+
+
+def test_an_unknown_part_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"key = 'recovry': no recipe has it \(did you mean 'recovery'\?\)"):
+        recipe_keys("recovry")
