@@ -27,7 +27,7 @@ from pruners.errors import InputError, first_line
 from trainers import data, models
 from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
-from trainers.engines import ENGINES, Place, Run
+from trainers.engines import ANY_BATCH, Place, Run
 from trainers.optional import installed
 from trainers.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.seals import read_sealed, sums
@@ -165,7 +165,7 @@ def _calibration(model: nn.Module, uri: str) -> Images:
 
 def _loaded(form: Format, folder: Path) -> Run:
     try:
-        return ENGINES[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
+        return ANY_BATCH[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
     except Exception as error:  # whatever an engine raises
         raise CheckError(
             f"{form.engine} cannot load the file ({first_line(error)}); nothing is kept"

@@ -8,6 +8,7 @@ import subprocess
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pruners.errors import InputError
 from trainers import engines, onnx_export, openvino_export, optional, torch_export
 from trainers.agreement import Agreement
 from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.engines import ENGINES, Place
+from trainers.engines import ANY_BATCH, ENGINES, Engine, Place
 from trainers.optional import openvino_core
 from trainers.preprocessing import pattern_images, preprocessing_of
 
@@ -100,10 +101,11 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     # a file of any batch size, by its engine
     model = load_checkpoint(str(files / name)).model.eval()
     pictures = engine_export._real_images(model, str(files / "images.parquet"))[0][:5]
-    answer = ENGINES[form.engine].load(out / form.file, form.kind, Place(1))
-    for size in (1, 3, 5):
-        apart = Agreement.of(answer(pictures[:size]), torch_answers(model, pictures[:size]))
-        assert apart.holds(form.kind), apart
+    for known in (ANY_BATCH, ENGINES):
+        answer = known[form.engine].load(out / form.file, form.kind, Place(1))
+        for size in (1, 3, 5, 1):
+            apart = Agreement.of(answer(pictures[:size]), torch_answers(model, pictures[:size]))
+            assert apart.holds(form.kind), apart
     probe = np.array(record["probe"]["logits"], np.float32)
     assert np.allclose(probe, answer(pattern_images(record["preprocessing"], 4)), atol=1e-6)
     # what the file says of itself
@@ -124,6 +126,30 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
             assert not [
                 entry for entry, bits in contents.items() if bits[:1] == b"\x80" or b"data.pkl" in bits
             ]
+
+
+@pytest.mark.parametrize(
+    ("known", "shapes"), [(ENGINES, ["[2,3,16,16]", "[1,3,16,16]"]), (ANY_BATCH, ["[?,3,16,16]"])]
+)
+def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
+    known: Mapping[str, Engine], shapes: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good(run, "export @/vit out --format openvino")
+    compiled = []
+
+    class Core:
+        read_model = staticmethod(openvino_core().read_model)
+
+        @staticmethod
+        def compile_model(model: Any, *how: Any) -> Any:
+            compiled.append(str(model.input().get_partial_shape()))
+            return openvino_core().compile_model(model, *how)
+
+    monkeypatch.setattr(engines, "openvino_core", Core)
+    answer = known["openvino"].load(Path("out/model.xml"), "float32", Place(1))
+    for size in (2, 1, 2):
+        assert answer(np.zeros((size, 3, 16, 16), np.float32)).shape == (size, 3)
+    assert compiled == shapes
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
