@@ -53,4 +53,6 @@ def _facts(registry: Registry, version: Version, tags: dict[str, str]) -> Iterat
     yield "data", tags.get("data", unknown)
     yield "git commit", tags.get("git_commit", unknown)
     yield "run", version.run or unknown
-    yield "dense", tags.get("dense", unknown) + (f", which is {tags['parent']}" if "parent" in tags else "")
+    yield "dense", tags.get("dense", unknown)
+    if "parent" in tags:
+        yield "parent", tags["parent"]

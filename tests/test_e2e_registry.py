@@ -257,4 +257,4 @@ def test_a_version_becomes_the_dense_model_of_the_next_sweep(
         "models:/espalier-again/1  @champion, @sparsity-80",
         f"models:/{MODEL}/{before.version}  @champion, @sparsity-75",
     ]
-    assert f"{version.tags['dense']}, which is models:/{MODEL}/{before.version}" in said.out
+    assert f"dense       {version.tags['dense']}\n  parent      models:/{MODEL}/{before.version}" in said.out
