@@ -91,6 +91,7 @@ def circumstances(target: LatencyTarget) -> dict[str, Any]:
         "machine": {key: found[key] for key in ("processor", "instructions", "cores", "system")},
         "versions": {name: found["versions"][name] for name in packages if name in found["versions"]},
         "engine": choice.engine,
+        "compiled": "for the batch size",  # tables of OpenVINO compiled for any were slower
         "type": choice.kind,
         "batch": target.batch,
         "threads": target.threads,
