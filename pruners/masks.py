@@ -47,6 +47,10 @@ class MaskSet(Mapping[str, Tensor]):
         weights = dict(model.named_parameters())
         return cls({layer.name: weights[layer.name].detach() != 0 for layer in layers})
 
+    def to(self, device: torch.device) -> MaskSet:
+        """The same masks on ``device``, where the weights are."""
+        return MaskSet({name: mask.to(device) for name, mask in self._masks.items()})
+
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Set every pruned weight of ``model`` to exactly zero, in place."""

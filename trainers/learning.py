@@ -191,9 +191,7 @@ class Held:
 
     def __init__(self, model: nn.Module, masks: MaskSet | None) -> None:
         weights = dict(model.named_parameters())
-        self._pairs = [
-            (weights[name], ~mask.to(weights[name].device)) for name, mask in (masks or {}).items()
-        ]
+        self._pairs = [(weights[name], ~mask) for name, mask in (masks or {}).items()]
 
     @torch.no_grad()
     def gradients(self) -> None:

@@ -103,6 +103,7 @@ class Session:
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])
         model.to(device)
+        masks = None if masks is None else masks.to(device)  # a checkpoint's are read on the CPU
         if training.channels_last:
             model.to(memory_format=torch.channels_last)
         precision = Precision(training.precision, device)
