@@ -5,8 +5,8 @@ PyTorch's own fake tensors know shapes and devices, but no values: what an elimi
 These have values too. Every operation is checked by the rule of fake tensors (all on one device, but for
 single numbers of the CPU and for indices), then done on the CPU.
 
-Not shown so: autocast and the scaler (PyTorch turns both off where there is no CUDA), NCCL, compilation, streams,
-memory, pinning, kernels that round otherwise.
+Not shown so: autocast and the scaler (PyTorch turns both off where there is no CUDA), NCCL, compilation,
+streams, memory, pinning, kernels that round otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _INDEXING = {
 }
 
 
-class MixedDevices(RuntimeError):
+class MixedDevicesError(RuntimeError):
     """Tensors of two devices in one operation."""
 
 
@@ -126,9 +126,9 @@ def _check(func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> bool:
         return ours
     if ours and any(one.ndim and not isinstance(one, OnCuda) for one in operands):
         shapes = [tuple(one.shape) for one in operands if not isinstance(one, OnCuda)]
-        raise MixedDevices(f"{func}: cuda:0 and cpu, the latter of shape {shapes[0]}")
+        raise MixedDevicesError(f"{func}: cuda:0 and cpu, the latter of shape {shapes[0]}")
     if indices and not ours and any(isinstance(one, OnCuda) for one in tensors):
-        raise MixedDevices(f"{func}: indices on cuda:0 for a tensor on the cpu")
+        raise MixedDevicesError(f"{func}: indices on cuda:0 for a tensor on the cpu")
     return ours
 
 
@@ -196,8 +196,8 @@ def labelled_cuda() -> Iterator[torch.device]:
     """Within, ``cuda`` is a device whose tensors must not meet others."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects they are
-    free = mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (1 << 33, 1 << 33))
-    drawn = mock.patch.object(torch, "Generator", lambda device=None: _Generator())
+    free = mock.patch.object(torch.cuda, "mem_get_info", return_value=(1 << 33, 1 << 33))
+    drawn = mock.patch.object(torch, "Generator", side_effect=lambda device=None: _Generator())
     try:
         with free, drawn, _Dispatch(), _Function():
             yield CUDA

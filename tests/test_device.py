@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import batches, tiny_vit
 from image_tables import VIT_ARGS, dense_folder
-from labelled_cuda import CUDA, MixedDevices, OnCuda, labelled_cuda
+from labelled_cuda import CUDA, MixedDevicesError, OnCuda, labelled_cuda
 from one_shot_inputs import actor, one_shot_inputs
 from safetensors.torch import load_file
 from torch import nn
@@ -72,9 +72,9 @@ def test_labelled_cuda_refuses_tensors_of_two_devices() -> None:
             lambda: other[torch.zeros(1, dtype=torch.long, device=device)],
             lambda: ours.masked_fill(other > 0, 0.0),
         ):
-            with pytest.raises(MixedDevices):
+            with pytest.raises(MixedDevicesError):
                 mixed()
-        for unreadable in (lambda: ours.numpy(), lambda: torch.as_tensor(ours).detach().numpy()):
+        for unreadable in (ours.numpy, lambda: torch.as_tensor(ours).detach().numpy()):
             with pytest.raises(TypeError, match="cuda"):
                 unreadable()
         # allowed on a real device too
@@ -278,5 +278,5 @@ def test_evaluate__a_layer_left_on_the_cpu_is_noticed() -> None:
     with labelled_cuda() as device:
         model.to(device)
         model.head = nn.Linear(8, 5)
-        with pytest.raises(MixedDevices):
+        with pytest.raises(MixedDevicesError):
             evaluate(model, batches(1))
