@@ -125,6 +125,7 @@ class Session:
             seed=job.seed,
             processes=training.data_workers,
             pin=device.type == "cuda",
+            normed=models.batch_normed(model),
         )
         prepared = building.prepared(job, model, images, source)
         session = cls(

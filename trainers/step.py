@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers import distributed
+from trainers import distributed, models
 from trainers.schedules import learning_rate
 from trainers.session import Session, seed_everything
 
@@ -41,7 +41,8 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     optimizer.zero_grad(set_to_none=True)
     if _goes_on(session):
         session.moved.remember()
-    for some, theirs, last in _parts(images, labels, training.accumulate):
+    least = 2 if models.batch_normed(session.model) else 1
+    for some, theirs, last in _parts(images, labels, min(training.accumulate, len(images) // least)):
         mixed, targets = session.targets(some, theirs)
         with _together(session.network, last), session.precision():
             part = session.loss(session.network(mixed), targets, mixed)
@@ -97,9 +98,8 @@ def settle(session: Session) -> None:
 
 
 def _parts(images: Tensor, labels: Tensor, count: int) -> list[tuple[Tensor, Tensor, bool]]:
-    """The images of a step in up to ``count`` parts, and whether a part is the last."""
-    size = -(-len(images) // count)
-    pairs = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+    """The images of a step in ``count`` parts, which differ by one image at most; whether it is the last."""
+    pairs = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     return [(some, theirs, number == len(pairs) - 1) for number, (some, theirs) in enumerate(pairs)]
 
 
