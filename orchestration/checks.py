@@ -139,6 +139,10 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         classes = getattr(model, "num_classes", recipe.model.classes)
         if classes != recipe.model.classes:
             raise InputError("model.classes", recipe.model.classes, f"{source} has {classes} classes")
+        channels = models.input_size(model)[0]
+        if channels != 3:
+            expected = f"takes {channels} channels, and images are read as RGB"
+            raise InputError("model.checkpoint", source, expected)
     else:
         with torch.device("meta"):
             settings = recipe.model.model_copy(update={"pretrained": False})

@@ -247,6 +247,9 @@ def main() -> None:
     except click.ClickException as error:
         click.echo(f"espalier: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
+    except FloatingPointError as error:
+        click.echo(f"espalier: {error}", err=True)
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)

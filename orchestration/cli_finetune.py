@@ -18,7 +18,7 @@ _INTERRUPTED = 130
 @click.option("--validation", metavar="PARQUET", help="Default: a tenth of the training images is held out.")
 @click.option(
     "--classes",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     help="Of the images. Another number than the checkpoint's brings a new classifier.",
 )
 @click.option("--out", required=True, metavar="FOLDER", help="Where the result goes.")

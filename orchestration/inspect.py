@@ -70,6 +70,10 @@ def _evaluate(checkpoint: str, data_uri: str, batch_size: int) -> Iterator[str]:
     from trainers.tables import check_table
 
     found = int8.load_runnable(checkpoint, key="model")
+    channels = found.config["input_size"][0]
+    if found.classes < 2 or channels != 3:
+        what = f"is for {found.classes} classes and {channels} channels"
+        raise InputError("model", checkpoint, f"{what}; must be for RGB images of two classes at least")
     check_table(data_uri, found.classes, key="--data")
     images = data.images(data_uri, data.eval_transform(found.config), key="--data")
     result = evaluate(found.model, data.eval_loader(images, batch_size))

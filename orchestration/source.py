@@ -141,7 +141,7 @@ def check_images(uri: str, model: nn.Module, key: str) -> str:
         InputError: as :func:`trainers.tables.check_table`, or a model that takes other images.
     """
     classes, (channels, *_) = models.classes(model), models.input_size(model)
-    if not classes or channels != 3:
+    if classes < 2 or channels != 3:
         found = f"{classes} classes and {channels} channels"
         raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
     return check_table(uri, classes, key=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +14,10 @@ State = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial that ended: its proposal, its score (higher is better), its figures, where its model is."""
+    """One trial that ended: its proposal, its score (higher is better), its figures, where its model is.
+
+    One whose score is not finite has failed: NaN is no less than anything, and would be the best.
+    """
 
     number: int
     values: dict[str, Any]
@@ -27,6 +31,13 @@ class TrialRecord:
     trace: str | None = None  # the last lines of what a failed trial wrote down
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
+
+    def __post_init__(self) -> None:
+        if self.score is None or math.isfinite(self.score):
+            return
+        said = self.error or f"its score is {self.score:g}"
+        for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": said}.items():
+            object.__setattr__(self, key, value)
 
     @property
     def percent(self) -> str:

@@ -150,6 +150,11 @@ class BlockFisher:
                 self._name_the_bad(name, rows)
         self._taken = 0
 
+    @property
+    def blank(self) -> bool:
+        """Whether gradients were taken, and all of them are zero: F is λI then, and says nothing."""
+        return self.count > 0 and not any(bool(self._diagonal(name).any()) for name in self.sums)
+
     def total(self, name: str, chosen: slice = slice(None)) -> Tensor:
         """Σ g gᵀ of some blocks of a layer as whole matrices (k, B, B)."""
         first, last = (part[chosen] for part in self.sums[name])

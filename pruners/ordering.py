@@ -137,6 +137,9 @@ class Ordering:
                 fisher.add_many(some)
                 self._tell("gradients", fisher.count, max(limit, fisher.count))
             fisher.flush()
+            if fisher.blank and any(bool(self.masks[layer.name].any()) for layer in group):
+                expected = "is zero in every layer: has the model one class, or are its answers constant?"
+                raise InputError("gradient", 0.0, expected)
         mine = self.gather(fisher, group)
         if len(self._groups) == 1:
             self._kept, self._mine = fisher, mine

@@ -82,6 +82,15 @@ def dense_folder(folder: Path, architecture: str = VIT, classes: int = 3, seed: 
     return folder
 
 
+def normed_folder(folder: Path, classes: int = 3) -> Path:
+    """A checkpoint folder of a small ResNet, which has batch norms; its images are of 32 by 32."""
+    arguments = {"stem_width": 8, "channels": [8, 16, 16, 32]}
+    size = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    model = timm.create_model("resnet10t", num_classes=classes, pretrained_cfg_overlay=size, **arguments)
+    save_checkpoint(folder, model, model_args=arguments, masks=None, record={"method": "dense"})
+    return folder
+
+
 def images(count: int, side: int = 16) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
 

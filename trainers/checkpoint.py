@@ -31,6 +31,7 @@ from pruners.errors import InputError
 from pruners.layers import find_layers
 from pruners.masks import MaskSet
 from trainers import storage
+from trainers.finite import check_finite, describe, not_finite
 from trainers.models import load_hub, load_timm_folder
 from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
@@ -72,7 +73,11 @@ def save_checkpoint(
         model_args: the keyword arguments that build this architecture.
         record: what ``pruning.json`` shall say besides versions and checksums.
         ranges: of a model that was trained for INT8; they go into :data:`RANGES`.
+
+    Raises:
+        FloatingPointError: a weight or range that is not finite; nothing is written.
     """
+    check_finite({**model.state_dict(), **(ranges or {})}, "the model cannot be saved")
     folder.mkdir(parents=True, exist_ok=True)
     if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):  # channels last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
@@ -122,7 +127,7 @@ def load_folder(
     """As :func:`load_checkpoint`, of a folder of this machine that its user knows as ``uri``.
 
     Raises:
-        InputError: as :func:`verify`, or weights or masks that do not fit.
+        InputError: as :func:`verify`, or weights or masks that do not fit, or weights that are not finite.
     """
     record = verify(folder, uri, key=key)
     weights, masks = None, MaskSet.load(folder / MASKS) if (folder / MASKS).exists() else None
@@ -132,6 +137,9 @@ def load_folder(
         model = load_timm_folder(folder, weights, **arguments)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
+    broken = not_finite(model.state_dict())
+    if broken:
+        raise InputError(key, uri, f"holds weights that no model can have: {describe(broken)}")
     if masks is not None:
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
         for name, mask in masks.items():

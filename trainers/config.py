@@ -30,7 +30,7 @@ class ModelSettings(Settings):
     args: dict[str, Any] = Field({}, description="keyword arguments of timm.create_model")
     pretrained: bool = Field(False, description="take timm's own weights as the dense model")
     checkpoint: Name | None = Field(None, description="folder (any pyarrow URI), hf-hub:NAME or models:/NAME")
-    classes: int = Field(1000, ge=1)
+    classes: int = Field(1000, ge=2, description="of one class there is nothing to learn: its loss is 0")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
@@ -38,6 +38,9 @@ class ModelSettings(Settings):
             raise ValueError("architecture: give either architecture or checkpoint")
         if self.checkpoint is not None and (self.pretrained or self.args):
             raise ValueError("checkpoint: holds its own weights and args; drop pretrained and args")
+        channels = self.args.get("in_chans", 3)
+        if channels != 3:
+            raise ValueError(f"args: in_chans must be 3, as images are read as RGB ({channels!r} given)")
         return self
 
     @property

@@ -139,14 +139,16 @@ def train_loader(
     seed: int,
     processes: int,
     pin: bool = False,
+    normed: bool = False,
 ) -> tuple[Batches, EpochBatches]:
     """Shuffled batches of one worker, and the sampler that says which epoch they are of.
 
     Args:
         batch: images a step over all workers.
         processes: that decode and augment; 0 does it between the steps.
+        normed: the model has batch norms (:class:`EpochBatches`).
     """
-    sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed)
+    sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed, normed=normed)
     loader: Batches = DataLoader(
         TrainingImages(table, augment, seed),
         batch_sampler=sampler,

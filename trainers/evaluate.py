@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -37,18 +38,27 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Evaluate in eval mode; the model's mode is restored. What has no parameters is run on the CPU."""
+    """Evaluate in eval mode; the model's mode is restored. What has no parameters is run on the CPU.
+
+    Raises:
+        FloatingPointError: answers that are not finite, on every worker (class 0 would be the largest).
+        ValueError: no images.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, loss, images, answers not finite
     for images, labels in batches:
         logits, targets = model(images.to(device)), labels.to(device)
         sums[0] += (logits.argmax(1) == targets).sum()
         sums[1] += functional.cross_entropy(logits.float(), targets, reduction="sum")
         sums[2] += len(targets)
+        sums[3] += (~torch.isfinite(logits).all(1)).sum()
     model.train(training)
-    correct, loss, count = sum_over_workers(sums).tolist()
+    correct, loss, count, broken = sum_over_workers(sums).tolist()
     if not count:
         raise ValueError("nothing to evaluate: the loader gave no images")
+    if broken or not math.isfinite(loss):
+        wrong = f"the answers to {int(broken)} are not" if broken else f"their loss is {loss:g}"
+        raise FloatingPointError(f"the model is not finite on {int(count)} images: {wrong}")
     return Evaluation(correct / count, loss / count, int(count))

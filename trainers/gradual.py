@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from pruners.one_shot import pattern_budget
 from trainers import distributed, storage
 from trainers.config import TrainJob
 from trainers.evaluate import Evaluation, evaluate
-from trainers.meter import Metrics
+from trainers.meter import Metrics, numbers
 from trainers.prune_step import Goal, StepReport, ordering, prune_step, sharing_of
 from trainers.session import Session
-from trainers.step import train_step
+from trainers.step import settle, train_step
 
 _LOOK = 10  # steps between two looks at the clock
 _ASK_SECONDS = 5.0  # between two questions to the cluster, which takes some milliseconds to answer
@@ -91,21 +92,27 @@ def train_epoch(session: Session, report: Report, leaving: Callable[[], bool], s
         session.step += 1
         stepped(session.step, session.steps)
         if session.step % per_epoch and _due(session, leaving):
-            session.meter.settle()
+            settle(session)
             report(Progress(_between(session), _saver(session)))
 
 
 def end_epoch(session: Session) -> Metrics:
-    """Evaluate, keep the model if it is the best at a sparsity that is kept, and say how things stand."""
+    """Evaluate, keep the model if it is the best at a sparsity that is kept, and say how things stand.
+
+    Raises:
+        FloatingPointError: losses, weights or answers that are not finite: nothing is kept, or said, of them.
+    """
     job, meter = session.job, session.meter
-    meter.settle()
+    settle(session)
     meter.check(job.data.bad_limit)
+    finite = [loss for loss in meter.losses if math.isfinite(loss)]
+    session.check_finite()
     result = evaluate(session.evaluated, session.validation)
     at_target = job.pruning is None or session.target == job.pruning.sparsity
     metrics: Metrics = {
         "epoch": session.epoch,
         "step": session.step,
-        "train_loss": sum(meter.losses) / len(meter.losses),
+        "train_loss": sum(finite) / len(finite) if finite else math.nan,  # all of its steps were left out
         "val_loss": result.loss,
         "val_top1": result.top1,
         "sparsity": session.sparsity,
@@ -153,9 +160,9 @@ def _keep(session: Session, metrics: Metrics, result: Evaluation) -> None:
     pruning = session.job.pruning
     wanted = {session.target} if pruning is None else {pruning.sparsity, *pruning.keep}
     level = next((f"{one:g}" for one in wanted if abs(one - session.target) < 1e-6), None)
-    if level is None or result.score <= session.kept.get(level, {}).get("level_score", -2.0):
+    if level is None or not result.score > session.kept.get(level, {}).get("level_score", -math.inf):
         return
-    figures = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    figures = numbers(metrics)
     session.kept[level] = figures | {"level_score": result.score}
     folder = session.job.keep_folder
     if folder is not None and distributed.rank() == 0:
@@ -199,5 +206,6 @@ def _damp_facts(step: StepReport) -> dict[str, float]:
 
 
 def _saver(session: Session) -> Callable[[Path], None]:
+    session.check_finite()  # by every worker: only the first one saves, and the others would wait for it
     session.saved_at = time.monotonic()
     return lambda folder: session.save(folder, session.last)

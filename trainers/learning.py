@@ -183,6 +183,28 @@ def moving_average(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
     return None if decay is None else ModelEmaV3(model, decay=decay)
 
 
+class Moved:
+    """What a forward pass of training moves itself: running statistics of norms, ranges of int8.
+
+    A step that is left out must not have moved them: NaN would stay in them for ever.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._own = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Before a step."""
+        self._before = [buffer.clone() for buffer in self._own]
+
+    @torch.no_grad()
+    def put_back(self, unless: Tensor) -> None:
+        """After it, unless a boolean of one number says that it was made; the device is not waited for."""
+        for buffer, before in zip(self._own, self._before, strict=True):
+            buffer.copy_(torch.where(unless, buffer, before))
+
+
 class Held:
     """Keeps pruned weights at exactly zero, its look-ups done once.
 

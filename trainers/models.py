@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config import DataSettings, ModelSettings
@@ -30,12 +32,12 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
         for key in ("mean", "std")
         if data is not None and (value := getattr(data, key)) is not None
     }
-    if not settings.pretrained:
-        # what timm's preprocessing needs to know of a model that we train ourselves
-        size = arguments.get("img_size")
-        if size is not None:
-            side = (size, size) if isinstance(size, int) else tuple(size)
-            normalisation |= {"input_size": (3, *side), "crop_pct": 1.0}
+    size = arguments.get("img_size")
+    if size is not None:
+        # timm's preprocessing goes by its own configuration, whatever the model is built for
+        normalisation |= {"input_size": (3, *_sides(size))} | (
+            {} if settings.pretrained else {"crop_pct": 1.0}
+        )
     try:
         model: nn.Module = timm.create_model(
             name,
@@ -60,7 +62,8 @@ def load_timm_folder(
         config: Any = model.pretrained_cfg
         config["source"] = "local-dir"
         del config["state_dict"]  # they are the model's now
-    return model
+    known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
+    return _as_built(model, known.get("img_size"), known.get("in_chans"))
 
 
 def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
@@ -69,7 +72,29 @@ def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
     config = dict(known)
     given = {"num_classes": classes(model), **arguments}
     made: nn.Module = timm.create_model(config["architecture"], pretrained_cfg=config, **given)
-    return made
+    return _as_built(made)
+
+
+def _as_built(model: nn.Module, size: Any = None, channels: int | None = None) -> nn.Module:
+    """The same model, whose preprocessing gives images of the size and channels that it was built for.
+
+    timm's comes from the pretrained weights' configuration: ``img_size: 384`` leaves it at 224.
+
+    Args:
+        size, channels: that it was built for, where the model itself does not hold them.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if config and config.get("input_size"):
+        usual, *sides = config["input_size"]
+        held = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+        config["input_size"] = (channels or usual, *(sides if held is None else _sides(held)))
+    return model
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width of timm's ``img_size``."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def replace_head(model: nn.Module, classes: int) -> None:
@@ -88,7 +113,7 @@ def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Modu
     """A model of a hub (``hf-hub:NAME``)."""
     extra = {} if classes is None else {"num_classes": classes}
     model: nn.Module = timm.create_model(name, pretrained=True, **extra, **arguments)
-    return model
+    return _as_built(model)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -100,6 +125,11 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 def classes(model: nn.Module) -> int:
     found: Any = model.num_classes
     return int(found)
+
+
+def batch_normed(model: nn.Module) -> bool:
+    """Whether it has batch norms, which need more than one image to train on."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -28,19 +28,36 @@ class EpochBatches(Sampler[list[Sample]]):
     The workers share each batch as evenly as it goes; the last one of an epoch may be smaller. A worker that
     is left without an image takes the batch's first (its ``weight`` is 0: :meth:`shares`).
 
+    Batch norms take their statistics from a worker's images of a step, and one image has none. For them the
+    smaller batch at the end is left out, as timm does: other images fall into it in each epoch.
+
     Args:
         size: images.
         batch: images of a batch over all workers.
+        normed: the model has batch norms.
 
     Raises:
-        InputError: fewer images in a batch than workers.
+        InputError: fewer images in a batch than workers; with batch norms, than two for each.
     """
 
-    def __init__(self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
-        if batch < world:
-            raise InputError(
-                "training.batch_size", batch, f"must be at least one for each of {world} workers"
-            )
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        normed: bool = False,
+    ) -> None:
+        least = 2 if normed else 1
+        wanted = f"at least {'two' if normed else 'one'} for each of {world} workers"
+        why = ", as the model has batch norms" if normed else ""
+        if batch < least * world:
+            raise InputError("training.batch_size", batch, f"must be {wanted}{why}")
+        if normed and size < least * world:
+            raise InputError("data.train", f"{size} images", f"must be {wanted}{why}")
+        self._drops = normed and size > batch
         self._size, self._batch, self._rank, self._world, self._seed = size, batch, rank, world, seed
         self._epoch, self._first = 0, 0
 
@@ -49,7 +66,7 @@ class EpochBatches(Sampler[list[Sample]]):
         self._epoch, self._first = epoch, step
 
     def __len__(self) -> int:
-        return (self._size + self._batch - 1) // self._batch
+        return self._size // self._batch if self._drops else -(-self._size // self._batch)
 
     def samples(self, epoch: int, step: int) -> list[Sample]:
         """This worker's images of a step."""

@@ -22,15 +22,17 @@ from trainers import building, data, distributed, models, state
 from trainers.augment import Augment, Normalise
 from trainers.checkpoint import save_checkpoint
 from trainers.config import TrainJob
+from trainers.finite import check_finite
 from trainers.learning import (
     Held,
+    Moved,
     Precision,
     Targets,
     freeze,
     make_optimizer,
     moving_average,
 )
-from trainers.meter import Meter, Metrics
+from trainers.meter import Meter, Metrics, numbers
 from trainers.prune_step import Gradients, gradient_source, prunable_layers
 from trainers.quantize import Prepared
 from trainers.sampling import EpochBatches
@@ -45,7 +47,8 @@ class Session:
         average: the moving average of its weights, if the recipe asks for one.
         prepared: the model with fake quantisation around its weights, where it is trained for INT8.
         plan: steps that begin with a pruning step, and the sparsity it reaches.
-        held: what keeps pruned weights at zero; ``meter`` holds the losses of the epoch so far.
+        held: what keeps pruned weights at zero; ``moved`` what a forward pass moves besides them.
+        meter: the losses of the epoch so far.
         step: optimizer steps done.
         kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
     """
@@ -70,6 +73,7 @@ class Session:
     validation: data.Batches
     plan: dict[int, float]
     held: Held
+    moved: Moved
     prepared: Prepared | None = None
     meter: Meter = field(default_factory=Meter)
     step: int = 0
@@ -122,6 +126,7 @@ class Session:
             seed=job.seed,
             processes=training.data_workers,
             pin=device.type == "cuda",
+            normed=models.batch_normed(model),
         )
         prepared = building.prepared(job, model, images, source)
         session = cls(
@@ -147,6 +152,7 @@ class Session:
             ),
             plan=building.pruning_steps(job, masks, len(sampler)),
             held=Held(model, masks),
+            moved=Moved(model if prepared is None else prepared),
             prepared=prepared,
         )
         if source is not None:
@@ -192,6 +198,13 @@ class Session:
     def evaluated(self) -> nn.Module:
         """What is shown, with the values that int8 can hold where it is trained for those."""
         return self.shown if self.prepared is None else self.prepared
+
+    def check_finite(self) -> None:
+        """Raises:
+        FloatingPointError: a weight of the model, or of its average, that is not; on every worker.
+        """
+        for model in {id(one): one for one in (self.model, self.shown)}.values():
+            check_finite(model.state_dict(), f"after step {self.step - 1}")
 
     def gradients(self, pruner: Pruner) -> Gradients:
         """This worker's gradients for a pruning step."""
@@ -239,7 +252,7 @@ class Session:
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
-            "figures": {key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            "figures": numbers(metrics),
             "costs": self.costs.at(pruned).as_dict(),
             "recipe": self.job.model_dump(mode="json", include=said),
             **self.job.lineage,

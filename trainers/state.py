@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pruners.errors import InputError
-from trainers.checkpoint import TRAINER_FILES
+from trainers.checkpoint import TRAINER_FILES, WEIGHTS
 from trainers.config import TrainJob
+from trainers.finite import describe, not_finite
 from trainers.seals import sha256, sums
 
 TENSORS, PROGRESS = TRAINER_FILES
@@ -39,7 +40,8 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder: a file missing, truncated or changed; ``None`` if nothing."""
+    """What is wrong with a checkpoint folder: a file missing, truncated or changed, or weights that are not
+    finite, as earlier versions could leave; ``None`` if nothing."""
     try:
         sealed = json.loads((folder / PROGRESS).read_text())
         if _seal(sealed["state"]) != sealed["seal"]:
@@ -52,6 +54,10 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if sha256(folder / name) != expected:
             return f"{name} is not as it was written"
+    for name in (WEIGHTS, TENSORS):
+        broken = not_finite(load_file(folder / name)) if name in files else []
+        if broken:
+            return f"{name} holds values to go on from that are none: {describe(broken)}"
     return None
 
 

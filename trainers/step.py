@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers import distributed
+from trainers import distributed, models
 from trainers.schedules import learning_rate
 from trainers.session import Session, seed_everything
 
 _PATIENCE = 10  # steps of a run that may be left out because they were not finite
 _LOOK = 10  # on a GPU, steps between two looks at whether they were
+_OVERFLOWS = 30  # steps in a row that float16 may leave out; its first scale of 65536 is halved by each
 
 
 def train_step(session: Session, batch: Sequence[Tensor]) -> None:
@@ -24,7 +26,8 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     that N of them train as one does.
 
     Raises:
-        FloatingPointError: a loss or gradient that is not finite, with the step and the layer it came from.
+        FloatingPointError: a loss or gradient that is not finite, with the step and the layer it came from;
+            on a GPU up to ten steps later.
     """
     training, optimizer, scaler = session.job.training, session.optimizer, session.precision.scaler
     seed_everything(session.job.seed, session.step, distributed.rank())
@@ -36,33 +39,67 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     share = session.sampler.share(session.step % len(session.sampler))
     loss = torch.zeros((), device=session.device)
     optimizer.zero_grad(set_to_none=True)
-    for some, theirs, last in _parts(images, labels, training.accumulate):
+    if _goes_on(session):
+        session.moved.remember()
+    least = 2 if models.batch_normed(session.model) else 1
+    for some, theirs, last in _parts(images, labels, min(training.accumulate, len(images) // least)):
         mixed, targets = session.targets(some, theirs)
         with _together(session.network, last), session.precision():
             part = session.loss(session.network(mixed), targets, mixed)
             part = part * (share * len(some) / len(images))
             scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
+    session.held.gradients()  # first: what is pruned has no say in whether the scaler leaves the step out
     scaler.unscale_(optimizer)
-    session.held.gradients()
     norm = nn.utils.clip_grad_norm_(session.trained, training.clip_grad or torch.inf)
-    if _looks(session) and not bool(torch.isfinite(norm)):
+    sound = torch.isfinite(norm)
+    if _at_once(session) and not bool(sound):
         _not_finite(session, images, loss)
+        session.moved.put_back(sound)
     else:
         scaler.step(optimizer)
         session.held.weights()
+        if training.precision == "float16":
+            session.moved.put_back(sound)
         if session.prepared is not None:
             session.prepared.agree()
         if session.average is not None:
             session.average.update(session.model)
     scaler.update()
-    session.meter.record(loss, rate, skipped)
+    session.meter.record(loss, rate, skipped, norm)
+    if not _at_once(session) and session.step % _LOOK == 0:
+        _look(session, session.step)
+
+
+def settle(session: Session) -> None:
+    """Bring the losses of all workers together, before a model is evaluated or saved.
+
+    Raises:
+        FloatingPointError: a loss or gradients that are not finite, by the step; more such steps than may be
+            left out; a run of which no step was made.
+    """
+    training, meter = session.job.training, session.meter
+    _look(session, session.step - 1)
+    new = meter.settle()
+    for step, (loss, sound) in enumerate(new, session.step - len(new)):
+        if not math.isfinite(loss):
+            if training.on_nan == "stop":
+                raise FloatingPointError(f"the loss is {loss:g} in {_where(session, step)}")
+            # others that were left out are counted already
+            meter.left_out += training.precision == "float16" or sound
+        elif training.precision == "float16":
+            meter.overflows += not sound
+    if meter.left_out > _PATIENCE:
+        raise FloatingPointError(
+            f"{meter.left_out} steps were not finite up to {_where(session, session.step - 1)}"
+        )
+    if meter.idle >= session.step == session.steps:
+        raise FloatingPointError(f"each of the run's {session.steps} steps was left out: none was finite")
 
 
 def _parts(images: Tensor, labels: Tensor, count: int) -> list[tuple[Tensor, Tensor, bool]]:
-    """The images of a step in up to ``count`` parts, and whether a part is the last."""
-    size = -(-len(images) // count)
-    pairs = list(zip(torch.split(images, size), torch.split(labels, size), strict=True))
+    """The images of a step in ``count`` parts, which differ by one image at most; whether it is the last."""
+    pairs = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     return [(some, theirs, number == len(pairs) - 1) for number, (some, theirs) in enumerate(pairs)]
 
 
@@ -83,12 +120,44 @@ def _set_rate(session: Session) -> float:
     return rate
 
 
-def _looks(session: Session) -> bool:
-    """Whether this step's numbers are looked at: that makes the host wait for a GPU."""
+def _goes_on(session: Session) -> bool:
+    """Whether the run may go on after a step that was not finite."""
+    return session.job.training.on_nan == "skip" or session.job.training.precision == "float16"
+
+
+def _at_once(session: Session) -> bool:
+    """Whether each step's gradients are looked at before they are used: that makes the host wait for a GPU.
+
+    In float16 the scaler looks, and leaves steps out of itself.
+    """
     if session.job.training.precision == "float16":
-        return False  # the scaler looks, and leaves steps out of itself
-    every = session.device.type == "cpu" or session.job.training.on_nan == "skip"
-    return every or session.step % _LOOK == 0
+        return False
+    return session.device.type == "cpu" or session.job.training.on_nan == "skip"
+
+
+def _look(session: Session, last: int) -> None:
+    """Look at the gradients of the steps up to ``last`` that nobody has looked at.
+
+    Raises:
+        FloatingPointError: they were not finite; in float16, too often one after the other.
+    """
+    training, meter = session.job.training, session.meter
+    sound = meter.look()
+    if training.precision == "float16":
+        if meter.idle >= _OVERFLOWS:
+            raise FloatingPointError(
+                f"the last {meter.idle} steps up to {_where(session, last)} were left out: their gradients "
+                "are not finite in float16, at any scale; take bfloat16 or float32"
+            )
+    elif training.on_nan == "stop" and not all(sound):
+        step = last + 1 - len(sound) + sound.index(False)
+        later = f", seen {last - step} steps later" if last > step else ""
+        raise FloatingPointError(f"the gradients are not finite in {_where(session, step)}{later}")
+
+
+def _where(session: Session, step: int) -> str:
+    epoch, place = divmod(step, len(session.sampler))
+    return f"step {place} of epoch {epoch}"
 
 
 def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
@@ -97,12 +166,10 @@ def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
     meter.left_out += 1
     if session.job.training.on_nan == "skip" and meter.left_out <= _PATIENCE:
         return
-    per_epoch = len(session.sampler)
-    step, epoch = session.step % per_epoch, session.epoch
     where = [text for text in distributed.gather(_culprit(session, images)) if text]
     value = float(distributed.mean_over_workers(loss))
     raise FloatingPointError(
-        f"the loss is {value:g} in step {step} of epoch {epoch}"
+        f"the loss is {value:g} in {_where(session, session.step)}"
         + (f", after {meter.left_out - 1} steps left out" if meter.left_out > 1 else "")
         + f"; {where[0] if where else 'gradients alone are not finite'}"
     )
