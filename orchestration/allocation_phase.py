@@ -175,7 +175,11 @@ class _Searches:
             return None
         target = self._rule.target
         job = latency.LatencyJob(self._dense.checkpoint, sweep.recipe.pruning, target, sweep.storage)
-        table, new = latency.on_server(target, latency.LatencyJob.run, job)
+        file, table = latency.on_server(target, latency.LatencyJob.known, job)
+        new = False
+        if table is None:
+            with sweep.making(f"latency/{file}", f"times of {target}"):
+                table, new = latency.on_server(target, latency.LatencyJob.run, job)
         sweep.display.say(f"      {'measured' if new else 'known'}: {latency.told(table, target)}")
         return table
 
@@ -212,7 +216,9 @@ class _Searches:
                 seed=sweep.recipe.seed,
             )
             if not order.known:
-                self._make(order)
+                with sweep.making(f"orders/{order.fingerprint}", f"{self._method}: elimination"):
+                    if not order.known:
+                        self._make(order)
             if "why" in order.facts:
                 sweep.display.say(f"{self._method}: {order.facts['why']}")
             task, _ = sweep.task(remote.order_facts)

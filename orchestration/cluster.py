@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from orchestration.config import Resources
-from orchestration.ports import LOOPBACK, free_port
+from orchestration.ports import LOOPBACK, reserve
 from orchestration.search_config import AllocationSearch
 from pruners.errors import InputError, first_line
 
@@ -184,17 +184,20 @@ def _start_local() -> None:
 
 def _start_at_free_port() -> None:
     """All of this machine's processors, the dashboard on loopback, other ports behind a token."""
-    port = free_port(_DASHBOARD_PORT)
+    port, lock = reserve(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
-    ray.init(
-        address="local",
-        include_dashboard=True,
-        dashboard_host=LOOPBACK,
-        dashboard_port=port,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host=LOOPBACK,
+            dashboard_port=port,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        os.close(lock)
 
 
 def _join(address: str) -> None:

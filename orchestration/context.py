@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from orchestration.alone import in_turn
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
 from orchestration.datasets import Dataset, datasets
@@ -24,6 +25,8 @@ from pruners.errors import InputError
 from trainers import storage
 from trainers.checkpoint import weights_hash
 from trainers.config import DataSettings
+
+SCRATCH = "scratch"  # in a sweep's folder
 
 
 @dataclass
@@ -86,9 +89,30 @@ class Sweep:
         return replace(self, lineage={**self.lineage, **facts})
 
     @contextmanager
+    def making(self, artefact: str, title: str) -> Iterator[None]:
+        """Make something that all sweeps of the storage share, alone; look again whether it is there.
+
+        A sweep that is at it is waited for, which is said. Hold one at a time.
+
+        Args:
+            artefact: its folder in the storage (``dense/KEY``).
+            title: what the display calls it.
+        """
+
+        def wait(by: str) -> None:
+            self.display.say(f"      {title}: another sweep is making it{by}; waiting for that")
+
+        joined = len(self.size.nodes) != 1  # several machines may mean the same file by one lock, or not
+        with in_turn(self.storage, artefact, wait, by_cluster=joined):
+            yield
+
+    @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
-        """Where Tune and Train keep their own state while they run; nobody reads it again."""
-        uri = f"{self.storage}/scratch/{name}"
+        """Where Tune and Train keep their own state while they run; nobody reads it again.
+
+        It is the sweep's own, as two that make the same would delete each other's.
+        """
+        uri = f"{self.root}/{SCRATCH}/{name}"
         storage.remove(uri)
         try:
             yield uri

@@ -6,6 +6,8 @@ changed is not run again, and an interrupted phase goes on where it was.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 
 from orchestration import registry, remote
@@ -43,25 +45,43 @@ def dense_phase(sweep: Sweep) -> Dense:
     if storage.exists(f"{checkpoint}/{RECORD}"):
         sweep.display.phase("dense model")
         return _measured(sweep, checkpoint, "reused")
-    if recipe.dense is None:
-        sweep.display.phase("dense model")
-        if version is not None:
-            with registry.pulled(version, sweep.tracker.uri) as local:
-                storage.write_json(f"{local}/{PARENT}", {"version": version})
-                storage.upload(local, checkpoint)
+    log = f"{folder}/trials.json"
+    shown: dict[str, Any] = (
+        {} if recipe.dense is None else {"epochs": recipe.dense.epochs, "label": "dense", "log": log}
+    )
+    sweep.display.phase("dense model", **shown)
+    with sweep.making(f"dense/{key}", "dense model"):
+        if storage.exists(f"{checkpoint}/{RECORD}"):
+            how = "made by another sweep"
+        elif recipe.dense is None:
+            _save(sweep, version, checkpoint)
+            how = "pretrained"
         else:
-            ray.get(sweep.task(remote.save_pretrained)[0].remote(recipe.model, sweep.data, checkpoint))
-        return _measured(sweep, checkpoint, "pretrained")
+            how = f"trained in {_train(sweep, key, folder):.0f} s"
+    return _measured(sweep, checkpoint, how)
+
+
+def _save(sweep: Sweep, version: str | None, checkpoint: str) -> None:
+    """A registered version, timm's pretrained weights or a hub's, as they are."""
+    if version is not None:
+        with registry.pulled(version, sweep.tracker.uri) as local:
+            storage.write_json(f"{local}/{PARENT}", {"version": version})
+            storage.upload(local, checkpoint)
+    else:
+        ray.get(sweep.task(remote.save_pretrained)[0].remote(sweep.recipe.model, sweep.data, checkpoint))
+
+
+def _train(sweep: Sweep, key: str, folder: str) -> float:
+    """Train the model, from where that was broken off if it was; returns the seconds."""
     log = TrialLog(f"{folder}/trials.json")
-    sweep.display.phase("dense model", epochs=recipe.dense.epochs, label="dense", log=log.uri)
     sweep.begin("dense", "dense model")
-    job = dense_job(recipe, sweep.data, sweep.lineage).model_dump(mode="json")
+    job = dense_job(sweep.recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
     best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
     with without_trainer_state(trained) as clean:
-        storage.upload(clean, checkpoint)
+        storage.upload(clean, f"{folder}/model")
     runs.close(best)
-    return _measured(sweep, checkpoint, f"trained in {best.seconds:.0f} s")
+    return best.seconds
 
 
 def _version(sweep: Sweep, given: str | None) -> str | None:

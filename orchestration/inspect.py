@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from orchestration.promotion import Decision
 
 DATABASE = "mlflow.db"
+_SHARED = "the server of another command at work; Ctrl-C ends it with the last that uses it"
 
 
 @contextmanager
@@ -148,7 +150,8 @@ def serve_ui(storage: str, port: int) -> None:
     server = start_server(_folder(storage), port)
     try:
         server.wait_ready()
-        click.echo(f"MLflow UI at {server.uri} (Ctrl-C ends it)")
-        server.process.wait()
+        click.echo(f"MLflow UI at {server.uri} ({_SHARED if server.shared else 'Ctrl-C ends it'})")
+        while server.lives():
+            time.sleep(0.5)
     finally:
         server.stop()

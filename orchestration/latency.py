@@ -7,9 +7,10 @@ the engine and how it was run, the pattern, and the model's shape. One of anothe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -51,20 +52,36 @@ class LatencyJob:
             RuntimeError: the engine fails.
         """
         run = _runs(self.target, "allocation.target")
-        with storage.local_copy(self.checkpoint) as folder:
-            model = load_checkpoint(str(folder), layers=self.pruning.layers).model
+        with self._model() as (folder, model):
             layers = prunable_layers(model, self.pruning)
             check_linear(model, layers)
             about = self._about(model)
-            file = f"{self.place}/latency/{digest(about)}.json"
-            known = _read(file, about)
+            known = self._stored(about)
             if known is not None:
                 return known, False
             shapes = linear_shapes(model, layers)
             whole, curves = measure(folder, shapes, run, Pattern.parse(self.pruning.pattern))
         table = LatencyTable(about, whole, shapes, curves)
-        storage.write_json(file, table.as_json())
+        storage.write_json(self._file(about), table.as_json())
         return table, True
+
+    def known(self) -> tuple[str, LatencyTable | None]:
+        """The name of this machine's table, and the table if it was measured before."""
+        with self._model() as (_, model):
+            about = self._about(model)
+        return digest(about), self._stored(about)
+
+    @contextmanager
+    def _model(self) -> Iterator[tuple[Path, nn.Module]]:
+        """With a local copy of its folder."""
+        with storage.local_copy(self.checkpoint) as folder:
+            yield folder, load_checkpoint(str(folder), layers=self.pruning.layers).model
+
+    def _file(self, about: Mapping[str, Any]) -> str:
+        return f"{self.place}/latency/{digest(about)}.json"
+
+    def _stored(self, about: Mapping[str, Any]) -> LatencyTable | None:
+        return _read(self._file(about), about)
 
     def _about(self, model: nn.Module) -> dict[str, Any]:
         """All that the times depend on."""

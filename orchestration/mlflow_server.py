@@ -1,8 +1,16 @@
-"""An MLflow server of ours on loopback, and whether one answers at all; it is run, not imported."""
+"""An MLflow server of ours on loopback, and whether one answers at all; it is run, not imported.
+
+All processes of this machine that log to a folder share one server, as two that make its database at once
+break each other. Who comes first starts it; it ends with the last who uses it, however that ends.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,37 +18,55 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestration.ports import LOOPBACK, free_port
+from filelock import FileLock
+
+from orchestration.ports import LOOPBACK, reserve
 from orchestration.public import without_password
 from trainers import storage
 
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
+_END_SECONDS = 12.0  # the keeper gives the server five
+_KEEPER = Path(__file__).with_name("mlflow_keeper.py")
 
-# Its standard input closes when we end, however we end; then the server, in the same group, ends too. One
-# that somebody killed is started again: what waits for it is sent then.
-_KEEPER = """
-import os, subprocess, sys, threading, time
-def end():
-    sys.stdin.buffer.read()
-    os.killpg(0, 15)
-threading.Thread(target=end, daemon=True).start()
-while True:
-    began = time.monotonic()
-    status = subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
-    if status > 0 and time.monotonic() - began < 20:  # it cannot start; a signal has a negative one
-        sys.exit(status)
-    time.sleep(0.5)
-"""
+
+class _Files:
+    """What lies beside the database, for the processes of this machine: others do not reach its loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        host = socket.gethostname()
+        self.start = folder / f"start-{host}.lock"  # held to start a server, or to see whether there is one
+        self.keeper = folder / f"keeper-{host}.lock"  # held by the keeper, while there is one
+        self.users = folder / f"users-{host}.lock"  # shared by all who use the server
+        self._about = folder / f"server-{host}.json"
+
+    def write(self, **about: Any) -> None:
+        self._about.write_text(json.dumps(about), encoding="utf-8")
+
+    def read(self) -> dict[str, Any]:
+        """Where the server is, and the ``pid`` of its keeper; of one of before, unless the keeper lives."""
+        found: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
+        return found
 
 
 @dataclass
 class Server:
-    """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only."""
+    """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only.
+
+    Attributes:
+        shared: somebody else had started it.
+    """
 
     uri: str
-    process: subprocess.Popen[bytes]
+    folder: Path
+    users: int
+    keeper: subprocess.Popen[bytes] | None
+
+    @property
+    def shared(self) -> bool:
+        return self.keeper is None
 
     def wait_ready(self) -> None:
         """Raises:
@@ -48,25 +74,45 @@ class Server:
         """
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the MLflow server ended with status {self.process.returncode}")
+            if not self.lives():
+                status = "" if self.keeper is None else f" with status {self.keeper.wait(_END_SECONDS)}"
+                raise RuntimeError(f"the MLflow server ended{status}; see {self.folder / 'server.log'}")
             if answers(self.uri, timeout=1.0):
                 return
             time.sleep(0.2)
         raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
 
+    def lives(self) -> bool:
+        """Whether it is kept up."""
+        files = _Files(self.folder)
+        with FileLock(files.start):
+            held = _locked(files.keeper)
+        if held is not None:
+            os.close(held)
+        return held is None
+
     def stop(self) -> None:
-        """End it and its workers, which share its process group."""
-        for stop, seconds in ((15, 5.0), (9, 5.0)):
-            try:
-                os.killpg(self.process.pid, stop)
-            except ProcessLookupError:
+        """Use it no more; if nobody else does, it ends, with its workers, before this returns."""
+        try:
+            fcntl.flock(self.users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            self._end()
+        finally:
+            os.close(self.users)
+
+    def _end(self) -> None:
+        pid = _Files(self.folder).read().get("pid")
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            if pid is None or not self.lives():  # while the keeper lives, the number is its own
                 break
-            try:
-                self.process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
-        self.process.wait(5.0)
+            os.killpg(pid, kind)
+            deadline = time.monotonic() + _END_SECONDS
+            while self.lives() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if self.keeper is not None:
+            self.keeper.wait(_END_SECONDS)
 
 
 def tracking_folder(place: str) -> Path:
@@ -76,24 +122,83 @@ def tracking_folder(place: str) -> Path:
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
-    """Start a server over ``folder``, at ``port`` or the next free one; :meth:`Server.wait_ready` waits."""
+    """The server over ``folder``: the one that is there, else a new one; :meth:`Server.wait_ready` waits.
+
+    Args:
+        port: of a new one, or the next that is free.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    free = free_port(port)
-    command = [sys.executable, "-c", _KEEPER, sys.executable, "-m", "mlflow", "server"]
+    files = _Files(folder)
+    users = _shared(files.users)
+    try:
+        with FileLock(files.start):
+            keeper = _locked(files.keeper)
+            if keeper is None:
+                return Server(files.read()["uri"], folder, users, None)
+            try:
+                return _start(folder, files, port, users, keeper)
+            finally:
+                os.close(keeper)  # the one that was started holds it on
+    except BaseException:
+        os.close(users)
+        raise
+
+
+def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> Server:
+    """Start a keeper, which takes its lock and that of its port along, and write down where it is."""
+    free, port_lock = reserve(port)
+    uri = f"http://{LOOPBACK}:{free}"
+    command = [sys.executable, "-I", str(_KEEPER), str(files.users), sys.executable, "-m", "mlflow", "server"]
     command += ["--host", LOOPBACK, "--port", str(free)]
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    log = (folder / "server.log").open("ab")
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,  # Ctrl-C reaches us first; we end it in order
-        env={**os.environ, **quiet_environment()},
-    )
-    log.close()
-    return Server(f"http://{LOOPBACK}:{free}", process)
+    files.write(uri=uri)
+    try:
+        with (folder / "server.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(keeper, port_lock),
+                start_new_session=True,  # Ctrl-C reaches us first; we end it in order
+                env={**os.environ, **quiet_environment()},
+            )
+    finally:
+        os.close(port_lock)
+    files.write(uri=uri, pid=process.pid)
+    return Server(uri, folder, users, process)
+
+
+def _locked(file: Path) -> int | None:
+    """The file's lock, or nothing where somebody holds it."""
+    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(found)
+        return None
+    return found
+
+
+def _shared(file: Path) -> int:
+    """The file's lock, shared; a server that is about to end is waited for.
+
+    Raises:
+        RuntimeError: it does not end.
+    """
+    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + 2 * _END_SECONDS
+    while True:
+        try:
+            fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(found)
+                raise RuntimeError(f"the MLflow server of {file.parent} is ending, and does not") from None
+            time.sleep(0.1)
+        else:
+            return found
 
 
 def answers(uri: str, timeout: float) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
+import tempfile
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from pathlib import Path
 
 from pruners.errors import InputError
 
@@ -48,11 +52,37 @@ def free_port(first: int) -> int:
         InputError: none within 50 of it.
     """
     for port in range(first, first + _TRIED):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
+        if _is_free(port):
             return port
     raise InputError("--port", first, f"no free port within {_TRIED} of it")
+
+
+def reserve(first: int) -> tuple[int, int]:
+    """:func:`free_port`, and a locked file that keeps this user's other commands from it, also before anybody
+    listens there. Whoever inherits the file holds it on; it is the caller's to close.
+
+    Raises:
+        InputError: as :func:`free_port`.
+    """
+    folder = Path(tempfile.gettempdir()) / f"espalier-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for port in range(first, first + _TRIED):
+        file = os.open(folder / f"{port}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_free(port):
+                return port, file
+        except BlockingIOError:
+            pass
+        os.close(file)
+    raise InputError("--port", first, f"no free port within {_TRIED} of it")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True

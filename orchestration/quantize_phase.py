@@ -125,7 +125,7 @@ class _Work:
             tracker.metrics(run, {f"int8.{key}": [(0, value)] for key, value in figures.items()})
         if not tracker.has(run, f"{ARTIFACT}/{MARK}"):
             with model_files(classes_of(self.sweep.data.train), ENGINE) as files:
-                tracker.folder(run, files, ARTIFACT)
+                tracker.folder(run, files, ARTIFACT, marks=[MARK])
         tracker.finish(run)
         tracker.flush()
         tags = registry.describe(record) | {

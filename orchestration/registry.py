@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +37,11 @@ def register(
     try:
         client.get_registered_model(model)
     except MlflowException:
-        client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
+        with suppress(
+            MlflowException
+        ):  # another sweep may be quicker; what else is wrong, the next line meets
+            client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
+        client.get_registered_model(model)
     if artifact != ARTIFACT:
         tags = {**tags, "artifact": artifact}
     for version in client.search_model_versions(f"name='{model}'"):

@@ -68,6 +68,7 @@ class Search:
     fits: Callable[[], int] | None = None  # how many run at once, as nodes come and go
     reuse_actors: bool = False
     complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
+    names: Callable[[Trial], str] | None = None
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
@@ -106,6 +107,7 @@ def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: Give
             search_alg=searcher,
             num_samples=trials,
             max_concurrent_trials=1 if searcher is None else None,  # the searcher's own limit
+            trial_name_creator=search.names,
             scheduler=scheduler,
             reuse_actors=search.reuse_actors,
             metric=None if search.space else "score",

@@ -46,10 +46,13 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
         *server,
     )
     step = _Step(sweep, dense, key)
-    if not step.known:
-        step.make()
-    else:
+    if step.known:
         sweep.display.phase(_TITLE)
+        return step.result()
+    step.show()
+    with sweep.making(f"structured/{key}", _TITLE):
+        if not step.known:
+            step.make()
     return step.result()
 
 
@@ -91,16 +94,22 @@ class _Step:
         recovered = self._settings.recovery is None or registered
         return recovered and storage.exists(f"{self.model}/{RECORD}")
 
+    @property
+    def _log(self) -> str:
+        return f"{self._folder}/trials.json"
+
+    def show(self) -> None:
+        """The phase begins."""
+        training = self._settings.recovery
+        shown: dict[str, Any] = {} if training is None else {"label": "structured", "log": self._log}
+        self._sweep.display.phase(_TITLE, epochs=training.epochs if training else 1, **shown)
+
     def make(self) -> None:
         """Cut, recover, register."""
-        sweep, training = self._sweep, self._settings.recovery
-        log = TrialLog(f"{self._folder}/trials.json")
-        shown: dict[str, Any] = {} if training is None else {"label": "structured", "log": log.uri}
-        sweep.display.phase(_TITLE, epochs=training.epochs if training else 1, **shown)
-        sweep.begin("structured", _TITLE)
+        self._sweep.begin("structured", _TITLE)
         facts = self._cut_now()
-        if training is not None:
-            self._recover(log, facts)
+        if self._settings.recovery is not None:
+            self._recover(TrialLog(self._log), facts)
         self._made = True
 
     def result(self) -> tuple[Dense, dict[str, Any]]:

@@ -15,7 +15,7 @@ from orchestration.checks import Prepared, check_local, check_size
 from orchestration.cluster import ClusterSize, cluster_address, connect, logs_folder
 from orchestration.cluster_check import check_storage
 from orchestration.config import digest
-from orchestration.context import Allocated, Results, Sweep
+from orchestration.context import SCRATCH, Allocated, Results, Sweep
 from orchestration.dense_phase import dense_phase
 from orchestration.display import Display
 from orchestration.gradual_phase import long_run_phase, schedule_phase
@@ -82,7 +82,8 @@ def run_sweep(
             for line in remarks(recipe):
                 display.say(line)
         ready()
-        tracker = Tracker(uri, recipe.tracking.experiment)
+        tracker = Tracker(uri, recipe.tracking.experiment, display.say)
+        storage.remove(f"{root}/{SCRATCH}")  # of a run that was killed
         try:
             store(recipe)
             sweep = _open(prepared, display, tracker, size, span)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from orchestration.mlflow_server import answers, quiet_environment, start_server
 from orchestration.public import public, without_password, without_places
 from pruners.errors import InputError, first_line
+from trainers.storage import MARKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,23 +102,37 @@ class EndedRun:
 class Tracker:
     """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
+        """``say`` is told what of the experiment or its runs had been deleted and is restored."""
         import mlflow
 
-        self.uri = uri
+        self.uri, self._say = uri, say
         self.client: MlflowClient = mlflow.MlflowClient(uri)
-        found = self.client.get_experiment_by_name(experiment)
-        self.experiment = found.experiment_id if found else self._create(experiment)
+        self.experiment = self._experiment(experiment)
         self._sender = ThreadPoolExecutor(1, "mlflow")
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
         self._monitor: SystemMetricsMonitor | None = None
         self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
 
-    def _create(self, experiment: str) -> str:
-        # the kind decides which view the UI opens it in
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self.client.create_experiment(experiment, tags=tags))
+    def _experiment(self, name: str) -> str:
+        """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            # the kind decides which view the UI opens it in
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            try:
+                return str(self.client.create_experiment(name, tags=tags))
+            except MlflowException:
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":  # else another sweep was quicker
+            self.client.restore_experiment(found.experiment_id)
+            self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
+        return str(found.experiment_id)
 
     def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """A new run, nested under ``parent``; returns its id."""
@@ -175,13 +190,16 @@ class Tracker:
         return found
 
     def knows(self, run: str) -> bool:
-        """Whether a run is in this MLflow."""
+        """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.get_run(run)
+            found = self.client.get_run(run)
         except MlflowException:
             return False
+        if found.info.lifecycle_stage == "deleted":
+            self.client.restore_run(run)
+            self._say(f"the MLflow run {found.info.run_name} had been deleted; it is restored")
         return True
 
     def has(self, run: str, artifact: str) -> bool:
@@ -189,15 +207,24 @@ class Tracker:
         folder = artifact.rpartition("/")[0] or None
         return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
 
-    def resume(self, run: str, *, end_below: bool = True) -> bool:
+    def resume(
+        self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
+    ) -> bool:
         """Go on with a run of before; ``False`` if this server does not know it.
 
         Args:
             end_below: runs below it that a killed process left open are ended; those that go on are resumed
                 in their turn.
+            parent, sweep: of who goes on with it. Where another sweep had begun it, it is nested there from
+                now on: that sweep, when it is resumed, would end it as left open.
         """
         if not self.knows(run):
             return False
+        tags = self.client.get_run(run).data.tags
+        if sweep is not None and tags.get("espalier.sweep", sweep) != sweep:
+            moved = {"espalier.sweep": sweep} | ({"mlflow.parentRunId": parent} if parent else {})
+            for key, value in moved.items():
+                self.client.set_tag(run, key, value)
         left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
         for child in self.client.search_runs([self.experiment], left, max_results=1000) if end_below else ():
             self.client.set_terminated(child.info.run_id, "KILLED")
@@ -272,9 +299,18 @@ class Tracker:
         except Exception as error:  # a machine that cannot be measured can still prune
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
-    def folder(self, run: str, folder: Path, name: str) -> None:
-        """A folder as artifact; returns when it is there."""
-        self._sender.submit(self.client.log_artifacts, run, str(folder), name).result()
+    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
+        """A folder as artifact; returns when it is there. Files named in ``marks`` come last, so that an
+        artifact that has one has all: also where we are killed on the way."""
+
+        def send() -> None:
+            for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in marks, entry.name)):
+                if entry.is_dir():
+                    self.client.log_artifacts(run, str(entry), f"{name}/{entry.name}")
+                else:
+                    self.client.log_artifact(run, str(entry), name)
+
+        self._sender.submit(send).result()
 
     def finish(self, run: str, status: Status = "FINISHED") -> None:
         self._open.discard(run)

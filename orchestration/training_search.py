@@ -11,7 +11,7 @@ from orchestration.context import Sweep
 from orchestration.population_trial import population_trial
 from orchestration.search import Observer, Search, run_search
 from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.tune_trial import training_trial
+from orchestration.tune_trial import RunNames, training_trial
 
 
 def training_search(
@@ -42,6 +42,10 @@ def training_search(
         trial = tune.with_parameters(
             population_trial, jobs=jobs, resources=resources, runs=folder, **population
         )
+
+    def complete(metrics: Mapping[str, Any]) -> bool:
+        return bool(metrics.get("epoch", 0) >= epochs)
+
     whole: dict[str, Any] = {
         "name": name,
         # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor
@@ -52,7 +56,8 @@ def training_search(
         "concurrent": 1,
         "storage": scratch,
         "seed": sweep.recipe.seed,
-        "complete": lambda metrics: bool(metrics.get("epoch", 0) >= epochs),
+        "complete": complete,
+        "names": None if population is not None else RunNames(complete),
     }
     return Search(**{**whole, **others})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from orchestration.mlflow_model import MARK, model_files
 from orchestration.tracking import Status, Tracker
 from orchestration.trial_log import TrialLog, TrialRecord
 from trainers import storage
-from trainers.checkpoint import TRAINER_FILES
+from trainers.checkpoint import RECORD, TRAINER_FILES
 
 SERIES = (
     "train_loss",
@@ -66,7 +66,9 @@ class TrialRuns:
         self._members: dict[str, str] = {}  # of a population: the Train runs that trials are
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
-        go_on = tracker.knows if done else partial(tracker.resume, end_below=self._trials_go_on)
+        self._sweep = tags.get("espalier.sweep")
+        resume = partial(tracker.resume, end_below=self._trials_go_on, parent=parent, sweep=self._sweep)
+        go_on: Callable[[str], bool] = tracker.knows if done else resume
         self._left_alone = done
         if log.run_id is None or not go_on(log.run_id):
             log.run_id = tracker.start(name, parent, params, {**tags, "espalier.level": "phase"})
@@ -77,7 +79,7 @@ class TrialRuns:
     def trial_started(
         self, trial_id: str, number: int, values: dict[str, Any], before: str | None
     ) -> str | None:
-        if before is not None and self._tracker.resume(before):
+        if before is not None and self._tracker.resume(before, parent=self.run, sweep=self._sweep):
             self._runs[trial_id] = before
             self._known[trial_id] = self._tracker.last_step(before, "val_top1")
         else:
@@ -165,7 +167,7 @@ class TrialRuns:
         missing = run is None or not self._tracker.knows(run)  # another MLflow than the sweep began with
         if run is None or missing:
             run = self._start(best.number, best.values)
-        if missing or not self._tracker.has(run, name):
+        if missing or not self._tracker.has(run, f"{name}/{RECORD}"):  # which comes last
             with storage.local_copy(folder) as local:
                 self._tracker.folder(run, local, name)
             if missing:
@@ -173,7 +175,7 @@ class TrialRuns:
             self._tracker.flush()
         if not self._tracker.has(run, f"{name}/{MARK}"):
             with model_files(classes) as files:  # beside the checkpoint's: no weight is stored twice
-                self._tracker.folder(run, files, name)
+                self._tracker.folder(run, files, name, marks=[MARK])
         record = storage.read_json(f"{folder}/pruning.json")
         return registry.register(self._tracker, model, run, registry.describe(record), name)
 

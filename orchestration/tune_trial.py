@@ -6,16 +6,48 @@ paid for each time: timm and the model code are left to the workers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray import tune
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from orchestration.config import Resources, digest
 from trainers.config import OrderJob
 from trainers.ray_worker import order_worker, train_worker
 from trainers.storage import resolve
+
+
+class RunNames:
+    """What the trials of a search are called, and their Train runs: by their proposals.
+
+    A proposal that was broken off is found again so, and one that is made again after its run has come to its
+    end takes over what that run reported. Of trials proposed alike that are at work at once, or one while the
+    workers of another that was stopped are still ending, the later get a number: two runs in one folder would
+    overwrite each other. Which of them goes on later in which folder is all the same, as the runs are.
+    """
+
+    def __init__(self, complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: False) -> None:
+        """``complete``: whether these are the last figures of a run."""
+        self._complete = complete
+        self._trials: dict[str, list[Trial]] = {}
+
+    def __call__(self, trial: Trial) -> str:
+        name = digest(trial.config)
+        taken = self._trials.setdefault(name, [])
+        free = (number for number, one in enumerate(taken) if one.is_finished() and self._ran(one))
+        number = next(free, len(taken))
+        taken[number : number + 1] = [trial]
+        return name if number == 0 else f"{name}-{number + 1}"
+
+    def __reduce__(self) -> Any:  # Tune keeps it with each trial, for an experiment that it restores
+        return RunNames, ()
+
+    def _ran(self, trial: Trial) -> bool:
+        return self._complete(trial.last_result or {})
 
 
 def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, storage: str) -> None:
@@ -26,7 +58,8 @@ def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, stor
         jobs: gives the job (a dictionary) of a proposal.
         storage: of the runs; one that was broken off is found again by its proposal, and goes on.
     """
-    name = digest(config)
+    # of trials of one proposal each has a run of its own, see RunNames
+    name = tune.get_context().get_trial_name()
     train_run(jobs(config), resources, storage, name, [TuneReportCallback()]).fit()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orchestration import cluster
 from orchestration.cluster import ClusterSize
 from orchestration.config import Resources
 from orchestration.search_config import AllocationSearch
@@ -56,3 +57,20 @@ def test_a_cheap_trial_needs_one_node() -> None:
     assert size((2, 0), (1, 0)).allocation_trials(search) == 1
     with pytest.raises(InputError, match="no node has 2 CPUs"):
         size((1, 0), (1, 0)).allocation_trials(search)
+
+
+def test_two_that_start_together_have_dashboards_at_ports_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cluster takes seconds to listen, and its start fails after a minute where another has the port."""
+    taken = []
+
+    def init(**options: Any) -> None:
+        taken.append(options["dashboard_port"])
+        if len(taken) == 1:
+            cluster._start_at_free_port()
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setenv(cluster._STATE_API, "")
+    cluster._start_at_free_port()
+    assert len(set(taken)) == 2

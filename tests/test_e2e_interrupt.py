@@ -152,4 +152,4 @@ def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None
     assert "1 of 2 trials known" in again.err
     assert "champion: dimap" in again.out
     assert "RUNNING" not in place.status().values()
-    assert not list(place.runs.glob("scratch/*"))
+    assert not list(place.runs.glob("sweeps/*/scratch/*"))

@@ -388,7 +388,7 @@ def test_no_pickle_is_left_anywhere(swept: Swept) -> None:
 
 
 def test_scratch_is_cleared(swept: Swept) -> None:
-    assert not list(swept.storage.glob("scratch/*"))
+    assert not list(swept.storage.glob("sweeps/*/scratch/*"))
     assert not list(swept.storage.rglob("*.partial"))
 
 

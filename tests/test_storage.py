@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,43 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="must hold JSON"):
         storage.read_json(f"{tmp_path}/x.json")
+
+
+@pytest.mark.parametrize("over", ["nothing", "another"])
+def test_a_folder_that_was_cut_short_is_not_taken_for_whole(
+    place: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    """Killed in the middle of an upload: its mark is not there, whatever of the rest is."""
+    uri, _ = place
+    folder = folder_of(tmp_path / "one", **{"pruning.json": "{}", "config.json": "{}", "z.safetensors": "z"})
+    if over == "another":
+        storage.upload(folder, f"{uri}/m")
+        assert storage.exists(f"{uri}/m/pruning.json")
+    copy, copied = fs.copy_files, []
+
+    def killed(source: str, *arguments: object, **options: object) -> None:
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(source)
+        copy(source, *arguments, **options)
+
+    monkeypatch.setattr(storage.fs, "copy_files", killed)
+    if uri.startswith("far://"):
+        with pytest.raises(KeyboardInterrupt):
+            storage.upload(folder, f"{uri}/m")
+        assert storage.names(f"{uri}/m") == ["config.json"]
+        monkeypatch.undo()
+    else:  # one call, and the name is given when all is there
+        storage.upload(folder, f"{uri}/m")
+        assert storage.names(f"{uri}/m") == ["config.json", "pruning.json", "z.safetensors"]
+
+
+def test_two_may_write_a_file_at_once(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(100):
+            storage.write_json(f"{tmp_path}/figures/a.json", {"top1": number})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert storage.read_json(f"{tmp_path}/figures/a.json")["top1"] in range(4)
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["a.json"]

@@ -244,6 +244,100 @@ def test_a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running)
 
 
 @pytest.mark.cluster
+def test_what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Running) -> None:
+    before = Tracker(running.server.uri, "deleted")
+    sweep = before.start("my sweep", None, {}, {})
+    phase = before.start("dense", sweep, {}, {})
+    before.abandon("KILLED")
+    before.client.delete_run(phase)
+    before.client.delete_experiment(before.experiment)
+
+    said: list[str] = []
+    tracker = Tracker(running.server.uri, "deleted", said.append)
+    assert tracker.experiment == before.experiment
+    assert tracker.resume(sweep)
+    assert tracker.resume(phase)
+    tracker.metrics(phase, {"loss": [(0, 1.0)]})
+    tracker.close("FINISHED")
+    assert said[0] == "the MLflow experiment deleted had been deleted; it is restored, with its runs"
+    client = MlflowClient(running.server.uri)
+    assert client.get_run(phase).data.metrics == {"loss": 1.0}
+    assert [client.get_run(run).info.lifecycle_stage for run in (sweep, phase)] == ["active"] * 2
+
+    client.delete_run(phase)
+    again = Tracker(running.server.uri, "deleted", said.append)
+    assert again.knows(phase)
+    again.finish(phase)
+    again.close("FINISHED")
+    assert said[-1] == "the MLflow run dense had been deleted; it is restored"
+    assert client.get_run(phase).info.lifecycle_stage == "active"
+
+
+@pytest.mark.cluster
+def test_two_may_make_an_experiment_at_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Tracker(running.server.uri, "at once")
+    look, looks = MlflowClient.get_experiment_by_name, []
+
+    def late(self: MlflowClient, name: str) -> object:
+        looks.append(name)
+        return None if len(looks) == 1 else look(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    assert Tracker(running.server.uri, "at once").experiment == first.experiment
+    assert looks == ["at once"] * 2
+
+
+@pytest.mark.cluster
+def test_a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) -> None:
+    """The sweep that had begun it would end it as left open, when it is resumed itself."""
+    killed = Tracker(running.server.uri, "tests")
+    one = killed.start("one", None, {}, {"espalier.sweep": "one"})
+    phase = killed.start("dense", one, {}, {"espalier.sweep": "one"})
+    killed.flush()
+
+    taking = Tracker(running.server.uri, "tests")
+    two = taking.start("two", None, {}, {"espalier.sweep": "two"})
+    assert taking.resume(phase, parent=two, sweep="two")
+    assert below(taking, one) == []
+    assert below(taking, two) == [phase]
+    back = Tracker(running.server.uri, "tests")
+    assert back.resume(one, sweep="one")
+    assert taking.client.get_run(phase).info.status == "RUNNING"
+    back.abandon("KILLED")
+    assert taking.client.get_run(phase).info.status == "RUNNING"
+    taking.close("FINISHED")
+    assert taking.client.get_run(phase).info.status == "FINISHED"
+    assert taking.client.get_run(one).info.status == "KILLED"
+
+
+@pytest.mark.cluster
+def test_an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path) -> None:
+    run = tracker.start("cut short", None, {}, {})
+    for name in ("pruning.json", "config.json", "model.safetensors", "z.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    log, logged = tracker.client.log_artifact, []
+
+    def killed(run: str, file: str, name: str) -> None:
+        if Path(file).name == "z.txt":
+            raise KeyboardInterrupt
+        logged.append(Path(file).name)
+        log(run, file, name)
+
+    tracker.client.log_artifact = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        tracker.folder(run, tmp_path, "checkpoint")
+    assert logged == ["config.json", "model.safetensors"]
+    assert tracker.has(run, "checkpoint/model.safetensors")
+    assert not tracker.has(run, "checkpoint/pruning.json")
+    del tracker.client.log_artifact
+    tracker.folder(run, tmp_path, "checkpoint")
+    assert tracker.has(run, "checkpoint/pruning.json")
+    assert tracker.has(run, "checkpoint/notes/a.txt")
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("status", ["KILLED", "FAILED"])
 def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracking.Status) -> None:
     tracker = Tracker(running.server.uri, "tests")

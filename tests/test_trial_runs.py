@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import pytest
+
+from orchestration import trial_runs
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns
 
@@ -65,3 +68,33 @@ def test_the_tags_say_where_a_model_came_from(tmp_path: Path) -> None:
     assert first["pbt.taken"] == "trial 1 after epoch 3, then trial 4 after epoch 5"
     assert json.loads(first["pbt.values"]) == {"x": 2.5}
     assert second == {"espalier.state": "stopped"}
+
+
+def test_weights_that_never_arrived_are_logged_before_they_are_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the middle of an upload leaves an artifact that is there, and has no weights."""
+    tracker = MagicMock()
+    there = {"checkpoint", "checkpoint/config.json"}
+    tracker.has.side_effect = lambda run, artifact: artifact in there
+
+    def folder(run: str, folder: Path, name: str, **options: Any) -> None:
+        there.update({f"{name}/{file.name}" for file in folder.iterdir()})
+
+    tracker.folder.side_effect = folder
+    registered = []
+
+    def register(tracker: Any, model: str, run: str, tags: Any, artifact: str) -> str:
+        registered.append(set(there))
+        return "1"
+
+    monkeypatch.setattr(trial_runs.registry, "register", register)
+    for name in ("model.safetensors", "config.json", "pruning.json"):
+        (tmp_path / name).write_text("{}")
+    runs = runs_on(tracker, tmp_path / "log")
+    best = TrialRecord(0, {}, "finished", 0.5, run_id="run")
+    assert runs.register("m", best, str(tmp_path)) == "1"
+    assert {"checkpoint/model.safetensors", "checkpoint/pruning.json", "checkpoint/MLmodel"} <= registered[0]
+    tracker.folder.reset_mock()
+    runs.register("m", best, str(tmp_path))
+    tracker.folder.assert_not_called()

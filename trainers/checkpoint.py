@@ -38,10 +38,10 @@ from trainers.packed import read_packed, write_packed
 from trainers.seals import read_sealed, sha256, sums
 from trainers.storage import local_copy, resolve
 
-WEIGHTS, CONFIG, MASKS, RECORD = "model.safetensors", "config.json", "masks.safetensors", "pruning.json"
+WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
 PACKED = "model.safetensors.packed"
-QUANTISED = "quantization.json"
-"""What marks a folder of :mod:`trainers.int8`, which holds no weights that timm could load."""
+RECORD, QUANTISED = storage.MARKS
+"""What marks a folder of ours, and one of :mod:`trainers.int8`, which has no weights that timm could load."""
 RANGES = "ranges.safetensors"
 """Of a model that was trained for INT8: what its int8 values stand for (:mod:`trainers.quantize`)."""
 TRAINER_FILES = ("trainer.safetensors", "trainer.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
+
+MARKS = ("pruning.json", "quantization.json")
+"""What says of a checkpoint folder, by being there, that it is whole."""
 
 
 def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
@@ -59,9 +63,12 @@ def write_bytes(uri: str, content: bytes) -> None:
     system, path = resolve(uri)
     system.create_dir(str(Path(path).parent), recursive=True)
     if isinstance(system, fs.LocalFileSystem):
-        partial = Path(f"{path}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")  # others may be writing it too
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return
     with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
         stream.write(content)
@@ -105,16 +112,25 @@ def writing(uri: str) -> Iterator[Path]:
 
 
 def upload(folder: Path, uri: str) -> None:
-    """Copy a local folder there in place of what was; a local target takes its name only when it is whole."""
+    """Copy a local folder there in place of what was, whole or not at all.
+
+    A local target takes its name only when it is whole. Elsewhere the files of :data:`MARKS` tell: they go
+    first and come last, so that a folder that holds one holds all.
+    """
     system, path = resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
         with writing(uri) as partial:
             fs.copy_files(str(folder), str(partial), destination_filesystem=system)
         return
+    for name in MARKS:
+        if system.get_file_info(f"{path}/{name}").type == fs.FileType.File:
+            system.delete_file(f"{path}/{name}")
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
     system.create_dir(path, recursive=True)
-    fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+    systems = {"source_filesystem": fs.LocalFileSystem(), "destination_filesystem": system}
+    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in MARKS, entry.name)):
+        fs.copy_files(str(entry), f"{path}/{entry.name}", **systems)
 
 
 @contextmanager

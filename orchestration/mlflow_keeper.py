@@ -1,0 +1,59 @@
+"""Keeps an MLflow server up for as long as anybody uses it; a program of its own, run and not imported.
+
+Who uses the server holds a shared lock on a file, which the system frees however a process ends. A server
+that somebody killed is started again: what waits for it is sent then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NoReturn
+
+_LOOK_SECONDS = 0.25
+_END_SECONDS = 5.0
+_START_SECONDS = 20.0
+
+
+def keep(users: str, command: list[str]) -> int:
+    """Run ``command`` until nobody holds ``users``; returns its status where it cannot start."""
+    file = os.open(users, os.O_RDWR)
+    while True:
+        began = time.monotonic()
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        signal.signal(signal.SIGTERM, lambda *_: end(server))  # noqa: B023
+        while (status := server.poll()) is None:
+            if unused(file):
+                end(server)
+            time.sleep(_LOOK_SECONDS)
+        if status > 0 and time.monotonic() - began < _START_SECONDS:  # a signal has a negative one
+            return status
+        time.sleep(2 * _LOOK_SECONDS)
+
+
+def unused(file: int) -> bool:
+    """Whether nobody holds it; from then on nobody can, until we have ended."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def end(server: subprocess.Popen[bytes]) -> NoReturn:
+    """End the process group: the server, its workers and us."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    try:
+        server.wait(_END_SECONDS)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+    raise SystemExit
+
+
+if __name__ == "__main__":
+    sys.exit(keep(sys.argv[1], sys.argv[2:]))

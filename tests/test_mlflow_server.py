@@ -1,0 +1,161 @@
+"""One MLflow server for all commands that log to a folder: who starts it, and when it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import Family
+
+from orchestration import mlflow_server
+from orchestration.mlflow_server import answers, start_server
+from orchestration.ports import reserve
+
+USER = """
+import sys, time
+from pathlib import Path
+from orchestration.mlflow_server import start_server
+server = start_server(Path(sys.argv[1]))
+server.wait_ready()
+print(server.uri, flush=True)
+sys.stdin.read()
+server.stop()
+print("left", flush=True)
+"""
+
+
+def until(reached: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.cluster
+def test_two_that_start_together_share_a_server_that_outlives_the_first(tmp_path: Path) -> None:
+    """In a new folder, where two servers would both make the database; the first is then killed."""
+    folder = tmp_path / "mlflow"
+    command = [sys.executable, "-c", USER, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    users = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    family = Family(users[0].pid, tmp_path, "none")
+    try:
+        uris = {user.stdout.readline().strip() for user in users}
+        assert len(uris) == 1
+        (uri,) = uris
+        assert answers(uri, 5.0)
+        keepers = [pid for pid, line in everybody().items() if f"{folder}/users" in line]
+        assert len(keepers) == 1
+        family = Family(keepers[0], tmp_path, "none")
+        starter = next(user for user in users if user.pid == parent_of(keepers[0]))
+        (other,) = set(users) - {starter}
+        starter.kill()
+        starter.wait(10)
+        time.sleep(1)
+        assert answers(uri, 5.0)
+        _, error = other.communicate("", timeout=30)
+        assert other.returncode == 0, error
+        assert not answers(uri, 1.0)
+        until(lambda: family.look() == {}, 5.0)
+    finally:
+        for user in users:
+            user.kill()
+            user.wait(10)
+        family.end()
+
+
+def everybody() -> dict[int, str]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def keeper(users: Path, code: str) -> subprocess.Popen[bytes]:
+    """The keeper over a server that is a line of Python."""
+    command = [sys.executable, "-I", str(mlflow_server._KEEPER), str(users), sys.executable, "-c", code]
+    return subprocess.Popen(command, start_new_session=True)
+
+
+def test_a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
+    users, started = tmp_path / "users", tmp_path / "started"
+    locks = [os.open(users, os.O_RDWR | os.O_CREAT) for _ in range(2)]
+    for lock in locks:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    note = f"open({str(started)!r}, 'a').write(f'{{os.getpid()}}\\n')"
+    process = keeper(users, f"import os, time; {note}; time.sleep(60)")
+    try:
+        until(lambda: started.exists() and started.read_text().count("\n") == 1)
+        os.kill(int(started.read_text()), signal.SIGKILL)  # started again
+        until(lambda: started.read_text().count("\n") == 2)
+        os.close(locks[0])
+        time.sleep(1)
+        assert process.poll() is None
+        server = int(started.read_text().split()[1])
+        assert alive(server)
+        os.close(locks[1])
+        assert process.wait(10) == -signal.SIGKILL  # of its whole group, which is the last thing that it does
+        until(lambda: not alive(server), 2.0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_server_that_cannot_start_ends_its_keeper_with_its_status(tmp_path: Path) -> None:
+    lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    assert keeper(tmp_path / "users", "raise SystemExit(7)").wait(10) == 7
+    os.close(lock)
+
+
+def test_a_port_that_is_reserved_is_nobody_elses() -> None:
+    """Also while nobody listens there yet: two servers would both be told of it."""
+    first, lock = reserve(23400)
+    second, other = reserve(23400)
+    try:
+        assert second > first
+        os.close(lock)
+        third, lock = reserve(23400)
+        assert third == first
+    finally:
+        os.close(lock)
+        os.close(other)
+
+
+@pytest.mark.cluster
+def test_the_second_in_a_process_uses_the_first_ones(tmp_path: Path) -> None:
+    first = start_server(tmp_path)
+    second = start_server(tmp_path, 6000)
+    assert second.uri == first.uri
+    assert (first.shared, second.shared) == (False, True)
+    first.wait_ready()
+    first.stop()
+    assert second.lives()
+    second.wait_ready()
+    second.stop()
+    assert not second.lives()
+    with pytest.raises(RuntimeError, match="ended"):
+        second.wait_ready()

@@ -1,0 +1,279 @@
+"""What all sweeps of a storage share is made once: who comes second waits, says so, and uses it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestration import allocation_phase, dense_phase, structured_phase
+from orchestration.alone import TakenError, _actor_lock, in_turn
+from orchestration.context import Dense, Sweep
+from orchestration.recipes import validate
+from orchestration.tune_trial import RunNames
+from trainers import storage
+from trainers.checkpoint import RECORD
+
+HOLD = """
+import signal, sys, time
+from orchestration.alone import in_turn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+with in_turn(sys.argv[1], "dense/a", print, by_cluster=False):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(place: Path, code: str = HOLD, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, str(place)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_the_second_waits_and_takes_over_when_the_first_is_killed(tmp_path: Path) -> None:
+    first = holder(tmp_path)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    told: list[str] = []
+    killer = threading.Timer(2.0, first.kill)
+    killer.start()
+    began = time.monotonic()
+    with in_turn(str(tmp_path), "dense/b", told.append, by_cluster=False):
+        assert time.monotonic() - began < 1  # something else is nobody's
+    with in_turn(str(tmp_path), "dense/a", told.append, by_cluster=False):
+        assert 1.5 < time.monotonic() - began < 10
+    assert told == [f" (process {first.pid} on {os.uname().nodename})"]
+    first.wait(10)
+
+
+def test_who_waits_can_be_interrupted(tmp_path: Path) -> None:
+    with in_turn(str(tmp_path), "dense/a", str, by_cluster=False):
+        second = holder(tmp_path)
+        assert second.stdout is not None
+        assert str(os.getpid()) in second.stdout.readline()  # it says that it waits
+        second.send_signal(signal.SIGINT)
+        _, error = second.communicate(timeout=5)
+        assert error.rstrip().endswith("KeyboardInterrupt")
+
+
+ON_CLUSTER = """
+import sys, time, ray
+from orchestration.alone import _actor_lock
+ray.init(address=sys.argv[1], log_to_driver=False)
+with _actor_lock("s3://bucket/dense/a"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.cluster
+def test_on_a_cluster_too_a_lock_dies_with_its_driver(tune_here: None) -> None:
+    """As for storages where files cannot be locked."""
+    import ray
+
+    other = holder(Path(ray.get_runtime_context().gcs_address), ON_CLUSTER)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(TakenError), _actor_lock("s3://bucket/dense/a"):
+        pass
+    with _actor_lock("s3://bucket/dense/b"):
+        pass
+    other.kill()
+    other.wait(10)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with _actor_lock("s3://bucket/dense/a"):
+                break
+        except TakenError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+# the phases
+
+
+def sweep(folder: Path, name: str, said: list[str], **recipe: Any) -> Any:
+    """A sweep as far as making something goes, in a storage that others share."""
+    content = {
+        "name": name,
+        "storage": str(folder),
+        "data": {"train": "/none"},
+        "dense": {"epochs": 1},
+        "recovery": {"epochs": 1},
+        "structured": {"mlp": 0.5},
+        **recipe,
+    }
+    made: Any = Sweep(
+        recipe=validate({"model": {"architecture": "deit_tiny_patch16_224"}, **content}),
+        data=SimpleNamespace(train="/none"),  # type: ignore[arg-type]
+        data_hash="d",
+        size=SimpleNamespace(nodes=((2.0, 0.0),)),  # type: ignore[arg-type]
+        tracker=None,  # type: ignore[arg-type]
+        display=SimpleNamespace(say=said.append, finished=said.append, phase=lambda *a, **b: None),  # type: ignore[arg-type]
+        run="",
+    )
+    return made
+
+
+def together(work: Callable[[str, list[str]], Any]) -> tuple[list[str], list[str]]:
+    """Two sweeps do the same at once; what each of them said, the slower one last."""
+    said: dict[str, list[str]] = {"one": [], "two": []}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: work(name, said[name]), said))
+    first, second = sorted(said.values(), key=lambda lines: any("another" in line for line in lines))
+    return first, second
+
+
+def test_a_dense_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(one: Sweep, key: str, folder: str) -> float:
+        trained.append(one.recipe.name)
+        time.sleep(1.5)
+        storage.write_json(f"{folder}/model/{RECORD}", {"figures": {"val_top1": 0.5}, "data": "d"})
+        return 1.5
+
+    monkeypatch.setattr(dense_phase, "_train", train)
+    monkeypatch.setattr(dense_phase, "content_hash", lambda checkpoint: "w")
+    found = []
+    first, second = together(
+        lambda name, said: found.append(dense_phase.dense_phase(sweep(tmp_path, name, said)))
+    )
+    assert len(trained) == 1
+    assert found[0] == found[1]
+    assert first == ["trained in 2 s, 50.0 % on validation"]
+    assert second[0].startswith("      dense model: another sweep is making it (process ")
+    assert second[1:] == ["made by another sweep, 50.0 % on validation"]
+
+
+def test_a_model_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Step(structured_phase._Step):
+        def show(self) -> None:
+            pass
+
+        def make(self) -> None:
+            made.append(self._sweep.recipe.name)
+            time.sleep(1.5)
+            storage.write_json(f"{self.model}/{RECORD}", {})
+            storage.write_json(f"{self._folder}/{structured_phase.REGISTERED}", {})
+
+        def result(self) -> Any:
+            return self.model
+
+    monkeypatch.setattr(structured_phase, "_Step", Step)
+    dense = Dense("/none", 0.5, "w")
+    found = []
+    _, second = together(
+        lambda name, said: found.append(structured_phase.structured_phase(sweep(tmp_path, name, said), dense))
+    )
+    assert len(made) == 1
+    assert found[0] == found[1]
+    assert "structured pruning: another sweep is making it" in second[0]
+
+
+def test_an_elimination_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def make(self: Any, order: Any) -> None:
+        made.append(order.folder)
+        time.sleep(1.5)
+        storage.write_json(f"{order.folder}/facts.json", {"parts": 1})
+
+    monkeypatch.setattr(allocation_phase._Searches, "_make", make)
+    monkeypatch.setattr(allocation_phase.ray, "get", lambda found: found)
+    task = SimpleNamespace(remote=lambda *given: given[3])
+    monkeypatch.setattr(Sweep, "task", lambda self, function: (task, "cpu"))
+    found = []
+    _, second = together(
+        lambda name, said: found.append(
+            allocation_phase._Searches(
+                sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w")
+            )._order()
+        )
+    )
+    assert len(made) == 1
+    assert found[0][0] == found[1][0]
+    assert found[0][0].facts == {"parts": 1}
+    assert "magnitude: elimination: another sweep is making it" in second[0]
+
+
+def test_scratch_folders_are_each_sweeps_own(tmp_path: Path) -> None:
+    one, two = (sweep(tmp_path, name, []) for name in ("one", "two"))
+    with one.scratch("allocation-ovit-k") as first:
+        storage.write_json(f"{first}/state.json", {})
+        with two.scratch("allocation-ovit-k") as second:
+            assert second != first
+        assert storage.exists(f"{first}/state.json")
+    assert not storage.exists(first)
+
+
+# proposals
+
+
+def trial(value: float, epoch: int | None = None, *, over: bool = False) -> Any:
+    figures = {} if epoch is None else {"epoch": epoch}
+    return SimpleNamespace(config={"x": value}, last_result=figures, is_finished=lambda: over)
+
+
+def test_equal_proposals_at_once_have_runs_of_their_own() -> None:
+    names = RunNames(lambda metrics: metrics.get("epoch", 0) >= 3)
+    first = names(trial(1.0, 2))
+    assert names(trial(2.0)) != first
+    assert names(trial(1.0)) == f"{first}-2"
+    assert names(trial(1.0)) == f"{first}-3"
+    assert RunNames()(trial(1.0)) == first  # another driver finds what was broken off
+
+
+def test_an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
+    names = RunNames(lambda metrics: metrics.get("epoch", 0) >= 3)
+    first = names(trial(1.0, 3, over=True))
+    assert names(trial(1.0, 2, over=True)) == first
+    assert names(trial(1.0, 3, over=True)) == f"{first}-2"  # the one before was stopped, and may be ending
+    assert names(trial(1.0)) == f"{first}-2"
+
+
+def reports_its_name(config: dict[str, Any]) -> None:
+    from ray import tune
+
+    time.sleep(1)
+    tune.report({"score": 1.0, "epoch": 1, "lr": tune.get_context().get_trial_name()})
+
+
+@pytest.mark.cluster
+def test_trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) -> None:
+    import optuna
+    from helpers import Quiet
+    from ray import tune
+
+    from orchestration.search import Search, run_search
+    from orchestration.trial_log import TrialLog
+
+    log = TrialLog(f"{tmp_path}/trials.json")
+    search = Search(
+        name="equal",
+        trainable=tune.with_resources(reports_its_name, {"CPU": 0.1}),
+        space={"x": optuna.distributions.CategoricalDistribution([1])},
+        trials=3,
+        concurrent=2,
+        storage=f"{tmp_path}/tune",
+        seed=0,
+        sampler="random",
+        names=RunNames(lambda metrics: bool(metrics.get("epoch", 0) >= 1)),
+    )
+    run_search(search, log, Quiet())
+    found = sorted(record.metrics["lr"] for record in log.trials)
+    assert len(found) == 3
+    assert len(set(found)) >= 2  # two ran at once
+    assert set(found) <= {found[0], f"{found[0]}-2", f"{found[0]}-3"}
