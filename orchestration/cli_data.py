@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from orchestration import cli_options
+
+if TYPE_CHECKING:
+    from trainers.classes import Names
+    from trainers.columns import Columns
 
 _processes = click.option(
     "--processes",
@@ -48,10 +55,30 @@ def convert(imagefolder: str, out: str, processes: int) -> None:
 
 
 @data.command()
-@click.argument("path")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@cli_options.columns
 @_processes
-def check(path: str, processes: int) -> None:
-    """Decode every image of PATH (a Parquet file or folder), count labels, list bad rows; exit 1 if any."""
+def check(paths: tuple[str, ...], processes: int, **named: str | None) -> None:
+    """Decode every image of PATH (a Parquet file, a folder or a glob), count labels, list bad rows.
+
+    Several PATHs (train, validation, test) must also call their classes alike. Exit 1 if a row is bad.
+    """
+    from trainers.classes import check_alike, names_of
+
+    wanted = cli_options.named(named)
+    names = {path: names_of(path, key="PATH", columns=wanted, every=True) for path in paths}
+    check_alike(names, key="PATH")
+    bad = 0
+    for path in paths:
+        if len(paths) > 1:
+            click.echo(path)
+        bad += _check(path, processes, wanted, names[path])
+    if bad:
+        raise click.exceptions.Exit(1)
+
+
+def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
+    """Print what one table holds; returns the number of its bad rows."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -60,7 +87,7 @@ def check(path: str, processes: int) -> None:
     whole = Survey()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("row groups", total=None)
-        for done, parts, found in survey(path, processes):
+        for done, parts, found in survey(path, processes, wanted):
             progress.update(task, completed=done, total=parts)
             whole = found
     for line in whole.bad[:20]:
@@ -74,9 +101,10 @@ def check(path: str, processes: int) -> None:
             f"{counts[0]:,} to {counts[-1]:,} images each" if len(counts) > 1 else f"{counts[0]:,} images"
         )
         click.echo(f"labels:  {len(counts):,} ({min(whole.labels)} to {max(whole.labels)}), {spread}")
+    if names:
+        click.echo(f"classes: {len(names):,} ({', '.join(names[:3])}{', …' * (len(names) > 3)})")
     if whole.smallest and whole.largest:
         small, large = ("×".join(map(str, size)) for size in (whole.smallest, whole.largest))
         click.echo(f"sizes:   {small} to {large}")
     click.echo(f"bad:     {len(whole.bad):,}")
-    if whole.bad:
-        raise click.exceptions.Exit(1)
+    return len(whole.bad)

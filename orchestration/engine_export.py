@@ -20,7 +20,7 @@ from torch import nn
 
 from orchestration import photographs
 from orchestration.export_formats import FORMATS, Format, Source
-from orchestration.mlflow_model import labels_of
+from orchestration.mlflow_model import labels_beside
 from orchestration.source import as_folder, at_hand, check_images
 from orchestration.work import free_folder, whole_folder
 from pruners.errors import InputError, first_line
@@ -109,7 +109,7 @@ def source_of(model: nn.Module, checkpoint: Path, calibration: str | None) -> So
     Raises:
         InputError: images that the model cannot take.
     """
-    source = Source(model, preprocessing_of(model, labels_of(str(checkpoint))))
+    source = Source(model, preprocessing_of(model, labels_beside(checkpoint)))
     if calibration is None:
         return source
     return Source(model, source.preprocessing, _calibration(model, calibration))
