@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,28 +30,66 @@ def data() -> None:
 @data.command()
 @click.argument("imagefolder")
 @click.argument("out")
+@click.option(
+    "--classes",
+    metavar="FILE",
+    help="The class map of another part (train/classes.json), or a name a line. Default: the sorted names.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["torchvision", "timm"]),
+    help="Of class folders that the two sort otherwise (10 before 2, or after). Default: torchvision.",
+)
+@click.option(
+    "--labels",
+    metavar="FILE",
+    help="Images lie in one folder, and their labels in FILE: one a line in the order of names, or an image "
+    "and its label a line, as text or CSV (ILSVRC's validation, Kaggle's LOC_val_solution.csv).",
+)
+@click.option(
+    "--ids",
+    metavar="FILE",
+    help="What numbers in --labels, or folders 1…N, stand for: ILSVRC's meta.mat, or 'number name' a line.",
+)
+@click.option("--first-label", "first", type=click.IntRange(0, 1), help="What labels begin with. Default: 0.")
+@click.option(
+    "--unlabelled",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="Samples without an image or a label.",
+)
 @_processes
-def convert(imagefolder: str, out: str, processes: int) -> None:
+def convert(imagefolder: str, out: str, *, processes: int, classes: str | None, **said: Any) -> None:
     """Turn IMAGEFOLDER (a folder for each class, or WebDataset tars) into Parquet shards in OUT.
 
-    Labels follow the sorted names of the class folders, as torchvision's (classes.json). Started again, it
-    goes on with the shards that are missing.
+    IMAGEFOLDER may be a quoted glob of tars. Labels follow the sorted names of the class folders, as
+    torchvision's (classes.json). Started again, it goes on with the shards that are missing.
     """
     from rich.console import Console
     from rich.progress import Progress
 
+    from trainers.classes import read_map
     from trainers.convert import convert as write
     from trainers.convert import plan
+    from trainers.folders import Reading
 
-    conversion = plan(Path(imagefolder))
-    images = 0
+    names = () if classes is None else read_map(Path(classes), "--classes")
+    files = {key: None if said[key] is None else Path(said.pop(key)) for key in ("labels", "ids")}
+    conversion = plan(Path(imagefolder), Reading(classes=names, **said | files))
+    for line in conversion.said:
+        click.echo(line, err=True)
+    images = skipped = 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("shards", total=len(conversion.shards))
-        for _, count in write(conversion, Path(out), processes):
-            images += count
+        for shard in write(conversion, Path(out), processes):
+            images += shard.images
+            skipped += shard.skipped
             progress.advance(task)
     known = f" of {len(conversion.classes)} classes" if conversion.classes else ""
     click.echo(f"{images:,} images{known} in {len(conversion.shards)} files in {out}")
+    if skipped:
+        click.echo(f"{skipped:,} samples without an image or a label are left out", err=True)
 
 
 @data.command()
