@@ -14,7 +14,7 @@ from orchestration.machine import describe_machine
 from orchestration.mlflow_server import tracking_folder
 from orchestration.tracking import Tracker, check_uri, server_for
 from orchestration.variants import opened
-from orchestration.work import Bars
+from orchestration.work import Bars, forget_killed
 from pruners.errors import InputError, first_line
 
 EXPERIMENT = "espalier-benchmarks"
@@ -95,6 +95,7 @@ def _write(key: str, place: str, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
+        forget_killed(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         expected = f"cannot be written ({error.strerror or first_line(error)})"

@@ -45,8 +45,10 @@ def quantize(**typed: Any) -> None:
     try:
         with Console(stderr=True).status(f"espalier quantize: {options.checkpoint}") as status:
             from orchestration.quantize_command import quantise
+            from orchestration.work import forget_training
 
             lines = quantise(options, status)
+            forget_training(options.hidden)
     except RuntimeError as error:
         click.echo(f"espalier: {options.checkpoint} is not quantised: {error}", err=True)
         raise click.exceptions.Exit(1) from None

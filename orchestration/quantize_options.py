@@ -66,14 +66,19 @@ class QuantizeOptions:
             assert self.aware.training is not None, "it is read, and what is wrong in it told"
 
     @property
+    def hidden(self) -> Path:
+        """Where the result of the training lies until the INT8 folder is written."""
+        out = Path(self.out).expanduser()
+        return out.with_name(f".{out.name}.float")
+
+    @property
     def aware(self) -> AwareOptions:
         """The training's; its result lies beside ``out``, hidden, until the INT8 folder is written."""
         assert self.train is not None, "checked"
-        out = Path(self.out).expanduser()
         return AwareOptions(
             checkpoint=self.checkpoint,
             train=self.train,
-            out=str(out.with_name(f".{out.name}.float")),
+            out=str(self.hidden),
             settings=self.settings,
             validation=self.validation,
             seed=self.seed,
