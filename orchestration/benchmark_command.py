@@ -29,7 +29,8 @@ def run(options: BenchmarkOptions) -> Report:
     if options.mlflow and options.tracking_uri is not None:
         check_uri(options.tracking_uri)
     machine = describe_machine()
-    with opened(options.models, options.calibration, options.tracking_uri, options.storage) as variants:
+    models, calibration, columns = options.models, options.calibration, options.columns
+    with opened(models, calibration, options.tracking_uri, options.storage, columns=columns) as variants:
         named = ", ".join(one.name for one in variants)
         with Bars(heading=f"{named}: on {', '.join(map(str, options.choices))}") as bars:
             rows = measure(variants, options, bars)

@@ -12,6 +12,7 @@ from orchestration.prune_options import one_of
 from orchestration.quantize_config import AWARE, AwareTraining
 from orchestration.recipes import part
 from pruners.errors import InputError
+from trainers.columns import ColumnOptions
 from trainers.config import TrainingSettings
 from trainers.quantize_settings import Mode
 
@@ -31,7 +32,7 @@ class AwareOptions(FinetuneOptions):
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(ColumnOptions):
     """The options as they were typed."""
 
     checkpoint: str
@@ -86,6 +87,8 @@ class QuantizeOptions:
             tracking_uri=self.tracking_uri,
             storage=self.storage,
             images=self.images,
+            image_column=self.image_column,
+            label_column=self.label_column,
         )
 
     def _refuse(self, given: Mapping[str, object], why: str) -> None:

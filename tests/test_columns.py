@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import Run
 from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, png, table, tiny, write
 
 from orchestration.checks import prepare
@@ -129,7 +130,7 @@ def test_a_folder_of_train_and_test_is_no_training_data(tmp_path: Path) -> None:
     for name, labels in (("train-00000-of-00002", [0]), ("train-00001-of-00002", [1]), ("test-0000", [2])):
         write(data / f"{name}.parquet", table(labels))
     for read in (Store.open, lambda uri: check_table(uri, 3, key="data.train")):
-        with pytest.raises(InputError, match=r"several parts: test .*train .*name one part"):
+        with pytest.raises(InputError, match=r"several parts: test .*train .*name one, as train-"):
             read(str(data))
     assert Store.open(f"{data}/train-*.parquet").labels.tolist() == [0, 1]
     assert Store.open(f"file://{data}/t[e]st-*.parquet").labels.tolist() == [2]
@@ -229,3 +230,33 @@ def test_class_maps(name: str, content: Any, names: tuple[str, ...] | None, tmp_
         return
     with pytest.raises(InputError, match="must give each of the labels"):
         read_map(file, "--classes")
+
+
+def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
+    """A table with labels of two kinds: which is meant is said, else refused."""
+    names = {"coarse_label": [0, 0, 1], "fine_label": [2, 0, 1]}
+    write(tmp_path / "a.parquet", hub(names, dict.fromkeys(names, CLASS_LABEL)))
+    dense_folder(tmp_path / "vit")
+    for command in (
+        "evaluate vit --data a.parquet",
+        "prune vit --method ovit --gradients 2 --batch-size 2 --sparsity 0.5 --out pruned --data a.parquet",
+        "finetune vit --out tuned --train a.parquet epochs=1 --validation a.parquet",
+        "data check a.parquet --processes 1",
+    ):
+        status, _, error = run(command)
+        assert status == 2
+        assert "several columns that may hold labels" in error
+        status, _, error = run(f"{command} --label-column fine_label")
+        assert status == 0, error
+    # what it learned by is what it is measured by
+    assert models.label_names(load_checkpoint(str(tmp_path / "tuned")).model) == tuple(NAMES)
+    write(tmp_path / "b.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}, names=NAMES[::-1]))
+    status, _, error = run("evaluate tuned --data b.parquet")
+    assert status == 2
+    assert "its classes contradict the model's: 'cedar' is label 0 of the images and 2 of the model" in error
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The commands here name their files themselves."""
+    return tmp_path

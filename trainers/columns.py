@@ -59,6 +59,18 @@ class Columns:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """The part of a command's options that names the columns of its images."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column)
+
+
 def class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
     """The names of the classes by their labels, as the metadata has them; ``()`` if it does not."""
     feature = _features(schema).get(label)

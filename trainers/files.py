@@ -84,10 +84,8 @@ def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
     parts = parts_of(files)
     if len(parts) > 1:
         mixed = ", ".join(f"{part} ({name})" for part, name in parts.items())
-        first = re.split(r"[-._ ]", next(iter(parts.values())))[0]
-        raise InputError(
-            key, uri, f"holds files of several parts: {mixed}; name one part, as {first}*.parquet"
-        )
+        one = "train" if "train" in parts else next(iter(parts))
+        raise InputError(key, uri, f"holds files of several parts: {mixed}; name one, as {one}-*.parquet")
     return system, [found[name].path for name in files]
 
 
