@@ -97,13 +97,9 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         if not dry_run:
             _check_writable(recipe.storage)
     data, data_hash, missing = _data(recipe, dry_run)
-    if model is not None and data.train is not None and not missing:
-        check_known(
-            models.label_names(model),
-            names_of(data.train, columns=data.columns),
-            key="data.train",
-            uri=data.train,
-        )
+    if recipe.model.checkpoint is not None and model is not None and data.train is not None and not missing:
+        names = names_of(data.train, columns=data.columns)
+        check_known(models.label_names(model), names, key="data.train", uri=data.train)
     _check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)

@@ -13,13 +13,14 @@ from commands import Run
 from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, png, table, tiny, write
 
 from orchestration.checks import prepare
+from orchestration.mlflow_model import classes_of, labels_of
 from orchestration.recipes import load_recipe
 from pruners.errors import InputError
-from trainers import models
+from trainers import building, models
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.classes import check_alike, check_known, names_of, read_map
 from trainers.columns import Columns
-from trainers.config import DataSettings
+from trainers.config import DataSettings, TrainJob
 from trainers.data import split
 from trainers.preprocessing import preprocessing_of
 from trainers.store import Store
@@ -254,9 +255,39 @@ def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
     status, _, error = run("evaluate tuned --data b.parquet")
     assert status == 2
     assert "its classes contradict the model's: 'cedar' is label 0 of the images and 2 of the model" in error
+    status, _, error = run("data check a.parquet b.parquet --label-column label")
+    assert status == 2
+    write(tmp_path / "c.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
+    status, said, error = run("data check b.parquet c.parquet")
+    assert (status, said) == (2, "")
+    assert "label 0 is 'cedar' in b.parquet and 'ash' in c.parquet" in error
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """The commands here name their files themselves."""
     return tmp_path
+
+
+def test_a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) -> None:
+    """Also where it was fetched after the recipe had been checked; else the model takes the data's names."""
+    uri = write(tmp_path / "a.parquet", hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}))
+    made = {"name": "x", "seed": 0, "data": {"train": uri}, "training": {"epochs": 1}}
+    job = TrainJob.model_validate({**made, "model": {"checkpoint": "dense", "classes": 3}})
+    model, _ = tiny()
+    models.name_classes(model, NAMES[::-1])
+    with pytest.raises(InputError, match="'ash' is label 0 of the images and 2 of the model"):
+        building.name_classes(job, model)
+    model, _ = tiny()
+    building.name_classes(job, model)
+    assert models.label_names(model) == tuple(NAMES)
+
+
+def test_what_mlflow_is_told_of_classes(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
+    assert classes_of(uri) == {"ash": 0, "birch": 1, "cedar": 2}
+    assert labels_of(uri) == NAMES
+    twice = ["crane", "birch", "crane"]  # a bird and a machine: ImageNet has such
+    uri = write(tmp_path / "b.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}, names=twice))
+    assert classes_of(uri) is None
+    assert labels_of(uri) == twice

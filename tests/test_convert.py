@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from image_tables import png
 
 from pruners.errors import InputError
@@ -200,6 +201,8 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
 def test_a_level_too_high(places: tuple[str, ...], says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         plan(images(tmp_path, *places))
+    named = tuple(sorted({place.partition("/")[0] for place in places}))
+    assert plan(tmp_path, Reading(classes=named)).classes == named  # it may be meant
 
 
 def test_one_class_map_for_all_parts(tmp_path: Path) -> None:
@@ -314,3 +317,19 @@ def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
     assert not said
     with pytest.raises(InputError, match="says of no class that it is '4'"):
         class_folders(images(root, "4/d.png"), Reading(ids=tmp_path / "meta.mat"))
+
+
+def test_one_conversion_at_a_time(tmp_path: Path) -> None:
+    """And what a killed one left, also of shards that there are none of any more, goes with the next."""
+    made, out = plan(images(tmp_path / "x", "ant/a.png", "bee/b.png")), tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"), pytest.raises(InputError, match="another conversion to it is at work"):
+        list(convert(made, out, 1))
+    list(convert(made, out, 1))
+    (out / ".00007-of-00009.parquet.partial").write_bytes(b"half")
+    list(convert(made, out, 1))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "00000-of-00001.parquet",
+        "classes.json",
+        "conversion.json",
+    ]

@@ -93,7 +93,8 @@ def class_folders(source: Path, reading: Reading) -> tuple[Names, Labelled, list
     folders = sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if not folders:
         raise InputError(_KEY, given, "must hold a folder for each class, or .tar files")
-    _check_level(source, folders)
+    if not reading.classes:
+        _check_level(source, folders)
     named = {folder: folder for folder in folders}
     if reading.ids is not None:
         numbers = _numbers(reading.ids)
@@ -123,7 +124,8 @@ def _check_level(source: Path, folders: list[str]) -> None:
     if len(parts) > 1 or parts == folders:
         which = " and ".join(parts)
         expected = (
-            f"holds {which}, which are parts and no classes; convert each by itself ({source}/{parts[0]})"
+            f"holds {which}, which are parts and no classes; convert each by itself ({source}/{parts[0]}), "
+            "or name the classes by --classes"
         )
         raise InputError(_KEY, str(source), expected)
     if len(folders) == 1:
