@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import Run
-from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, png, table, tiny, write
+from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, edit_json, png, table, tiny, write
 
 from orchestration.checks import prepare
 from orchestration.mlflow_model import classes_of, labels_of
@@ -197,7 +197,9 @@ def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
 
 
 def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
-    """Through saving, loading, pruning and a new head, as timm's own label_names."""
+    """Through saving, loading, serving and a new head, as timm's own label_names."""
+    from orchestration.served_model import _checkpoint
+
     model = load_checkpoint(str(dense_folder(tmp_path / "a"))).model
     models.name_classes(model, ["two", "names"])  # which are not those of three classes
     assert models.label_names(model) == ()
@@ -208,6 +210,12 @@ def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
     assert preprocessing_of(again)["labels"] == NAMES
     models.replace_head(again, 3)
     assert models.label_names(again) == ()
+    # as some folders of the hub have them
+    edit_json(tmp_path / "b/config.json", label_names={"2": "cedar", "0": "ash", "1": "birch"})
+    edit_json(tmp_path / "b/config.json", pretrained_cfg=tiny()[0].pretrained_cfg | {"num_classes": 3})
+    (tmp_path / "b/pruning.json").unlink()
+    assert models.label_names(load_checkpoint(str(tmp_path / "b")).model) == tuple(NAMES)
+    assert list(_checkpoint(tmp_path / "b")[2]) == NAMES
 
 
 @pytest.mark.parametrize(
