@@ -105,8 +105,12 @@ def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-")))
         cases = _cases(variants, options)
-        tests = None if options.data is None else Tests.of(variants[0], options.data, options.images)
-        images = {one.name: comparison_images(one, options.data) for one in variants}
+        tests = (
+            None
+            if options.data is None
+            else Tests.of(variants[0], options.data, options.images, options.columns)
+        )
+        images = {one.name: comparison_images(one, options.data, options.columns) for one in variants}
         for number, case in enumerate(cases):
             _start(case, options, images[case.variant.name], variants, scratch=scratch, stack=stack)
             bars("engines", number + 1, len(cases))

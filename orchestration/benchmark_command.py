@@ -14,7 +14,7 @@ from orchestration.machine import describe_machine
 from orchestration.mlflow_server import tracking_folder
 from orchestration.tracking import Tracker, check_uri, server_for
 from orchestration.variants import opened
-from orchestration.work import Bars
+from orchestration.work import Bars, forget_killed
 from pruners.errors import InputError, first_line
 
 EXPERIMENT = "espalier-benchmarks"
@@ -29,7 +29,8 @@ def run(options: BenchmarkOptions) -> Report:
     if options.mlflow and options.tracking_uri is not None:
         check_uri(options.tracking_uri)
     machine = describe_machine()
-    with opened(options.models, options.calibration, options.tracking_uri, options.storage) as variants:
+    models, calibration, columns = options.models, options.calibration, options.columns
+    with opened(models, calibration, options.tracking_uri, options.storage, columns=columns) as variants:
         named = ", ".join(one.name for one in variants)
         with Bars(heading=f"{named}: on {', '.join(map(str, options.choices))}") as bars:
             rows = measure(variants, options, bars)
@@ -95,6 +96,7 @@ def _write(key: str, place: str, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         partial.replace(path)
+        forget_killed(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         expected = f"cannot be written ({error.strerror or first_line(error)})"

@@ -14,6 +14,8 @@ from orchestration import photographs
 from orchestration.variants import Variant
 from pruners.errors import InputError
 from trainers import data
+from trainers.classes import check_known, names_of
+from trainers.columns import Columns
 from trainers.preprocessing import Images, transform_settings
 from trainers.store import Store
 from trainers.tables import check_table
@@ -22,7 +24,7 @@ COMPARED = 64
 _CHUNK = 256
 
 
-def comparison_images(variant: Variant, uri: str | None) -> Images:
+def comparison_images(variant: Variant, uri: str | None, columns: Columns | None = None) -> Images:
     """The first test images, or photographs, as a model takes them.
 
     Raises:
@@ -35,7 +37,7 @@ def comparison_images(variant: Variant, uri: str | None) -> Images:
         )
     if uri is None:
         return photographs.as_input(COMPARED, _transform(variant))
-    return _pixels(data.images(uri, _transform(variant), key="--data"), range(COMPARED))
+    return _pixels(data.images(uri, _transform(variant), key="--data", columns=columns), range(COMPARED))
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,22 @@ class Tests:
 
     uri: str
     labels: NDArray[np.int64]
+    columns: Columns | None = None
 
     @classmethod
-    def of(cls, variant: Variant, uri: str, most: int | None) -> Tests:
+    def of(cls, variant: Variant, uri: str, most: int | None, columns: Columns | None = None) -> Tests:
         """Args:
             most: so many of the first images; default all.
 
         Raises:
             InputError: a table that cannot be used, or with labels that the model has no class for.
         """
-        check_table(uri, variant.preprocessing["classes"], key="--data")
-        labels = np.asarray(Store.open(uri, key="--data").labels, np.int64)
-        return cls(uri, labels[:most])
+        about = variant.preprocessing
+        check_table(uri, about["classes"], key="--data", columns=columns)
+        names = names_of(uri, key="--data", columns=columns, every=True)
+        check_known(about.get("labels", ()), names, key="--data", uri=uri)
+        labels = np.asarray(Store.open(uri, key="--data", columns=columns).labels, np.int64)
+        return cls(uri, labels[:most], columns)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +76,7 @@ class Tests:
         one_of_each = {settings: name for name, settings in alike.items()}
         by_name = {one.name: one for one in variants}
         tables = {
-            settings: data.images(self.uri, _transform(by_name[name]), key="--data")
+            settings: data.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
             for settings, name in one_of_each.items()
         }
         for begin in range(0, len(self), _CHUNK):

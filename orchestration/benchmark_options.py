@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from orchestration.work import free_file
 from pruners.errors import InputError
+from trainers.columns import ColumnOptions
 from trainers.engines import ENGINES, Choice, Place
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(ColumnOptions):
     """The options as they were typed."""
 
     models: tuple[str, ...]

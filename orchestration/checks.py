@@ -32,7 +32,9 @@ from pruners.methods import create_pruner
 from pruners.patterns import Pattern
 from trainers import models, storage
 from trainers.checkpoint import load_checkpoint, model_args
+from trainers.classes import Names, check_alike, check_known, names_of
 from trainers.config import DataSettings
+from trainers.files import split_glob
 from trainers.int8 import NEEDS
 from trainers.latency_settings import LatencyTarget
 from trainers.optional import require
@@ -42,6 +44,7 @@ from trainers.structured import Plan, plan_cut
 from trainers.tables import check_table, count_rows
 
 _CORNERS = 64
+_COLUMNS = ("image_column", "label_column")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         if not dry_run:
             _check_writable(recipe.storage)
     data, data_hash, missing = _data(recipe, dry_run)
+    if recipe.model.checkpoint is not None and model is not None and data.train is not None and not missing:
+        names = names_of(data.train, columns=data.columns)
+        check_known(models.label_names(model), names, key="data.train", uri=data.train)
     _check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
@@ -307,9 +313,9 @@ def _check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -
 
 
 def _is_here(uri: str) -> bool:
-    """Whether this machine sees a file; a bucket that does not answer here may answer there."""
+    """Whether this machine sees a file (of a glob, its folder); a bucket silent here may answer there."""
     try:
-        return storage.exists(uri)
+        return storage.exists(split_glob(uri)[0])
     except InputError:
         return False
 
@@ -323,6 +329,7 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
         data = digits.prepare_digits(storage.absolute(recipe.storage))
     hashes: dict[str, str] = {}
     places: dict[str, str] = {}
+    names: dict[str, Names] = {}
     for part in ("train", "validation", "test"):
         uri: str | None = getattr(data, part)
         if uri is None:
@@ -332,7 +339,11 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
             missing.append(uri)
             continue
         tolerant = data.bad_images == "skip"
-        hashes[part] = check_table(places[part], classes, key=f"data.{part}", tolerant=tolerant)
+        key, wanted = f"data.{part}", data.columns
+        hashes[part] = check_table(places[part], classes, key=key, tolerant=tolerant, columns=wanted)
+        names[part] = names_of(places[part], key=key, columns=wanted, every=True)
+    check_alike(names, key="data")
     found: Mapping[str, Any] = data.model_dump() | places
-    rest = {key: value for key, value in found.items() if key not in places}
+    # what the columns hold is in the hashes
+    rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
     return DataSettings.model_validate(found), digest(hashes, rest), missing

@@ -168,15 +168,24 @@ def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--data", "data_uri", required=True, help="Parquet file or folder (image, label).")
+@click.option("--data", "data_uri", required=True, help="Parquet file, folder or glob (image, label).")
+@cli_options.columns
 @click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
 @_storage
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
-def evaluate(model: str, data_uri: str, tracking_uri: str | None, storage: str, batch_size: int) -> None:
+def evaluate(
+    model: str,
+    data_uri: str,
+    tracking_uri: str | None,
+    storage: str,
+    batch_size: int,
+    **named: str | None,
+) -> None:
     """Top-1 and loss of MODEL (a checkpoint folder or models:/NAME@alias) on images."""
     from orchestration.inspect import evaluate_model
 
-    for line in evaluate_model(model, data_uri, tracking_uri, storage, batch_size):
+    columns = cli_options.named(named)
+    for line in evaluate_model(model, data_uri, tracking_uri, storage, batch_size, columns=columns):
         click.echo(line)
 
 

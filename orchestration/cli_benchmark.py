@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from orchestration import cli_options
 from orchestration.cli_export import of_registry
 
 _INTERRUPTED = 130
@@ -42,6 +43,7 @@ _INTERRUPTED = 130
 @click.option("--json", metavar="FILE", help="Write all figures there, with machine and versions.")
 @click.option("--plot", metavar="FILE", help="Accuracy against latency as a picture; needs --data.")
 @click.option("--mlflow", is_flag=True, help="Log it as a run of the experiment espalier-benchmarks.")
+@cli_options.columns
 @of_registry
 def benchmark(**typed: Any) -> None:
     """Latency, throughput, memory, size and accuracy of each MODEL on each engine, on this machine.

@@ -56,6 +56,7 @@ def of_registry(command: F) -> F:
     help="Training images that fix the ranges of activations: for openvino-int8, and for onnx-int8 "
     "(static quantisation; without them they are measured as the model runs).",
 )
+@cli_options.columns
 @of_registry
 def export(
     checkpoint: str,
@@ -66,6 +67,7 @@ def export(
     calibration: str | None,
     tracking_uri: str | None,
     storage: str,
+    **named: str | None,
 ) -> None:
     """Write CHECKPOINT in another form to the folder OUT.
 
@@ -83,7 +85,7 @@ def export(
         with console.status(f"espalier export: {checkpoint}"):
             from orchestration.engine_export import CheckError, Wanted, export
 
-            wanted = Wanted(checkpoint, out, kind, data, calibration, tracking_uri, storage)
+            wanted = Wanted(checkpoint, out, kind, data, calibration, tracking_uri, storage, **named)
             try:
                 export(wanted, click.echo)
             except CheckError as error:

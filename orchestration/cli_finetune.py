@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from orchestration import cli_options
 from orchestration.cli_export import of_registry
 
 _INTERRUPTED = 130
@@ -27,6 +28,7 @@ _INTERRUPTED = 130
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
+@cli_options.columns
 @of_registry
 def finetune(**typed: Any) -> None:
     """Train CHECKPOINT on other images; what is zero in it stays zero.

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from orchestration import cli_options
+
 _INTERRUPTED = 130
 
 
@@ -44,6 +46,7 @@ _INTERRUPTED = 130
 @click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
+@cli_options.columns
 def prune(**typed: Any) -> None:
     """Prune MODEL in one shot, without Ray.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from orchestration import cli_options
 from orchestration.cli_export import of_registry
 
 _INTERRUPTED = 130
@@ -28,6 +29,7 @@ _INTERRUPTED = 130
 @click.option("--out", required=True, metavar="FOLDER", help="Where the INT8 folder goes.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
 @click.option("--device", help="qat: cpu or cuda. Default: cuda where there is one.")
+@cli_options.columns
 @of_registry
 def quantize(**typed: Any) -> None:
     """Write CHECKPOINT as an INT8 model for ONNX Runtime; what is zero in it is 0 there.
@@ -45,8 +47,10 @@ def quantize(**typed: Any) -> None:
     try:
         with Console(stderr=True).status(f"espalier quantize: {options.checkpoint}") as status:
             from orchestration.quantize_command import quantise
+            from orchestration.work import forget_training
 
             lines = quantise(options, status)
+            forget_training(options.hidden)
     except RuntimeError as error:
         click.echo(f"espalier: {options.checkpoint} is not quantised: {error}", err=True)
         raise click.exceptions.Exit(1) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -9,6 +10,7 @@ from pathlib import PurePosixPath
 from orchestration.public import public
 from trainers import storage
 from trainers.config import DataSettings
+from trainers.files import split_glob
 from trainers.tables import count_rows
 
 _PARTS = ("train", "validation", "test")
@@ -45,6 +47,12 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
         uri: str | None = getattr(data, part)
         if uri is None:
             continue
-        stem = known or PurePosixPath(uri).stem
+        stem = known or _stem(uri)
         name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
         yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
+
+
+def _stem(uri: str) -> str:
+    """What a file, a folder or a glob is called: ``train`` of ``train-*.parquet``."""
+    base, pattern = split_glob(uri)
+    return PurePosixPath(base).stem if pattern is None else re.split(r"[-_.]*[*?\[]", pattern)[0] or base

@@ -20,13 +20,14 @@ from torch import nn
 
 from orchestration import photographs
 from orchestration.export_formats import FORMATS, Format, Source
-from orchestration.mlflow_model import labels_of
+from orchestration.mlflow_model import labels_beside
 from orchestration.source import as_folder, at_hand, check_images
 from orchestration.work import free_folder, whole_folder
 from pruners.errors import InputError, first_line
 from trainers import data, models
 from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
+from trainers.columns import ColumnOptions, Columns
 from trainers.engines import ANY_BATCH, Place, Run
 from trainers.optional import installed
 from trainers.preprocessing import PROBES, Images, pattern_images, preprocessing_of
@@ -45,7 +46,7 @@ class CheckError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Wanted(ColumnOptions):
     """What ``espalier export`` was asked for."""
 
     checkpoint: str
@@ -76,8 +77,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
         as_folder(place) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
-        images, name = _real_images(model, wanted.data)
-        source = source_of(model, checkpoint, wanted.calibration)
+        images, name = _real_images(model, wanted.data, wanted.columns)
+        source = source_of(model, checkpoint, wanted.calibration, wanted.columns)
         with whole_folder(target, wanted.out, "OUT") as folder:
             form.write(source, folder)
             run = _loaded(form, folder)
@@ -103,16 +104,18 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def source_of(model: nn.Module, checkpoint: Path, calibration: str | None) -> Source:
+def source_of(
+    model: nn.Module, checkpoint: Path, calibration: str | None, columns: Columns | None = None
+) -> Source:
     """A model with what its file shall say, and with images for calibration, if they are given.
 
     Raises:
         InputError: images that the model cannot take.
     """
-    source = Source(model, preprocessing_of(model, labels_of(str(checkpoint))))
+    source = Source(model, preprocessing_of(model, labels_beside(checkpoint)))
     if calibration is None:
         return source
-    return Source(model, source.preprocessing, _calibration(model, calibration))
+    return Source(model, source.preprocessing, _calibration(model, calibration, columns))
 
 
 def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
@@ -138,7 +141,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     )
 
 
-def _real_images(model: nn.Module, uri: str | None) -> tuple[Images, str]:
+def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
     """Images to compare answers on, and what they are."""
     transform = data.eval_transform(models.data_config(model))
     if uri is None:
@@ -148,17 +151,18 @@ def _real_images(model: nn.Module, uri: str | None) -> tuple[Images, str]:
                 "model", None, f"takes images of {channels} channels, and only RGB can be checked"
             )
         return photographs.as_input(max(BATCHES), transform), photographs.NAME
-    check_images(uri, model, "--data")
-    table = data.images(uri, transform, key="--data")
+    check_images(uri, model, "--data", columns)
+    table = data.images(uri, transform, key="--data", columns=columns)
     count = max(BATCHES)
     rows = [table[row % len(table)][0] for row in range(count)]
     return torch.stack(rows).numpy(), f"the first of {PurePath(uri).name}"
 
 
-def _calibration(model: nn.Module, uri: str) -> Images:
+def _calibration(model: nn.Module, uri: str, columns: Columns | None) -> Images:
     """A fixed part of the training images, drawn once."""
-    check_images(uri, model, "--calibration")
-    table = data.images(uri, data.eval_transform(models.data_config(model)), key="--calibration")
+    check_images(uri, model, "--calibration", columns)
+    transform = data.eval_transform(models.data_config(model))
+    table = data.images(uri, transform, key="--calibration", columns=columns)
     drawn = np.random.default_rng(_SEED).permutation(len(table))[:CALIBRATION]
     return torch.stack([table[int(row)][0] for row in drawn]).numpy()
 

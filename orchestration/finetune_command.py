@@ -79,9 +79,9 @@ class Finetuning:
             _check_teacher(options)
             seed_everything(options.seed)
             models.replace_head(model, now)
-        images = {"train": check_images(options.train, model, "--train")}
+        images = {"train": check_images(options.train, model, "--train", options.columns)}
         if options.validation is not None:
-            images["validation"] = check_images(options.validation, model, "--validation")
+            images["validation"] = check_images(options.validation, model, "--validation", options.columns)
         lineage = {"method": loaded.record.get("method", "unknown"), "parent": parent, "images": images}
         patterns = patterns or recorded_patterns(loaded)
         masks = _fitting(loaded.masks, model)
@@ -157,6 +157,8 @@ class Finetuning:
             data=DataSettings(
                 train=storage.absolute(options.train),
                 validation=None if validation is None else storage.absolute(validation),
+                image_column=options.image_column,
+                label_column=options.label_column,
             ),
             training=options.training,
             pruning=PruningSettings.model_validate(pruning),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestration.prune_options import layer_patterns, one_of
 from orchestration.recipes import part
+from trainers.columns import ColumnOptions
 from trainers.config import TrainingSettings
 
 # gentler than training from the start, and each epoch can be gone on from
@@ -13,7 +14,7 @@ _DEFAULTS = {"epochs": 10, "lr": {"peak": 1e-4}, "checkpoint_every": 1}
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
+class FinetuneOptions(ColumnOptions):
     """The options as they were typed."""
 
     checkpoint: str

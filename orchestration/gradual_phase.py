@@ -62,7 +62,7 @@ class Gradual:
 
     def register(self) -> Recovered:
         """The best run's last model, and those kept on the way, as versions in the registry."""
-        classes = classes_of(self.sweep.data.train)
+        classes = classes_of(self.sweep.data.train, self.sweep.data.columns)
         register = partial(self.runs.register, self.sweep.recipe.registered_model, self.best, classes=classes)
         recovered = f"{self.folder}/recovered"
         end = Kept(recovered, self.best.metrics["val_top1"], register(recovered))

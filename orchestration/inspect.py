@@ -17,6 +17,7 @@ from trainers.storage import absolute
 
 if TYPE_CHECKING:
     from orchestration.promotion import Decision
+    from trainers.columns import Columns
 
 DATABASE = "mlflow.db"
 _SHARED = "the server of another command at work; Ctrl-C ends it with the last that uses it"
@@ -54,20 +55,30 @@ def _folder(storage: str) -> Path:
 
 
 def evaluate_model(
-    model: str, data_uri: str, tracking_uri: str | None, storage: str, batch_size: int
+    model: str,
+    data_uri: str,
+    tracking_uri: str | None,
+    storage: str,
+    batch_size: int,
+    *,
+    columns: Columns | None = None,
 ) -> Iterator[str]:
     """Lines with a model's figures on some images."""
     if not model.startswith("models:/"):
-        yield from _evaluate(absolute(model) if "hf-hub:" not in model else model, data_uri, batch_size)
+        place = absolute(model) if "hf-hub:" not in model else model
+        yield from _evaluate(place, data_uri, batch_size, columns)
         return
     from orchestration import registry
 
     with registry_uri(tracking_uri, storage) as uri, registry.pulled(model, uri) as folder:
-        yield from _evaluate(str(folder), data_uri, batch_size)
+        yield from _evaluate(str(folder), data_uri, batch_size, columns)
 
 
-def _evaluate(checkpoint: str, data_uri: str, batch_size: int) -> Iterator[str]:
+def _evaluate(
+    checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
+) -> Iterator[str]:
     from trainers import data, int8
+    from trainers.classes import check_known, names_of
     from trainers.evaluate import evaluate
     from trainers.tables import check_table
 
@@ -76,8 +87,10 @@ def _evaluate(checkpoint: str, data_uri: str, batch_size: int) -> Iterator[str]:
     if found.classes < 2 or channels != 3:
         what = f"is for {found.classes} classes and {channels} channels"
         raise InputError("model", checkpoint, f"{what}; must be for RGB images of two classes at least")
-    check_table(data_uri, found.classes, key="--data")
-    images = data.images(data_uri, data.eval_transform(found.config), key="--data")
+    check_table(data_uri, found.classes, key="--data", columns=columns)
+    names = names_of(data_uri, key="--data", columns=columns, every=True)
+    check_known(found.labels, names, key="--data", uri=data_uri)
+    images = data.images(data_uri, data.eval_transform(found.config), key="--data", columns=columns)
     result = evaluate(found.model, data.eval_loader(images, batch_size))
     by = "" if found.engine is None else f", INT8 by {found.engine}"
     yield f"images    {result.images}"

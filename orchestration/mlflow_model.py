@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from orchestration.digits import picture
-from trainers import storage
-from trainers.convert import CLASSES
+from pruners.errors import InputError
+from trainers.classes import CLASSES, names_beside, names_of, read_map
+from trainers.columns import Columns
 
 MARK = "MLmodel"
 CODE = Path(__file__).with_name("served_model.py")
@@ -64,17 +65,26 @@ def model_files(classes: Mapping[str, int] | None = None, reader: str = "safeten
         yield folder
 
 
-def classes_of(train: str | None) -> dict[str, int] | None:
-    """The label of each class by its name, where ``espalier data convert`` left them beside the images."""
-    if train is None or not storage.exists(f"{train}/{CLASSES}"):
+def classes_of(train: str | None, columns: Columns | None = None) -> dict[str, int] | None:
+    """The label of each class by its name, where the images, or ``classes.json`` beside them, say it."""
+    names = labels_of(train, columns) or []
+    # a name that two classes have (a crane is a bird, and a machine) is in the model's own configuration
+    return {name: label for label, name in enumerate(names)} if 0 < len(names) == len(set(names)) else None
+
+
+def labels_of(train: str | None, columns: Columns | None = None) -> list[str] | None:
+    """The names of the classes by their labels, where :func:`trainers.classes.names_of` knows them."""
+    if train is None:
         return None
-    return {str(name): int(label) for name, label in storage.read_json(f"{train}/{CLASSES}").items()}
+    try:
+        return list(names_of(train, key="data.train", columns=columns)) or None
+    except InputError:  # images that are gone since; what was wrong with them was said before the work
+        return list(names_beside(train)) or None
 
 
-def labels_of(train: str | None) -> list[str] | None:
-    """The names of the classes by their labels, where :func:`classes_of` knows them."""
-    classes = classes_of(train)
-    return sorted(classes, key=classes.__getitem__) if classes else None
+def labels_beside(folder: Path) -> list[str] | None:
+    """Those of a registered version, whose folder has them in ``classes.json``."""
+    return list(read_map(folder / CLASSES, CLASSES)) if (folder / CLASSES).is_file() else None
 
 
 def requirements(reader: str) -> list[str]:

@@ -29,6 +29,7 @@ from pruners.one_shot import pattern_budget, prune
 from pruners.patterns import fitting
 from trainers import data, models
 from trainers.checkpoint import save_checkpoint
+from trainers.columns import Columns
 from trainers.config import SECOND_ORDER
 from trainers.evaluate import Evaluation, evaluate
 from trainers.prune_step import Gradients, gradient_source
@@ -134,7 +135,7 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
     if options.method not in SECOND_ORDER or options.data is None:
         return None
     return gradient_source(
-        _images(options.data, model, "--data"),
+        _images(options.data, model, options.columns, "--data"),
         options.fisher,
         pruner,
         tries_damps=options.tries_damps,
@@ -147,13 +148,13 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
 def _tests(options: PruneOptions, model: nn.Module) -> data.Batches | None:
     if options.test is None:
         return None
-    return data.eval_loader(_images(options.test, model, "--test"), options.batch_size)
+    return data.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
 
 
-def _images(uri: str, model: nn.Module, key: str) -> data.ImageTable:
-    check_images(uri, model, key)
+def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> data.ImageTable:
+    check_images(uri, model, key, columns)
     transform = data.eval_transform(models.data_config(model))
-    return data.images(uri, transform, key=key)
+    return data.images(uri, transform, key=key, columns=columns)
 
 
 def _check_budget(

@@ -12,6 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pruners.errors import InputError, did_you_mean
 from pruners.patterns import Pattern
+from trainers.columns import ColumnOptions
 from trainers.config import SECOND_ORDER, FisherSettings, Method, ScopeName
 
 # what says how gradients are taken: nothing to a method that takes none
@@ -19,7 +20,7 @@ _OF_GRADIENTS = ("gradients", "per_sample", "block_size", "damp", "relative", "m
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(ColumnOptions):
     """The options as they were typed; ``None`` is the default of the method."""
 
     model: str

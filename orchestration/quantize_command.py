@@ -104,7 +104,7 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
             folder,
             mode,
             images.calibration,
-            labels=labels_of(options.train),
+            labels=labels_of(options.train, options.columns),
             record=record,
             figures=images.figures,
             key="model",
@@ -138,13 +138,14 @@ def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     """Checked too where it is the training that takes them."""
     transform, calibration = data.eval_transform(models.data_config(model)), []
     if options.train is not None:
-        check_images(options.train, model, "--train")
-        table = data.images(options.train, transform, key="--train")
+        check_images(options.train, model, "--train", options.columns)
+        table = data.images(options.train, transform, key="--train", columns=options.columns)
         calibration = data.chosen(table, options.images, options.seed)
     if options.test is None:
         return Images(calibration)
-    check_images(options.test, model, "--test")
-    tests = data.eval_loader(data.images(options.test, transform, key="--test"), _BATCH)
+    check_images(options.test, model, "--test", options.columns)
+    table = data.images(options.test, transform, key="--test", columns=options.columns)
+    tests = data.eval_loader(table, _BATCH)
     return Images(calibration, tests, evaluate(model, tests).top1)
 
 

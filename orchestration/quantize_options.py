@@ -12,6 +12,7 @@ from orchestration.prune_options import one_of
 from orchestration.quantize_config import AWARE, AwareTraining
 from orchestration.recipes import part
 from pruners.errors import InputError
+from trainers.columns import ColumnOptions
 from trainers.config import TrainingSettings
 from trainers.quantize_settings import Mode
 
@@ -31,7 +32,7 @@ class AwareOptions(FinetuneOptions):
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(ColumnOptions):
     """The options as they were typed."""
 
     checkpoint: str
@@ -66,14 +67,19 @@ class QuantizeOptions:
             assert self.aware.training is not None, "it is read, and what is wrong in it told"
 
     @property
+    def hidden(self) -> Path:
+        """Where the result of the training lies until the INT8 folder is written."""
+        out = Path(self.out).expanduser()
+        return out.with_name(f".{out.name}.float")
+
+    @property
     def aware(self) -> AwareOptions:
         """The training's; its result lies beside ``out``, hidden, until the INT8 folder is written."""
         assert self.train is not None, "checked"
-        out = Path(self.out).expanduser()
         return AwareOptions(
             checkpoint=self.checkpoint,
             train=self.train,
-            out=str(out.with_name(f".{out.name}.float")),
+            out=str(self.hidden),
             settings=self.settings,
             validation=self.validation,
             seed=self.seed,
@@ -81,6 +87,8 @@ class QuantizeOptions:
             tracking_uri=self.tracking_uri,
             storage=self.storage,
             images=self.images,
+            image_column=self.image_column,
+            label_column=self.label_column,
         )
 
     def _refuse(self, given: Mapping[str, object], why: str) -> None:

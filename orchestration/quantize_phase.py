@@ -109,7 +109,7 @@ class _Work:
             images=settings.images,
             data=sweep.data,
             seed=sweep.recipe.seed,
-            labels=labels_of(sweep.data.train),
+            labels=labels_of(sweep.data.train, sweep.data.columns),
             record=self.lineage,
         )
         ray.get(task.remote(job))
@@ -124,7 +124,7 @@ class _Work:
             figures = {**record["figures"], "bytes": record["bytes"], "zeros": record["zeros"]}
             tracker.metrics(run, {f"int8.{key}": [(0, value)] for key, value in figures.items()})
         if not tracker.has(run, f"{ARTIFACT}/{MARK}"):
-            with model_files(classes_of(self.sweep.data.train), ENGINE) as files:
+            with model_files(classes_of(self.sweep.data.train, self.sweep.data.columns), ENGINE) as files:
                 tracker.folder(run, files, ARTIFACT, marks=[MARK])
         tracker.finish(run)
         tracker.flush()

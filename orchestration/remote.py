@@ -93,6 +93,7 @@ def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) 
         model = models.load_hub(settings.checkpoint)
     else:
         model = models.build_model(settings, images)
+    models.name_classes(model, data.class_names(images))
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         save_checkpoint(
             Path(folder),

@@ -81,6 +81,8 @@ def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
     labels = model.pretrained_cfg.get("label_names") or []
+    if isinstance(labels, Mapping):  # timm takes {index: name} too
+        labels = [labels[key] for key in sorted(labels, key=int)]
     return lambda pixels: model(pixels.to(device)), resolve_model_data_config(model), list(labels)
 
 

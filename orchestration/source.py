@@ -18,6 +18,8 @@ from pruners.errors import InputError, did_you_mean, first_line
 from pruners.layers import PrunableLayer, find_layers
 from trainers import models
 from trainers.checkpoint import Checkpoint, load_checkpoint, opened, save_checkpoint
+from trainers.classes import check_known, names_of
+from trainers.columns import Columns
 from trainers.config import ModelSettings
 from trainers.storage import absolute
 from trainers.tables import check_table
@@ -134,17 +136,21 @@ def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
     return found
 
 
-def check_images(uri: str, model: nn.Module, key: str) -> str:
+def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None = None) -> str:
     """Whether a model can learn from a table, or be tested on it; returns the table's fingerprint.
 
     Raises:
-        InputError: as :func:`trainers.tables.check_table`, or a model that takes other images.
+        InputError: as :func:`trainers.tables.check_table`, a model that takes other images, or one that calls
+            its classes otherwise.
     """
     classes, (channels, *_) = models.classes(model), models.input_size(model)
     if classes < 2 or channels != 3:
         found = f"{classes} classes and {channels} channels"
         raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
-    return check_table(uri, classes, key=key)
+    fingerprint = check_table(uri, classes, key=key, columns=columns)
+    names = names_of(uri, key=key, columns=columns, every=True)
+    check_known(models.label_names(model), names, key=key, uri=uri)
+    return fingerprint
 
 
 def device_for(name: str | None) -> str:

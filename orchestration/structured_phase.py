@@ -187,7 +187,10 @@ class _Step:
         with without_trainer_state(trained) as clean:
             storage.upload(clean, self.model)
         version = runs.register(
-            recipe.registered_model, best, self.model, classes=classes_of(sweep.data.train)
+            recipe.registered_model,
+            best,
+            self.model,
+            classes=classes_of(sweep.data.train, sweep.data.columns),
         )
         reference = f"models:/{recipe.registered_model}/{version}"
         storage.write_json(f"{self._folder}/{REGISTERED}", {"version": reference})

@@ -22,6 +22,7 @@ from orchestration.source import as_folder, at_hand
 from pruners.errors import InputError
 from trainers import int8
 from trainers.checkpoint import load_checkpoint, size_on_disk, weights_hash
+from trainers.columns import Columns
 from trainers.engines import SPARSE_ENOUGH, Choice, keeps_2_of_4, zeros
 from trainers.onnx_export import FILE, read_preprocessing
 from trainers.preprocessing import Images, pattern_images
@@ -138,7 +139,12 @@ def form_of(choice: Choice) -> str | None:
 
 @contextmanager
 def opened(
-    names: Sequence[str], calibration: str | None, tracking_uri: str | None, storage: str
+    names: Sequence[str],
+    calibration: str | None,
+    tracking_uri: str | None,
+    storage: str,
+    *,
+    columns: Columns | None = None,
 ) -> Iterator[list[Variant]]:
     """The models, local and loaded for as long as they are needed.
 
@@ -149,7 +155,7 @@ def opened(
         found: list[Variant] = []
         for name, label in zip(names, labels(names), strict=True):
             place = stack.enter_context(at_hand(name, tracking_uri, storage))
-            found.append(_open(stack, place, name, label, calibration))
+            found.append(_open(stack, place, name, label, calibration=calibration, columns=columns))
             _check_alike(found[0], found[-1], name)
         yield found
 
@@ -164,7 +170,15 @@ def labels(names: Sequence[str]) -> list[str]:
     raise InputError("model", " ".join(names), "names the same model twice")
 
 
-def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str | None) -> Variant:
+def _open(
+    stack: ExitStack,
+    place: str,
+    name: str,
+    label: str,
+    *,
+    calibration: str | None,
+    columns: Columns | None,
+) -> Variant:
     local = Path(absolute(place))
     if "://" not in place and (local / RECORD).is_file():
         record = read_record(local, name)
@@ -176,7 +190,7 @@ def _open(stack: ExitStack, place: str, name: str, label: str, calibration: str 
     folder, record = stack.enter_context(as_folder(place))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
-    source = source_of(loaded.model.float().eval(), folder, calibration)
+    source = source_of(loaded.model.float().eval(), folder, calibration, columns)
     return Variant(label, folder, source.preprocessing, sparsity, weights_hash(str(folder)), source)
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
+from glob import escape
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -177,9 +179,50 @@ def whole_folder(target: Path, place: str, key: str) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.replace(target)
+        forget_killed(target)
     except BaseException as error:
         shutil.rmtree(made[-1], ignore_errors=True)
         if isinstance(error, OSError):
             expected = f"cannot be written ({error.strerror or first_line(error)})"
             raise InputError(key, place, expected) from None
         raise
+
+
+def forget_killed(target: Path) -> None:
+    """Delete what processes that were killed left of a file or folder, now that it is there whole."""
+    for partial in target.parent.glob(f".{escape(target.name)}.partial-*"):
+        number = partial.name.rpartition("-")[2]
+        if not number.isdecimal() or _lives(int(number)):
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def forget_training(folder: Path) -> None:
+    """Delete what a training whose result is not wanted any more left, unless one is at work there.
+
+    Args:
+        folder: where its result was to be; beside it lies the hidden folder that it goes on from.
+    """
+    work = folder.with_name(f".{folder.name}.finetune")
+    if work.is_dir():
+        lock = FileLock(work / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return
+        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+    shutil.rmtree(folder, ignore_errors=True)

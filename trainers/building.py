@@ -16,11 +16,24 @@ from pruners.masks import MaskSet
 from trainers import checkpoint as folder_format
 from trainers import data, distributed, models
 from trainers.checkpoint import load_checkpoint
+from trainers.classes import check_known
 from trainers.config import TrainJob
 from trainers.learning import Distillation, Loss, Precision
 from trainers.quantize import Prepared
 from trainers.schedules import pruning_plan
 from trainers.storage import local_copy
+
+
+def name_classes(job: TrainJob, model: nn.Module) -> None:
+    """Let the model say what the training images call its classes.
+
+    Raises:
+        InputError: the checkpoint that it comes from calls them otherwise.
+    """
+    names = data.class_names(job.data)
+    if job.model.checkpoint is not None:
+        check_known(models.label_names(model), names, key="data.train", uri=str(job.data.train))
+    models.name_classes(model, names)
 
 
 def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:

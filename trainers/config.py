@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_va
 
 from pruners.errors import InputError
 from pruners.patterns import Pattern
+from trainers.columns import Columns
 from trainers.presets import TRAINING, merged
 from trainers.quantize_settings import Calibration, check_training
 from trainers.schedule_settings import LearningRate, PruningSchedule
@@ -50,7 +51,7 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    """Images as Parquet in the Hugging Face layout (``image: {bytes, path}``, ``label``)."""
+    """Images as Parquet (``image: {bytes, path}`` or bytes, ``label``): files, folders, globs."""
 
     source: Literal["digits"] | None = Field(None, description="data that espalier writes itself")
     train: Name | None = None
@@ -59,6 +60,12 @@ class DataSettings(Settings):
     holdout: float = Field(0.1, gt=0.0, lt=1.0, description="part of train held out without validation")
     mean: tuple[float, float, float] | None = Field(None, description="default: the model's own")
     std: tuple[float, float, float] | None = None
+    image_column: Name | None = Field(
+        None, description="default: the one Image of the hub's metadata, or 'image'"
+    )
+    label_column: Name | None = Field(
+        None, description="default: the one ClassLabel of the hub's metadata, or 'label'"
+    )
     bad_images: Literal["stop", "skip"] = Field(
         "stop", description="images that cannot be decoded, rows without a label, files that cannot be read"
     )
@@ -68,7 +75,15 @@ class DataSettings(Settings):
     def _source_or_files(self) -> DataSettings:
         if (self.source is None) == (self.train is None):
             raise ValueError("train: give either source or train")
+        if self.source is not None and self.columns.named:
+            raise ValueError("image_column, label_column: go with files, not with source")
+        if self.image_column is not None and self.image_column == self.label_column:
+            raise ValueError("label_column: is the image_column too")
         return self
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column)
 
 
 class AugmentSettings(Settings):

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from concurrent.futures import as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from pruners.errors import InputError
+from trainers.classes import CLASSES, Names
+from trainers.files import parts_of, split_glob
+from trainers.folders import Labelled, Reading, class_folders, labelled_folder
+from trainers.pool import process_pool
+from trainers.webdataset import is_tar, read_tar, stem
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-CLASSES, PLAN = "classes.json", "conversion.json"
+PLAN, _LOCK = "conversion.json", ".lock"
+_KEY = "IMAGEFOLDER"
 _SHARD_BYTES = 256 << 20
 _GROUP = 256  # images of a Parquet row group
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_SKIPPED = b"espalier.skipped"
 
 
 @dataclass(frozen=True)
@@ -38,70 +43,131 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A shard that is there: its images, and the samples of its tar that were left out."""
+
+    name: str
+    images: int
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
 class Conversion:
-    """All shards; ``classes`` are in the order of their labels (none where tars hold labels alone)."""
+    """All shards; ``classes`` are in the order of their labels (none where there are labels alone).
+
+    Attributes:
+        said: what the user must know of it.
+    """
 
     source: str
     shards: tuple[Shard, ...]
-    classes: tuple[str, ...]
+    classes: Names
+    reading: Reading = field(default_factory=Reading)
+    said: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
-        content = [(shard.name, shard.files, shard.tar) for shard in self.shards]
-        return hashlib.sha256(json.dumps([content, self.classes]).encode()).hexdigest()
+        content: list[Any] = [[(shard.name, shard.files, shard.tar) for shard in self.shards], self.classes]
+        if any(shard.tar for shard in self.shards) and self.reading != Reading():
+            content.append(asdict(self.reading))
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def plan(source: Path, *, shard_bytes: int = _SHARD_BYTES) -> Conversion:
+def plan(source: Path, reading: Reading | None = None, *, shard_bytes: int = _SHARD_BYTES) -> Conversion:
     """What a folder of class folders (as torchvision's ImageFolder), or of tars (WebDataset), turns into.
+
+    Args:
+        source: a folder, a tar, or a glob of tars.
+        reading: what the user said of it.
 
     Raises:
         InputError: no such folder, or neither of the two.
     """
-    key, given = "IMAGEFOLDER", str(source)
-    if not source.exists():
-        raise InputError(key, given, "no such folder")
-    tars = [source] if source.suffix == ".tar" else sorted(source.glob("*.tar"))
+    given, reading = str(source), reading or Reading()
+    base, pattern = split_glob(given)
+    if pattern is None and not source.exists():
+        raise InputError(_KEY, given, "no such folder")
+    tars = _tars(Path(base), pattern)
     if tars:
-        shards = tuple(Shard(f"{tar.stem}.parquet", tar=str(tar)) for tar in tars)
-        return Conversion(given, shards, ())
+        return _of_tars(given, tars, reading)
+    if pattern is not None:
+        raise InputError(_KEY, given, "no .tar file matches")
     if not source.is_dir():
-        raise InputError(key, given, "must be a folder of class folders, a .tar, or a folder of them")
-    classes = tuple(sorted(entry.name for entry in source.iterdir() if entry.is_dir()))
-    if not classes:
-        raise InputError(key, given, "must hold a folder for each class, or .tar files")
+        raise InputError(_KEY, given, "must be a folder of class folders, a .tar, or a folder of them")
+    read = class_folders if reading.labels is None else labelled_folder
+    classes, files, said = read(source, reading)
+    return Conversion(given, _shards(files, shard_bytes), classes, reading, tuple(said))
+
+
+def _tars(base: Path, pattern: str | None) -> list[Path]:
+    if pattern is not None:
+        return sorted(path for path in base.glob(pattern) if is_tar(path.name))
+    if base.is_dir():
+        return sorted(path for path in base.iterdir() if is_tar(path.name) and path.is_file())
+    return [base] if is_tar(base.name) else []
+
+
+def _of_tars(given: str, tars: list[Path], reading: Reading) -> Conversion:
+    for option, value in (("--labels", reading.labels), ("--ids", reading.ids), ("--order", reading.order)):
+        if value is not None:
+            raise InputError(option, str(value), "goes with folders; tars hold their labels")
+    parts = parts_of([tar.name for tar in tars])
+    if len(parts) > 1:
+        mixed = ", ".join(f"{part} ({name})" for part, name in parts.items())
+        raise InputError(
+            _KEY, given, f"holds tars of several parts: {mixed}; name one part by a glob, quoted"
+        )
+    names = [f"{stem(tar)}.parquet" for tar in tars]
+    if len(set(names)) < len(names):
+        raise InputError(_KEY, given, "holds two tars of the same name")
+    shards = tuple(Shard(name, tar=str(tar)) for name, tar in zip(names, tars, strict=True))
+    return Conversion(given, shards, reading.classes, reading)
+
+
+def _shards(files: Labelled, shard_bytes: int) -> tuple[Shard, ...]:
     found: list[list[tuple[str, int]]] = [[]]
     taken = 0
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (source / name).rglob("*") if path.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise InputError(key, given, f"class folder {name!r} holds no image")
-        for path in files:
-            size = path.stat().st_size
-            if found[-1] and taken + size > shard_bytes:
-                found.append([])
-                taken = 0
-            found[-1].append((str(path), label))
-            taken += size
-    shards = tuple(
-        Shard(f"{number:05d}-of-{len(found):05d}.parquet", files=tuple(files))
-        for number, files in enumerate(found)
+    for path, label in files:
+        size = path.stat().st_size
+        if found[-1] and taken + size > shard_bytes:
+            found.append([])
+            taken = 0
+        found[-1].append((str(path), label))
+        taken += size
+    count = len(found)
+    return tuple(
+        Shard(f"{number:05d}-of-{count:05d}.parquet", files=tuple(part)) for number, part in enumerate(found)
     )
-    return Conversion(given, shards, classes)
 
 
-def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[tuple[str, int]]:
-    """Write the shards that are missing; gives (name, images) of each shard as it is there.
+def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Written]:
+    """Write the shards that are missing; gives each shard as it is there.
 
     Raises:
-        InputError: the target holds another conversion, or a shard cannot be made.
+        InputError: the target holds another conversion, one to it is at work, or a shard cannot be made.
     """
     target.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError("OUT", str(target), "another conversion to it is at work") from None
+    try:
+        yield from _convert(conversion, target, processes)
+    finally:
+        (target / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Written]:
     known = target / PLAN
     mark = conversion.fingerprint()
     if known.exists():
         if json.loads(known.read_text()).get("fingerprint") != mark:
             raise InputError("OUT", str(target), f"holds a conversion of something else ({PLAN})")
-    elif any(target.iterdir()):
+    elif any(path.name != _LOCK for path in target.iterdir()):
         raise InputError("OUT", str(target), "must be an empty folder, or a conversion that was broken off")
+    for partial in target.glob(".*.partial"):  # of a conversion that was killed
+        partial.unlink()
     known.write_text(json.dumps({"source": conversion.source, "fingerprint": mark}, indent=1))
     if conversion.classes:
         names = {name: label for label, name in enumerate(conversion.classes)}
@@ -109,88 +175,59 @@ def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[tu
     missing = []
     for shard in conversion.shards:
         if (target / shard.name).exists():
-            yield shard.name, pq.read_metadata(target / shard.name).num_rows
+            about = pq.read_metadata(target / shard.name)
+            yield Written(shard.name, about.num_rows, int((about.metadata or {}).get(_SKIPPED, b"0")))
         else:
             missing.append(shard)
     if not missing:
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        jobs = {pool.submit(_write, shard, conversion.classes, target): shard for shard in missing}
+    with process_pool(processes) as pool:
+        jobs = [pool.submit(_write, one, conversion.classes, target, conversion.reading) for one in missing]
         try:
             for job in as_completed(jobs):
-                yield jobs[job].name, job.result()
+                yield job.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(shard: Shard, classes: Sequence[str], target: Path) -> int:
-    """One Parquet file; returns its number of images."""
+def _write(shard: Shard, classes: Sequence[str], target: Path, reading: Reading) -> Written:
+    """One Parquet file."""
     schema = pa.schema([("image", _IMAGE), ("label", pa.int64())], metadata=_features(classes))
     partial = target / f".{shard.name}.partial"
-    count = 0
+    count = skipped = 0
     try:
         with pq.ParquetWriter(partial, schema, compression="none") as writer:
-            for batch in _batches(_rows(shard)):
-                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-                count += len(batch)
+            for batch in _batches(_rows(shard, reading)):
+                rows = [row for row in batch if row is not None]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                count += len(rows)
+                skipped += len(batch) - len(rows)
+            writer.add_key_value_metadata({_SKIPPED: str(skipped)})
+        if not count:
+            raise InputError(_KEY, shard.tar or shard.name, "holds no image with a label")
         partial.replace(target / shard.name)
     finally:
         partial.unlink(missing_ok=True)
-    return count
+    return Written(shard.name, count, skipped)
 
 
-def _rows(shard: Shard) -> Iterator[dict[str, Any]]:
+def _rows(shard: Shard, reading: Reading) -> Iterator[dict[str, Any] | None]:
     if shard.tar is not None:
-        yield from _of_tar(Path(shard.tar))
+        for one in read_tar(Path(shard.tar), reading):
+            image = None if one is None else {"bytes": one.content, "path": one.name}
+            yield None if one is None else {"image": image, "label": one.label}
         return
     for file, label in shard.files:
         path = Path(file)
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise InputError("IMAGEFOLDER", file, f"cannot be read ({error.strerror})") from None
+            raise InputError(_KEY, file, f"cannot be read ({error.strerror})") from None
         yield {"image": {"bytes": content, "path": path.name}, "label": label}
 
 
-def _of_tar(path: Path) -> Iterator[dict[str, Any]]:
-    """Images of a WebDataset tar: files of one stem belong together, ``.cls`` or ``.json`` has the label."""
-    waiting: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                stem, _, kind = member.name.rpartition("/")[2].partition(".")
-                opened = tar.extractfile(member)
-                if opened is None:
-                    continue
-                place = f"{member.name.rpartition('/')[0]}/{stem}"
-                sample = waiting.setdefault(place, {})
-                sample[kind.lower()] = opened.read()
-                row = _sample(stem, sample, path)
-                if row is not None:
-                    del waiting[place]
-                    yield row
-    except tarfile.TarError as error:
-        raise InputError("IMAGEFOLDER", str(path), f"must be a readable tar ({error})") from None
-    if waiting:
-        stem = next(iter(waiting))
-        held = ", ".join(waiting[stem])
-        raise InputError("IMAGEFOLDER", str(path), f"{stem} has no image or no label (.cls); it has {held}")
-
-
-def _sample(stem: str, sample: dict[str, bytes], path: Path) -> dict[str, Any] | None:
-    """The row of a sample that is complete."""
-    image = next((kind for kind in sample if f".{kind}" in EXTENSIONS), None)
-    if image is None or not ({"cls", "json"} & set(sample)):
-        return None
-    try:
-        label = int(sample["cls"]) if "cls" in sample else int(json.loads(sample["json"])["label"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError("IMAGEFOLDER", str(path), f"{stem} has a label that is no number") from None
-    return {"image": {"bytes": sample[image], "path": f"{stem}.{image}"}, "label": label}
-
-
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
+def _batches(rows: Iterator[dict[str, Any] | None]) -> Iterator[list[dict[str, Any] | None]]:
+    batch: list[dict[str, Any] | None] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _GROUP:

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruners.errors import InputError
 from trainers.augment import Augment, sample_seed
+from trainers.classes import Names, names_of
+from trainers.columns import Columns
 from trainers.config import DataSettings
 from trainers.quantize_settings import IMAGES
 from trainers.sampling import EpochBatches, Sample
@@ -113,20 +115,27 @@ def split(data: DataSettings, part: str, transform: Transform, seed: int) -> Ima
     uri: str | None = getattr(data, part)
     if uri is not None and (part == "test" or data.validation is not None):
         return ImageTable(
-            Store.open(uri, key=f"data.{part}", tolerant=tolerant), transform, tolerant=tolerant
+            Store.open(uri, key=f"data.{part}", tolerant=tolerant, columns=data.columns),
+            transform,
+            tolerant=tolerant,
         )
     if part == "test" or data.train is None:
         raise InputError(f"data.{part}", uri, "the recipe names no such images")
-    whole = Store.open(data.train, key="data.train", tolerant=tolerant)
+    whole = Store.open(data.train, key="data.train", tolerant=tolerant, columns=data.columns)
     shuffled = np.random.default_rng(seed).permutation(len(whole))
     held_out = max(1, round(data.holdout * len(whole)))
     chosen = shuffled[:held_out] if part == "validation" else shuffled[held_out:]
     return ImageTable(whole, transform, chosen, tolerant=tolerant)
 
 
-def images(uri: str, transform: Transform, *, key: str) -> ImageTable:
-    """All images of a Parquet file or folder, in order."""
-    return ImageTable(Store.open(uri, key=key), transform)
+def class_names(data: DataSettings) -> Names:
+    """What the training images call their classes, in the order of the labels; ``()`` if they do not."""
+    return () if data.train is None else names_of(data.train, key="data.train", columns=data.columns)
+
+
+def images(uri: str, transform: Transform, *, key: str, columns: Columns | None = None) -> ImageTable:
+    """All images of a Parquet file, folder or glob, in order."""
+    return ImageTable(Store.open(uri, key=key, columns=columns), transform)
 
 
 def train_loader(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -234,6 +234,7 @@ class Runnable:
         config: timm's preprocessing for it.
         sparsity: share of zeros among the prunable weights.
         engine: what runs it, if not torch.
+        labels: names of the classes, where they are known.
     """
 
     model: nn.Module
@@ -241,6 +242,7 @@ class Runnable:
     classes: int
     sparsity: float
     engine: str | None = None
+    labels: Sequence[str] = ()
 
 
 def load_runnable(uri: str, *, key: str) -> Runnable:
@@ -257,12 +259,16 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
         record = read_record(folder, uri, key=key)
         with engine_file(folder, record) as path:
             about, model = read_preprocessing(path), Int8Model(path)
-    return Runnable(model, transform_settings(about), about["classes"], record["sparsity"], record["engine"])
+    engine, labels = record["engine"], about.get("labels", ())
+    config = transform_settings(about)
+    return Runnable(model, config, about["classes"], record["sparsity"], engine, labels)
 
 
 def _of_torch(loaded: Checkpoint) -> Runnable:
     sparsity = 0.0 if loaded.masks is None else loaded.masks.sparsity
-    return Runnable(loaded.model, models.data_config(loaded.model), models.classes(loaded.model), sparsity)
+    model = loaded.model
+    config, labels = models.data_config(model), models.label_names(model)
+    return Runnable(model, config, models.classes(model), sparsity, labels=labels)
 
 
 class Int8Model(nn.Module):

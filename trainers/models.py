@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,9 @@ def replace_head(model: nn.Module, classes: int) -> None:
     if reset is None:
         raise InputError("classes", classes, f"{type(model).__name__} has no classifier that can be replaced")
     reset(classes)
+    if label_names(model):
+        known: Any = model.pretrained_cfg
+        _configure(model, {key: value for key, value in known.items() if key != "label_names"})
 
 
 def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Module:
@@ -120,6 +123,33 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """timm's preprocessing of a model: input size, mean, std, interpolation, crop."""
     config: dict[str, Any] = resolve_model_data_config(model)
     return config
+
+
+def label_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes by their labels, as timm's configuration has them; ``()`` if not."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = config.get("label_names") or ()
+    if isinstance(names, Mapping):  # timm allows {index: name} too
+        ordered = sorted(names, key=int) if all(str(key).isdecimal() for key in names) else []
+        names = [names[key] for key in ordered]
+    return tuple(map(str, names))
+
+
+def name_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the model's configuration say what its classes are called, if there is a name for each.
+
+    It travels with every checkpoint of the model, as timm's ``label_names``.
+    """
+    if len(names) != getattr(model, "num_classes", None):
+        return
+    known: Any = model.pretrained_cfg
+    # timm drops the names of a configuration that tells of another number of classes
+    _configure(model, {**known, "label_names": list(names), "num_classes": len(names)})
+
+
+def _configure(model: nn.Module, config: dict[str, Any]) -> None:
+    """A configuration of its own, as timm's is shared by what was built of it."""
+    model.pretrained_cfg = config  # type: ignore[assignment]  # timm's attribute, which nn.Module has not
 
 
 def classes(model: nn.Module) -> int:

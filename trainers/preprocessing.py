@@ -31,7 +31,7 @@ def preprocessing_of(model: Any, labels: Sequence[str] | None = None) -> dict[st
 
     config = models.data_config(model)
     found = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEPT}
-    names = labels or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    names = labels or models.label_names(model)
     return found | {"classes": models.classes(model)} | ({"labels": list(names)} if names else {})
 
 

@@ -103,6 +103,7 @@ class Session:
         seed_everything(job.seed)
         source = resume or branch
         model, args, masks = building.load(job, source)
+        building.name_classes(job, model)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])

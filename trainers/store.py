@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from filelock import FileLock
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
-from trainers.tables import table_files
+from trainers.columns import Columns
+from trainers.files import table_files
+from trainers.tables import image_batches, open_parquet
 
-_BATCH = 256  # images that are in memory at once while the file is written
 _FORMAT = 1
 
 
@@ -44,16 +44,19 @@ class Store:
         self._open()
 
     @classmethod
-    def open(cls, uri: str, *, key: str = "data", tolerant: bool = False) -> Store:
-        """The store of a Parquet file or folder, written first if this machine has none.
+    def open(
+        cls, uri: str, *, key: str = "data", tolerant: bool = False, columns: Columns | None = None
+    ) -> Store:
+        """The store of a Parquet file, folder or glob, written first if this machine has none.
 
         Args:
+            columns: those that the user named.
             tolerant: files that cannot be read, and rows without a label, are left out.
 
         Raises:
             InputError: missing files, or (unless tolerant) a file or row that cannot be used, by name.
         """
-        source = _Source(uri, key, tolerant, *table_files(uri, key))
+        source = _Source(uri, key, tolerant, columns or Columns(), *table_files(uri, key))
         path = cache_folder() / f"{source.fingerprint()}.arrow"
         if not path.exists():
             _write(path, source)
@@ -66,7 +69,7 @@ class Store:
         self.left_out: list[str] = facts["left_out"]
         self._files: list[tuple[str, int]] = facts["files"]
         cells = table["image"]
-        # of a cell {bytes, path} the bytes alone are wanted, image for image
+        # files of earlier versions hold cells {bytes, path}, of which the bytes alone are wanted
         self._chunks = (
             cells if not pa.types.is_struct(cells.type) else pc.struct_field(cells, "bytes")
         ).chunks
@@ -78,7 +81,7 @@ class Store:
         return len(self.labels)
 
     def cell(self, row: int) -> Any:
-        """The encoded image of a row, as the column ``image`` holds it."""
+        """The encoded image of a row: bytes, or ``None`` where the table holds none."""
         chunk = int(np.searchsorted(self._ends, row, side="right"))
         return self._chunks[chunk][row - int(self._ends[chunk]) + len(self._chunks[chunk])].as_py()
 
@@ -111,13 +114,15 @@ class _Source:
     uri: str
     key: str
     tolerant: bool
+    columns: Columns
     system: fs.FileSystem
     files: list[str]
 
     def fingerprint(self) -> str:
         found = self.system.get_file_info(self.files)
         facts = [(self.system.type_name, info.path, info.size, info.mtime_ns) for info in found]
-        content = json.dumps([_FORMAT, self.tolerant, facts], sort_keys=True)
+        named = [[self.columns.image, self.columns.label]] if self.columns.named else []
+        content = json.dumps([_FORMAT, self.tolerant, facts, *named], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
     def refused(self, expected: str) -> InputError:
@@ -152,7 +157,6 @@ def _copy(partial: Path, source: _Source) -> dict[str, list[Any]]:
     counts: list[tuple[str, int]] = []
     with pa.OSFile(str(partial), "wb") as sink:
         writer: pa.RecordBatchFileWriter | None = None
-        schema: pa.Schema | None = None
         for file in source.files:
             name, count = Path(file).name, 0
             for batch in _batches(file, source, left_out):
@@ -160,10 +164,9 @@ def _copy(partial: Path, source: _Source) -> dict[str, list[Any]]:
                 if missing and not source.tolerant:
                     raise source.refused(f"{name}, row {missing[0]} has no label")
                 left_out += [f"{name}, row {row}: no label" for row in missing]
-                rows = batch.filter(batch["label"].is_valid())
-                schema = schema or rows.schema.remove_metadata()
-                writer = writer or pa.ipc.new_file(sink, schema)
-                writer.write_batch(pa.record_batch(rows.columns, schema=schema))
+                rows = batch.filter(batch["label"].is_valid()).combine_chunks()
+                writer = writer or pa.ipc.new_file(sink, rows.schema)
+                writer.write_table(rows)
                 count += len(rows)
             counts.append((name, count))
         if writer is None:
@@ -172,21 +175,22 @@ def _copy(partial: Path, source: _Source) -> dict[str, list[Any]]:
     return {"left_out": left_out, "files": counts}
 
 
-def _batches(file: str, source: _Source, left_out: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(file: str, source: _Source, left_out: list[str]) -> Iterator[pa.Table]:
     """The columns image, label and row, some hundred rows at once; what cannot be read is noted."""
     name = Path(file).name
     with _refusing(source, name, left_out), source.system.open_input_file(file) as stream:
-        parquet = pq.ParquetFile(stream)
+        parquet = open_parquet(stream)
+        image, label = source.columns.find(parquet.schema_arrow, source.uri, source.key)
         first = 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
             with _refusing(source, f"{name}, rows {first} to {first + count - 1}", left_out):
                 row = first
-                for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=["image", "label"]):
+                for batch in image_batches(parquet, group, image, label):
                     rows = pa.array(range(row, row + len(batch)), pa.int64())
                     row += len(batch)
-                    columns = {"image": batch["image"], "label": batch["label"].cast(pa.int64()), "row": rows}
-                    yield pa.RecordBatch.from_pydict(columns)
+                    labels = batch["label"].cast(pa.int64())
+                    yield pa.table({"image": batch["image"], "label": labels, "row": rows})
             first += count
 
 

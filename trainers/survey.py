@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pruners.errors import first_line
+from trainers.columns import Columns
+from trainers.files import split_glob, table_files
+from trainers.pool import process_pool
 from trainers.storage import resolve
-from trainers.tables import decode, table_files
+from trainers.tables import decode, image_batches, open_parquet
 
 _NAMED = 1000  # bad rows of a part that are kept by name
 
@@ -36,6 +37,17 @@ class Survey:
         for size in (other.smallest, other.largest):
             self._measure(size)
 
+    def _count(self, where: str, image: bytes | None, label: object) -> None:
+        self.images += 1
+        try:
+            self._measure(decode(image).size)
+        except (OSError, TypeError) as error:
+            self.bad.append(f"{where}: cannot be decoded ({first_line(error)})")
+        if isinstance(label, int) and label >= 0:
+            self.labels[label] += 1
+        else:
+            self.bad.append(f"{where}: has the label {label}")
+
     def _measure(self, size: tuple[int, int] | None) -> None:
         if size is None:
             return
@@ -46,24 +58,30 @@ class Survey:
             self.largest = size
 
 
-def survey(uri: str, processes: int) -> Iterator[tuple[int, int, Survey]]:
+def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator[tuple[int, int, Survey]]:
     """Look at everything; gives (parts done, parts, what they hold) after each part.
 
+    Args:
+        columns: those that the user named.
+
     Raises:
-        InputError: no such file or folder.
+        InputError: no such file or folder, or a table without such columns.
     """
     system, files = table_files(uri, "PATH")
-    parts: list[tuple[str, str, int]] = []
+    wanted = columns or Columns()
+    parts: list[tuple[str, str, int, tuple[str, str]]] = []
     whole = Survey()
     for file in files:
         try:
             with system.open_input_file(file) as source:
-                parts += [(uri, file, group) for group in range(pq.ParquetFile(source).num_row_groups)]
+                parquet = open_parquet(source)
+                names = wanted.find(parquet.schema_arrow, uri, "PATH")
+                parts += [(uri, file, group, names) for group in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             whole.bad.append(f"{Path(file).name}: cannot be read ({first_line(error)})")
     if not parts:
         yield 0, 0, whole
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         jobs = [pool.submit(_look, *part) for part in parts]
         try:
             for done, job in enumerate(as_completed(jobs), start=1):
@@ -73,27 +91,20 @@ def survey(uri: str, processes: int) -> Iterator[tuple[int, int, Survey]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look(uri: str, file: str, group: int) -> Survey:
-    """One row group of a file."""
-    system, _ = resolve(uri, "PATH")
+def _look(uri: str, file: str, group: int, columns: tuple[str, str]) -> Survey:
+    """One row group of a file, by its columns of images and labels."""
+    system, _ = resolve(split_glob(uri)[0], "PATH")
     found, name = Survey(), Path(file).name
     try:
         with system.open_input_file(file) as source:
-            parquet = pq.ParquetFile(source)
-            first = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
-            table = parquet.read_row_group(group, columns=["image", "label"])
-            cells, labels = table["image"], table["label"].to_pylist()
+            parquet = open_parquet(source)
+            row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+            for batch in image_batches(parquet, group, *columns):
+                images, labels = batch["image"], batch["label"]
+                for image, label in zip(images, labels, strict=True):
+                    found._count(f"{name}, row {row}", image.as_py(), label.as_py())
+                    row += 1
     except (pa.ArrowException, OSError, KeyError) as error:
-        return Survey(bad=[f"{name}, row group {group}: cannot be read ({first_line(error)})"])
-    for row, label in enumerate(labels):
-        found.images += 1
-        try:
-            found._measure(decode(cells[row].as_py()).size)
-        except (OSError, TypeError, KeyError) as error:
-            found.bad.append(f"{name}, row {first + row}: cannot be decoded ({first_line(error)})")
-        if isinstance(label, int) and label >= 0:
-            found.labels[label] += 1
-        else:
-            found.bad.append(f"{name}, row {first + row}: has the label {label}")
+        found.bad.append(f"{name}, row group {group}: cannot be read ({first_line(error)})")
     found.bad = found.bad[:_NAMED]
     return found

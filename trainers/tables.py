@@ -6,15 +6,17 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import fs
 
-from pruners.errors import InputError
-from trainers.storage import resolve
+from pruners.errors import InputError, first_line
+from trainers.columns import Columns
+from trainers.files import table_files
 
 # what Pillow's decoders raise on broken bytes, besides OSError
 _BROKEN = (
@@ -32,27 +34,86 @@ _BROKEN = (
 _TURNED = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 
 
-def read_table(uri: str, columns: list[str] | None = None, *, key: str = "data") -> pa.Table:
-    """Read a Parquet file, or all ``*.parquet`` of a folder in the order of their names.
+_ROWS = (256, 16, 1)
+"""Rows that are read at once; Arrow's arrays of a struct cannot hold more than 2 GB."""
+_MUCH = 256 << 20  # bytes of the first of them: what is larger is read in smaller ones
+_BUFFER = 8 << 20  # of a column that is read piece by piece
+
+
+def read_table(
+    uri: str, columns: list[str] | None = None, *, key: str = "data", wanted: Columns | None = None
+) -> pa.Table:
+    """Read a Parquet file, or those of a folder or glob in the order of their names: ``image`` and ``label``.
+
+    Args:
+        columns: of these two; default both.
 
     Raises:
-        InputError: missing, unreadable, or without the columns ``image`` and ``label``.
+        InputError: missing, unreadable, or without such columns.
     """
     system, files = table_files(uri, key)
-    wanted = columns or ["image", "label"]
+    wanted = wanted or Columns()
+    find = {"image": wanted.find_image, "label": wanted.find_label}
+    parts = []
     try:
         for file in files:
-            there = pq.read_schema(file, filesystem=system).names
-            for column in wanted:
-                if column not in there:
-                    raise InputError(key, uri, f"needs a column {column!r}; it has {', '.join(there)}")
-        return pa.concat_tables([pq.read_table(file, columns=wanted, filesystem=system) for file in files])
+            schema = pq.read_schema(file, filesystem=system)
+            chosen = {find[column](schema, uri, key): column for column in columns or find}
+            part = pq.read_table(file, columns=list(chosen), filesystem=system).select(list(chosen))
+            parts.append(part.rename_columns(list(chosen.values())))
+        return pa.concat_tables(parts, promote_options="permissive")
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0]
+        reason = first_line(error)
         raise InputError(key, uri, f"must be a readable Parquet file, or several alike ({reason})") from None
 
 
-def check_table(uri: str, classes: int, *, key: str, tolerant: bool = False) -> str:
+def image_batches(
+    file: pq.ParquetFile, group: int, image: str, label: str | None = None
+) -> Iterator[pa.Table]:
+    """Some rows of a row group at once: ``image`` (encoded, ``large_binary``), and ``label`` as it is stored.
+
+    However large a row group and whichever of Arrow's types its images have.
+
+    Raises:
+        pyarrow.ArrowException, OSError: what cannot be read.
+    """
+    facts = file.metadata.row_group(group)
+    done, columns = 0, [image] if label is None else [image, label]
+    large = facts.total_byte_size / max(facts.num_rows, 1) * _ROWS[0] > _MUCH
+    for rows in _ROWS[large:]:
+        first = 0
+        try:
+            for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
+                if first >= done:
+                    found = {"image": encoded(batch[image])}
+                    yield pa.table(found if label is None else found | {"label": batch[label]})
+                    done = first + len(batch)
+                first += len(batch)
+            return
+        except pa.ArrowNotImplementedError:  # more than 2 GB in so many rows
+            if rows == _ROWS[-1]:
+                raise
+
+
+def encoded(cells: pa.Array) -> pa.Array:
+    """The encoded images of a column of bytes, or of ``{bytes, path}``; what is neither is null."""
+    if pa.types.is_struct(cells.type):
+        place = cells.type.get_field_index("bytes")
+        cells = pc.struct_field(cells, place) if place >= 0 else pa.nulls(len(cells))
+    try:
+        return cells.cast(pa.large_binary())
+    except pa.ArrowNotImplementedError:
+        return pa.nulls(len(cells), pa.large_binary())
+
+
+def open_parquet(source: pa.NativeFile) -> pq.ParquetFile:
+    """A Parquet file whose columns are read piece by piece, so that no large row group is in memory."""
+    return pq.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False)
+
+
+def check_table(
+    uri: str, classes: int, *, key: str, tolerant: bool = False, columns: Columns | None = None
+) -> str:
     """Look at the labels and some images before anything starts; returns the table's fingerprint.
 
     The fingerprint covers all labels, the files' sizes, and the images of each file's first row group
@@ -60,74 +121,62 @@ def check_table(uri: str, classes: int, *, key: str, tolerant: bool = False) -> 
 
     Args:
         tolerant: rows without a label are no fault, nor is an image that cannot be decoded.
+        columns: those that the user named.
 
     Raises:
         InputError: labels missing, of another type or outside 0…classes-1; an image that cannot be decoded.
     """
-    labels = read_table(uri, ["label"], key=key)["label"]
-    if not len(labels):
-        raise InputError(key, uri, "must hold at least one image")
-    if not pa.types.is_integer(labels.type):
-        raise InputError(key, uri, f"labels must be integers, not {labels.type}")
-    if tolerant:
-        labels = labels.drop_null()
-    if labels.null_count:
-        raise InputError(key, uri, f"{labels.null_count} images have no label")
-    values = labels.to_numpy()
-    if values.min() < 0 or values.max() >= classes:
-        worst = int(values.min() if values.min() < 0 else values.max())
-        raise InputError(key, uri, f"label {worst} lies outside the model's classes 0…{classes - 1}")
+    wanted = columns or Columns()
+    values = _checked_labels(uri, classes, key, tolerant=tolerant, columns=wanted)
     digest = hashlib.sha256(values.tobytes())
     system, files = table_files(uri, key)
-    seen = False
+    seen = tolerant
     for file in files:
         digest.update(str(system.get_file_info(file).size).encode())
-        read_schema = pq.read_schema(file, filesystem=system)
-        if "image" not in read_schema.names:
-            raise InputError(key, uri, f"needs a column 'image'; it has {', '.join(read_schema.names)}")
         with system.open_input_file(file) as source:
-            parquet = pq.ParquetFile(source)
-            groups = [0] if parquet.num_row_groups else []
-            images = parquet.read_row_groups(groups, columns=["image"])["image"].to_pylist()
-        if images and not seen and not tolerant:
-            _check_image(images[0], uri, key)
-            seen = True
-        for cell in images:
-            digest.update(hashlib.sha256(_content(cell) or b"").digest())
+            parquet = open_parquet(source)
+            image = wanted.find_image(parquet.schema_arrow, uri, key)
+            for batch in image_batches(parquet, 0, image) if parquet.num_row_groups else ():
+                images = batch["image"].to_pylist()
+                if images and not seen:
+                    _check_image(images[0], uri, key)
+                    seen = True
+                for content in images:
+                    digest.update(hashlib.sha256(content or b"").digest())
     return digest.hexdigest()
 
 
+def _checked_labels(
+    uri: str, classes: int, key: str, *, tolerant: bool, columns: Columns
+) -> np.ndarray[tuple[int], np.dtype[np.integer]]:
+    labels = read_table(uri, ["label"], key=key, wanted=columns)["label"]
+    if tolerant:
+        labels = labels.drop_null()
+    if not len(labels):
+        raise InputError(key, uri, f"must hold at least one image{' with a label' * tolerant}")
+    if not pa.types.is_integer(labels.type):
+        raise InputError(key, uri, f"labels must be integers, not {labels.type}")
+    if labels.null_count:
+        raise InputError(key, uri, f"{labels.null_count} images have no label")
+    values: np.ndarray[tuple[int], np.dtype[np.integer]] = labels.to_numpy()
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= classes:
+        worst = least if least < 0 else most
+        hint = (
+            "; labels count from 0, and these seem to count from 1" if (least, most) == (1, classes) else ""
+        )
+        raise InputError(key, uri, f"label {worst} lies outside the model's classes 0…{classes - 1}{hint}")
+    return values
+
+
 def count_rows(uri: str, *, key: str = "data") -> int:
-    """Rows of a Parquet file, or of all of a folder, as their footers say.
+    """Rows of a Parquet file, or of all of a folder or glob, as their footers say.
 
     Raises:
         InputError: there is none.
     """
     system, files = table_files(uri, key)
     return sum(pq.read_metadata(file, filesystem=system).num_rows for file in files)
-
-
-def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
-    """The file system and the Parquet files of a URI, in the order of their names.
-
-    Raises:
-        InputError: there is none.
-    """
-    system, path = resolve(uri, key)
-    try:
-        info = system.get_file_info(path)
-    except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(key, uri, f"cannot be reached ({reason})") from None
-    if info.type == fs.FileType.NotFound:
-        raise InputError(key, uri, "no such file; must be a Parquet file or a folder of them")
-    if info.type == fs.FileType.File:
-        return system, [path]
-    found = system.get_file_info(fs.FileSelector(path))
-    files = sorted(entry.path for entry in found if entry.path.endswith(".parquet"))
-    if not files:
-        raise InputError(key, uri, "the folder must hold *.parquet files")
-    return system, files
 
 
 def _check_image(cell: object, uri: str, key: str) -> None:

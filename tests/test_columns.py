@@ -1,0 +1,301 @@
+"""Parquet as the hub has it: other columns, view types, huge row groups, and what classes are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import Run
+from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, edit_json, png, table, tiny, write
+
+from orchestration.checks import prepare
+from orchestration.mlflow_model import classes_of, labels_of
+from orchestration.recipes import load_recipe
+from pruners.errors import InputError
+from trainers import building, models
+from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.classes import check_alike, check_known, names_of, read_map
+from trainers.columns import Columns
+from trainers.config import DataSettings, TrainJob
+from trainers.data import split
+from trainers.preprocessing import preprocessing_of
+from trainers.store import Store
+from trainers.tables import check_table, decode, image_batches, open_parquet
+
+CLASS_LABEL, IMAGE = "ClassLabel", "Image"
+NAMES = ["ash", "birch", "cedar"]
+
+
+def hub(labels: dict[str, Any], kinds: dict[str, Any], *, image: str = "img", names: Any = None) -> pa.Table:
+    """A table as ``datasets`` writes it: any names of columns, what they are in the metadata."""
+    count = len(next(iter(labels.values())))
+    cells = [{"bytes": png(i), "path": None} for i in range(count)]
+    found = pa.table({image: pa.array(cells, IMAGES), **labels})
+    features: dict[str, Any] = {image: {"_type": IMAGE}}
+    for name, kind in kinds.items():
+        features[name] = {"_type": kind, "names": names or NAMES}
+    return found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def test_the_one_image_and_class_label_of_the_metadata(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", hub({"id": [7, 8, 9], "labels": [2, 0, 1]}, {"labels": CLASS_LABEL}))
+    check_table(uri, 3, key="data.train")
+    store = Store.open(uri)
+    assert store.labels.tolist() == [2, 0, 1]
+    assert store.cell(1) == png(1)
+    assert names_of(uri) == tuple(NAMES)
+
+
+def test_several_columns_are_not_guessed_at(tmp_path: Path) -> None:
+    labels = {"coarse_label": [0, 0, 1], "fine_label": [2, 0, 1]}
+    uri = write(tmp_path / "a.parquet", hub(labels, dict.fromkeys(labels, CLASS_LABEL)))
+    with pytest.raises(InputError, match=r"several.*labels \(coarse_label, fine_label\).*label_column"):
+        check_table(uri, 3, key="data.train")
+    for name, values in labels.items():
+        settings = DataSettings(train=uri, validation=uri, label_column=name)
+        assert split(settings, "validation", decode, 0).store.labels.tolist() == values  # type: ignore[arg-type]
+        assert check_table(uri, 3, key="data", columns=settings.columns)
+    with pytest.raises(InputError, match="needs a column 'lable'"):
+        check_table(uri, 3, key="data", columns=Columns(label="lable"))
+    # a plain number beside a label of classes: either may be meant
+    mixed = write(tmp_path / "b.parquet", hub({"label": [0, 1], "kind": [1, 0]}, {"kind": CLASS_LABEL}))
+    with pytest.raises(InputError, match=r"several.*\(kind, label\)"):
+        Store.open(mixed)
+
+
+def test_without_metadata_a_number_is_no_label(tmp_path: Path) -> None:
+    plain = pa.table({"img": pa.array([{"bytes": png(0), "path": ""}], IMAGES), "id": [5]})
+    uri = write(tmp_path / "a.parquet", plain)
+    with pytest.raises(InputError, match=r"needs a column 'label'; it has img, id .*label_column"):
+        check_table(uri, 9, key="data")
+    assert Store.open(uri, columns=Columns(label="id")).labels.tolist() == [5]
+
+
+def test_a_column_is_not_both() -> None:
+    with pytest.raises(ValueError, match="label_column: is the image_column too"):
+        DataSettings(train="a", image_column="x", label_column="x")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary_view(),
+        pa.large_binary(),
+        pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())]),
+        pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())]),
+    ],
+)
+def test_images_of_every_type_of_arrow_s(kind: pa.DataType, tmp_path: Path) -> None:
+    contents = [png(0), png(1), None]
+    nested = pa.types.is_struct(kind)
+    cells = [{"bytes": content, "path": "x"} if nested else content for content in contents]
+    uri = write(tmp_path / "a.parquet", pa.table({"image": pa.array(cells, kind), "label": [1, 0, None]}))
+    usual = write(tmp_path / "b.parquet", table([1, 0]))
+    assert check_table(uri, 2, key="data", tolerant=True)
+    store = Store.open(uri, tolerant=True)
+    assert [store.cell(row) for row in range(2)] == contents[:2]
+    both = Store.open(str(Path(usual).parent), tolerant=True)
+    assert [decode(both.cell(row)).size for row in range(4)] == [(16, 16)] * 4
+
+
+def test_a_row_group_over_two_gigabytes(tmp_path: Path) -> None:
+    """Arrow holds no struct of over 2 GB in one array; the file is small, as all rows are alike."""
+    blob, rows = bytes(range(256)) * (8 << 12), 260
+    path = tmp_path / "a.parquet"
+    cells = pa.StructArray.from_arrays(
+        [
+            pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([blob])),
+            pa.array(["x"] * rows),
+        ],
+        ["bytes", "path"],
+    )
+    whole = pa.table({"image": cells, "label": list(range(rows))})
+    pq.write_table(whole, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    assert rows * len(blob) > 1 << 31
+    with pa.memory_map(str(path)) as source:
+        parquet = open_parquet(source)
+        assert parquet.num_row_groups == 1
+        labels: list[int] = []
+        for batch in image_batches(parquet, 0, "image", "label"):
+            labels += batch["label"].to_pylist()
+            assert batch["image"][0].as_buffer().size == len(blob)
+    assert labels == list(range(rows))
+
+
+def test_a_folder_of_train_and_test_is_no_training_data(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name, labels in (("train-00000-of-00002", [0]), ("train-00001-of-00002", [1]), ("test-0000", [2])):
+        write(data / f"{name}.parquet", table(labels))
+    for read in (Store.open, lambda uri: check_table(uri, 3, key="data.train")):
+        with pytest.raises(InputError, match=r"several parts: test .*train .*name one, as train-"):
+            read(str(data))
+    assert Store.open(f"{data}/train-*.parquet").labels.tolist() == [0, 1]
+    assert Store.open(f"file://{data}/t[e]st-*.parquet").labels.tolist() == [2]
+    with pytest.raises(InputError, match="no file matches dev"):
+        Store.open(f"{data}/dev-*.parquet")
+    with pytest.raises(InputError, match="it holds folders"):
+        Store.open(str(tmp_path))
+
+
+def test_names_of_parts_are_no_names_of_files(tmp_path: Path) -> None:
+    """``trainer``, ``latest`` and macOS's ``._`` files are not taken for parts."""
+    for name in ("trainers", "latest", "contest"):
+        write(tmp_path / f"{name}.parquet", table([0]))
+    (tmp_path / "._latest.parquet").write_bytes(b"resource fork")
+    assert len(Store.open(str(tmp_path))) == 3
+    found = write(tmp_path / "odd[1].parquet", table([1]))
+    assert Store.open(found).labels.tolist() == [1]  # no glob, as there is a file of this name
+
+
+def test_contradicting_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="label 1 is 'birch' in train and 'cedar' in test"):
+        check_alike({"train": NAMES, "validation": [], "test": ["ash", "cedar"]}, key="data")
+    check_alike({"train": NAMES, "test": NAMES[:2]}, key="data")
+    with pytest.raises(InputError, match="'birch' is label 0 of the images and 1 of the model"):
+        check_known(NAMES, ["birch", "ash", "cedar"], key="--data", uri="x")
+    check_known(["n01", "n02", "n03"], NAMES, key="--data", uri="x")  # other words for perhaps the same
+    write(tmp_path / "a.parquet", hub({"labels": [0]}, {"labels": CLASS_LABEL}))
+    (tmp_path / "classes.json").write_text(json.dumps({"birch": 0, "ash": 1, "cedar": 2}))
+    with pytest.raises(InputError, match=r"contradict .*a\.parquet.*classes\.json"):
+        names_of(str(tmp_path))
+    with pytest.raises(InputError, match="contradict"):
+        names_of(f"{tmp_path}/a*.parquet")
+
+
+def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
+    places = {}
+    for part, names in (("train", NAMES), ("test", ["birch", "ash", "cedar"])):
+        made = hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}, image="image", names=names)
+        places[part] = write(tmp_path / f"{part}.parquet", made)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "name": "x",
+                "model": {"architecture": VIT, "args": VIT_ARGS, "classes": 3},
+                "data": places,
+                "pruning": {"methods": ["magnitude"], "sparsity": 0.5},
+                "dense": {"epochs": 1},
+            }
+        )
+    )
+    with pytest.raises(InputError, match="label 0 is 'ash' in train and 'birch' in test"):
+        prepare(load_recipe(str(recipe), ()), dry_run=True)
+    both = f"data.test={places['train']}"
+    assert prepare(load_recipe(str(recipe), (both,)), dry_run=True).data_hash
+    # a checkpoint that learned other classes
+    model, arguments = tiny()
+    models.name_classes(model, ["cedar", "birch", "ash"])
+    save_checkpoint(tmp_path / "dense", model, model_args=arguments, masks=None, record={})
+    given = (both, "dense=null", "model={checkpoint: %s, classes: 3}" % (tmp_path / "dense"))
+    with pytest.raises(InputError, match="'ash' is label 0 of the images and 2 of the model"):
+        prepare(load_recipe(str(recipe), given), dry_run=True)
+
+
+def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
+    """Through saving, loading, serving and a new head, as timm's own label_names."""
+    from orchestration.served_model import _checkpoint
+
+    model = load_checkpoint(str(dense_folder(tmp_path / "a"))).model
+    models.name_classes(model, ["two", "names"])  # which are not those of three classes
+    assert models.label_names(model) == ()
+    models.name_classes(model, NAMES)
+    save_checkpoint(tmp_path / "b", model, model_args=tiny()[1], masks=None, record={})
+    again = load_checkpoint(str(tmp_path / "b")).model
+    assert models.label_names(again) == tuple(NAMES)
+    assert preprocessing_of(again)["labels"] == NAMES
+    models.replace_head(again, 3)
+    assert models.label_names(again) == ()
+    # as some folders of the hub have them
+    edit_json(tmp_path / "b/config.json", label_names={"2": "cedar", "0": "ash", "1": "birch"})
+    edit_json(tmp_path / "b/config.json", pretrained_cfg=tiny()[0].pretrained_cfg | {"num_classes": 3})
+    (tmp_path / "b/pruning.json").unlink()
+    assert models.label_names(load_checkpoint(str(tmp_path / "b")).model) == tuple(NAMES)
+    assert list(_checkpoint(tmp_path / "b")[2]) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("a.json", {"b": 1, "a": 0}, ("a", "b")),
+        ("a.json", ["b", "a"], ("b", "a")),
+        ("a.txt", "b\na\n\n", ("b", "a")),
+        ("a.json", {"a": 1, "b": 2}, None),
+        ("a.json", {"a": 0, "b": 0}, None),
+        ("a.json", {"a": "0"}, None),
+        ("a.json", ["a", "a"], None),
+        ("a.json", [], None),
+    ],
+)
+def test_class_maps(name: str, content: Any, names: tuple[str, ...] | None, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    if names is not None:
+        assert read_map(file, "--classes") == names
+        return
+    with pytest.raises(InputError, match="must give each of the labels"):
+        read_map(file, "--classes")
+
+
+def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
+    """A table with labels of two kinds: which is meant is said, else refused."""
+    names = {"coarse_label": [0, 0, 1], "fine_label": [2, 0, 1]}
+    write(tmp_path / "a.parquet", hub(names, dict.fromkeys(names, CLASS_LABEL)))
+    dense_folder(tmp_path / "vit")
+    for command in (
+        "evaluate vit --data a.parquet",
+        "prune vit --method ovit --gradients 2 --batch-size 2 --sparsity 0.5 --out pruned --data a.parquet",
+        "finetune vit --out tuned --train a.parquet epochs=1 --validation a.parquet",
+        "data check a.parquet --processes 1",
+    ):
+        status, _, error = run(command)
+        assert status == 2
+        assert "several columns that may hold labels" in error
+        status, _, error = run(f"{command} --label-column fine_label")
+        assert status == 0, error
+    # what it learned by is what it is measured by
+    assert models.label_names(load_checkpoint(str(tmp_path / "tuned")).model) == tuple(NAMES)
+    write(tmp_path / "b.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}, names=NAMES[::-1]))
+    status, _, error = run("evaluate tuned --data b.parquet")
+    assert status == 2
+    assert "its classes contradict the model's: 'cedar' is label 0 of the images and 2 of the model" in error
+    status, _, error = run("data check a.parquet b.parquet --label-column label")
+    assert status == 2
+    write(tmp_path / "c.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
+    status, said, error = run("data check b.parquet c.parquet")
+    assert (status, said) == (2, "")
+    assert "label 0 is 'cedar' in b.parquet and 'ash' in c.parquet" in error
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """The commands here name their files themselves."""
+    return tmp_path
+
+
+def test_a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) -> None:
+    """Also where it was fetched after the recipe had been checked; else the model takes the data's names."""
+    uri = write(tmp_path / "a.parquet", hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}))
+    made = {"name": "x", "seed": 0, "data": {"train": uri}, "training": {"epochs": 1}}
+    job = TrainJob.model_validate({**made, "model": {"checkpoint": "dense", "classes": 3}})
+    model, _ = tiny()
+    models.name_classes(model, NAMES[::-1])
+    with pytest.raises(InputError, match="'ash' is label 0 of the images and 2 of the model"):
+        building.name_classes(job, model)
+    model, _ = tiny()
+    building.name_classes(job, model)
+    assert models.label_names(model) == tuple(NAMES)
+
+
+def test_what_mlflow_is_told_of_classes(tmp_path: Path) -> None:
+    uri = write(tmp_path / "a.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
+    assert classes_of(uri) == {"ash": 0, "birch": 1, "cedar": 2}
+    assert labels_of(uri) == NAMES
+    twice = ["crane", "birch", "crane"]  # a bird and a machine: ImageNet has such
+    uri = write(tmp_path / "b.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}, names=twice))
+    assert classes_of(uri) is None
+    assert labels_of(uri) == twice

@@ -1,0 +1,61 @@
+"""What a killed process left beside its output goes with the next success; what is at work stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from orchestration.benchmark_command import _write
+from orchestration.work import forget_training, whole_folder
+
+
+@pytest.fixture
+def dead() -> int:
+    """The number of a process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_partial_folders_of_the_dead(dead: int, tmp_path: Path) -> None:
+    alive = os.getppid()
+    kept = {f".out.partial-{alive}", f".other.partial-{dead}", ".out.partial-x", f".out.float.partial-{dead}"}
+    for name in (*kept, f".out.partial-{dead}"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    target = tmp_path / "out"
+
+    def fail() -> None:
+        with whole_folder(target, "out", "--out"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (tmp_path / f".out.partial-{dead}").exists()  # nothing has succeeded yet
+    with whole_folder(target, "out", "--out") as folder:
+        (folder / "model").write_text("")
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"out"}
+
+
+def test_partial_files_of_the_dead(dead: int, tmp_path: Path) -> None:
+    left = tmp_path / f".speed.json.partial-{dead}"
+    left.write_text("half")
+    _write("--json", str(tmp_path / "speed.json"), b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
+
+
+def test_a_training_for_int8_that_was_killed(tmp_path: Path) -> None:
+    folder, work = tmp_path / ".out.float", tmp_path / "..out.float.finetune"
+    for place in (folder, work):
+        (place / "last").mkdir(parents=True)
+    with FileLock(work / "lock"):
+        forget_training(folder)  # another process is at work there
+    assert folder.exists()
+    assert work.exists()
+    forget_training(folder)
+    assert list(tmp_path.iterdir()) == []
+    forget_training(folder)  # and where there is nothing

@@ -1,0 +1,121 @@
+"""Which columns of a Parquet table hold images and labels, and what the schema calls the classes.
+
+Tables of the Hugging Face hub say it in their metadata (``features``, with ``Image`` and ``ClassLabel``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pruners.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # recipes are read without it
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a user named; what is not named is found in each table's schema."""
+
+    image: str | None = None
+    label: str | None = None
+
+    @property
+    def named(self) -> bool:
+        return self != Columns()
+
+    def find(self, schema: pa.Schema, uri: str, key: str) -> tuple[str, str]:
+        """The image column and the label column of a table.
+
+        Raises:
+            InputError: there is none, or there are several and none is named.
+        """
+        return self.find_image(schema, uri, key), self.find_label(schema, uri, key)
+
+    def find_image(self, schema: pa.Schema, uri: str, key: str) -> str:
+        """The column that is named, else the one ``Image`` of the metadata, ``image``, or the one struct
+        with ``bytes``.
+
+        Raises:
+            InputError: none of these.
+        """
+        typed = _of_kind(schema, "Image") or [field.name for field in schema if _holds_bytes(field.type)]
+        found, why = _choose("image", self.image, typed, schema.names)
+        if found is None:
+            raise InputError(key, uri, why)
+        return found
+
+    def find_label(self, schema: pa.Schema, uri: str, key: str) -> str:
+        """The column that is named, else the one ``ClassLabel`` of the metadata, or ``label``.
+
+        Raises:
+            InputError: none of these.
+        """
+        found, why = _choose("label", self.label, _of_kind(schema, "ClassLabel"), schema.names)
+        if found is None:
+            raise InputError(key, uri, why)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """The part of a command's options that names the columns of its images."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column)
+
+
+def class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
+    """The names of the classes by their labels, as the metadata has them; ``()`` if it does not."""
+    feature = _features(schema).get(label)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)
+
+
+def _choose(what: str, named: str | None, typed: list[str], there: list[str]) -> tuple[str | None, str]:
+    """The column of images or labels, or ``None`` and why not."""
+    has = f"it has {', '.join(there)}"
+    if named is not None:
+        return (named, "") if named in there else (None, f"needs a column {named!r}; {has}")
+    if what in there and (what in typed or not typed):
+        return what, ""
+    choices = typed + [what] * (what in there)
+    if len(choices) > 1:
+        several = f"has several columns that may hold {what}s ({', '.join(choices)})"
+        return None, f"{several}: name one of them by {what}_column"
+    if choices:
+        return choices[0], ""
+    hint = f" (name the one with {what}s by {what}_column)" if len(there) > 1 else ""
+    return None, f"needs a column {what!r}; {has}{hint}"
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What ``datasets`` and the hub write of the columns."""
+    try:
+        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = content["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _of_kind(schema: pa.Schema, kind: str) -> list[str]:
+    features = _features(schema)
+    return [
+        name
+        for name in schema.names
+        if isinstance(features.get(name), dict) and features[name].get("_type") == kind
+    ]
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    find = getattr(kind, "get_field_index", None)  # structs alone have it
+    return find is not None and find("bytes") >= 0
