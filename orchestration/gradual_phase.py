@@ -33,8 +33,8 @@ _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long ru
 
 
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:
-    """Gradual runs over schedule hyper-parameters."""
-    if allocated is not None and sweep.recipe.allocation.between is not None:
+    """Gradual runs over schedule hyper-parameters, at the sparsity that the allocation was chosen at."""
+    if allocated is not None and sweep.recipe.allocation.reach is not None:
         sweep = sweep.changed({"pruning.sparsity": allocated.goal.sparsity})
     return _runs(sweep, "schedule", method, dense, allocated)
 
@@ -74,7 +74,16 @@ class Gradual:
                 for level, one in kept.items()
             )
         )
-        return Recovered(self.sweep.recipe.pruning.sparsity, self.best, end, kept, self.trials)
+        return Recovered(self._sparsity, self.best, end, kept, self.trials)
+
+    @property
+    def _sparsity(self) -> float:
+        """What the best run was to end at, where that is searched too."""
+        recipe = self.sweep.recipe
+        found: float = recipe.schedule.active(self.best.values).get(
+            "pruning.sparsity", recipe.pruning.sparsity
+        )
+        return found
 
     def _kept(self, register: Callable[..., str]) -> dict[str, Kept]:
         found = {}
