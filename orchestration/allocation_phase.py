@@ -16,6 +16,7 @@ from orchestration.cluster import cluster_size
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Study, Sweep
 from orchestration.database import StoredOrder
+from orchestration.display import leading
 from orchestration.one_shot import OneShotInputs, OneShotTrial, Speed
 from orchestration.pareto import chosen, fastest
 from orchestration.remote import OrderFacts
@@ -80,7 +81,8 @@ class _Searches:
             f"{self._method}: allocation search{at}",
             f"{self._method}-allocation{at and '-' + level}",
         )
-        sweep.display.phase(title, trials=trials, done=ended, label=label, log=log.uri)
+        so_far = leading(log.trials)
+        sweep.display.phase(title, trials=trials, done=ended, best=so_far, label=label, log=log.uri)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
             study = Study(self._best(log), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")

@@ -30,9 +30,9 @@ def convert(imagefolder: str, out: str, processes: int) -> None:
     Labels follow the sorted names of the class folders, as torchvision's (classes.json). Started again, it
     goes on with the shards that are missing.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
+    from orchestration.terminal import Console
     from trainers.convert import convert as write
     from trainers.convert import plan
 
@@ -52,9 +52,9 @@ def convert(imagefolder: str, out: str, processes: int) -> None:
 @_processes
 def check(path: str, processes: int) -> None:
     """Decode every image of PATH (a Parquet file or folder), count labels, list bad rows; exit 1 if any."""
-    from rich.console import Console
     from rich.progress import Progress
 
+    from orchestration.terminal import Console
     from trainers.survey import Survey, survey
 
     whole = Survey()

@@ -13,6 +13,7 @@ from orchestration import plots
 from orchestration.cluster import cluster_size
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep
+from orchestration.display import leading
 from orchestration.jobs import gradual_job
 from orchestration.mlflow_model import classes_of
 from orchestration.population import Population
@@ -117,7 +118,10 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     log = TrialLog(f"{folder}/trials.json")
     trials, epochs, ended = recipe.schedule.runs, recipe.recovery.epochs, len(log.ended)
     label = f"{method}-{phase}"
-    sweep.display.phase(title, trials=trials, done=ended, epochs=epochs, label=label, log=log.uri)
+    so_far = leading(log.trials)
+    sweep.display.phase(
+        title, trials=trials, done=ended, epochs=epochs, best=so_far, label=label, log=log.uri
+    )
     known = ended >= trials and storage.exists(f"{recovered}/{RECORD}")
     if not known:
         sweep.begin(phase, title)

@@ -17,9 +17,9 @@ from threading import Thread
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from orchestration.terminal import Console
 from pruners.errors import InputError, first_line
 
 _PLAIN_SECONDS = 10.0
@@ -39,9 +39,9 @@ class Bars:
         self._heading = heading
         self._live = self.console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=32),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self._live,
