@@ -11,10 +11,12 @@ from ray import tune
 
 from orchestration import latency, plots, remote
 from orchestration.cheap_runs import CheapRuns
+from orchestration.check_allocation import check_not_sparser
 from orchestration.cluster import cluster_size
 from orchestration.config import digest
 from orchestration.context import Allocated, Dense, Study, Sweep
 from orchestration.database import StoredOrder
+from orchestration.display import leading
 from orchestration.one_shot import OneShotInputs, OneShotTrial, Speed
 from orchestration.pareto import chosen, fastest
 from orchestration.remote import OrderFacts
@@ -25,6 +27,7 @@ from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import order_run
+from pruners.allocation import budget
 from trainers import storage
 from trainers.checkpoint import RECORD
 from trainers.config import OrderJob, PruningSettings
@@ -78,7 +81,8 @@ class _Searches:
             f"{self._method}: allocation search{at}",
             f"{self._method}-allocation{at and '-' + level}",
         )
-        sweep.display.phase(title, trials=trials, done=ended, label=label, log=log.uri)
+        so_far = leading(log.trials)
+        sweep.display.phase(title, trials=trials, done=ended, best=so_far, label=label, log=log.uri)
         if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
             study = Study(self._best(log), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
@@ -152,12 +156,15 @@ class _Searches:
     def _inputs(self, sparsity: float, pruning: PruningSettings) -> OneShotInputs:
         order, facts = self._order()
         search = self._sweep.recipe.allocation
+        if search.reach is not None:
+            key, most = f"allocation.{search.between_key}", budget(facts.layers, search.reach[1])
+            check_not_sparser(key, list(search.reach), facts.layers, sum(facts.pruned.values()), most)
         return OneShotInputs(
             checkpoint=self._dense.checkpoint,
             data=self._sweep.data,
             seed=self._sweep.recipe.seed,
             search=search,
-            space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity]),
+            space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity], facts.pruned),
             order=order,
             costs=facts.costs,
             speed=self._speed,

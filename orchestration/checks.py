@@ -14,6 +14,7 @@ import timm
 import torch
 
 from orchestration import digits
+from orchestration.check_allocation import check_allocated, check_sparsities
 from orchestration.check_training import check_training, trainings
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
@@ -79,12 +80,14 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         if recipe.quantize.training is not None:
             check_training(recipe.quantize.training, "quantize.recovery.")
     _check_schedule(recipe)
+    check_allocated(recipe)
     _check_space(recipe)
     _check_long_run(recipe)
     if structured is not None and not dry_run:
         check_installed()
     model, layers, cut = _model(recipe)
     total = _check_budget(recipe, layers)
+    check_sparsities(recipe, model, layers)
     _check_latency(recipe, model, layers, local=local)
     if local:
         check_local(recipe)
@@ -239,12 +242,13 @@ def _check_schedule(recipe: Recipe) -> None:
     pruning = recipe.pruning
     if pruning.schedule.unit == "steps":
         return  # known when the images are counted
-    plan = pruning_plan(pruning.schedule, pruning.sparsity, recipe.recovery.epochs)
-    for sparsity in pruning.keep:
-        if not any(abs(sparsity - one) < 1e-6 for one in plan.values()):
-            stops = ", ".join(f"{one:.4g}" for one in plan.values()) or "none"
-            expected = f"the schedule does not stop there; it stops at {stops}"
-            raise InputError("pruning.keep", sparsity, expected)
+    for target in recipe.allocation.reach or (pruning.sparsity,):  # wherever a search may end
+        plan = pruning_plan(pruning.schedule, target, recipe.recovery.epochs)
+        for sparsity in pruning.keep:
+            if not any(abs(sparsity - one) < 1e-6 for one in plan.values()):
+                stops = ", ".join(f"{one:.4g}" for one in plan.values()) or "none"
+                expected = f"the schedule does not stop there; it stops at {stops}"
+                raise InputError("pruning.keep", sparsity, expected)
 
 
 def _check_space(recipe: Recipe) -> None:

@@ -148,11 +148,10 @@ def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
     """Show what a gradual run of RECIPE would be; needs neither data nor weights, and starts nothing."""
     from pathlib import Path
 
-    from rich.console import Console
-
     from orchestration.checks import prepare
     from orchestration.plan import print_plan
     from orchestration.recipes import load_recipe
+    from orchestration.terminal import Console
 
     prepared = prepare(load_recipe(recipe, overrides), dry_run=True)
     console = Console()
@@ -223,9 +222,8 @@ def recipes() -> None:
 @click.argument("part", default="")
 def keys(part: str) -> None:
     """List the keys of a recipe: values, default, meaning; all, or those below PART (recovery.lr)."""
-    from rich.console import Console
-
     from orchestration.recipe_keys import as_table, recipe_keys
+    from orchestration.terminal import Console
 
     console = Console()
     (console if console.is_terminal else Console(width=180)).print(as_table(recipe_keys(part)))

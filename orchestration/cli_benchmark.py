@@ -51,9 +51,8 @@ def benchmark(**typed: Any) -> None:
     MODEL is a checkpoint folder, hf-hub:NAME, models:/NAME@alias, or a folder that 'espalier export' wrote.
     The first one is what the others are compared with. Status 1: an engine failed or gave wrong answers.
     """
-    from rich.console import Console
-
     from orchestration.benchmark_options import BenchmarkOptions
+    from orchestration.terminal import Console
 
     options = BenchmarkOptions(**typed)
     options.check()

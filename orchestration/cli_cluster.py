@@ -29,9 +29,8 @@ _address = click.option(
 def status(name: str | None, storage: str, address: str | None, once: bool) -> None:
     """Phases, trials, best, time left and failures of all sweeps, or of NAME; live until Ctrl-C."""
     _there(address, ["status", *([name] if name else [])], storage)
-    from rich.console import Console
-
     from orchestration.status import overview
+    from orchestration.terminal import Console
 
     console = Console()
     if once or not console.is_terminal:
@@ -145,10 +144,9 @@ def cluster() -> None:
 def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, storage: str | None) -> None:
     """What the cluster offers, whether its nodes share the storage, reach MLflow and hold the same versions,
     and whether RECIPE fits. Exit 1 with a line for each problem."""
-    from rich.console import Console
-
     from orchestration.ports import check_reachable
     from orchestration.recipes import load_recipe
+    from orchestration.terminal import Console
 
     chosen = None if recipe is None else load_recipe(recipe, overrides)
     if is_jobs_api(address):

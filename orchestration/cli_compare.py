@@ -13,9 +13,8 @@ from orchestration import cli_options
 @click.option("--html", metavar="FILE", help="Write it as one page with figures, which needs nothing else.")
 def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     """Final models of the sweeps NAME..., what differs between their recipes, and what failed."""
-    from rich.console import Console
-
     from orchestration.compare import read, tables
+    from orchestration.terminal import Console
 
     if html is None:
         console = Console()

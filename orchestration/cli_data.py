@@ -66,9 +66,9 @@ def convert(imagefolder: str, out: str, *, processes: int, classes: str | None, 
     IMAGEFOLDER may be a quoted glob of tars. Labels follow the sorted names of the class folders, as
     torchvision's (classes.json). Started again, it goes on with the shards that are missing.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
+    from orchestration.terminal import Console
     from trainers.classes import read_map
     from trainers.convert import convert as write
     from trainers.convert import plan
@@ -117,9 +117,9 @@ def check(paths: tuple[str, ...], processes: int, **named: str | None) -> None:
 
 def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
     """Print what one table holds; returns the number of its bad rows."""
-    from rich.console import Console
     from rich.progress import Progress
 
+    from orchestration.terminal import Console
     from trainers.survey import Survey, survey
 
     whole = Survey()

@@ -74,9 +74,8 @@ def export(
     CHECKPOINT is a checkpoint folder (any pyarrow URI), hf-hub:NAME or models:/NAME@alias. A file for an
     engine is run by it, and kept only if it answers what the model answers; status 1 if it does not.
     """
-    from rich.console import Console
-
     from orchestration.prune_options import one_of
+    from orchestration.terminal import Console
 
     one_of("--format", kind, FORMATS)
     console = Console(stderr=True)
@@ -109,7 +108,7 @@ def export(
 @of_registry
 def pull(model: str, dest: str, tracking_uri: str | None, storage: str) -> None:
     """Copy a registered MODEL (models:/NAME@alias or models:/NAME/VERSION) to the folder DEST."""
-    from rich.console import Console
+    from orchestration.terminal import Console
 
     with Console(stderr=True).status(f"espalier pull: {model}"):
         from orchestration.export_command import pull as copy

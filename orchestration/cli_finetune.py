@@ -37,9 +37,8 @@ def finetune(**typed: Any) -> None:
     timm model. KEY=VALUE are those of a recipe's recovery (epochs=10 lr.peak=1e-4, unless you say otherwise).
     The result is the best model on validation. After Ctrl-C the same command goes on.
     """
-    from rich.console import Console
-
     from orchestration.finetune_options import FinetuneOptions
+    from orchestration.terminal import Console
 
     options = FinetuneOptions(**typed)
     options.check()

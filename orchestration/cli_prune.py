@@ -52,9 +52,8 @@ def prune(**typed: Any) -> None:
 
     MODEL is a checkpoint folder, hf-hub:NAME, or the name of a timm model (its pretrained weights).
     """
-    from rich.console import Console
-
     from orchestration.prune_options import PruneOptions
+    from orchestration.terminal import Console
 
     options = PruneOptions(**typed)
     options.check()
@@ -83,7 +82,7 @@ def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
 
     PATH is a checkpoint folder, hf-hub:NAME, or the name of a timm architecture (shapes alone).
     """
-    from rich.console import Console
+    from orchestration.terminal import Console
 
     with Console(stderr=True).status(f"espalier inspect: loading {path}"):
         from orchestration.describe import describe

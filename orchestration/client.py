@@ -90,13 +90,12 @@ class _Sender(io.TextIOBase):
 
 def _drive(recipe: dict[str, Any], recipe_name: str, span: Span, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
-    from rich.console import Console
-
     from orchestration.checks import prepare
     from orchestration.config import Recipe
     from orchestration.display import Display
     from orchestration.stored_recipe import check_unchanged
     from orchestration.sweep import run_sweep
+    from orchestration.terminal import Console
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:

@@ -6,13 +6,13 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from orchestration.terminal import Console
 from orchestration.trial_log import TrialRecord
 
 _PLAIN_SECONDS = 10.0
@@ -35,7 +35,7 @@ class Display:
         self._total = 1
         self._epochs = 1
         self._done = 0
-        self._best = -math.inf
+        self._best: tuple[float, float] | None = None
         self._running: dict[str, float] = {}
         self._began = time.monotonic()
         self._begin_fraction = 0.0
@@ -47,9 +47,9 @@ class Display:
         if self.live:
             self._progress = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 console=self.console,
                 transient=True,
@@ -75,7 +75,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._said.append(text)
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def snapshot(self) -> dict[str, Any]:
         """What is shown, in JSON's types; another thread may ask."""
@@ -94,20 +94,21 @@ class Display:
         trials: int = 1,
         done: int = 0,
         epochs: int = 1,
-        best: float | None = None,
+        best: tuple[float, float] | None = None,
         label: str = "",
         log: str | None = None,
     ) -> None:
         """A phase begins; ``done`` of its ``trials`` are known from before.
 
         Args:
+            best: what :func:`leading` says of them.
             label: what its trials are called by, before their numbers.
             log: where its trials are recorded.
         """
         self._begun.append({"name": name, "trials": trials, "label": label, "log": log, "summary": None})
         self._number += 1
         self._phase, self._total, self._done, self._epochs = name, max(trials, 1), done, max(epochs, 1)
-        self._best = -math.inf if best is None else best
+        self._best = best
         self._running = {}
         self._began = time.monotonic()
         self._begin_fraction = self._fraction()
@@ -137,8 +138,9 @@ class Display:
         for note in metrics.get("notes", []):
             self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
-        comparable = metrics["score"] >= 0 and metrics.get("complete", True)  # at the end, on all images
-        self._best = max(self._best, metrics["val_top1"] if comparable else -math.inf)
+        # a cheap trial says itself whether it has seen all images; below its last sparsity a dear one has -1
+        if metrics.get("complete", metrics["score"] >= 0):
+            self._best = _better(self._best, metrics["score"], metrics["val_top1"])
         self._show()
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
@@ -161,13 +163,13 @@ class Display:
         return _minutes((time.monotonic() - self._began) * (1 - fraction) / gained)
 
     def _title(self) -> str:
-        return f"[{self._number}/{self._phases}] {self._phase}".replace("[", "\\[", 1)
+        return f"[{self._number}/{self._phases}] {self._phase}"
 
     def _show(self) -> None:
         fraction = self._fraction()
         detail = f"{self._done}/{self._total} done, {len(self._running)} running"
-        if math.isfinite(self._best):
-            detail += f", best {100 * self._best:.1f} %"
+        if self._best is not None:
+            detail += f", best {100 * self._best[1]:.1f} %"
         if left := self._left():
             detail += f", {left} left"
         if self._progress is not None:
@@ -176,6 +178,22 @@ class Display:
         elif time.monotonic() - self._spoke > _PLAIN_SECONDS:
             self._spoke = time.monotonic()
             self.say(f"      {detail}")
+
+
+def leading(trials: Iterable[TrialRecord]) -> tuple[float, float] | None:
+    """Score and top-1 of the best of the trials that ran to their end; nothing where none did."""
+    best = None
+    for trial in trials:
+        if trial.state == "finished" and trial.score is not None:
+            best = _better(best, trial.score, trial.metrics["val_top1"])
+    return best
+
+
+def _better(best: tuple[float, float] | None, score: float, top1: float) -> tuple[float, float] | None:
+    """The higher score leads, whatever it counts (of a loss it is below 0); none that is no number."""
+    if not math.isfinite(score) or (best is not None and score <= best[0]):
+        return best
+    return score, top1
 
 
 def _minutes(seconds: float) -> str:

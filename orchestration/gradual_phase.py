@@ -13,6 +13,7 @@ from orchestration import plots
 from orchestration.cluster import cluster_size
 from orchestration.config import Recipe, digest
 from orchestration.context import Allocated, Dense, Kept, Recovered, Sweep
+from orchestration.display import leading
 from orchestration.jobs import gradual_job
 from orchestration.mlflow_model import classes_of
 from orchestration.population import Population
@@ -33,8 +34,8 @@ _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long ru
 
 
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:
-    """Gradual runs over schedule hyper-parameters."""
-    if allocated is not None and sweep.recipe.allocation.between is not None:
+    """Gradual runs over schedule hyper-parameters, at the sparsity that the allocation was chosen at."""
+    if allocated is not None and sweep.recipe.allocation.reach is not None:
         sweep = sweep.changed({"pruning.sparsity": allocated.goal.sparsity})
     return _runs(sweep, "schedule", method, dense, allocated)
 
@@ -74,7 +75,16 @@ class Gradual:
                 for level, one in kept.items()
             )
         )
-        return Recovered(self.sweep.recipe.pruning.sparsity, self.best, end, kept, self.trials)
+        return Recovered(self._sparsity, self.best, end, kept, self.trials)
+
+    @property
+    def _sparsity(self) -> float:
+        """What the best run was to end at, where that is searched too."""
+        recipe = self.sweep.recipe
+        found: float = recipe.schedule.active(self.best.values).get(
+            "pruning.sparsity", recipe.pruning.sparsity
+        )
+        return found
 
     def _kept(self, register: Callable[..., str]) -> dict[str, Kept]:
         found = {}
@@ -108,7 +118,10 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     log = TrialLog(f"{folder}/trials.json")
     trials, epochs, ended = recipe.schedule.runs, recipe.recovery.epochs, len(log.ended)
     label = f"{method}-{phase}"
-    sweep.display.phase(title, trials=trials, done=ended, epochs=epochs, label=label, log=log.uri)
+    so_far = leading(log.trials)
+    sweep.display.phase(
+        title, trials=trials, done=ended, epochs=epochs, best=so_far, label=label, log=log.uri
+    )
     known = ended >= trials and storage.exists(f"{recovered}/{RECORD}")
     if not known:
         sweep.begin(phase, title)

@@ -125,17 +125,16 @@ def farewell(sweep: str, address: str) -> str:
 
 
 def _show(recipe: Any) -> None:
-    from rich.console import Console
-
     from orchestration.checks import prepare
     from orchestration.plan import print_plan
+    from orchestration.terminal import Console
 
     console = Console()
     print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
 
 
 def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
-    from rich.console import Console
+    from orchestration.terminal import Console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
         expected = "for a job, must be a full path or URI that every node reaches (or ESPALIER_STORAGE there)"

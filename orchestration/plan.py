@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from orchestration.checks import Prepared
 from orchestration.config import Recipe
 from orchestration.public import without_password
 from orchestration.search_config import Fastest
+from orchestration.terminal import Console
 from pruners.memory import fisher_bytes, layer_groups
 from pruners.methods import create_pruner
 from trainers.schedules import pruning_plan

@@ -37,7 +37,10 @@ from trainers.prune_step import Gradients, gradient_source
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that pruning needs, loaded and checked; nothing is written yet."""
+    """Everything that pruning needs, loaded and checked; nothing is written yet.
+
+    ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
+    """
 
     options: PruneOptions
     target: Path
@@ -46,6 +49,7 @@ class Job:
     pruner: Pruner
     gradients: Gradients | None
     tests: data.Batches | None
+    masks: MaskSet | None = None
 
     @classmethod
     def of(cls, options: PruneOptions) -> Job:
@@ -65,7 +69,7 @@ class Job:
             _check_budget(options, loaded.model, layers, pruner)
             model = loaded.model.to(device).eval()
             gradients, tests = _gradients(options, model, pruner), _tests(options, model)
-            return cls(options, target, model, layers, pruner, gradients, tests)
+            return cls(options, target, model, layers, pruner, gradients, tests, loaded.masks)
 
     def run(self) -> list[str]:
         """Prune, write the folder, and say what was done."""
@@ -107,7 +111,7 @@ class Job:
         return evaluate(self.model, bars.over(what, self.tests, len(self.tests)))
 
     def _write(self, outcome: Outcome) -> None:
-        masks, record = outcome.report.masks, outcome.record()
+        masks, record = outcome.report.masks.over(self.masks), outcome.record()
         with whole_folder(self.target, self.options.out, "--out") as folder:
             # the arguments that built the model: timm knows them itself
             save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)

@@ -9,7 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 from rich.table import Table
 
 from orchestration.config import Recipe
@@ -49,7 +48,7 @@ def as_table(keys: list[Key]) -> Table:
     table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
     for key in keys:
         default = "must be given" if key.default is None else key.default
-        table.add_row(*map(escape, (key.name, default, key.values, key.text)))
+        table.add_row(key.name, default, key.values, key.text)
     return table
 
 

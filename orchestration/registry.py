@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from orchestration.pages import all_pages
 from orchestration.tracking import Tracker
 from orchestration.versions import Version, opened, parse, refusal
 from pruners.errors import InputError
@@ -44,7 +45,7 @@ def register(
         client.get_registered_model(model)
     if artifact != ARTIFACT:
         tags = {**tags, "artifact": artifact}
-    for version in client.search_model_versions(f"name='{model}'"):
+    for version in all_pages(client.search_model_versions, f"name='{model}'"):
         if version.run_id == run and str(version.source).endswith(f"/{artifact}"):
             for key in tags.keys() - dict(version.tags).keys():
                 client.set_model_version_tag(model, version.version, key, tags[key])

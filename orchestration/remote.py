@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from orchestration.check_allocation import check_not_sparser
 from orchestration.database import StoredOrder
 from orchestration.one_shot import OneShotInputs
 from pruners.allocation import Allocation
@@ -33,11 +34,15 @@ from trainers.structured_settings import StructuredSettings
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """What trials need to know of an order: its layers, their costs, the method's own allocations."""
+    """What trials need to know of an order: its layers, their costs, the method's own allocations.
+
+    ``pruned`` are the weights that each layer had lost before.
+    """
 
     layers: list[PrunableLayer]
     costs: CostModel
     own: dict[float, Allocation]
+    pruned: Allocation
 
 
 def make_order(job: OrderJob, device: str) -> None:
@@ -49,17 +54,22 @@ def make_order(job: OrderJob, device: str) -> None:
 def order_facts(
     checkpoint: str, pruning: PruningSettings, method: str, order: StoredOrder, sparsities: list[float]
 ) -> OrderFacts:
-    """The method's own allocation at each sparsity, from the losses of a stored order."""
+    """The method's own allocation at each sparsity, from the losses of a stored order.
+
+    Raises:
+        InputError: the model has more zeros already.
+    """
     model = load_checkpoint(checkpoint, layers=pruning.layers).model
     layers = prunable_layers(model, pruning)
     pruner = create_pruner(method, **pruning.options(method))
     masks = MaskSet.from_zeros(model, layers)
     losses, sharing = order.open(updates=False).losses, sharing_of(pruning, pruner)
-    own = {}
+    own, pruned = {}, masks.pruned()
     for sparsity in sparsities:
         total = pattern_budget(layers, sparsity, pruner.form, masks)
-        own[sparsity] = sharing.allocate(losses, layers, total, pruned=masks.pruned(), unit=pruner.form.unit)
-    return OrderFacts(layers, cost_model(model, models.input_size(model)), own)
+        check_not_sparser("pruning.sparsity", sparsity, layers, sum(pruned.values()), total)
+        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=pruner.form.unit)
+    return OrderFacts(layers, cost_model(model, models.input_size(model)), own, pruned)
 
 
 def save_one_shot(
@@ -67,7 +77,8 @@ def save_one_shot(
 ) -> None:
     """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``."""
     torch.set_num_threads(inputs.threads)
-    model = load_checkpoint(inputs.checkpoint).model
+    loaded = load_checkpoint(inputs.checkpoint)
+    model = loaded.model
     parameters = dict(model.named_parameters())
     order = inputs.order.open()
     weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
@@ -83,7 +94,9 @@ def save_one_shot(
         "costs": inputs.costs.at(allocation).as_dict(),
     }
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-        save_checkpoint(Path(folder), model, model_args=arguments, masks=masks, record=content)
+        save_checkpoint(
+            Path(folder), model, model_args=arguments, masks=masks.over(loaded.masks), record=content
+        )
         storage.upload(Path(folder), target)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
-from rich.console import Console
 from rich.table import Table
 
 from orchestration import remote
@@ -15,6 +14,7 @@ from orchestration.config import digest
 from orchestration.context import Results, Sweep, content_hash
 from orchestration.promotion import Decision
 from orchestration.readable import count, megabytes, percent
+from orchestration.terminal import Console
 from orchestration.versions import CHAMPION
 from trainers import storage
 from trainers.checkpoint import CONFIG, MASKS, RECORD, WEIGHTS

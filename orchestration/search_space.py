@@ -37,6 +37,7 @@ class AllocationSpace:
     ceiling: PerLayer
     unit: int = 1
     between: tuple[float, float] | None = None  # the sparsity of the whole is proposed too
+    pruned: Mapping[str, int] | None = None  # weights that were zero before the search: none comes back
 
     @classmethod
     def of(
@@ -45,7 +46,9 @@ class AllocationSpace:
         pruning: PruningSettings,
         layers: Sequence[PrunableLayer],
         own: Allocation,
+        pruned: Mapping[str, int] | None = None,
     ) -> AllocationSpace:
+        """Of a recipe and a model's layers; ``pruned`` are the weights that each of them has lost already."""
         return cls(
             layers,
             own,
@@ -55,13 +58,14 @@ class AllocationSpace:
             pruning.ceiling,
             Pattern.parse(pruning.pattern).unit,
             search.reach,
+            pruned,
         )
 
     def own_values(self) -> dict[str, float]:
         """The method's own allocation as a proposal: the sparsity of each stage and module."""
         values = summarise(self.own, self.layers, self.by)
-        if self.between is not None:
-            low, high = self.between
+        if (reach := self._reach) is not None:
+            low, high = reach
             values[_WHOLE] = min(max(sum(self.own.values()) / self._numel, low), high)
         return values
 
@@ -78,9 +82,17 @@ class AllocationSpace:
             )
             for key, own in self.own_values().items()
         }
-        if self.between is not None:
-            found[_WHOLE] = optuna.distributions.FloatDistribution(*self.between)
+        if (reach := self._reach) is not None:
+            found[_WHOLE] = optuna.distributions.FloatDistribution(*reach)
         return found
+
+    @property
+    def _reach(self) -> tuple[float, float] | None:
+        """The sparsities of the whole to propose; none below what the model has already."""
+        if self.between is None:
+            return None
+        low, high = self.between
+        return min(max(low, sum((self.pruned or {}).values()) / self._numel), high), high
 
     def allocation(self, values: Mapping[str, float], losses: Mapping[str, Any]) -> Allocation:
         """The exact allocation of a proposal.
@@ -89,14 +101,15 @@ class AllocationSpace:
             losses: ascending losses of each layer's weights.
         """
         own, total = self.own_values(), sum(self.own.values())
-        if self.between is not None:
-            total = round(values[_WHOLE] * self._numel / self.unit) * self.unit
-        if all(values[key] == own[key] for key in own) and total == sum(self.own.values()):
-            return dict(self.own)
         groups = group_layers(self.layers, self._group)
         reach = {name: len(found) for name, found in losses.items()}
-        limits = bounds(self.layers, self.floor, self.ceiling, reach=reach, unit=self.unit)
+        limits = bounds(self.layers, self.floor, self.ceiling, self.pruned, reach=reach, unit=self.unit)
         low, high = group_bounds(groups.values(), limits)
+        if self.between is not None:
+            total = round(values[_WHOLE] * self._numel / self.unit) * self.unit
+            total = min(max(total, sum(low)), sum(high))  # the ends may round to what the layers cannot give
+        if all(values[key] == own[key] for key in own) and total == sum(self.own.values()):
+            return dict(self.own)
         wishes, sizes = [], []
         for group in groups.values():
             size = sum(layer.numel for layer in group)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestration import journal
+from orchestration.display import leading
 from orchestration.stored_recipe import find, names
 from orchestration.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError, did_you_mean
@@ -90,17 +91,15 @@ def _add(table: Table, failures: list[str], place: str, name: str, state: dict[s
         records = phase.log.trials if phase.log else []
         failed = phase.failures()
         failures += [f"{name}: {one}" for one in failed]
-        scores = [
-            one.metrics["val_top1"] for one in records if one.state == "finished" and one.score is not None
-        ]
+        best = leading(records)
         at_work = state["state"] == "running" and not phase.ended
         table.add_row(
             *told,
-            f"[{number}/{state['planned']}] {phase.name}".replace("[", "\\["),
+            f"[{number}/{state['planned']}] {phase.name}",
             f"{len(records) - len(failed)} of {phase.planned}" if phase.log else "–",
             str(state["running"]) if at_work else "–",
             str(len(failed)) if failed else "–",
-            f"{100 * max(scores):.1f} %" if scores else "–",
+            f"{100 * best[1]:.1f} %" if best else "–",
             (state["left"] or "?") if at_work else "–",
         )
         told = ["", ""]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from orchestration import plots
 from orchestration.allocation_phase import allocation_phase
 from orchestration.alone import alone_here, alone_on_cluster
@@ -30,6 +28,7 @@ from orchestration.results import Row, as_json, make_rows, print_end
 from orchestration.span import PHASES, WHOLE, Span
 from orchestration.stored_recipe import RESULTS, content_of, folder_of, store
 from orchestration.structured_phase import structured_phase
+from orchestration.terminal import Console
 from orchestration.tracking import Tracker, server_for
 from orchestration.versions import Registry
 from trainers import storage

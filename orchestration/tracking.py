@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from orchestration.mlflow_server import answers, quiet_environment, start_server
+from orchestration.pages import all_pages
 from orchestration.public import public, without_password, without_places
 from pruners.errors import InputError, first_line
 from trainers.storage import MARKS
@@ -22,6 +23,7 @@ from trainers.storage import MARKS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from orchestration.datasets import Dataset
@@ -144,13 +146,12 @@ class Tracker:
         tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
         run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         entries = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in params.items()]
-        for begin in range(0, len(entries), 100):
-            self.client.log_batch(run, params=entries[begin : begin + 100])
+        self._log_all(run, [], entries)
         self._open.add(run)
         return run
 
     def log(self, run: EndedRun) -> Future[str]:
-        """A run that is over, in three requests; its id comes later."""
+        """A run that is over, in three requests (more of very many figures); its id comes later."""
         from mlflow.entities import Metric, Param
 
         ended = int(time.time() * 1000)
@@ -163,7 +164,7 @@ class Tracker:
                 made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
             points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
             params = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
-            self.client.log_batch(made[0], metrics=points[:_BATCH], params=params[:_PARAMS])
+            self._log_all(made[0], points, params)
             self.client.set_terminated(made[0], run.status, ended)
             return made[0]
 
@@ -176,18 +177,16 @@ class Tracker:
         or its storage failed, nowhere else; they run again.
         """
         found: dict[str, str] = {}
-        token: str | None = None
-        while token is None or token:
-            below = f"tags.`mlflow.parentRunId` = '{run}'"
-            page = self.client.search_runs([self.experiment], below, max_results=1000, page_token=token)
-            for child in page:
-                value: str | None = child.data.tags.get(tag)
-                if value is None or child.info.end_time is None or value not in known or value in found:
-                    self.client.delete_run(child.info.run_id)
-                else:
-                    found[value] = child.info.run_id
-            token = page.token or ""
+        for child in self._search(f"tags.`mlflow.parentRunId` = '{run}'"):
+            value: str | None = child.data.tags.get(tag)
+            if value is None or child.info.end_time is None or value not in known or value in found:
+                self.client.delete_run(child.info.run_id)
+            else:
+                found[value] = child.info.run_id
         return found
+
+    def _search(self, condition: str) -> list[Run]:
+        return all_pages(self.client.search_runs, [self.experiment], condition)
 
     def knows(self, run: str) -> bool:
         """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
@@ -226,7 +225,7 @@ class Tracker:
             for key, value in moved.items():
                 self.client.set_tag(run, key, value)
         left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
-        for child in self.client.search_runs([self.experiment], left, max_results=1000) if end_below else ():
+        for child in self._search(left) if end_below else ():
             self.client.set_terminated(child.info.run_id, "KILLED")
         self.client.update_run(run, status="RUNNING")
         self._open.add(run)
@@ -250,8 +249,13 @@ class Tracker:
             for key, values in points.items()
             for step, value in values
         ]
-        for begin in range(0, len(entries), _BATCH):
-            self.client.log_batch(run, metrics=entries[begin : begin + _BATCH])
+        self._log_all(run, entries, [])
+
+    def _log_all(self, run: str, metrics: Sequence[Metric], params: Sequence[Param]) -> None:
+        """In as many requests as the server's limits ask for."""
+        while metrics or params:
+            self.client.log_batch(run, metrics=metrics[:_BATCH], params=params[:_PARAMS])
+            metrics, params = metrics[_BATCH:], params[_PARAMS:]
 
     def tags(self, run: str, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.config import Promotion
 from orchestration.mlflow_server import quiet_environment
+from orchestration.pages import all_pages
 from orchestration.public import without_password
 from pruners.errors import InputError, did_you_mean, first_line
 
@@ -72,7 +73,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Of all registered models."""
-        return [model.name for model in self._client.search_registered_models(max_results=1000)]
+        return [model.name for model in all_pages(self._client.search_registered_models)]
 
     def versions(self, model: str) -> list[Version]:
         """Newest first.
@@ -80,11 +81,17 @@ class Registry:
         Raises:
             InputError: no such model.
         """
-        names = self.names()
-        if model not in names:
-            raise InputError("model", model, f"no such registered model{did_you_mean(model, names)}")
+        from mlflow.exceptions import MlflowException
+
+        try:
+            registered = self._client.get_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            expected = f"no such registered model{did_you_mean(model, self.names())}"
+            raise InputError("model", model, expected) from None
         aliases: dict[str, list[str]] = {}
-        for alias, version in dict(self._client.get_registered_model(model).aliases).items():
+        for alias, version in dict(registered.aliases).items():
             aliases.setdefault(str(version), []).append(alias)
         found = [
             Version(
@@ -94,7 +101,7 @@ class Registry:
                 dict(entry.tags),
                 str(entry.run_id or ""),
             )
-            for entry in self._client.search_model_versions(f"name='{model}'")
+            for entry in all_pages(self._client.search_model_versions, f"name='{model}'")
         ]
         return sorted(found, key=lambda version: -int(version.version))
 

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from orchestration.terminal import Console
 from pruners.errors import InputError, first_line
 
 _PLAIN_SECONDS = 10.0
@@ -41,9 +41,9 @@ class Bars:
         self._heading = heading
         self._live = self.console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=32),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self._live,

@@ -51,6 +51,14 @@ class MaskSet(Mapping[str, Tensor]):
         """The same masks on ``device``, where the weights are."""
         return MaskSet({name: mask.to(device) for name, mask in self._masks.items()})
 
+    def of(self, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """Those of some layers, each of which must have one."""
+        return MaskSet({layer.name: self._masks[layer.name] for layer in layers})
+
+    def over(self, others: MaskSet | None) -> MaskSet:
+        """These, and those of layers that only ``others`` know."""
+        return MaskSet({**(others or {}), **self._masks})
+
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
         """Set every pruned weight of ``model`` to exactly zero, in place."""

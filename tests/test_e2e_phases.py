@@ -35,6 +35,12 @@ def known(command: Command) -> int:
     return command.err.count("known, ") + command.err.count("      reused, ")
 
 
+def rows(command: Command) -> list[list[str]]:
+    """The cells of the table that a sweep ends with."""
+    lines = [line for line in command.out.splitlines() if "│ lamp" in line]
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines]
+
+
 def test_phase_by_phase(tmp_path: Path) -> None:
     with espalier(*SWEEP, "--from", "schedule", cwd=tmp_path) as command:
         assert command.wait() == 2
@@ -65,6 +71,15 @@ def test_phase_by_phase(tmp_path: Path) -> None:
     assert last.metrics["epoch"] == 4
     assert abs(last.metrics["sparsity"] - best.metrics["sparsity"]) < 1e-4
     assert {trial.metrics["epoch"] for trial in searched.ended if trial.state == "finished"} == {3}
+
+    for trial in searched.ended:
+        if trial.state == "finished":
+            assert trial.metrics["sparsity"] == pytest.approx(best.metrics["sparsity"], abs=1e-4)
+    ((_, allocation, _, one_shot, recovered, sparsity, *_),) = rows(whole)
+    assert allocation in ("own", "searched")
+    assert sparsity == f"{100 * best.metrics['sparsity']:.2f} %"
+    assert one_shot.endswith(" %")  # of the model that the search chose: the row is of its sparsity
+    assert recovered.endswith(" %")
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
     (version,) = client.search_model_versions("name='espalier-phases'")  # of the long run alone

@@ -15,9 +15,12 @@ from image_tables import SWIN, VIT, VIT_ARGS, dense_folder, table, write
 from safetensors.torch import load_file
 from torch import nn
 
+from pruners.allocation import budget, project
 from pruners.errors import InputError
 from pruners.layers import find_layers
+from pruners.masks import MaskSet
 from trainers import gradual
+from trainers.checkpoint import save_checkpoint
 from trainers.config import TrainJob
 from trainers.gradual import Progress, run
 from trainers.session import Session
@@ -247,7 +250,10 @@ def test_a_searched_allocation_is_met_to_the_weight(
 ) -> None:
     model = timm.create_model(f"local-dir:{dense[VIT]}", pretrained=True)
     layers = find_layers(model)
-    searched = {layer.name: int(layer.numel * (0.6 + 0.05 * (i % 4))) for i, layer in enumerate(layers)}
+    wishes, sizes = [0.6 + 0.05 * (i % 4) for i in range(len(layers))], [layer.numel for layer in layers]
+    counts = project(wishes, sizes, budget(layers, TARGET))
+    searched = {layer.name: count for layer, count in zip(layers, counts, strict=True)}
+    assert len({round(count / size, 2) for count, size in zip(counts, sizes, strict=True)}) == 4
     log = Log(tmp_path)
     run(job(files, dense[VIT], "dimap", allocation=searched), log, CPU)
     assert sessions[0].masks is not None
@@ -255,6 +261,81 @@ def test_a_searched_allocation_is_met_to_the_weight(
     record = json.loads((log.saved[EPOCHS] / "pruning.json").read_text())
     assert record["allocation"] == searched
     assert record["figures"]["val_top1"] == log.metrics[-1]["val_top1"]
+
+
+def test_an_allocation_of_another_sparsity_is_no_silent_one(
+    files: dict[str, str], dense: dict[str, str], tmp_path: Path
+) -> None:
+    layers = find_layers(timm.create_model(f"local-dir:{dense[VIT]}", pretrained=True))
+    searched = {layer.name: int(0.8 * layer.numel) for layer in layers}
+    given = f"{sum(searched.values()):,} weights, and this is {budget(layers, TARGET):,}"
+    with pytest.raises(
+        InputError, match=rf"pruning\.sparsity = 0\.7: .* sparsity of the allocation: {given}"
+    ):
+        run(job(files, dense[VIT], "dimap", allocation=searched), Log(tmp_path), CPU)
+
+
+@pytest.fixture
+def sparse(dense: dict[str, str], tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """A checkpoint without masks of its own, most of its weights zero; where they are, by layer."""
+    model = timm.create_model(f"local-dir:{dense[VIT]}", pretrained=True)
+    weights = dict(model.named_parameters())
+    zeros = {}
+    with torch.no_grad():
+        for number, layer in enumerate(find_layers(model)):
+            weight = weights[layer.name]
+            count = int((0.3 + 0.1 * (number % 3)) * layer.numel)
+            weight.view(-1)[torch.randperm(layer.numel)[:count]] = 0.0
+            zeros[layer.name] = weight == 0
+    folder = tmp_path / "sparse"
+    record = {"method": "none", "sparsity": 0.4, "allocation": {}}
+    save_checkpoint(folder, model, model_args=VIT_ARGS, masks=None, record=record)
+    return str(folder), zeros
+
+
+@pytest.mark.parametrize("layers", [None, {"MLP": [r"mlp\.fc\d"]}], ids=["all", "of the MLPs alone"])
+def test_zeros_of_before_stay_zero_through_training(
+    files: dict[str, str],
+    sparse: tuple[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    layers: dict[str, list[str]] | None,
+) -> None:
+    checkpoint, zeros = sparse
+    log = Log(tmp_path)
+    given = job(files, checkpoint, "magnitude_global").model_dump(mode="json")
+    given["pruning"]["layers"] = layers
+    run(TrainJob.model_validate(given), log, CPU)
+    weights = load_file(log.saved[EPOCHS] / "model.safetensors")
+    masks = MaskSet.load(log.saved[EPOCHS] / "masks.safetensors")
+    for name, before in zeros.items():
+        assert not weights[name][before].any(), name
+        assert not masks[name][before].any(), name
+    pruned = [weights[name] for name in zeros if layers is None or ".mlp." in name]
+    share = sum(int((one == 0).sum()) for one in pruned) / sum(one.numel() for one in pruned)
+    assert share == pytest.approx(TARGET, abs=1e-3)
+    assert log.metrics[-1]["sparsity"] == pytest.approx(TARGET, abs=1e-3)
+
+
+def test_no_allocation_brings_zeros_back(
+    files: dict[str, str], sparse: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    checkpoint, zeros = sparse
+    sizes = {name: before.numel() for name, before in zeros.items()}
+    first, second = list(zeros)[:2]
+    searched = {name: round(TARGET * size) for name, size in sizes.items()}
+    few = int(zeros[first].sum()) - 5
+    total = round(TARGET * sum(sizes.values()))
+    searched[first] = few
+    searched[second] += total - sum(searched.values())
+    one_shot = {"methods": ["magnitude"], "sparsity": TARGET, "schedule": {"kind": "one_shot"}}
+    given = job(files, checkpoint, "magnitude").model_dump(mode="json") | {
+        "pruning": one_shot,
+        "allocation": searched,
+    }
+    with pytest.raises(
+        InputError, match=rf"allocation\.{first} = {few}: {few + 5:,} of its weights are zero"
+    ):
+        run(TrainJob.model_validate(given), Log(tmp_path), CPU)
 
 
 @pytest.fixture

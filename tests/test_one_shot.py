@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from image_tables import dense_folder
-from one_shot_inputs import actor, one_shot_inputs
+import torch
+from image_tables import dense_folder, tiny
+from one_shot_inputs import SPARSITY, actor, one_shot_inputs
 
 from orchestration.search_config import AllocationSearch
+from pruners.layers import find_layers
+from trainers.checkpoint import save_checkpoint
 
 
 @pytest.fixture
@@ -43,3 +46,29 @@ def test_images_are_added_end_by_end(dense: str, tmp_path: Path) -> None:
 def test_a_study_of_losses_is_not_one_of_top1() -> None:
     one, other = AllocationSearch(), AllocationSearch(objective="cross_entropy")
     assert other.decides() == one.decides() | {"objective": "cross_entropy"}
+
+
+def test_the_zeros_of_a_sparse_model_stay_zero_in_every_trial(tmp_path: Path) -> None:
+    """Half of the weights of one layer and none of the next are zero: the search may move all but those."""
+    model, arguments = tiny()
+    weights = dict(model.named_parameters())
+    layers = find_layers(model)
+    with torch.no_grad():
+        for layer in layers[::2]:
+            weights[layer.name].view(-1)[::2] = 0.0
+    zeros = {layer.name: weights[layer.name] == 0 for layer in layers}
+    record = {"method": "none", "sparsity": 0.25, "allocation": {}}
+    save_checkpoint(tmp_path / "sparse", model, model_args=arguments, masks=None, record=record)
+    search = AllocationSearch(images=8, by=("layer",), range=1.0)
+    inputs = one_shot_inputs(str(tmp_path / "sparse"), search, tmp_path)
+    trial = actor(inputs)
+    for parity in (0, 1):
+        values = {f"layer.{layer.name}": float(n % 2 == parity) for n, layer in enumerate(layers)}
+        trial.reset_config(values)
+        found = trial.step()
+        assert found["sparsity"] == pytest.approx(SPARSITY, abs=1e-3)
+        shares = [found["allocation"][layer.name] / layer.numel for layer in layers]
+        assert max(shares) - min(shares) > 0.2
+        for name, before in zeros.items():
+            assert found["allocation"][name] >= int(before.sum())
+            assert not trial._parameters[name][before].any()

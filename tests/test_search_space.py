@@ -104,6 +104,46 @@ def test_every_proposal_meets_the_budget_and_the_bounds(data: st.DataObject) -> 
     assert found == chosen.allocation(values, losses)
 
 
+@quick(100)
+@given(st.data())
+def test_no_proposal_gives_a_layer_fewer_zeros_than_it_has(data: st.DataObject) -> None:
+    """On a model that is sparse already, whatever is proposed, also where the whole is (``between``)."""
+    layers = data.draw(st.sampled_from([SWIN, VIT]))
+    pruned = {layer.name: int(data.draw(st.floats(0.0, 0.59)) * layer.numel) for layer in layers}
+    losses = losses_of(layers)
+    for name, count in pruned.items():
+        losses[name][:count] = 0.0
+    total = budget(layers, 0.6)
+    own = allocate(losses, layers, total, "global", pruned=pruned)
+    by = data.draw(st.sampled_from([("stage", "module"), ("layer",)]))
+    between = data.draw(st.sampled_from([None, [0.1, 0.9]]))
+    rule = {} if between is None else {"objective": "latency", "between": between}
+    search = AllocationSearch.model_validate({"by": by, "range": 1.0, **rule})
+    settings = PruningSettings.model_validate({"sparsity": 0.6})
+    chosen = AllocationSpace.of(search, settings, layers, own, pruned)
+    values = {
+        key: data.draw(st.floats(distribution.low, distribution.high))
+        for key, distribution in chosen.distributions().items()
+    }
+    found = chosen.allocation(values, losses)
+    assert all(found[name] >= count for name, count in pruned.items())
+    wanted = budget(layers, values["sparsity"]) if between else total
+    assert sum(found.values()) == wanted
+    assert chosen.allocation(chosen.own_values(), losses).keys() == own.keys()
+
+
+def test_the_ends_of_a_range_are_met_where_floors_round_up() -> None:
+    """Between whole weights a floor rounds up for each layer, and the budget for all together."""
+    layers = [PrunableLayer(f"{i}.weight", "MLP", 0, (3, 7)) for i in range(5)]
+    losses = losses_of(layers)
+    own = allocate(losses, layers, budget(layers, 0.6), "global", floor=0.5)
+    search = AllocationSearch.model_validate({"objective": "latency", "between": [0.5, 0.7], "by": ["layer"]})
+    settings = PruningSettings.model_validate({"sparsity": 0.6, "floor": 0.5})
+    chosen = AllocationSpace.of(search, settings, layers, own)
+    found = chosen.allocation(chosen.own_values() | {"sparsity": 0.5}, losses)
+    assert found == {layer.name: 11 for layer in layers}
+
+
 def test_a_proposal_moves_its_groups() -> None:
     losses = losses_of(SWIN)
     own = allocate(losses, SWIN, budget(SWIN, 0.6), "module")

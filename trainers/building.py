@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pruners.errors import InputError, first_line
+from pruners.layers import PrunableLayer, find_layers
 from pruners.masks import MaskSet
 from trainers import checkpoint as folder_format
 from trainers import data, distributed, models
@@ -109,6 +110,26 @@ def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[
     return {
         time * (1 if schedule.unit == "steps" else per_epoch): sparsity for time, sparsity in times.items()
     }
+
+
+def all_masks(model: nn.Module, layers: Sequence[PrunableLayer], known: MaskSet | None) -> MaskSet | None:
+    """The masks to begin pruning ``layers`` with: a checkpoint's, and zeros that it has no masks of.
+
+    Other layers have one where they are sparse: their zeros stay zero as well. Nothing of a dense model.
+    """
+    given = known or MaskSet({})
+    missing = MaskSet.from_zeros(model, [layer for layer in layers if layer.name not in given])
+    others = MaskSet.from_zeros(model, _known_layers(model))
+    sparse = MaskSet({name: mask for name, mask in others.items() if not mask.all()})
+    found = given.over(missing).over(sparse)
+    return found if known is not None or found.sparsity > 0 else None
+
+
+def _known_layers(model: nn.Module) -> list[PrunableLayer]:
+    try:
+        return find_layers(model)
+    except InputError:  # a recipe's patterns alone know this model's layers
+        return []
 
 
 def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:

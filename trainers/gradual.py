@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pruners.allocation import Sharing, scale
-from pruners.masks import MaskSet
+from pruners.errors import InputError
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import distributed, storage
@@ -177,10 +177,16 @@ def _prune(session: Session, sparsity: float) -> None:
     assert settings is not None, "a plan comes from pruning settings"
     assert job.method is not None, "a pruning job names its method"
     pruner = create_pruner(job.method, **settings.options(job.method))
-    masks = session.masks or MaskSet.dense(session.model, session.layers)
-    total = max(pattern_budget(session.layers, sparsity, pruner.form, masks), sum(masks.pruned().values()))
+    masks = session.layer_masks
+    gone = sum(masks.pruned().values())
+
+    def budget_at(level: float) -> int:
+        return max(pattern_budget(session.layers, level, pruner.form, masks), gone)
+
+    total = budget_at(sparsity)
     target: dict[str, int] | Sharing = sharing_of(settings, pruner)
     if job.allocation is not None:
+        _check_allocation(job.allocation, budget_at(settings.sparsity), settings.sparsity)
         last = sparsity == settings.sparsity
         unit = pruner.form.unit
         target = (
@@ -193,6 +199,16 @@ def _prune(session: Session, sparsity: float) -> None:
     report = prune_step(work, source, Goal(total, target))
     session.pruned(report.masks)
     session.meter.facts |= _damp_facts(report)
+
+
+def _check_allocation(allocation: Mapping[str, int], budget: int, sparsity: float) -> None:
+    """Raises:
+    InputError: an allocation of another sparsity than the run is to end at, and would be told of it.
+    """
+    given = sum(allocation.values())
+    if given != budget:
+        expected = f"must be the sparsity of the allocation: {given:,} weights, and this is {budget:,}"
+        raise InputError("pruning.sparsity", sparsity, expected)
 
 
 def _damp_facts(step: StepReport) -> dict[str, float]:

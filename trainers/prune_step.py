@@ -223,10 +223,11 @@ def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
     layers, target = work.layers, goal.target
     owner = owners(layers, distributed.world_size())
     parameters = dict(work.model.named_parameters())
+    pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
     if isinstance(target, Sharing):
         losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
-        pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
         target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)
+    _check_kept(target, pruned)
     new: dict[str, Tensor] = {}
     for layer in layers:
         weight = parameters[layer.name].detach()
@@ -237,6 +238,16 @@ def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
         distributed.share_from(weight, owner[layer.name])
         new[layer.name] = distributed.bool_from(mask, owner[layer.name])
     return MaskSet(new)
+
+
+def _check_kept(allocation: Allocation, pruned: Mapping[str, int]) -> None:
+    """Raises:
+    InputError: an allocation that gives a layer fewer zeros than it has.
+    """
+    for name, count in pruned.items():
+        if allocation[name] < count:
+            expected = f"{count:,} of its weights are zero already, and none comes back"
+            raise InputError(f"allocation.{name}", allocation[name], expected)
 
 
 def _gather_fisher(

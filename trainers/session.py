@@ -105,6 +105,8 @@ class Session:
         model, args, masks = building.load(job, source)
         building.name_classes(job, model)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
+        if job.pruning is not None:
+            masks = building.all_masks(model, layers, masks)
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])
         model.to(device)
@@ -151,7 +153,7 @@ class Session:
             validation=data.eval_loader(
                 data.split(job.data, "validation", plain, job.seed), 128, rank, world
             ),
-            plan=building.pruning_steps(job, masks, len(sampler)),
+            plan=building.pruning_steps(job, masks and masks.of(layers), len(sampler)),
             held=Held(model, masks),
             moved=Moved(model if prepared is None else prepared),
             prepared=prepared,
@@ -187,8 +189,18 @@ class Session:
         return self.masks.pruned() if self.masks is not None else {}
 
     @property
+    def layer_masks(self) -> MaskSet:
+        """Of the layers that the job prunes."""
+        if self.masks is None:
+            return MaskSet.dense(self.model, self.layers)
+        return self.masks.of(self.layers)
+
+    @property
     def sparsity(self) -> float:
-        return self.masks.sparsity if self.masks is not None else 0.0
+        """Of the layers that the job prunes; of a job that prunes none, of all that have zeros."""
+        if self.masks is None:
+            return 0.0
+        return self.layer_masks.sparsity if self.layers else self.masks.sparsity
 
     @property
     def shown(self) -> nn.Module:
@@ -224,7 +236,8 @@ class Session:
 
     def pruned(self, masks: MaskSet) -> None:
         """After a pruning step: the optimizer forgets what fell, or all; the average begins anew."""
-        self.masks, self.held = masks, Held(self.model, masks)
+        self.masks = masks = masks.over(self.masks)  # zeros of layers that this job leaves alone stay too
+        self.held = Held(self.model, masks)
         if self.job.training.moments == "reset":
             self.optimizer.state.clear()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}

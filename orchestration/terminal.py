@@ -1,0 +1,24 @@
+"""The terminal that everything of ours is printed on, as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console as AnyConsole
+from rich.console import RenderableType
+from rich.status import Status
+from rich.text import Text
+
+
+class Console(AnyConsole):
+    """rich's, on which text is text.
+
+    What others write (errors, paths, names of layers) may hold ``[x]``, ``[/x]`` or ``:key:``, which rich
+    would drop, stumble over, or draw as a picture. A column of a progress bar needs ``markup=False`` too.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        return super().status(Text(status) if isinstance(status, str) else status, **options)
