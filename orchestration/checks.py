@@ -350,4 +350,6 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
     found: Mapping[str, Any] = data.model_dump() | places
     # what the columns hold is in the hashes
     rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
-    return DataSettings.model_validate(found), digest(hashes, rest), missing
+    # held out of train, the validation images are drawn by the seed; files of their own are what they are
+    drawn = () if data.validation is not None else ({"seed": recipe.seed},)
+    return DataSettings.model_validate(found), digest(hashes, rest, *drawn), missing

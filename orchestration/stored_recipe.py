@@ -132,10 +132,18 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json", exclude={"storage"})
     for part in ("train", "validation", "test"):
         if content["data"][part] is not None:
-            content["data"][part] = without_password(storage.absolute(content["data"][part]))
+            content["data"][part] = storage.absolute(content["data"][part])
     checkpoint = content["model"]["checkpoint"]
     if checkpoint is not None and not checkpoint.startswith(("hf-hub:", "models:/")):
-        content["model"]["checkpoint"] = without_password(storage.absolute(checkpoint))
-    if content["tracking"]["uri"] is not None:
-        content["tracking"]["uri"] = without_password(content["tracking"]["uri"])
-    return content
+        content["model"]["checkpoint"] = storage.absolute(checkpoint)
+    without_logins: dict[str, Any] = _without_logins(content)
+    return without_logins
+
+
+def _without_logins(value: Any) -> Any:
+    """Of every address that a recipe may hold: data, checkpoint, teachers, MLflow's."""
+    if isinstance(value, dict):
+        return {key: _without_logins(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_logins(one) for one in value]
+    return without_password(value) if isinstance(value, str) else value

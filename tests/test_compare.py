@@ -208,6 +208,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         ("file:///a/b, s3://key:secret@bucket/a/b", "b, s3://bucket/a/b"),
         ("dimap/swin_t at 1/2, 3 / 4, https://host/a/b", "dimap/swin_t at 1/2, 3 / 4, https://host/a/b"),
         ("http://me:pass@host:5000/x", "http://host:5000/x"),
+        ("s3://bucket/a@b, 's3://key:se@cret@bucket/a@b'", "s3://bucket/a@b, 's3://bucket/a@b'"),
+        ("http://h:1,s3://key:secret@bucket/a", "http://h:1,s3://bucket/a"),
     ],
 )
 def test_a_text_for_others(text: str, told: str) -> None:

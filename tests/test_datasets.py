@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from image_tables import table, write
 
+from orchestration.checks import prepare
 from orchestration.cluster import ClusterSize
 from orchestration.context import Sweep
 from orchestration.datasets import Dataset, datasets
@@ -43,6 +44,25 @@ def test_data_of_our_own_bear_their_name(data: DataSettings) -> None:
 )
 def test_what_kind_of_place_it_is(source: str, kind: str) -> None:
     assert Dataset("train", "0", source, 1, "train").source_type == kind
+
+
+def hash_of(folder: Path, **changes: Any) -> str:
+    """Of the data of a recipe for the images of ``data``, with other values of some keys."""
+    files = {"data.train": f"{folder}/train", "data.test": f"{folder}/cats.parquet"} | changes
+    said = [f"{key}={value}" for key, value in files.items()]
+    recipe = load_recipe("demo", ["data={}", "model.classes=3", f"storage={folder}/runs", *said])
+    return prepare(recipe).data_hash
+
+
+def test_the_hash_says_which_images_are_held_out(data: DataSettings, tmp_path: Path) -> None:
+    assert hash_of(tmp_path) == hash_of(tmp_path, **{"pruning.sparsity": 0.5})
+    other = [{"seed": 1}, {"data.holdout": 0.3}, {"data.bad_images": "skip"}, {"data.train": data.test}]
+    assert len({hash_of(tmp_path), *(hash_of(tmp_path, **one) for one in other)}) == 5
+
+
+def test_images_of_a_file_of_their_own_are_the_same_for_each_seed(data: DataSettings, tmp_path: Path) -> None:
+    own = {"data.validation": data.test}
+    assert hash_of(tmp_path, **own) == hash_of(tmp_path, seed=1, **own) != hash_of(tmp_path)
 
 
 def test_images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def test_it_holds_no_login_and_whole_paths(tmp_path: Path, monkeypatch: pytest.M
     assert load("runs", "demo").tracking.uri == "http://mlflow.example:5000"
 
 
+def test_places_are_stored_as_they_were_given(tmp_path: Path) -> None:
+    teacher = "recovery.distill={teacher: 's3://key:secret@bucket/teacher@1'}"
+    train = "data={train: 's3://bucket/imagenet@2024/train', test: 'abfs://box@account/test'}"
+    given = recipe(tmp_path, train, "model.classes=3", "tracking.uri='sqlite:////home/me@host/x.db'", teacher)
+    store(given)
+    again = load(str(tmp_path), "demo")
+    assert again.data == given.data
+    assert again.tracking.uri == given.tracking.uri
+    distill = again.recovery.distill
+    assert distill is not None
+    assert distill.teacher == "s3://bucket/teacher@1"
+
+
 def test_a_sweep_moves_with_its_storage(tmp_path: Path) -> None:
     store(recipe(tmp_path / "a"))
     (tmp_path / "a").rename(tmp_path / "b")
