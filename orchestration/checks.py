@@ -43,6 +43,7 @@ from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
 from trainers.structured import Plan, plan_cut
 from trainers.tables import check_table, count_rows
+from trainers.weights import load_weights
 
 _CORNERS = 64
 _COLUMNS = ("image_column", "label_column")
@@ -143,7 +144,12 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     source = recipe.model.checkpoint
     if source is not None and source.startswith(("hf-hub:", "models:/")):
         return None, [], None  # known when it is fetched
-    if source is not None:
+    if source is not None and recipe.model.is_file:
+        model, known = _from_file(recipe)
+        if known != recipe.model.classes and recipe.dense is None:
+            expected = f"the weights know {known}; a new head needs 'dense' to be trained"
+            raise InputError("model.classes", recipe.model.classes, expected)
+    elif source is not None:
         model = load_checkpoint(source, key="model.checkpoint", layers=patterns).model
         classes = getattr(model, "num_classes", recipe.model.classes)
         if classes != recipe.model.classes:
@@ -171,9 +177,20 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         raise InputError("pruning.pattern", error.value, error.expected) from None
 
 
+def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
+    """The model that a file of weights gives, and how many classes the file knows."""
+    given = recipe.model
+    assert given.checkpoint is not None, "a file has a name"
+    model = load_weights(given.checkpoint, given.architecture, given.args, data=recipe.data)[0]
+    known = models.classes(model)
+    if known != given.classes:
+        models.replace_head(model, given.classes)
+    return model, known
+
+
 def _arguments(recipe: Recipe) -> Mapping[str, Any]:
     """With which timm builds the dense model."""
-    if recipe.model.checkpoint is None:
+    if recipe.model.checkpoint is None or recipe.model.is_file:
         return recipe.model.args
     with storage.local_copy(recipe.model.checkpoint) as folder:
         return model_args(folder)

@@ -14,6 +14,7 @@ from orchestration.cli_compare import compare
 from orchestration.cli_data import data
 from orchestration.cli_export import export, pull
 from orchestration.cli_finetune import finetune
+from orchestration.cli_import import import_
 from orchestration.cli_prune import inspect_model, prune
 from orchestration.cli_quantize import quantize
 from orchestration.cli_registry import lineage, promote
@@ -48,6 +49,7 @@ cli.add_command(export)
 cli.add_command(pull)
 cli.add_command(benchmark)
 cli.add_command(finetune)
+cli.add_command(import_)
 cli.add_command(promote)
 cli.add_command(lineage)
 cli.add_command(compare)

@@ -129,7 +129,7 @@ class Recipe(Settings):
     def _dense_model_comes_from_somewhere(self) -> Recipe:
         if not self.model.ready_made and self.dense is None:
             raise ValueError("dense: needed, as the model has neither pretrained weights nor a checkpoint")
-        if self.model.checkpoint is not None and self.dense is not None:
+        if self.model.checkpoint is not None and not self.model.is_file and self.dense is not None:
             raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
         for sparsity in self.allocation.sparsities:
             self.pruning.check_reach(sparsity, "allocation.sparsities")

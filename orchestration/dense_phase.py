@@ -29,12 +29,14 @@ def dense_phase(sweep: Sweep) -> Dense:
     sweep = sweep.phase("dense")
     recipe = sweep.recipe
     given = recipe.model.checkpoint
-    if given is not None and not given.startswith(("hf-hub:", "models:/")):
+    if given is not None and not recipe.model.is_file and not given.startswith(("hf-hub:", "models:/")):
         sweep.display.phase("dense model")
         return _measured(sweep, storage.absolute(given), "given")
     version = _version(sweep, given)
+    # what lies in a file may be another model tomorrow
+    content = storage.sha256(given) if given is not None and recipe.model.is_file else version or given
     key = digest(
-        recipe.model.model_dump(mode="json") | {"checkpoint": version or given},
+        recipe.model.model_dump(mode="json") | {"checkpoint": content},
         recipe.dense and recipe.dense.model_dump(mode="json"),
         recipe.resources.most if recipe.dense else None,
         recipe.seed,

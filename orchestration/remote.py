@@ -30,6 +30,7 @@ from trainers.prune_step import prunable_layers, sharing_of
 from trainers.quantize_settings import Mode
 from trainers.structured import cut_model, plan_cut, save_cut
 from trainers.structured_settings import StructuredSettings
+from trainers.weights import from_file
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def save_one_shot(
 
 
 def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) -> None:
-    """Write timm's own pretrained weights, or a hub's, as a checkpoint folder at ``target``."""
-    if settings.checkpoint is not None:
+    """Write timm's own pretrained weights, a hub's or a file's, as a checkpoint folder at ``target``."""
+    if settings.is_file:
+        model = from_file(settings, images)
+    elif settings.checkpoint is not None:
         model = models.load_hub(settings.checkpoint)
     else:
         model = models.build_model(settings, images)

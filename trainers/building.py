@@ -23,6 +23,7 @@ from trainers.learning import Distillation, Loss, Precision
 from trainers.quantize import Prepared
 from trainers.schedules import pruning_plan
 from trainers.storage import local_copy
+from trainers.weights import from_file
 
 
 def name_classes(job: TrainJob, model: nn.Module) -> None:
@@ -92,6 +93,8 @@ def _teacher(job: TrainJob) -> nn.Module:
             return teacher
         except RuntimeError as error:
             raise InputError("training.distill.teacher", name, first_line(error)) from None
+    if place == job.model.checkpoint and job.model.is_file:
+        return from_file(job.model)
     return load_checkpoint(place, key="training.distill.teacher").model
 
 
@@ -136,11 +139,12 @@ def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any],
     """The model to start from, or to go on with: itself, the arguments that build it, its masks."""
     drop_path = job.training.drop_path
     source = str(resume) if resume is not None else job.model.checkpoint
-    if source is None:
+    if source is None or (source == job.model.checkpoint and job.model.is_file):
         settings = job.model
         if drop_path is not None:
             settings = settings.model_copy(update={"args": {**settings.args, "drop_path_rate": drop_path}})
-        return models.build_model(settings, job.data), dict(job.model.args), None
+        build = models.build_model if source is None else from_file
+        return build(settings, job.data), dict(job.model.args), None
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     try:
         loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None, **extra)

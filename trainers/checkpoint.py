@@ -14,12 +14,14 @@ import copy
 import json
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import timm
 import torch
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
@@ -32,11 +34,14 @@ from pruners.layers import find_layers
 from pruners.masks import MaskSet
 from trainers import storage
 from trainers.finite import check_finite, describe, not_finite
+from trainers.foreign import transformers_model
 from trainers.models import load_hub, load_timm_folder
 from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
 from trainers.seals import read_sealed, sha256, sums
+from trainers.settings import is_weights_file
 from trainers.storage import local_copy, resolve
+from trainers.weights import load_weights
 
 WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
 PACKED = "model.safetensors.packed"
@@ -81,7 +86,13 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):  # channels last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    _hub.save_for_hf(model, str(folder), model_args=dict(model_args), safe_serialization=True)
+    _hub.save_for_hf(
+        model,
+        str(folder),
+        model_config={"pretrained_cfg": _named_parts(model)},
+        model_args=dict(model_args),
+        safe_serialization=True,
+    )
     files = [WEIGHTS, CONFIG]
     (folder / MASKS).unlink(missing_ok=True)
     if masks is not None:
@@ -102,6 +113,15 @@ def save_checkpoint(
     (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
+def _named_parts(model: nn.Module) -> dict[str, Any]:
+    """The classifier's name where the model came without it: plain timm needs it to put a new one there."""
+    config: Any = model.pretrained_cfg
+    known = timm.get_pretrained_cfg(config["architecture"])
+    if config.get("classifier") is not None or known is None or known.classifier is None:
+        return {}
+    return {"classifier": known.classifier}
+
+
 def load_checkpoint(
     uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None, **arguments: Any
 ) -> Checkpoint:
@@ -117,6 +137,8 @@ def load_checkpoint(
     """
     if uri.startswith("hf-hub:"):
         return Checkpoint(load_hub(uri, **arguments), None)
+    if is_weights_file(uri):
+        return _with_zeros(load_weights(uri, arguments=arguments, key=key)[0], {}, layers)
     with fetched(uri, key=key) as folder:
         return load_folder(folder, uri, key=key, layers=layers, **arguments)
 
@@ -147,8 +169,22 @@ def load_folder(
                 file = PACKED if is_packed(folder) else MASKS
                 raise InputError(key, uri, f"{file} does not fit the model ({name})")
         return Checkpoint(model, masks, record)
+    return _with_zeros(model, record, layers)
+
+
+def _with_zeros(model: nn.Module, record: Mapping[str, Any], layers: Mapping[str, Any] | None) -> Checkpoint:
+    """A model that came without masks: its zeros are what was pruned."""
     found = MaskSet.from_zeros(model, find_layers(model, layers))
     return Checkpoint(model, found if found.sparsity > 0 else None, record)
+
+
+def save_foreign(
+    folder: Path, model: nn.Module, uri: str, chosen: str, *, model_args: Mapping[str, Any]
+) -> None:
+    """Write the folder of a model whose weights came from the file ``uri``, of which they are ``chosen``."""
+    name = PurePosixPath(uri).name
+    source = f"{name}: {chosen}" if chosen else name
+    save_checkpoint(folder, model, model_args=model_args, masks=None, record={"source": source})
 
 
 @contextmanager
@@ -166,9 +202,17 @@ def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[st
 def fetched(uri: str, *, key: str) -> Iterator[Path]:
     """A folder (any pyarrow URI) on this machine for as long as it is needed, unchecked.
 
+    Of a file of weights that says what model it is of, a folder is made.
+
     Raises:
         InputError: nothing is there, or it cannot be reached.
     """
+    if is_weights_file(uri):
+        with tempfile.TemporaryDirectory(prefix="espalier-") as made:
+            model, chosen = load_weights(uri, key=key)
+            save_foreign(Path(made), model, uri, chosen, model_args={})
+            yield Path(made)
+        return
     system, path = resolve(uri, key)
     try:
         there = system.get_file_info(path).type != fs.FileType.NotFound
@@ -232,9 +276,10 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(key, uri, f"{name} is missing; must be a timm checkpoint folder")
+        if name == CONFIG:
+            _refuse_transformers(folder, uri, key)
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        architecture = config["architecture"]
+        architecture = json.loads((folder / CONFIG).read_text())["architecture"]
     except (ValueError, KeyError, TypeError):
         raise InputError(key, uri, f"{CONFIG} must be timm's, with an architecture") from None
     try:
@@ -245,6 +290,15 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     if not (folder / RECORD).exists():
         return {}
     return {"architecture": architecture, **read_sealed(folder, RECORD, uri, key=key)}
+
+
+def _refuse_transformers(folder: Path, uri: str, key: str) -> None:
+    try:
+        foreign = transformers_model(json.loads((folder / CONFIG).read_text()))
+    except ValueError:
+        return  # no JSON, which is said in other words
+    if foreign is not None:
+        raise InputError(key, uri, f"is {foreign}")
 
 
 def read_ranges(folder: Path) -> dict[str, Tensor] | None:
@@ -267,8 +321,10 @@ def size_on_disk(folder: Path) -> int:
 def weights_hash(uri: str) -> str:
     """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made.
 
-    Of an INT8 one it is that of its ``model.onnx``.
+    Of an INT8 one it is that of its ``model.onnx``, of a file of weights its own.
     """
+    if is_weights_file(uri):
+        return storage.sha256(uri)
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
     if storage.exists(f"{uri}/{QUANTISED}"):

@@ -14,7 +14,7 @@ from trainers.columns import Columns
 from trainers.presets import TRAINING, merged
 from trainers.quantize_settings import Calibration, check_training
 from trainers.schedule_settings import LearningRate, PruningSchedule
-from trainers.settings import Name, Settings, Share
+from trainers.settings import Name, Settings, Share, is_weights_file
 
 PerLayer = Share | dict[str, Share]
 Method = Literal[
@@ -25,24 +25,53 @@ ScopeName = Literal["layer", "module", "stage", "global"]
 
 
 class ModelSettings(Settings):
-    """A timm architecture (trained by us, or ``pretrained``), or a checkpoint to start from."""
+    """A timm architecture (trained by us, or ``pretrained``), or a checkpoint to start from; with a file of
+    weights as the checkpoint the architecture says what they are of."""
 
     architecture: Name | None = Field(None, description="timm model name")
     args: dict[str, Any] = Field({}, description="keyword arguments of timm.create_model")
     pretrained: bool = Field(False, description="take timm's own weights as the dense model")
-    checkpoint: Name | None = Field(None, description="folder (any pyarrow URI), hf-hub:NAME or models:/NAME")
+    checkpoint: Name | None = Field(
+        None,
+        description="folder (any pyarrow URI), hf-hub:NAME, models:/NAME; or a .pth file of architecture",
+    )
     classes: int = Field(1000, ge=2, description="of one class there is nothing to learn: its loss is 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoint_path(cls, value: Any) -> Any:
+        """timm's own argument for a file of weights, which is none of the architecture's."""
+        args = value.get("args") if isinstance(value, Mapping) else None
+        if not isinstance(args, Mapping) or "checkpoint_path" not in args:
+            return value
+        if value.get("checkpoint") is not None:
+            raise ValueError("checkpoint: args.checkpoint_path names another one; drop one of the two")
+        rest = {key: one for key, one in args.items() if key != "checkpoint_path"}
+        return {**value, "args": rest, "checkpoint": args["checkpoint_path"]}
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
-        if (self.architecture is None) == (self.checkpoint is None):
-            raise ValueError("architecture: give either architecture or checkpoint")
-        if self.checkpoint is not None and (self.pretrained or self.args):
-            raise ValueError("checkpoint: holds its own weights and args; drop pretrained and args")
         channels = self.args.get("in_chans", 3)
         if channels != 3:
             raise ValueError(f"args: in_chans must be 3, as images are read as RGB ({channels!r} given)")
+        if self.is_file:
+            if self.pretrained:
+                raise ValueError("checkpoint: its weights take the place of timm's; drop pretrained")
+            return self
+        if (self.architecture is None) == (self.checkpoint is None):
+            expected = (
+                "; both only where checkpoint is a file of weights (.pth, .pth.tar, .ckpt, .safetensors)"
+            )
+            both = expected if self.checkpoint is not None else ""
+            raise ValueError(f"architecture: give either architecture or checkpoint{both}")
+        if self.checkpoint is not None and (self.pretrained or self.args):
+            raise ValueError("checkpoint: holds its own weights and args; drop pretrained and args")
         return self
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the checkpoint is a file of weights, and no folder with all that describes them."""
+        return self.checkpoint is not None and is_weights_file(self.checkpoint)
 
     @property
     def ready_made(self) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
+from timm.models import _hub
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config import DataSettings, ModelSettings
+from trainers.foreign import transformers_model
 
 
 def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:
@@ -27,28 +29,28 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
     if "hf-hub:" not in name and not timm.is_model(name):
         raise InputError("model.architecture", name, f"no timm model{did_you_mean(name, timm.list_models())}")
     arguments = dict(settings.args)
-    normalisation: dict[str, Any] = {
-        key: tuple(value)
-        for key in ("mean", "std")
-        if data is not None and (value := getattr(data, key)) is not None
-    }
+    overlay = normalisation(data)
     size = arguments.get("img_size")
     if size is not None:
         # timm's preprocessing goes by its own configuration, whatever the model is built for
-        normalisation |= {"input_size": (3, *_sides(size))} | (
-            {} if settings.pretrained else {"crop_pct": 1.0}
-        )
+        overlay |= {"input_size": (3, *_sides(size))} | ({} if settings.pretrained else {"crop_pct": 1.0})
     try:
         model: nn.Module = timm.create_model(
             name,
             pretrained=settings.pretrained,
             num_classes=settings.classes,
-            pretrained_cfg_overlay=normalisation or None,
+            pretrained_cfg_overlay=overlay or None,
             **arguments,
         )
         return model
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
+
+
+def normalisation(data: DataSettings | None) -> dict[str, Any]:
+    """What of timm's preprocessing the recipe's images decide."""
+    known = {} if data is None else {"mean": data.mean, "std": data.std}
+    return {key: tuple(value) for key, value in known.items() if value is not None}
 
 
 def load_timm_folder(
@@ -113,9 +115,20 @@ def replace_head(model: nn.Module, classes: int) -> None:
 
 
 def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Module:
-    """A model of a hub (``hf-hub:NAME``)."""
+    """A model of a hub (``hf-hub:NAME``).
+
+    Raises:
+        InputError: one of another library.
+    """
     extra = {} if classes is None else {"num_classes": classes}
-    model: nn.Module = timm.create_model(name, pretrained=True, **extra, **arguments)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **extra, **arguments)
+    except KeyError as error:
+        if error.args != ("architecture",):
+            raise
+        file = _hub.download_from_hf(name.removeprefix("hf-hub:"), "config.json")
+        foreign = transformers_model(_hub.load_cfg_from_json(file))
+        raise InputError("model", name, f"is {foreign or 'no model of timm'}") from None
     return _as_built(model)
 
 

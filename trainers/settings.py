@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,6 +18,17 @@ def _not_blank(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_not_blank)]
+
+
+_WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
+
+
+def is_weights_file(uri: str) -> bool:
+    """Whether a checkpoint is a file of weights, as training scripts write it, and no folder."""
+    try:
+        return uri.lower().endswith(_WEIGHTS) and not Path(uri).expanduser().is_dir()
+    except RuntimeError:  # ~nobody
+        return True
 
 
 class Settings(BaseModel):
