@@ -28,6 +28,7 @@ from pruners.costs import Costs, count_costs
 from pruners.coupling import check_installed
 from pruners.errors import InputError, first_line
 from pruners.layers import PrunableLayer
+from pruners.left_dense import LeftDense
 from pruners.limits import bounds, check_feasible
 from pruners.methods import create_pruner
 from pruners.patterns import Pattern
@@ -61,6 +62,7 @@ class Prepared:
     costs: Costs | None
     cut: Plan | None = None
     missing: list[str] = field(default_factory=list)
+    dense: LeftDense | None = None
 
 
 def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Prepared:
@@ -107,11 +109,12 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     _check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
-    costs = None
+    costs, dense = None, None
     if model is not None:
+        dense = LeftDense.of(model, layers)
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
         costs = count_costs(model, models.input_size(model), shares)
-    return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing)
+    return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
 
 
 def check_local(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from orchestration.source import Patterns, is_architecture, layers_of, load, ske
 from pruners.allocation import group_layers
 from pruners.costs import Costs, cost_model
 from pruners.layers import PrunableLayer
+from pruners.left_dense import LeftDense
 from pruners.patterns import Pattern
 from trainers import models
 from trainers.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ class Description:
     zeros: dict[str, int] | None
     held: dict[str, bool]
     costs: Costs
+    dense: LeftDense
     cut: Mapping[str, Any] | None = None
 
     @property
@@ -56,6 +58,7 @@ class Description:
                 for layer in self.layers
             ],
             "layers_left_dense": self.left_out,
+            "left_dense": self.dense.as_json(),
             "prunable": self._figures(self.layers),
             "whole_model_sparsity": None if self.zeros is None else self.share_of_all,
             "parameters": {"dense": costs.parameters, "non_zero": self._known(costs.parameters_sparse)},
@@ -96,6 +99,7 @@ class Description:
         costs, zeros = self.costs, self.pruned()
         more = f" ({self.left_out} more were left dense)" if self.left_out else ""
         yield "prunable", f"{self.weights:,} weights in {len(self.layers)} layers{more}"
+        yield "left dense", f"{self.dense} (--layers MODULE=REGEX takes others)"
         if zeros is None:
             yield "parameters", f"{costs.parameters:,}"
             yield "MACs", f"{costs.macs:,}"
@@ -140,7 +144,7 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
     if not name.startswith("hf-hub:") and is_architecture(name):
         model = skeleton(name)
         shapes = layers_of(Checkpoint(model, None), patterns)
-        return Description(name, None, shapes, 0, None, {}, _costs(model, {}))
+        return Description(name, None, shapes, 0, None, {}, _costs(model, {}), LeftDense.of(model, shapes))
     loaded = load(name, patterns)
     found = layers_of(loaded, patterns)
     # what was left dense on purpose counts as little here as it did when the model was pruned
@@ -153,7 +157,8 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
     method = loaded.record.get("method")
     left_out = len(found) - len(layers)
     cut = loaded.record.get("structured")
-    return Description(name, method, layers, left_out, counts, held, _costs(loaded.model, counts), cut)
+    costs, dense = _costs(loaded.model, counts), LeftDense.of(loaded.model, layers)
+    return Description(name, method, layers, left_out, counts, held, costs, dense, cut)
 
 
 def _holds(text: str, layers: list[PrunableLayer], zeros: dict[str, Tensor]) -> bool:

@@ -58,6 +58,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     lines += _structured(prepared)
     if prepared.layers:
         lines.append(("budget", f"{prepared.pruned:,} of {total:,} weights in {len(prepared.layers)} layers"))
+        lines.append(("left dense", f"{prepared.dense} (pruning.layers takes others)"))
     else:
         lines.append(("budget", f"{100 * pruning.sparsity:g} % of what the fetched model holds"))
     if prepared.costs is not None:

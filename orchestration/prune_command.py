@@ -22,6 +22,7 @@ from pruners.damping import LADDER
 from pruners.errors import InputError
 from pruners.gradients import Batch
 from pruners.layers import PrunableLayer
+from pruners.left_dense import LeftDense
 from pruners.limits import bounds, check_feasible
 from pruners.masks import MaskSet
 from pruners.methods import create_pruner
@@ -118,7 +119,9 @@ class Job:
 
     def _plan(self) -> str:
         weights = sum(layer.numel for layer in self.layers)
-        plan = f"{self.options.method}: {weights:,} weights in {len(self.layers)} layers"
+        dense = LeftDense.of(self.model, self.layers)
+        plan = f"left dense: {dense}; --layers takes others\n"
+        plan += f"{self.options.method}: {weights:,} weights in {len(self.layers)} layers"
         if self.gradients is None:
             return plan
         tries = f"; then {len(LADDER)} rounds, to find λ" if self.options.tries_damps else ""

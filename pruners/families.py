@@ -19,7 +19,7 @@ _MLP = r"(?:mlp|ffn|feed_forward)[^.]*"
 _BLOCK = r"^(?:.*\.)?(?:\w+_)?blocks\.\d+\."
 
 _TRANSFORMER: Patterns = {
-    "QKV": (rf"{ATTENTION}\.(?:qkv|in_proj|qk|kv|[qkv]|w[qkv]|[qkv]_proj|query|key|value)",),
+    "QKV": (rf"{ATTENTION}\.(?:qkv|in_proj|qk|kv|[qkv]|w[qkv]|q?kv_proj|[qkv]_proj|query|key|value)",),
     "PRJ": (rf"{ATTENTION}\.(?:out_)?proj",),
     # fc1_g, fc1_x, w12, w1 … are gated forms (GLU, SwiGLU); the last two torch's and torchvision's own
     "MLP": (rf"{_MLP}\.(?:fc\d|fc1_[gx]|w12|w\d)", r"layers\.\d+\.linear[12]", r"mlp\.\d"),
@@ -101,6 +101,58 @@ FAMILIES = (
         dense={
             r"mlp\.mid\.conv|(?:v_local|stride_conv)\.conv|q\.local": _DEPTHWISE,
             r"talking_head[12]": _TALKING,
+        },
+    ),
+    Family(
+        classes=("Levit", "LevitDistilled"),  # each linear layer lies in one of its own, with a batch norm
+        patterns={
+            "QKV": (r"attn\.qkv\.linear", r"attn_downsample\.(?:kv|q\.ln)\.linear"),
+            "PRJ": (r"attn(?:_downsample)?\.proj\.ln\.linear",),
+            "MLP": (r"mlp\.ln[12]\.linear",),
+        },
+        inside=rf"{_BLOCK}|{_PARTS}|\.downsample\.",
+        dense={},
+    ),
+    Family(
+        classes=("PyramidVisionTransformerV2", "Twins"),
+        patterns={**_TRANSFORMER, "SR": (r"attn\.sr",)},  # fewer keys and values, by a convolution over them
+        inside=rf"{_BLOCK}|{_PARTS}",
+        dense={r"mlp\.dwconv": _DEPTHWISE},
+    ),
+    Family(
+        classes=("VOLO",),  # outlook attention makes its weights by a linear layer of each place
+        patterns={**_TRANSFORMER, "QKV": (r"attn\.(?:qkv|kv|q|v|attn)",)},
+        inside=rf"^(?:network\.\d+\.\d+|post_network\.\d+)\.|{_PARTS}",
+        dense={},
+    ),
+    Family(
+        classes=("EdgeNeXt",),
+        patterns={"QKV": (r"xca\.qkv",), "PRJ": (r"xca\.proj",), "MLP": (r"mlp\.fc[12]",)},
+        inside=_BLOCK,
+        dense={r"conv_dw|convs\.\d+": _DEPTHWISE, r"pos_embd\.token_projection": _POSITION},
+    ),
+    Family(
+        classes=("NextViT",),  # attention by grouped convolutions, and by e_mhsa at a lower resolution
+        patterns={
+            "QKV": (r"e_mhsa\.[qkv]",),
+            "PRJ": (r"e_mhsa\.proj", r"mhca\.projection", r"blocks\.\d+\.projection\.conv"),
+            "MLP": (r"mlp\.fc[12]",),
+            "CONV": (r"mhca\.group_conv3x3",),
+        },
+        inside=_BLOCK,
+        dense={r"patch_embed\.conv": "changes the width: as between the stages"},
+    ),
+    Family(
+        classes=("CoaT",),
+        patterns={
+            "QKV": (r"factoratt_crpe\d?\.qkv",),
+            "PRJ": (r"factoratt_crpe\d?\.proj",),
+            "MLP": (r"mlp\d?\.fc[12]",),
+        },
+        inside=r"(?:^|\.)(?:serial|parallel)_blocks\d?\.\d+\.",
+        dense={
+            r"(?:cpe|crpe)\d?\.(?:conv_list\.\d+|proj)": _DEPTHWISE,
+            r"parallel_blocks\.\d+\.mlp\d\.fc[12]": "one MLP for several resolutions: tied weights",
         },
     ),
     Family(

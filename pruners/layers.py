@@ -78,6 +78,16 @@ def find_layers(model: nn.Module, patterns: Mapping[str, Sequence[str]] | None =
     return [PrunableLayer(name, module_of[name], stages[name], weights[name]) for name in names]
 
 
+def weights_of(model: nn.Module) -> dict[str, int]:
+    """Sizes of all weights that patterns could name, by their parameters' names; tied ones once."""
+    computed = _weights(model)[1]
+    return {
+        name: value.numel()
+        for name, value in model.named_parameters()
+        if value.ndim >= 2 and _WEIGHT.search(name) and name not in computed
+    }
+
+
 def _weights(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes of the weights that a pattern may take, and of which parameter those are made that are none."""
     shapes: dict[str, tuple[int, ...]] = {}

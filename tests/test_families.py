@@ -15,6 +15,7 @@ from torch import nn
 
 from pruners import InputError, find_layers
 from pruners.families import ANY_TRANSFORMER, FAMILIES, family_of
+from pruners.left_dense import LeftDense
 
 
 def on_meta(name: str) -> nn.Module:
@@ -236,6 +237,96 @@ def test_other_transformers_by_the_usual_names(name: str, layers: int) -> None:
     assert not [layer for layer in found if "rel_pos" in layer.name]
 
 
+@pytest.mark.parametrize(
+    ("name", "modules", "stages", "left"),
+    [
+        # LeViT-128S (2, 3, 4 blocks); two attentions at half the resolution, with an MLP each, belong to the
+        # stages that they begin
+        (
+            "levit_128s",
+            {"QKV": 9 + 2 * 2, "PRJ": 9 + 2, "MLP": 2 * (9 + 2)},
+            (2 * 4, 3 * 4 + 5, 4 * 4 + 5),
+            {"stem.convN.linear", "head.linear", "head_dist.linear"},
+        ),
+        (
+            "levit_conv_128s",
+            {"QKV": 13, "PRJ": 11, "MLP": 22},
+            (8, 17, 21),
+            {"stem.convN.linear", "head.linear", "head_dist.linear"},
+        ),
+        # PVT v2-B0: two blocks a stage, all but the last stage's with fewer keys and values
+        (
+            "pvt_v2_b0",
+            {"QKV": 2 * 8, "PRJ": 8, "SR": 6, "MLP": 16},
+            (12, 12, 12, 10),
+            {"patch_embed.proj", "stages.N.downsample.proj", "stages.N.blocks.N.mlp.dwconv", "head"},
+        ),
+        # Twins-SVT-S: local and global attention in turns (2, 2, 10, 4)
+        (
+            "twins_svt_small",
+            {"QKV": 9 + 2 * 9, "PRJ": 18, "SR": 7, "MLP": 36},
+            (10, 10, 50, 18),
+            {"patch_embeds.N.proj", "pos_block.N.proj.N", "head"},
+        ),
+        # VOLO-D1: four outlookers, 14 transformers, two of class attention
+        (
+            "volo_d1_224",
+            {"QKV": 4 * 2 + 14 + 2 * 2, "PRJ": 20, "MLP": 40},
+            (20, 16, 32, 10 + 8),
+            {"patch_embed.conv.N", "patch_embed.proj", "network.N.proj", "aux_head", "head"},
+        ),
+        # EdgeNeXt-XXS: (2, 2, 6, 2) blocks, of which the last of each stage but the first has an attention
+        (
+            "edgenext_xx_small",
+            {"QKV": 3, "PRJ": 3, "MLP": 24},
+            (4, 6, 14, 6),
+            {"stem.N", "stages.N.downsample.N", "stages.N.blocks.N.conv_dw", "stages.N.blocks.N.convs.N"}
+            | {"stages.N.blocks.N.pos_embd.token_projection", "head.fc"},
+        ),
+        # NextViT-S: 16 convolutional blocks of 4 layers, 4 of attention and convolution
+        (
+            "nextvit_small",
+            {"QKV": 3 * 4, "PRJ": 16 + 3 * 4, "MLP": 2 * 20, "CONV": 20},
+            (12, 21, 50, 17),
+            {"stem.N.conv", "stages.N.blocks.N.patch_embed.conv", "head.fc"},
+        ),
+        (
+            "coat_lite_tiny",
+            {"QKV": 8, "PRJ": 8, "MLP": 16},
+            (8, 8, 8, 8),
+            {"patch_embedN.proj", "cpeN.proj", "crpeN.conv_list.N", "head"},
+        ),
+    ],
+)
+def test_transformers_with_attention_of_their_own(
+    name: str, modules: dict[str, int], stages: Sequence[int], left: set[str]
+) -> None:
+    model = timm.create_model(name) if "levit" in name else on_meta(name)
+    layers = find_layers(model)
+    assert Counter(layer.module for layer in layers) == modules
+    assert Counter(layer.stage for layer in layers) == dict(enumerate(stages))
+    dense = LeftDense.of(model, layers)
+    kinds = {re.sub(r"\\(?=\.)", "", group.pattern.replace(r"\d+", "N")) for group in dense.groups}
+    assert kinds == left
+
+
+def test_what_stays_dense_can_be_named() -> None:
+    """The patterns that are told take what they say."""
+    model = on_meta("mobilevit_s")
+    layers = find_layers(model)
+    dense = LeftDense.of(model, layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert dense.parameters == total - sum(layer.numel for layer in layers)
+    assert dense.share == pytest.approx(0.481, abs=0.001)
+    assert str(dense).startswith(
+        r"48.1 % of the parameters: stages\.\d+\.\d+\.conv_fusion\.conv (3 layers, 921,600 weights), "
+        r"head\.fc (1 layer, 640,000 weights), "
+    )
+    for group in dense.groups:
+        found = find_layers(model, {"X": [group.pattern]})
+        assert (len(found), sum(layer.numel for layer in found)) == (group.layers, group.weights)
+
+
 def test_torchvisions_transformer_has_the_same_weights_by_other_names() -> None:
     with torch.device("meta"):
         model = torchvision.models.vit_b_16()
@@ -249,11 +340,9 @@ def test_torchvisions_transformer_has_the_same_weights_by_other_names() -> None:
 @pytest.mark.parametrize(
     ("name", "unknown"),
     [
-        ("pvt_v2_b0", "stages.0.blocks.0.attn.sr.weight"),  # a convolution before keys and values
         ("vit_base_patch16_xp_224", "blocks.0.in_proj.weight"),  # one tensor for the attention and the MLP
-        ("volo_d1_224", "network.0.0.attn.attn.weight"),
         ("visformer_tiny", "stage1.0.mlp.conv1.weight"),
-        ("edgenext_small", "stages.1.blocks.2.xca.qkv.weight"),  # an attention by its class only
+        ("caformer_s18", "stages.0.blocks.0.token_mixer.pwconv1.weight"),
     ],
 )
 def test_half_known_attention_is_refused(name: str, unknown: str) -> None:
@@ -262,7 +351,7 @@ def test_half_known_attention_is_refused(name: str, unknown: str) -> None:
     assert raised.value.value == unknown
 
 
-@pytest.mark.parametrize("name", ["regnety_002", "mixer_b16_224", "poolformer_s12", "levit_128s"])
+@pytest.mark.parametrize("name", ["regnety_002", "mixer_b16_224", "poolformer_s12", "focalnet_tiny_srf"])
 def test_a_model_of_no_known_attention_asks_for_patterns(name: str) -> None:
     with pytest.raises(InputError, match="give patterns of its own"):
         find_layers(on_meta(name))

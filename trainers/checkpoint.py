@@ -298,7 +298,7 @@ def _refuse_transformers(folder: Path, uri: str, key: str) -> None:
     except ValueError:
         return  # no JSON, which is said in other words
     if foreign is not None:
-        raise InputError(key, uri, f"is {foreign}")
+        raise InputError(key, uri, f"{CONFIG} must be timm's; this is {foreign}")
 
 
 def read_ranges(folder: Path) -> dict[str, Tensor] | None:
