@@ -245,10 +245,16 @@ def test_inspect_as_text_and_as_json(run: Run) -> None:
     assert found["modules"]["MLP"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "mlp" in n)
     assert found["stages"]["1"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "blocks.1" in n)
     assert found["patterns"] == {"2:4": False, "4:8": False, "1x4": True}
+    dense = found["left_dense"]
+    assert dense["parameters"] == costs["parameters"] - count({n: ~z for n, z in zeros.items()}) - count(
+        zeros
+    )
+    assert dense["kinds"][0] == {"pattern": r"patch_embed\.proj", "layers": 1, "weights": 3 * 8 * 8 * 16}
     text = good(run, "inspect pruned")
     for part in (
         "blocks.0.attn.qkv.weight  │ QKV    │     0 │ 48×16 │     768 │",
         "6,144 weights in 8 layers",
+        r"patch_embed\.proj (1 layer, 3,072 weights)",
         "50.00 % (3,072 zeros)",
         "1x4 in all layers",
         f"{costs['macs']:,} → {costs['macs_sparse']:,}",

@@ -65,7 +65,7 @@ def load_timm_folder(
         config["source"] = "local-dir"
         del config["state_dict"]  # they are the model's now
     known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
-    return _as_built(model, known.get("img_size"), known.get("in_chans"))
+    return as_built(model, known.get("img_size"), known.get("in_chans"))
 
 
 def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
@@ -74,10 +74,10 @@ def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
     config = dict(known)
     given = {"num_classes": classes(model), **arguments}
     made: nn.Module = timm.create_model(config["architecture"], pretrained_cfg=config, **given)
-    return _as_built(made)
+    return as_built(made)
 
 
-def _as_built(model: nn.Module, size: Any = None, channels: int | None = None) -> nn.Module:
+def as_built(model: nn.Module, size: Any = None, channels: int | None = None) -> nn.Module:
     """The same model, whose preprocessing gives images of the size and channels that it was built for.
 
     timm's comes from the pretrained weights' configuration: ``img_size: 384`` leaves it at 224.
@@ -129,7 +129,7 @@ def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Modu
         file = _hub.download_from_hf(name.removeprefix("hf-hub:"), "config.json")
         foreign = transformers_model(_hub.load_cfg_from_json(file))
         raise InputError("model", name, f"is {foreign or 'no model of timm'}") from None
-    return _as_built(model)
+    return as_built(model)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

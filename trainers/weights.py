@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,7 @@ def load_weights(
         raise InputError(key, uri, f"does not fit {name} ({_reason(error, tensors)})") from None
     config: Any = model.pretrained_cfg
     config.pop("state_dict", None)  # they are the model's now
-    config["input_size"] = _input_size(config["input_size"], given)
+    models.as_built(model, given.get("img_size"), given.get("in_chans"))
     if "img_size" not in given:
         _refuse_resampled(model, tensors, uri, key)
     if classes is not None and classes != there:
@@ -217,13 +217,6 @@ def _described(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if isinstance(more := settings.get("model_kwargs"), Mapping):
         arguments |= more
     return overlay, arguments
-
-
-def _input_size(size: Sequence[int], arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Channels, height and width of the images that a model built with these arguments takes."""
-    side = arguments.get("img_size") or size[1:]
-    channels = arguments.get("in_chans", size[0])
-    return (channels, side, side) if isinstance(side, int) else (channels, *side)
 
 
 def _of_model(
