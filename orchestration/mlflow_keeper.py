@@ -22,14 +22,17 @@ _START_SECONDS = 20.0
 def keep(users: str, command: list[str]) -> int:
     """Run ``command`` until nobody holds ``users``; returns its status where it cannot start."""
     file = os.open(users, os.O_RDWR)
+    asked: list[int] = []  # to end, by the last user
+    signal.signal(signal.SIGTERM, lambda kind, frame: asked.append(kind))
     while True:
         began = time.monotonic()
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        signal.signal(signal.SIGTERM, lambda *_: end(server))  # noqa: B023
-        while (status := server.poll()) is None:
+        while (status := server.poll()) is None and not asked:
             if unused(file):
                 end(server)
             time.sleep(_LOOK_SECONDS)
+        if asked or status is None:
+            end(server)
         if status > 0 and time.monotonic() - began < _START_SECONDS:  # a signal has a negative one
             return status
         time.sleep(2 * _LOOK_SECONDS)

@@ -124,6 +124,19 @@ def test_a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_keeper_that_is_asked_to_end_does_so_at_once(tmp_path: Path) -> None:
+    lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as the last user, who keeps others away until it has ended
+    started = tmp_path / "started"
+    process = keeper(tmp_path / "users", f"import time; open({str(started)!r}, 'w'); time.sleep(60)")
+    until(started.exists)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGKILL
+    assert time.monotonic() - began < 4
+    os.close(lock)
+
+
 def test_a_server_that_cannot_start_ends_its_keeper_with_its_status(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
