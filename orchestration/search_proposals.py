@@ -1,9 +1,9 @@
 """What a search tries next: Optuna's samplers, which know of a trial what its log says.
 
-A proposal depends on the seed, its number, and what was heard before it. So a search that was broken off goes
-on as if it had not been, once its sampler knows all of that again:
+A search that was broken off goes on as if it had not been, once its sampler knows all that it knew:
 
-- TPE, random and GP go by the results alone, so they are told those;
+- TPE, random and GP go by the results alone, and what is drawn for a proposal comes from the seed and its
+  number, so they are told the results;
 - CMA-ES and NSGA-II go by generations too, which nobody can tell them: what the log holds is proposed and
   told once more, in its order.
 """
@@ -136,7 +136,8 @@ class Proposals:
             same result again (a child of NSGA-II may be its parent, and small spaces have few points).
         """
         for attempt in range(_ATTEMPTS):
-            self.study.sampler = self._sampler(number, attempt)
+            if self._search.sampler not in _BY_GENERATIONS:  # these propose all again, in its order
+                self.study.sampler = self._sampler(number, attempt)
             if given is not None:
                 self.study.enqueue_trial(to_optuna(self._space, inside(self._space, given)))
             trial = self.study.ask(fixed_distributions=self._space)
@@ -149,13 +150,13 @@ class Proposals:
         self._places[number] = trial.number
         return values
 
-    def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
-        seed = np.random.SeedSequence([self._search.seed, number, attempt]).generate_state(1)
+    def _sampler(self, *place: int) -> optuna.samplers.BaseSampler:
+        seed = np.random.SeedSequence([self._search.seed, *place]).generate_state(1)
         return _SAMPLERS[self._search.sampler](seed=int(seed[0]), **self._options)
 
     def _new_study(self) -> optuna.Study:
         directions = ["maximize"] + (["minimize"] if self._search.cost else [])
-        return optuna.create_study(directions=directions)
+        return optuna.create_study(directions=directions, sampler=self._sampler())
 
     def _results(self, record: TrialRecord) -> list[float] | None:
         """What a sampler is told of a trial; nothing of one that failed."""
