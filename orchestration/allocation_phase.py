@@ -20,11 +20,12 @@ from orchestration.display import leading
 from orchestration.one_shot import OneShotInputs, OneShotTrial, Speed
 from orchestration.pareto import chosen, fastest
 from orchestration.remote import OrderFacts
-from orchestration.search import Search, run_search, stopping
+from orchestration.search import Search, run_search
 from orchestration.search_config import Fastest, Rule
 from orchestration.search_limits import Limits
 from orchestration.search_plots import search_figures
 from orchestration.search_space import AllocationSpace
+from orchestration.stopping import stopping
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_trial import order_run
 from pruners.allocation import budget
@@ -133,6 +134,9 @@ class _Searches:
     ) -> Search:
         sweep, search, space = self._sweep, self._sweep.recipe.allocation, inputs.space
         resources = {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial}
+        own = space.own_values()
+        begun = own if moved is None else space.moved(moved)
+        first_values = [own] if begun == own else [own, begun]
         first = search.first_images
         halving = partial(stopping, "asha", "images", first or 1, search.reduction, search.images)
         return Search(
@@ -144,13 +148,14 @@ class _Searches:
             storage=scratch,
             seed=sweep.recipe.seed,
             sampler=search.sampler,
-            first=[space.own_values()] + ([] if moved is None else [space.moved(moved)]),
+            first=first_values,
             scheduler=Search.scheduler if first is None else halving,
             cost=None if search.rule is None else search.rule.cost,
             limits=Limits(search, "allocation"),
             fits=lambda: cluster_size().allocation_trials(search),
             reuse_actors=True,
             complete=lambda metrics: bool(metrics["complete"]),
+            say=sweep.display.say,
         )
 
     def _inputs(self, sparsity: float, pruning: PruningSettings) -> OneShotInputs:

@@ -189,7 +189,8 @@ class Recipe(Settings):
             return self.allocation.reach
         found = self.schedule.space.get("pruning.sparsity")
         ends = found and (found.uniform or found.log or found.integer or found.choice)
-        return tuple(map(float, ends or (self.pruning.sparsity,)))
+        numbers = [float(one) for one in ends or () if isinstance(one, int | float)]
+        return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
 
     @property
     def promotion(self) -> Promotion:

@@ -18,12 +18,13 @@ from orchestration.jobs import gradual_job
 from orchestration.mlflow_model import classes_of
 from orchestration.population import Population
 from orchestration.recipes import flatten, get
-from orchestration.search import Search, run_search, stopping
+from orchestration.search import Search, run_search
 from orchestration.search_config import LIMITS
 from orchestration.search_limits import Limits
 from orchestration.search_plots import search_figures
 from orchestration.search_space import recipe_space
 from orchestration.span import Phase
+from orchestration.stopping import stopping
 from orchestration.training_search import training_search
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.trial_runs import TrialRuns, without_trainer_state
@@ -183,6 +184,7 @@ def _searched(sweep: Sweep) -> dict[str, Any]:
         "reuse_actors": search.scheduler == "none",  # a process whose run was stopped cannot take another
         "limits": Limits(search, "schedule"),
         "fits": lambda: cluster_size().training_runs(recipe.resources),
+        "say": sweep.display.say,
     }
 
 

@@ -5,24 +5,21 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    AsyncHyperBandScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    TrialScheduler,
-)
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.elastic import FollowCluster
 from orchestration.population import Population, domains, draws, history, take_note
 from orchestration.search_limits import NONE, GivenUp, Limits, end_by_force
-from orchestration.search_proposals import proposals
+from orchestration.search_proposals import ROUND, Proposals, limited
 from orchestration.search_space import Space
+from orchestration.stopping import Remembered
 from orchestration.trial_log import TrialLog, TrialRecord
 from orchestration.tune_memory import one_trial_pays
 from trainers.storage import resolve
@@ -31,8 +28,6 @@ _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
 _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
-_ROUND = 500  # trials
-_BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
 
 
 class Observer(Protocol):
@@ -69,35 +64,53 @@ class Search:
     reuse_actors: bool = False
     complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
     names: Callable[[Trial], str] | None = None
+    say: Callable[[str], None] = lambda text: None
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
     """Run the trials that ``log`` does not hold yet.
 
-    Trials of an interrupted search are told to the sampler as evaluated, so none is run twice.
+    A search that was broken off goes on as if it had not been: its sampler, and the rule that stops trials
+    early, first go through what the log holds; what was at work begins again, under its number.
 
     Raises:
         RuntimeError: more trials failed than the limits allow.
     """
     one_trial_pays()
+    for record, before in log.unsaid:
+        observer.trial_started(f"ended-{record.number}", record.number, record.values, before)
+        run_id = observer.trial_ended(f"ended-{record.number}", record)
+        log.add(replace(record, run_id=run_id or before))
     missing = search.trials - len(log.ended)
+    if missing <= 0:
+        return
     given_up = GivenUp(search.limits, search.trials)
-    # by rounds: what Tune does for a trial grows with the number of those that it has seen
-    for begin in range(0, missing, _ROUND):
-        _run_round(search, log, observer, given_up, min(missing - begin, _ROUND))
-        given_up.check()
-
-
-def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: GivenUp, trials: int) -> None:
-    system, path = resolve(search.storage)
     scheduler = search.scheduler()
-    callbacks: list[tune.Callback] = [_Recorder(search, log, observer, given_up)]
+    proposals = None
+    if search.space and not isinstance(scheduler, Population):
+        proposals = Proposals(search, log)
+        if isinstance(scheduler, Remembered):
+            scheduler.remember(log, proposals.numbers, search.seed)
+    # by rounds: what Tune does for a trial grows with the number of those that it has seen
+    while missing > 0:
+        trials = min(missing, ROUND if proposals is None else proposals.room)
+        _run_round(search, log, _Recorder(search, log, observer, given_up, proposals), scheduler, trials)
+        given_up.check()
+        missing -= trials
+
+
+def _run_round(
+    search: Search, log: TrialLog, recorder: _Recorder, scheduler: TrialScheduler, trials: int
+) -> None:
+    system, path = resolve(search.storage)
+    callbacks: list[tune.Callback] = [recorder]
     limiter: Any
+    searcher: Any
     if isinstance(scheduler, Population):
         limiter = scheduler
-        searcher: Any = draws(search.space, log, search.first, trials, search.seed)
+        searcher = draws(search.space, log, search.first, trials, search.seed)
     else:
-        limiter = searcher = proposals(search, log)
+        limiter = searcher = recorder.limiter
     if limiter is not None and search.fits is not None:
         callbacks.append(FollowCluster(limiter, search.fits))
     tune.Tuner(
@@ -118,25 +131,11 @@ def _run_round(search: Search, log: TrialLog, observer: Observer, given_up: Give
             storage_path=path,
             storage_filesystem=system,
             callbacks=callbacks,
-            stop=given_up,
+            stop=recorder.given_up,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             verbose=0,
         ),
     ).fit()
-
-
-def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
-    """What stops trials early, by the metric ``time``: of those that come as far, the better ones go on.
-
-    ``time`` counts where trials can be compared (``recovery_epochs``: epochs at the final sparsity).
-    """
-    score = {"time_attr": time, "metric": "score", "mode": "max", "grace_period": grace}
-    if kind == "median":
-        return MedianStoppingRule(**score, min_samples_required=2, hard_stop=True)
-    brackets = _BRACKETS if kind == "hyperband" else 1
-    return AsyncHyperBandScheduler(
-        **score, reduction_factor=reduction, max_t=max(longest, grace + 1), brackets=brackets
-    )
 
 
 @dataclass
@@ -152,11 +151,19 @@ class _Running:
 class _Recorder(tune.Callback):  # type: ignore[misc]
     """Writes down every trial that ends, and tells the observer."""
 
-    def __init__(self, search: Search, log: TrialLog, observer: Observer, given_up: GivenUp) -> None:
+    def __init__(
+        self,
+        search: Search,
+        log: TrialLog,
+        observer: Observer,
+        given_up: GivenUp,
+        proposals: Proposals | None,
+    ) -> None:
         self._search = search
         self._log = log
         self._observer = observer
-        self._given_up = given_up
+        self._proposals = proposals
+        self.given_up = given_up
         self._running: dict[str, _Running] = {}
         self._first = max((record.number for record in log.trials), default=-1) + 1
         self._looked = time.monotonic()
@@ -165,10 +172,24 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
         return tune.Callback, ()
 
+    @property
+    def limiter(self) -> ConcurrencyLimiter | None:
+        """The proposals for a round of Tune's; nothing where there is no space."""
+        if self._proposals is None:
+            return None
+        self._proposals.begin_round()
+        return limited(self._proposals, self._search.concurrent)
+
+    def _number(self, trial: Trial, trials: list[Trial]) -> int:
+        """In the order of the proposals, not of the starts."""
+        if self._proposals is not None:
+            return self._proposals.numbers[trial.trial_id]
+        return self._first + trials.index(trial)
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         if trial.trial_id in self._running:
             return
-        number = self._first + trials.index(trial)  # in the order of the proposals, not of the starts
+        number = self._number(trial, trials)
         values = dict(trial.config)
         self._running[trial.trial_id] = _Running(number, time.monotonic(), trial)
         before = self._log.broken_off(values)
@@ -193,7 +214,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         late = self._running[trial.trial_id].late
         said = [late] if late else _last_words(trial)
-        self._given_up.note(_reason(said))
+        self.given_up.note(_reason(said))
         self._end(trial, "failed", said)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -233,8 +254,11 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             trace="\n".join(said) if said else None,
             given=dict(trial.config) in list(self._search.first),
         )
+        self._log.end(record)
         run_id = self._observer.trial_ended(trial.trial_id, record)
-        self._log.add(TrialRecord(**{**record.__dict__, "run_id": run_id}))
+        record = self._log.add(replace(record, run_id=run_id))
+        if self._proposals is not None:
+            self._proposals.tell(record)
 
 
 _KEPT = (

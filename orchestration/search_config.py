@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,9 @@ class Distribution(Settings):
     uniform: tuple[float, float] | None = None
     log: tuple[float, float] | None = Field(None, description="log-uniform")
     integer: tuple[int, int] | None = Field(None, description="both ends included")
-    choice: tuple[float | int | str, ...] | None = Field(None, min_length=1)
+    choice: tuple[bool | int | float | str | list[Any] | dict[str, Any] | None, ...] | None = Field(
+        None, min_length=1
+    )
     when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
 
     @model_validator(mode="after")
@@ -35,6 +38,9 @@ class Distribution(Settings):
                 raise ValueError(f"the lower bound {bounds[0]} lies above the upper one {bounds[1]}")
         if self.log is not None and self.log[0] <= 0:
             raise ValueError("log needs positive bounds")
+        for number, value in enumerate(self.choice or ()):
+            if value in (self.choice or ())[:number]:  # also false beside 0, which Python takes for the same
+                raise ValueError(f"choice: {json.dumps(value)} stands there twice")
         return self
 
     def values(self) -> tuple[Any, ...]:
@@ -269,6 +275,11 @@ class ScheduleSearch(SearchLimits):
         for key, one in self.space.items():
             if self.sampler == "grid" and one.choice is None and one.integer is None:
                 raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
+            if self.sampler == "cmaes" and one.choice is not None:
+                raise ValueError(
+                    f"space.{key}: sampler cmaes searches numbers and would draw a choice at random; "
+                    "take tpe, gp, nsga2 or random"
+                )
             for other in one.when:
                 if other not in self.space or other == key:
                     raise ValueError(f"space.{key}: when names {other}, which must be another searched key")

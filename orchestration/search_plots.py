@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from orchestration.search_space import Space, contains
+from orchestration.search_space import Space, contains, to_optuna
 from orchestration.trial_log import TrialRecord
 
 _SIZE = (7.0, 4.2)
@@ -41,7 +41,7 @@ def importance(records: Sequence[TrialRecord], space: Space) -> dict[str, float]
     searched = {key: one for key, one in space.items() if not one.single()}
     study = optuna.create_study(direction="maximize")
     for record in records:
-        values = {key: record.values[key] for key in searched}
+        values = to_optuna(searched, record.values)
         study.add_trial(optuna.create_trial(params=values, distributions=searched, value=record.score))
     if not searched or len({record.score for record in records}) < 2:
         return {}
@@ -76,7 +76,8 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
     top1 = [100 * one.metrics["val_top1"] for one in ranked]
     colours = ScalarMappable(Normalize(min(top1), max(top1)), "viridis")
     for left, (record, value) in enumerate(zip(ranked, top1, strict=True), start=-len(ranked)):
-        heights = [_height(one, record.values[key]) for key, one in space.items()]
+        values = to_optuna(space, record.values)
+        heights = [_height(one, values[key]) for key, one in space.items()]
         alpha, width = (0.8, 1.5) if -left <= _STRONG else (0.15, 0.7)
         axes.plot(heights, color=colours.to_rgba(value), alpha=alpha, linewidth=width)
     for place, distribution in enumerate(space.values()):

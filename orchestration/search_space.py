@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,15 +157,40 @@ def recipe_space(space: Mapping[str, Distribution]) -> Space:
 
 def contains(space: Space, values: Mapping[str, Any]) -> bool:
     """Whether a proposal lies in the space."""
-    for key, distribution in space.items():
-        if key not in values or values[key] is None:
-            return False
-        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
-            if values[key] not in distribution.choices:
-                return False
-        elif not distribution._contains(distribution.to_internal_repr(values[key])):
-            return False
-    return True
+    return len(inside(space, values)) == len(space)
+
+
+def inside(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some values that their distributions could give."""
+    return {key: values[key] for key, one in space.items() if key in values and _holds(one, values[key])}
+
+
+class WrittenChoice(optuna.distributions.CategoricalDistribution):  # type: ignore[misc]
+    """A choice among mappings or lists: Optuna's values are plain ones, so it is given them as JSON."""
+
+
+def to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some values of a space as Optuna knows them."""
+    return {key: _written(space[key], value) for key, value in values.items() if key in space}
+
+
+def from_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Optuna's values, in the order of the space."""
+    return {key: _read(one, values[key]) for key, one in space.items()}
+
+
+def _holds(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return _written(distribution, value) in distribution.choices
+    return isinstance(value, int | float) and distribution._contains(distribution.to_internal_repr(value))
+
+
+def _written(distribution: optuna.distributions.BaseDistribution, value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(distribution, WrittenChoice) else value
+
+
+def _read(distribution: optuna.distributions.BaseDistribution, value: Any) -> Any:
+    return json.loads(value) if isinstance(distribution, WrittenChoice) else value
 
 
 def _keys(layer: PrunableLayer, by: Sequence[str]) -> list[str]:
@@ -185,4 +211,6 @@ def _distribution(given: Distribution) -> optuna.distributions.BaseDistribution:
     if given.integer is not None:
         return optuna.distributions.IntDistribution(*given.integer)
     assert given.choice is not None, "a distribution has exactly one form"
+    if any(isinstance(value, dict | list) for value in given.choice):
+        return WrittenChoice([json.dumps(value, sort_keys=True) for value in given.choice])
     return optuna.distributions.CategoricalDistribution(given.choice)

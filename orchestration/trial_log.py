@@ -1,9 +1,14 @@
-"""Finished trials of a phase on the shared storage: what a resumed sweep goes by, whatever else was lost."""
+"""The trials of a phase on the shared storage: what a resumed sweep goes by, whatever else was lost.
+
+What a search goes by next depends on the order in which its trials were proposed, compared and ended. The log
+counts these events: each has its ``when``, so that a resumed search can go through them once more.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from trainers import storage
@@ -31,6 +36,11 @@ class TrialRecord:
     trace: str | None = None  # the last lines of what a failed trial wrote down
     given: bool = False  # proposed by us (the method's own allocation), not by the sampler
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
+    asked: int | None = None  # when it was proposed, by the log's count; logs of earlier versions do not say
+    told: int | None = None  # when it ended
+    rungs: list[list[float]] = field(
+        default_factory=list
+    )  # (when, time, score, at its end) of each comparison
 
     def __post_init__(self) -> None:
         if self.score is None or math.isfinite(self.score):
@@ -45,39 +55,127 @@ class TrialRecord:
         return f"{100 * self.metrics['val_top1']:.1f} %"
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that a search has heard, or said, about a trial.
+
+    Attributes:
+        ended: of ``told``, the trial's record.
+        time: of ``rung``, how far the trial had come, by what trials are compared by; ``score`` is its score.
+        at_end: it had ended by itself.
+    """
+
+    when: int
+    kind: Literal["asked", "rung", "told"]
+    number: int
+    values: dict[str, Any]
+    given: bool = False
+    ended: TrialRecord | None = None
+    time: float = 0.0
+    score: float = 0.0
+    at_end: bool = False
+
+
 class TrialLog:
     """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    ``cheap`` trials are not noted when they start, as none is worth going on with, and are written in parts
-    of a few, so that what is written for one does not grow with their number; :meth:`save` joins them.
+    ``cheap`` trials are not written down when they start, as none is worth going on with, and are written in
+    parts of a few, so that what is written for one does not grow with their number; :meth:`save` joins them.
+    The last trial of a part says ``beside``: what was proposed and had not ended.
+
+    Attributes:
+        settings: of the sampler, which stay what they were when the search began.
     """
 
     def __init__(self, uri: str, *, cheap: bool = False) -> None:
         self.uri, self._cheap = uri, cheap
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
+        self.settings: dict[str, Any] = content.get("settings", {})
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
         self._begun: set[str] = set()  # of them by this driver; the others are broken off
         self._whole = len(self.trials)  # of them are in the first file
         known = {record.number for record in self.trials}
-        for name in storage.names(self._parts):  # those joined already are left over from a killed driver
-            part = [TrialRecord(**record) for record in storage.read_json(f"{self._parts}/{name}")]
-            self.trials += [record for record in part if record.number not in known]
+        for name in storage.names(self._parts):
+            part = storage.read_json(f"{self._parts}/{name}")
+            beside = part[-1].pop("beside", {}) if part else {}
+            new = [TrialRecord(**record) for record in part if record["number"] not in known]
+            self.trials += new
+            if new:  # else it was joined already, and is left over from a killed driver
+                self._running = beside
+        self._clock = max((event.when for event in self.events()), default=-1) + 1
 
     @property
     def _parts(self) -> str:
         return self.uri.removesuffix(".json") + ".parts"
+
+    def ask(self, number: int, values: dict[str, Any], *, given: bool) -> None:
+        """A trial is proposed. It is written down with the next trial that begins or ends."""
+        self._running[str(number)] = {"values": values, "asked": self._tick(), "given": given}
+        self._begun.add(str(number))
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
         """A trial has started; until it is added it counts as broken off."""
         if self._cheap:
             return
         before = next((key for key in self._broken if self._running[key]["values"] == values), None)
-        entry = self._running.pop(before) if before is not None else {}
+        entry = self._running.pop(str(number) if before is None else before, {})
         self._running[str(number)] = {**entry, "values": values, "run_id": run_id}
         self._begun.add(str(number))
         self.save()
+
+    def compare(self, number: int, time: float, score: float, *, goes_on: bool, at_end: bool = False) -> None:
+        """A running trial was compared with others; one that stops is written down with its end."""
+        rungs = self._running[str(number)].setdefault("rungs", [])
+        rungs.append([self._tick(), time, score, int(at_end)])
+        if goes_on and not self._cheap:
+            self.save()
+
+    def end(self, record: TrialRecord) -> None:
+        """A trial has ended, and all that is left to do is to say so: it is not to be started again."""
+        if not self._cheap and str(record.number) in self._running:
+            self._running[str(record.number)]["end"] = asdict(record)
+            self.save()
+
+    @property
+    def unsaid(self) -> list[tuple[TrialRecord, str | None]]:
+        """Trials that had ended when the driver was killed, with their MLflow runs; they are to be added."""
+        entries = (self._running[str(number)] for number in self.running)
+        return [(TrialRecord(**one["end"]), one.get("run_id")) for one in entries if "end" in one]
+
+    def events(self) -> Iterator[Event]:
+        """All that has a count, in order of the trials; :attr:`history` sorts it."""
+        for record in self.trials:
+            yield from _events(record.number, vars(record))
+            if record.told is not None:
+                yield Event(record.told, "told", record.number, record.values, record.given, record)
+        for number, entry in self._running.items():
+            yield from _events(int(number), entry)
+
+    @property
+    def history(self) -> list[Event]:
+        """What the search has heard and said, in that order."""
+        return sorted(self.events(), key=lambda event: event.when)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of all trials is known, as it is but for those of earlier versions."""
+        ends = all(record.asked is not None and record.told is not None for record in self.trials)
+        return ends and all("asked" in one for one in self._running.values())
+
+    @property
+    def proposed(self) -> int:
+        """The number that the next proposal has."""
+        return max([*(record.number for record in self.trials), *map(int, self._running)], default=-1) + 1
+
+    def is_given(self, number: int) -> bool:
+        """Whether a trial that has not ended was proposed by us."""
+        return bool(self._running[str(number)].get("given"))
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock - 1
 
     def note(self, number: int, values: dict[str, Any], member: dict[str, Any]) -> None:
         """A running trial of a population goes on as something else, with other values."""
@@ -94,20 +192,26 @@ class TrialLog:
         """What is noted of trials that have not ended."""
         return [one["member"] for one in self._running.values() if "member" in one]
 
-    def add(self, record: TrialRecord) -> None:
+    def add(self, record: TrialRecord) -> TrialRecord:
+        """Write down a trial that has ended; returns the record with its place in the order."""
+        entry = self._running.pop(str(record.number), {})
+        place = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
+        record = replace(record, told=self._tick(), **place)
         self.trials.append(record)
-        self._running.pop(str(record.number), None)
         if not self._cheap:
             self.save()
-            return
+            return record
         part = (len(self.trials) - self._whole - 1) // _PART
-        records = self.trials[self._whole + part * _PART :]
-        storage.write_json(f"{self._parts}/{part:06d}.json", [asdict(one) for one in records])
+        records = [asdict(one) for one in self.trials[self._whole + part * _PART :]]
+        records[-1]["beside"] = self._running
+        storage.write_json(f"{self._parts}/{part:06d}.json", records)
+        return record
 
     def save(self) -> None:
         """Write all into one file."""
         records = [asdict(record) for record in self.trials]
-        storage.write_json(self.uri, {"run_id": self.run_id, "trials": records, "running": self._running})
+        content = {"run_id": self.run_id, "trials": records, "running": self._running}
+        storage.write_json(self.uri, content | ({"settings": self.settings} if self.settings else {}))
         self._whole = len(self.trials)
         storage.remove(self._parts)
 
@@ -119,12 +223,17 @@ class TrialLog:
     @property
     def pending(self) -> list[dict[str, Any]]:
         """Proposals whose trials were broken off."""
-        return [dict(self._running[str(number)]["values"]) for number in self.running]
+        return list(self.broken.values())
+
+    @property
+    def broken(self) -> dict[int, dict[str, Any]]:
+        """The same by the trials' numbers, ascending."""
+        return {number: dict(self._running[str(number)]["values"]) for number in self.running}
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
         """The MLflow run of a proposal's trial that was broken off."""
         found = (self._running[key] for key in self._broken)
-        return next((one["run_id"] for one in found if one["values"] == values), None)
+        return next((one.get("run_id") for one in found if one["values"] == values), None)
 
     @property
     def _broken(self) -> list[str]:
@@ -149,3 +258,12 @@ class TrialLog:
                 "no trial ran to its end" + (f": {'; '.join(sorted(reasons))}" if reasons else "")
             )
         return max(done, key=lambda record: record.score or 0.0)
+
+
+def _events(number: int, entry: dict[str, Any]) -> Iterator[Event]:
+    """Of a record or of a running trial, all but its end."""
+    about = number, entry["values"], entry.get("given", False)
+    if entry.get("asked") is not None:
+        yield Event(entry["asked"], "asked", *about)
+    for when, time, score, at_end in entry.get("rungs", []):
+        yield Event(int(when), "rung", *about, time=time, score=score, at_end=bool(at_end))

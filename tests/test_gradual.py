@@ -224,6 +224,15 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
         assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
+def test_a_run_that_goes_on_says_its_last_report_again(files: dict[str, str], tmp_path: Path) -> None:
+    """Whoever compares runs by it may have been killed when it was said."""
+    whole, rest = Log(tmp_path / "whole"), Log(tmp_path / "rest")
+    run(job(files, None, None), whole, CPU, repeat=True)
+    run(job(files, None, None), rest, CPU, resume=whole.saved[2], repeat=True)
+    assert len(whole.metrics) == EPOCHS
+    assert rest.metrics == whole.metrics[1:]
+
+
 def test_the_same_seed_gives_the_same_run(files: dict[str, str], tmp_path: Path) -> None:
     logs = [Log(tmp_path / str(number)) for number in range(3)]
     for log, seed in zip(logs, (4, 4, 5), strict=True):

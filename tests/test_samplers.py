@@ -10,7 +10,8 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration.search import Search, run_search, stopping
+from orchestration.search import Search, run_search
+from orchestration.stopping import stopping
 from orchestration.trial_log import TrialLog, TrialRecord
 
 SPACE = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ("x", "y")}

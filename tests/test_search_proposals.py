@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from ray.tune.search import ConcurrencyLimiter
 from orchestration import elastic
 from orchestration.elastic import FollowCluster
 from orchestration.search import Search
-from orchestration.search_proposals import proposals, telling
+from orchestration.search_proposals import Proposals, limited, population, telling
+from orchestration.search_space import WrittenChoice
 from orchestration.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
@@ -56,8 +60,7 @@ def test_what_is_given_comes_first_and_what_was_broken_off_before_it(tmp_path: P
     log = TrialLog(f"{tmp_path}/trials.json")
     log.add(TrialRecord(0, {"x": 0.25}, "finished", 0.5))
     log.begin(1, {"x": 0.75}, None)
-    made = proposals(search(tmp_path, first=[{"x": 0.25}, {"x": 0.5}]), log)
-    assert made is not None
+    made = limited(Proposals(search(tmp_path, first=[{"x": 0.25}, {"x": 0.5}]), log), 3)
     assert [suggested(made, name) for name in ("a", "b")] == [0.75, 0.5]
     assert 0 <= suggested(made, "c") <= 1
     assert made.suggest("d") is None  # three at once
@@ -68,18 +71,16 @@ def test_two_objectives_reach_the_study(tmp_path: Path) -> None:
     for number in range(20):
         value = number / 20
         log.add(TrialRecord(number, {"x": value}, "finished", value, {"macs_sparse": 100 * value}))
-    made = proposals(search(tmp_path, sampler="nsga2", cost="macs_sparse"), log)
-    assert made is not None
-    suggested(made, "a")
-    study = made.searcher._ot_study
+    made = Proposals(search(tmp_path, sampler="nsga2", cost="macs_sparse"), log)
+    suggested(limited(made, 3), "a")
+    study = made.study
     assert study.directions == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
     told = [one.values for one in study.trials if one.state.is_finished()]
     assert told == [[number / 20, 100 * (number / 20)] for number in range(20)]
 
 
 def test_the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = proposals(search(tmp_path), TrialLog(f"{tmp_path}/trials.json"))
-    assert made is not None
+    made = limited(Proposals(search(tmp_path), TrialLog(f"{tmp_path}/trials.json")), 3)
     fits = iter([5, 1, InputError("nodes", 0, "none"), 2])
 
     def fit() -> int:
@@ -95,3 +96,195 @@ def test_the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.Monke
     for most in (5, 1, 1, 2):
         follow.on_step_end(0, [])
         assert made.max_concurrent == most
+
+
+WIDE: dict[str, Any] = {
+    "x": optuna.distributions.FloatDistribution(0.0, 1.0),
+    "y": optuna.distributions.FloatDistribution(1e-3, 1.0, log=True),
+    "n": optuna.distributions.IntDistribution(1, 8),
+}
+MIXED = WIDE | {
+    "c": optuna.distributions.CategoricalDistribution((None, True, "a")),
+    "m": WrittenChoice(['{"kind": "hard"}', '{"kind": "soft", "weight": 0.5}']),
+}
+SAMPLERS = ["tpe", "random", "gp", "cmaes", "nsga2"]
+SCORES = {None: 0.1, True: 0.2, "a": 0.3}
+
+
+def played(
+    log: TrialLog, sampler: str, trials: int, *, at_once: int = 1, until: int | None = None, **options: Any
+) -> Proposals:
+    """A search without Ray: proposals are begun at once, and end in turns that their numbers decide.
+
+    Args:
+        until: it is broken off after so many ends, with all that was at work.
+    """
+    space = WIDE if sampler == "cmaes" else MIXED
+    wanted = Search("test", None, space, trials, at_once, "", seed=5, sampler=sampler, **options)
+    made = Proposals(wanted, log)
+    cost = wanted.cost
+    at_work: list[dict[str, Any]] = []
+    ended = len(log.trials)
+    while len(log.ended) < trials:
+        while len(at_work) < at_once and len(log.ended) + len(at_work) < trials:
+            values = made.ask(f"t{made._log.proposed}-{len(at_work)}-{ended}")
+            at_work.append({"number": list(made.numbers.values())[-1], "values": values})
+        now = min(at_work, key=lambda one: (one["number"] * 7) % 5)
+        at_work.remove(now)
+        values = now["values"]
+        score = -((values["x"] - 0.3) ** 2) - abs(math.log(values["y"] / 0.1)) / 9 - abs(values["n"] - 5) / 9
+        score += SCORES[values["c"]] + len(values["m"]) if "c" in values else 0.0
+        metrics = {} if cost is None else {cost: values["x"] + values["n"]}
+        log.begin(now["number"], values, None)
+        made.tell(log.add(TrialRecord(now["number"], values, "finished", score, metrics)))
+        ended += 1
+        if until is not None and ended >= until:
+            break
+    return made
+
+
+def listed(log: TrialLog) -> list[tuple[int, dict[str, Any], float | None]]:
+    return [(record.number, record.values, record.score) for record in log.trials]
+
+
+@pytest.mark.parametrize("cost", [None, "macs_sparse"])
+@pytest.mark.parametrize("cheap", [True, False])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_broken_off_at_any_moment_is_the_undisturbed_one(
+    sampler: str, cheap: bool, cost: str | None, tmp_path: Path
+) -> None:
+    """To the bit, with one trial at a time: killed four times, before or after a trial has begun."""
+    if sampler == "cmaes" and cost:
+        pytest.skip("knows one objective")
+    if sampler == "gp" and (cheap or cost):
+        pytest.skip("as the others, and slow")
+    trials = 12 if sampler == "gp" else 40
+    options: dict[str, Any] = {"cost": cost, "first": [{"x": 0.5, "y": 0.1, "n": 3, "c": True, "m": "?"}]}
+    whole = TrialLog(f"{tmp_path}/whole.json", cheap=cheap)
+    played(whole, sampler, trials, **options)
+    chance = random.Random(sampler)
+    uri = f"{tmp_path}/killed.json"
+    for kill in sorted(chance.sample(range(1, trials), 4)):
+        log = TrialLog(uri, cheap=cheap)
+        made = played(log, sampler, trials, until=kill, **options)
+        made.ask("lost")  # killed now
+        if chance.random() < 0.5:
+            log.begin(log.proposed - 1, log.broken[log.proposed - 1], None)
+    log = TrialLog(uri, cheap=cheap)
+    played(log, sampler, trials, **options)
+    assert listed(log) == listed(whole)
+    assert len({json.dumps(record.values, sort_keys=True) for record in log.trials}) == trials
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsga2"])
+def test_what_was_at_work_goes_on_with_its_proposals(sampler: str, tmp_path: Path) -> None:
+    """Three at once: what had been proposed when the driver was killed is proposed again, nothing else."""
+    whole = TrialLog(f"{tmp_path}/whole.json", cheap=True)
+    played(whole, sampler, 36, at_once=3)
+    uri = f"{tmp_path}/killed.json"
+    for kill in (4, 5, 11, 20, 29):
+        made = played(TrialLog(uri, cheap=True), sampler, 36, at_once=3, until=kill)
+        proposed = made._log.broken  # what this driver was at
+        again = TrialLog(uri, cheap=True)
+        assert again.broken == proposed
+        assert [*Proposals(made._search, again)._waiting] == [*proposed.items()]
+    log = TrialLog(uri, cheap=True)
+    played(log, sampler, 36, at_once=3)
+    assert sorted(record.number for record in log.trials) == list(range(36))
+    if sampler == "random":
+        assert sorted(listed(log), key=str) == sorted(listed(whole), key=str)
+
+
+def generations(made: Proposals) -> list[int]:
+    """Of the trials that have ended; an attempt that was tried before counts as failed."""
+    key = optuna.samplers.NSGAIISampler._get_generation_key()
+    return [one.system_attrs[key] for one in made.study.trials if one.state.name == "COMPLETE"]
+
+
+def test_nsga2_breeds_generations_within_few_trials(tmp_path: Path) -> None:
+    """README's example: 30 trials; Optuna's own first generation is 50 random ones."""
+    assert [population(trials) for trials in (2, 4, 30, 100, 625, 10**5)] == [2, 4, 10, 20, 50, 50]
+    made = played(TrialLog(f"{tmp_path}/trials.json"), "nsga2", 30, cost="macs_sparse")
+    assert generations(made) == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_nsga2_keeps_its_generations_when_the_search_goes_on_with_more_trials(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/trials.json"
+    played(TrialLog(uri), "nsga2", 12, cost="macs_sparse")
+    said: list[str] = []
+    made = played(TrialLog(uri), "nsga2", 30, cost="macs_sparse", say=said.append)
+    assert generations(made) == [number // 6 for number in range(30)]
+    assert said == []
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "nsga2"])
+def test_a_log_whose_order_is_not_known_is_told_and_that_is_said(sampler: str, tmp_path: Path) -> None:
+    log = TrialLog(f"{tmp_path}/trials.json")
+    for number in range(20):  # as an earlier version wrote it
+        values = {"x": number / 20, "y": 0.1, "n": 3, "c": "a", "m": {"kind": "hard"}}
+        log.add(TrialRecord(number, values, "finished", number / 20))
+    said: list[str] = []
+    made = Proposals(Search("t", None, WIDE, 30, 1, "", 5, sampler, say=said.append), log)
+    assert len(said) == 1
+    assert f"{sampler} begins with new generations" in said[0]
+    made.ask("a")
+    assert [one.value for one in made.study.trials][:20] == [number / 20 for number in range(20)]
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsga2"])
+def test_nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path: Path) -> None:
+    space = {"n": optuna.distributions.IntDistribution(1, 4), "c": MIXED["c"]}
+    log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
+    found = []
+    for number in range(14):  # of twelve points
+        made = Proposals(Search("t", None, space, 14, 1, "", 5, sampler), log)
+        values = made.ask("a")
+        made.tell(log.add(TrialRecord(number, values, "finished", values["n"])))
+        found.append(json.dumps(values))
+    assert len(set(found[:8])) == 8
+    assert len(set(found)) >= 10
+
+
+def test_what_is_given_lies_in_the_space(tmp_path: Path) -> None:
+    """The recipe's own values, as far as they do: the rest is left to the sampler."""
+    log = TrialLog(f"{tmp_path}/trials.json")
+    first = [{"x": 0.25, "y": 5.0, "n": None, "c": None, "m": {"weight": 0.5, "kind": "soft"}}]
+    found = Proposals(Search("t", None, MIXED, 9, 1, "", 5, first=first), log).ask("a")
+    assert (found["x"], found["c"], found["m"]) == (0.25, None, {"kind": "soft", "weight": 0.5})
+    assert 1e-3 <= found["y"] <= 1
+    assert found["n"] in range(1, 9)
+    assert [event.given for event in log.history] == [True]
+
+
+def test_a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/trials.json"
+    log = TrialLog(uri)
+    made = Proposals(search(tmp_path), log)
+    for number, state in enumerate(("finished", "failed")):
+        values = made.ask(str(number))
+        made.tell(log.add(TrialRecord(number, values, state, 0.5)))  # type: ignore[arg-type]
+    again = Proposals(search(tmp_path), TrialLog(uri))
+    for one in (made, again):
+        assert [trial.value for trial in one.study.trials if trial.state.name == "COMPLETE"] == [0.5]
+
+
+def test_a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> None:
+    """TPE is told the best and the newest of a round's beginning, and all since, in every life alike."""
+    uri = f"{tmp_path}/trials.json"
+    log = TrialLog(uri, cheap=True)
+    log.trials = trials(2300)
+    log.save()
+    began = time.monotonic()
+    made = Proposals(search(tmp_path), TrialLog(uri))
+    assert time.monotonic() - began < 5
+    told = [one.params["x"] for one in made.study.trials]
+    known = [record for record in trials(2300) if record.score is not None]
+    assert told[-250:] == [record.values["x"] for record in known][-250:]
+    assert len(told) < 1000 + 300
+    undisturbed = Proposals(search(tmp_path), TrialLog(f"{tmp_path}/empty.json"))
+    undisturbed._log.trials = list(trials(2000))
+    undisturbed.begin_round()
+    for record in trials(2300)[2000:]:
+        undisturbed._log.ask(record.number, record.values, given=False)
+        undisturbed._add(record.values, values=[record.score]) if record.score is not None else None
+    assert [one.params for one in undisturbed.study.trials] == [one.params for one in made.study.trials]

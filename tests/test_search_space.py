@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import optuna
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from orchestration.config import PruningSettings
 from orchestration.search_config import AllocationSearch, Distribution, ScheduleSearch
-from orchestration.search_space import AllocationSpace, contains, recipe_space, summarise
+from orchestration.search_space import (
+    AllocationSpace,
+    contains,
+    from_optuna,
+    inside,
+    recipe_space,
+    summarise,
+    to_optuna,
+)
 from pruners import MaskSet, create_pruner, find_layers
 from pruners.allocation import Allocation, allocate, budget
 from pruners.layers import PrunableLayer
@@ -290,3 +299,50 @@ def test_a_condition_on_what_is_not_searched_is_refused() -> None:
     broken = {"recovery.lr.peak": {"log": [1e-5, 1e-3], "when": {"recovery.preset": "deit"}}}
     with pytest.raises(ValueError, match=r"when names recovery\.preset, which must be another searched key"):
         ScheduleSearch.model_validate({"space": broken})
+
+
+SWITCHES = {
+    "recovery.distill": {"choice": [None, {"kind": "soft", "weight": 0.5}]},
+    "b": {"choice": [True, 2]},
+}
+
+
+def test_booleans_null_and_mappings_are_choices() -> None:
+    """As they are, and not as the number or text that they could be taken for; Optuna has them back alike."""
+    made = {key: Distribution.model_validate(one) for key, one in SWITCHES.items()}
+    assert made["b"].choice == (True, 2)
+    assert type((made["b"].choice or ())[0]) is bool
+    space = recipe_space(made)
+    for values in (
+        {"recovery.distill": None, "b": True},
+        {"recovery.distill": {"weight": 0.5, "kind": "soft"}, "b": 2},
+    ):
+        assert contains(space, values)
+        plain = to_optuna(space, values)
+        study = optuna.create_study()
+        study.enqueue_trial(plain)
+        assert from_optuna(space, study.ask(fixed_distributions=space).params) == values
+    assert not contains(space, {"recovery.distill": {"kind": "soft"}, "b": 2})
+    assert inside(space, {"recovery.distill": {"kind": "soft"}, "b": 2}) == {"b": 2}
+    assert inside(SPACE, {"u": None, "l": "x", "i": 2, "c": None}) == {"i": 2}
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ([0.5, 0.5], "choice: 0.5 stands there twice"),
+        ([0, False], "choice: false stands there twice"),
+        ([{"a": 1}, None, {"a": 1}], 'choice: {"a": 1} stands there twice'),
+    ],
+)
+def test_a_choice_that_stands_there_twice_is_refused(choice: list[Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Distribution.model_validate({"choice": choice})
+
+
+def test_cmaes_over_a_choice_is_refused() -> None:
+    """Optuna would draw it at random, whatever the trials say."""
+    space = {"recovery.lr.peak": {"log": [1e-5, 1e-3]}, "recovery.preset": {"choice": ["deit", "light1"]}}
+    with pytest.raises(ValueError, match=r"space\.recovery\.preset: sampler cmaes searches numbers"):
+        ScheduleSearch.model_validate({"sampler": "cmaes", "space": space})
+    ScheduleSearch.model_validate({"sampler": "nsga2", "space": space})

@@ -53,6 +53,7 @@ def run(
     leaving: Callable[[], bool] = lambda: False,
     stepped: Stepped = lambda done, total: None,
     notes: Sequence[str] = (),
+    repeat: bool = False,
 ) -> None:
     """Run a job to its end: dense training if it names no pruning, else prune → recover → prune …
 
@@ -65,12 +66,15 @@ def run(
         leaving: asked now and then, by all workers together: whether this machine is about to be taken away.
         stepped: told after each step how many are done, and how many there are.
         notes: what the user should hear of, said with the first report.
+        repeat: a run that goes on begins with its last report, which nobody may have lived to hear.
     """
     session = Session.open(job, device, resume, branch)
     place: Metrics = {"kept_at": job.keep_folder}
     told: Metrics = {"notes": list(notes)} if notes else {}
-    if session.step == session.steps:  # it ended before, and was not heard
+    ended = session.step == session.steps  # it was not heard, or the run would not go on
+    if ended or (repeat and resume is not None and session.last):
         report(Progress(session.last | place | told, None))
+        told = {}
     while session.step < session.steps:
         train_epoch(session, report, leaving, stepped)
         session.last = end_epoch(session)

@@ -36,7 +36,7 @@ def train_worker(config: dict[str, Any]) -> None:
     job = TrainJob.model_validate(config)
     device = ray.train.torch.get_device()
     with _newest_intact() as (folder, notes), _origin(job) if folder is None else nullcontext() as branch:
-        run(job, _report, device, resume=folder, branch=branch, leaving=_leaving, notes=notes)
+        run(job, _report, device, resume=folder, branch=branch, leaving=_leaving, notes=notes, repeat=True)
 
 
 def order_worker(config: dict[str, Any]) -> None:
