@@ -110,6 +110,8 @@ def is_architecture(name: str) -> bool:
     Raises:
         InputError: neither a place nor a name that timm knows.
     """
+    if not name.strip():
+        raise InputError("model", name, "is empty: name a checkpoint folder, hf-hub:NAME or a timm model")
     if Path(name).expanduser().exists() or any(sign in name for sign in "/:\\"):
         return False
     if not timm.is_model(name):
