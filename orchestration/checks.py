@@ -38,6 +38,7 @@ from trainers.classes import Names, check_alike, check_known, names_of
 from trainers.config import DataSettings
 from trainers.files import split_glob
 from trainers.int8 import NEEDS
+from trainers.int8_checks import check_mode
 from trainers.latency_settings import LatencyTarget
 from trainers.optional import require
 from trainers.prune_step import prunable_layers
@@ -89,6 +90,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if structured is not None and not dry_run:
         check_installed()
     model, layers, cut = _model(recipe)
+    if recipe.quantize is not None and model is not None:
+        check_mode(model, recipe.quantize.mode, [layer.name for layer in layers], "quantize.mode")
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
     _check_latency(recipe, model, layers, local=local)

@@ -7,7 +7,6 @@ anybody can tell later and elsewhere whether an engine still answers so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -29,9 +28,10 @@ from trainers.agreement import TOLERANCE, Agreement
 from trainers.checkpoint import WEIGHTS, load_checkpoint, versions, weights_hash
 from trainers.columns import ColumnOptions, Columns
 from trainers.engines import ANY_BATCH, Place, Run
+from trainers.int8_checks import check_mode, share_of
 from trainers.optional import installed
 from trainers.preprocessing import PROBES, Images, pattern_images, preprocessing_of
-from trainers.seals import read_sealed, sums
+from trainers.seals import as_json, read_sealed, sums
 
 RECORD = "export.json"
 FORMAT = "espalier-export-1"
@@ -77,6 +77,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
         as_folder(place) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
+        if form.kind == "int8" and wanted.calibration is None:
+            check_mode(model, "dynamic", (), "--format onnx-int8 without --calibration")
         images, name = _real_images(model, wanted.data, wanted.columns)
         source = source_of(model, checkpoint, wanted.calibration, wanted.columns)
         with whole_folder(target, wanted.out, "OUT") as folder:
@@ -94,10 +96,13 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
                     "nothing is kept"
                 )
             content = _content(wanted, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
+            if form.int8_values is not None:
+                content["int8_share"] = share_of(form.int8_values(folder), model)
+                say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
             content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
             content["source"] = _provenance(place, checkpoint, record)
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
-            (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+            (folder / RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
                 path.chmod(0o644)  # some libraries give their files to their owner alone
     for line in _end(target, wanted):

@@ -47,6 +47,7 @@ class Format:
     file: what the engine is given.
     engine, kind: who runs it, and the data type that it computes in.
     packages: that write and run it.
+    int8_values: of an INT8 one, how many weights of a file are int8.
     calibration: whether images that fix the ranges of activations are of use to it.
     """
 
@@ -57,6 +58,7 @@ class Format:
     packages: tuple[str, ...]
     calibration: Literal["none", "possible", "needed"]
     write: Callable[[Source, Path], None]
+    int8_values: Callable[[Path], int] | None = None
 
     def check(self, name: str, calibration: str | None) -> None:
         """Raises:
@@ -77,25 +79,47 @@ def _onnx(source: Source, folder: Path) -> None:
 
 
 def _onnx_int8(source: Source, folder: Path) -> None:
+    from trainers.int8_checks import check_mode, check_share
     from trainers.onnx_export import FILE, quantise_onnx
 
+    if source.calibration is None:
+        check_mode(source.model, "dynamic", (), "--calibration")
     _onnx(source, folder)
     plain = (folder / FILE).rename(folder / f"float-{FILE}")
     quantise_onnx(plain, folder / FILE, source.calibration)
     plain.unlink()
+    check_share(_onnx_values(folder), source.model)
+
+
+def _onnx_values(folder: Path) -> int:
+    from trainers.onnx_export import FILE, int8_values
+
+    return int8_values(folder / FILE)
 
 
 def _openvino(source: Source, folder: Path, images: Images | None = None) -> None:
+    from pruners.layers import has_attention
     from trainers import onnx_export, openvino_export
 
     _onnx(source, folder)
     plain = folder / onnx_export.FILE
-    openvino_export.export_openvino(plain, folder / openvino_export.FILE, source.metadata, images)
+    attention = has_attention(source.model)
+    path = folder / openvino_export.FILE
+    openvino_export.export_openvino(plain, path, source.metadata, images, attention=attention)
     plain.unlink()
 
 
 def _openvino_int8(source: Source, folder: Path) -> None:
+    from trainers.int8_checks import check_share
+
     _openvino(source, folder, source.calibration)
+    check_share(_openvino_values(folder), source.model)
+
+
+def _openvino_values(folder: Path) -> int:
+    from trainers.openvino_export import FILE, int8_values
+
+    return int8_values(folder / FILE)
 
 
 def _torch(source: Source, folder: Path) -> None:
@@ -111,7 +135,14 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "onnx": Format("for ONNX Runtime", "model.onnx", "onnxruntime", "float32", _ONNX, "none", _onnx),
         "onnx-int8": Format(
-            "the same in INT8", "model.onnx", "onnxruntime", "int8", _ONNX, "possible", _onnx_int8
+            "the same in INT8",
+            "model.onnx",
+            "onnxruntime",
+            "int8",
+            packages=_ONNX,
+            calibration="possible",
+            write=_onnx_int8,
+            int8_values=_onnx_values,
         ),
         "openvino": Format("for OpenVINO", "model.xml", "openvino", "float32", _OPENVINO, "none", _openvino),
         "openvino-int8": Format(
@@ -122,6 +153,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             packages=(*_OPENVINO, "nncf"),
             calibration="needed",
             write=_openvino_int8,
+            int8_values=_openvino_values,
         ),
         "torch-export": Format("torch.export's program", "model.pt2", "torch", "float32", (), "none", _torch),
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -61,11 +61,11 @@ class Finetuning:
     lineage: Mapping[str, Any]
 
     @classmethod
-    def of(cls, options: FinetuneOptions) -> Finetuning:
+    def of(cls, options: FinetuneOptions) -> Self:
         """Raises:
         InputError: whatever can be known to fail before the training begins.
         """
-        target = free_folder(options.out, "--out")
+        target = cls.place(options)
         device = torch.device(device_for(options.device))
         check_training(options.training, "")
         patterns: Patterns | None = layer_patterns(options.layers)
@@ -86,6 +86,15 @@ class Finetuning:
         patterns = patterns or recorded_patterns(loaded)
         masks = _fitting(loaded.masks, model)
         return cls(options, target, device, model, (before, now), masks, patterns, lineage)
+
+    @classmethod
+    def place(cls, options: FinetuneOptions) -> Path:
+        """Where the result goes.
+
+        Raises:
+            InputError: it is there already, or cannot be.
+        """
+        return free_folder(options.out, "--out")
 
     @property
     def level(self) -> str:
@@ -110,10 +119,19 @@ class Finetuning:
             shutil.rmtree(work)
         return [f"{key:<12}{value}" for key, value in self._summary()]
 
+    @property
+    def _work(self) -> Path:
+        """The hidden folder of a run."""
+        return self.target.with_name(f".{self.target.name}.finetune")
+
+    def _held(self) -> Path:
+        """What there is of an earlier run: its result, if that is there already."""
+        return self.target if self.target.exists() else self._work
+
     @contextmanager
     def _workplace(self) -> Iterator[Path]:
         """The hidden folder, for this process alone; it stays if there is something to go on from."""
-        work = self.target.with_name(f".{self.target.name}.finetune")
+        work = self._work
         made = [folder for folder in (work, *work.parents) if not folder.exists()]
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -138,10 +156,13 @@ class Finetuning:
             with whole_folder(start, self.options.out, "--out") as folder:
                 # the arguments that built the model: timm knows them itself
                 save_checkpoint(folder, self.model, model_args={}, masks=self.masks, record=self.lineage)
-        record = verify(start, str(start))
+        self._check_lineage(work, verify(start, str(start)))
+        return start
+
+    def _check_lineage(self, work: Path, record: Mapping[str, Any]) -> None:
+        """Whether what lies in a folder comes from this checkpoint and these images."""
         if any(record.get(key) != value for key, value in self.lineage.items()):
             raise _of_another(self.options.out, work, "its checkpoint or its images differ")
-        return start
 
     def _job(self, start: Path, work: Path) -> TrainJob:
         options, method = self.options, self.lineage["method"]
@@ -201,8 +222,7 @@ class Finetuning:
             raise InputError("--out", options.out, expected) from None
         except InputError as error:
             if error.key == "resume":
-                work = self.target.with_name(f".{self.target.name}.finetune")
-                raise _of_another(options.out, work, error.expected.partition(": ")[2]) from None
+                raise _of_another(options.out, self._held(), error.expected.partition(": ")[2]) from None
             keys = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
             if error.key == "data" and error.value != storage.absolute(options.train):
                 keys["data"] = "--validation"
@@ -265,5 +285,7 @@ def _check_teacher(options: FinetuneOptions) -> None:
 
 def _of_another(out: str, work: Path, differs: str) -> InputError:
     return InputError(
-        "--out", out, f"{work} holds an interrupted run of its own: {differs}; delete it to start anew"
+        "--out",
+        out,
+        f"{work} holds an earlier run, which is not this one: {differs}; delete it to start anew",
     )

@@ -64,6 +64,9 @@ def evaluate_model(
     columns: Columns | None = None,
 ) -> Iterator[str]:
     """Lines with a model's figures on some images."""
+    from orchestration.source import check_named
+
+    check_named(model)
     if not model.startswith("models:/"):
         place = absolute(model) if "hf-hub:" not in model else model
         yield from _evaluate(place, data_uri, batch_size, columns)

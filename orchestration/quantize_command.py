@@ -14,6 +14,7 @@ from rich.status import Status
 from torch import nn
 
 from orchestration.finetune_command import Finetuning
+from orchestration.finetune_options import FinetuneOptions
 from orchestration.mlflow_model import labels_of
 from orchestration.quantize_options import AwareOptions, QuantizeOptions
 from orchestration.source import as_folder, at_hand, check_images
@@ -23,9 +24,11 @@ from trainers import data, int8, models
 from trainers.checkpoint import load_checkpoint, size_on_disk, verify
 from trainers.config import Method, TrainJob
 from trainers.evaluate import evaluate
+from trainers.int8_checks import check_mode
 from trainers.onnx_export import FILE
 from trainers.optional import require
 from trainers.quantize_settings import Mode
+from trainers.state import check_recorded
 
 _BATCH = 128
 
@@ -34,6 +37,25 @@ class Training(Finetuning):
     """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
 
     level = "0"  # what is kept is the best model, at no sparsity of its own
+
+    @classmethod
+    def place(cls, options: FinetuneOptions) -> Path:
+        """A hidden folder, which may hold the model already: trained, and not yet written as INT8."""
+        return Path(options.out).resolve()
+
+    def done(self) -> bool:
+        """Whether the model is trained already.
+
+        Raises:
+            InputError: with other settings, from another checkpoint, or on other images.
+        """
+        if not self.target.exists():
+            return False
+        record = verify(self.target, self.options.out, key="--out")
+        self._check_lineage(self.target, record)
+        with self._by_option():
+            check_recorded(self._job(self.target, self._work), record["recipe"])
+        return True
 
     def _job(self, start: Path, work: Path) -> TrainJob:
         assert isinstance(self.options, AwareOptions)
@@ -82,14 +104,21 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
         at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
         as_folder(place) as (source, _),
     ):
-        model = load_checkpoint(str(source), key="model").model.eval()
+        loaded = load_checkpoint(str(source), key="model")
+        model = loaded.model.eval()
+        check_mode(model, cast(Mode, options.mode), loaded.masks or (), "--mode")
+        training = Training.of(options.aware) if options.mode == "qat" else None
+        trained = training is not None and training.done()
         images = _images(options, model)
-        if options.mode != "qat":
+        if training is None:
             return _write(options, source, target, images)
-        status.stop()
-        with _trained(options) as trained:
+        if not trained:
+            status.stop()
+            training.run()
             status.start()
-            return _write(options, trained, target, images)
+        lines = _write(options, training.target, target, images)
+        shutil.rmtree(training.target)
+        return lines
 
 
 def _write(options: QuantizeOptions, source: Path, target: Path, images: Images) -> list[str]:
@@ -119,7 +148,9 @@ def _summary(
     ranges = {"dynamic": "ranges as they come", "static": "ranges from {} training images"}
     how = ranges.get(options.mode, "trained with fake quantisation").format(made["options"]["images"])
     yield "mode", f"{options.mode}: {how}"
-    yield "zeros", f"{made['zeros']:,} pruned weights, each of them 0 in int8"
+    yield "int8", f"{100 * made['int8_share']:.1f} % of the weights"
+    if made["zeros"]:
+        yield "zeros", f"{made['zeros']:,} pruned weights, each of them 0 in int8"
     if figures:
         yield (
             "test top-1",
@@ -147,18 +178,6 @@ def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     table = data.images(options.test, transform, key="--test", columns=options.columns)
     tests = data.eval_loader(table, _BATCH)
     return Images(calibration, tests, evaluate(model, tests).top1)
-
-
-@contextmanager
-def _trained(options: QuantizeOptions) -> Iterator[Path]:
-    """The float checkpoint that was trained for INT8; it goes when the INT8 folder is written."""
-    aware = options.aware
-    folder = Path(aware.out).resolve()
-    if not folder.exists():
-        Training.of(aware).run()
-    verify(folder, aware.out, key="--out")
-    yield folder
-    shutil.rmtree(folder)
 
 
 @contextmanager

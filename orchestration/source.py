@@ -45,6 +45,16 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
         raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
 
 
+def check_named(name: str) -> None:
+    """Whether a model is named at all: an empty name would be the current folder.
+
+    Raises:
+        InputError: it is empty.
+    """
+    if not name.strip():
+        raise InputError("model", name, "is empty: name a checkpoint folder, hf-hub:NAME or a timm model")
+
+
 @contextmanager
 def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
@@ -52,6 +62,7 @@ def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     Raises:
         InputError: a registry that does not answer, or does not hold it.
     """
+    check_named(name)
     if not name.startswith("models:/"):
         yield name
         return
@@ -110,6 +121,7 @@ def is_architecture(name: str) -> bool:
     Raises:
         InputError: neither a place nor a name that timm knows.
     """
+    check_named(name)
     if Path(name).expanduser().exists() or any(sign in name for sign in "/:\\"):
         return False
     if not timm.is_model(name):

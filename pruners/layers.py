@@ -120,6 +120,11 @@ def _match(
     return module_of
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether a model is a transformer, or has some attention in it."""
+    return any(_ATTENTION_CLASS.search(type(part).__name__) for part in model.modules())
+
+
 def stem(name: str) -> str:
     """A layer's name as patterns read it."""
     return _WEIGHT.sub("", name)

@@ -226,3 +226,17 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
     model, arguments = tiny(VIT, seed=5)
     save_checkpoint(folder, model, model_args=arguments, masks=None, record={"method": "dense"})
     assert load_checkpoint(str(folder)).masks is None
+
+
+def test_a_figure_that_is_no_number_leaves_a_record_that_is_json(tmp_path: Path) -> None:
+    model, arguments = tiny()
+    figures = {"val_loss": float("nan"), "val_top1": 0.25, "losses": (1.0, float("inf"))}
+    save_checkpoint(tmp_path / "one", model, model_args=arguments, masks=None, record={"figures": figures})
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "one" / "pruning.json").read_text()
+    found = json.loads(text, parse_constant=refused)["figures"]
+    assert found == {"val_loss": None, "val_top1": 0.25, "losses": [1.0, None]}
+    assert load_checkpoint(str(tmp_path / "one")).record["figures"] == found

@@ -179,3 +179,22 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     assert [len(chosen) for chosen in alone] == [batch] * count
     flat = [label for chosen in alone for label in chosen]
     assert len(set(flat[:size])) == min(size, len(flat))  # no image twice before all were seen
+
+
+def test_shared_memory_that_is_too_small_is_told_before_training(
+    files: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes hold two batches of eight images of 16×16 each: 36,864 bytes; Docker gives little."""
+    images = data.split(files, "train", data.eval_transform(CONFIG), 0)
+    augment = Augment(CONFIG, AugmentSettings())
+
+    class Room:
+        f_bavail, f_frsize = 9, 4096
+
+    monkeypatch.setattr("trainers.data.os.statvfs", lambda place: Room)
+    data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
+    Room.f_bavail = 8
+    expected = r"training\.data_workers = 3: /dev/shm has 0 MB free.*--shm-size=4g"
+    with pytest.raises(InputError, match=expected):
+        data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
+    data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=0)

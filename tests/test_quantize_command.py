@@ -90,6 +90,39 @@ def test_a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
     assert one == other
 
 
+def test_a_trained_model_of_another_command_is_not_taken(
+    run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kill left between training and writing is used by the same command, and by no other one."""
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("stopped")
+
+    typed = "quantize @/vit --mode qat --train @/train.parquet --out small batch_size=8"
+    with monkeypatch.context() as patched:
+        patched.setattr(int8, "quantise", broken)
+        assert run(f"{typed} epochs=1")[0] == 1
+    trained = tmp_path / ".small.float"
+    before = (trained / "model.safetensors").read_bytes()
+    for other, says in (
+        (f"{typed} epochs=2", "training.epochs 1 there and 2 here"),
+        (f"{typed} epochs=1 --seed 1", "seed 0 there and 1 here"),
+        (f"{typed} epochs=1 --images 20", "quantize.images None there and 20 here"),
+        (f"{typed} epochs=1".replace("@/vit", "@/swin"), "its checkpoint or its images differ"),
+        (f"{typed} epochs=1".replace("@/train", "@/test"), "its checkpoint or its images differ"),
+    ):
+        status, _, error = run(other)
+        assert (status, len(error.splitlines())) == (2, 1), error
+        assert "--out" in error
+        assert says in error
+        assert (trained / "model.safetensors").read_bytes() == before
+        assert not (tmp_path / "small").exists()
+    monkeypatch.setattr(quantize_command.Training, "run", broken)  # it is not trained again
+    good(run, f"{typed} epochs=1")
+    check(tmp_path / "small", "qat")
+    assert not trained.exists()
+
+
 def test_a_weight_that_is_not_zero_leaves_nothing(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

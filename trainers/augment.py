@@ -28,6 +28,7 @@ class Augment:
 
     def __init__(self, data_config: dict[str, Any], settings: AugmentSettings) -> None:
         size = tuple(data_config["input_size"][1:])
+        self.bytes = 3 * size[0] * size[1]  # of an image as it is handed on
         steps: list[Any] = []
         if settings.scale is not None:
             bicubic = transforms.InterpolationMode.BICUBIC

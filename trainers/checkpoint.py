@@ -38,7 +38,7 @@ from trainers.foreign import transformers_model
 from trainers.models import load_hub, load_timm_folder
 from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
-from trainers.seals import read_sealed, sha256, sums
+from trainers.seals import as_json, read_sealed, sha256, sums
 from trainers.settings import is_weights_file
 from trainers.storage import local_copy, resolve
 from trainers.weights import load_weights
@@ -110,7 +110,7 @@ def save_checkpoint(
         "versions": versions(),
         "files": sums(folder, files),
     }
-    (folder / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
+    (folder / RECORD).write_text(as_json(content))
 
 
 def _named_parts(model: nn.Module) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
     shutil.copyfile(source / CONFIG, target / CONFIG)
     (target / PACKED).chmod(0o644)
     content = {"format": FORMAT, "versions": versions(), **kept, "files": sums(target, (PACKED, CONFIG))}
-    (target / RECORD).write_text(json.dumps(content, indent=1, sort_keys=True))
+    (target / RECORD).write_text(as_json(content))
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from trainers.tables import decode
 Batches = DataLoader[Any]
 Transform = Callable[[Image.Image], Tensor]
 _TRIES = 100  # unreadable images in a row
+_SHARED = "/dev/shm"  # by which processes hand on what they decoded
+_AHEAD = 2  # batches that each of them holds ready: torch's default
 _CHOSEN = 64  # images at once, where there is no training
 
 
@@ -156,7 +159,11 @@ def train_loader(
         batch: images a step over all workers.
         processes: that decode and augment; 0 does it between the steps.
         normed: the model has batch norms (:class:`EpochBatches`).
+
+    Raises:
+        InputError: what they hand on does not fit into ``/dev/shm``.
     """
+    _check_shared_memory(processes, -(-batch // world) * augment.bytes)
     sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed, normed=normed)
     loader: Batches = DataLoader(
         TrainingImages(table, augment, seed),
@@ -167,6 +174,22 @@ def train_loader(
         pin_memory=pin,
     )
     return loader, sampler
+
+
+def _check_shared_memory(processes: int, batch: int) -> None:
+    """Whether the batches (of so many bytes) that processes hold ready fit: else a signal ends them."""
+    needed = processes * _AHEAD * batch
+    try:
+        there = os.statvfs(_SHARED)
+    except OSError:  # a system without it
+        return
+    free = there.f_bavail * there.f_frsize
+    if needed > free:
+        expected = (
+            f"{_SHARED} has {free / 1e6:.0f} MB free, and what they hold ready takes {needed / 1e6:.0f} MB: "
+            "enlarge it (docker run --shm-size=4g), take fewer, or 0 to decode between the steps"
+        )
+        raise InputError("training.data_workers", processes, expected)
 
 
 def eval_loader(dataset: Dataset[tuple[Tensor, int]], batch: int, rank: int = 0, world: int = 1) -> Batches:

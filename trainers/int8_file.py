@@ -24,7 +24,7 @@ from trainers.preprocessing import metadata_of, preprocessing_of
 from trainers.quantize import Converted
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 _TURNED = ".T"
 
@@ -41,7 +41,9 @@ def write_static(path: Path, converted: Converted, model: nn.Module, labels: lis
     metadata = metadata_of(preprocessing_of(model, labels))
     export_onnx(converted, path, models.input_size(model), metadata)
     written = onnx.load(path)
-    _rename(written, converted.weights)
+    _part(written)
+    names = {known: converted.weights[buffer] for known, buffer in _buffers(written, converted).items()}
+    _rename(written, names)
     onnx.save(written, path)
 
 
@@ -54,8 +56,11 @@ def write_dynamic(path: Path, model: nn.Module, labels: list[str] | None = None)
     with tempfile.TemporaryDirectory(prefix="espalier-") as place:
         plain = Path(place) / FILE
         export_onnx(model, plain, models.input_size(model), metadata)
+        graph = onnx.load(plain)
+        _part(graph)
+        onnx.save(graph, plain)
         quantise_onnx(plain, path)
-        names = _by_content(onnx.load(plain), dict(model.named_parameters()))
+        names = _by_content(graph, dict(model.named_parameters()))
     written = onnx.load(path)
     # as ONNX Runtime names what it makes of a weight
     _rename(written, {f"{old}_quantized": new for old, new in names.items()})
@@ -136,26 +141,90 @@ def _rename(model: ModelProto, names: Mapping[str, str]) -> None:
             node.input[place] = names.get(name, name)
 
 
-def _by_content(model: ModelProto, parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Initialisers of two dimensions that are parameters, transposed (``.T``) or not, by what is in them.
+def _part(model: ModelProto) -> None:
+    """Give each operation a weight of its own: the exporter keeps one of several that are equal."""
+    while (shared := _shared(model)) is not None:
+        name, (_, *users) = shared
+        for number, (node, place) in enumerate(users):
+            other = f"{name}_{number}"
+            node.input[place] = other
+            for position, maker in enumerate(model.graph.node):
+                if name in maker.output:
+                    copied = type(maker)()
+                    copied.CopyFrom(maker)
+                    copied.name, copied.output[0] = f"{maker.name}_{number}", other
+                    model.graph.node.insert(position + 1, copied)
+                    break
+            else:
+                weight = next(one for one in model.graph.initializer if one.name == name)
+                added = model.graph.initializer.add()
+                added.CopyFrom(weight)
+                added.name = other
 
-    The exporter transposes the weights of linear layers, and their names are lost on the way.
+
+def _shared(model: ModelProto) -> tuple[str, list[tuple[NodeProto, int]]] | None:
+    """A weight, or what is made of one, that several operations take; and where these take it."""
+    weights = {one.name for one in model.graph.initializer if len(one.dims) > 1}
+    users: dict[str, list[tuple[NodeProto, int]]] = {}
+    for node in model.graph.node:
+        if node.op_type in ("DequantizeLinear", "Transpose") and node.input[0] in weights:
+            weights.add(node.output[0])
+        for place, name in enumerate(node.input):
+            users.setdefault(name, []).append((node, place))
+    return next(((name, found) for name, found in users.items() if name in weights and len(found) > 1), None)
+
+
+def _buffers(model: ModelProto, converted: Converted) -> dict[str, str]:
+    """The names of int8 initialisers, and of the buffers that they were: of copies, one with their values.
+
+    Weights that the exporter has computed away, as those of position tables, are none of them.
     """
     from onnx import numpy_helper
 
-    known: dict[tuple[tuple[int, ...], bytes], str] = {}
+    tensors = {one.name: one for one in model.graph.initializer}
+    found = {name: name for name in converted.weights if name in tensors}
+    copies = {
+        name: numpy_helper.to_array(one)
+        for name, one in tensors.items()
+        if name not in found and one.data_type == one.INT8 and len(one.dims) > 1
+    }
+    values = dict(converted.named_buffers()) | dict(converted.named_parameters())
+    for buffer in converted.weights.keys() - found.keys():
+        expected = values[buffer].numpy()
+        name = next((name for name, one in copies.items() if np.array_equal(one, expected)), None)
+        if name is not None:
+            found[name] = buffer
+            del copies[name]
+    return found
+
+
+def _by_content(model: ModelProto, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Initialisers of two dimensions that are parameters, by what is in them, with the names for their INT8.
+
+    The exporter transposes the weights of linear layers, and their names are lost on the way; ONNX Runtime
+    transposes those that are left (of ``Gemm`` with ``transB``).
+    """
+    from onnx import numpy_helper
+
+    known: dict[tuple[tuple[int, ...], bytes], list[tuple[str, bool]]] = {}
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
             values = parameter.detach().numpy()
-            for turned in (name, f"{name}{_TURNED}"):
-                array = values.T if turned != name else values
-                known.setdefault((array.shape, np.ascontiguousarray(array).tobytes()), turned)
-    used = {name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") for name in node.input}
-    found = {}
-    for one in model.graph.initializer:
-        if one.name in used and len(one.dims) == 2:
-            values = numpy_helper.to_array(one)
-            parameter_name = known.get((values.shape, values.tobytes()))
-            if parameter_name is not None:
-                found[one.name] = parameter_name
+            for array, turned in ((values, False), (values.T, True)):
+                key = array.shape, np.ascontiguousarray(array).tobytes()
+                known.setdefault(key, []).append((name, turned))
+    tensors = {one.name: one for one in model.graph.initializer if len(one.dims) == 2}
+    found: dict[str, str] = {}
+    given: set[str] = set()
+    for node in model.graph.node:
+        weight = next((name for name in node.input if name in tensors), None)
+        if node.op_type not in ("MatMul", "Gemm") or weight is None:
+            continue
+        values = numpy_helper.to_array(tensors[weight])
+        turns = any(one.name == "transB" and one.i for one in node.attribute)
+        for name, turned in known.get((values.shape, values.tobytes()), []):
+            if name not in given:
+                given.add(name)
+                found[weight] = f"{name}{_TURNED}" if turned != turns else name
+                break
     return found

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError
 from trainers import distributed
+from trainers.int8_checks import check_mode
 from trainers.optional import quietly, require
 
 _LOW, _HIGH = ".min", ".max"
@@ -49,9 +49,8 @@ class Prepared(nn.Module):
     def __init__(self, model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> None:
         super().__init__()
         require("quantize", "int8", "torchao")
-        if aware and any(isinstance(module, _BatchNorm) for module in model.modules()):
-            expected = "has batch norms, which training for INT8 does not hold; take static or dynamic"
-            raise InputError("model", type(model).__name__, expected)
+        if aware:
+            check_mode(model, "qat", (), "mode")
         self.aware, self.size = aware, size
         self.traced = _prepare(model, size, aware=aware)
         self._points = list(_fake_quantisers(self.traced))
@@ -168,7 +167,6 @@ def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> Gr
     with quietly():
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-            X86InductorQuantizer,
             get_default_x86_inductor_quantization_config,
         )
 
@@ -181,12 +179,40 @@ def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> Gr
             ).module()
         finally:
             model.train(training)
-        quantizer = X86InductorQuantizer()
         config = get_default_x86_inductor_quantization_config(is_qat=aware)
         weight = replace(config.weight, quant_min=WEIGHTS[0], quant_max=WEIGHTS[1])
-        quantizer.set_global(replace(config, weight=weight))
+        quantizer = _every_weight(replace(config, weight=weight))
         prepared: GraphModule = (prepare_qat_pt2e if aware else prepare_pt2e)(traced, quantizer)
         return prepared
+
+
+def _every_weight(config: Any) -> Any:
+    """A quantiser of all linear layers and convolutions, whichever module or function they are traced from.
+
+    torchao's own knows them as modules of torch: it leaves out what timm calls as a function (SwinV2's and
+    BEiT's qkv, whose bias is put together) and modules of timm's own (TensorFlow's padding).
+    """
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+
+    aten = torch.ops.aten
+    layers = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding)
+
+    class EveryWeight(X86InductorQuantizer):  # type: ignore[misc]  # untyped
+        def annotate(self, model: GraphModule) -> GraphModule:
+            super().annotate(model)
+            for node in model.graph.nodes:
+                if node.target not in layers or "quantization_annotation" in node.meta:
+                    continue
+                images, weight = node.args[0], node.args[1]
+                if isinstance(weight, Node) and weight.op == "get_attr":
+                    wanted: dict[Any, Any] = {images: config.input_activation, weight: config.weight}
+                    node.meta["quantization_annotation"] = QuantizationAnnotation(
+                        input_qspec_map=wanted, _annotated=True
+                    )
+            return model
+
+    return EveryWeight().set_global(config)
 
 
 def _ends(point: Any) -> tuple[Tensor, Tensor]:

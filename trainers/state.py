@@ -79,15 +79,33 @@ def check_identity(job: TrainJob, known: Mapping[str, Any], differs: Collection[
     Raises:
         InputError: a checkpoint of another recipe, naming the first keys that differ.
     """
-    ours, theirs = _flat(identity(job)), _flat(known)
+    told = _differences(identity(job), known, differs)
+    if told:
+        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
+
+
+def check_recorded(job: TrainJob, recipe: Mapping[str, Any]) -> None:
+    """Whether a model that was kept is one of this job, by the settings that its record keeps as ``recipe``.
+
+    Raises:
+        InputError: as :func:`check_identity`.
+    """
+    ours = {key: value for key, value in identity(job).items() if key in recipe}
+    free = {f"training.{key}" for key in _FREE_TRAINING}
+    told = _differences(ours, recipe, free)
+    if told:
+        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], but: Collection[str]) -> str:
+    """The first keys, but for some, whose values differ, in words; empty if none do."""
+    here, there = _flat(ours), _flat(theirs)
     differ = [
         key
-        for key in sorted(ours.keys() | theirs.keys())
-        if key not in differs and ours.get(key) != theirs.get(key)
+        for key in sorted(here.keys() | there.keys())
+        if key not in but and here.get(key) != there.get(key)
     ]
-    if differ:
-        told = ", ".join(f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in differ[:3])
-        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
+    return ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in differ[:3])
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

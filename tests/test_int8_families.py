@@ -1,0 +1,212 @@
+"""INT8 of every known family, run by its engine: convolutions too, functional layers, equal weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from commands import Run
+from image_tables import VIT, images, table, tiny, write
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from orchestration.engine_export import torch_answers
+from orchestration.export_formats import FORMATS, Source
+from pruners import find_layers, prune
+from pruners.errors import InputError
+from pruners.layers import has_attention
+from pruners.masks import MaskSet
+from trainers import int8, models
+from trainers.agreement import Agreement
+from trainers.checkpoint import save_checkpoint
+from trainers.engines import ANY_BATCH, Place
+from trainers.int8_checks import check_mode, check_share
+from trainers.int8_file import _by_content, _part, _rename, read_weights
+from trainers.onnx_export import quantise_onnx
+from trainers.preprocessing import preprocessing_of
+
+_SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "patch_size": 8, "num_heads": 2, "depth": 2}
+_STAGES: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_vit": 1}
+_WINDOWS: dict[str, Any] = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": [1, 1]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "test_efficientnet": {},
+    "test_convnext": {},
+    "efficientformer_l1": {**_STAGES, "depths": (1, 1, 1, 2)},
+    "efficientformerv2_s0": {**_STAGES, "mlp_ratios": ((4,),) * 4},
+    "xcit_nano_12_p8_224": {**_SMALL, "cls_attn_layers": 1},
+    "swinv2_tiny_window8_256": {**_WINDOWS, "num_heads": [2, 2]},
+    "swin_tiny_patch4_window7_224": {**_WINDOWS, "num_heads": [2, 2]},
+    "deit_tiny_distilled_patch16_224": _SMALL,
+}
+# in every 'make test': a CNN with batch norms, and a hierarchical transformer whose qkv is a function
+OFTEN = ("test_resnet", "swinv2_tiny_window8_256")
+MODELS = pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[] if one in OFTEN else [pytest.mark.long]) for one in FAMILIES]
+)
+
+
+def small(name: str) -> nn.Module:
+    """A pruned one, whose norms have seen images."""
+    side = 224 if name == "efficientformer_l1" else 32  # its position table is of 7 × 7
+    size = {"input_size": (3, side, side), "crop_pct": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=3, pretrained_cfg_overlay=size, **FAMILIES[name])
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.ndim == 1 and not key.endswith("bias"):
+                    parameter.uniform_(0.5, 1.5)  # a ResNet's blocks begin as nothing
+            model.train()
+            for _ in range(3):
+                model(torch.randn(8, 3, side, side))
+    prune(model.eval(), "magnitude", 0.5)
+    return model
+
+
+@MODELS
+def test_static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
+    model = small(name)
+    masks = MaskSet.from_zeros(model, find_layers(model))
+    save_checkpoint(
+        tmp_path / "float", model, model_args=FAMILIES[name], masks=masks, record={"method": "magnitude"}
+    )
+    (tmp_path / "int8").mkdir()
+    batch = images(16, side=models.input_size(model)[1])
+    record = int8.quantise(tmp_path / "float", tmp_path / "int8", "static", batch.split(8))
+    assert record["zeros"] == sum(masks.pruned().values()) > 0
+    assert record["int8_share"] > 0.6
+    engine = int8.Int8Model(tmp_path / "int8" / "model.onnx", threads=1)
+    expected = torch_answers(model, batch.numpy())
+    for count in (1, 2, 7):
+        apart = Agreement.of(engine(batch[:count]).numpy(), expected[:count])
+        assert apart.holds("int8"), apart
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_exports_to_every_format(name: str, form: str, tmp_path: Path) -> None:
+    _exports(name, form, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["onnx-int8", "openvino-int8"])
+def test_a_cnn_exports_to_int8(form: str, tmp_path: Path) -> None:
+    _exports("test_efficientnet", form, tmp_path)
+
+
+def _exports(name: str, kind: str, folder: Path) -> None:
+    model, form = small(name), FORMATS[kind]
+    batch = images(32, side=models.input_size(model)[1]).numpy()
+    form.write(Source(model, preprocessing_of(model), batch), folder)
+    if form.int8_values is not None:
+        assert form.int8_values(folder) > 0.6 * sum(one.numel() for one in model.parameters())
+    run = ANY_BATCH[form.engine].load(folder / form.file, form.kind, Place(1))
+    expected = torch_answers(model, batch)
+    for count in (1, 2, 7):
+        apart = Agreement.of(run(batch[:count].copy()), expected[:count])
+        assert apart.holds(form.kind), apart
+
+
+def test_what_no_way_of_quantising_does_is_known_from_the_model() -> None:
+    with torch.device("meta"):
+        cnn, vit, convnext = (
+            timm.create_model(name) for name in ("resnet18", "vit_tiny_patch16_224", "convnext_tiny")
+        )
+    with pytest.raises(InputError, match=r"mode = 'dynamic': leaves convolutions in float32: 96 % of ResNet"):
+        check_mode(cnn, "dynamic", (), "mode")
+    with pytest.raises(InputError, match="ResNet has batch norms"):
+        check_mode(cnn, "qat", (), "mode")
+    check_mode(cnn, "static", (), "mode")
+    for other in (vit, convnext):
+        check_mode(other, "dynamic", [layer.name for layer in find_layers(other)], "mode")
+        check_mode(other, "qat", (), "mode")
+    with pytest.raises(InputError, match=r"patch_embed\.proj\.weight among them, which is pruned"):
+        check_mode(vit, "dynamic", ["patch_embed.proj.weight"], "mode")
+    weights = sum(one.numel() for one in cnn.parameters())
+    with pytest.raises(InputError, match="49 % of its weights would be int8: such a file is no INT8 one"):
+        check_share(round(0.49 * weights), cnn)
+    check_share(round(0.51 * weights), cnn)
+
+
+def test_who_is_a_transformer() -> None:
+    with torch.device("meta"):
+        cnn, swin = map(timm.create_model, ("resnet18", "swin_tiny_patch4_window7_224"))
+    assert not has_attention(cnn)
+    assert has_attention(swin)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    model = small("test_resnet")
+    save_checkpoint(folder / "cnn", model, model_args={}, masks=None, record={"method": "dense"})
+    write(folder / "train.parquet", table([0, 1, 2] * 8))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("quantize @/cnn --mode dynamic --out out", ("--mode", "leaves convolutions in float32", "static")),
+        (
+            "quantize @/cnn --mode qat --train @/train.parquet --out out",
+            ("--mode", "has batch norms", "take static"),
+        ),
+        ("export @/cnn out --format onnx-int8", ("--calibration", "leaves convolutions in float32")),
+        ('inspect ""', ("model = ''", "is empty")),
+        ('evaluate "" --data @/train.parquet', ("model = ''", "is empty")),
+        ('export "" out --format onnx', ("model = ''", "is empty")),
+    ],
+)
+def test_it_is_refused_before_work_begins(typed: str, says: tuple[str, ...], run: Run) -> None:
+    status, out, error = run(typed)
+    assert (status, out, len(error.splitlines())) == (2, "", 1), error
+    assert not [part for part in says if part not in error], error
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_weights_that_are_equal(mode: Any, tmp_path: Path) -> None:
+    """The exporter keeps one of them; each is found in the file by its name."""
+    model, arguments = tiny(VIT)
+    names = [f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in ("mlp.fc1", "attn.proj")]
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).zero_()
+    masks = MaskSet.from_zeros(model, find_layers(model))
+    save_checkpoint(tmp_path / "float", model, model_args=arguments, masks=masks, record={"method": "lamp"})
+    (tmp_path / "int8").mkdir()
+    record = int8.quantise(tmp_path / "float", tmp_path / "int8", mode, [images(16)])
+    assert record["zeros"] == sum(masks.pruned().values())
+    assert set(names) <= read_weights(tmp_path / "int8" / "model.onnx").keys()
+
+
+def test_a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(tmp_path: Path) -> None:
+    """``Gemm`` takes a square weight as it is, and its INT8 form transposed."""
+    weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    weight[np.triu_indices(8, 1)] = 0
+    gemm = helper.make_node("Gemm", ["images", "w", "b"], ["logits"], name="gemm", transB=1)
+    graph = helper.make_graph(
+        [gemm],
+        "one",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(8, np.float32), "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    _part(model)
+    onnx.save(model, tmp_path / "float.onnx")
+    quantise_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    names = _by_content(model, {"layer.weight": torch.from_numpy(weight)})
+    written = onnx.load(tmp_path / "int8.onnx")
+    _rename(written, {f"{old}_quantized": new for old, new in names.items()})
+    onnx.save(written, tmp_path / "int8.onnx")
+    found = read_weights(tmp_path / "int8.onnx")["layer.weight"].values
+    assert not found[np.triu_indices(8, 1)].any()
+    assert found[np.tril_indices(8, -1)].any()
