@@ -19,6 +19,9 @@ from trainers.checkpoint import load_checkpoint
 from trainers.config import DataSettings
 from trainers.evaluate import Evaluation, evaluate
 from trainers.latency_table import LatencyTable
+from trainers.node_cache import Pixels
+
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,15 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         torch.set_num_threads(inputs.threads)
         self._inputs = inputs
         self._order = inputs.order.open(device=inputs.device)
-        self._model = load_checkpoint(inputs.checkpoint).model.eval().to(inputs.device)
+        self._model = load_checkpoint(inputs.checkpoint, shared=True).model.eval().to(inputs.device)
         self._parameters = dict(self._model.named_parameters())
         self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
-        transform = data.eval_transform(models.data_config(self._model))
-        images = data.split(inputs.data, "validation", transform, inputs.seed)
-        # decoded once: a trial costs its evaluation alone
-        self._parts = [
-            list(data.eval_loader(torch.utils.data.Subset(images, range(first, last)), 128))
-            for first, last in pairwise([0, *inputs.search.rungs(len(images))])
-        ]
+        preprocessing = models.data_config(self._model)
+        images = data.split(inputs.data, "validation", data.eval_transform(preprocessing), inputs.seed)
+        ends = inputs.search.rungs(len(images))
+        self._parts = list(pairwise([0, *ends]))
+        # decoded once for all actors of a node: a trial costs its evaluation alone
+        self._images = Pixels.of(images, ends[-1], preprocessing, inputs.device)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, float]) -> bool:
@@ -86,7 +88,8 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         if not self._results:
             self._set_weights()
-        self._results.append(evaluate(self._model, self._parts[len(self._results)]))
+        first, last = self._parts[len(self._results)]
+        self._results.append(evaluate(self._model, self._images.batches(first, last, _BATCH)))
         result, speed = Evaluation.over(self._results), self._inputs.speed
         return {
             "score": -result.loss if self._inputs.search.objective == "cross_entropy" else result.score,

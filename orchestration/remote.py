@@ -22,7 +22,7 @@ from pruners.masks import MaskSet
 from pruners.methods import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import data, int8, models, storage
-from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
+from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.config import DataSettings, ModelSettings, OrderJob, PruningSettings
 from trainers.evaluate import evaluate
 from trainers.order_run import write_order
@@ -78,7 +78,7 @@ def save_one_shot(
 ) -> None:
     """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``."""
     torch.set_num_threads(inputs.threads)
-    loaded = load_checkpoint(inputs.checkpoint)
+    loaded = load_checkpoint(inputs.checkpoint, shared=True)
     model = loaded.model
     parameters = dict(model.named_parameters())
     order = inputs.order.open()
@@ -86,8 +86,6 @@ def save_one_shot(
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
-    with storage.local_copy(inputs.checkpoint) as dense:
-        arguments = model_args(dense)
     content = {
         **record,
         "allocation": allocation,
@@ -96,7 +94,7 @@ def save_one_shot(
     }
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         save_checkpoint(
-            Path(folder), model, model_args=arguments, masks=masks.over(loaded.masks), record=content
+            Path(folder), model, model_args=loaded.arguments, masks=masks.over(loaded.masks), record=content
         )
         storage.upload(Path(folder), target)
 
@@ -138,10 +136,8 @@ def save_structured(
     """
     _use_all_processors(device)
     loaded = load_checkpoint(checkpoint)
-    with storage.local_copy(checkpoint) as dense:
-        arguments = model_args(dense)
     model = loaded.model.to(device)
-    plan = plan_cut(model, arguments, settings)
+    plan = plan_cut(model, loaded.arguments, settings)
     train = data.split(images, "train", data.eval_transform(models.data_config(model)), seed)
     count = -(-min(settings.images, len(train)) // settings.batch_size)
     batches = data.fixed_batches(train, settings.batch_size, 0, count, rank=0, world=1, seed=seed)

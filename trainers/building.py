@@ -22,7 +22,6 @@ from trainers.config import TrainJob
 from trainers.learning import Distillation, Loss, Precision
 from trainers.quantize import Prepared
 from trainers.schedules import pruning_plan
-from trainers.storage import local_copy
 from trainers.weights import from_file
 
 
@@ -95,7 +94,7 @@ def _teacher(job: TrainJob) -> nn.Module:
             raise InputError("training.distill.teacher", name, first_line(error)) from None
     if place == job.model.checkpoint and job.model.is_file:
         return from_file(job.model)
-    return load_checkpoint(place, key="training.distill.teacher").model
+    return load_checkpoint(place, key="training.distill.teacher", shared=True).model
 
 
 def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
@@ -147,12 +146,11 @@ def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any],
         return build(settings, job.data), dict(job.model.args), None
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     try:
-        loaded = load_checkpoint(source, layers=job.pruning.layers if job.pruning else None, **extra)
+        # every worker reads the dense model, and each its own copy of what it goes on from
+        layers = job.pruning.layers if job.pruning else None
+        loaded = load_checkpoint(source, layers=layers, shared=resume is None, **extra)
     except InputError as error:
         if not extra or "drop_path" not in error.expected:
             raise
         raise InputError("training.drop_path", drop_path, "the model has no drop path") from None
-    if source.startswith("hf-hub:"):
-        return loaded.model, {}, loaded.masks
-    with local_copy(source) as folder:
-        return loaded.model, folder_format.model_args(folder), loaded.masks
+    return loaded.model, dict(loaded.arguments), loaded.masks

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,6 +36,7 @@ from trainers import storage
 from trainers.finite import check_finite, describe, not_finite
 from trainers.foreign import transformers_model
 from trainers.models import load_hub, load_timm_folder
+from trainers.node_cache import node_copy
 from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
 from trainers.seals import as_json, read_sealed, sha256, sums
@@ -56,11 +57,12 @@ FORMAT = "espalier-checkpoint-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, the masks of what is pruned in it (none: dense), and its record."""
+    """A model, the masks of what is pruned in it (none: dense), its record, the arguments that build it."""
 
     model: nn.Module
     masks: MaskSet | None
     record: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -123,13 +125,19 @@ def _named_parts(model: nn.Module) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    uri: str, *, key: str = "checkpoint", layers: Mapping[str, Any] | None = None, **arguments: Any
+    uri: str,
+    *,
+    key: str = "checkpoint",
+    layers: Mapping[str, Any] | None = None,
+    shared: bool = False,
+    **arguments: Any,
 ) -> Checkpoint:
     """Load a folder (any pyarrow URI), compressed or not, or ``hf-hub:NAME``, after checking its files.
 
     A timm folder that espalier did not write is welcome; masks are then read from the zeros of the weights.
 
     Args:
+        shared: other processes of this machine read it too: what lies far away is copied once for all.
         arguments: for timm's model, over those of the folder (``drop_path_rate``).
 
     Raises:
@@ -139,7 +147,7 @@ def load_checkpoint(
         return Checkpoint(load_hub(uri, **arguments), None)
     if is_weights_file(uri):
         return _with_zeros(load_weights(uri, arguments=arguments, key=key)[0], {}, layers)
-    with fetched(uri, key=key) as folder:
+    with fetched(uri, key=key, shared=shared) as folder:
         return load_folder(folder, uri, key=key, layers=layers, **arguments)
 
 
@@ -168,8 +176,8 @@ def load_folder(
             if shapes.get(name) != mask.shape:
                 file = PACKED if is_packed(folder) else MASKS
                 raise InputError(key, uri, f"{file} does not fit the model ({name})")
-        return Checkpoint(model, masks, record)
-    return _with_zeros(model, record, layers)
+        return Checkpoint(model, masks, record, model_args(folder))
+    return replace(_with_zeros(model, record, layers), arguments=model_args(folder))
 
 
 def _with_zeros(model: nn.Module, record: Mapping[str, Any], layers: Mapping[str, Any] | None) -> Checkpoint:
@@ -199,10 +207,13 @@ def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[st
 
 
 @contextmanager
-def fetched(uri: str, *, key: str) -> Iterator[Path]:
+def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
     """A folder (any pyarrow URI) on this machine for as long as it is needed, unchecked.
 
     Of a file of weights that says what model it is of, a folder is made.
+
+    Args:
+        shared: a copy stays for the other processes of this machine (:mod:`trainers.node_cache`).
 
     Raises:
         InputError: nothing is there, or it cannot be reached.
@@ -221,6 +232,9 @@ def fetched(uri: str, *, key: str) -> Iterator[Path]:
         raise InputError(key, uri, f"cannot be reached ({reason})") from None
     if not there:
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
+    if shared:
+        yield node_copy(uri)
+        return
     with local_copy(uri) as folder:
         yield folder
 
@@ -243,9 +257,12 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
         masks = MaskSet.load(source / MASKS) if (source / MASKS).exists() else None
         kept["packed_from"] = sha256(source / WEIGHTS)
     names = write_packed(target / PACKED, weights, masks)
-    shutil.copyfile(source / CONFIG, target / CONFIG)
-    (target / PACKED).chmod(0o644)
-    content = {"format": FORMAT, "versions": versions(), **kept, "files": sums(target, (PACKED, CONFIG))}
+    files = [PACKED, CONFIG] + ([RANGES] if (source / RANGES).exists() else [])
+    for name in files[1:]:
+        shutil.copyfile(source / name, target / name)
+    for name in files:
+        (target / name).chmod(0o644)
+    content = {"format": FORMAT, "versions": versions(), **kept, "files": sums(target, files)}
     (target / RECORD).write_text(as_json(content))
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,6 +55,12 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self, count: int) -> str:
+        """Of its first ``count`` images."""
+        digest = hashlib.sha256(np.ascontiguousarray(self._rows[:count], np.int64).tobytes())
+        digest.update(f"{self.store.name} {self._tolerant} {len(self)}".encode())
+        return digest.hexdigest()
 
     def where(self, index: int) -> str:
         """File and row of an image."""

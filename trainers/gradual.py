@@ -50,7 +50,7 @@ def run(
     resume: Path | None = None,
     *,
     branch: Path | None = None,
-    leaving: Callable[[], bool] = lambda: False,
+    leaving: Callable[[], str | None] = lambda: None,
     stepped: Stepped = lambda done, total: None,
     notes: Sequence[str] = (),
     repeat: bool = False,
@@ -63,7 +63,8 @@ def run(
     Args:
         resume: a checkpoint folder of this job to go on from.
         branch: without one, the checkpoint folder of the job's ``origin``, to begin from.
-        leaving: asked now and then, by all workers together: whether this machine is about to be taken away.
+        leaving: asked now and then, by all workers together: which machines are about to be taken away, if
+            any are. The run is saved once for each answer.
         stepped: told after each step how many are done, and how many there are.
         notes: what the user should hear of, said with the first report.
         repeat: a run that goes on begins with its last report, which nobody may have lived to hear.
@@ -84,7 +85,9 @@ def run(
         told = {}
 
 
-def train_epoch(session: Session, report: Report, leaving: Callable[[], bool], stepped: Stepped) -> None:
+def train_epoch(
+    session: Session, report: Report, leaving: Callable[[], str | None], stepped: Stepped
+) -> None:
     """The rest of an epoch: pruning steps where the plan has them, an optimizer step for each batch."""
     per_epoch = len(session.sampler)
     session.sampler.start(session.epoch, session.step % per_epoch)
@@ -141,7 +144,7 @@ def _between(session: Session) -> Metrics:
     return {"step": session.step, **judged}
 
 
-def _due(session: Session, leaving: Callable[[], bool]) -> bool:
+def _due(session: Session, leaving: Callable[[], str | None]) -> bool:
     """Whether a checkpoint within the epoch is due; all workers answer alike."""
     training = session.job.training
     if training.checkpoint_steps is not None and session.step % training.checkpoint_steps == 0:
@@ -155,7 +158,8 @@ def _due(session: Session, leaving: Callable[[], bool]) -> bool:
     agreed = distributed.first_says(wish)
     if agreed == _ASK:
         session.asked_at = now
-        return leaving()
+        before, session.notice = session.notice, leaving()
+        return session.notice not in (None, before)
     return agreed == _SAVE
 
 

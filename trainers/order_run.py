@@ -24,7 +24,7 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     torch.set_num_threads(job.threads)
     rank, world = distributed.rank(), distributed.world_size()
     pruning = job.pruning
-    model = load_checkpoint(job.checkpoint, layers=pruning.layers).model.to(device)
+    model = load_checkpoint(job.checkpoint, layers=pruning.layers, shared=True).model.to(device)
     layers = prunable_layers(model, pruning)
     pruner = create_pruner(job.method, **pruning.options(job.method))
     masks = MaskSet.from_zeros(model, layers)

@@ -110,9 +110,10 @@ def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
     return [ray.train.Checkpoint(path, latest.filesystem) for path in reversed(known)]
 
 
-def _leaving() -> bool:
-    """Whether the cluster is about to take away a node of this run."""
-    return ray.train.get_preemption_info() is not None
+def _leaving() -> str | None:
+    """The nodes of this run that the cluster is about to take away; the same answer on every worker."""
+    found = ray.train.get_preemption_info()
+    return None if found is None else " ".join(found.preempted_node_ids)
 
 
 def _report(progress: Progress) -> None:

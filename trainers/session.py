@@ -50,6 +50,7 @@ class Session:
         held: what keeps pruned weights at zero; ``moved`` what a forward pass moves besides them.
         meter: the losses of the epoch so far.
         step: optimizer steps done.
+        notice: the machines that were about to be taken away when the cluster was asked last.
         kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
     """
 
@@ -81,6 +82,7 @@ class Session:
     last: Metrics = field(default_factory=dict)
     saved_at: float = field(default_factory=time.monotonic)
     asked_at: float = field(default_factory=time.monotonic)
+    notice: str | None = None
 
     @classmethod
     def open(

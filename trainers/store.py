@@ -80,6 +80,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def name(self) -> str:
+        """Of its file, which says what it was made of."""
+        return self._path.stem
+
     def cell(self, row: int) -> Any:
         """The encoded image of a row: bytes, or ``None`` where the table holds none."""
         chunk = int(np.searchsorted(self._ends, row, side="right"))
