@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from orchestration.config import Resources
-from orchestration.ports import LOOPBACK, reserve
+from orchestration.ports import LOOPBACK, check_reachable, reserve
 from orchestration.search_config import AllocationSearch
 from pruners.errors import InputError, first_line
 
@@ -133,6 +133,8 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
         yield cluster_size()
         return
     joined = cluster_address(address)
+    if joined and joined not in ("auto", "local"):
+        check_reachable(joined, "--address" if address else "RAY_ADDRESS")
     try:
         with _own_signals():
             if joined:

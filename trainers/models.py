@@ -43,7 +43,9 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
             **arguments,
         )
         return model
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever comes of numbers that the architecture was not made for
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 
