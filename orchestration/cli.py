@@ -250,7 +250,7 @@ def _end_in_order() -> None:
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
     _end_in_order()
-    with looks.limited():
+    with looks.limited(looks.SECONDS):
         status = _status()
     if looks.abandoned():  # its client is waited for at an ordinary end, for minutes
         sys.stdout.flush()

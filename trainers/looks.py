@@ -32,7 +32,7 @@ _state = _State()
 
 
 @contextmanager
-def limited(seconds: float | None = SECONDS) -> Iterator[None]:
+def limited(seconds: float | None) -> Iterator[None]:
     """Looks have so many seconds meanwhile; ``None``: as many as they need, as in a sweep that is at work."""
     before, _state.limit = _state.limit, seconds
     try:
