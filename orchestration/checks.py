@@ -102,11 +102,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     check_name(recipe.registered_model, "tracking.registered_model")
     if recipe.tracking.uri is not None and not dry_run:
         check_uri(recipe.tracking.uri)
-    try:
-        _check_storage(recipe.storage)
-    except storage.UnreachableError:
-        if not dry_run:  # what does not answer here may answer there
-            raise
+    _check_storage(recipe.storage, silent=dry_run)
     if recipe.data.source is not None:
         _check_classes_of_digits(recipe)
         if not dry_run:
@@ -327,12 +323,19 @@ def _ends(distribution: Distribution) -> tuple[Any, ...]:
     return distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
 
 
-def _check_storage(place: str) -> None:
-    """Raises:
-    UnreachableError: a place that does not answer.
-    InputError: no place, or one where nothing can be put.
+def _check_storage(place: str, *, silent: bool) -> None:
+    """Args:
+        silent: it need not answer: what does not from here may answer there.
+
+    Raises:
+        InputError: no place, or one where nothing can be put.
     """
-    there = storage.info(place)
+    try:
+        there = storage.info(place)
+    except storage.UnreachableError:
+        if silent:
+            return
+        raise
     if there.type not in (fs.FileType.NotFound, fs.FileType.Directory):
         raise InputError("storage", place, "must be a folder, and is none")
 

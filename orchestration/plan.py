@@ -47,7 +47,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     total = sum(layer.numel for layer in prepared.layers)
     model = recipe.model.architecture or recipe.model.checkpoint
     if recipe.model.architecture is not None and recipe.model.checkpoint is not None:
-        model = f"{model} with the weights of {without_password(recipe.model.checkpoint)}"
+        model = f"{model} with the weights of {recipe.model.checkpoint}"
     lines = [("model", f"{model}, {recipe.model.classes} classes")]
     data = recipe.data.source or ", ".join(
         f"{part} {uri}" for part in ("train", "validation", "test") if (uri := getattr(recipe.data, part))

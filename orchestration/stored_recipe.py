@@ -71,7 +71,7 @@ def names(place: str) -> list[str]:
     Raises:
         InputError: there is none.
     """
-    system, path = storage.resolve(f"{storage.absolute(place)}/sweeps", key="--storage")
+    system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
     try:
         entries = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
