@@ -33,7 +33,7 @@ def left(driver: int, since: str) -> list[psutil.Process]:
 def _belongs(process: psutil.Process, driver: int, since: str) -> bool:
     for place in _written(process):
         if (found := _SESSION.search(place)) and int(found[2]) == driver and found[1] >= since:
-            return process.pid != driver
+            return bool(process.pid != driver)
     return False
 
 
