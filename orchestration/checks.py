@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from pyarrow import fs
 
 from orchestration import digits
 from orchestration.check_allocation import check_allocated, check_sparsities
-from orchestration.check_training import check_training, trainings
+from orchestration.check_training import check_frozen, check_training, trainings
 from orchestration.cluster import ClusterSize
 from orchestration.config import Recipe, digest
 from orchestration.latency import check_linear, check_threads
@@ -32,7 +33,7 @@ from pruners.left_dense import LeftDense
 from pruners.limits import bounds, check_feasible
 from pruners.methods import create_pruner
 from pruners.patterns import Pattern
-from trainers import models, storage
+from trainers import looks, models, storage
 from trainers.checkpoint import load_checkpoint, model_args
 from trainers.classes import Names, check_alike, check_known, names_of
 from trainers.config import DataSettings
@@ -92,6 +93,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     model, layers, cut = _model(recipe)
     if recipe.quantize is not None and model is not None:
         check_mode(model, recipe.quantize.mode, [layer.name for layer in layers], "quantize.mode")
+    _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
     _check_latency(recipe, model, layers, local=local)
@@ -100,7 +102,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     check_name(recipe.registered_model, "tracking.registered_model")
     if recipe.tracking.uri is not None and not dry_run:
         check_uri(recipe.tracking.uri)
-    storage.resolve(recipe.storage)
+    _check_storage(recipe.storage, silent=dry_run)
     if recipe.data.source is not None:
         _check_classes_of_digits(recipe)
         if not dry_run:
@@ -212,6 +214,14 @@ def _check_head(recipe: Recipe) -> None:
         raise InputError("model.classes", recipe.model.classes, expected)
 
 
+def _check_frozen(recipe: Recipe, model: torch.nn.Module | None, layers: list[PrunableLayer]) -> None:
+    if model is None:
+        return
+    pruned = {layer.name for layer in layers}
+    for part, training in trainings(recipe).items():
+        check_frozen(training, model, pruned if part == "recovery" else (), f"{part}.")
+
+
 def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     pruning = recipe.pruning
     pattern = Pattern.parse(pruning.pattern)
@@ -313,6 +323,23 @@ def _ends(distribution: Distribution) -> tuple[Any, ...]:
     return distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
 
 
+def _check_storage(place: str, *, silent: bool) -> None:
+    """Args:
+        silent: it need not answer: what does not from here may answer there.
+
+    Raises:
+        InputError: no place, or one where nothing can be put.
+    """
+    try:
+        there = storage.info(place)
+    except storage.UnreachableError:
+        if silent:
+            return
+        raise
+    if there.type not in (fs.FileType.NotFound, fs.FileType.Directory):
+        raise InputError("storage", place, "must be a folder, and is none")
+
+
 def _check_writable(place: str) -> None:
     probe = f"{storage.absolute(place)}/.espalier-writes"
     try:
@@ -339,11 +366,11 @@ def _check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -
         raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
 
 
-def _is_here(uri: str) -> bool:
+def _is_here(uri: str, key: str) -> bool:
     """Whether this machine sees a file (of a glob, its folder); a bucket silent here may answer there."""
     try:
-        return storage.exists(split_glob(uri)[0])
-    except InputError:
+        return bool(storage.info(split_glob(uri)[0], key).type != fs.FileType.NotFound)
+    except storage.UnreachableError:
         return False
 
 
@@ -361,14 +388,16 @@ def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
         uri: str | None = getattr(data, part)
         if uri is None:
             continue
-        places[part] = storage.absolute(uri)
-        if dry_run and not _is_here(uri):
+        places[part] = storage.absolute(uri, f"data.{part}")
+        if dry_run and not _is_here(uri, f"data.{part}"):
             missing.append(uri)
             continue
         tolerant = data.bad_images == "skip"
-        key, wanted = f"data.{part}", data.columns
-        hashes[part] = check_table(places[part], classes, key=key, tolerant=tolerant, columns=wanted)
-        names[part] = names_of(places[part], key=key, columns=wanted, every=True)
+        place, key, wanted = places[part], f"data.{part}", data.columns
+        hashes[part] = looks.heard(
+            uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
+        )
+        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
     check_alike(names, key="data")
     found: Mapping[str, Any] = data.model_dump() | places
     # what the columns hold is in the hashes

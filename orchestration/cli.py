@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Any
@@ -21,6 +22,8 @@ from orchestration.cli_registry import lineage, promote
 from orchestration.launch import INTERRUPTED, launch
 from orchestration.span import PHASES, Phase, Span
 from pruners.errors import InputError, did_you_mean
+from pruners.redact import without_secrets
+from trainers import looks
 
 
 class _Commands(click.Group):
@@ -247,21 +250,31 @@ def _end_in_order() -> None:
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
     _end_in_order()
+    with looks.limited(looks.SECONDS):
+        status = _status()
+    if looks.abandoned():  # its client is waited for at an ordinary end, for minutes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status() -> int:
     try:
         status = cli(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
+        return status if isinstance(status, int) else 0
     except InputError as error:
         click.echo(f"espalier: {error}", err=True)
-        sys.exit(2)
+        return 2
     except click.ClickException as error:
-        click.echo(f"espalier: {' '.join(error.format_message().split())}", err=True)
-        sys.exit(2)
+        click.echo(f"espalier: {without_secrets(' '.join(error.format_message().split()))}", err=True)
+        return 2
     except FloatingPointError as error:
         click.echo(f"espalier: {error}", err=True)
-        sys.exit(1)
+        return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -6,18 +6,21 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from orchestration import cluster_keeper
 from orchestration.config import Resources
-from orchestration.ports import LOOPBACK, reserve
+from orchestration.ports import LOOPBACK, check_reachable, reserve
 from orchestration.search_config import AllocationSearch
 from pruners.errors import InputError, first_line
 
@@ -40,6 +43,7 @@ _QUIET = {
 _STATE_API = "RAY_API_SERVER_ADDRESS"
 _DASHBOARD_PORT = 8265
 _STARTS = 3
+_KEEPER_SECONDS = 5.0
 
 _JOIN_SECONDS = "RAY_gcs_server_port_wait_time_s"
 _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
@@ -133,6 +137,8 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
         yield cluster_size()
         return
     joined = cluster_address(address)
+    if joined and joined not in ("auto", "local"):
+        check_reachable(joined, "--address" if address else "RAY_ADDRESS")
     try:
         with _own_signals():
             if joined:
@@ -149,6 +155,9 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     finally:
         ray.shutdown()
         os.environ.pop(_STATE_API, None)
+        for keeper in _keepers:
+            _dismiss(keeper)
+        _keepers.clear()
 
 
 @contextmanager
@@ -170,8 +179,37 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_keepers: list[subprocess.Popen[bytes]] = []
+
+
+def _keep() -> None:
+    """A process that outlives us, and ends what is left of the cluster then."""
+    began = time.strftime(cluster_keeper.NAME)  # before Ray does
+    command = [sys.executable, "-m", cluster_keeper.__name__, str(os.getpid()), began]
+    places = os.pathsep.join(place for place in sys.path if place)  # also where we are not installed
+    _keepers.append(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches us alone
+            env={**os.environ, "PYTHONPATH": places},
+        )
+    )
+
+
+def _dismiss(keeper: subprocess.Popen[bytes]) -> None:
+    """Let it look once more, and end."""
+    assert keeper.stdin is not None, "made with a pipe"
+    keeper.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        keeper.wait(_KEEPER_SECONDS)
+
+
 def _start_local() -> None:
     """A cluster on this machine; another port is tried where somebody else was quicker to take the one."""
+    _keep()
     for left in range(_STARTS - 1, -1, -1):
         try:
             _start_at_free_port()

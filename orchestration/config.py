@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -21,14 +21,18 @@ from trainers.config import (
     Share,
     TrainingSettings,
 )
+from trainers.settings import Amount, Seed, ShortName, Workers
 from trainers.structured_settings import StructuredSettings
+
+# the search before it was for models of one kind: methods, layers and patterns stay
+_OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
 
 
 class WorkerRange(Settings):
     """A run that goes on with fewer workers when a node leaves, at the same global batch."""
 
-    min: int = Field(1, ge=1)
-    max: int = Field(ge=1)
+    min: Workers = 1
+    max: Workers
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkerRange:
@@ -40,12 +44,12 @@ class WorkerRange(Settings):
 class Resources(Settings):
     """What a training run takes from the cluster."""
 
-    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+    workers: Workers | WorkerRange = Field(
         1, description="data-parallel workers of a run, or {min, max} of them as nodes come and go"
     )
-    cpus_per_worker: float = Field(1.0, gt=0.0)
-    gpus_per_worker: float = Field(0.0, ge=0.0)
-    retries: int = Field(1, ge=0, description="restarts of a worker group after a failure")
+    cpus_per_worker: Amount = Field(1.0, gt=0.0)
+    gpus_per_worker: Amount = 0.0
+    retries: int = Field(1, ge=0, le=10**6, description="restarts of a worker group after a failure")
 
     @property
     def least(self) -> int:
@@ -94,17 +98,17 @@ class Tracking(Settings):
     """Where MLflow is; without a URI a server of our own is started on loopback."""
 
     uri: Name | None = None
-    experiment: Name = "espalier"
-    registered_model: Name | None = Field(None, description="default espalier-<name>")
+    experiment: ShortName = "espalier"
+    registered_model: ShortName | None = Field(None, description="default espalier-<name>")
     promotion: Promotion = Promotion()
 
 
 class Recipe(Settings):
     """One sweep or run. YAML keys are the names below; ``extends:`` inherits from another recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    seed: int = Field(0, ge=0)
+    name: ShortName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = Field("", max_length=5000)
+    seed: Seed = 0
     storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
     model: ModelSettings
     data: DataSettings
@@ -134,7 +138,7 @@ class Recipe(Settings):
         for sparsity in self.allocation.sparsities:
             self.pruning.check_reach(sparsity, "allocation.sparsities")
         for key in self.long_run:
-            if key.split(".")[0] not in {"recovery", "pruning"} or key == "pruning.sparsity":
+            if not f"{key}.".startswith(_OF_LONG_RUN):
                 raise ValueError(
                     f"long_run: {key} cannot change; only keys of recovery and pruning.schedule do"
                 )

@@ -14,6 +14,7 @@ import click
 
 from orchestration.span import WHOLE, Span
 from pruners.errors import InputError, first_line
+from pruners.redact import without_secrets
 
 INTERRUPTED = 130
 JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
@@ -51,7 +52,7 @@ def launch(
         raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
-    again = shlex.join(["espalier", *said, *(["--address", address] if address else [])])
+    again = without_secrets(shlex.join(["espalier", *said, *(["--address", address] if address else [])]))
     if JOB in os.environ:  # the laptop that submitted it knows where it did
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
@@ -73,12 +74,13 @@ def _trace(recipe: Any) -> str:
     from orchestration.stored_recipe import folder_of
     from trainers import storage
 
-    place, trace = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}", traceback.format_exc()
+    place = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
+    trace = without_secrets(traceback.format_exc())
     try:
         storage.write_bytes(place, trace.encode())
     except OSError:  # the storage itself may be what is wrong
         return f"the trace:\n{trace}"
-    return f"the trace is in {place}"
+    return f"the trace is in {without_secrets(place)}"
 
 
 def is_jobs_api(address: str) -> bool:
@@ -150,7 +152,9 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         run_through_client(content, address=address, recipe_name=name, span=span)
         return
     from orchestration.stored_recipe import check_unchanged
+    from trainers import looks, storage
 
+    storage.info(recipe.storage)  # does it answer at all?
     check_unchanged(recipe)
     # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
     with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
@@ -162,4 +166,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = Console() if Console().is_terminal else Console(width=180)
-        run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)
+        with looks.limited(None):  # a place that has answered may be away for a while
+            run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)

@@ -6,11 +6,11 @@ from rich.table import Table
 
 from orchestration.checks import Prepared
 from orchestration.config import Recipe
-from orchestration.public import without_password
 from orchestration.search_config import Fastest
 from orchestration.terminal import Console
 from pruners.memory import fisher_bytes, layer_groups
 from pruners.methods import create_pruner
+from pruners.redact import without_secrets
 from trainers.schedules import pruning_plan
 
 
@@ -37,7 +37,8 @@ def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -
         console.print(terminal(recipe, console.width), highlight=False, markup=False)
         lines += _needs(prepared)
     for key, value in lines:
-        console.print(f"{key + ':':<13}{value}", highlight=False, soft_wrap=True, markup=False)
+        line = without_secrets(f"{key + ':':<13}{value}")
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _lines(prepared: Prepared) -> list[tuple[str, str]]:
@@ -46,7 +47,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     total = sum(layer.numel for layer in prepared.layers)
     model = recipe.model.architecture or recipe.model.checkpoint
     if recipe.model.architecture is not None and recipe.model.checkpoint is not None:
-        model = f"{model} with the weights of {without_password(recipe.model.checkpoint)}"
+        model = f"{model} with the weights of {recipe.model.checkpoint}"
     lines = [("model", f"{model}, {recipe.model.classes} classes")]
     data = recipe.data.source or ", ".join(
         f"{part} {uri}" for part in ("train", "validation", "test") if (uri := getattr(recipe.data, part))
@@ -86,7 +87,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
     )
     lines.append(("storage", recipe.storage))
     uri = recipe.tracking.uri
-    lines.append(("tracking", without_password(uri) if uri else "an MLflow server of our own, on loopback"))
+    lines.append(("tracking", uri or "an MLflow server of our own, on loopback"))
     return lines
 
 

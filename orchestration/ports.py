@@ -19,7 +19,7 @@ LOOPBACK = "127.0.0.1"
 _TRIED = 50
 
 
-def check_reachable(address: str) -> None:
+def check_reachable(address: str, key: str = "--address") -> None:
     """Whether anybody listens at ``ray://HOST:PORT``, ``http://…`` or ``HOST:PORT``; Ray tries for a minute.
 
     Raises:
@@ -29,14 +29,14 @@ def check_reachable(address: str) -> None:
     scheme = address.partition("://")[0] if "://" in address else "ray"
     if not found or not port.isdigit() or scheme not in ("ray", "http", "https"):
         expected = "must be auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
-        raise InputError("--address", address, expected)
+        raise InputError(key, address, expected)
     try:
         if scheme in ("http", "https"):
             _ask(f"{address.rstrip('/')}/api/version")
         else:
             socket.create_connection((host, int(port)), _ANSWER_SECONDS).close()
     except (OSError, OverflowError, HTTPException) as error:
-        raise InputError("--address", address, f"no Ray cluster answers there ({error})") from None
+        raise InputError(key, address, f"no Ray cluster answers there ({error})") from None
 
 
 def _ask(url: str) -> None:

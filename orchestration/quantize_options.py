@@ -15,6 +15,7 @@ from pruners.errors import InputError
 from trainers.columns import ColumnOptions
 from trainers.config import TrainingSettings
 from trainers.quantize_settings import Mode
+from trainers.storage import absolute
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class QuantizeOptions(ColumnOptions):
     @property
     def hidden(self) -> Path:
         """Where the result of the training lies until the INT8 folder is written."""
-        out = Path(self.out).expanduser()
+        out = Path(absolute(self.out, "OUT"))
         return out.with_name(f".{out.name}.float")
 
     @property

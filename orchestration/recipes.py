@@ -271,6 +271,8 @@ def _one_mistake(first: Any, whole: type[BaseModel]) -> InputError:
             return InputError(inner if key == "recipe" else f"{key}.{inner}", _shown(given, inner), rest)
         return InputError(key, None if isinstance(given, dict) else given, message)
     message = first["msg"].replace("Input should be", "must be")
+    if kind == "too_short":
+        message = f"must have at least {first['ctx']['min_length']} item"
     return InputError(key, given, message[0].lower() + message[1:])
 
 

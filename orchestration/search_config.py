@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from orchestration.population_space import check_population
 from trainers.config import Settings, Share
 from trainers.latency_settings import LatencyTarget
+from trainers.settings import Amount, Count, Distinct, Images, Steps
 
 Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
+Whole = Annotated[int, Field(ge=-(10**9), le=10**9)]
+Inner = Annotated[Share, Field(gt=0.0, lt=1.0)]
+_MOST_COMBINATIONS = 100_000
 
 
 class Distribution(Settings):
@@ -22,7 +27,7 @@ class Distribution(Settings):
 
     uniform: tuple[float, float] | None = None
     log: tuple[float, float] | None = Field(None, description="log-uniform")
-    integer: tuple[int, int] | None = Field(None, description="both ends included")
+    integer: tuple[Whole, Whole] | None = Field(None, description="both ends included")
     choice: tuple[bool | int | float | str | list[Any] | dict[str, Any] | None, ...] | None = Field(
         None, min_length=1
     )
@@ -43,6 +48,13 @@ class Distribution(Settings):
                 raise ValueError(f"choice: {json.dumps(value)} stands there twice")
         return self
 
+    @property
+    def size(self) -> int:
+        """How many values a choice or an integer can have; 0 of others."""
+        if self.integer is not None:
+            return self.integer[1] - self.integer[0] + 1
+        return len(self.choice or ())
+
     def values(self) -> tuple[Any, ...]:
         """Of a choice or an integer: all that it can be."""
         if self.integer is not None:
@@ -57,7 +69,7 @@ class SearchLimits(Settings):
         0.5, ge=0.0, le=1.0, description="share of the trials that may fail; one more ends the search"
     )
     trial_minutes: float | None = Field(
-        None, gt=0.0, description="a trial that takes longer counts as failed; default: none does"
+        None, gt=0.0, le=1e6, description="a trial that takes longer counts as failed; default: none does"
     )
 
 
@@ -134,18 +146,18 @@ class AllocationSearch(SearchLimits):
     of the trials that come to each of these ends one in ``reduction`` goes on.
     """
 
-    trials: int = Field(30, ge=0, description="for each sparsity")
-    sparsities: tuple[Share, ...] = Field(
+    trials: int = Field(30, ge=0, le=10**6, description="for each sparsity")
+    sparsities: Annotated[tuple[Inner, ...], Distinct] = Field(
         (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
     )
-    by: tuple[Literal["stage", "module", "group", "layer"], ...] = Field(
+    by: Annotated[tuple[Literal["stage", "module", "group", "layer"], ...], Distinct] = Field(
         ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
     )
     range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
     sampler: Sampler = "tpe"
-    images: int = Field(2000, ge=1, description="validation images of a trial, at most")
-    first_images: int | None = Field(None, ge=1, description="default: all at once")
-    reduction: int = Field(2, ge=2)
+    images: Images = Field(2000, description="validation images of a trial, at most")
+    first_images: Images | None = Field(None, description="default: all at once")
+    reduction: int = Field(2, ge=2, le=10**6)
     pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
     objective: Literal["top1", "cross_entropy", "latency"] = Field(
         "top1",
@@ -157,8 +169,8 @@ class AllocationSearch(SearchLimits):
     )
     between: tuple[Share, Share] | None = Field(None, description="of latency: sparsities to look between")
     target: LatencyTarget | None = Field(None, description="of latency: what is to be fast; default csr")
-    cpus_per_trial: float = Field(1.0, gt=0.0)
-    gpus_per_trial: float = Field(0.0, ge=0.0)
+    cpus_per_trial: Amount = Field(1.0, gt=0.0)
+    gpus_per_trial: Amount = 0.0
 
     @model_validator(mode="after")
     def _of_latency(self) -> AllocationSearch:
@@ -231,7 +243,7 @@ class AllocationSearch(SearchLimits):
 class ScheduleSearch(SearchLimits):
     """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
 
-    trials: int = Field(4, ge=1)
+    trials: Count = 4
     space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
     sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
     scheduler: Literal["asha", "hyperband", "median", "none", "pbt"] = Field(
@@ -239,22 +251,29 @@ class ScheduleSearch(SearchLimits):
         description="what stops trials early, by their epochs at the final sparsity; pbt stops none: "
         "the worse go on from the better ones' models",
     )
-    grace_epochs: int = Field(
-        1, ge=1, description="epochs at the final sparsity before a trial may be stopped; pbt: between looks"
+    grace_epochs: Steps = Field(
+        1, description="epochs at the final sparsity before a trial may be stopped; pbt: between looks"
     )
-    reduction: int = Field(2, ge=2, description="one in so many goes on; pbt: so many of the worst do not")
+    reduction: int = Field(
+        2, ge=2, le=10**6, description="one in so many goes on; pbt: so many of the worst do not"
+    )
 
     @property
     def runs(self) -> int:
         """Gradual runs of a method: without a space they would all be the same one."""
         if not self.space:
             return 1
-        return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
+        return min(self.trials, self._combinations) if self.sampler == "grid" else self.trials
 
     @property
     def alone(self) -> dict[str, Any]:
         """What makes one run of it."""
         return {"trials": 1, "space": {}} | ({"scheduler": "none"} if self.scheduler == "pbt" else {})
+
+    @property
+    def _combinations(self) -> int:
+        """Of the space's values, for a grid."""
+        return math.prod(one.size for one in self.space.values())
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the space's values."""
@@ -272,6 +291,11 @@ class ScheduleSearch(SearchLimits):
         for key in self.space:
             if key.split(".")[0] not in {"recovery", "pruning"}:
                 raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
+        if self.sampler == "grid" and self._combinations > _MOST_COMBINATIONS:
+            raise ValueError(
+                f"space: sampler grid takes at most {_MOST_COMBINATIONS:,} combinations; "
+                f"these are {self._combinations:,}"
+            )
         for key, one in self.space.items():
             if self.sampler == "grid" and one.choice is None and one.integer is None:
                 raise ValueError(f"space.{key}: sampler grid takes choice and integer only")

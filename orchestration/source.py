@@ -122,7 +122,7 @@ def is_architecture(name: str) -> bool:
         InputError: neither a place nor a name that timm knows.
     """
     check_named(name)
-    if Path(name).expanduser().exists() or any(sign in name for sign in "/:\\"):
+    if Path(absolute(name, "model")).exists() or any(sign in name for sign in "/:\\"):
         return False
     if not timm.is_model(name):
         close = did_you_mean(name, timm.list_models())

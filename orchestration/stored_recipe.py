@@ -16,6 +16,7 @@ from orchestration.recipes import flatten, single, validate
 from orchestration.search_config import LIMITS
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
+from trainers.looks import look
 
 RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
@@ -71,9 +72,9 @@ def names(place: str) -> list[str]:
     Raises:
         InputError: there is none.
     """
-    system, path = storage.resolve(f"{storage.absolute(place)}/sweeps", key="--storage")
+    system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
     try:
-        entries = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        entries = look(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
         raise InputError("--storage", place, f"cannot be read ({error})") from None
     found = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)

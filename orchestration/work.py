@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from orchestration.terminal import Console
 from pruners.errors import InputError, first_line
+from trainers import storage
 
 _PLAIN_SECONDS = 10.0
 _PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
@@ -130,8 +131,8 @@ def free_file(place: str, key: str) -> Path:
     """Raises:
     InputError: a file cannot be written there without loss.
     """
-    path = Path(place).expanduser()
-    if not path.absolute().parent.is_dir():
+    path = Path(storage.absolute(place, key))
+    if not path.parent.is_dir():
         raise InputError(key, place, "must lie in a folder that exists")
     if path.exists():
         raise InputError(key, place, "is there already; name another file")
@@ -146,8 +147,8 @@ def free_folder(place: str, key: str) -> Path:
     """
     if "://" in place:
         raise InputError(key, place, "must be a folder of this machine")
-    target = Path(place).expanduser().resolve()
     try:
+        target = Path(storage.absolute(place, key)).resolve()
         if target.is_dir():
             if any(target.iterdir()):
                 raise InputError(key, place, "the folder is there and not empty; name another one")

@@ -5,24 +5,33 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from pruners.redact import without_secrets
+
+_LONGEST = 400  # of a value, in letters
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
 
 
 class InputError(ValueError):
     """Input that cannot be used: names the key, the value, and what would be right.
 
-    The command line prints it as one line and exits with 2; from Python it is a ``ValueError``.
+    The command line prints it as one line and exits with 2; from Python it is a ``ValueError``. Its text
+    holds no secret of an address, and of a long value the beginning.
     """
 
     def __init__(self, key: str, value: object, expected: str) -> None:
         self.key = key
         self.value = value
-        self.expected = expected
-        shown = key if value is None else f"{key} = {value!r}"
-        super().__init__(" ".join(f"{shown}: {expected}".split()))
+        self.expected = without_secrets(expected)
+        shown = key if value is None else f"{key} = {_shown(value)}"
+        super().__init__(without_secrets(" ".join(f"{shown}: {expected}".split())))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str]]:
         return type(self), (self.key, self.value, self.expected)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
@@ -32,9 +41,9 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits on one line; its kind if it says nothing.
+    """What an error says, as far as it fits on one line, without secrets; its kind if it says nothing.
 
     Of one that tells another's trace (Ray's do) it is the end of it, where that one says what it is.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0]
+    return without_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])

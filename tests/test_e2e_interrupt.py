@@ -121,18 +121,6 @@ def test_an_interrupt_ends_everything_in_seconds(
         assert "RUNNING" not in place.status().values()
 
 
-# Ray's own agents try for a minute to tell the cluster, which is gone, that it is
-AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-
-
-def late(process: str) -> bool:
-    """One of the processes that outlive a killed cluster by some seconds.
-
-    A worker that was starting finds that out only when its imports are done.
-    """
-    return process in AGENTS or "default_worker.py" in process
-
-
 @pytest.mark.long
 def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
     """SIGKILL, and then the same command again: it ends well, and repeats no finished trial."""
@@ -141,11 +129,11 @@ def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None
         known = place.trials()
         status, _ = command.interrupt(signal.SIGKILL)
         assert status == -signal.SIGKILL
-        assert all(map(late, command.left(10.0).values())), command.left(0.0)
+        # Ray's own agents would try for a minute to tell the cluster, which is gone, that it is
+        assert command.left(20.0) == {}
         with espalier(*SWEEP, cwd=place.folder) as again:
             assert again.wait() == 0, again.err
-            assert set(again.left().values()) <= AGENTS
-        assert command.left(60.0) == {}
+            assert again.left() == {}
     place.keeps(known)
     assert place.ended("allocation") == 12
     assert place.ended("schedule") == 2

@@ -1,4 +1,4 @@
-"""500 cheap trials, a random process killed every 20 seconds: all are there once, and all records agree."""
+"""Sweeps whose processes are killed at random: nothing is lost or repeated, and all records agree."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ SWEEP = (
     "schedule.space={}",
 )
 VICTIMS = ("driver", "OneShotTrial", "mlflow", "raylet")
+# the whole way, of which no kill changes what is drawn: every allocation and schedule is given
+KILLS = 20
+WHOLE = (
+    "sweep",
+    str(SMALL),
+    "pruning.methods=[dimap]",
+    "allocation.trials=0",
+    "schedule.scheduler=none",
+    "schedule.sampler=grid",
+    "schedule.trials=6",
+    "schedule.space={recovery.lr.peak: {choice: [1e-4, 1e-3, 2e-3]}, recovery.ema: {choice: [0.9, 0.99]}}",
+    "resources.retries=100",
+)
+OF_TRAINING = ("driver", "driver", "RayTrainWorker", "mlflow")
 
 
 def victim(command: Command, kind: str, chance: random.Random) -> int | None:
@@ -55,6 +69,81 @@ def endured(folder: Path, chance: random.Random) -> Counter[str]:
                     killed[kind] += 1
             if command.process.returncode == 0:
                 return killed
+
+
+def twenty_kills(
+    folder: Path, start_seconds: float, work_seconds: float, chance: random.Random
+) -> Counter[str]:
+    """Kill a process of the sweep at a random moment, again and again; then let it come to its end.
+
+    Args:
+        start_seconds: until the sweep is at work; ``work_seconds``: from then to its end, undisturbed.
+    """
+    killed: Counter[str] = Counter()
+    began = time.monotonic()
+    while sum(killed.values()) < KILLS:
+        with espalier(*WHOLE, cwd=folder) as command:
+            moment = chance.uniform(0.3 * start_seconds, start_seconds + work_seconds / 6)
+            while command.process.poll() is None:
+                assert time.monotonic() - began < MOST_SECONDS, f"{killed}\n{command.err}"
+                ends = time.monotonic() + moment
+                while command.process.poll() is None and time.monotonic() < ends:
+                    command.family.look()
+                    time.sleep(0.1)
+                kind = chance.choice(OF_TRAINING)
+                pid = victim(command, kind, chance)
+                if command.process.poll() is None and pid is not None:
+                    os.kill(pid, signal.SIGKILL)
+                    killed[kind] += 1
+                    if kind == "driver":
+                        command.process.wait(10)
+                moment = chance.uniform(0.0, work_seconds / 6)
+            assert command.process.returncode in (0, -signal.SIGKILL), command.err
+            assert command.left(20.0) == {}, killed
+    run(*WHOLE, cwd=folder)
+    return killed
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Those of the dense model and of the best of each gradual run, by their places."""
+    models = [
+        *folder.glob("runs/dense/**/model.safetensors"),
+        *folder.glob("runs/sweeps/**/kept/**/model.safetensors"),
+    ]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in models}
+
+
+def logged(folder: Path) -> list[tuple[str, str, float | None]]:
+    """Of each run in MLflow its name, its state and its top-1, in order."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow/mlflow.db")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=1000)
+    return sorted((one.info.run_name, one.info.status, one.data.metrics.get("val_top1")) for one in found)
+
+
+@pytest.mark.long
+@pytest.mark.cluster
+@pytest.mark.timeout(4000)
+def test_twenty_kills_of_one_sweep_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    """Its weights are those of the undisturbed one to the bit, and so is what MLflow knows."""
+    undisturbed, soaked = tmp_path / "undisturbed", tmp_path / "soaked"
+    for folder in (undisturbed, soaked):
+        folder.mkdir()
+    began = time.monotonic()
+    with espalier(*WHOLE, cwd=undisturbed) as command:
+        command.until(lambda: bool(command.workers()), what="the first worker")
+        start = time.monotonic() - began
+        assert command.wait() == 0, command.err
+    killed = twenty_kills(soaked, start, time.monotonic() - began - start, random.Random(25))
+    assert sum(killed.values()) >= KILLS
+    assert killed["driver"] >= KILLS / 4
+    expected = weights(undisturbed)
+    assert len(expected) > 2
+    found = weights(soaked)
+    assert sorted(found) == sorted(expected)
+    assert [place for place in expected if found[place] != expected[place]] == []
+    assert logged(soaked) == logged(undisturbed)
+    assert {status for _, status, _ in logged(soaked)} == {"FINISHED"}
 
 
 @pytest.mark.long

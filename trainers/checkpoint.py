@@ -41,7 +41,7 @@ from trainers.optional import installed
 from trainers.packed import read_packed, write_packed
 from trainers.seals import as_json, read_sealed, sha256, sums
 from trainers.settings import is_weights_file
-from trainers.storage import local_copy, resolve
+from trainers.storage import info, local_copy
 from trainers.weights import load_weights
 
 WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
@@ -224,19 +224,22 @@ def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
             save_foreign(Path(made), model, uri, chosen, model_args={})
             yield Path(made)
         return
-    system, path = resolve(uri, key)
-    try:
-        there = system.get_file_info(path).type != fs.FileType.NotFound
-    except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(key, uri, f"cannot be reached ({reason})") from None
-    if not there:
-        raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
+    check_there(uri, key=key)
     if shared:
         yield node_copy(uri)
         return
     with local_copy(uri) as folder:
         yield folder
+
+
+def check_there(uri: str, *, key: str) -> None:
+    """Raises:
+    InputError: no folder (or file of weights) is there, or it cannot be reached.
+    """
+    if is_weights_file(uri) and info(uri, key=key).type == fs.FileType.File:
+        return
+    if info(uri, key=key).type != fs.FileType.Directory:
+        raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
 
 
 def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from pruners.errors import InputError
 from pruners.patterns import Pattern
@@ -14,7 +13,20 @@ from trainers.columns import Columns
 from trainers.presets import TRAINING, merged
 from trainers.quantize_settings import Calibration, check_training
 from trainers.schedule_settings import LearningRate, PruningSchedule
-from trainers.settings import Name, Settings, Share, is_weights_file
+from trainers.settings import (
+    Arguments,
+    Count,
+    Distinct,
+    Expression,
+    Images,
+    Name,
+    Rate,
+    Seed,
+    Settings,
+    Share,
+    Steps,
+    is_weights_file,
+)
 
 PerLayer = Share | dict[str, Share]
 Method = Literal[
@@ -22,6 +34,9 @@ Method = Literal[
 ]
 SECOND_ORDER = frozenset({"dimap+ovit", "ovit", "ovit_fast", "woodfisher"})
 ScopeName = Literal["layer", "module", "stage", "global"]
+Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+Deviation = Annotated[float, Field(ge=1e-4, le=1e4)]
+Patterns = Annotated[tuple[Expression, ...], Field(min_length=1)]
 
 
 class ModelSettings(Settings):
@@ -29,13 +44,15 @@ class ModelSettings(Settings):
     weights as the checkpoint the architecture says what they are of."""
 
     architecture: Name | None = Field(None, description="timm model name")
-    args: dict[str, Any] = Field({}, description="keyword arguments of timm.create_model")
+    args: Arguments = Field({}, description="keyword arguments of timm.create_model")
     pretrained: bool = Field(False, description="take timm's own weights as the dense model")
     checkpoint: Name | None = Field(
         None,
         description="folder (any pyarrow URI), hf-hub:NAME, models:/NAME; or a .pth file of architecture",
     )
-    classes: int = Field(1000, ge=2, description="of one class there is nothing to learn: its loss is 0")
+    classes: Annotated[int, Field(ge=2, le=10**6)] = Field(
+        1000, description="of one class there is nothing to learn: its loss is 0"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -87,8 +104,8 @@ class DataSettings(Settings):
     validation: Name | None = Field(None, description="default: a fixed part of train is held out")
     test: Name | None = None
     holdout: float = Field(0.1, gt=0.0, lt=1.0, description="part of train held out without validation")
-    mean: tuple[float, float, float] | None = Field(None, description="default: the model's own")
-    std: tuple[float, float, float] | None = None
+    mean: tuple[Mean, Mean, Mean] | None = Field(None, description="default: the model's own")
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     image_column: Name | None = Field(
         None, description="default: the one Image of the hub's metadata, or 'image'"
     )
@@ -98,7 +115,7 @@ class DataSettings(Settings):
     bad_images: Literal["stop", "skip"] = Field(
         "stop", description="images that cannot be decoded, rows without a label, files that cannot be read"
     )
-    bad_limit: int = Field(100, ge=0, description="skip: images of training that may be left out")
+    bad_limit: int = Field(100, ge=0, le=10**9, description="skip: images of training that may be left out")
 
     @model_validator(mode="after")
     def _source_or_files(self) -> DataSettings:
@@ -118,13 +135,13 @@ class DataSettings(Settings):
 class AugmentSettings(Settings):
     """Augmentation of training images; the default does nothing but resize and normalise."""
 
-    shift: int = Field(0, ge=0, description="random shift, pixels")
+    shift: int = Field(0, ge=0, le=4096, description="random shift, pixels")
     scale: tuple[Share, Share] | None = Field(None, description="area of random resized crops")
     flip: Share = 0.0
     rand_augment: Name | None = Field(None, description="timm's string, rand-m9-mstd0.5-inc1")
     erasing: Share = 0.0
-    mixup: float = Field(0.0, ge=0.0)
-    cutmix: float = Field(0.0, ge=0.0)
+    mixup: Rate = 0.0
+    cutmix: Rate = 0.0
 
 
 class DistillSettings(Settings):
@@ -136,27 +153,27 @@ class DistillSettings(Settings):
     teacher: Name = Field("dense", description="dense (what the run starts from), a timm model or a folder")
     kind: Literal["soft", "hard"] = "soft"
     weight: float = Field(0.5, gt=0.0, le=1.0, description="share of the loss")
-    temperature: float = Field(1.0, gt=0.0, description="soft: of both sides")
+    temperature: float = Field(1.0, ge=1e-3, le=1e3, description="soft: of both sides")
 
 
 class TrainingSettings(Settings):
     """How a model is trained, or recovers; a ``preset`` sets augmentation and regularisation."""
 
     preset: Literal["light1", "light2", "medium1", "medium2", "deit"] | None = None
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(64, ge=1, description="images a step over all workers")
-    accumulate: int = Field(1, ge=1, description="parts that a worker takes its images of a step in")
+    epochs: Steps = 30
+    batch_size: Count = Field(64, description="images a step over all workers")
+    accumulate: Count = Field(1, description="parts that a worker takes its images of a step in")
     optimizer: Name = Field("adamw", description="timm optimizer name")
-    optimizer_args: dict[str, Any] = Field({}, description="its keyword arguments, as {betas: [0.9, 0.95]}")
+    optimizer_args: Arguments = Field({}, description="its keyword arguments, as {betas: [0.9, 0.95]}")
     lr: LearningRate = LearningRate()
-    weight_decay: float = Field(0.05, ge=0.0, description="not for biases and norms")
+    weight_decay: Rate = Field(0.05, description="not for biases and norms")
     layer_decay: float | None = Field(None, gt=0.0, le=1.0, description="learning rate, layer by layer down")
-    clip_grad: float | None = Field(1.0, gt=0.0)
+    clip_grad: float | None = Field(1.0, gt=0.0, le=1e9)
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     drop_path: float | None = Field(None, ge=0.0, lt=1.0, description="default: the model's own")
     augment: AugmentSettings = AugmentSettings()
     distill: DistillSettings | None = None
-    freeze: tuple[Name, ...] = Field(
+    freeze: tuple[Expression, ...] = Field(
         (), description="regular expressions of parameters that stay as they are"
     )
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="decay of a moving average of the weights")
@@ -169,10 +186,12 @@ class TrainingSettings(Settings):
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a step that is not finite: end the run, or leave it out (ten of a run at most)"
     )
-    data_workers: int = Field(0, ge=0, description="decoding processes of each worker")
-    checkpoint_every: int = Field(5, ge=1, description="epochs")
-    checkpoint_minutes: float | None = Field(10.0, gt=0.0, description="within an epoch too, this far apart")
-    checkpoint_steps: int | None = Field(None, ge=1, description="within an epoch too, this many steps apart")
+    data_workers: int = Field(0, ge=0, le=1024, description="decoding processes of each worker")
+    checkpoint_every: Count = Field(5, description="epochs")
+    checkpoint_minutes: float | None = Field(
+        10.0, gt=0.0, le=1e6, description="within an epoch too, this far apart"
+    )
+    checkpoint_steps: Images | None = Field(None, description="within an epoch too, this many steps apart")
 
     @model_validator(mode="before")
     @classmethod
@@ -182,15 +201,13 @@ class TrainingSettings(Settings):
             return value  # no preset, or one that is refused
         return merged(TRAINING[preset], value)
 
-    @field_validator("freeze")
-    @classmethod
-    def _expressions(cls, found: tuple[str, ...]) -> tuple[str, ...]:
-        for text in found:
-            try:
-                re.compile(text)
-            except re.error as error:
-                raise ValueError(f"{text!r} is no regular expression ({error})") from None
-        return found
+    @model_validator(mode="after")
+    def _warm_up_within(self) -> TrainingSettings:
+        if self.lr.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"lr.warmup_epochs: {self.lr.warmup_epochs:g} must not be more than epochs ({self.epochs})"
+            )
+        return self
 
 
 def _not_sexagesimal(value: object) -> object:
@@ -208,13 +225,11 @@ class FisherSettings(Settings):
     m = 256 and λ = 1e-2 of the mean diagonal).
     """
 
-    gradients: int | None = Field(None, ge=1, description="m, over all workers")
-    batch_size: int = Field(128, ge=1, description="images of a gradient")
+    gradients: Count | None = Field(None, description="m, over all workers")
+    batch_size: Count = Field(128, description="images of a gradient")
     per_sample: bool = Field(False, description="a gradient of each image instead of each batch")
-    block_size: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] = Field(
-        192, description="B, for all layers or for each module"
-    )
-    damp: Annotated[float, Field(gt=0.0)] | Literal["auto"] | None = Field(
+    block_size: Count | dict[str, Count] = Field(192, description="B, for all layers or for each module")
+    damp: Annotated[float, Field(gt=0.0, le=1e9)] | Literal["auto"] | None = Field(
         None, description="λ; auto tries 1e-4 … 1e-9 on held-out training images before each pruning step"
     )
     relative: bool | None = Field(None, description="λ is a share of the mean of each layer's diagonal")
@@ -227,27 +242,29 @@ class FisherSettings(Settings):
 class PruningSettings(Settings):
     """What is pruned, and how far."""
 
-    methods: tuple[Method, ...] = Field(("dimap", "ovit"), min_length=1)
+    methods: Annotated[tuple[Method, ...], Distinct] = Field(("dimap", "ovit"), min_length=1)
     sparsity: Share = 0.75
-    layers: dict[str, tuple[str, ...]] | None = Field(None, description="module -> regular expressions")
+    layers: dict[Name, Patterns] | None = Field(
+        None, min_length=1, description="module -> regular expressions"
+    )
     pattern: PatternName = Field("unstructured", description="unstructured, N:M as 2:4 or 4:8, or 1x4")
     unfit: Literal["refuse", "dense"] = Field("refuse", description="layers that the pattern cannot fit")
     scope: ScopeName | None = Field(None, description="what shares one threshold; default the method's own")
-    table: dict[str, Share] | None = Field(
-        None, description="layer-name pattern -> sparsity, instead of thresholds"
+    table: dict[Expression, Share] | None = Field(
+        None, min_length=1, description="layer-name pattern -> sparsity, instead of thresholds"
     )
     floor: PerLayer = Field(0.0, description="least sparsity of a layer, or of those that a pattern matches")
     ceiling: PerLayer = Field(1.0, description="largest sparsity of a layer, or by patterns")
     schedule: PruningSchedule = PruningSchedule()
-    keep: tuple[Share, ...] = Field((), description="sparsities on the way whose best model is kept too")
+    keep: Annotated[tuple[Share, ...], Distinct] = Field(
+        (), description="sparsities on the way whose best model is kept too"
+    )
     fisher: FisherSettings = FisherSettings()
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> PruningSettings:
         self.check_reach(self.sparsity, "sparsity")
         self.schedule.check(self.sparsity)
-        if len(set(self.methods)) != len(self.methods):
-            raise ValueError("methods: must not name one twice")
         if self.table is not None and self.scope is not None:
             raise ValueError("table: says what each layer gives up; drop scope")
         return self
@@ -309,7 +326,7 @@ class TrainJob(Settings):
     """Everything a worker group needs to train, or to prune and recover, one model."""
 
     name: Name
-    seed: int = 0
+    seed: Seed = 0
     model: ModelSettings
     data: DataSettings
     training: TrainingSettings
@@ -319,7 +336,7 @@ class TrainJob(Settings):
     quantize: Calibration | None = Field(
         None, description="quantisation-aware training, and what its ranges begin with"
     )
-    threads: int = Field(1, ge=1)
+    threads: Count = 1
     keep_folder: str | None = Field(None, description="where the best model of each sparsity is kept")
     lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
     origin: Origin | None = Field(None, description="the run that this one branches off from")
@@ -340,8 +357,8 @@ class OrderJob(Settings):
     data: DataSettings
     pruning: PruningSettings
     method: Method
-    seed: int = 0
-    threads: int = Field(1, ge=1)
+    seed: Seed = 0
+    threads: Count = 1
     folder: Name = Field(description="of the order, on the shared storage")
     fingerprint: Name
 

@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 from pyarrow import fs
 
 from pruners.errors import InputError
-from trainers.storage import exists, resolve
+from trainers.looks import look
+from trainers.storage import exists, info, resolve
 
 _PARTS = {
     "train": "train",
@@ -65,15 +66,17 @@ def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
         InputError: there is none, or there are files of several parts (``train-…`` and ``test-…``).
     """
     base, pattern = split_glob(uri)
+    there = info(base, key)
     system, path = resolve(base, key)
+    if there.type == fs.FileType.NotFound:
+        raise InputError(key, uri, "no such file; must be a Parquet file, a folder of them or a glob")
+    if there.type == fs.FileType.File:
+        return system, [path]
+    if there.type != fs.FileType.Directory:  # a device, a pipe: it may never end
+        raise InputError(key, uri, "must be a Parquet file, a folder of them or a glob, and is none of these")
+    deep = pattern is not None and "/" in pattern
     try:
-        info = system.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise InputError(key, uri, "no such file; must be a Parquet file, a folder of them or a glob")
-        if info.type == fs.FileType.File:
-            return system, [path]
-        deep = pattern is not None and "/" in pattern
-        entries = system.get_file_info(fs.FileSelector(path, recursive=deep))
+        entries = look(base, system.get_file_info, fs.FileSelector(path, recursive=deep))
     except OSError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(key, uri, f"cannot be reached ({reason})") from None

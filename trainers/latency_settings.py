@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from pruners.errors import InputError, did_you_mean
-from trainers.settings import Positive, Settings
+from trainers.settings import Count, Positive, Settings
 
 if TYPE_CHECKING:
     from trainers.engines import Choice
@@ -21,8 +21,8 @@ class LatencyTarget(Settings):
 
     engine: str = Field("csr", description=", ".join(MEASURED))
     type: str | None = Field(None, description="float32 or bfloat16; default the engine's own")
-    batch: int = Field(1, ge=1, description="images at once")
-    threads: int = Field(1, ge=1)
+    batch: Count = Field(1, description="images at once")
+    threads: Count = 1
     resources: dict[str, Positive] = Field(
         {}, description="Ray resources that the node has which is to serve: it is measured there"
     )

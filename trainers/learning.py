@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +52,19 @@ def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableL
     """Parameters that a pattern matches are not trained.
 
     Raises:
+        InputError: as :func:`matched`.
+    """
+    for name in matched(model, patterns, {layer.name for layer in layers}):
+        model.get_parameter(name).requires_grad_(False)
+
+
+def matched(model: nn.Module, patterns: Sequence[str], pruned: Collection[str]) -> list[str]:
+    """The parameters that some pattern matches.
+
+    Raises:
         InputError: a pattern that matches nothing, or a layer that is pruned and must recover.
     """
-    pruned = {layer.name for layer in layers}
+    names: list[str] = []
     for pattern in patterns:
         found = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
         if not found:
@@ -62,7 +72,8 @@ def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableL
         for name in found:
             if name in pruned:
                 raise InputError("training.freeze", pattern, f"{name} is pruned and must be free to recover")
-            model.get_parameter(name).requires_grad_(False)
+        names += found
+    return names
 
 
 @dataclass

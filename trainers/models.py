@@ -31,10 +31,10 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
     arguments = dict(settings.args)
     overlay = normalisation(data)
     size = arguments.get("img_size")
-    if size is not None:
-        # timm's preprocessing goes by its own configuration, whatever the model is built for
-        overlay |= {"input_size": (3, *_sides(size))} | ({} if settings.pretrained else {"crop_pct": 1.0})
     try:
+        if size is not None:
+            # timm's preprocessing goes by its own configuration, whatever the model is built for
+            overlay |= {"input_size": (3, *_sides(size))} | ({} if settings.pretrained else {"crop_pct": 1.0})
         model: nn.Module = timm.create_model(
             name,
             pretrained=settings.pretrained,
@@ -43,7 +43,9 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
             **arguments,
         )
         return model
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (MemoryError, OSError):  # of this machine, or of where pretrained weights come from
+        raise
+    except Exception as error:  # whatever comes of numbers that the architecture was not made for
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trainers.settings import Settings
+from trainers.settings import Images, Settings
 
 Mode = Literal["dynamic", "static", "qat"]
 IMAGES = 512
@@ -15,8 +15,8 @@ IMAGES = 512
 class Calibration(Settings):
     """Which images the ranges of activations are taken from: a fixed part of the training split."""
 
-    images: int | None = Field(
-        None, ge=1, description=f"of the training split; the seed says which. Default: {IMAGES} at most"
+    images: Images | None = Field(
+        None, description=f"of the training split; the seed says which. Default: {IMAGES} at most"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from trainers.presets import LEARNING_RATE, SPARSITY, named
-from trainers.settings import Positive, Settings, Share
+from trainers.settings import Rate, Settings, Share, Steps
+
+Peak = Annotated[Rate, Field(gt=0.0)]
 
 
 class LearningRate(Settings):
@@ -19,16 +21,19 @@ class LearningRate(Settings):
     """
 
     kind: Literal["cosine", "linear", "constant", "cyclic"] = "cosine"
-    peak: float = Field(1e-3, gt=0.0)
-    floor: float = Field(0.0, ge=0.0)
-    warmup_epochs: float = Field(0.0, ge=0.0)
-    warmup_from: float = Field(0.0, ge=0.0, description="rate at the start of the warm-up")
+    peak: Peak = 1e-3
+    floor: Rate = 0.0
+    warmup_epochs: float = Field(0.0, ge=0.0, le=1e5)
+    warmup_from: Rate = Field(0.0, description="rate at the start of the warm-up")
     shape: Literal["linear", "cosine"] = Field("linear", description="cyclic: how each cycle falls")
-    cycle_peaks: tuple[Positive, ...] = Field(
+    cycle_peaks: tuple[Peak, ...] = Field(
         (), description="cyclic: a peak for each cycle in place of one for all; the last goes on"
     )
     cycle_epochs: float | None = Field(
-        None, gt=0.0, description="cyclic: cycles of this length, in place of one for each pruning step"
+        None,
+        ge=1e-3,
+        le=1e5,
+        description="cyclic: cycles of this length, in place of one for each pruning step",
     )
 
     @model_validator(mode="before")
@@ -61,15 +66,15 @@ class PruningSchedule(Settings):
     start: Share | None = Field(
         None, description="sparsity of the first of several steps; default 0.5, or the target if that is less"
     )
-    steps: int = Field(4, ge=1)
-    power: float = Field(3.0, ge=1.0, description="polynomial: its power")
+    steps: Steps = 4
+    power: float = Field(3.0, ge=1.0, le=100.0, description="polynomial: its power")
     first_at: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run at which the first step falls")
     last_at: float = Field(
         0.5, ge=0.0, lt=1.0, description="share of the epochs at which the last step falls"
     )
     points: dict[float, Share] = Field({}, description="points: time -> sparsity, as {0: 0.4, 40: 0.6}")
     every: float | None = Field(
-        None, gt=0.0, description="points: steps between them too, linear, this far apart"
+        None, gt=0.0, le=1e9, description="points: steps between them too, linear, this far apart"
     )
     unit: Literal["epochs", "steps"] = Field("epochs", description="what times count, and steps fall on")
 

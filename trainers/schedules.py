@@ -55,17 +55,23 @@ def _through_points(schedule: PruningSchedule, length: int) -> dict[int, float]:
     found = dict(points)
     for (before, low), (after, high) in pairwise(points):
         between = 1 if schedule.every is None else math.ceil((after - before) / schedule.every - 1e-9)
+        if between > length:  # not one by one: every is as small as anybody types
+            raise _too_close(schedule)
         for number in range(1, between):
             time = before + number * (schedule.every or 0.0)
             found[time] = low + (high - low) * (time - before) / (after - before)
     plan = {round(time): found[time] for time in sorted(found)}
     if len(plan) < len(found):
-        raise InputError(
-            "pruning.schedule.every",
-            schedule.every,
-            f"two steps fall on the same of the {schedule.unit}; steps must lie at least 1 apart",
-        )
+        raise _too_close(schedule)
     return plan
+
+
+def _too_close(schedule: PruningSchedule) -> InputError:
+    return InputError(
+        "pruning.schedule.every",
+        schedule.every,
+        f"two steps fall on the same of the {schedule.unit}; steps must lie at least 1 apart",
+    )
 
 
 def learning_rate(lr: LearningRate, epoch: float, epochs: float, jumps: Sequence[float] = ()) -> float:

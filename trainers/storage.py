@@ -15,6 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
+from trainers.looks import heard, is_remote, look
 
 MARKS = ("pruning.json", "quantization.json")
 """What says of a checkpoint folder, by being there, that it is whole."""
@@ -24,43 +25,84 @@ def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
     """The file system of a path or URI, and the path in it; relative paths become absolute.
 
     Raises:
-        InputError: a scheme that pyarrow does not know.
+        UnreachableError: a place that does not answer.
+        InputError: a scheme that pyarrow does not know, no bucket, or the home of nobody.
     """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), absolute(uri, key)
     try:
-        if "://" in uri:
-            system, path = fs.FileSystem.from_uri(uri)
-            return system, path
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        system, path = look(uri, fs.FileSystem.from_uri, uri)
+    except OSError as error:  # to know a bucket's region, it is asked
+        raise UnreachableError(key, uri, f"cannot be reached ({first_line(error)})") from None
+    except (pa.ArrowException, ValueError) as error:
+        raise InputError(key, uri, f"must be a path or a pyarrow URI ({first_line(error)})") from None
+    if not path:
+        raise InputError(key, uri, "must be a path or a pyarrow URI with a bucket, as s3://bucket/folder")
+    return system, path
+
+
+class UnreachableError(InputError):
+    """A place that may be right, and does not answer from here."""
+
+
+def absolute(uri: str, key: str = "storage") -> str:
+    """The same place, however the working directory changes.
+
+    Raises:
+        InputError: the home of nobody (``~name``).
+    """
+    if "://" in uri:
+        return uri
+    try:
+        return str(Path(uri).expanduser().absolute())
+    except RuntimeError as error:
         raise InputError(key, uri, f"must be a path or a pyarrow URI ({first_line(error)})") from None
 
 
-def absolute(uri: str) -> str:
-    """The same place, however the working directory changes."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+def info(uri: str, key: str = "storage") -> fs.FileInfo:
+    """What is at a place, for a first look at it.
+
+    Raises:
+        UnreachableError: it cannot be asked.
+        InputError: as :func:`resolve`.
+    """
+    system, path = resolve(uri, key)
+    try:
+        return look(uri, system.get_file_info, path)
+    except OSError as error:
+        kind = UnreachableError if is_remote(uri) else InputError
+        raise kind(key, uri, f"cannot be reached ({first_line(error)})") from None
 
 
 def exists(uri: str) -> bool:
     system, path = resolve(uri)
-    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
+    return bool(look(uri, system.get_file_info, path).type != fs.FileType.NotFound)
 
 
 def names(uri: str) -> list[str]:
     """What lies in a folder, sorted; nothing where there is none."""
     system, path = resolve(uri)
-    entries = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    entries = look(uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(".partial"))
 
 
 def read_bytes(uri: str) -> bytes:
     system, path = resolve(uri)
-    with system.open_input_stream(path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with system.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return heard(uri, read)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file whole or not at all."""
     system, path = resolve(uri)
+    look(uri, _write, system, path, content)
+
+
+def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
     system.create_dir(str(Path(path).parent), recursive=True)
     if isinstance(system, fs.LocalFileSystem):
         partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")  # others may be writing it too
@@ -140,8 +182,9 @@ def local_copy(uri: str) -> Iterator[Path]:
     if isinstance(system, fs.LocalFileSystem):
         yield Path(path)
         return
+    here = fs.LocalFileSystem()
     with tempfile.TemporaryDirectory(prefix="espalier-") as target:
-        fs.copy_files(path, target, source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        heard(uri, fs.copy_files, path, target, source_filesystem=system, destination_filesystem=here)
         yield Path(target)
 
 
@@ -160,7 +203,7 @@ def remove(uri: str) -> None:
 
 def remove_file(uri: str) -> None:
     system, path = resolve(uri)
-    system.delete_file(path)
+    look(uri, system.delete_file, path)
 
 
 def size(uri: str) -> int:

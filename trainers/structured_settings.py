@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from trainers.config import TrainingSettings
 from trainers.latency_settings import LatencyTarget
-from trainers.settings import Settings, Share
+from trainers.settings import Count, Images, Settings, Share
 
 Importance = Literal["magnitude", "taylor", "fisher"]
 Width = int | float
@@ -55,8 +55,8 @@ class StructuredSettings(Widths):
         "taylor",
         description="what a channel is worth: Σ w², Σ |w·g|, or Σ w²·g² (the diagonal of the Fisher)",
     )
-    images: int = Field(2048, ge=1, description="training images for the gradients of taylor and fisher")
-    batch_size: int = Field(32, ge=1, description="images of a gradient")
+    images: Images = Field(2048, description="training images for the gradients of taylor and fisher")
+    batch_size: Count = Field(32, description="images of a gradient")
     recovery: TrainingSettings | None = Field(
         TrainingSettings(), description="training of the smaller model before weights are pruned; null: none"
     )

@@ -1,0 +1,31 @@
+"""Secrets in what is printed, logged or raised: logins of addresses, and keys in their queries."""
+
+from __future__ import annotations
+
+import re
+
+# before the first slash; or a password that has one in it and stands where a port would
+_LOGIN = re.compile(
+    r"([A-Za-z][\w.+-]*)://(?:([^\s/@:'\"]*)(?::[^\s/@'\"]*)?@|[^\s/@:'\"]+:(?!\d*(?:[/?\s'\"]|$))[^\s@'\"]*@)"
+)
+# where it is a part of the place: Azure's container, Google's "anonymous", whose files
+_USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
+_QUERY = re.compile(
+    r"([?&](?:[\w.-]*(?:secret|passw|token|signature|access_?key|account_?key|api_?key|credential)[\w.-]*|sig)=)"
+    r"[^&\s'\"#]+",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text without the logins of its addresses, and with ``***`` for secrets in their queries.
+
+    >>> without_secrets("s3://key:secret@bucket/imagenet@2024?region=x: no such file")
+    's3://bucket/imagenet@2024?region=x: no such file'
+    """
+    return _QUERY.sub(r"\1***", _LOGIN.sub(_without_login, text))
+
+
+def _without_login(found: re.Match[str]) -> str:
+    scheme, user = found[1], found[2]
+    return f"{scheme}://{user}@" if user and scheme.lower() in _USER_STAYS else f"{scheme}://"

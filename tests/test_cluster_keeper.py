@@ -1,0 +1,64 @@
+"""What outlives a killed driver is ended, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestration import cluster_keeper
+
+OTHER = 4_194_305  # no process has so large a number
+
+
+@contextmanager
+def process(folder: Path, session: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One that writes into the logs of a session, under another name, as Ray's do."""
+    logs = folder / session / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / "agent.out").open("wb") as log:
+        made = subprocess.Popen(["sleep", "60"], stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield made
+    finally:
+        made.kill()
+        made.wait()
+
+
+@pytest.fixture
+def keeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A keeper of a driver that lives until its standard input is closed."""
+    since = "session_2026-03-01_12-00-00"
+    command = [sys.executable, "-m", cluster_keeper.__name__, str(OTHER), since]
+    places = os.pathsep.join(place for place in sys.path if place)
+    made = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places})
+    yield made
+    made.kill()
+    made.wait()
+
+
+def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess.Popen[bytes]) -> None:
+    assert keeper.stdin is not None
+    with ExitStack() as stack:
+        left, others = (
+            [stack.enter_context(process(tmp_path, session)) for session in sessions]
+            for sessions in (
+                [f"session_2026-03-01_12-00-03_123456_{OTHER}"],
+                [
+                    f"session_2026-03-01_12-00-03_123456_{OTHER + 1}",  # of another driver
+                    f"session_2026-02-28_12-00-03_123456_{OTHER}",  # of one before it, with its number
+                ],
+            )
+        )
+        time.sleep(1)
+        assert all(one.poll() is None for one in (*left, *others))  # as long as the driver lives
+        keeper.stdin.close()
+        assert keeper.wait(20) == 0
+        assert [one.wait(1) for one in left] == [-9]
+        assert all(one.poll() is None for one in others)
