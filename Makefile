@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint check-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/espalier sweep experiments/demo.yaml
@@ -15,6 +15,10 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m ""
+
+# at most nine minutes on a GPU; takes any Python that has torch and timm, the one of .venv where it is there
+check-gpu:
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) experiments/benchmarks/check_gpu.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ from trainers.quantize_settings import Mode
 from trainers.state import check_recorded
 
 _BATCH = 128
+_ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
 
 
 class Training(Finetuning):
@@ -149,6 +150,17 @@ def _summary(
     how = ranges.get(options.mode, "trained with fake quantisation").format(made["options"]["images"])
     yield "mode", f"{options.mode}: {how}"
     yield "int8", f"{100 * made['int8_share']:.1f} % of the weights"
+    if "same_class" in made:
+        same = made["same_class"]
+        advice = (
+            ""
+            if same["share"] >= _ALIKE
+            else "; too few to use it unseen: measure it (--test), or train it (qat)"
+        )
+        yield (
+            "same class",
+            f"as in float32 for {100 * same['share']:.1f} % of {same['images']} images{advice}",
+        )
     if made["zeros"]:
         yield "zeros", f"{made['zeros']:,} pruned weights, each of them 0 in int8"
     if figures:

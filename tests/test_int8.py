@@ -107,6 +107,18 @@ def test_answers_are_close_at_every_batch_size(
 
 
 @CASES
+def test_the_record_says_how_often_the_class_is_that_of_float32(
+    case: tuple[str, str], folders: dict[tuple[str, str], Path]
+) -> None:
+    model, _, _ = pruned(case[1])
+    batch = images(32)
+    with torch.no_grad():
+        same = int8.Int8Model(folders[case] / FILE)(batch).argmax(1) == model(batch).argmax(1)
+    record = json.loads((folders[case] / int8.RECORD).read_text())
+    assert record["same_class"] == {"images": 32, "share": float(same.double().mean())}
+
+
+@CASES
 def test_the_folder_says_all_and_nothing_of_this_machine(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
