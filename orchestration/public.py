@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pruners.redact import USER_STAYS
+
 _PLACE = re.compile(r"(?<![\w./~])(?:file:/{2,3}|~?/)(?!/)(?:[^\s/'\",:;()\[\]]+/)*(?=[^\s/'\",:;()\[\]])")
 _URI = re.compile(r"[A-Za-z][\w.+-]*://(?:(?![A-Za-z][\w.+-]*://)[^\s'\"])+")
 _SECRET = re.compile(r"(?<=[?&])[\w-]*(?:password|secret|token)[\w-]*=[^&#]*(?:&|$|(?=#))", re.IGNORECASE)
-# Where what stands before the @ is a part of the place: Azure's container, Google's "anonymous", whose files.
-_USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
 _DATABASES = ("postgresql", "mysql", "mssql", "oracle")
 
 
@@ -29,7 +29,7 @@ def without_password(uri: str) -> str:
     login, at, host = authority.rpartition("@")
     if not at and _is_cut_login(scheme, authority) and "@" in path:
         return without_password(f"{scheme}://{path.partition('@')[2]}")
-    if at and scheme.lower() in _USER_STAYS and (user := login.partition(":")[0]):
+    if at and scheme.lower() in USER_STAYS and (user := login.partition(":")[0]):
         host = f"{user}@{host}"
     place, question, query = path.partition("?")
     kept = _SECRET.sub("", f"?{query}").rstrip("&") if question else ""

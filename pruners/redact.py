@@ -8,8 +8,8 @@ import re
 _LOGIN = re.compile(
     r"([A-Za-z][\w.+-]*)://(?:([^\s/@:'\"]*)(?::[^\s/@'\"]*)?@|[^\s/@:'\"]+:(?!\d*(?:[/?\s'\"]|$))[^\s@'\"]*@)"
 )
-# where it is a part of the place: Azure's container, Google's "anonymous", whose files
-_USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
+# where what stands before the @ is a part of the place: Azure's container, Google's "anonymous", whose files
+USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
 _QUERY = re.compile(
     r"([?&](?:[\w.-]*(?:secret|passw|token|signature|access_?key|account_?key|api_?key|credential)[\w.-]*|sig)=)"
     r"[^&\s'\"#]+",
@@ -28,4 +28,4 @@ def without_secrets(text: str) -> str:
 
 def _without_login(found: re.Match[str]) -> str:
     scheme, user = found[1], found[2]
-    return f"{scheme}://{user}@" if user and scheme.lower() in _USER_STAYS else f"{scheme}://"
+    return f"{scheme}://{user}@" if user and scheme.lower() in USER_STAYS else f"{scheme}://"
