@@ -10,9 +10,10 @@ from orchestration.benchmark import measure
 from orchestration.benchmark_options import BenchmarkOptions
 from orchestration.benchmark_plot import accuracy_over_latency, figure
 from orchestration.benchmark_report import Report
+from orchestration.check_tracking import check_uri
 from orchestration.machine import describe_machine
 from orchestration.mlflow_server import tracking_folder
-from orchestration.tracking import Tracker, check_uri, server_for
+from orchestration.tracking import Tracker, server_for
 from orchestration.variants import opened
 from orchestration.work import Bars, forget_killed
 from pruners.errors import InputError, first_line

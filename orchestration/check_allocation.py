@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -23,20 +22,19 @@ def check_allocated(recipe: Recipe) -> None:
     """Whether gradual runs leave alone what the allocation search before them decides.
 
     Raises:
-        InputError: ``schedule.space`` or ``long_run`` has a key that would be reported, and change nothing.
+        InputError: ``schedule.space`` has a key that would be reported, and change nothing.
     """
     if not recipe.allocation.trials:
         return
-    space = {key: one.model_dump(exclude_defaults=True) for key, one in recipe.schedule.space.items()}
-    places: dict[str, Mapping[str, Any]] = {"schedule.space": space, "long_run": recipe.long_run}
-    for place, given in places.items():
-        for key, value in given.items():
-            if _is_decided(key):
-                expected = (
-                    "is decided by the allocation search, before gradual runs begin: drop it, or set "
-                    "allocation.trials: 0, so that each run shares out its own zeros"
-                )
-                raise InputError(f"{place}.{key}", value, expected)
+    for key, distribution in recipe.schedule.space.items():
+        if _is_decided(key):
+            expected = (
+                "is decided by the allocation search, before gradual runs begin: drop it, or set "
+                "allocation.trials: 0, so that each run shares out its own zeros"
+            )
+            raise InputError(
+                f"schedule.space.{key}", distribution.model_dump(exclude_defaults=True), expected
+            )
 
 
 def _is_decided(key: str) -> bool:

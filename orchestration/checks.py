@@ -14,15 +14,15 @@ import timm
 import torch
 from pyarrow import fs
 
-from orchestration import digits
 from orchestration.check_allocation import check_allocated, check_sparsities
+from orchestration.check_data import check_calibration, check_classes_of_digits, known_data
+from orchestration.check_tracking import check_uri
 from orchestration.check_training import check_frozen, check_training, trainings
 from orchestration.cluster import ClusterSize
-from orchestration.config import Recipe, digest
+from orchestration.config import Recipe
 from orchestration.latency import check_linear, check_threads
 from orchestration.recipes import with_values
 from orchestration.search_config import Distribution, Fastest
-from orchestration.tracking import check_uri
 from orchestration.versions import check_name
 from pruners.allocation import budget, by_table
 from pruners.costs import Costs, count_costs
@@ -33,11 +33,10 @@ from pruners.left_dense import LeftDense
 from pruners.limits import bounds, check_feasible
 from pruners.methods import create_pruner
 from pruners.patterns import Pattern
-from trainers import looks, models, storage
+from trainers import models, storage
 from trainers.checkpoint import load_checkpoint, model_args
-from trainers.classes import Names, check_alike, check_known, names_of
+from trainers.classes import check_known, names_of
 from trainers.config import DataSettings
-from trainers.files import split_glob
 from trainers.int8 import NEEDS
 from trainers.int8_checks import check_mode
 from trainers.latency_settings import LatencyTarget
@@ -45,11 +44,9 @@ from trainers.optional import require
 from trainers.prune_step import prunable_layers
 from trainers.schedules import pruning_plan
 from trainers.structured import Plan, plan_cut
-from trainers.tables import check_table, count_rows
 from trainers.weights import load_weights
 
 _CORNERS = 64
-_COLUMNS = ("image_column", "label_column")
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,14 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         check_uri(recipe.tracking.uri)
     _check_storage(recipe.storage, silent=dry_run)
     if recipe.data.source is not None:
-        _check_classes_of_digits(recipe)
+        check_classes_of_digits(recipe)
         if not dry_run:
             _check_writable(recipe.storage)
-    data, data_hash, missing = _data(recipe, dry_run)
+    data, data_hash, missing = known_data(recipe, dry_run)
     if recipe.model.checkpoint is not None and model is not None and data.train is not None and not missing:
         names = names_of(data.train, columns=data.columns)
         check_known(models.label_names(model), names, key="data.train", uri=data.train)
-    _check_calibration(recipe, data, missing)
+    check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
     costs, dense = None, None
@@ -348,60 +345,3 @@ def _check_writable(place: str) -> None:
     except OSError as error:
         expected = f"must be a place that can be written ({first_line(error)})"
         raise InputError("storage", place, expected) from None
-
-
-def _check_classes_of_digits(recipe: Recipe) -> None:
-    if recipe.model.classes != digits.CLASSES:
-        raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
-
-
-def _check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
-    """Whether there are as many training images as ranges are to be taken from."""
-    asked = None if recipe.quantize is None else recipe.quantize.images
-    if asked is None or data.train is None or missing:
-        return
-    rows = count_rows(data.train, key="data.train")
-    there = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
-    if asked > there:
-        raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
-
-
-def _is_here(uri: str, key: str) -> bool:
-    """Whether this machine sees a file (of a glob, its folder); a bucket silent here may answer there."""
-    try:
-        return bool(storage.info(split_glob(uri)[0], key).type != fs.FileType.NotFound)
-    except storage.UnreachableError:
-        return False
-
-
-def _data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
-    data, classes = recipe.data, recipe.model.classes
-    missing: list[str] = []
-    if data.source == "digits":
-        if dry_run:
-            return data, "", []
-        data = digits.prepare_digits(storage.absolute(recipe.storage))
-    hashes: dict[str, str] = {}
-    places: dict[str, str] = {}
-    names: dict[str, Names] = {}
-    for part in ("train", "validation", "test"):
-        uri: str | None = getattr(data, part)
-        if uri is None:
-            continue
-        places[part] = storage.absolute(uri, f"data.{part}")
-        if dry_run and not _is_here(uri, f"data.{part}"):
-            missing.append(uri)
-            continue
-        tolerant = data.bad_images == "skip"
-        place, key, wanted = places[part], f"data.{part}", data.columns
-        hashes[part] = looks.heard(
-            uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
-        )
-        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
-    check_alike(names, key="data")
-    found: Mapping[str, Any] = data.model_dump() | places
-    # what the columns hold is in the hashes
-    rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
-    # held out of train, the validation images are drawn by the seed; files of their own are what they are
-    drawn = () if data.validation is not None else ({"seed": recipe.seed},)
-    return DataSettings.model_validate(found), digest(hashes, rest, *drawn), missing

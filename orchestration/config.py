@@ -140,7 +140,7 @@ class Recipe(Settings):
         for key in self.long_run:
             if not f"{key}.".startswith(_OF_LONG_RUN):
                 raise ValueError(
-                    f"long_run: {key} cannot change; only keys of recovery and pruning.schedule do"
+                    f"long_run: {key} cannot change; only keys below {', '.join(_OF_LONG_RUN)} do"
                 )
         return self
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestration.check_tracking import check_uri
 from orchestration.mlflow_server import start_server, tracking_folder
-from orchestration.tracking import check_uri, server_for
+from orchestration.tracking import server_for
 from pruners.errors import InputError
 from trainers.storage import absolute
 

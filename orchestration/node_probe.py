@@ -38,7 +38,7 @@ def look(place: str | None, uri: str | None, node: str) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             problems.append(f"cannot write to the storage ({str(error).splitlines()[0]})")
     if uri is not None:
-        from orchestration.tracking import check_uri
+        from orchestration.check_tracking import check_uri
 
         try:
             check_uri(uri)

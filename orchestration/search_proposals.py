@@ -214,6 +214,10 @@ class _Asking(Searcher):  # type: ignore[misc]
         super().__init__(metric="score", mode="max")
         self._proposals = proposals
 
+    def __reduce__(self) -> Any:
+        # Tune pickles it to restore an experiment; ours goes by the trial log, and its display cannot be
+        return Searcher, ()
+
     def suggest(self, trial_id: str) -> dict[str, Any]:
         return self._proposals.ask(trial_id)
 

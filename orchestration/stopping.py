@@ -58,6 +58,10 @@ class Remembered(FIFOScheduler):  # type: ignore[misc]
     _grace_period: float
     _time_attr: str
 
+    def __reduce__(self) -> Any:
+        # Tune pickles it to restore an experiment; ours goes by the trial log, which need not go along
+        return FIFOScheduler, ()
+
     def remember(self, log: TrialLog, numbers: Mapping[str, int], seed: int) -> None:
         """Go through what the log holds.
 

@@ -12,7 +12,6 @@ from image_tables import tiny
 
 from orchestration import gradual_phase
 from orchestration.check_allocation import check_allocated, check_sparsities
-from orchestration.checks import prepare
 from orchestration.cluster import ClusterSize
 from orchestration.config import DataSettings, Recipe
 from orchestration.context import Allocated, Dense, Study, Sweep
@@ -101,8 +100,10 @@ def test_what_the_allocation_decides_cannot_be_searched_after_it(
 
 
 def test_nor_can_the_long_run_change_it() -> None:
-    with pytest.raises(InputError, match=r"long_run\.pruning\.scope = 'stage': is decided by the allocation"):
-        prepare(recipe(long_run={"pruning.scope": "stage"}), dry_run=True)
+    with pytest.raises(
+        InputError, match=r"long_run = {'pruning\.scope': 'stage'}: pruning\.scope cannot change"
+    ):
+        recipe(long_run={"pruning.scope": "stage"})
 
 
 def test_what_it_does_not_decide_can_be_searched() -> None:

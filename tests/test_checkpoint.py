@@ -212,7 +212,7 @@ class Far:
 
 @pytest.mark.parametrize(("answers", "says"), [(True, "no such f"), (False, "cannot be reached")])
 def test_what_is_not_there_far_away(answers: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("trainers.checkpoint", "trainers.files"):
+    for module in ("trainers.storage", "trainers.files"):
         monkeypatch.setattr(f"{module}.resolve", lambda uri, key: (Far(answers), uri))
     for call in (load_checkpoint, read_table):
         with pytest.raises(InputError, match=says) as error:

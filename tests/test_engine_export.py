@@ -90,6 +90,7 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     assert [line[:12].strip() for line in said.splitlines()] == [
         "compared",
         *("batch 1", "batch 2", "batch 7", "batch 64"),
+        *(("int8",) if form.kind.startswith("int8") else ()),
         *("written to", "run it by"),
     ]
     assert "on 64 images (the first of images.parquet)" in said

@@ -26,6 +26,7 @@ CONFINED = {
     "ray": ("trainers/ray_worker.py", "orchestration/*.py", "experiments/benchmarks/search_*.py"),
     "mlflow": (
         "orchestration/tracking.py",
+        "orchestration/check_tracking.py",
         "orchestration/registry.py",
         "orchestration/versions.py",
         "orchestration/mlflow_model.py",

@@ -77,15 +77,17 @@ def test_static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
         tmp_path / "float", model, model_args=FAMILIES[name], masks=masks, record={"method": "magnitude"}
     )
     (tmp_path / "int8").mkdir()
-    batch = images(16, side=models.input_size(model)[1])
-    record = int8.quantise(tmp_path / "float", tmp_path / "int8", "static", batch.split(8))
+    batch = images(64, side=models.input_size(model)[1])
+    record = int8.quantise(tmp_path / "float", tmp_path / "int8", "static", batch.split(16))
     assert record["zeros"] == sum(masks.pruned().values()) > 0
     assert record["int8_share"] > 0.6
     engine = int8.Int8Model(tmp_path / "int8" / "model.onnx", threads=1)
-    expected = torch_answers(model, batch.numpy())
+    answers = engine(batch)
+    apart = Agreement.of(answers.numpy(), torch_answers(model, batch.numpy()))
+    assert apart.holds("int8"), apart
+    assert apart.top1 > 0.9, apart
     for count in (1, 2, 7):
-        apart = Agreement.of(engine(batch[:count]).numpy(), expected[:count])
-        assert apart.holds("int8"), apart
+        torch.testing.assert_close(engine(batch[:count]), answers[:count], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.long

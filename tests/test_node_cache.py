@@ -14,7 +14,7 @@ from pyarrow import fs
 from training_runs import CPU, Log, make_files, make_job
 
 from orchestration.search_config import AllocationSearch
-from trainers import checkpoint, data, gradual, models, storage
+from trainers import data, gradual, models, storage
 from trainers.checkpoint import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
 from trainers.config import DataSettings
 from trainers.gradual import run
@@ -44,7 +44,6 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         copy_files(source, target, **options)
 
     monkeypatch.setattr(storage, "resolve", resolve)
-    monkeypatch.setattr(checkpoint, "resolve", resolve)
     monkeypatch.setattr(fs, "copy_files", copying)
     return seen
 

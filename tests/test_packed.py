@@ -193,9 +193,15 @@ def test_half_precision_and_nan(
     packed(source, tmp_path / "c")
     assert same(state, read_packed(tmp_path / "c/model.safetensors.packed")[0])
     plain = dict(load_timm_folder(source).state_dict())
-    assert same(plain, dict(load_checkpoint(str(tmp_path / "c")).model.state_dict()))
     assert same(plain, dict(load_packed(str(tmp_path / "c")).state_dict()))
-    found = load_checkpoint(str(tmp_path / "c")).masks
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp\.fc1\.weight is not finite"):
+        load_checkpoint(str(tmp_path / "c"))
+    first[:3] = 0
+    save_file(state, source / "model.safetensors")
+    packed(source, tmp_path / "finite")
+    plain = dict(load_timm_folder(source).state_dict())
+    assert same(plain, dict(load_checkpoint(str(tmp_path / "finite")).model.state_dict()))
+    found = load_checkpoint(str(tmp_path / "finite")).masks
     assert found is not None
     assert found.sparsity == pytest.approx(0.75, abs=1e-3)
 

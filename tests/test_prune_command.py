@@ -379,12 +379,14 @@ BAD: dict[str, tuple[str, ...]] = {
     f"{SECOND} --data @/train.parquet --memory big": ("--memory", "'big'", "8GiB"),
     f"{SECOND} --data @/train.parquet --memory 1KB": ("--memory", "'1KB'", "blocks.0.attn.qkv.weight"),
     f"{SECOND} --data @/train.parquet --gradients 0": ("--gradients", "0"),
-    f"{SECOND.replace('vit', 'nan_bias')} --data @/train.parquet": ("gradient", "blocks.0", "NaN", "batch 0"),
+    f"{SECOND.replace('vit', 'nan_bias')} --data @/train.parquet": (
+        *("model", "nan_bias", "blocks.0.mlp.fc1.bias", "not finite"),
+    ),
     # the model
     "@/none --method dimap --sparsity 0.5": ("model", "/none", "no such folder"),
     "@/truncated --method dimap --sparsity 0.5": ("model", "/truncated", "model.safetensors is truncated"),
     "@/weightless --method dimap --sparsity 0.5": ("model", "/weightless", "model.safetensors is missing"),
-    "@/nan --method dimap --sparsity 0.5": ("weights", "blocks.0.mlp.fc1.weight", "NaN"),
+    "@/nan --method dimap --sparsity 0.5": ("model", "blocks.0.mlp.fc1.weight", "not finite"),
     "@/sparse --method dimap --sparsity 0.1": ("--sparsity", "0.1", "0.3333"),
     "@/sparse --method dimap --sparsity 0.4 --floor 0.3": ("--sparsity", "0.4", "nearest feasible"),
     "vit_tinny_patch16_224 --method dimap --sparsity 0.5": ("model", "did you mean 'vit_tiny_patch16_224'?"),

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from orchestration import registry
+from orchestration.check_tracking import check_uri
 from orchestration.datasets import Dataset
 from orchestration.mlflow_server import answers, start_server
-from orchestration.tracking import Tracker, check_uri, server_for
+from orchestration.tracking import Tracker, server_for
 from orchestration.versions import opened
 from pruners.errors import InputError
 

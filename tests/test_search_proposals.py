@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from ray import cloudpickle
 from ray.tune.search import ConcurrencyLimiter
 
 from orchestration import elastic
@@ -18,6 +20,7 @@ from orchestration.elastic import FollowCluster
 from orchestration.search import Search
 from orchestration.search_proposals import Proposals, limited, population, telling
 from orchestration.search_space import WrittenChoice
+from orchestration.stopping import Remembered, stopping
 from orchestration.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
@@ -288,3 +291,16 @@ def test_a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> 
         undisturbed._log.ask(record.number, record.values, given=False)
         undisturbed._add(record.values, values=[record.score]) if record.score is not None else None
     assert [one.params for one in undisturbed.study.trials] == [one.params for one in made.study.trials]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_tune_s_copy_of_a_search_leaves_the_display_out(sampler: str, tmp_path: Path) -> None:
+    """A terminal's lock cannot be pickled, and Tune pickles whatever proposes and stops trials."""
+    lock = threading.RLock()
+    given = search(tmp_path, sampler=sampler, say=lambda text: lock.release())
+    made = Proposals(given, TrialLog(str(tmp_path / "trials.json")))
+    rule = stopping("asha", "epoch", 1, 2, 10)
+    assert isinstance(rule, Remembered)
+    rule.remember(TrialLog(str(tmp_path / "trials.json")), made.numbers, 0)
+    for kept in (limited(made, 2), rule):
+        assert len(cloudpickle.dumps(kept)) < 5000

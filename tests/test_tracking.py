@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from orchestration import registry, tracking
+from orchestration.check_tracking import check_uri
 from orchestration.datasets import datasets
 from orchestration.mlflow_server import Server, answers, start_server
 from orchestration.public import public, without_password
-from orchestration.tracking import Tracker, check_uri, server_for
+from orchestration.tracking import Tracker, server_for
 from pruners.errors import InputError
 from trainers.config import DataSettings
 
