@@ -47,7 +47,7 @@ from trainers.checkpoint import (
     weights_hash,
 )
 from trainers.engines import ENGINES, Place
-from trainers.int8_checks import LEAST, check_mode, check_share, convolved_share, share_of
+from trainers.int8_checks import check_mode, check_share, share_of
 from trainers.int8_file import check_zeros, write_dynamic, write_static
 from trainers.onnx_export import FILE, int8_values, read_preprocessing
 from trainers.optional import require
@@ -64,9 +64,6 @@ NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
 _APART: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
 """Relative, of the answers: held against torch's own INT8 model; ``dynamic`` against the one in float32, from
 which models of 16 channels come to 0.09, those of use to 0.01."""
-_CONVOLUTIONS_APART = (
-    0.1  # the engine fuses them with their batch norms, and rounds elsewhere than torch does
-)
 _COMPARED = 128  # images on which classes are compared with the float model's
 FORMAT = "espalier-int8-1"
 ENGINE = "onnxruntime"
@@ -130,8 +127,7 @@ def quantise(
     engine = Int8Model(folder / FILE)
     answers = _answers(engine, pictures)
     found = Agreement.of(answers, expected)
-    apart = _APART[mode] if convolved_share(model) < LEAST else max(_APART[mode], _CONVOLUTIONS_APART)
-    if not found.relative <= apart:
+    if not found.relative <= _APART[mode]:
         raise RuntimeError(f"{ENGINE} does not answer what torch answers (differences: {found})")
     int8 = int8_values(folder / FILE)
     check_share(int8, model)

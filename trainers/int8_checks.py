@@ -32,7 +32,8 @@ def check_mode(model: nn.Module, mode: Mode, pruned: Collection[str], key: str) 
         raise InputError(key, mode, expected)
     if mode != "dynamic":
         return
-    convolutions, share = _convolutions(model), convolved_share(model)
+    convolutions = _convolutions(model)
+    share = share_of(sum(convolutions.values()), model)
     lost = next((name for name in pruned if name in convolutions), None)
     if lost is not None or share > 1 - LEAST:
         example = "" if lost is None else f", {lost} among them, which is pruned"
@@ -47,11 +48,6 @@ def _convolutions(model: nn.Module) -> dict[str, int]:
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd)
     }
-
-
-def convolved_share(model: nn.Module) -> float:
-    """The share of a model's parameters that are weights of convolutions."""
-    return share_of(sum(_convolutions(model).values()), model)
 
 
 def share_of(values: int, model: nn.Module) -> float:
