@@ -105,4 +105,7 @@ class Settings(BaseModel):
     Numbers are finite.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    # built when first used, and then once for a whole recipe: most commands need few of these
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
