@@ -9,12 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from glob import escape
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -24,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from orchestration.terminal import Console
 from pruners.errors import InputError, first_line
 from trainers import storage
+from trainers.looks import in_thread
 
 _PLAIN_SECONDS = 10.0
 _PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
@@ -107,16 +106,7 @@ def interruptible(work: Callable[[], T]) -> T:
     Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
     who catches the interrupt must :func:`leave` without waiting for it.
     """
-    result: Future[T] = Future()
-
-    def body() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    Thread(target=body, daemon=True).start()
-    return result.result()
+    return in_thread(work).result()
 
 
 def leave(status: int) -> NoReturn:

@@ -76,7 +76,8 @@ def _authority(place: str) -> str:
     return f"{scheme}://{rest.partition('/')[0]}"
 
 
-def _wait(name: str, seconds: float | None, work: Callable[[], T]) -> T:
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` comes to, in a thread of its own, which cannot be ended and is not waited for."""
     result: Future[T] = Future()
 
     def body() -> None:
@@ -85,7 +86,12 @@ def _wait(name: str, seconds: float | None, work: Callable[[], T]) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=body, daemon=True, name="look").start()
+    threading.Thread(target=body, daemon=True).start()
+    return result
+
+
+def _wait(name: str, seconds: float | None, work: Callable[[], T]) -> T:
+    result = in_thread(work)
     try:
         return result.result(seconds)
     except TimeoutError:
