@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -244,11 +245,17 @@ def test_an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
     assert names(trial(1.0)) == f"{first}-2"
 
 
-def reports_its_name(config: dict[str, Any]) -> None:
+def reports_its_name(config: dict[str, Any], started: Path) -> None:
+    """Report the trial's name once two trials have started: the first waits for the second, however slow its start."""
     from ray import tune
 
-    time.sleep(1)
-    tune.report({"score": 1.0, "epoch": 1, "lr": tune.get_context().get_trial_name()})
+    context = tune.get_context()
+    (started / context.get_trial_id()).touch()
+    until = time.monotonic() + 120
+    while len(list(started.iterdir())) < 2:
+        assert time.monotonic() < until, "no second trial started beside the first"
+        time.sleep(0.05)
+    tune.report({"score": 1.0, "epoch": 1, "lr": context.get_trial_name()})
 
 
 @pytest.mark.cluster
@@ -261,9 +268,11 @@ def test_trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) ->
     from orchestration.trial_log import TrialLog
 
     log = TrialLog(f"{tmp_path}/trials.json")
+    started = tmp_path / "started"
+    started.mkdir()
     search = Search(
         name="equal",
-        trainable=tune.with_resources(reports_its_name, {"CPU": 0.1}),
+        trainable=tune.with_resources(functools.partial(reports_its_name, started=started), {"CPU": 0.1}),
         space={"x": optuna.distributions.CategoricalDistribution([1])},
         trials=3,
         concurrent=2,
