@@ -43,6 +43,9 @@ class RunNames:
         taken[number : number + 1] = [trial]
         return name if number == 0 else f"{name}-{number + 1}"
 
+    def __deepcopy__(self, memo: Any) -> RunNames:
+        return self  # Tune copies it for each trial, and they must know of each other
+
     def __reduce__(self) -> Any:  # Tune keeps it with each trial, for an experiment that it restores
         return RunNames, ()
 

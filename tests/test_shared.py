@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import signal
@@ -237,6 +238,12 @@ def test_equal_proposals_at_once_have_runs_of_their_own() -> None:
     assert RunNames()(trial(1.0)) == first  # another driver finds what was broken off
 
 
+def test_copies_for_each_trial_know_of_each_other() -> None:
+    names = RunNames()
+    first = copy.deepcopy(names)(trial(1.0))
+    assert copy.deepcopy(names)(trial(1.0)) == f"{first}-2"
+
+
 def test_an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
     names = RunNames(lambda metrics: metrics.get("epoch", 0) >= 3)
     first = names(trial(1.0, 3, over=True))
@@ -246,7 +253,7 @@ def test_an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
 
 
 def reports_its_name(config: dict[str, Any], started: Path) -> None:
-    """Report the trial's name once two trials have started: the first waits for the second, however slow its start."""
+    """Report the trial's name once two trials have started: the first waits for the second."""
     from ray import tune
 
     context = tune.get_context()
