@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from orchestration.span import WHOLE, Span
+from orchestration.recipe.phases import WHOLE, Span
 from pruners.errors import InputError, first_line
-from pruners.redact import without_secrets
+from pruners.redaction import without_secrets
 
 INTERRUPTED = 130
 JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
@@ -71,7 +71,7 @@ def launch(
 
 def _trace(recipe: Any) -> str:
     """Keep the trace of the error that is being handled beside the sweep's results; says where it is."""
-    from orchestration.stored_recipe import folder_of
+    from orchestration.state.stored_recipe import folder_of
     from trainers import storage
 
     place = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
@@ -107,7 +107,7 @@ def run_as_job(
     Raises:
         InputError: the cluster takes no job of ours.
     """
-    from orchestration.submit import follow, open_jobs, submit
+    from orchestration.cluster.jobs_api import follow, open_jobs, submit
 
     client = open_jobs(address)
     job = submit(client, words, sweep=sweep, storage=storage, recipe=recipe)
@@ -127,40 +127,41 @@ def farewell(sweep: str, address: str) -> str:
 
 
 def _show(recipe: Any) -> None:
-    from orchestration.checks import prepare
-    from orchestration.plan import print_plan
-    from orchestration.terminal import Console
+    from orchestration.common.terminal import Console
+    from orchestration.preflight.checks import prepare
+    from orchestration.preflight.plan import print_plan
 
     console = Console()
     print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
 
 
 def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
-    from orchestration.terminal import Console
+    from orchestration.common.terminal import Console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
         expected = "for a job, must be a full path or URI that every node reaches (or ESPALIER_STORAGE there)"
         raise InputError("storage", recipe.storage, expected)
     if address is not None and address != "auto":
-        from orchestration.ports import check_reachable
+        from orchestration.common.network import check_reachable
 
         check_reachable(address)
     if address is not None and address.startswith("ray://"):
-        from orchestration.client import run_through_client
+        from orchestration.client_driver import run_through_client
 
         content = recipe.model_dump(mode="json")
         run_through_client(content, address=address, recipe_name=name, span=span)
         return
-    from orchestration.stored_recipe import check_unchanged
-    from trainers import looks, storage
+    from orchestration.state.stored_recipe import check_unchanged
+    from trainers import remote_calls as looks
+    from trainers import storage
 
     storage.info(recipe.storage)  # does it answer at all?
     check_unchanged(recipe)
     # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
     with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
-        from orchestration.checks import prepare
-        from orchestration.display import Display
-        from orchestration.sweep import run_sweep
+        from orchestration.preflight.checks import prepare
+        from orchestration.reporting.display import Display
+        from orchestration.sweep.run import run_sweep
 
         prepared = prepare(recipe, local=address is None)
     with Display() as display:

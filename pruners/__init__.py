@@ -13,37 +13,37 @@ from typing import TYPE_CHECKING
 # Names are loaded when they are first used, so that the command line can raise an InputError
 # without waiting for torch.
 _HOME = {
-    "Allocation": "allocation",
-    "Costs": "costs",
-    "EliminationOrder": "order",
+    "Allocation": "allocation.sharing",
+    "Costs": "model.costs",
+    "EliminationOrder": "elimination.order",
     "InputError": "errors",
-    "METHODS": "methods",
-    "MaskSet": "masks",
-    "PrunableLayer": "layers",
+    "METHODS": "methods.registry",
+    "MaskSet": "model.masks",
+    "PrunableLayer": "model.layers",
     "PruneReport": "one_shot",
-    "Pruner": "base",
-    "Scope": "allocation",
-    "allocate": "allocation",
-    "count_costs": "costs",
-    "create_pruner": "methods",
-    "find_layers": "layers",
-    "Pattern": "patterns",
-    "Sharing": "allocation",
-    "fingerprint": "order",
+    "Pruner": "methods.base",
+    "Scope": "allocation.sharing",
+    "allocate": "allocation.sharing",
+    "count_costs": "model.costs",
+    "create_pruner": "methods.registry",
+    "find_layers": "model.layers",
+    "Pattern": "model.sparsity_pattern",
+    "Sharing": "allocation.sharing",
+    "fingerprint": "elimination.order",
     "prune": "one_shot",
 }
 
 if TYPE_CHECKING:
-    from pruners.allocation import Allocation, Scope, Sharing, allocate
-    from pruners.base import Pruner
-    from pruners.costs import Costs, count_costs
+    from pruners.allocation.sharing import Allocation, Scope, Sharing, allocate
+    from pruners.elimination.order import EliminationOrder, fingerprint
     from pruners.errors import InputError
-    from pruners.layers import PrunableLayer, find_layers
-    from pruners.masks import MaskSet
-    from pruners.methods import METHODS, create_pruner
+    from pruners.methods.base import Pruner
+    from pruners.methods.registry import METHODS, create_pruner
+    from pruners.model.costs import Costs, count_costs
+    from pruners.model.layers import PrunableLayer, find_layers
+    from pruners.model.masks import MaskSet
+    from pruners.model.sparsity_pattern import Pattern
     from pruners.one_shot import PruneReport, prune
-    from pruners.order import EliminationOrder, fingerprint
-    from pruners.patterns import Pattern
 
 __all__ = [
     "METHODS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from pruners.redact import without_secrets
+from pruners.redaction import without_secrets
 
 _LONGEST = 400  # of a value, in letters
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pruners.allocation import Allocation, Scope, Sharing, budget
-from pruners.base import Pruner
-from pruners.damping import DampChoice, choose_damp
+from pruners.allocation.bounds import PerLayer, per_layer
+from pruners.allocation.sharing import Allocation, Scope, Sharing, budget
+from pruners.elimination.damping import DampChoice, choose_damp
+from pruners.elimination.gradients import Batch, Loss, mean_loss
+from pruners.elimination.order import EliminationOrder
 from pruners.errors import InputError
-from pruners.gradients import Batch, Loss, mean_loss
-from pruners.layers import PrunableLayer, find_layers
-from pruners.limits import PerLayer, per_layer
-from pruners.masks import MaskSet
-from pruners.methods import create_pruner
-from pruners.order import EliminationOrder
-from pruners.ordering import Ordering, Progress, again, write
-from pruners.patterns import Pattern, fitting
+from pruners.methods.base import Pruner
+from pruners.methods.registry import create_pruner
+from pruners.model.layers import PrunableLayer, find_layers
+from pruners.model.masks import MaskSet
+from pruners.model.sparsity_pattern import Pattern, fitting
+from pruners.order_builder import Ordering, Progress, again, write
 
 _HELD_OUT = 16  # batches that score the λ of ``damp="auto"``
 

@@ -59,8 +59,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 @pytest.fixture(scope="session")
 def mlflow_uri(swept: Swept) -> Iterator[str]:
     """A server over what the sweep left, as ``espalier ui`` starts it."""
-    from orchestration.mlflow_server import tracking_folder
-    from orchestration.tracking import server_for
+    from orchestration.tracking.server import tracking_folder
+    from orchestration.tracking.tracker import server_for
 
     with server_for(None, tracking_folder(str(swept.storage))) as (uri, ready):
         ready()
@@ -79,7 +79,7 @@ def run(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
     """The command line in this process, in an empty folder; ``@`` is the test file's fixture ``files``."""
-    from orchestration import cli
+    from orchestration.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):
@@ -107,7 +107,7 @@ def tune_here(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ray on this machine, for trainables that the test module itself defines."""
     from ray import cloudpickle
 
-    from orchestration.cluster import connect
+    from orchestration.cluster.connect import connect
 
     cloudpickle.register_pickle_by_value(request.module)  # workers do not find the tests
     try:
@@ -123,7 +123,7 @@ def cluster(tmp_path: Path) -> Iterator[Any]:
     from commands import Family
     from ray.cluster_utils import Cluster
 
-    from orchestration.ports import LOOPBACK, free_port
+    from orchestration.common.network import LOOPBACK, free_port
 
     before = set(Family(os.getpid(), tmp_path, "none").look())
     head = {

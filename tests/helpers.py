@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pruners import METHODS, PrunableLayer, Pruner, create_pruner
-from pruners.gradients import Batch
-from pruners.ovit import OViT
+from pruners.elimination.gradients import Batch
+from pruners.methods.ovit import OViT
 
 CLASSES = 5
 torch.set_num_threads(1)  # tensors are small here; what threads change is tested where they are set

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainers.checkpoint import save_checkpoint
+from trainers.checkpoint.folder import save_checkpoint
 
 VIT = "vit_tiny_patch16_224"
 VIT_ARGS: dict[str, Any] = {

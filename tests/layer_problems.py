@@ -9,8 +9,8 @@ from helpers import lone_layer
 from torch import Tensor
 
 from pruners import PrunableLayer
-from pruners.order import LayerOrder
-from pruners.second_order import SecondOrder
+from pruners.elimination.order import LayerOrder
+from pruners.methods.second_order import SecondOrder
 
 DAMP = 0.05
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from image_tables import table, write
 
-from orchestration.database import StoredOrder
-from orchestration.one_shot import OneShotInputs, OneShotTrial
-from orchestration.remote import order_facts
-from orchestration.search_config import AllocationSearch
-from orchestration.search_space import AllocationSpace
-from trainers.config import DataSettings, OrderJob, PruningSettings
-from trainers.order_run import write_order
+from orchestration.recipe.search import AllocationSearch
+from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
+from orchestration.search.space import AllocationSpace
+from orchestration.state.order_store import StoredOrder
+from orchestration.sweep.tasks import order_facts
+from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.loop.elimination import write_order
 
 SPARSITY = 0.6
 

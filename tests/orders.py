@@ -11,8 +11,8 @@ from helpers import PRUNERS, batches, tiny_vit
 from torch import Tensor, nn
 
 from pruners import EliminationOrder, MaskSet, PrunableLayer, Pruner, find_layers, prune
-from pruners.fisher import BlockFisher
-from pruners.gradients import gradients
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.gradients import gradients
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruners.obs import Elimination, eliminate
-from pruners.rules import Rule
+from pruners.elimination.constraints import Rule
+from pruners.elimination.obs import Elimination, eliminate
 
 Allowed = Callable[[Sequence[int]], Sequence[Sequence[int]]]
 """From the positions that have fallen: which may fall next, each with those that fall together with it."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import Allocation, InputError, PrunableLayer, Scope, allocate
-from pruners.allocation import GROUP_OF, budget, by_threshold, project, scale
+from pruners.allocation.sharing import GROUP_OF, budget, by_threshold, project, scale
 
 
 @st.composite

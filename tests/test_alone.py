@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.alone import alone_here
+from orchestration.state.lock import alone_here
 from pruners.errors import InputError
 
 SECOND = """
 import sys
-from orchestration.alone import alone_here
+from orchestration.state.lock import alone_here
 with alone_here(sys.argv[1], sys.argv[2]):
     print("held")
 """

@@ -12,7 +12,7 @@ from image_tables import SWIN, VIT, tiny
 from torch import nn
 
 from pruners import prune
-from trainers.checkpoint import save_checkpoint
+from trainers.checkpoint.folder import save_checkpoint
 
 RESNET = "resnet10t"
 SIDE = {VIT: 16, SWIN: 16, RESNET: 64}

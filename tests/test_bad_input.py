@@ -18,9 +18,11 @@ import ray
 import yaml
 from image_tables import VIT, VIT_ARGS, dense_folder, edit_json, table, write
 
-from orchestration import cli, cluster, tracking
-from orchestration.recipes import load_recipe
-from orchestration.stored_recipe import store
+from orchestration.cli import main as cli
+from orchestration.cluster import connect as cluster
+from orchestration.recipe.loading import load_recipe
+from orchestration.state.stored_recipe import store
+from orchestration.tracking import tracker as tracking
 
 ESPALIER = Path(sys.executable).parent / "espalier"
 CASES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(

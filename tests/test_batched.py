@@ -9,8 +9,9 @@ from layer_problems import DAMP, problem
 from test_pattern_contract import layers_of
 from torch import nn
 
-from pruners import METHODS, PruneReport, create_pruner, kernels, prune
-from pruners.ovit import OViT
+from pruners import METHODS, PruneReport, create_pruner, prune
+from pruners.elimination import kernels
+from pruners.methods.ovit import OViT
 
 CASES = [(method, "unstructured") for method in METHODS if create_pruner(method).gradients]
 CASES += [(method, pattern) for method in ("ovit", "woodfisher") for pattern in ("2:4", "1x4")]

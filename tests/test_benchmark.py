@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestration.benchmark import Row
-from orchestration.benchmark_plot import accuracy_over_latency
-from orchestration.benchmark_report import Report, gain, milliseconds
-from orchestration.machine import describe_machine
-from trainers.agreement import TOLERANCE, Agreement
-from trainers.engine_process import EngineError
-from trainers.engines import Choice, Place
-from trainers.turns import in_turns
+from orchestration.benchmark.measure import Row
+from orchestration.benchmark.plot import accuracy_over_latency
+from orchestration.benchmark.report import Report, gain, milliseconds
+from trainers.engines.agreement import TOLERANCE, Agreement
+from trainers.engines.interleave import in_turns
+from trainers.engines.machine import describe_machine
+from trainers.engines.process import EngineError
+from trainers.engines.registry import Choice, Place
 
 GOOD = Agreement(1e-6, 1e-7, 1.0)
 TORCH, ORT, INT8 = Choice("torch", "float32"), Choice("onnxruntime", "float32"), Choice("onnxruntime", "int8")

@@ -14,8 +14,8 @@ from image_tables import VIT, dense_folder, edit_json, table, tiny, write
 from onnx import numpy_helper
 
 from pruners import prune
-from trainers.checkpoint import save_checkpoint
-from trainers.engines import ENGINES
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.engines.registry import ENGINES
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_torch_compile_and_openvino(run: Run) -> None:
 def test_a_benchmark_is_logged(run: Run) -> None:
     from mlflow import MlflowClient
 
-    from orchestration.mlflow_server import start_server
+    from orchestration.tracking.server import start_server
 
     good(
         run,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from orchestration import variants
-from orchestration.benchmark_options import BenchmarkOptions
+from orchestration.benchmark import models as variants
+from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
-from trainers import engines, optional
-from trainers.engines import ENGINES, Choice, Place
+from trainers import optional_imports as optional
+from trainers.engines import registry as engines
+from trainers.engines.registry import ENGINES, Choice, Place
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch
 from training_runs import CPU, Log, make_files, make_job, same_files
 
 from pruners.errors import InputError
-from trainers.config import TrainJob
-from trainers.gradual import run
+from trainers.checkpoint.trainer_state import read_state, unflatten_optimizer
+from trainers.config.training import TrainJob
+from trainers.loop.gradual import run
+from trainers.loop.session import Session
 from trainers.ray_worker import _origin
-from trainers.session import Session
-from trainers.state import read_state, unflatten_optimizer
 
 KEYS = ("training.lr.peak", "training.weight_decay", "training.label_smoothing")
 

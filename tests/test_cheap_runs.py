@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestration.cheap_runs import CheapRuns
-from orchestration.display import Display
-from orchestration.tracking import Tracker
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.reporting.display import Display
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep.cheap_runs import CheapRuns
+from orchestration.tracking.tracker import Tracker
 
 
 def trial(number: int, state: str = "finished") -> TrialRecord:

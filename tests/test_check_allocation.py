@@ -10,15 +10,15 @@ import pytest
 import torch
 from image_tables import tiny
 
-from orchestration import gradual_phase
-from orchestration.check_allocation import check_allocated, check_sparsities
-from orchestration.cluster import ClusterSize
-from orchestration.config import DataSettings, Recipe
-from orchestration.context import Allocated, Dense, Study, Sweep
-from orchestration.recipes import load_recipe, validate
-from orchestration.trial_log import TrialRecord
+from orchestration.cluster.connect import ClusterSize
+from orchestration.preflight.allocation import check_allocated, check_sparsities
+from orchestration.recipe.loading import load_recipe, validate
+from orchestration.recipe.schema import DataSettings, Recipe
+from orchestration.state.trial_log import TrialRecord
+from orchestration.sweep import gradual as gradual_phase
+from orchestration.sweep.context import Allocated, Dense, Study, Sweep
 from pruners.errors import InputError
-from pruners.layers import find_layers
+from pruners.model.layers import find_layers
 
 SIZE = {"pareto": {"against": "size", "between": [0.55, 0.8], "tolerance": 0.05}}
 FASTEST = {"objective": "latency", "between": [0.55, 0.8]}

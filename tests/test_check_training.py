@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration import check_training
-from orchestration.recipes import load_recipe
+from orchestration.preflight import training as check_training
+from orchestration.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -15,8 +15,15 @@ from safetensors import safe_open
 
 from pruners import MaskSet, find_layers, prune
 from pruners.errors import InputError
-from trainers.checkpoint import FORMAT, load_checkpoint, model_args, save_checkpoint, size_on_disk, verify
-from trainers.tables import read_table
+from trainers.checkpoint.folder import (
+    FORMAT,
+    load_checkpoint,
+    model_args,
+    save_checkpoint,
+    size_on_disk,
+    verify,
+)
+from trainers.sources.parquet import read_table
 
 
 def pruned_folder(folder: Path, architecture: str = VIT) -> tuple[Path, torch.nn.Module, MaskSet]:
@@ -212,7 +219,7 @@ class Far:
 
 @pytest.mark.parametrize(("answers", "says"), [(True, "no such f"), (False, "cannot be reached")])
 def test_what_is_not_there_far_away(answers: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("trainers.storage", "trainers.files"):
+    for module in ("trainers.storage", "trainers.sources.files"):
         monkeypatch.setattr(f"{module}.resolve", lambda uri, key: (Far(answers), uri))
     for call in (load_checkpoint, read_table):
         with pytest.raises(InputError, match=says) as error:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from orchestration import cluster
-from orchestration.cluster import ClusterSize
-from orchestration.config import Resources
-from orchestration.search_config import AllocationSearch
+from orchestration.cluster import connect as cluster
+from orchestration.cluster.connect import ClusterSize
+from orchestration.recipe.schema import Resources
+from orchestration.recipe.search import AllocationSearch
 from pruners.errors import InputError
 
 

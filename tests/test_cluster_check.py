@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from commands import SMALL, espalier
 
-from orchestration import node_probe
-from orchestration.cluster_check import Offer, _differences
+from orchestration.cluster import node_probe
+from orchestration.cluster.check import Offer, _differences
 
 
 @pytest.mark.cluster

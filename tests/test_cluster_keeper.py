@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import cluster_keeper
+from orchestration.cluster import keeper as cluster_keeper
 
 OTHER = 4_194_305  # no process has so large a number
 

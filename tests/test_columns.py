@@ -12,19 +12,20 @@ import pytest
 from commands import Run
 from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, edit_json, png, table, tiny, write
 
-from orchestration.checks import prepare
-from orchestration.mlflow_model import classes_of, labels_of
-from orchestration.recipes import load_recipe
+from orchestration.preflight.checks import prepare
+from orchestration.recipe.loading import load_recipe
+from orchestration.tracking.pyfunc_model import classes_of, labels_of
 from pruners.errors import InputError
-from trainers import building, models
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.classes import check_alike, check_known, names_of, read_map
-from trainers.columns import Columns
-from trainers.config import DataSettings, TrainJob
-from trainers.data import split
-from trainers.preprocessing import preprocessing_of
-from trainers.store import Store
-from trainers.tables import check_table, decode, image_batches, open_parquet
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.config.training import DataSettings, TrainJob
+from trainers.data.arrow_store import Store
+from trainers.data.datasets import split
+from trainers.data.preprocessing import preprocessing_of
+from trainers.loop import builders as building
+from trainers.sources.classes import check_alike, check_known, names_of, read_map
+from trainers.sources.columns import Columns
+from trainers.sources.parquet import check_table, decode, image_batches, open_parquet
 
 CLASS_LABEL, IMAGE = "ClassLabel", "Image"
 NAMES = ["ash", "birch", "cedar"]
@@ -198,7 +199,7 @@ def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
 
 def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
     """Through saving, loading, serving and a new head, as timm's own label_names."""
-    from orchestration.served_model import _checkpoint
+    from orchestration.tracking.served_model import _checkpoint
 
     model = load_checkpoint(str(dense_folder(tmp_path / "a"))).model
     models.name_classes(model, ["two", "names"])  # which are not those of three classes

@@ -14,14 +14,15 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from orchestration import compare, journal
-from orchestration.cli import cli
-from orchestration.compare_page import page
-from orchestration.display import Display
-from orchestration.public import without_places
-from orchestration.recipes import load_recipe
-from orchestration.stored_recipe import folder_of, store
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.cli.app import cli
+from orchestration.common.redaction import without_places
+from orchestration.recipe.loading import load_recipe
+from orchestration.reporting import compare
+from orchestration.reporting.compare_page import page
+from orchestration.reporting.display import Display
+from orchestration.state import heartbeat as journal
+from orchestration.state.stored_recipe import folder_of, store
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
 COSTS = {"sparsity": 0.75, "parameters": 1_000_000, "parameters_sparse": 400_000, "macs": 9_000_000}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from orchestration.config import Recipe, digest
-from orchestration.search_config import Distribution
-from trainers.config import LearningRate, PruningSettings, Settings
+from orchestration.recipe.schema import Recipe, digest
+from orchestration.recipe.search import Distribution
+from trainers.config.training import LearningRate, PruningSettings, Settings
 
 ESPALIER = Path(sys.executable).parent / "espalier"
 MINIMAL: dict[str, Any] = {
@@ -196,7 +196,7 @@ def test_help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
 sys.argv = ["espalier", *{arguments!r}]
-from orchestration.cli import main
+from orchestration.cli.app import main
 try:
     main()
 except SystemExit:

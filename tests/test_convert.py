@@ -14,10 +14,10 @@ from filelock import FileLock
 from image_tables import png
 
 from pruners.errors import InputError
-from trainers.classes import names_of
-from trainers.convert import convert, plan
-from trainers.folders import Reading, class_folders, images_below, labelled_folder, natural_key
-from trainers.webdataset import read_tar, stem
+from trainers.sources.classes import names_of
+from trainers.sources.convert import convert, plan
+from trainers.sources.folders import Reading, class_folders, images_below, labelled_folder, natural_key
+from trainers.sources.webdataset import read_tar, stem
 
 Files = list[tuple[str, bytes]]
 

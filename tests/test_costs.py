@@ -13,8 +13,8 @@ from helpers import tiny_vit
 from torch import Tensor, nn
 
 from pruners import count_costs, find_layers
-from pruners.allocation import budget, project
-from pruners.costs import cost_model
+from pruners.allocation.sharing import budget, project
+from pruners.model.costs import cost_model
 
 
 def test_linear_and_convolution_by_hand() -> None:

@@ -11,9 +11,9 @@ from helpers import state, tiny_swin, uneven
 from image_tables import SWIN, VIT, VIT_ARGS, tiny
 from torch import Tensor, nn
 
-from pruners.coupling import Couplings
 from pruners.errors import InputError
-from pruners.structured import Channels
+from pruners.structured.channels import Channels
+from pruners.structured.dependency import Couplings
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 

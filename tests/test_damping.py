@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pruners import InputError, create_pruner, find_layers, prune
-from pruners.damping import LADDER, choose_damp
-from pruners.gradients import mean_loss
-from pruners.memory import fisher_bytes
+from pruners.elimination.damping import LADDER, choose_damp
+from pruners.elimination.gradients import mean_loss
+from pruners.elimination.memory import fisher_bytes
 
 METHODS = ("dimap+ovit", "ovit", "ovit_fast", "woodfisher")
 OPTIONS = {"block_size": 32, "damp": "auto", "gradients": 4}

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from pruners.errors import InputError
-from trainers import data
-from trainers.augment import Augment, Normalise
-from trainers.config import AugmentSettings, DataSettings
+from trainers.config.training import AugmentSettings, DataSettings
+from trainers.data import datasets as data
+from trainers.data.augment import Augment, Normalise
 
 CONFIG: dict[str, Any] = {
     "input_size": (3, 16, 16),
@@ -191,7 +191,7 @@ def test_shared_memory_that_is_too_small_is_told_before_training(
     class Room:
         f_bavail, f_frsize = 9, 4096
 
-    monkeypatch.setattr("trainers.data.os.statvfs", lambda place: Room)
+    monkeypatch.setattr("trainers.data.datasets.os.statvfs", lambda place: Room)
     data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
     Room.f_bavail = 8
     expected = r"training\.data_workers = 3: /dev/shm has 0 MB free.*--shm-size=4g"

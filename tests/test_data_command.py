@@ -15,9 +15,9 @@ import pytest
 from image_tables import png, table, write
 from test_store import BROKEN, PICTURES, cells
 
-from trainers.convert import convert, plan
-from trainers.store import Store
-from trainers.tables import read_table
+from trainers.data.arrow_store import Store
+from trainers.sources.convert import convert, plan
+from trainers.sources.parquet import read_table
 
 
 def espalier(*arguments: object) -> subprocess.CompletedProcess[str]:

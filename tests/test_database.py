@@ -11,11 +11,11 @@ import torch.distributed as dist
 from image_tables import dense_folder, table, write
 from orders import assert_same
 
-from orchestration.database import StoredOrder
-from orchestration.remote import order_facts
+from orchestration.state.order_store import StoredOrder
+from orchestration.sweep.tasks import order_facts
 from trainers import storage
-from trainers.config import DataSettings, OrderJob, PruningSettings
-from trainers.order_run import write_order
+from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.loop.elimination import write_order
 
 FISHER = {"gradients": 6, "batch_size": 4, "block_size": 16, "damp": 1e-4}
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from image_tables import table, write
 
-from orchestration.checks import prepare
-from orchestration.cluster import ClusterSize
-from orchestration.context import Sweep
-from orchestration.datasets import Dataset, datasets
-from orchestration.recipes import load_recipe
-from orchestration.trial_log import TrialLog
+from orchestration.cluster.connect import ClusterSize
+from orchestration.preflight.checks import prepare
+from orchestration.recipe.loading import load_recipe
+from orchestration.state.trial_log import TrialLog
+from orchestration.sweep.context import Sweep
+from orchestration.tracking.datasets import Dataset, datasets
 from pruners.errors import InputError
-from trainers.config import DataSettings
+from trainers.config.training import DataSettings
 
 HASH = "0123456789abcdef"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import CPU, Log, make_files, make_job, train_as_worker
 
-from trainers.gradual import run
+from trainers.loop.gradual import run
 
 # 56 steps, the last of each epoch with fewer images than four workers: 50 images by 8 leave 2
 TRAINING = {"epochs": 8, "batch_size": 8, "augment": {"shift": 1, "flip": 0.5}}

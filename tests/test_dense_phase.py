@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestration import dense_phase, registry
+from orchestration.sweep import dense as dense_phase
+from orchestration.tracking import registry
 
 
 def test_an_alias_that_moves_on_changes_later_sweeps_only(

@@ -10,12 +10,13 @@ import torch
 from helpers import lone_layer, threads
 from torch import Tensor
 
-from pruners import EliminationOrder, PrunableLayer, second_order
-from pruners.fisher import BlockFisher
-from pruners.order import LayerOrder
-from pruners.ovit import DimapOViT, OViT
-from pruners.second_order import SecondOrder
-from pruners.woodfisher import WoodFisher
+from pruners import EliminationOrder, PrunableLayer
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.order import LayerOrder
+from pruners.methods import second_order
+from pruners.methods.ovit import DimapOViT, OViT
+from pruners.methods.second_order import SecondOrder
+from pruners.methods.woodfisher import WoodFisher
 
 LAYERS = [lone_layer(40, 48, name="a.weight"), lone_layer(9, 28, name="b.weight", module="PRJ")]
 PRUNERS: dict[str, SecondOrder] = {

@@ -21,16 +21,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_runs import Log, make_files, make_job
 
-from orchestration.one_shot import OneShotTrial
-from orchestration.search_config import AllocationSearch
-from pruners import METHODS, create_pruner, find_layers, kernels, prune
-from pruners.order import EliminationOrder
+from orchestration.recipe.search import AllocationSearch
+from orchestration.search.one_shot_trial import OneShotTrial
+from pruners import METHODS, create_pruner, find_layers, prune
+from pruners.elimination import kernels
+from pruners.elimination.order import EliminationOrder
 from trainers import models
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.evaluate import evaluate
-from trainers.gradual import run
-from trainers.structured import cut_model, plan_cut
-from trainers.structured_settings import StructuredSettings
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.config.structured import StructuredSettings
+from trainers.loop.evaluation import evaluate
+from trainers.loop.gradual import run
+from trainers.structured.cut import cut_model, plan_cut
 
 CPU = torch.device("cpu")
 LAYERS = [layer for layer in find_layers(tiny_vit()) if layer.name.startswith("blocks.1.")]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import find_layers, prune
-from pruners.allocation import GROUP_OF, budget, group_layers, project
-from pruners.dimap import Dimap, importance
+from pruners.allocation.sharing import GROUP_OF, budget, group_layers, project
+from pruners.methods.dimap import Dimap, importance
 
 
 def written_out(weights: list[float]) -> list[float]:

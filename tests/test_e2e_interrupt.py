@@ -14,7 +14,7 @@ import mlflow
 import pytest
 from commands import SMALL, Command, espalier
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 pytestmark = pytest.mark.cluster
 

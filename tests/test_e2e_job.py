@@ -20,7 +20,7 @@ import signal, sys, tempfile
 from pathlib import Path
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
-from orchestration.ports import LOOPBACK, free_port
+from orchestration.common.network import LOOPBACK, free_port
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 port = free_port(8365)
 node = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": LOOPBACK, "dashboard_port": port}

@@ -14,7 +14,7 @@ import pytest
 from commands import SMALL, espalier, run
 from conftest import Swept
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(4000)]
 SEARCHES = ("allocation search", "gradual pruning")

@@ -15,7 +15,7 @@ import pytest
 from commands import ELSEWHERE, MARK, Family
 from training_runs import CPU, Log, make_files, make_job
 
-from trainers.gradual import run
+from trainers.loop.gradual import run
 
 DRIVE = Path(__file__).parent / "faults" / "drive.py"
 SECONDS = 300.0

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from commands import SMALL, run
 
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.state.trial_log import TrialLog, TrialRecord
 
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(900)]
 EPOCHS = 6

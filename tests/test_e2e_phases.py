@@ -9,9 +9,9 @@ import mlflow
 import pytest
 from commands import SMALL, Command, espalier, run
 
-from orchestration.pareto import chosen, front
-from orchestration.search_config import Pareto
-from orchestration.trial_log import TrialLog
+from orchestration.recipe.search import Pareto
+from orchestration.search.pareto import chosen, front
+from orchestration.state.trial_log import TrialLog
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.timeout(1200)]
 

@@ -12,11 +12,11 @@ from test_e2e_faults import Run, driver, ended, same
 from test_quantize import VIT, pruned
 from training_runs import make_files, make_job
 
-from pruners.masks import MaskSet
-from trainers.checkpoint import save_checkpoint
-from trainers.int8 import read_record
-from trainers.int8_file import check_zeros, read_weights
-from trainers.onnx_export import FILE
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.export.onnx import FILE
+from trainers.quantization.int8_folder import read_record
+from trainers.quantization.int8_onnx import check_zeros, read_weights
 
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(1200)]
 

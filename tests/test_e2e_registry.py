@@ -23,10 +23,10 @@ from commands import ELSEWHERE, SMALL, run
 from conftest import Swept
 from PIL import Image
 
-from orchestration.config import digest
-from orchestration.context import content_hash
-from orchestration.ports import free_port
-from orchestration.recipes import load_recipe
+from orchestration.common.network import free_port
+from orchestration.recipe.loading import load_recipe
+from orchestration.recipe.schema import digest
+from orchestration.sweep.context import content_hash
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

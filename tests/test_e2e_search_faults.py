@@ -15,7 +15,7 @@ import pytest
 from commands import SMALL, Family, espalier
 from conftest import Swept
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(900)]
 FAULTS = Path(__file__).parent / "faults"
@@ -42,7 +42,7 @@ def head() -> Iterator[Any]:
     """A cluster of one node with two processors; its processes end with it."""
     from ray.cluster_utils import Cluster
 
-    from orchestration.ports import LOOPBACK, free_port
+    from orchestration.common.network import LOOPBACK, free_port
 
     port = {"dashboard_port": free_port(8265), "dashboard_host": LOOPBACK, "include_dashboard": True}
     before = set(Family(os.getpid(), FAULTS, "none").look())

@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from commands import SMALL, Command, espalier, run
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 TRIALS, EVERY, MOST_SECONDS = 500, 20.0, 3000.0
 SWEEP = (

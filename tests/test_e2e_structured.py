@@ -12,7 +12,7 @@ import pytest
 import timm
 from commands import SMALL, espalier, run
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(1800)]
 

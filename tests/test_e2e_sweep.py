@@ -18,14 +18,14 @@ from commands import SMALL, espalier, run
 from conftest import Swept
 from safetensors import safe_open
 
-from orchestration import cli
-from orchestration.recipes import flatten, load_recipe
-from orchestration.search_space import summarise
-from pruners.allocation import allocate, budget
-from pruners.layers import PrunableLayer, find_layers
-from pruners.masks import MaskSet
-from pruners.methods import create_pruner
-from pruners.order import UPDATES
+from orchestration.cli import main as cli
+from orchestration.recipe.loading import flatten, load_recipe
+from orchestration.search.space import summarise
+from pruners.allocation.sharing import allocate, budget
+from pruners.elimination.order import UPDATES
+from pruners.methods.registry import create_pruner
+from pruners.model.layers import PrunableLayer, find_layers
+from pruners.model.masks import MaskSet
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -23,18 +23,23 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from orchestration import engine_export, export_formats
-from orchestration.engine_export import read_record, torch_answers
-from orchestration.export_formats import FORMATS, Source
-from orchestration.photographs import photographs
+from orchestration.export import engine as engine_export
+from orchestration.export import formats as export_formats
+from orchestration.export.engine import read_record, torch_answers
+from orchestration.export.formats import FORMATS, Source
+from orchestration.export.sample_images import photographs
 from pruners import find_layers, prune
 from pruners.errors import InputError
-from trainers import engines, onnx_export, openvino_export, optional, torch_export
-from trainers.agreement import Agreement
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.engines import ANY_BATCH, ENGINES, Engine, Place
-from trainers.optional import openvino_core
-from trainers.preprocessing import pattern_images, preprocessing_of
+from trainers import optional_imports as optional
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.data.preprocessing import pattern_images, preprocessing_of
+from trainers.engines import registry as engines
+from trainers.engines.agreement import Agreement
+from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Place
+from trainers.export import onnx as onnx_export
+from trainers.export import openvino as openvino_export
+from trainers.export import torch_export
+from trainers.optional_imports import openvino_core
 
 README = Path(__file__).parent.parent / "README.md"
 PLACES = re.compile(rb"/(?:work|tmp|root|home|usr|opt|var|build)/[ -~]{0,60}|site-packages")

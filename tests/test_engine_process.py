@@ -14,11 +14,11 @@ from image_tables import dense_folder, tiny
 from torch import nn
 
 from pruners import prune
-from trainers import engine_process
-from trainers.engine_process import EngineError, EngineProcess, peak_memory
-from trainers.engines import Choice, Place, keeps_2_of_4
-from trainers.preprocessing import Images, pattern_images, preprocessing_of
-from trainers.sparse_linear import SparseRows
+from trainers.data.preprocessing import Images, pattern_images, preprocessing_of
+from trainers.engines import process as engine_process
+from trainers.engines.process import EngineError, EngineProcess, peak_memory
+from trainers.engines.registry import Choice, Place, keeps_2_of_4
+from trainers.engines.sparse_linear import SparseRows
 
 TORCH, CSR = Choice("torch", "float32"), Choice("csr", "float32")
 ALONE = Place(1)
@@ -89,7 +89,7 @@ def test_peak_memory_is_of_this_process() -> None:
 def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
     """Its tools, and NNCF's, note a client's number in the home folder before they send anything."""
     script = (
-        "from trainers.optional import import_openvino; import_openvino(); import nncf; "
+        "from trainers.optional_imports import import_openvino; import_openvino(); import nncf; "
         "from openvino.tools import ovc"
     )
     subprocess.run(
@@ -103,7 +103,7 @@ def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
 def test_openvino_leaves_signals_alone() -> None:
     """On processors with AVX-512 a second ``Core`` that went after the first left a freed signal stack."""
     script = (
-        "import gc, os, signal; from trainers.optional import openvino_core; "
+        "import gc, os, signal; from trainers.optional_imports import openvino_core; "
         "cores = [openvino_core(), openvino_core()]; "
         "[core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES') for core in cores]; "
         "cores.pop(0); gc.collect(); cores.pop(); gc.collect(); "
@@ -135,7 +135,7 @@ def test_sparse_rows_compute_the_same(bias: bool, shape: tuple[int, ...]) -> Non
 
 
 def test_csr_runs_a_pruned_model(tmp_path: Path) -> None:
-    from trainers.checkpoint import save_checkpoint
+    from trainers.checkpoint.folder import save_checkpoint
 
     model, arguments = tiny()
     report = prune(model, "magnitude", 0.75)

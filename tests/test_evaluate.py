@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainers.evaluate import Evaluation, evaluate
+from trainers.loop.evaluation import Evaluation, evaluate
 
 
 class Given(nn.Module):

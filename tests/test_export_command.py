@@ -14,12 +14,14 @@ from image_tables import dense_folder, table, tiny, write
 from safetensors.torch import load_file
 from torch import nn
 
-from orchestration import export_command, registry, source
-from orchestration.context import content_hash
-from orchestration.mlflow_server import Server, start_server
-from orchestration.tracking import Tracker
+from orchestration.commands import model_source as source
+from orchestration.export import compress as export_command
+from orchestration.sweep.context import content_hash
+from orchestration.tracking import registry
+from orchestration.tracking.server import Server, start_server
+from orchestration.tracking.tracker import Tracker
 from pruners import find_layers, prune
-from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 
 DATA = [0, 1, 2, 0, 1, 2, 0, 1]
 

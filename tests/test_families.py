@@ -14,8 +14,8 @@ import torchvision
 from torch import nn
 
 from pruners import InputError, find_layers
-from pruners.families import ANY_TRANSFORMER, FAMILIES, family_of
-from pruners.left_dense import LeftDense
+from pruners.model.families import ANY_TRANSFORMER, FAMILIES, family_of
+from pruners.model.left_dense import LeftDense
 
 
 def on_meta(name: str) -> nn.Module:

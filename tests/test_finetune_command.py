@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 from training_runs import same_files
 
-from orchestration import finetune_command, source, work
+from orchestration.commands import finetune as finetune_command
+from orchestration.commands import model_source as source
+from orchestration.commands import work
 from pruners import prune
-from trainers import gradual
-from trainers.checkpoint import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
-from trainers.session import Session
+from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
+from trainers.loop import gradual
+from trainers.loop.session import Session
 
 FIVE = [i % 5 for i in range(40)]
 FAST = "epochs=3 batch_size=8 lr.peak=5e-3"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import InputError, Pattern
-from pruners.blocks import to_blocks
-from pruners.fisher import BlockFisher
+from pruners.elimination.blocks import to_blocks
+from pruners.elimination.fisher import BlockFisher
 
 LAYERS = [
     lone_layer(25, 7, name="a.weight", module="QKV"),  # 175 weights

@@ -8,7 +8,7 @@ from helpers import lone_layer
 from torch import Tensor
 
 from pruners import InputError, MaskSet, create_pruner
-from pruners.fisher import BlockFisher
+from pruners.elimination.fisher import BlockFisher
 
 LAYERS = [lone_layer(5, 7, name="a.weight"), lone_layer(20, 30, name="b.weight")]
 SIZES = {"compiled": 8, "LAPACK": 300}  # larger than what is compiled

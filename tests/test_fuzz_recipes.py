@@ -15,10 +15,10 @@ import pytest
 from image_tables import VIT, VIT_ARGS, table, write
 from rich.console import Console
 
-from orchestration.checks import prepare
-from orchestration.plan import print_plan
-from orchestration.recipe_keys import recipe_keys
-from orchestration.recipes import load_recipe
+from orchestration.preflight.checks import prepare
+from orchestration.preflight.plan import print_plan
+from orchestration.recipe.loading import load_recipe
+from orchestration.recipe.reference import recipe_keys
 from pruners.errors import InputError
 
 SECONDS = 20  # for one of them, on a busy machine

@@ -10,7 +10,7 @@ from helpers import CONVOLUTIONS, batches, state, tiny_conv, tiny_swin, tiny_vit
 from torch import Tensor, nn
 
 from pruners import MaskSet, PrunableLayer, find_layers
-from pruners.gradients import Batch, gradients, mean_loss
+from pruners.elimination.gradients import Batch, gradients, mean_loss
 
 LOSS = nn.functional.cross_entropy
 MODELS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "swin": tiny_swin, "conv": tiny_conv}

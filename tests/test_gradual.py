@@ -15,16 +15,16 @@ from image_tables import SWIN, VIT, VIT_ARGS, dense_folder, table, write
 from safetensors.torch import load_file
 from torch import nn
 
-from pruners.allocation import budget, project
+from pruners.allocation.sharing import budget, project
 from pruners.errors import InputError
-from pruners.layers import find_layers
-from pruners.masks import MaskSet
-from trainers import gradual
-from trainers.checkpoint import save_checkpoint
-from trainers.config import TrainJob
-from trainers.gradual import Progress, run
-from trainers.session import Session
-from trainers.state import TENSORS as STATE
+from pruners.model.layers import find_layers
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.checkpoint.trainer_state import TENSORS as STATE
+from trainers.config.training import TrainJob
+from trainers.loop import gradual
+from trainers.loop.gradual import Progress, run
+from trainers.loop.session import Session
 
 CPU = torch.device("cpu")
 TARGET = 0.7

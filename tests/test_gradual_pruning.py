@@ -12,10 +12,10 @@ from test_pattern_contract import zeros_in_groups
 from torch import Tensor
 
 from pruners import METHODS, InputError
-from pruners.damping import LADDER
-from trainers.checkpoint import load_checkpoint
-from trainers.config import TrainJob
-from trainers.gradual import Progress, run
+from pruners.elimination.damping import LADDER
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.training import TrainJob
+from trainers.loop.gradual import Progress, run
 
 FISHER = {"gradients": 3, "batch_size": 4, "block_size": 16, "damp": 1e-4}
 

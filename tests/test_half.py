@@ -12,9 +12,9 @@ from helpers import PRUNERS, batches, tiny_vit
 from torch import Tensor, nn
 
 from pruners import EliminationOrder, InputError, PrunableLayer, PruneReport, find_layers, prune
-from pruners.fisher import BlockFisher
-from pruners.magnitude import Magnitude
-from pruners.order import Stretch
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.order import Stretch
+from pruners.methods.magnitude import Magnitude
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 either_type = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

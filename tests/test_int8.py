@@ -15,18 +15,18 @@ from image_tables import SWIN, VIT, edit_json, images
 from onnx import numpy_helper
 from test_quantize import SIZE, pruned
 
-from orchestration import variants
-from orchestration.export_command import compress
+from orchestration.benchmark import models as variants
+from orchestration.export.compress import compress
 from pruners.errors import InputError
-from pruners.masks import MaskSet
-from trainers import int8
-from trainers.checkpoint import load_checkpoint, save_checkpoint, weights_hash
-from trainers.engines import Choice
-from trainers.int8_file import check_zeros, read_weights
-from trainers.onnx_export import FILE
-from trainers.preprocessing import PREPROCESSING
-from trainers.quantize import Prepared
-from trainers.quantize_settings import Mode
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint, weights_hash
+from trainers.config.quantization import Mode
+from trainers.data.preprocessing import PREPROCESSING
+from trainers.engines.registry import Choice
+from trainers.export.onnx import FILE
+from trainers.quantization import int8_folder as int8
+from trainers.quantization.fake_quant import Prepared
+from trainers.quantization.int8_onnx import check_zeros, read_weights
 
 WAYS: tuple[Mode, ...] = ("dynamic", "static", "qat")
 LABELS = ["cat", "dog", "fox"]

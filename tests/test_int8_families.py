@@ -15,20 +15,21 @@ from image_tables import VIT, images, table, tiny, write
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from orchestration.engine_export import torch_answers
-from orchestration.export_formats import FORMATS, Source
+from orchestration.export.engine import torch_answers
+from orchestration.export.formats import FORMATS, Source
 from pruners import find_layers, prune
 from pruners.errors import InputError
-from pruners.layers import has_attention
-from pruners.masks import MaskSet
-from trainers import int8, models
-from trainers.agreement import Agreement
-from trainers.checkpoint import save_checkpoint
-from trainers.engines import ANY_BATCH, Place
-from trainers.int8_checks import check_mode, check_share
-from trainers.int8_file import _by_content, _part, _rename, read_weights
-from trainers.onnx_export import quantise_onnx
-from trainers.preprocessing import preprocessing_of
+from pruners.model.layers import has_attention
+from pruners.model.masks import MaskSet
+from trainers import models
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.data.preprocessing import preprocessing_of
+from trainers.engines.agreement import Agreement
+from trainers.engines.registry import ANY_BATCH, Place
+from trainers.export.onnx import quantise_onnx
+from trainers.quantization import int8_folder as int8
+from trainers.quantization.checks import check_mode, check_share
+from trainers.quantization.int8_onnx import _by_content, _part, _rename, read_weights
 
 _SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "patch_size": 8, "num_heads": 2, "depth": 2}
 _STAGES: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_vit": 1}

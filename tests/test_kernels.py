@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pruners import kernels
-from pruners.fisher import invert
+from pruners.elimination import kernels
+from pruners.elimination.fisher import invert
 
 
 def sums_of(

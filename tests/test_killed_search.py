@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from commands import ELSEWHERE, MARK, Family
 
-from orchestration.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog
 
 DRIVER = Path(__file__).parent / "faults" / "search_drive.py"
 TRIALS, KILLS, SECONDS = 30, 5, 300.0

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from image_tables import SWIN, VIT, dense_folder, tiny
 
 from pruners import find_layers, prune
-from pruners.patterns import Pattern
-from trainers import latency
-from trainers.checkpoint import save_checkpoint
-from trainers.engine_process import EngineProcess
-from trainers.engines import Choice, Place
-from trainers.latency import GRID, Target, linear_shapes, measure, pruned_at, sparsities
-from trainers.latency_table import LatencyTable, LinearShape
-from trainers.preprocessing import pattern_images, preprocessing_of
+from pruners.model.sparsity_pattern import Pattern
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.data.preprocessing import pattern_images, preprocessing_of
+from trainers.engines import latency
+from trainers.engines.latency import GRID, Target, linear_shapes, measure, pruned_at, sparsities
+from trainers.engines.latency_table import LatencyTable, LinearShape
+from trainers.engines.process import EngineProcess
+from trainers.engines.registry import Choice, Place
 
 UNSTRUCTURED = Pattern()
 WIDE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 2, "num_heads": 3}

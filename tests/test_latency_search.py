@@ -14,24 +14,25 @@ from hypothesis import strategies as st
 from image_tables import VIT, VIT_ARGS, dense_folder, tiny
 from one_shot_inputs import actor, one_shot_inputs
 
-from orchestration import latency, plots
-from orchestration.checks import prepare
-from orchestration.config import Recipe
-from orchestration.latency import LatencyJob, told
-from orchestration.one_shot import Speed
-from orchestration.pareto import fastest, front
-from orchestration.plan import _lines
-from orchestration.recipes import validate
-from orchestration.remote import measure
-from orchestration.search_config import AllocationSearch, Fastest
-from orchestration.trial_log import TrialRecord
+from orchestration.preflight.checks import prepare
+from orchestration.preflight.plan import _lines
+from orchestration.recipe.loading import validate
+from orchestration.recipe.schema import Recipe
+from orchestration.recipe.search import AllocationSearch, Fastest
+from orchestration.reporting import plots
+from orchestration.search.one_shot_trial import Speed
+from orchestration.search.pareto import fastest, front
+from orchestration.state import latency_store as latency
+from orchestration.state.latency_store import LatencyJob, told
+from orchestration.state.trial_log import TrialRecord
+from orchestration.sweep.tasks import measure
 from pruners import find_layers
 from pruners.errors import InputError
-from trainers import optional
-from trainers.config import PruningSettings
-from trainers.latency import linear_shapes
-from trainers.latency_settings import LatencyTarget
-from trainers.latency_table import Curve, LatencyTable, LinearShape
+from trainers import optional_imports as optional
+from trainers.config.latency import LatencyTarget
+from trainers.config.training import PruningSettings
+from trainers.engines.latency import linear_shapes
+from trainers.engines.latency_table import Curve, LatencyTable, LinearShape
 
 FAST = {"objective": "latency", "between": [0.5, 0.95]}
 RULE = Fastest(0.01, (0.5, 0.95), LatencyTarget())

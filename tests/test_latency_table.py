@@ -10,7 +10,7 @@ from helpers import quick
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trainers.latency_table import Curve, LatencyTable, LinearShape
+from trainers.engines.latency_table import Curve, LatencyTable, LinearShape
 
 SHAPES = st.builds(LinearShape, st.integers(1, 64), st.integers(1, 64), st.integers(1, 400))
 SECONDS = st.floats(1e-6, 10.0)

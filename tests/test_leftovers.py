@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from orchestration.benchmark_command import _write
-from orchestration.work import forget_training, whole_folder
+from orchestration.benchmark.run import _write
+from orchestration.commands.work import forget_training, whole_folder
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import Allocation, InputError, PrunableLayer, Sharing, find_layers, prune
-from pruners.allocation import by_table, by_threshold
-from pruners.limits import bounds, per_layer
+from pruners.allocation.bounds import bounds, per_layer
+from pruners.allocation.sharing import by_table, by_threshold
 
 LAYERS = [
     lone_layer(12, 10, name="blocks.0.attn.qkv.weight", module="QKV"),

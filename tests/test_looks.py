@@ -15,12 +15,13 @@ import pytest
 from commands import Run
 
 from pruners.errors import InputError, first_line
-from pruners.redact import without_secrets
-from trainers import looks, storage
-from trainers.files import table_files
+from pruners.redaction import without_secrets
+from trainers import remote_calls as looks
+from trainers import storage
+from trainers.sources.files import table_files
 
 # as the command does, with less patience
-COMMAND = "import trainers.looks as l; l.SECONDS = {}; from orchestration.cli import main; main()"
+COMMAND = "import trainers.remote_calls as l; l.SECONDS = {}; from orchestration.cli.app import main; main()"
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,11 @@ from helpers import batches, lone_layer, state, tiny_vit, uneven
 from torch import Tensor, nn
 
 from pruners import EliminationOrder, InputError, MaskSet, PruneReport, find_layers, prune
-from pruners.fisher import BlockFisher
-from pruners.memory import fisher_bytes, free_bytes, layer_groups
-from pruners.methods import create_pruner
-from pruners.ordering import Ordering, again
-from pruners.second_order import SecondOrder
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.memory import fisher_bytes, free_bytes, layer_groups
+from pruners.methods.registry import create_pruner
+from pruners.methods.second_order import SecondOrder
+from pruners.order_builder import Ordering, again
 
 METHODS = ("dimap+ovit", "ovit", "ovit_fast", "woodfisher")
 SIZE = 32

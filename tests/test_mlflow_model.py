@@ -19,11 +19,11 @@ import torch
 from image_tables import dense_folder, edit_json, png
 from PIL import Image
 
-from orchestration import served_model
-from orchestration.mlflow_model import CODE, classes_of, model_files
-from trainers import int8
-from trainers.checkpoint import load_checkpoint
-from trainers.tables import decode
+from orchestration.tracking import served_model
+from orchestration.tracking.pyfunc_model import CODE, classes_of, model_files
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.quantization import int8_folder as int8
+from trainers.sources.parquet import decode
 
 CLASSES = {"ash": 1, "birch": 0, "cedar": 2}
 

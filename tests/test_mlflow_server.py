@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from commands import Family
 
-from orchestration import mlflow_server
-from orchestration.mlflow_server import answers, start_server
-from orchestration.ports import reserve
+from orchestration.common.network import reserve
+from orchestration.tracking import server as mlflow_server
+from orchestration.tracking.server import answers, start_server
 
 USER = """
 import sys, time
 from pathlib import Path
-from orchestration.mlflow_server import start_server
+from orchestration.tracking.server import start_server
 server = start_server(Path(sys.argv[1]))
 server.wait_ready()
 print(server.uri, flush=True)

@@ -16,14 +16,14 @@ from torch import nn
 from training_runs import CPU, Log, make_files, make_job
 
 import pruners
+from pruners.elimination.fisher import BlockFisher
 from pruners.errors import InputError
-from pruners.fisher import BlockFisher
 from trainers import models
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.config import ModelSettings
-from trainers.gradual import run as train
-from trainers.sampling import EpochBatches
-from trainers.step import _parts
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.config.training import ModelSettings
+from trainers.data.sampler import EpochBatches
+from trainers.loop.gradual import run as train
+from trainers.loop.train_step import _parts
 
 
 @pytest.fixture

@@ -13,13 +13,15 @@ from one_shot_inputs import actor, one_shot_inputs
 from pyarrow import fs
 from training_runs import CPU, Log, make_files, make_job
 
-from orchestration.search_config import AllocationSearch
-from trainers import data, gradual, models, storage
-from trainers.checkpoint import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
-from trainers.config import DataSettings
-from trainers.gradual import run
-from trainers.node_cache import Pixels, node_copy
-from trainers.tables import decode
+from orchestration.recipe.search import AllocationSearch
+from trainers import models, storage
+from trainers.checkpoint.folder import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
+from trainers.config.training import DataSettings
+from trainers.data import datasets as data
+from trainers.data.node_cache import Pixels, node_copy
+from trainers.loop import gradual
+from trainers.loop.gradual import run
+from trainers.sources.parquet import decode
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training_runs import CPU, Log, make_files, make_job
 
-from orchestration.pareto import front
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.search.pareto import front
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
-from trainers import gradual, step
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.evaluate import evaluate
-from trainers.finite import not_finite
-from trainers.gradual import run
-from trainers.seals import sums
-from trainers.session import Session
-from trainers.state import _seal, damage
+from trainers.checkpoint.checksums import sums
+from trainers.checkpoint.finite import not_finite
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.checkpoint.trainer_state import _seal, damage
+from trainers.loop import gradual
+from trainers.loop import train_step as step
+from trainers.loop.evaluation import evaluate
+from trainers.loop.gradual import run
+from trainers.loop.session import Session
 
 Poison = Callable[..., None]
 

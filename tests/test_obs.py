@@ -18,9 +18,9 @@ from surgery import (
 )
 from torch import Tensor
 
-from pruners import obs
-from pruners.obs import Elimination
-from pruners.rules import AnyWeight
+from pruners.elimination import obs
+from pruners.elimination.constraints import AnyWeight
+from pruners.elimination.obs import Elimination
 
 RULES = {"compiled": None, "batched": AnyWeight()}
 both_paths = pytest.mark.parametrize("path", RULES)

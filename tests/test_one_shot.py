@@ -9,9 +9,9 @@ import torch
 from image_tables import dense_folder, tiny
 from one_shot_inputs import SPARSITY, actor, one_shot_inputs
 
-from orchestration.search_config import AllocationSearch
-from pruners.layers import find_layers
-from trainers.checkpoint import save_checkpoint
+from orchestration.recipe.search import AllocationSearch
+from pruners.model.layers import find_layers
+from trainers.checkpoint.folder import save_checkpoint
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from orders import ordered
 from torch import Tensor
 
 from pruners import InputError, Scope, allocate
-from pruners.allocation import budget
-from pruners.order import EliminationOrder, LayerOrder, Stretch, merge
+from pruners.allocation.sharing import budget
+from pruners.elimination.order import EliminationOrder, LayerOrder, Stretch, merge
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 CORRELATED = [name for name in PRUNERS if "ovit" in name]
@@ -186,7 +186,7 @@ def test_no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) 
             work(slice(part, part + 1))  # type: ignore[operator]
 
     monkeypatch.setattr(Stretch, "take", take)
-    monkeypatch.setattr("pruners.kernels.on_threads", one_by_one)
+    monkeypatch.setattr("pruners.elimination.kernels.on_threads", one_by_one)
     torch.testing.assert_close(order.weight(weight, 10), states[10])
     assert len(written) > 1
     assert sum(map(len, written)) == len(set().union(*written)) == 15

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from test_pattern_contract import layers_of
 
 from pruners import EliminationOrder, InputError, allocate, fingerprint, prune
-from pruners.allocation import budget
-from pruners.order import ORDER, UPDATES
+from pruners.allocation.sharing import budget
+from pruners.elimination.order import ORDER, UPDATES
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 

@@ -13,9 +13,10 @@ from layer_problems import DAMP, Problem, problem
 from surgery import Allowed, few_of_each, surgeon, whole_groups
 from torch import Tensor
 
-from pruners import InputError, find_layers, prune, second_order
-from pruners.ovit import DimapOViT, OViT, OViTFast
-from pruners.patterns import Pattern
+from pruners import InputError, find_layers, prune
+from pruners.methods import second_order
+from pruners.methods.ovit import DimapOViT, OViT, OViTFast
+from pruners.model.sparsity_pattern import Pattern
 
 
 def by_brute_force(given: Problem, size: int, pattern: str) -> tuple[list[float], list[Tensor]]:

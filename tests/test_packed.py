@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pruners import MaskSet, prune
 from pruners.errors import InputError
-from trainers.checkpoint import (
+from trainers.checkpoint.folder import (
     load_checkpoint,
     opened,
     pack_folder,
@@ -27,8 +27,8 @@ from trainers.checkpoint import (
     size_on_disk,
     weights_hash,
 )
+from trainers.checkpoint.packed import FORMAT, read_packed, write_packed
 from trainers.models import load_timm_folder
-from trainers.packed import FORMAT, read_packed, write_packed
 
 README = Path(__file__).parent.parent / "README.md"
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration import pages
-from orchestration.pages import all_pages
-from orchestration.tracking import EndedRun, Tracker
-from orchestration.versions import Registry
+from orchestration.tracking import paging as pages
+from orchestration.tracking.paging import all_pages
+from orchestration.tracking.tracker import EndedRun, Tracker
+from orchestration.tracking.versions import Registry
 from pruners.errors import InputError
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestration import plots
-from orchestration.pareto import chosen, front
-from orchestration.search_config import Pareto
-from orchestration.trial_log import State, TrialRecord
+from orchestration.recipe.search import Pareto
+from orchestration.reporting import plots
+from orchestration.search.pareto import chosen, front
+from orchestration.state.trial_log import State, TrialRecord
 
 DENSE = 1000
 

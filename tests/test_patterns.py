@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import InputError, Pattern
-from pruners.patterns import fitting
+from pruners.model.sparsity_pattern import fitting
 
 
 @pytest.mark.parametrize(

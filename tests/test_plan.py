@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from orchestration.checks import prepare
-from orchestration.picture import curves, terminal
-from orchestration.plan import _lines, _needs
-from orchestration.recipes import load_recipe, shipped
-from trainers.schedules import pruning_plan
+from orchestration.preflight.checks import prepare
+from orchestration.preflight.picture import curves, terminal
+from orchestration.preflight.plan import _lines, _needs
+from orchestration.recipe.loading import load_recipe, shipped
+from trainers.loop.schedules import pruning_plan
 
 # each is built from the real timm architecture, on no device
 DENSE_MILLIONS = {

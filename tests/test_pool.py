@@ -12,7 +12,7 @@ import psutil
 
 SCRIPT = """
 import os, time
-from trainers.pool import process_pool
+from trainers.process_pool import process_pool
 pool = process_pool(2)
 jobs = [pool.submit(time.sleep, 0.5) for _ in range(2)]
 [job.result() for job in jobs]

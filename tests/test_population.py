@@ -16,12 +16,12 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration import population
-from orchestration.config import digest
-from orchestration.population import Population, draws, history, take_note, within
-from orchestration.population_trial import MEMBER, Member, Relay, origin_of, read_told
-from orchestration.search import Search, run_search
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.recipe.schema import digest
+from orchestration.search import pbt as population
+from orchestration.search.pbt import Population, draws, history, take_note, within
+from orchestration.search.pbt_trial import MEMBER, Member, Relay, origin_of, read_told
+from orchestration.search.runner import Search, run_search
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers import storage
 
 SPACE: dict[str, Any] = {"x": optuna.distributions.FloatDistribution(0.1, 1.0, log=True)}

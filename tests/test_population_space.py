@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestration.population_space import job_key
-from orchestration.recipes import load_recipe, single
-from orchestration.search_config import ScheduleSearch
+from orchestration.recipe.loading import load_recipe, single
+from orchestration.recipe.population import job_key
+from orchestration.recipe.search import ScheduleSearch
 
 RATE = {"recovery.lr.peak": {"log": [1e-5, 1e-3]}}
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from orchestration import ports
-from orchestration.ports import LOOPBACK, check_reachable
+from orchestration.common import network as ports
+from orchestration.common.network import LOOPBACK, check_reachable
 from pruners.errors import InputError
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from orchestration import cli, lineage
-from orchestration.config import Promotion
-from orchestration.promotion import choose, level_alias, promote, settle
-from orchestration.results import Row, alias_lines
-from orchestration.versions import Registry, Version, check_alias, check_name, opened
+from orchestration.cli import main as cli
+from orchestration.recipe.schema import Promotion
+from orchestration.sweep.report import Row, alias_lines
+from orchestration.tracking import lineage
+from orchestration.tracking.promotion import choose, level_alias, promote, settle
+from orchestration.tracking.versions import Registry, Version, check_alias, check_name, opened
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from torch import nn
 
-from orchestration import prune_command, source
-from orchestration.work import Bars, whole_folder
-from pruners.layers import find_layers
-from pruners.methods import METHODS
+from orchestration.commands import model_source as source
+from orchestration.commands import prune as prune_command
+from orchestration.commands.work import Bars, whole_folder
+from pruners.methods.registry import METHODS
+from pruners.model.layers import find_layers
 
 WEIGHTS = 6144  # prunable ones of the tiny ViT
 
@@ -312,7 +313,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("orchestration.work.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("orchestration.commands.work.time.monotonic", lambda: next(clock))
     with (tmp_path / "lines").open("w") as file, Bars(Console(file=file), "ovit: 4 layers") as bars:
         for _ in range(2):
             for done in range(1, 5):

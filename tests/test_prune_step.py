@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import InputError, MaskSet, Sharing, create_pruner, find_layers, prune
-from pruners.layers import PrunableLayer
-from pruners.ovit import OViT
-from trainers import prune_step as step_of
-from trainers.config import FisherSettings, PruningSettings
-from trainers.prune_step import (
+from pruners.methods.ovit import OViT
+from pruners.model.layers import PrunableLayer
+from trainers.config.training import FisherSettings, PruningSettings
+from trainers.loop import prune_step as step_of
+from trainers.loop.prune_step import (
     Goal,
     Gradients,
     gradient_source,

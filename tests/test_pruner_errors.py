@@ -10,9 +10,9 @@ from helpers import PRUNERS, batches, state, uneven
 from torch import Tensor, nn
 
 from pruners import InputError, PruneReport, Scope, prune
+from pruners.elimination.gradients import Batch
 from pruners.errors import first_line
-from pruners.gradients import Batch
-from pruners.ovit import OViT
+from pruners.methods.ovit import OViT
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 with_gradients = pytest.mark.parametrize(

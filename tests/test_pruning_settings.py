@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from pruners import METHODS, InputError, create_pruner
-from pruners.patterns import Pattern
-from trainers.config import SECOND_ORDER, FisherSettings, Method, PruningSettings
+from pruners.model.sparsity_pattern import Pattern
+from trainers.config.training import SECOND_ORDER, FisherSettings, Method, PruningSettings
 
 
 def settings(**values: Any) -> PruningSettings:
@@ -102,7 +102,9 @@ def test_an_option_that_a_method_does_not_have_is_named() -> None:
 
 
 def test_settings_are_read_without_torch() -> None:
-    code = "import sys, trainers.config, orchestration.config; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, trainers.config.training, orchestration.recipe.schema; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -16,14 +16,14 @@ from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from training_runs import CPU, Log, make_files, make_job, same_files, train_as_worker
 
 from pruners.errors import InputError
-from pruners.layers import find_layers
-from pruners.masks import MaskSet
-from trainers import gradual
-from trainers.checkpoint import RANGES, load_checkpoint, save_checkpoint
-from trainers.config import TrainJob
-from trainers.gradual import run
-from trainers.quantize import Prepared
-from trainers.session import Session
+from pruners.model.layers import find_layers
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import RANGES, load_checkpoint, save_checkpoint
+from trainers.config.training import TrainJob
+from trainers.loop import gradual
+from trainers.loop.gradual import run
+from trainers.loop.session import Session
+from trainers.quantization.fake_quant import Prepared
 
 SIZE = (3, 16, 16)
 WAYS = ("calibrated", "aware")
@@ -236,6 +236,6 @@ def test_batch_norms_are_not_trained() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.optional.find_spec", lambda name: None)
+    monkeypatch.setattr("trainers.optional_imports.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs torchao.*pip install 'espalier\[deploy\]'"):
         Prepared(tiny()[0], SIZE, aware=True)

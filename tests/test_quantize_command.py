@@ -11,12 +11,12 @@ from commands import Run, espalier, good
 from image_tables import SWIN, VIT, table, write
 from test_quantize import pruned
 
-from orchestration import quantize_command
-from pruners.masks import MaskSet
-from trainers import int8
-from trainers.checkpoint import save_checkpoint
-from trainers.int8_file import check_zeros
-from trainers.onnx_export import FILE
+from orchestration.commands import quantize as quantize_command
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.export.onnx import FILE
+from trainers.quantization import int8_folder as int8
+from trainers.quantization.int8_onnx import check_zeros
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_what_cannot_be(typed: str, says: list[str], run: Run, files: Path, tmp_
 
 
 def test_without_the_libraries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.optional.find_spec", lambda name: None)
+    monkeypatch.setattr("trainers.optional_imports.find_spec", lambda name: None)
     status, _, error = run("quantize @/vit --mode dynamic --out small")
     assert status == 2
     assert "pip install 'espalier[deploy]'" in error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from orchestration.config import Recipe
-from orchestration.recipe_keys import recipe_keys
-from orchestration.recipes import describe_shipped, flatten, load_recipe, put
+from orchestration.recipe.loading import describe_shipped, flatten, load_recipe, put
+from orchestration.recipe.reference import recipe_keys
+from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
 
 MINIMAL = {

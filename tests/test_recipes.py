@@ -15,8 +15,7 @@ from helpers import quick
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestration.config import Recipe
-from orchestration.recipes import (
+from orchestration.recipe.loading import (
     describe_shipped,
     flatten,
     get,
@@ -27,6 +26,7 @@ from orchestration.recipes import (
     validate,
     with_values,
 )
+from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
 
 MINIMAL = """

@@ -13,11 +13,11 @@ from image_tables import IMAGES, VIT_ARGS, table, write
 from training_runs import CPU, Log, make_files, make_job, same_files
 
 from pruners.errors import InputError
-from pruners.masks import MaskSet
-from trainers import gradual
-from trainers.checkpoint import save_checkpoint
-from trainers.gradual import run
-from trainers.session import Session
+from pruners.model.masks import MaskSet
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.loop import gradual
+from trainers.loop.gradual import run
+from trainers.loop.session import Session
 
 MEANS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -13,12 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from orchestration import registry
-from orchestration.check_tracking import check_uri
-from orchestration.datasets import Dataset
-from orchestration.mlflow_server import answers, start_server
-from orchestration.tracking import Tracker, server_for
-from orchestration.versions import opened
+from orchestration.tracking import registry
+from orchestration.tracking.check import check_uri
+from orchestration.tracking.datasets import Dataset
+from orchestration.tracking.server import answers, start_server
+from orchestration.tracking.tracker import Tracker, server_for
+from orchestration.tracking.versions import opened
 from pruners.errors import InputError
 
 USER, PASSWORD = "somebody", "correct-horse-battery"

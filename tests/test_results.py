@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from test_promotion import ROW
 
-from orchestration.results import _counts, table
+from orchestration.sweep.report import _counts, table
 
 COSTS = {"parameters": 600, "parameters_sparse": 150, "macs": 6000, "macs_sparse": 1500}
 

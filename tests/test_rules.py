@@ -20,9 +20,9 @@ from surgery import (
 )
 from torch import Tensor
 
-from pruners.obs import Elimination
-from pruners.patterns import Pattern
-from pruners.rules import FewOfEach, WholeGroups
+from pruners.elimination.constraints import FewOfEach, WholeGroups
+from pruners.elimination.obs import Elimination
+from pruners.model.sparsity_pattern import Pattern
 
 
 def assert_constrained_surgery(

@@ -10,9 +10,9 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration.search import Search, run_search
-from orchestration.stopping import stopping
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.search.runner import Search, run_search
+from orchestration.search.schedulers import stopping
+from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ("x", "y")}
 BEST = {"x": 0.25, "y": 0.75}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners.errors import InputError
-from trainers.sampling import EpochBatches, Sample
+from trainers.data.sampler import EpochBatches, Sample
 
 SIZES: Any = st.tuples(st.integers(1, 60), st.integers(4, 17))
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pruners.errors import InputError
-from trainers.config import LearningRate, PruningSchedule, PruningSettings
-from trainers.schedules import learning_rate, pruning_plan
+from trainers.config.training import LearningRate, PruningSchedule, PruningSettings
+from trainers.loop.schedules import learning_rate, pruning_plan
 
 SHARE = st.floats(0.0, 1.0)
 

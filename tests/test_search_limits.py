@@ -11,10 +11,10 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration.search import Search, _reason, run_search
-from orchestration.search_config import SearchLimits
-from orchestration.search_limits import Limits
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.recipe.search import SearchLimits
+from orchestration.search.limits import Limits
+from orchestration.search.runner import Search, _reason, run_search
+from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
 HANGS, FAILS = 0.125, 0.25

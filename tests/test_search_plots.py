@@ -11,9 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from orchestration.search_plots import importance, search_figures
-from orchestration.search_space import Space
-from orchestration.trial_log import TrialRecord
+from orchestration.reporting.search_plots import importance, search_figures
+from orchestration.search.space import Space
+from orchestration.state.trial_log import TrialRecord
 
 SPACE: Space = {
     "recovery.lr.peak": FloatDistribution(1e-5, 1e-2, log=True),

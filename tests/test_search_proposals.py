@@ -15,13 +15,13 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestration import elastic
-from orchestration.elastic import FollowCluster
-from orchestration.search import Search
-from orchestration.search_proposals import Proposals, limited, population, telling
-from orchestration.search_space import WrittenChoice
-from orchestration.stopping import Remembered, stopping
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.search import elastic
+from orchestration.search.elastic import FollowCluster
+from orchestration.search.runner import Search
+from orchestration.search.samplers import Proposals, limited, population, telling
+from orchestration.search.schedulers import Remembered, stopping
+from orchestration.search.space import WrittenChoice
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
 SPACE: dict[str, Any] = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}

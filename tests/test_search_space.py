@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestration.config import PruningSettings
-from orchestration.search_config import AllocationSearch, Distribution, ScheduleSearch
-from orchestration.search_space import (
+from orchestration.recipe.schema import PruningSettings
+from orchestration.recipe.search import AllocationSearch, Distribution, ScheduleSearch
+from orchestration.search.space import (
     AllocationSpace,
     contains,
     from_optuna,
@@ -25,8 +25,8 @@ from orchestration.search_space import (
     to_optuna,
 )
 from pruners import MaskSet, create_pruner, find_layers
-from pruners.allocation import Allocation, allocate, budget
-from pruners.layers import PrunableLayer
+from pruners.allocation.sharing import Allocation, allocate, budget
+from pruners.model.layers import PrunableLayer
 
 SWIN, VIT = find_layers(tiny_swin()), find_layers(tiny_vit())
 

@@ -18,17 +18,19 @@ from typing import Any
 
 import pytest
 
-from orchestration import allocation_phase, dense_phase, structured_phase
-from orchestration.alone import TakenError, _actor_lock, in_turn
-from orchestration.context import Dense, Sweep
-from orchestration.recipes import validate
-from orchestration.tune_trial import RunNames
+from orchestration.recipe.loading import validate
+from orchestration.search.training_trial import RunNames
+from orchestration.state.lock import TakenError, _actor_lock, in_turn
+from orchestration.sweep import allocation as allocation_phase
+from orchestration.sweep import dense as dense_phase
+from orchestration.sweep import structured as structured_phase
+from orchestration.sweep.context import Dense, Sweep
 from trainers import storage
-from trainers.checkpoint import RECORD
+from trainers.checkpoint.folder import RECORD
 
 HOLD = """
 import signal, sys, time
-from orchestration.alone import in_turn
+from orchestration.state.lock import in_turn
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 with in_turn(sys.argv[1], "dense/a", print, by_cluster=False):
     print("held", flush=True)
@@ -69,7 +71,7 @@ def test_who_waits_can_be_interrupted(tmp_path: Path) -> None:
 
 ON_CLUSTER = """
 import sys, time, ray
-from orchestration.alone import _actor_lock
+from orchestration.state.lock import _actor_lock
 ray.init(address=sys.argv[1], log_to_driver=False)
 with _actor_lock("s3://bucket/dense/a"):
     print("held", flush=True)
@@ -271,8 +273,8 @@ def test_trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) ->
     from helpers import Quiet
     from ray import tune
 
-    from orchestration.search import Search, run_search
-    from orchestration.trial_log import TrialLog
+    from orchestration.search.runner import Search, run_search
+    from orchestration.state.trial_log import TrialLog
 
     log = TrialLog(f"{tmp_path}/trials.json")
     started = tmp_path / "started"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from training_runs import CPU, Log, make_files, make_job
 
 from pruners.errors import InputError
-from trainers.gradual import run
-from trainers.state import damage
+from trainers.checkpoint.trainer_state import damage
+from trainers.loop.gradual import run
 
 
 @pytest.fixture(scope="module")

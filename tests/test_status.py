@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from orchestration import journal
-from orchestration.cli import cli
-from orchestration.display import Display
-from orchestration.status import log_lines, overview
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.cli.app import cli
+from orchestration.reporting.display import Display
+from orchestration.reporting.status import log_lines, overview
+from orchestration.state import heartbeat as journal
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
 
@@ -171,7 +171,7 @@ import io, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a job
 from rich.console import Console
 from orchestration import cli, journal
-from orchestration.display import Display
+from orchestration.reporting.display import Display
 cli._end_in_order()
 with journal.Journal(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):
     print("at work", flush=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from training_runs import make_files, make_job
 
-from pruners.masks import MaskSet
-from trainers.session import Session
-from trainers.step import train_step
+from pruners.model.masks import MaskSet
+from trainers.loop.session import Session
+from trainers.loop.train_step import train_step
 
 MEANS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from orchestration.stopping import Remembered, stopping
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.search.schedulers import Remembered, stopping
+from orchestration.state.trial_log import TrialLog, TrialRecord
 
 LONGEST, TRIALS = 9, 24
 CONTROLLER: Any = SimpleNamespace(get_live_trials=list)

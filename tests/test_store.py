@@ -18,12 +18,12 @@ from PIL import Image
 from test_data import CONFIG
 
 from pruners.errors import InputError
-from trainers import data
-from trainers.augment import Augment
-from trainers.config import AugmentSettings, DataSettings
-from trainers.sampling import Sample
-from trainers.store import Store
-from trainers.tables import decode
+from trainers.config.training import AugmentSettings, DataSettings
+from trainers.data import datasets as data
+from trainers.data.arrow_store import Store
+from trainers.data.augment import Augment
+from trainers.data.sampler import Sample
+from trainers.sources.parquet import decode
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

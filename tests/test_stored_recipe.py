@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from orchestration.config import Recipe
-from orchestration.recipes import load_recipe, single
-from orchestration.stored_recipe import changes, check_unchanged, load, names, store
+from orchestration.recipe.loading import load_recipe, single
+from orchestration.recipe.schema import Recipe
+from orchestration.state.stored_recipe import changes, check_unchanged, load, names, store
 from pruners.errors import InputError
 
 DATA = ("data={train: some/train.parquet, test: 's3://key:secret@bucket/test.parquet'}", "model.classes=3")

@@ -14,8 +14,8 @@ from image_tables import SWIN, SWIN_ARGS, VIT, VIT_ARGS
 from torch import nn
 
 from pruners.errors import InputError
-from trainers.structure import Shape, wanted
-from trainers.structured_settings import StructuredSettings, words
+from trainers.config.structured import StructuredSettings, words
+from trainers.structured.shapes import Shape, wanted
 
 A_VIT = Shape("vit", 192, (3,), (64,), (768,), (6,))
 A_SWIN = Shape("swin", 48, (2, 4, 8), (24, 24, 24), (192, 384, 768), (2, 2, 4))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pruners.coupling import Couplings
+from pruners.elimination.gradients import gradients
 from pruners.errors import InputError
-from pruners.gradients import gradients
-from pruners.layers import PrunableLayer
-from pruners.structured import KINDS, Channels, Cut, Member, best, saliencies
+from pruners.model.layers import PrunableLayer
+from pruners.structured.channels import KINDS, Channels, Cut, Member, best, saliencies
+from pruners.structured.dependency import Couplings
 
 HIDDEN = 6
 

@@ -16,18 +16,19 @@ from hypothesis import strategies as st
 from image_tables import VIT, VIT_ARGS
 from training_runs import make_files
 
-from orchestration import latency, structured_phase
-from orchestration.checks import prepare
-from orchestration.context import Dense
-from orchestration.plan import _lines
-from orchestration.recipes import validate
-from orchestration.structured_phase import _Step, fastest_cut
+from orchestration.preflight.checks import prepare
+from orchestration.preflight.plan import _lines
+from orchestration.recipe.loading import validate
+from orchestration.state import latency_store as latency
+from orchestration.sweep import structured as structured_phase
+from orchestration.sweep.context import Dense
+from orchestration.sweep.structured import _Step, fastest_cut
 from pruners.errors import InputError
-from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings
-from trainers.engines import Choice, Place
-from trainers.latency import Target, measure_models
-from trainers.structured_settings import StructuredSettings
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.structured import StructuredSettings
+from trainers.config.training import DataSettings
+from trainers.engines.latency import Target, measure_models
+from trainers.engines.registry import Choice, Place
 
 FAST: dict[str, Any] = {
     "objective": "latency",

@@ -14,14 +14,16 @@ from image_tables import SWIN, VIT, VIT_ARGS, images, tiny
 from torch import Tensor, nn
 
 from pruners import MaskSet, find_layers
-from pruners.coupling import Couplings
-from pruners.gradients import Batch
-from pruners.structured import Channels, Member
-from trainers import models, structured, structured_checks
-from trainers.checkpoint import load_checkpoint
-from trainers.structure import Shape
-from trainers.structured import Plan, cut_model, plan_cut, save_cut
-from trainers.structured_settings import StructuredSettings
+from pruners.elimination.gradients import Batch
+from pruners.structured.channels import Channels, Member
+from pruners.structured.dependency import Couplings
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.structured import StructuredSettings
+from trainers.structured import cut as structured
+from trainers.structured import verify as structured_checks
+from trainers.structured.cut import Plan, cut_model, plan_cut, save_cut
+from trainers.structured.shapes import Shape
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit mlp": (VIT, {"mlp": 0.75}),

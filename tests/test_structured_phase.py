@@ -11,16 +11,16 @@ import torch
 from image_tables import SWIN, dense_folder
 from training_runs import CPU, Log, make_files, same_files
 
-from orchestration import remote
-from orchestration.config import Recipe
-from orchestration.jobs import gradual_job, structured_job
-from orchestration.recipes import validate
-from orchestration.registry import describe
+from orchestration.recipe.jobs import gradual_job, structured_job
+from orchestration.recipe.loading import validate
+from orchestration.recipe.schema import Recipe
+from orchestration.sweep import tasks as remote
+from orchestration.tracking.registry import describe
 from pruners.errors import InputError
-from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings, TrainJob
-from trainers.gradual import run
-from trainers.structured_settings import StructuredSettings
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.structured import StructuredSettings
+from trainers.config.training import DataSettings, TrainJob
+from trainers.loop.gradual import run
 
 LINEAGE: dict[str, Any] = {"method": "structured", "parent": "1234", "structured": {"dense": "1234"}}
 TRAINING: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainers.structured_settings import StructuredSettings, asked
+from trainers.config.structured import StructuredSettings, asked
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orchestration.recipes import load_recipe
-from orchestration.submit import _for_elsewhere, _metadata, _packed, storage_of
+from orchestration.cluster.jobs_api import _for_elsewhere, _metadata, _packed, storage_of
+from orchestration.recipe.loading import load_recipe
 
 ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
 
@@ -20,7 +20,7 @@ def test_the_package_runs_on_its_own(tmp_path: Path) -> None:
     recipe = load_recipe("demo", ["pruning.sparsity=0.5", "recovery.lr.peak=1e-5"])
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     code = (
-        "import orchestration, trainers, pruners, sys; from orchestration.recipes import load_recipe; "
+        "import orchestration, trainers, pruners, sys; from orchestration.recipe.loading import load_recipe; "
         "recipe = load_recipe('recipe.json'); print(orchestration.__file__); print(recipe.storage); "
         "print(recipe.tracking.uri); print(recipe.pruning.sparsity, recipe.recovery.lr.peak)"
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from image_tables import IMAGES, png, table, write
 
 from pruners.errors import InputError
-from trainers.tables import check_table, decode, read_table
+from trainers.sources.parquet import check_table, decode, read_table
 
 
 def test_one_file(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console as AnyConsole
 from rich.table import Table
 
-from orchestration.display import Display, leading
-from orchestration.recipe_keys import as_table, recipe_keys
-from orchestration.terminal import Console
-from orchestration.trial_log import TrialRecord
-from orchestration.work import Bars
+from orchestration.commands.work import Bars
+from orchestration.common.terminal import Console
+from orchestration.recipe.reference import as_table, recipe_keys
+from orchestration.reporting.display import Display, leading
+from orchestration.state.trial_log import TrialRecord
 
 ROOT = Path(__file__).parent.parent
 ODD = "[bold]x[/bold] [/x] :key: shape [3, 224] \\[y]"

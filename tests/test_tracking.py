@@ -17,14 +17,15 @@ from commands import Family
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from orchestration import registry, tracking
-from orchestration.check_tracking import check_uri
-from orchestration.datasets import datasets
-from orchestration.mlflow_server import Server, answers, start_server
-from orchestration.public import public, without_password
-from orchestration.tracking import Tracker, server_for
+from orchestration.common.redaction import public, without_password
+from orchestration.tracking import registry
+from orchestration.tracking import tracker as tracking
+from orchestration.tracking.check import check_uri
+from orchestration.tracking.datasets import datasets
+from orchestration.tracking.server import Server, answers, start_server
+from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
-from trainers.config import DataSettings
+from trainers.config.training import DataSettings
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -
 def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """Also when that is killed, and can end nothing itself."""
     code = (
-        "import sys, time; from pathlib import Path; from orchestration.mlflow_server import start_server;"
+        "import sys, time; from pathlib import Path; from orchestration.tracking.server import start_server;"
         f"server = start_server(Path({str(tmp_path)!r}));"
         "server.wait_ready(); print(server.uri, flush=True); time.sleep(600)"
     )
@@ -398,7 +399,7 @@ DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@buc
 
 @pytest.mark.cluster
 def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestration.datasets.count_rows", lambda uri, key: len(uri))
+    monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
     run = tracker.start("inputs", None, {}, {})
     found = datasets(DATA, "0123456789abcdef")
     for part in (found[:1], found):  # a phase, then one that was resumed

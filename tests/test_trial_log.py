@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
 

@@ -9,9 +9,9 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from orchestration import trial_runs
-from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.trial_runs import TrialRuns
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep import trial_runs
+from orchestration.sweep.trial_runs import TrialRuns
 
 
 def runs_on(tracker: MagicMock, folder: Path) -> TrialRuns:

@@ -8,7 +8,7 @@ import pytest
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from orchestration.tune_memory import one_trial_pays
+from orchestration.search.ray_patches import one_trial_pays
 
 
 def test_a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:

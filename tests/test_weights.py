@@ -19,14 +19,14 @@ from image_tables import SWIN, SWIN_ARGS, VIT, VIT_ARGS, dense_folder, edit_json
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestration.checks import prepare
-from orchestration.import_command import import_weights
-from orchestration.recipes import load_recipe
+from orchestration.commands.import_weights import import_weights
+from orchestration.preflight.checks import prepare
+from orchestration.recipe.loading import load_recipe
 from pruners.errors import InputError
-from trainers.checkpoint import load_checkpoint, save_checkpoint
-from trainers.config import ModelSettings
-from trainers.foreign import counterpart
-from trainers.weights import load_weights
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.checkpoint.transformers_names import counterpart
+from trainers.checkpoint.weights_file import load_weights
+from trainers.config.training import ModelSettings
 
 State = Mapping[str, Tensor]
 

@@ -7,9 +7,9 @@ import torch
 from layer_problems import DAMP, Problem, problem
 from torch import Tensor
 
-from pruners import second_order
-from pruners.ovit import OViT
-from pruners.woodfisher import WoodFisher
+from pruners.methods import second_order
+from pruners.methods.ovit import OViT
+from pruners.methods.woodfisher import WoodFisher
 
 
 def inverses(given: Problem, size: int) -> Tensor:

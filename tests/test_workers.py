@@ -11,8 +11,8 @@ from torch import Tensor
 from worker_cases import CASES, OVIT, work
 
 from pruners import METHODS, find_layers
-from pruners.fisher import BlockFisher
-from pruners.memory import layer_groups
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.memory import layer_groups
 
 Results = dict[str, dict[str, Tensor]]
 

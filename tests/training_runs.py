@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from image_tables import VIT, VIT_ARGS, dense_folder, table, write
 
-from trainers.config import TrainJob
-from trainers.gradual import Progress, run
+from trainers.config.training import TrainJob
+from trainers.loop.gradual import Progress, run
 
 CPU = torch.device("cpu")
 

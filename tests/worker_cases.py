@@ -11,24 +11,15 @@ from helpers import CONVOLUTIONS, batches, tiny_conv, tiny_swin
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pruners import (
-    METHODS,
-    InputError,
-    MaskSet,
-    PrunableLayer,
-    Pruner,
-    Sharing,
-    create_pruner,
-    find_layers,
-)
-from pruners.fisher import BlockFisher
-from pruners.gradients import Batch
-from pruners.memory import fisher_bytes
-from pruners.order import EliminationOrder
-from pruners.ovit import OViT
+from pruners import METHODS, InputError, MaskSet, PrunableLayer, Pruner, Sharing, create_pruner, find_layers
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.gradients import Batch
+from pruners.elimination.memory import fisher_bytes
+from pruners.elimination.order import EliminationOrder
+from pruners.methods.ovit import OViT
 from trainers import distributed
-from trainers.config import FisherSettings
-from trainers.prune_step import Goal, Gradients, gradient_source, ordering, prune_step
+from trainers.config.training import FisherSettings
+from trainers.loop.prune_step import Goal, Gradients, gradient_source, ordering, prune_step
 
 HELD_OUT = batches(13)[8:]
 

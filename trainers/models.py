@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
-from trainers.config import DataSettings, ModelSettings
-from trainers.foreign import transformers_model
+from trainers.checkpoint.transformers_names import transformers_model
+from trainers.config.training import DataSettings, ModelSettings
 
 
 def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:
@@ -25,7 +25,7 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
         InputError: an unknown architecture, or arguments that it refuses.
     """
     name = settings.architecture
-    assert name is not None, "a checkpoint is loaded by trainers.checkpoint"
+    assert name is not None, "a checkpoint is loaded by trainers.checkpoint.folder"
     if "hf-hub:" not in name and not timm.is_model(name):
         raise InputError("model.architecture", name, f"no timm model{did_you_mean(name, timm.list_models())}")
     arguments = dict(settings.args)

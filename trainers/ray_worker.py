@@ -17,10 +17,10 @@ import ray.train
 from pyarrow import fs
 from ray.train import CheckpointUploadMode
 
-from trainers.config import OrderJob, TrainJob
+from trainers.config.training import OrderJob, TrainJob
 
 if TYPE_CHECKING:
-    from trainers.gradual import Progress
+    from trainers.loop.gradual import Progress
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """
     import ray.train.torch
 
-    from trainers.gradual import run
+    from trainers.loop.gradual import run
 
     job = TrainJob.model_validate(config)
     device = ray.train.torch.get_device()
@@ -43,7 +43,7 @@ def order_worker(config: dict[str, Any]) -> None:
     """The same for an elimination alone; ``config`` is an :class:`OrderJob` as a dictionary."""
     import ray.train.torch
 
-    from trainers.order_run import write_order
+    from trainers.loop.elimination import write_order
 
     write_order(OrderJob.model_validate(config), ray.train.torch.get_device())
 
@@ -55,7 +55,7 @@ def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
     Raises:
         RuntimeError: none of those there can be used.
     """
-    from trainers.state import damage
+    from trainers.checkpoint.trainer_state import damage
 
     latest = ray.train.get_checkpoint()
     notes: list[str] = []
@@ -78,7 +78,7 @@ def _origin(job: TrainJob) -> Iterator[Path | None]:
     Raises:
         RuntimeError: it is not as it was written, or gone.
     """
-    from trainers.state import damage
+    from trainers.checkpoint.trainer_state import damage
     from trainers.storage import exists, local_copy
 
     if job.origin is None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
-from trainers.looks import heard, is_remote, look
+from trainers.remote_calls import heard, is_remote, look
 
 MARKS = ("pruning.json", "quantization.json")
 """What says of a checkpoint folder, by being there, that it is whole."""

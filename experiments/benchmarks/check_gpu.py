@@ -37,11 +37,12 @@ try:
     from obvious import DAMP, B, Clock, Obvious, Problem, layer_sets, matrix_rate
     from torch import Tensor, nn
 
-    from pruners import PrunableLayer, create_pruner, find_layers, kernels, prune
-    from pruners.blocks import to_blocks
-    from pruners.fisher import BlockFisher
-    from pruners.order import EliminationOrder
-    from trainers.engines import ENGINES
+    from pruners import PrunableLayer, create_pruner, find_layers, prune
+    from pruners.elimination import kernels
+    from pruners.elimination.blocks import to_blocks
+    from pruners.elimination.fisher import BlockFisher
+    from pruners.elimination.order import EliminationOrder
+    from trainers.engines.registry import ENGINES
 except ModuleNotFoundError as error:
     needs = "torch, timm, numba, pydantic, pyarrow, safetensors"
     print(f"check_gpu: {error.name} is not installed here; needs {needs}", file=sys.stderr)
@@ -129,9 +130,9 @@ def same_answers(table: Table, device: torch.device, layers: list[PrunableLayer]
 
 def zeros_stay(table: Table, device: torch.device, args: argparse.Namespace) -> None:
     """Steps of mixed precision hold zeros, in the weights and in their moving average."""
-    from trainers.config import TrainJob
-    from trainers.session import Session
-    from trainers.step import train_step
+    from trainers.config.training import TrainJob
+    from trainers.loop.session import Session
+    from trainers.loop.train_step import train_step
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = {"num_classes": 10}
@@ -170,7 +171,7 @@ def zeros_stay(table: Table, device: torch.device, args: argparse.Namespace) -> 
 
 
 def save_dense(folder: str, architecture: str, arguments: dict[str, Any]) -> None:
-    from trainers.checkpoint import save_checkpoint
+    from trainers.checkpoint.folder import save_checkpoint
 
     model = timm.create_model(architecture, **arguments)
     save_checkpoint(Path(folder), model, model_args=arguments, masks=None, record={})

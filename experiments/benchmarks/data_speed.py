@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from trainers import data
-from trainers.augment import Augment, Normalise
-from trainers.config import AugmentSettings
-from trainers.convert import convert, plan
+from trainers.config.training import AugmentSettings
+from trainers.data import datasets as data
+from trainers.data.augment import Augment, Normalise
+from trainers.sources.convert import convert, plan
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 KINDS = {"32² JPEG": (12000, 32, 1.3), "500×375 JPEG to 224²": (1200, 224, 1.0)}

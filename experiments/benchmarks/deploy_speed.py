@@ -26,12 +26,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestration.benchmark import Row
-from orchestration.benchmark_command import run
-from orchestration.benchmark_options import BenchmarkOptions
-from orchestration.benchmark_report import Report
-from trainers.engines import ENGINES, Choice
-from trainers.int8 import PACKED, pack, read_record
+from orchestration.benchmark.measure import Row
+from orchestration.benchmark.options import BenchmarkOptions
+from orchestration.benchmark.report import Report
+from orchestration.benchmark.run import run
+from trainers.engines.registry import ENGINES, Choice
+from trainers.quantization.int8_folder import PACKED, pack, read_record
 
 WANTED = ["torch", "compile", "csr", "onnxruntime", "onnxruntime:int8", "openvino", "openvino:int8"]
 MIXED = Choice("openvino", "int8-bfloat16")  # where the processor has bfloat16
@@ -136,7 +136,7 @@ def on_cuda(args: argparse.Namespace) -> tuple[str, list[str]]:
     import torch
 
     from pruners import prune
-    from trainers.checkpoint import save_checkpoint
+    from trainers.checkpoint.folder import save_checkpoint
 
     with tempfile.TemporaryDirectory() as place:
         torch.manual_seed(0)

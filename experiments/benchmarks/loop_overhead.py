@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/loop_overhead.py --model FOLDER --train A.parquet [--workers 1 2]
 
-Ours is the worker's own loop (:func:`trainers.gradual.run`) under Ray Train, with DDP, masks of 75 % zeros
-held, metrics, and checkpoints at the default interval. The bare loop is torch's DataLoader, DDP, AdamW and
-clipping. Both time their steps after a warm-up; the two take turns and the medians are compared. Start-up
+Ours is the worker's own loop (:func:`trainers.loop.gradual.run`) under Ray Train, with DDP, masks of 75 %
+zeros held, metrics, and checkpoints at the default interval. The bare loop is torch's DataLoader, DDP, AdamW
+and clipping. Both time their steps after a warm-up; the two take turns and the medians are compared. Start-up
 (from the command to the first step) is told apart.
 
     python experiments/benchmarks/loop_overhead.py --device cuda [--architecture deit_small_patch16_224]
@@ -54,8 +54,9 @@ def bare(rank: int, world: int, folder: str, args: argparse.Namespace) -> None:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, DistributedSampler
 
-    from trainers import data, models
-    from trainers.checkpoint import load_checkpoint
+    from trainers import models
+    from trainers.checkpoint.folder import load_checkpoint
+    from trainers.data import datasets as data
 
     os.nice(15)  # as Ray's workers are: the same share of a machine that has other things to do
     torch.set_num_threads(args.threads)
@@ -105,12 +106,12 @@ def ours(args: argparse.Namespace, workers: int, folder: str) -> dict[str, Any]:
 
 def timed_worker(config: dict[str, Any]) -> None:
     """:func:`trainers.ray_worker.train_worker`, which notes when steps begin and ends after some of them."""
-    import trainers.gradual
+    import trainers.loop.gradual
     from trainers.ray_worker import train_worker
 
     steps: list[float] = []
     work: list[float] = []
-    original = trainers.gradual.train_step
+    original = trainers.loop.gradual.train_step
 
     class Enough(Exception):  # noqa: N818 - it is none
         pass
@@ -124,7 +125,7 @@ def timed_worker(config: dict[str, Any]) -> None:
         if len(steps) == config["steps"]:
             raise Enough
 
-    trainers.gradual.train_step = step
+    trainers.loop.gradual.train_step = step
     try:
         train_worker(config["job"])
     except Enough:
@@ -135,9 +136,9 @@ def timed_worker(config: dict[str, Any]) -> None:
 
 def drive(folder: str, workers: int, steps: int) -> None:
     """The driver's process: Ray, one Ray Train run with the product's settings."""
-    from orchestration.cluster import connect
-    from orchestration.config import Resources
-    from orchestration.tune_trial import train_run
+    from orchestration.cluster.connect import connect
+    from orchestration.recipe.schema import Resources
+    from orchestration.search.training_trial import train_run
 
     job = json.loads(Path(folder, "job.json").read_text())
     with connect(None):
@@ -203,10 +204,10 @@ def on_device(args: argparse.Namespace) -> float:
     """Our step's seconds over the bare one's, on images that lie ready."""
     import timm
 
-    from trainers.checkpoint import save_checkpoint
-    from trainers.config import TrainJob
-    from trainers.session import Session
-    from trainers.step import train_step
+    from trainers.checkpoint.folder import save_checkpoint
+    from trainers.config.training import TrainJob
+    from trainers.loop.session import Session
+    from trainers.loop.train_step import train_step
 
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +267,7 @@ def on_device(args: argparse.Namespace) -> float:
 def pruned_copy(model: str, folder: str) -> tuple[str, int]:
     """The model with 75 % zeros, as a checkpoint, and its classes."""
     from pruners import prune
-    from trainers.checkpoint import load_checkpoint, model_args, save_checkpoint
+    from trainers.checkpoint.folder import load_checkpoint, model_args, save_checkpoint
     from trainers.models import classes
 
     loaded = load_checkpoint(model).model

@@ -29,10 +29,10 @@ from obvious import DAMP, B, Clock, Obvious, Problem, bandwidth, layer_sets, mat
 from torch import Tensor
 
 from pruners import PrunableLayer, create_pruner, find_layers
-from pruners.allocation import Sharing
-from pruners.fisher import BlockFisher
-from pruners.obs import eliminate
-from pruners.second_order import SecondOrder, State, Task, chunks
+from pruners.allocation.sharing import Sharing
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.obs import eliminate
+from pruners.methods.second_order import SecondOrder, State, Task, chunks
 
 LEAST_FISHER = {256: 10.0, 1024: 20.0, 4096: 40.0}
 LEAST_BOTH = {256: 12.0, 1024: 18.0}

@@ -24,20 +24,21 @@ from typing import Any
 import torch
 from ray import tune
 
-from orchestration.cluster import connect
-from orchestration.context import content_hash
-from orchestration.database import StoredOrder
-from orchestration.one_shot import OneShotInputs, OneShotTrial
-from orchestration.remote import order_facts
-from orchestration.search import Search, run_search, stopping
-from orchestration.search_config import AllocationSearch
-from orchestration.search_space import AllocationSpace
-from orchestration.trial_log import TrialLog, TrialRecord
-from trainers import data, models
-from trainers.checkpoint import load_checkpoint
-from trainers.config import DataSettings, OrderJob, PruningSettings
-from trainers.evaluate import evaluate
-from trainers.order_run import write_order
+from orchestration.cluster.connect import connect
+from orchestration.recipe.search import AllocationSearch
+from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
+from orchestration.search.runner import Search, run_search, stopping
+from orchestration.search.space import AllocationSpace
+from orchestration.state.order_store import StoredOrder
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep.context import content_hash
+from orchestration.sweep.tasks import order_facts
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.data import datasets as data
+from trainers.loop.elimination import write_order
+from trainers.loop.evaluation import evaluate
 
 PLAN = {"dimap": (0.75, 0.8), "lamp": (0.75, 0.8), "ovit": (0.9, 0.95)}
 CLASSES = 10

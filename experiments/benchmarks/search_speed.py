@@ -24,19 +24,19 @@ import ray
 import torch
 from ray import tune
 
-from orchestration.cluster import connect
-from orchestration.config import Resources
-from orchestration.database import StoredOrder
-from orchestration.one_shot import OneShotInputs, OneShotTrial
-from orchestration.remote import order_facts
-from orchestration.search import Search, run_search
-from orchestration.search_config import AllocationSearch
-from orchestration.search_space import AllocationSpace
-from orchestration.trial_log import TrialLog, TrialRecord
-from orchestration.tune_trial import training_trial
-from trainers.config import DataSettings, OrderJob, PruningSettings
-from trainers.evaluate import evaluate
-from trainers.order_run import write_order
+from orchestration.cluster.connect import connect
+from orchestration.recipe.schema import Resources
+from orchestration.recipe.search import AllocationSearch
+from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
+from orchestration.search.runner import Search, run_search
+from orchestration.search.space import AllocationSpace
+from orchestration.search.training_trial import training_trial
+from orchestration.state.order_store import StoredOrder
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep.tasks import order_facts
+from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.loop.elimination import write_order
+from trainers.loop.evaluation import evaluate
 
 AT_LEAST = {"anew": 50.0, "loop": 5.0}
 AT_MOST = {"trial": 1.3, "growth": 2.0, "memory": 1.5, "start": 7.0, "again": 7.0}

@@ -14,9 +14,9 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from orchestration.cluster import connect
-from orchestration.config import Resources
-from orchestration.tune_trial import train_run
+from orchestration.cluster.connect import connect
+from orchestration.recipe.schema import Resources
+from orchestration.search.training_trial import train_run
 
 
 class Reports(UserCallback):

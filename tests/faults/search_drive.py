@@ -10,10 +10,10 @@ from typing import Any
 import optuna
 from ray import tune
 
-from orchestration.cluster import connect
-from orchestration.search import Search, run_search
-from orchestration.stopping import stopping
-from orchestration.trial_log import TrialLog, TrialRecord
+from orchestration.cluster.connect import connect
+from orchestration.search.runner import Search, run_search
+from orchestration.search.schedulers import stopping
+from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ("x", "y", "z")}
 TRIALS, LONGEST = 30, 4

@@ -136,14 +136,14 @@ def _hungry(module: ModuleType) -> None:
 
 
 FAULTS: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
-    "mid-epoch": ("trainers.gradual", _mid_epoch),
-    "gradients": ("trainers.prune_step", _gradients),
-    "elimination": ("pruners.obs", _elimination),
-    "writing": ("trainers.state", _writing),
-    "disk full": ("trainers.state", _disk_full),
+    "mid-epoch": ("trainers.loop.gradual", _mid_epoch),
+    "gradients": ("trainers.loop.prune_step", _gradients),
+    "elimination": ("pruners.elimination.obs", _elimination),
+    "writing": ("trainers.checkpoint.trainer_state", _writing),
+    "disk full": ("trainers.checkpoint.trainer_state", _disk_full),
     "search full": ("trainers.storage", _search_storage(errno.ENOSPC)),
     "search read-only": ("trainers.storage", _search_storage(errno.EROFS)),
-    "hungry": ("orchestration.one_shot", _hungry),
+    "hungry": ("orchestration.search.one_shot_trial", _hungry),
 }
 
 

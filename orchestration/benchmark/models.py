@@ -1,0 +1,217 @@
+"""The models of a benchmark, and the files by which each engine runs them.
+
+A checkpoint is run by every engine that is asked for: its file for an engine is written to a temporary
+folder. A folder that ``espalier export`` or ``espalier quantize`` wrote is run by its own engine, as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.export.engine import RECORD, read_record, source_of, torch_answers
+from orchestration.export.formats import FORMATS, Source
+from pruners.errors import InputError
+from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
+from trainers.data.preprocessing import Images, pattern_images
+from trainers.engines.registry import SPARSE_ENOUGH, Choice, keeps_2_of_4, zeros
+from trainers.export.onnx import FILE, read_preprocessing
+from trainers.quantization import int8_folder as int8
+from trainers.sources.columns import Columns
+from trainers.storage import absolute
+
+
+@dataclass(frozen=True)
+class File:
+    """What an engine is given, and how large it is on disk, in bytes."""
+
+    path: Path
+    size: int
+
+
+@dataclass
+class Variant:
+    """A model of a benchmark.
+
+    Attributes:
+        name: by which tables call it; no path.
+        sparsity: share of zeros among the prunable weights, as recorded.
+        parameters: of a checkpoint; of an exported folder unknown.
+        weights: hash of the checkpoint's; of an exported folder, of the one that it was made from.
+        source: a checkpoint's model, in float32, and what its files shall say.
+        record: of an exported folder.
+    """
+
+    name: str
+    folder: Path
+    preprocessing: Mapping[str, Any]
+    sparsity: float
+    weights: str | None
+    source: Source | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+    _files: dict[str, File] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module | None:
+        return None if self.source is None else self.source.model
+
+    @property
+    def parameters(self) -> int | None:
+        return None if self.model is None else sum(one.numel() for one in self.model.parameters())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What models that are compared must have in common: classes, channels, height, width."""
+        return (self.preprocessing["classes"], *self.preprocessing["input_size"])
+
+    def refuses(self, choice: Choice) -> str | None:
+        """Why an engine has nothing to do with it, in words; ``None`` if it runs it."""
+        if self.model is None:
+            own = Choice(self.record["engine"], self.record["type"])
+            fits = (choice.engine, choice.stored) == (own.engine, own.stored)
+            return None if fits else f"is a file for {own}"
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
+            return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
+        if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
+            return "no linear layer keeps 2:4"
+        return None
+
+    def file(self, choice: Choice, scratch: Path) -> File:
+        """What the engine runs; written below ``scratch`` if need be.
+
+        Raises:
+            InputError: a model that cannot be exported.
+        """
+        if self.source is None:
+            size = sum((self.folder / name).stat().st_size for name in self.record["files"])
+            return File(self.folder / self.record["file"], size)
+        kind = form_of(choice)
+        if kind is None:
+            return File(self.folder, size_on_disk(self.folder))
+        if kind not in self._files:
+            folder = scratch / f"{self.name.replace('/', '-')}-{kind}"
+            folder.mkdir()
+            FORMATS[kind].write(self.source, folder)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            self._files[kind] = File(folder / FORMATS[kind].file, size)
+        return self._files[kind]
+
+    def questions(
+        self, images: Images, others: Sequence[Variant]
+    ) -> tuple[Images, NDArray[np.float32]] | None:
+        """Images on which an engine's answers are compared, and what they have to be: torch's, in float32.
+
+        Args:
+            images: real ones. An exported folder holds the answers that it gave to made-up pictures when it
+                was checked.
+            others: models, among them perhaps the one that a file was made from.
+
+        Returns:
+            ``None`` if nothing is known that this model ought to answer.
+        """
+        if self.model is not None:
+            return images, torch_answers(self.model, images)
+        if "probe" in self.record:
+            logits = np.array(self.record["probe"]["logits"], np.float32)
+            return pattern_images(self.preprocessing, len(logits)), logits
+        for other in others:
+            if other.model is not None and other.weights == self.weights:
+                return images, torch_answers(other.model, images)
+        return None
+
+
+def form_of(choice: Choice) -> str | None:
+    """The export format that an engine runs in a data type; ``None``: the checkpoint itself."""
+    if choice.engine not in ("onnxruntime", "openvino"):
+        return None
+    wanted = (choice.engine, choice.stored)
+    return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == wanted)
+
+
+@contextmanager
+def opened(
+    names: Sequence[str],
+    calibration: str | None,
+    tracking_uri: str | None,
+    storage: str,
+    *,
+    columns: Columns | None = None,
+) -> Iterator[list[Variant]]:
+    """The models, local and loaded for as long as they are needed.
+
+    Raises:
+        InputError: one that cannot be loaded, or that has other classes or inputs than the first.
+    """
+    with ExitStack() as stack:
+        found: list[Variant] = []
+        for name, label in zip(names, labels(names), strict=True):
+            place = stack.enter_context(at_hand(name, tracking_uri, storage))
+            found.append(_open(stack, place, name, label, calibration=calibration, columns=columns))
+            _check_alike(found[0], found[-1], name)
+        yield found
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Short names that tell models apart: the last parts of their places, as many as it takes."""
+    parts = [PurePath(name.partition("://")[2] or name).parts for name in names]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        found = ["/".join(one[-count:]) for one in parts]
+        if len(set(found)) == len(found):
+            return found
+    raise InputError("model", " ".join(names), "names the same model twice")
+
+
+def _open(
+    stack: ExitStack,
+    place: str,
+    name: str,
+    label: str,
+    *,
+    calibration: str | None,
+    columns: Columns | None,
+) -> Variant:
+    local = Path(absolute(place))
+    if "://" not in place and (local / RECORD).is_file():
+        record = read_record(local, name)
+        about = record.get("source", {})
+        sparsity = float(about.get("sparsity", 0.0))
+        return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
+    if "://" not in place and int8.is_int8(local):
+        return _quantised(stack, local, name, label)
+    folder, record = stack.enter_context(as_folder(place))
+    loaded = load_checkpoint(str(folder), key="model")
+    sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
+    source = source_of(loaded.model.float().eval(), folder, calibration, columns)
+    return Variant(label, folder, source.preprocessing, sparsity, weights_hash(str(folder)), source)
+
+
+def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
+    """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
+    about = int8.read_record(folder, name, key="model")
+    path = stack.enter_context(int8.engine_file(folder, about))
+    there = FILE if FILE in about["files"] else int8.PACKED
+    record = {"engine": int8.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [there]}
+    record["probe"] = about["probe"]
+    preprocessing = read_preprocessing(path)
+    return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)
+
+
+def _check_alike(first: Variant, other: Variant, name: str) -> None:
+    if first.shape != other.shape:
+        here, there = (_said(*one.shape) for one in (other, first))
+        raise InputError(
+            "model", name, f"is for {here}, and {first.name} for {there}; compare like with like"
+        )
+
+
+def _said(classes: int, *size: int) -> str:
+    return f"{classes} classes and images of {'×'.join(map(str, size))}"

@@ -1,0 +1,236 @@
+"""What was measured, as a table, in words, as JSON, and which model on which engine it recommends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from orchestration.benchmark.measure import Row
+from trainers.engines.registry import Choice, Place
+
+FORMAT = "espalier-benchmark-1"
+GAIN = 1.05
+"""A model counts as faster from here on, and if the quartiles of the two do not overlap."""
+_OVER = {"csr": Choice("torch", "float32"), "2:4": Choice("compile", "bfloat16")}
+"""Engines for sparse models alone, and what runs the same model densely."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of a benchmark, of which those of the first model are what all others are compared with.
+
+    Attributes:
+        loss: share of the first model's accuracy that a recommended one may lose.
+        same_size: models with as many parameters as the first: zeros are all that they have more.
+    """
+
+    rows: Sequence[Row]
+    place: Place
+    rounds: int
+    loss: float
+    images: str | None
+    same_size: frozenset[str]
+    machine: dict[str, Any]
+    load_after: float
+
+    @property
+    def first(self) -> str:
+        return self.rows[0].model
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({row.batch for row in self.rows})
+
+    @property
+    def right(self) -> bool:
+        """Whether every engine answered what the model answers, and ran to its end."""
+        return not any(row.wrong or row.note.startswith("fails") for row in self.rows)
+
+    def row(self, model: str, choice: Choice, batch: int) -> Row | None:
+        """The row with a time."""
+        wanted = (model, choice, batch)
+        return next((r for r in self.rows if (r.model, r.choice, r.batch) == wanted and r.timed), None)
+
+    def best_dense(self, batch: int) -> Row | None:
+        """The first model on its fastest engine in float32: what a gain has to be a gain over."""
+        there = [r for r in self.rows if r.model == self.first and r.batch == batch and r.timed]
+        plain = [row for row in there if row.choice.kind == "float32"]
+        return min(plain or there, key=lambda row: row.latency, default=None)
+
+    def table(self) -> Table:
+        """A row for each model, engine and batch size, the fastest of each batch size marked."""
+        heading = f"{self._threads()}, median of {self.rounds} rounds in turns (quartiles)"
+        table = Table(title=heading, title_justify="left")
+        table.add_column("model", overflow="fold")
+        table.add_column("engine", no_wrap=True)
+        for name in ("batch", "ms", "quartiles", "images/s", f"× {self.first}", "memory", "disk", "top-1"):
+            table.add_column(name, justify="right", no_wrap=True)
+        fastest = {
+            batch: min(self._timed(batch), key=lambda r: r.latency, default=None) for batch in self.batches
+        }
+        for row in self.rows:
+            style = "bold" if row is fastest[row.batch] else None
+            table.add_row(*self._cells(row), style=style)
+        return table
+
+    def words(self) -> Iterator[str]:
+        """What the table cannot show: why there is no time, and what zeros gave on each engine."""
+        yield (
+            f"× {self.first}: over {self.first} on its fastest engine in float32, at the same batch size; "
+            f"memory: of a process with the engine and this model alone"
+        )
+        said = set()
+        for row in self.rows:
+            key = (row.model, row.choice, row.note)
+            if row.note and key not in said:
+                said.add(key)
+                yield f"{row.model} on {row.choice}: {row.note}"
+        yield from self._zeros()
+        if self.machine["load"] > 0.5 * (self.machine["cores"] or 1):
+            yield (
+                f"this machine was busy with other things (load {self.machine['load']:g} before, "
+                f"{self.load_after:g} after): ratios count for more than times"
+            )
+
+    def recommendations(self) -> Iterator[str]:
+        """For each batch size the fastest model and engine among those that lose little enough accuracy."""
+        for batch in self.batches:
+            found, dense = self.recommended(batch), self.best_dense(batch)
+            if found is None:
+                yield f"batch {batch}: nothing to recommend"
+                continue
+            text = f"batch {batch}: {found.model} on {found.choice}, {milliseconds(found.latency)} ms"
+            if dense is not None and dense is not found:
+                text += f", {dense.latency / found.latency:.2f}× as fast as {self.first} on {dense.choice}"
+            if found.top1 is None:
+                text += " (the fastest; without --data nothing is known of its accuracy)"
+            else:
+                text += f"; top-1 {100 * found.top1:.2f} %"
+                if found.model != self.first and self._dense_top1() is not None:
+                    text += f", {self.first} {100 * (self._dense_top1() or 0):.2f} %"
+            yield text
+
+    def recommended(self, batch: int) -> Row | None:
+        """The fastest row whose top-1 is at most :attr:`loss` below the first model's."""
+        dense = self._dense_top1()
+        candidates = self._timed(batch)
+        if dense is not None:
+            least = dense * (1 - self.loss)
+            candidates = [row for row in candidates if row.top1 is not None and row.top1 >= least]
+        return min(candidates, key=lambda row: row.latency, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it; no path of this machine."""
+        return {
+            "format": FORMAT,
+            "machine": self.machine | {"load_after": self.load_after},
+            "threads": self.place.threads,
+            "device": self.place.device,
+            "rounds": self.rounds,
+            "first": self.first,
+            "loss": self.loss,
+            "images": self.images,
+            "rows": [_as_dict(row) for row in self.rows],
+            "words": list(self.words()),
+            "recommended": {
+                str(batch): None if found is None else {"model": found.model, "engine": str(found.choice)}
+                for batch in self.batches
+                for found in [self.recommended(batch)]
+            },
+        }
+
+    def _timed(self, batch: int) -> list[Row]:
+        return [row for row in self.rows if row.batch == batch and row.timed]
+
+    def _dense_top1(self) -> float | None:
+        of_first = [row for row in self.rows if row.model == self.first and row.top1 is not None]
+        plain = [row for row in of_first if row.choice.kind == "float32"]
+        return (plain or of_first)[0].top1 if of_first else None
+
+    def _threads(self) -> str:
+        if self.place.device != "cpu":
+            return self.place.device
+        count = self.place.threads
+        return f"{count} thread{'s' * (count > 1)} on {count} processor{'s' * (count > 1)}"
+
+    def _cells(self, row: Row) -> list[str]:
+        name = f"{row.model} ({100 * row.sparsity:.0f} % zeros)" if row.sparsity else row.model
+        head = [name, str(row.choice), str(row.batch)]
+        if not row.timed:
+            return [*head, "–", "wrong" if row.wrong else "–", *["–"] * 5]
+        low, high = row.spread
+        dense = self.best_dense(row.batch)
+        return [
+            *head,
+            milliseconds(row.latency),
+            f"{milliseconds(low)} … {milliseconds(high)}",
+            f"{row.throughput:,.0f}",
+            "–" if dense is None else f"{dense.latency / row.latency:.2f}",
+            "–" if row.memory is None else f"{row.memory / 1e6:.0f} MB",
+            "–" if row.disk is None else f"{row.disk / 1e6:.2f} MB",
+            "–" if row.top1 is None else f"{100 * row.top1:.2f} %",
+        ]
+
+    def _zeros(self) -> Iterator[str]:
+        """What the zeros of each sparse model gave on each engine, in measured time."""
+        for model, choice in dict.fromkeys((r.model, r.choice) for r in self.rows if r.timed and r.sparsity):
+            other = _OVER.get(choice.engine)
+            if other is None and (model == self.first or model not in self.same_size):
+                continue
+            gains = []
+            for batch in self.batches:
+                row = self.row(model, choice, batch)
+                dense = (
+                    self.row(self.first, choice, batch) if other is None else self.row(model, other, batch)
+                )
+                if row is not None and dense is not None:
+                    gains.append((batch, gain(row, dense), dense.latency / row.latency))
+            if not gains:
+                continue
+            over = f"{self.first} there" if other is None else f"it on {other}"
+            shares = ", ".join(f"{ratio:.2f}× at batch {batch}" for batch, _, ratio in gains)
+            if not any(faster for _, faster, _ in gains):
+                yield f"zeros of {model} give nothing on {choice}: {shares} as fast as {over}"
+            else:
+                where = [str(batch) for batch, faster, _ in gains if not faster]
+                but = f"; nothing at batch {' and '.join(where)}" if where else ""
+                yield f"zeros of {model} on {choice}: {shares} as fast as {over}{but}"
+
+
+def gain(row: Row, over: Row) -> bool:
+    """Whether a row is faster than another by more than what the measurement varies."""
+    return over.latency >= GAIN * row.latency and row.spread[1] < over.spread[0]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and all those before the point."""
+    found = 1e3 * seconds
+    return f"{found:,.0f}" if found >= 100 else f"{found:.3g}"
+
+
+def _as_dict(row: Row) -> dict[str, Any]:
+    low, high = row.spread if row.timed else (None, None)
+    return {
+        "model": row.model,
+        "engine": row.choice.engine,
+        "type": row.choice.kind,
+        "batch": row.batch,
+        "sparsity": row.sparsity,
+        "seconds": row.latency if row.timed else None,
+        "quartiles": [low, high],
+        "rounds": list(row.seconds),
+        "images_per_second": row.throughput if row.timed else None,
+        "memory": row.memory,
+        "disk": row.disk,
+        "top1": row.top1,
+        "difference": None if row.agreement is None else _finite(row.agreement.as_dict()),
+        "note": row.note,
+    }
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity."""
+    return {key: value if abs(value) < float("inf") else None for key, value in values.items()}

@@ -1,0 +1,98 @@
+"""The commands that look at one model, without Ray: ``espalier prune`` and ``espalier inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from orchestration.cli import options as cli_options
+
+_INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", required=True, metavar="FOLDER", help="Where the pruned checkpoint goes.")
+@click.option(
+    "--method",
+    default="ovit",
+    show_default=True,
+    help="dimap, lamp, magnitude, magnitude_global (from the weights alone); "
+    "ovit, ovit_fast, dimap+ovit, woodfisher (need --data).",
+)
+@click.option("--sparsity", type=float, help="Share of the prunable weights; N:M patterns bring their own.")
+@click.option("--data", metavar="PARQUET", help="Training images, for methods that follow gradients.")
+@click.option("--test", metavar="PARQUET", help="Images on which top-1 is measured before and after.")
+@click.option("--pattern", default="unstructured", show_default=True, help="Or N:M as 2:4, or 1x4.")
+@click.option(
+    "--unfit", default="refuse", show_default=True, help="Or dense: leave what the pattern cannot fit."
+)
+@click.option(
+    "--scope", help="What shares one threshold: layer, module, stage, global. Default: the method's."
+)
+@click.option("--floor", type=float, default=0.0, show_default=True, help="Least sparsity of a layer.")
+@click.option("--ceiling", type=float, default=1.0, show_default=True, help="Largest sparsity of a layer.")
+@click.option(
+    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
+)
+@click.option("--gradients", type=click.IntRange(min=1), help="How many. Default: the method's (4096; 256).")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--per-sample", is_flag=True, help="A gradient of each image instead of each batch.")
+@click.option("--block-size", type=click.IntRange(min=1), help="Weights of a Fisher block. Default: 192.")
+@click.option("--damp", help="λ of the Fisher, or auto: the best of 1e-4 … 1e-9 on held-out images.")
+@click.option("--relative/--absolute", default=None, help="λ is a share of the mean of a layer's diagonal.")
+@click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
+@click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
+@cli_options.columns
+def prune(**typed: Any) -> None:
+    """Prune MODEL in one shot, without Ray.
+
+    MODEL is a checkpoint folder, hf-hub:NAME, or the name of a timm model (its pretrained weights).
+    """
+    from orchestration.commands.prune_options import PruneOptions
+    from orchestration.common.terminal import Console
+
+    options = PruneOptions(**typed)
+    options.check()
+    try:
+        with Console(stderr=True).status(f"espalier prune: loading {options.model}"):
+            from orchestration.commands.prune import Job
+
+            job = Job.of(options)
+        lines = job.run()
+    except KeyboardInterrupt:
+        from orchestration.commands.work import leave
+
+        leave(_INTERRUPTED)
+    for line in lines:
+        click.echo(line)
+
+
+@click.command("inspect")
+@click.argument("path")
+@click.option(
+    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
+    """Layers, zeros and costs of a model.
+
+    PATH is a checkpoint folder, hf-hub:NAME, or the name of a timm architecture (shapes alone).
+    """
+    from orchestration.common.terminal import Console
+
+    with Console(stderr=True).status(f"espalier inspect: loading {path}"):
+        from orchestration.commands.inspect import describe
+        from orchestration.commands.prune_options import layer_patterns
+
+        found = describe(path, layer_patterns(layers))
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1))
+        return
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(found.table())
+    for key, value in found.lines():
+        click.echo(f"{key:<12}{value}")

@@ -1,0 +1,104 @@
+"""From a laptop through Ray's client port (``ray://``): the sweep's driver runs as a task on the cluster.
+
+Tune's callbacks, the display and the tracker all belong to the driver, which must sit where the cluster is.
+Its lines come back through a queue, and Ctrl-C here cancels it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.queue import Queue
+
+from orchestration.recipe.phases import Span
+from pruners.errors import InputError, first_line
+
+_POLL_SECONDS = 0.5
+_CANCEL_SECONDS = 30
+
+
+def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str, span: Span) -> None:
+    """Run a recipe's sweep on the cluster behind ``address``.
+
+    Raises:
+        InputError: no cluster answers, or the recipe cannot run there.
+        KeyboardInterrupt: after the driver on the cluster has been cancelled.
+    """
+    with joined(address):
+        lines = Queue(actor_options={"num_cpus": 0})
+        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, span, lines)
+        try:
+            done: list[Any] = []
+            while not done:
+                done, _ = ray.wait([task], timeout=_POLL_SECONDS)
+                _print_waiting(lines)
+            ray.get(task)
+        except RayTaskError as error:
+            raise error.cause from None
+        except KeyboardInterrupt:
+            ray.cancel(task)
+            with contextlib.suppress(RayError, TimeoutError):
+                ray.get(task, timeout=_CANCEL_SECONDS)
+            raise
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Ray's client at ``address``, left at the end.
+
+    Raises:
+        InputError: no cluster answers there.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is raised as well
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
+        reason = first_line(error)
+        raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _print_waiting(lines: Queue) -> None:
+    while (waiting := lines.qsize()) > 0:
+        sys.stdout.write("".join(lines.get_nowait_batch(waiting)))
+        sys.stdout.flush()
+
+
+class _Sender(io.TextIOBase):
+    """A text file whose content goes into a queue."""
+
+    def __init__(self, lines: Queue) -> None:
+        self._lines = lines
+
+    def write(self, text: str) -> int:
+        self._lines.put(text)
+        return len(text)
+
+
+def _drive(recipe: dict[str, Any], recipe_name: str, span: Span, lines: Queue) -> None:
+    """The driver's task: the same steps as on a cluster's head."""
+    from orchestration.common.terminal import Console
+    from orchestration.preflight.checks import prepare
+    from orchestration.recipe.schema import Recipe
+    from orchestration.reporting.display import Display
+    from orchestration.state.stored_recipe import check_unchanged
+    from orchestration.sweep.run import run_sweep
+
+    console = Console(file=cast(IO[str], _Sender(lines)), width=160)
+    with Display(console) as display:
+        given = Recipe.model_validate(recipe)
+        check_unchanged(given)
+        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name, span=span)

@@ -1,0 +1,73 @@
+"""``python -m orchestration.cluster.keeper DRIVER SINCE``: ends what is left of a local Ray cluster.
+
+Its standard input closes when the driver ends, however it does. Ray's servers then end by themselves, but its
+agents try for a minute to tell a cluster that is gone that it is, and workers that were starting notice only
+when their imports are done. All of them, and what they have started, write into the logs of the cluster's
+session, by which they are known: an agent has another name then, another parent, and no environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+_GRACE_SECONDS = 3.0  # in which they may end by themselves
+_SECONDS = 15.0
+_SESSION = re.compile(r"/(session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)_\d+_(\d+)/logs/")
+NAME = "session_%Y-%m-%d_%H-%M-%S"
+"""How Ray names a session: by when it began, and after that by microseconds and the driver."""
+
+
+def left(driver: int, since: str) -> list[psutil.Process]:
+    """Processes of the sessions that a driver began at ``since`` (a :data:`NAME`) or later."""
+    return [one for one in psutil.process_iter() if one.pid != os.getpid() and _belongs(one, driver, since)]
+
+
+def _belongs(process: psutil.Process, driver: int, since: str) -> bool:
+    for place in _written(process):
+        if (found := _SESSION.search(place)) and int(found[2]) == driver and found[1] >= since:
+            return bool(process.pid != driver)
+    return False
+
+
+def _written(process: psutil.Process) -> list[str]:
+    """Where standard output and error of a process go, or all of its files where there is no ``/proc``."""
+    descriptors = Path(f"/proc/{process.pid}/fd")
+    with suppress(OSError, psutil.Error):
+        if Path("/proc/self/fd").exists():
+            return [str((descriptors / number).readlink()) for number in ("1", "2")]
+        return [file.path for file in process.open_files()]
+    return []
+
+
+def end(driver: int, since: str) -> None:
+    """Wait for them, and kill those that are still there."""
+    began = time.monotonic()
+    while found := left(driver, since):
+        waited = time.monotonic() - began
+        if waited > _SECONDS:
+            return
+        if waited > _GRACE_SECONDS:
+            for process in found:
+                with suppress(psutil.Error):
+                    process.kill()
+        time.sleep(0.25)
+
+
+def main() -> None:
+    """Wait for the driver's end, and then for that of its cluster."""
+    for kind in (signal.SIGINT, signal.SIGTERM):  # it is the driver that ends by them
+        signal.signal(kind, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    end(int(sys.argv[1]), sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What a node of a cluster says of itself; sent there whole, as Espalier may be missing there."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("ray", "torch", "timm", "pyarrow")
+_OURS = ("pruners", "trainers", "orchestration")
+
+
+def look(place: str | None, uri: str | None, node: str) -> dict[str, Any]:
+    """Versions, and whether the node writes to the storage and hears MLflow.
+
+    Args:
+        place: storage; a file named by the node is written there.
+        uri: of MLflow.
+    """
+    problems = []
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing"
+    versions["espalier"] = _source()
+    if versions["espalier"] == "missing":
+        return {"versions": versions, "problems": ["espalier is not installed there"]}
+    if place is not None:
+        from trainers import storage
+
+        try:
+            storage.write_bytes(f"{place}/{node}", node.encode())
+        except (OSError, ValueError) as error:
+            problems.append(f"cannot write to the storage ({str(error).splitlines()[0]})")
+    if uri is not None:
+        from orchestration.tracking.check import check_uri
+
+        try:
+            check_uri(uri)
+        except ValueError as error:
+            problems.append(str(error))
+    return {"versions": versions, "problems": problems}
+
+
+def see(place: str, nodes: list[str]) -> list[str]:
+    """The nodes whose file is not in the storage as this node sees it."""
+    from trainers import storage
+
+    missing = []
+    for node in nodes:
+        try:
+            if storage.read_bytes(f"{place}/{node}") != node.encode():
+                missing.append(node)
+        except (OSError, ValueError):
+            missing.append(node)
+    return missing
+
+
+def remove(place: str) -> str | None:
+    """Delete the files; what went wrong, if anything."""
+    from trainers import storage
+
+    try:
+        storage.remove(place)
+    except OSError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _source() -> str:
+    """Digits of Espalier's source: a version number does not tell two checkouts apart."""
+    content = hashlib.sha256()
+    for name in _OURS:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            return "missing"
+        folder = Path(spec.submodule_search_locations[0])
+        for file in sorted(folder.rglob("*.py")):
+            content.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return content.hexdigest()[:8]

@@ -1,0 +1,291 @@
+"""``espalier finetune``: trained by :mod:`trainers.loop.gradual` with a schedule that prunes nothing more.
+
+Beside the result, until it is there, lies a hidden folder: ``start`` is the checkpoint with its new
+classifier, ``last`` what an interrupted run goes on from, ``kept`` the best model so far.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from orchestration.commands.finetune_options import FinetuneOptions
+from orchestration.commands.model_source import (
+    Patterns,
+    at_hand,
+    check_images,
+    device_for,
+    is_file,
+    layers_of,
+    load,
+    recorded_patterns,
+)
+from orchestration.commands.prune_options import layer_patterns
+from orchestration.commands.work import Bars, free_folder, interruptible, whole_folder
+from orchestration.preflight.training import check_training
+from pruners.errors import InputError, first_line
+from pruners.model.masks import MaskSet
+from trainers import models, storage
+from trainers.checkpoint.folder import save_checkpoint, size_on_disk, verify, weights_hash
+from trainers.checkpoint.trainer_state import damage
+from trainers.config.training import DataSettings, Method, ModelSettings, PruningSettings, TrainJob
+from trainers.loop.gradual import Progress, run
+from trainers.loop.session import seed_everything
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Everything that is needed, loaded and checked; nothing is written yet.
+
+    Attributes:
+        model: with the classifier that the images need; ``classes`` are those before and now.
+        lineage: what ``pruning.json`` says of where the model comes from.
+    """
+
+    options: FinetuneOptions
+    target: Path
+    device: torch.device
+    model: nn.Module
+    classes: tuple[int, int]
+    masks: MaskSet | None
+    patterns: Patterns | None
+    lineage: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, options: FinetuneOptions) -> Self:
+        """Raises:
+        InputError: whatever can be known to fail before the training begins.
+        """
+        target = cls.place(options)
+        device = torch.device(device_for(options.device))
+        check_training(options.training, "")
+        patterns: Patterns | None = layer_patterns(options.layers)
+        with at_hand(options.checkpoint, options.tracking_uri, options.storage) as place:
+            loaded = load(place, patterns)
+            layers_of(loaded, patterns)
+            parent = _parent(options.checkpoint, place)
+        model, before = loaded.model, models.classes(loaded.model)
+        now = options.classes or before
+        if now != before:
+            _check_teacher(options)
+            seed_everything(options.seed)
+            models.replace_head(model, now)
+        images = {"train": check_images(options.train, model, "--train", options.columns)}
+        if options.validation is not None:
+            images["validation"] = check_images(options.validation, model, "--validation", options.columns)
+        lineage = {"method": loaded.record.get("method", "unknown"), "parent": parent, "images": images}
+        patterns = patterns or recorded_patterns(loaded)
+        masks = _fitting(loaded.masks, model)
+        return cls(options, target, device, model, (before, now), masks, patterns, lineage)
+
+    @classmethod
+    def place(cls, options: FinetuneOptions) -> Path:
+        """Where the result goes.
+
+        Raises:
+            InputError: it is there already, or cannot be.
+        """
+        return free_folder(options.out, "--out")
+
+    @property
+    def level(self) -> str:
+        """The name under which a run keeps its best model."""
+        return f"{self.sparsity:g}"
+
+    @property
+    def sparsity(self) -> float:
+        return 0.0 if self.masks is None else self.masks.sparsity
+
+    def run(self) -> list[str]:
+        """Train, write the folder, and say what was done."""
+        with self._workplace() as work, self._by_option():
+            job = self._job(self._start(work), work)
+            with Bars(heading=self._plan(job)) as bars:
+                resume = next((one for one in (work / "next", work / "last") if damage(one) is None), None)
+                if resume is not None:
+                    bars.say("going on where it was interrupted")
+                report = _Report(work, bars, job.training.epochs)
+                interruptible(lambda: run(job, report, self.device, resume, stepped=report.stepped))
+            (work / "kept" / self.level).replace(self.target)
+            shutil.rmtree(work)
+        return [f"{key:<12}{value}" for key, value in self._summary()]
+
+    @property
+    def _work(self) -> Path:
+        """The hidden folder of a run."""
+        return self.target.with_name(f".{self.target.name}.finetune")
+
+    def _held(self) -> Path:
+        """What there is of an earlier run: its result, if that is there already."""
+        return self.target if self.target.exists() else self._work
+
+    @contextmanager
+    def _workplace(self) -> Iterator[Path]:
+        """The hidden folder, for this process alone; it stays if there is something to go on from."""
+        work = self._work
+        made = [folder for folder in (work, *work.parents) if not folder.exists()]
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(work / "lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError("--out", self.options.out, "another finetune to it is at work") from None
+        try:
+            yield work
+        except BaseException as error:
+            if not any((work / name).exists() for name in ("last", "next")):
+                shutil.rmtree(made[-1] if made else work, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                sys.stderr.write("what was trained is kept; the same command goes on from it\n")
+            raise
+        finally:
+            lock.release()
+
+    def _start(self, work: Path) -> Path:
+        start = work / "start"
+        if not start.exists():
+            with whole_folder(start, self.options.out, "--out") as folder:
+                # the arguments that built the model: timm knows them itself
+                save_checkpoint(folder, self.model, model_args={}, masks=self.masks, record=self.lineage)
+        self._check_lineage(work, verify(start, str(start)))
+        return start
+
+    def _check_lineage(self, work: Path, record: Mapping[str, Any]) -> None:
+        """Whether what lies in a folder comes from this checkpoint and these images."""
+        if any(record.get(key) != value for key, value in self.lineage.items()):
+            raise _of_another(self.options.out, work, "its checkpoint or its images differ")
+
+    def _job(self, start: Path, work: Path) -> TrainJob:
+        options, method = self.options, self.lineage["method"]
+        schedule = {"kind": "constant"}
+        pruning: dict[str, Any] = {"sparsity": self.sparsity, "layers": self.patterns, "schedule": schedule}
+        if method in get_args(Method):
+            pruning["methods"] = (method,)
+        validation = options.validation
+        return TrainJob(
+            name=self.target.name,
+            seed=options.seed,
+            model=ModelSettings(checkpoint=str(start), classes=self.classes[1]),
+            data=DataSettings(
+                train=storage.absolute(options.train),
+                validation=None if validation is None else storage.absolute(validation),
+                image_column=options.image_column,
+                label_column=options.label_column,
+            ),
+            training=options.training,
+            pruning=PruningSettings.model_validate(pruning),
+            threads=torch.get_num_threads(),
+            keep_folder=str(work / "kept"),
+            lineage=self.lineage,
+        )
+
+    def _plan(self, job: TrainJob) -> str:
+        zeros = f"{100 * self.sparsity:.2f} % of the prunable weights stay zero" if self.masks else "dense"
+        return f"{zeros}; {self._classes()}; {job.training.epochs} epochs"
+
+    def _classes(self) -> str:
+        before, now = self.classes
+        return f"{now} classes" if before == now else f"{before} → {now} classes, with a new classifier"
+
+    def _summary(self) -> Iterator[tuple[str, str]]:
+        record = verify(self.target, self.options.out)
+        figures = record["figures"]
+        yield "from", self.options.checkpoint
+        yield "classes", self._classes()
+        yield "sparsity", f"{100 * record['sparsity']:.2f} %, the zeros of the checkpoint"
+        yield "top-1", f"{100 * figures['val_top1']:.2f} % on validation, after epoch {figures['epoch']}"
+        yield "written to", f"{self.options.out} ({size_on_disk(self.target) / 1e6:.2f} MB)"
+        yield "load it by", f"timm.create_model({f'local-dir:{self.target}'!r}, pretrained=True)"
+
+    @contextmanager
+    def _by_option(self) -> Iterator[None]:
+        """Errors of the layers below, in the words of the command line."""
+        options = self.options
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            expected = "needs more memory than the GPU has; take a smaller one, or accumulate"
+            raise InputError("batch_size", options.training.batch_size, expected) from None
+        except FloatingPointError as error:
+            raise InputError("training", None, str(error)) from None
+        except OSError as error:
+            expected = f"cannot be written ({error.strerror or first_line(error)})"
+            raise InputError("--out", options.out, expected) from None
+        except InputError as error:
+            if error.key == "resume":
+                raise _of_another(options.out, self._held(), error.expected.partition(": ")[2]) from None
+            keys = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
+            if error.key == "data" and error.value != storage.absolute(options.train):
+                keys["data"] = "--validation"
+            key = keys.get(error.key, error.key.removeprefix("training."))
+            raise InputError(key, error.value, error.expected) from None
+
+
+@dataclass
+class _Report:
+    """Hears of the training: shows it, and keeps what it can go on from."""
+
+    work: Path
+    bars: Bars
+    epochs: int
+    first: int | None = field(default=None)
+
+    def __call__(self, progress: Progress) -> None:
+        found = progress.metrics
+        if "epoch" in found:
+            self.bars.say(
+                f"epoch {found['epoch']} of {self.epochs}: loss {found['train_loss']:.4f}, "
+                f"validation top-1 {100 * found['val_top1']:.2f} %"
+            )
+        if progress.save is None:
+            return
+        new, last = self.work / "next", self.work / "last"
+        shutil.rmtree(new, ignore_errors=True)
+        progress.save(new)
+        shutil.rmtree(last, ignore_errors=True)
+        new.replace(last)
+
+    def stepped(self, done: int, total: int) -> None:
+        """The steps of this process: those before it was started tell nothing of the time that is left."""
+        if self.first is None:
+            self.first = done - 1
+        self.bars("training", done - self.first, total - self.first)
+
+
+def _parent(name: str, place: str) -> dict[str, str]:
+    """Which model this was: a name that others know too, and the hash of its weights."""
+    if not is_file(place):
+        return {"source": name}
+    known = name if ":/" in name else Path(name).name
+    return {"source": known, "weights": weights_hash(place)}
+
+
+def _fitting(masks: MaskSet | None, model: nn.Module) -> MaskSet | None:
+    """The masks without that of a classifier that is new."""
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    found = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
+    return MaskSet(found) if found else None
+
+
+def _check_teacher(options: FinetuneOptions) -> None:
+    distill = options.training.distill
+    if distill is not None and distill.teacher == "dense":
+        expected = "has other classes; name a teacher that knows those of the images"
+        raise InputError("distill.teacher", distill.teacher, expected)
+
+
+def _of_another(out: str, work: Path, differs: str) -> InputError:
+    return InputError(
+        "--out",
+        out,
+        f"{work} holds an earlier run, which is not this one: {differs}; delete it to start anew",
+    )

@@ -1,0 +1,51 @@
+"""``espalier import``: a file of weights as a checkpoint folder, which every command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from orchestration.commands.work import free_folder, whole_folder
+from orchestration.recipe.loading import part
+from pruners.errors import InputError
+from trainers import models
+from trainers.checkpoint.folder import save_foreign, size_on_disk
+from trainers.checkpoint.weights_file import load_weights
+from trainers.config.base import is_weights_file
+from trainers.config.training import ModelSettings
+from trainers.storage import absolute
+
+
+def import_weights(
+    file: str, out: str, architecture: str | None, arguments: Sequence[str], *, average: bool
+) -> Iterator[str]:
+    """Write the folder; lines that say what was read.
+
+    Args:
+        arguments: ``KEY=VALUE`` of timm's model, the value in YAML.
+
+    Raises:
+        InputError: a file that cannot be read or does not fit, or a folder that cannot be written.
+    """
+    if not is_weights_file(file):
+        raise InputError("FILE", file, "must be a file of weights: .pth, .pth.tar, .pt, .ckpt, .safetensors")
+    target = free_folder(out, "--out")
+    defaults = {"checkpoint": absolute(file), "architecture": architecture}
+    try:
+        settings = part(ModelSettings, [f"args.{one}" for one in arguments], defaults)
+        model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
+    except InputError as error:
+        names = {"model.architecture": "--architecture", "model.args": "--arg"}
+        hint = error.expected.replace("model.architecture", "--architecture").replace(
+            "model.args.img_size", "--arg img_size=…"
+        )
+        raise InputError(names.get(error.key, error.key), error.value, hint) from None
+    with whole_folder(target, out, "--out") as folder:
+        save_foreign(folder, model, file, chosen, model_args={})
+    height, width = models.input_size(model)[1:]
+    config, about = models.data_config(model), cast(dict[str, Any], model.pretrained_cfg)
+    yield f"model       {about['architecture']}, {models.classes(model)} classes"
+    yield f"weights     {PurePosixPath(file).name}" + (f", {chosen}" if chosen else "")
+    yield f"images      {height} by {width}, mean {list(config['mean'])}, std {list(config['std'])}"
+    yield f"written to  {out} ({size_on_disk(target) / 1e6:.2f} MB)"

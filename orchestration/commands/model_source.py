@@ -1,0 +1,177 @@
+"""The MODEL of a command: a checkpoint folder, one of a hub or the registry, or a timm model by its name."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from pruners.errors import InputError, did_you_mean, first_line
+from pruners.model.layers import PrunableLayer, find_layers
+from trainers import models
+from trainers.checkpoint.folder import Checkpoint, load_checkpoint, opened, save_checkpoint
+from trainers.config.training import ModelSettings
+from trainers.sources.classes import check_known, names_of
+from trainers.sources.columns import Columns
+from trainers.sources.parquet import check_table
+from trainers.storage import absolute
+
+Patterns = Mapping[str, Sequence[str]]
+
+_HUB = "hf-hub:"
+
+
+def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
+    """A model with its weights; those of a timm name are the pretrained ones.
+
+    Raises:
+        InputError: whatever keeps it from being loaded.
+    """
+    if is_file(name):
+        with _by_option():
+            return load_checkpoint(absolute(name), key="model", layers=patterns)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
+    try:
+        return Checkpoint(models.load_hub(name), None)
+    except Exception as error:  # timm, the hub's client and what they stand on have kinds of their own
+        raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
+
+
+def check_named(name: str) -> None:
+    """Whether a model is named at all: an empty name would be the current folder.
+
+    Raises:
+        InputError: it is empty.
+    """
+    if not name.strip():
+        raise InputError("model", name, "is empty: name a checkpoint folder, hf-hub:NAME or a timm model")
+
+
+@contextmanager
+def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
+
+    Raises:
+        InputError: a registry that does not answer, or does not hold it.
+    """
+    check_named(name)
+    if not name.startswith("models:/"):
+        yield name
+        return
+    from orchestration.commands.registry import registry_uri
+    from orchestration.tracking import registry
+
+    with registry_uri(tracking_uri, storage) as uri, registry.pulled(name, uri) as folder:
+        yield str(folder)
+
+
+@contextmanager
+def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    if not name.startswith(_HUB):
+        with opened(absolute(name), key="model") as found:
+            yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        record = {"method": "dense", "sparsity": 0.0, "allocation": {}, "source": name}
+        save_checkpoint(Path(folder), load(name).model, model_args={}, masks=None, record=record)
+        yield Path(folder), record
+
+
+@contextmanager
+def _by_option() -> Iterator[None]:
+    """Errors about layers, in the words of the command line."""
+    try:
+        yield
+    except InputError as error:
+        first, _, module = error.key.partition(".")
+        if first != "layers":
+            raise
+        expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
+        raise InputError(f"--layers {module}".strip(), error.value, expected) from None
+
+
+def skeleton(name: str) -> nn.Module:
+    """A timm model by its name, on the meta device: shapes without weights."""
+    known = timm.get_pretrained_cfg(name)
+    classes = 1000 if known is None or known.num_classes is None else known.num_classes
+    settings = ModelSettings(architecture=name).model_copy(update={"classes": classes})
+    try:
+        with torch.device("meta"):
+            return models.build_model(settings)
+    except (InputError, NotImplementedError):  # a constructor that computes with its weights
+        return models.build_model(settings)
+
+
+def is_architecture(name: str) -> bool:
+    """Whether timm knows a model of this name, and no folder has it.
+
+    Raises:
+        InputError: neither a place nor a name that timm knows.
+    """
+    check_named(name)
+    if Path(absolute(name, "model")).exists() or any(sign in name for sign in "/:\\"):
+        return False
+    if not timm.is_model(name):
+        close = did_you_mean(name, timm.list_models())
+        raise InputError("model", name, f"no such folder, and no timm model{close}")
+    return True
+
+
+def is_file(name: str) -> bool:
+    """Whether a model is a folder of files, here or elsewhere: not a hub's, and not timm's own."""
+    return not name.startswith(_HUB) and not is_architecture(name)
+
+
+def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
+    """The prunable layers: by ``patterns``, by those it was pruned with, or by its family."""
+    with _by_option():
+        return find_layers(loaded.model, patterns or recorded_patterns(loaded))
+
+
+def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
+    """The patterns of layers that a checkpoint was pruned with, if it was with any."""
+    recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
+    found: Patterns | None = recorded.get("layers")
+    return found
+
+
+def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None = None) -> str:
+    """Whether a model can learn from a table, or be tested on it; returns the table's fingerprint.
+
+    Raises:
+        InputError: as :func:`trainers.sources.parquet.check_table`, a model that takes other images, or one
+            that calls its classes otherwise.
+    """
+    classes, (channels, *_) = models.classes(model), models.input_size(model)
+    if classes < 2 or channels != 3:
+        found = f"{classes} classes and {channels} channels"
+        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
+    fingerprint = check_table(uri, classes, key=key, columns=columns)
+    names = names_of(uri, key=key, columns=columns, every=True)
+    check_known(models.label_names(model), names, key=key, uri=uri)
+    return fingerprint
+
+
+def device_for(name: str | None) -> str:
+    """The device that is asked for; without a name, a GPU where there is one.
+
+    Raises:
+        InputError: there is none.
+    """
+    here = torch.cuda.is_available()
+    if name == "cuda" and not here:
+        raise InputError("--device", name, "no CUDA device is here; take cpu")
+    return name or ("cuda" if here else "cpu")

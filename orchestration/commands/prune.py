@@ -1,0 +1,206 @@
+"""``espalier prune``: one model in one shot, on this machine, without Ray."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from orchestration.commands.model_source import check_images, device_for, layers_of, load
+from orchestration.commands.prune_options import PruneOptions, layer_patterns
+from orchestration.commands.prune_report import Outcome, gradients_taken
+from orchestration.commands.work import Bars, free_folder, interruptible, whole_folder
+from pruners.allocation.bounds import bounds, check_feasible
+from pruners.elimination.damping import LADDER
+from pruners.elimination.gradients import Batch
+from pruners.errors import InputError
+from pruners.methods.base import Pruner
+from pruners.methods.registry import create_pruner
+from pruners.model.costs import count_costs
+from pruners.model.layers import PrunableLayer
+from pruners.model.left_dense import LeftDense
+from pruners.model.masks import MaskSet
+from pruners.model.sparsity_pattern import fitting
+from pruners.one_shot import pattern_budget, prune
+from trainers import models
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.config.training import SECOND_ORDER
+from trainers.data import datasets as data
+from trainers.loop.evaluation import Evaluation, evaluate
+from trainers.loop.prune_step import Gradients, gradient_source
+from trainers.sources.columns import Columns
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that pruning needs, loaded and checked; nothing is written yet.
+
+    ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
+    """
+
+    options: PruneOptions
+    target: Path
+    model: nn.Module
+    layers: list[PrunableLayer]
+    pruner: Pruner
+    gradients: Gradients | None
+    tests: data.Batches | None
+    masks: MaskSet | None = None
+
+    @classmethod
+    def of(cls, options: PruneOptions) -> Job:
+        """Raises:
+        InputError: whatever can be known to fail before the work begins, by its option.
+        """
+        with _by_option(options):
+            target = free_folder(options.out, "--out")
+            device = device_for(options.device)
+            patterns = layer_patterns(options.layers)
+            loaded = load(options.model, patterns)
+            chosen = options.for_method()
+            if options.tries_damps:
+                del chosen["damp"]
+            pruner = create_pruner(options.method, **chosen)
+            layers = fitting(layers_of(loaded, patterns), pruner.form, unfit=options.unfit)
+            _check_budget(options, loaded.model, layers, pruner)
+            model = loaded.model.to(device).eval()
+            gradients, tests = _gradients(options, model, pruner), _tests(options, model)
+            return cls(options, target, model, layers, pruner, gradients, tests, loaded.masks)
+
+    def run(self) -> list[str]:
+        """Prune, write the folder, and say what was done."""
+        # torch, about the attention of single images: nothing that one could do about it
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        with _by_option(self.options):
+            with Bars(heading=self._plan()) as bars:
+                outcome = interruptible(lambda: self._work(bars))
+            self._write(outcome)
+        return [f"{key:<12}{value}" for key, value in outcome.summary(self.target)]
+
+    def _work(self, bars: Bars) -> Outcome:
+        options, found = self.options, self.gradients
+        before = self._top1(bars, "test before")
+        report = prune(
+            self.model,
+            options.method,
+            options.target,
+            **options.for_method(),
+            layers=self.layers,
+            unfit=options.unfit,
+            scope=options.scope,  # type: ignore[arg-type]  # checked
+            floor=options.floor,
+            ceiling=options.ceiling,
+            batches=None if found is None else _Again(found.batches),
+            held_out=None if found is None or found.held_out is None else _Again(found.held_out),
+            per_sample=options.per_sample,
+            memory=None if found is None else found.memory,
+            progress=bars,
+        )
+        after = self._top1(bars, "test after")
+        costs = count_costs(self.model, models.input_size(self.model), report.allocation)
+        tests = None if before is None or after is None else (before, after)
+        return Outcome(options, self.layers, self.pruner, report, costs, tests)
+
+    def _top1(self, bars: Bars, what: str) -> Evaluation | None:
+        if self.tests is None:
+            return None
+        return evaluate(self.model, bars.over(what, self.tests, len(self.tests)))
+
+    def _write(self, outcome: Outcome) -> None:
+        masks, record = outcome.report.masks.over(self.masks), outcome.record()
+        with whole_folder(self.target, self.options.out, "--out") as folder:
+            # the arguments that built the model: timm knows them itself
+            save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
+
+    def _plan(self) -> str:
+        weights = sum(layer.numel for layer in self.layers)
+        dense = LeftDense.of(self.model, self.layers)
+        plan = f"left dense: {dense}; --layers takes others\n"
+        plan += f"{self.options.method}: {weights:,} weights in {len(self.layers)} layers"
+        if self.gradients is None:
+            return plan
+        tries = f"; then {len(LADDER)} rounds, to find λ" if self.options.tries_damps else ""
+        return f"{plan}, from {gradients_taken(self.options, self.pruner)}{tries}"
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Batches that begin afresh whenever they are asked for: a Fisher in several parts reads them again."""
+
+    batches: Callable[[], Iterable[Batch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches())
+
+
+def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradients | None:
+    if options.method not in SECOND_ORDER or options.data is None:
+        return None
+    return gradient_source(
+        _images(options.data, model, options.columns, "--data"),
+        options.fisher,
+        pruner,
+        tries_damps=options.tries_damps,
+        rank=0,
+        world=1,
+        seed=options.seed,
+    )
+
+
+def _tests(options: PruneOptions, model: nn.Module) -> data.Batches | None:
+    if options.test is None:
+        return None
+    return data.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
+
+
+def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> data.ImageTable:
+    check_images(uri, model, key, columns)
+    transform = data.eval_transform(models.data_config(model))
+    return data.images(uri, transform, key=key, columns=columns)
+
+
+def _check_budget(
+    options: PruneOptions, model: nn.Module, layers: list[PrunableLayer], pruner: Pruner
+) -> None:
+    """What :func:`prune` would find out at the end of the work: limits that the budget cannot meet."""
+    masks = MaskSet.from_zeros(model, layers)
+    total = pattern_budget(layers, options.target, pruner.form, masks)
+    if sum(masks.pruned().values()) > total:
+        expected = f"the model has more already: {masks.sparsity:.4f} of its prunable weights are zero"
+        raise InputError("sparsity", options.target, expected)
+    limits = bounds(layers, options.floor, options.ceiling, masks.pruned(), unit=pruner.form.unit)
+    ends = np.array([limits[layer.name] for layer in layers]).reshape(-1, 2)
+    check_feasible(total, ends[:, 0], ends[:, 1])
+
+
+@contextmanager
+def _by_option(options: PruneOptions) -> Iterator[None]:
+    """Errors of the layers below, in the words of the command line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        expected = "needs more memory than the GPU has; take a smaller one, or a smaller --memory"
+        raise InputError("--batch-size", options.batch_size, expected) from None
+    except InputError as error:
+        raise _translated(error, options) from None
+
+
+def _translated(error: InputError, options: PruneOptions) -> InputError:
+    key, value, expected = error.key, error.value, error.expected.replace("unfit: dense", "--unfit dense")
+    if key == "budget":
+        return InputError("--sparsity", options.target, f"{value:,} weights {expected}")
+    if key in {"memory", "floor"}:
+        value = getattr(options, key)
+    if key == "data" and value == options.test:
+        return InputError("--test", value, expected)
+    names = {"batches": "data", "held_out": "data"}
+    flag = names.get(key, key)
+    if flag not in ("model", "out") and hasattr(options, flag):
+        return InputError(f"--{flag.replace('_', '-')}", value, expected)
+    return error

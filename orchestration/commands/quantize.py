@@ -1,0 +1,204 @@
+"""``espalier quantize``: one checkpoint to INT8, on this machine, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from rich.status import Status
+from torch import nn
+
+from orchestration.commands.finetune import Finetuning
+from orchestration.commands.finetune_options import FinetuneOptions
+from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.quantize_options import AwareOptions, QuantizeOptions
+from orchestration.commands.work import free_folder, whole_folder
+from orchestration.tracking.pyfunc_model import labels_of
+from pruners.errors import InputError
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
+from trainers.checkpoint.trainer_state import check_recorded
+from trainers.config.quantization import Mode
+from trainers.config.training import Method, TrainJob
+from trainers.data import datasets as data
+from trainers.export.onnx import FILE
+from trainers.loop.evaluation import evaluate
+from trainers.optional_imports import require
+from trainers.quantization import int8_folder as int8
+from trainers.quantization.checks import check_mode
+
+_BATCH = 128
+_ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
+
+
+class Training(Finetuning):
+    """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
+
+    level = "0"  # what is kept is the best model, at no sparsity of its own
+
+    @classmethod
+    def place(cls, options: FinetuneOptions) -> Path:
+        """A hidden folder, which may hold the model already: trained, and not yet written as INT8."""
+        return Path(options.out).resolve()
+
+    def done(self) -> bool:
+        """Whether the model is trained already.
+
+        Raises:
+            InputError: with other settings, from another checkpoint, or on other images.
+        """
+        if not self.target.exists():
+            return False
+        record = verify(self.target, self.options.out, key="--out")
+        self._check_lineage(self.target, record)
+        with self._by_option():
+            check_recorded(self._job(self.target, self._work), record["recipe"])
+        return True
+
+    def _job(self, start: Path, work: Path) -> TrainJob:
+        assert isinstance(self.options, AwareOptions)
+        method = self.lineage["method"]
+        changes = {
+            "pruning": None,
+            "method": method if method in get_args(Method) else None,
+            "quantize": {"images": self.options.images},
+        }
+        return TrainJob.model_validate(super()._job(start, work).model_dump() | changes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Those that ranges are taken from, and those on which the model is measured.
+
+    Attributes:
+        before: the float model's top-1 on ``tests``.
+    """
+
+    calibration: list[torch.Tensor]
+    tests: data.Batches | None = None
+    before: float = 0.0
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        if self.tests is None:
+            return {}
+        found = evaluate(model, self.tests)
+        return {"test_top1": found.top1, "test_loss": found.loss, "float_test_top1": self.before}
+
+
+def quantise(options: QuantizeOptions, status: Status) -> list[str]:
+    """Write the INT8 folder; returns lines about it.
+
+    Args:
+        status: what the terminal shows meanwhile; training has bars of its own.
+
+    Raises:
+        InputError: whatever keeps it from being written.
+        RuntimeError: a pruned weight that is not 0 in the file, by its layer.
+    """
+    require("--mode", options.mode, *int8.NEEDS)
+    target = free_folder(options.out, "--out")
+    with (
+        _by_option(),
+        at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
+        as_folder(place) as (source, _),
+    ):
+        loaded = load_checkpoint(str(source), key="model")
+        model = loaded.model.eval()
+        check_mode(model, cast(Mode, options.mode), loaded.masks or (), "--mode")
+        training = Training.of(options.aware) if options.mode == "qat" else None
+        trained = training is not None and training.done()
+        images = _images(options, model)
+        if training is None:
+            return _write(options, source, target, images)
+        if not trained:
+            status.stop()
+            training.run()
+            status.start()
+        lines = _write(options, training.target, target, images)
+        shutil.rmtree(training.target)
+        return lines
+
+
+def _write(options: QuantizeOptions, source: Path, target: Path, images: Images) -> list[str]:
+    mode = cast(Mode, options.mode)
+    record: dict[str, Any] = {
+        "source": options.checkpoint if ":/" in options.checkpoint else Path(options.checkpoint).name,
+        "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
+    }
+    with whole_folder(target, options.out, "--out") as folder:
+        made = int8.quantise(
+            source,
+            folder,
+            mode,
+            images.calibration,
+            labels=labels_of(options.train, options.columns),
+            record=record,
+            figures=images.figures,
+            key="model",
+        )
+    return [f"{key:<12}{value}" for key, value in _summary(options, source, target, made)]
+
+
+def _summary(
+    options: QuantizeOptions, source: Path, target: Path, made: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    figures, before = made["figures"], size_on_disk(source)
+    ranges = {"dynamic": "ranges as they come", "static": "ranges from {} training images"}
+    how = ranges.get(options.mode, "trained with fake quantisation").format(made["options"]["images"])
+    yield "mode", f"{options.mode}: {how}"
+    yield "int8", f"{100 * made['int8_share']:.1f} % of the weights"
+    if "same_class" in made:
+        same = made["same_class"]
+        advice = (
+            ""
+            if same["share"] >= _ALIKE
+            else "; too few to use it unseen: measure it (--test), or train it (qat)"
+        )
+        yield (
+            "same class",
+            f"as in float32 for {100 * same['share']:.1f} % of {same['images']} images{advice}",
+        )
+    if made["zeros"]:
+        yield "zeros", f"{made['zeros']:,} pruned weights, each of them 0 in int8"
+    if figures:
+        yield (
+            "test top-1",
+            f"{100 * figures['float_test_top1']:.2f} % → {100 * figures['test_top1']:.2f} %, "
+            f"by {made['engine']}",
+        )
+    yield (
+        "size",
+        f"{before / 1e6:.2f} MB → {made['bytes'] / 1e6:.2f} MB ({100 * made['bytes'] / before:.0f} %)",
+    )
+    yield "written to", options.out
+    yield "run it by", f"onnxruntime.InferenceSession({str(target / FILE)!r})"
+
+
+def _images(options: QuantizeOptions, model: nn.Module) -> Images:
+    """Checked too where it is the training that takes them."""
+    transform, calibration = data.eval_transform(models.data_config(model)), []
+    if options.train is not None:
+        check_images(options.train, model, "--train", options.columns)
+        table = data.images(options.train, transform, key="--train", columns=options.columns)
+        calibration = data.chosen(table, options.images, options.seed)
+    if options.test is None:
+        return Images(calibration)
+    check_images(options.test, model, "--test", options.columns)
+    table = data.images(options.test, transform, key="--test", columns=options.columns)
+    tests = data.eval_loader(table, _BATCH)
+    return Images(calibration, tests, evaluate(model, tests).top1)
+
+
+@contextmanager
+def _by_option() -> Iterator[None]:
+    """Errors of the layers below, in the words of the command line."""
+    try:
+        yield
+    except InputError as error:
+        names = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
+        raise InputError(names.get(error.key, error.key), error.value, error.expected) from None

@@ -1,0 +1,98 @@
+"""What ``espalier quantize`` is asked for, checked without torch so that a mistake is answered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from orchestration.commands.finetune_options import FinetuneOptions
+from orchestration.commands.prune_options import one_of
+from orchestration.recipe.loading import part
+from orchestration.recipe.quantization import AWARE, AwareTraining
+from pruners.errors import InputError
+from trainers.config.quantization import Mode
+from trainers.config.training import TrainingSettings
+from trainers.sources.columns import ColumnOptions
+from trainers.storage import absolute
+
+
+@dataclass(frozen=True)
+class AwareOptions(FinetuneOptions):
+    """Those of the training; ``images`` are what its ranges begin with."""
+
+    images: int | None = None
+
+    @property
+    def training(self) -> TrainingSettings:
+        """Raises:
+        InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
+        """
+        return part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(ColumnOptions):
+    """The options as they were typed."""
+
+    checkpoint: str
+    mode: str
+    out: str
+    settings: tuple[str, ...] = ()
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    images: int | None = None
+    seed: int = 0
+    device: str | None = None
+    tracking_uri: str | None = None
+    storage: str = "runs"
+
+    def check(self) -> None:
+        """Raises:
+        InputError: the first thing that cannot work, by its option or key and value.
+        """
+        one_of("--mode", self.mode, get_args(Mode))
+        if self.device is not None:
+            one_of("--device", self.device, ("cpu", "cuda"))
+        of_training = {"--validation": self.validation, "KEY=VALUE": " ".join(self.settings) or None}
+        if self.mode != "qat":
+            self._refuse(of_training | {"--device": self.device}, "trains nothing; it goes with --mode qat")
+        if self.mode == "dynamic":
+            self._refuse({"--train": self.train, "--images": self.images}, "needs no images; drop it")
+        elif self.train is None:
+            wanted = f"{self.mode} takes ranges from training images: give some (Parquet: image, label)"
+            raise InputError("--train", None, wanted)
+        if self.mode == "qat":
+            assert self.aware.training is not None, "it is read, and what is wrong in it told"
+
+    @property
+    def hidden(self) -> Path:
+        """Where the result of the training lies until the INT8 folder is written."""
+        out = Path(absolute(self.out, "OUT"))
+        return out.with_name(f".{out.name}.float")
+
+    @property
+    def aware(self) -> AwareOptions:
+        """The training's; its result lies beside ``out``, hidden, until the INT8 folder is written."""
+        assert self.train is not None, "checked"
+        return AwareOptions(
+            checkpoint=self.checkpoint,
+            train=self.train,
+            out=str(self.hidden),
+            settings=self.settings,
+            validation=self.validation,
+            seed=self.seed,
+            device=self.device,
+            tracking_uri=self.tracking_uri,
+            storage=self.storage,
+            images=self.images,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
+
+    def _refuse(self, given: Mapping[str, object], why: str) -> None:
+        for key, value in given.items():
+            if value is not None:
+                raise InputError(key, value, f"{self.mode} quantisation {why}")

@@ -1,0 +1,175 @@
+"""Looking at what is there: evaluate a model, list the registry, move its aliases, open the UI."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestration.tracking.check import check_uri
+from orchestration.tracking.server import start_server, tracking_folder
+from orchestration.tracking.tracker import server_for
+from pruners.errors import InputError
+from trainers.storage import absolute
+
+if TYPE_CHECKING:
+    from orchestration.tracking.promotion import Decision
+    from trainers.sources.columns import Columns
+
+DATABASE = "mlflow.db"
+_SHARED = "the server of another command at work; Ctrl-C ends it with the last that uses it"
+
+
+@contextmanager
+def registry_uri(tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """A tracking URI for a while: the one given, or that of a server of ours over a storage's database.
+
+    Raises:
+        InputError: no server answers there, or nothing has been logged in the storage.
+    """
+    if tracking_uri is not None:
+        check_uri(tracking_uri)
+        yield tracking_uri
+        return
+    folder = _folder(storage)
+    with server_for(None, folder) as (uri, ready):
+        ready()
+        yield uri
+
+
+def _database(tracking_uri: str | None, storage: str) -> str:
+    """A tracking URI for what needs no artifacts: our own database is read as it lies, without a server."""
+    if tracking_uri is not None:
+        check_uri(tracking_uri)
+    return tracking_uri or f"sqlite:///{_folder(storage) / DATABASE}"
+
+
+def _folder(storage: str) -> Path:
+    folder = tracking_folder(storage)
+    if not (folder / DATABASE).is_file():
+        raise InputError("--storage", storage, "no sweep has been logged there yet")
+    return folder
+
+
+def evaluate_model(
+    model: str,
+    data_uri: str,
+    tracking_uri: str | None,
+    storage: str,
+    batch_size: int,
+    *,
+    columns: Columns | None = None,
+) -> Iterator[str]:
+    """Lines with a model's figures on some images."""
+    from orchestration.commands.model_source import check_named
+
+    check_named(model)
+    if not model.startswith("models:/"):
+        place = absolute(model) if "hf-hub:" not in model else model
+        yield from _evaluate(place, data_uri, batch_size, columns)
+        return
+    from orchestration.tracking import registry
+
+    with registry_uri(tracking_uri, storage) as uri, registry.pulled(model, uri) as folder:
+        yield from _evaluate(str(folder), data_uri, batch_size, columns)
+
+
+def _evaluate(
+    checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
+) -> Iterator[str]:
+    from trainers.data import datasets as data
+    from trainers.loop.evaluation import evaluate
+    from trainers.quantization import int8_folder as int8
+    from trainers.sources.classes import check_known, names_of
+    from trainers.sources.parquet import check_table
+
+    found = int8.load_runnable(checkpoint, key="model")
+    channels = found.config["input_size"][0]
+    if found.classes < 2 or channels != 3:
+        what = f"is for {found.classes} classes and {channels} channels"
+        raise InputError("model", checkpoint, f"{what}; must be for RGB images of two classes at least")
+    check_table(data_uri, found.classes, key="--data", columns=columns)
+    names = names_of(data_uri, key="--data", columns=columns, every=True)
+    check_known(found.labels, names, key="--data", uri=data_uri)
+    images = data.images(data_uri, data.eval_transform(found.config), key="--data", columns=columns)
+    result = evaluate(found.model, data.eval_loader(images, batch_size))
+    by = "" if found.engine is None else f", INT8 by {found.engine}"
+    yield f"images    {result.images}"
+    yield f"top-1     {100 * result.top1:.2f} %{by}"
+    yield f"loss      {result.loss:.4f}"
+    yield f"sparsity  {100 * found.sparsity:.2f} % of the prunable weights"
+
+
+def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """A line for each registered version."""
+    from orchestration.tracking import registry
+
+    found = registry.versions(_database(tracking_uri, storage))
+    if not found:
+        yield "no registered models yet"
+    for version in found:
+        tags = version.tags
+        aliases = f"  @{', @'.join(version.aliases)}" if version.aliases else ""
+        yield (
+            f"{version.uri:<32}{tags.get('method', ''):<12}sparsity {tags.get('sparsity', '?'):<8}"
+            f"validation top-1 {f'{version.top1:.4f}' if version.top1 >= 0 else '?'}{aliases}"
+        )
+
+
+def promote_version(
+    name: str | None, number: str | None, alias: str, *, force: bool, tracking_uri: str | None, storage: str
+) -> Decision:
+    """Move an alias by the rule that the model's last sweep left, or by force.
+
+    Args:
+        name: default: the only registered model.
+        number: default: the best version that the rule lets.
+
+    Raises:
+        InputError: no such model or version, or names that MLflow does not take.
+    """
+    from orchestration.tracking import promotion, versions
+
+    versions.check_alias(alias, "--alias")
+    if name is not None:
+        versions.check_name(name, "NAME")
+    if number is not None and not number.isdecimal():
+        raise InputError("--version", number, "must be the number of a version")
+    with versions.opened(_database(tracking_uri, storage)) as registry:
+        names = registry.names()
+        if name is None and len(names) != 1:
+            raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
+        model = name or names[0]
+        there = {one.version: one for one in registry.versions(model)}
+        rule = registry.rule(model)
+        if number is not None and number not in there:
+            raise InputError(
+                "--version", number, f"{model} has {', '.join(sorted(there, key=int)) or 'none'}"
+            )
+        candidate = there[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        return promotion.promote(registry, candidate, alias, rule, force=force)
+
+
+def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+    """Lines about a registered version and what it comes from."""
+    from orchestration.tracking import lineage, versions
+
+    versions.parse(reference)
+    with versions.opened(_database(tracking_uri, storage)) as registry:
+        yield from lineage.lines(registry, reference)
+
+
+def serve_ui(storage: str, port: int) -> None:
+    """Serve the UI until interrupted."""
+    server = start_server(_folder(storage), port)
+    try:
+        server.wait_ready()
+        click.echo(f"MLflow UI at {server.uri} ({_SHARED if server.shared else 'Ctrl-C ends it'})")
+        while server.lives():
+            time.sleep(0.5)
+    finally:
+        server.stop()

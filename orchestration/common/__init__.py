@@ -1,0 +1,8 @@
+"""Small things that all of orchestration shares: redaction, units, ports, the terminal."""
+
+__all__ = [
+    "network",
+    "redaction",
+    "terminal",
+    "units",
+]

@@ -1,0 +1,8 @@
+"""``espalier export`` and ``pull``: files for engines, checked against the model they come from."""
+
+__all__ = [
+    "compress",
+    "engine",
+    "formats",
+    "sample_images",
+]

@@ -1,0 +1,90 @@
+"""``espalier export`` and ``espalier pull``: checkpoint folders, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.commands.work import free_folder, whole_folder
+from pruners.errors import InputError
+from trainers.checkpoint.folder import is_packed, pack_folder, size_on_disk, verify
+from trainers.export.onnx import FILE
+from trainers.quantization.int8_folder import ENGINE, PACKED, is_int8, pack, read_record
+from trainers.storage import absolute
+
+
+def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
+    """Write the compressed form of a checkpoint; returns lines about it.
+
+    Raises:
+        InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
+    """
+    target = free_folder(out, "OUT")
+    with at_hand(checkpoint, tracking_uri, storage) as place:
+        if "://" not in place and is_int8(Path(absolute(place))):
+            return list(_compress_int8(Path(absolute(place)), checkpoint, target, out))
+        return list(_compress(place, target, out))
+
+
+def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Iterator[str]:
+    record = read_record(source, checkpoint, key="model")
+    with whole_folder(target, out, "OUT") as folder:
+        pack(source, folder, record)
+    after = (target / PACKED).stat().st_size
+    yield f"{'packed':<12}the file of {ENGINE}"
+    yield f"{'size':<12}{_gained(record['bytes'], after)}"
+    yield f"{'written to':<12}{out} ({after / 1e6:.2f} MB, INT8)"
+    yield f"{'run it by':<12}the example under INT8 in README.md; espalier takes it as it is"
+
+
+def _compress(place: str, target: Path, out: str) -> Iterator[str]:
+    with as_folder(place) as (source, record):
+        before = size_on_disk(source)
+        with whole_folder(target, out, "OUT") as folder:
+            packed = pack_folder(source, folder, record)
+    after = size_on_disk(target)
+    nothing = "" if packed else "; nothing was gained: no tensor has zeros enough"
+    yield f"{'packed':<12}{len(packed)} tensors with zeros; all others are as they were"
+    yield f"{'size':<12}{_gained(before, after)}{nothing}"
+    yield from _end(target, out)
+
+
+def _gained(before: int, after: int) -> str:
+    return f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB ({100 * after / before:.0f} %)"
+
+
+def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> list[str]:
+    """Copy the checkpoint folder of a registered version; returns lines about it.
+
+    Raises:
+        InputError: no such version, a registry that does not answer, a damaged folder, or one that is there.
+    """
+    if not reference.startswith("models:/"):
+        raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
+    target = free_folder(dest, "DEST")
+    with at_hand(reference, tracking_uri, storage) as place, whole_folder(target, dest, "DEST") as folder:
+        shutil.copytree(place, folder, dirs_exist_ok=True)
+        quantised = is_int8(folder)
+        record = (read_record if quantised else verify)(folder, reference, key="model")
+    checked = f"{len(record['files'])} files as recorded" if record else "none are recorded"
+    return [
+        f"{'model':<12}{record.get('method', 'unknown')}, sparsity {100 * record.get('sparsity', 0.0):.2f} %",
+        f"{'checksums':<12}{checked}",
+        *(_end(target, dest) if not quantised else _end_of_int8(target, dest, record)),
+    ]
+
+
+def _end_of_int8(target: Path, place: str, record: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{'written to':<12}{place} ({record['bytes'] / 1e6:.2f} MB, INT8)"
+    yield f"{'run it by':<12}onnxruntime.InferenceSession({str(target / FILE)!r})"
+
+
+def _end(target: Path, place: str) -> Iterator[str]:
+    yield f"{'written to':<12}{place} ({size_on_disk(target) / 1e6:.2f} MB)"
+    if is_packed(target):
+        yield f"{'load it by':<12}load_packed({str(target)!r}) of README.md; espalier takes it as it is"
+    else:
+        yield f"{'load it by':<12}timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"

@@ -1,0 +1,93 @@
+"""What an allocation search decides: nothing after it may ask for something else, and no zeros come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from orchestration.recipe.schema import Recipe
+from pruners.allocation.bounds import bounds
+from pruners.allocation.sharing import budget
+from pruners.errors import InputError
+from pruners.model.layers import PrunableLayer
+from pruners.model.masks import MaskSet
+from pruners.model.sparsity_pattern import Pattern
+
+# how a budget is shared out among which layers: gradual runs take that as the search has found it
+_DECIDED = ("sparsity", "scope", "table", "floor", "ceiling", "layers", "pattern", "unfit")
+
+
+def check_allocated(recipe: Recipe) -> None:
+    """Whether gradual runs leave alone what the allocation search before them decides.
+
+    Raises:
+        InputError: ``schedule.space`` has a key that would be reported, and change nothing.
+    """
+    if not recipe.allocation.trials:
+        return
+    for key, distribution in recipe.schedule.space.items():
+        if _is_decided(key):
+            expected = (
+                "is decided by the allocation search, before gradual runs begin: drop it, or set "
+                "allocation.trials: 0, so that each run shares out its own zeros"
+            )
+            raise InputError(
+                f"schedule.space.{key}", distribution.model_dump(exclude_defaults=True), expected
+            )
+
+
+def _is_decided(key: str) -> bool:
+    return key == "pruning" or any(f"{key}.".startswith(f"pruning.{one}.") for one in _DECIDED)
+
+
+def check_not_sparser(
+    key: str, value: object, layers: Sequence[PrunableLayer], gone: int, total: int
+) -> None:
+    """Whether ``layers`` can have ``total`` zeros in all, where ``gone`` are there already.
+
+    Args:
+        key, value: what asked for it, as the user wrote it.
+
+    Raises:
+        InputError: zeros that are there stay.
+    """
+    if gone > total:
+        share = gone / max(sum(layer.numel for layer in layers), 1)
+        raise InputError(
+            key, value, f"the model has more already: {share:.4f} of its prunable weights are zero"
+        )
+
+
+def check_sparsities(recipe: Recipe, model: nn.Module | None, layers: Sequence[PrunableLayer]) -> None:
+    """Whether the sparsities of searches can be met by floors and ceilings, and all by the zeros there are.
+
+    Args:
+        model: that weights are pruned of; its zeros are known where it is a checkpoint of this machine.
+
+    Raises:
+        InputError: one of those asked for, or all that a search is to choose from, by its key.
+    """
+    pruning, search = recipe.pruning, recipe.allocation
+    pattern, gone = Pattern.parse(pruning.pattern), dict.fromkeys((layer.name for layer in layers), 0)
+    if model is not None and recipe.model.checkpoint is not None and recipe.structured is None:
+        gone = MaskSet.from_zeros(model, layers).pruned()
+    holds = pruning.schedule.kind == "constant" and not search.trials  # it says what the checkpoint has
+    if pattern.forced is not None or holds or not layers:
+        return
+    limits = bounds(layers, pruning.floor, pruning.ceiling, gone, unit=pattern.unit)
+    low, high = (sum(ends) for ends in zip(*limits.values(), strict=True))
+    asked: list[tuple[str, object, tuple[float, float]]] = [
+        ("pruning.sparsity", pruning.sparsity, (pruning.sparsity, pruning.sparsity))
+    ]
+    if search.trials:
+        asked += [("allocation.sparsities", one, (one, one)) for one in search.sparsities]
+    if search.reach is not None:
+        asked.append((f"allocation.{search.between_key}", list(search.reach), search.reach))
+    for key, value, ends in asked:
+        least, most = (round(budget(layers, end) / pattern.unit) * pattern.unit for end in ends)
+        check_not_sparser(key, value, layers, sum(gone.values()), most)
+        if most < low or least > high:
+            nearest = (low if most < low else high) / sum(layer.numel for layer in layers)
+            expected = f"cannot be met within pruning.floor and ceiling; nearest feasible: {nearest:.4f}"
+            raise InputError(key, value, expected)

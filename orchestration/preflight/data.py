@@ -1,0 +1,89 @@
+"""Before anything starts: are there images, of the model's classes, called alike in every part?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyarrow import fs
+
+from orchestration.recipe.schema import Recipe, digest
+from pruners.errors import InputError
+from trainers import remote_calls as looks
+from trainers import storage
+from trainers.config.training import DataSettings
+from trainers.sources import digits
+from trainers.sources.classes import Names, check_alike, names_of
+from trainers.sources.files import split_glob
+from trainers.sources.parquet import check_table, count_rows
+
+_COLUMNS = ("image_column", "label_column")
+
+
+def check_classes_of_digits(recipe: Recipe) -> None:
+    """Raises:
+    InputError: a model of other classes than there are digits.
+    """
+    if recipe.model.classes != digits.CLASSES:
+        raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
+
+
+def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
+    """Whether there are as many training images as ranges are to be taken from."""
+    asked = None if recipe.quantize is None else recipe.quantize.images
+    if asked is None or data.train is None or missing:
+        return
+    rows = count_rows(data.train, key="data.train")
+    there = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
+    if asked > there:
+        raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
+
+
+def _is_here(uri: str, key: str) -> bool:
+    """Whether this machine sees a file (of a glob, its folder); a bucket silent here may answer there."""
+    try:
+        return bool(storage.info(split_glob(uri)[0], key).type != fs.FileType.NotFound)
+    except storage.UnreachableError:
+        return False
+
+
+def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
+    """Look at the images of a recipe.
+
+    Returns:
+        Their settings with whole addresses; a hash of all that figures on them depend on; those that this
+        machine does not see (of a dry run alone).
+
+    Raises:
+        InputError: images that cannot be used, or parts that call their classes otherwise.
+    """
+    data, classes = recipe.data, recipe.model.classes
+    missing: list[str] = []
+    if data.source == "digits":
+        if dry_run:
+            return data, "", []
+        data = digits.prepare_digits(storage.absolute(recipe.storage))
+    hashes: dict[str, str] = {}
+    places: dict[str, str] = {}
+    names: dict[str, Names] = {}
+    for part in ("train", "validation", "test"):
+        uri: str | None = getattr(data, part)
+        if uri is None:
+            continue
+        places[part] = storage.absolute(uri, f"data.{part}")
+        if dry_run and not _is_here(uri, f"data.{part}"):
+            missing.append(uri)
+            continue
+        tolerant = data.bad_images == "skip"
+        place, key, wanted = places[part], f"data.{part}", data.columns
+        hashes[part] = looks.heard(
+            uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
+        )
+        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
+    check_alike(names, key="data")
+    found: Mapping[str, Any] = data.model_dump() | places
+    # what the columns hold is in the hashes
+    rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
+    # held out of train, the validation images are drawn by the seed; files of their own are what they are
+    drawn = () if data.validation is not None else ({"seed": recipe.seed},)
+    return DataSettings.model_validate(found), digest(hashes, rest, *drawn), missing

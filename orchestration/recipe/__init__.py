@@ -1,0 +1,12 @@
+"""The recipe: schema, loading and validation, phases, jobs, reference of its keys."""
+
+__all__ = [
+    "jobs",
+    "loading",
+    "phases",
+    "population",
+    "quantization",
+    "reference",
+    "schema",
+    "search",
+]

@@ -1,0 +1,119 @@
+"""Every key of a recipe, with its values, default and meaning, as the settings themselves say them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.table import Table
+
+from orchestration.recipe.schema import Recipe
+from pruners.errors import InputError, did_you_mean
+
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true, false", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """``default`` and ``values`` as they are written in YAML; one that must be given has no default."""
+
+    name: str
+    values: str
+    default: str | None
+    text: str
+
+
+def recipe_keys(part: str = "") -> list[Key]:
+    """The keys of a recipe at and below a key, in the order of the recipe.
+
+    Raises:
+        InputError: no recipe has such a key.
+    """
+    if not part:
+        return list(_of(Recipe, "", {}))
+    known = list(_of(Recipe, "", None))
+    found = [key for key in known if key.name == part or key.name.startswith(f"{part}.")]
+    if not found:
+        names = {key.name for key in known} | {key.name.rpartition(".")[0] for key in known} - {""}
+        raise InputError("key", part, f"no recipe has it{did_you_mean(part, sorted(names))}")
+    return found
+
+
+def as_table(keys: list[Key]) -> Table:
+    """A row for each key."""
+    table = Table("key", "default", "values", "meaning", box=None, pad_edge=False)
+    for key in keys:
+        default = "must be given" if key.default is None else key.default
+        table.add_row(key.name, default, key.values, key.text)
+    return table
+
+
+def _of(settings: type[BaseModel], prefix: str, said: dict[frozenset[str], str] | None) -> Iterator[Key]:
+    """Args:
+    said: settings that need not be said again, by their keys, with the place where they were.
+    """
+    for name, field in settings.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        inner = next((one for one in _choices(field.annotation) if _is_settings(one)), None)
+        if inner is None:
+            yield _key(key, field)
+            continue
+        others = [one for one in _choices(field.annotation) if not _is_settings(one)]
+        there = None if said is None else said.setdefault(frozenset(inner.model_fields), key)
+        if there not in (None, key):
+            yield _key(key, field, f"its keys are those of {there}")
+            continue
+        if field.description or others or field.default is None:
+            yield _key(key, field)
+        yield from _of(inner, f"{key}.", said)
+
+
+def _key(name: str, field: FieldInfo, more: str = "") -> Key:
+    values = " or ".join(dict.fromkeys(map(_said, _choices(field.annotation))))
+    default = None if field.is_required() else _written(field.get_default(call_default_factory=True))
+    return Key(name, values, default, "; ".join(filter(None, (field.description, more))))
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The members of a union, without what limits them."""
+    if hasattr(annotation, "__metadata__"):
+        return _choices(annotation.__origin__)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [one for member in get_args(annotation) for one in _choices(member)]
+    return [annotation]
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _said(annotation: Any) -> str:
+    if _is_settings(annotation):
+        return "keys below"
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(map(_written, inner))
+    if origin is tuple:
+        inner = tuple(one for one in inner if one is not Ellipsis)
+        return f"[{', '.join(dict.fromkeys(_any_of(one) for one in inner))}, …]"
+    if origin is not None:
+        return f"{{{': '.join(map(_any_of, inner))}, …}}"
+    return _NAMES.get(annotation, "any")
+
+
+def _any_of(annotation: Any) -> str:
+    return " or ".join(dict.fromkeys(map(_said, _choices(annotation))))
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "keys below"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_written, value))}]"
+    return str(value)

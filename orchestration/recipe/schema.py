@@ -1,0 +1,235 @@
+"""The recipe: everything a user asks for, typed. Reading it needs neither torch nor ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from orchestration.recipe.phases import Phase
+from orchestration.recipe.quantization import Quantization
+from orchestration.recipe.search import AllocationSearch, ScheduleSearch
+from trainers.config.base import Amount, Seed, ShortName, Workers
+from trainers.config.structured import StructuredSettings
+from trainers.config.training import (
+    DataSettings,
+    ModelSettings,
+    Name,
+    PruningSettings,
+    Settings,
+    Share,
+    TrainingSettings,
+)
+
+# the search before it was for models of one kind: methods, layers and patterns stay
+_OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
+
+
+class WorkerRange(Settings):
+    """A run that goes on with fewer workers when a node leaves, at the same global batch."""
+
+    min: Workers = 1
+    max: Workers
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min: must not lie above max ({self.max})")
+        return self
+
+
+class Resources(Settings):
+    """What a training run takes from the cluster."""
+
+    workers: Workers | WorkerRange = Field(
+        1, description="data-parallel workers of a run, or {min, max} of them as nodes come and go"
+    )
+    cpus_per_worker: Amount = Field(1.0, gt=0.0)
+    gpus_per_worker: Amount = 0.0
+    retries: int = Field(1, ge=0, le=10**6, description="restarts of a worker group after a failure")
+
+    @property
+    def least(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class PhaseResources(Resources):
+    """What training runs take; a phase of its own takes what it does not say from the rest."""
+
+    dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
+    structured: Resources | None = Field(
+        None, description="for recovery after the structured step; default: the same as others"
+    )
+    long_run: Resources | None = Field(None, description="for the long run; default: the same as others")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherited(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        rest = {key: value for key, value in content.items() if key in Resources.model_fields}
+        return {
+            key: {**rest, **value} if isinstance(value, Mapping) and key not in rest else value
+            for key, value in content.items()
+        }
+
+    def of(self, phase: Phase) -> Resources:
+        own = {"dense": self.dense, "structured": self.structured, "long_run": self.long_run}.get(phase)
+        return self if own is None else own
+
+
+class Promotion(Settings):
+    """Which version becomes champion: the best on validation of those sparse enough, on the same data."""
+
+    sparsity: Share | None = Field(None, description="least sparsity; default pruning.sparsity")
+    tolerance: Share | None = Field(
+        0.0, description="how far below the champion's top-1 a newer one may lie; null: it must be better"
+    )
+
+
+class Tracking(Settings):
+    """Where MLflow is; without a URI a server of our own is started on loopback."""
+
+    uri: Name | None = None
+    experiment: ShortName = "espalier"
+    registered_model: ShortName | None = Field(None, description="default espalier-<name>")
+    promotion: Promotion = Promotion()
+
+
+class Recipe(Settings):
+    """One sweep or run. YAML keys are the names below; ``extends:`` inherits from another recipe."""
+
+    name: ShortName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = Field("", max_length=5000)
+    seed: Seed = 0
+    storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
+    model: ModelSettings
+    data: DataSettings
+    dense: TrainingSettings | None = Field(
+        None, description="how the dense model is trained, or fine-tuned from pretrained weights"
+    )
+    structured: StructuredSettings | None = Field(
+        None, description="whole channels are cut, and the smaller model recovers, before weights are pruned"
+    )
+    pruning: PruningSettings = PruningSettings()
+    recovery: TrainingSettings = TrainingSettings()
+    allocation: AllocationSearch = AllocationSearch()
+    schedule: ScheduleSearch = ScheduleSearch()
+    long_run: dict[str, Any] = Field(
+        {}, description="recipe key -> value: a last gradual run with the best schedule's values and these"
+    )
+    quantize: Quantization | None = Field(None, description="the best model of each method as INT8")
+    resources: PhaseResources = PhaseResources()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _dense_model_comes_from_somewhere(self) -> Recipe:
+        if not self.model.ready_made and self.dense is None:
+            raise ValueError("dense: needed, as the model has neither pretrained weights nor a checkpoint")
+        if self.model.checkpoint is not None and not self.model.is_file and self.dense is not None:
+            raise ValueError("dense: not needed, as the checkpoint is the dense model; drop one of the two")
+        for sparsity in self.allocation.sparsities:
+            self.pruning.check_reach(sparsity, "allocation.sparsities")
+        for key in self.long_run:
+            if not f"{key}.".startswith(_OF_LONG_RUN):
+                raise ValueError(
+                    f"long_run: {key} cannot change; only keys below {', '.join(_OF_LONG_RUN)} do"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _an_image_for_each_worker(self) -> Recipe:
+        runs: tuple[tuple[str, TrainingSettings | None, Phase], ...] = (
+            ("dense", self.dense, "dense"),
+            ("structured.recovery", self.structured.recovery if self.structured else None, "structured"),
+            ("recovery", self.recovery, "schedule"),
+            ("recovery", self.recovery if self.long_run else None, "long_run"),
+            ("quantize.recovery", None if self.quantize is None else self.quantize.training, "quantize"),
+        )
+        for key, settings, phase in runs:
+            most = self.resources.of(phase).most
+            if settings is not None and settings.batch_size < most:
+                raise ValueError(
+                    f"{key}.batch_size: {settings.batch_size} must be an image at least for each of "
+                    f"resources.workers ({most})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sparsities_to_choose_from(self) -> Recipe:
+        between, key = self.allocation.reach, f"allocation.{self.allocation.between_key}"
+        if between is None:
+            return self
+        for sparsity in between:
+            self.pruning.check_reach(sparsity, key)
+            try:
+                self.pruning.schedule.check(sparsity)
+            except ValueError as error:
+                raise ValueError(f"{key}: {sparsity:g}: {error}") from None
+        if any(level >= between[0] for level in self.pruning.keep):
+            raise ValueError(f"pruning.keep: must lie below {key} ({between[0]:g})")
+        return self
+
+    @model_validator(mode="after")
+    def _champion_can_be(self) -> Recipe:
+        asked, most = self.tracking.promotion.sparsity, max(self._sparsities)
+        if asked is not None and asked > most:
+            raise ValueError(
+                f"tracking.promotion.sparsity: no model of this recipe has so many zeros; at most {most:g}"
+            )
+        return self
+
+    @property
+    def _sparsities(self) -> tuple[float, ...]:
+        """Those that gradual runs end at, the least and the largest at least."""
+        if self.allocation.reach is not None:
+            return self.allocation.reach
+        found = self.schedule.space.get("pruning.sparsity")
+        ends = found and (found.uniform or found.log or found.integer or found.choice)
+        numbers = [float(one) for one in ends or () if isinstance(one, int | float)]
+        return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
+
+    @property
+    def promotion(self) -> Promotion:
+        """The champion's rule, with the sparsity that it asks for."""
+        rule = self.tracking.promotion
+        least = min(self._sparsities) if rule.sparsity is None else rule.sparsity
+        return rule.model_copy(update={"sparsity": least})
+
+    @property
+    def allocated_sparsities(self) -> list[float]:
+        """Those that an allocation is searched for, ascending."""
+        if not self.allocation.trials:
+            return []
+        return sorted({self.pruning.sparsity, *self.allocation.sparsities})
+
+    @property
+    def registered_model(self) -> str:
+        return self.tracking.registered_model or f"espalier-{self.name}"
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hexadecimal digits of the content of JSON-like parts."""
+    content = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+__all__ = [
+    "DataSettings",
+    "ModelSettings",
+    "Promotion",
+    "PruningSettings",
+    "Recipe",
+    "Resources",
+    "Share",
+    "Tracking",
+    "TrainingSettings",
+    "digest",
+]

@@ -1,0 +1,318 @@
+"""The part of a recipe that says what is searched, how, and when a trial or the search is given up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from orchestration.recipe.population import check_population
+from trainers.config.base import Amount, Count, Distinct, Images, Steps
+from trainers.config.latency import LatencyTarget
+from trainers.config.training import Settings, Share
+
+Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
+Whole = Annotated[int, Field(ge=-(10**9), le=10**9)]
+Inner = Annotated[Share, Field(gt=0.0, lt=1.0)]
+_MOST_COMBINATIONS = 100_000
+
+
+class Distribution(Settings):
+    """Where a searched value comes from; exactly one of the four, and ``when`` it is searched at all."""
+
+    uniform: tuple[float, float] | None = None
+    log: tuple[float, float] | None = Field(None, description="log-uniform")
+    integer: tuple[Whole, Whole] | None = Field(None, description="both ends included")
+    choice: tuple[bool | int | float | str | list[Any] | dict[str, Any] | None, ...] | None = Field(
+        None, min_length=1
+    )
+    when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        given = [value for value in (self.uniform, self.log, self.integer, self.choice) if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log, integer, choice")
+        for bounds in (self.uniform, self.log, self.integer):
+            if bounds is not None and not bounds[0] <= bounds[1]:
+                raise ValueError(f"the lower bound {bounds[0]} lies above the upper one {bounds[1]}")
+        if self.log is not None and self.log[0] <= 0:
+            raise ValueError("log needs positive bounds")
+        for number, value in enumerate(self.choice or ()):
+            if value in (self.choice or ())[:number]:  # also false beside 0, which Python takes for the same
+                raise ValueError(f"choice: {json.dumps(value)} stands there twice")
+        return self
+
+    @property
+    def size(self) -> int:
+        """How many values a choice or an integer can have; 0 of others."""
+        if self.integer is not None:
+            return self.integer[1] - self.integer[0] + 1
+        return len(self.choice or ())
+
+    def values(self) -> tuple[Any, ...]:
+        """Of a choice or an integer: all that it can be."""
+        if self.integer is not None:
+            return tuple(range(self.integer[0], self.integer[1] + 1))
+        return self.choice or ()
+
+
+class SearchLimits(Settings):
+    """When a search is given up; what has ended so far stays, and counts when it is started again."""
+
+    failures: float = Field(
+        0.5, ge=0.0, le=1.0, description="share of the trials that may fail; one more ends the search"
+    )
+    trial_minutes: float | None = Field(
+        None, gt=0.0, le=1e6, description="a trial that takes longer counts as failed; default: none does"
+    )
+
+
+LIMITS = set(SearchLimits.model_fields)  # they decide nothing about a trial's result
+
+
+class Pareto(Settings):
+    """Two objectives, top-1 and a cost: what counts as cost, and which model of the front is taken.
+
+    Either the cheapest that is at most ``tolerance`` (of top-1, 0…1) below the most accurate, or the most
+    accurate whose cost is ``at_most`` a share of the dense model's.
+    """
+
+    against: Literal["macs", "size"] = Field(
+        "macs", description="macs: of multiplications whose weight is not zero; size: parameters not zero"
+    )
+    between: tuple[Share, Share] | None = Field(
+        None, description="sparsities to look between, in place of pruning.sparsity alone"
+    )
+    tolerance: Share | None = None
+    at_most: Share | None = None
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value == "latency":
+            raise ValueError("must be 'macs' or 'size'; measured times are asked for by objective: latency")
+        return value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Pareto:
+        if (self.tolerance is None) == (self.at_most is None):
+            raise ValueError("give exactly one of tolerance and at_most")
+        _check_ascending(self.between)
+        if self.against == "size" and self.between is None:
+            raise ValueError("between: needed, as all models of one sparsity have the same size")
+        return self
+
+    @property
+    def cost(self) -> str:
+        """The metric that trials report."""
+        return {"macs": "macs_sparse", "size": "parameters_sparse"}[self.against]
+
+
+def _check_ascending(between: tuple[float, float] | None) -> None:
+    if between is not None and not between[0] < between[1]:
+        raise ValueError(f"between: {between[0]} must lie below {between[1]}")
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """Two objectives, top-1 and measured time: the fastest model at most ``loss`` less accurate than dense.
+
+    Attributes:
+        loss: a share of the dense model's top-1.
+    """
+
+    loss: float
+    between: tuple[float, float]
+    target: LatencyTarget
+
+    against = "latency"
+    cost = "latency"
+
+
+Rule = Pareto | Fastest
+LOSS = 0.01
+
+
+class AllocationSearch(SearchLimits):
+    """Cheap one-shot trials over the sparsity of parts of the model; 0 trials keep the method's own.
+
+    A trial is evaluated on ``first_images``, then on ``reduction`` times as many and so on up to ``images``;
+    of the trials that come to each of these ends one in ``reduction`` goes on.
+    """
+
+    trials: int = Field(30, ge=0, le=10**6, description="for each sparsity")
+    sparsities: Annotated[tuple[Inner, ...], Distinct] = Field(
+        (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
+    )
+    by: Annotated[tuple[Literal["stage", "module", "group", "layer"], ...], Distinct] = Field(
+        ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
+    )
+    range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
+    sampler: Sampler = "tpe"
+    images: Images = Field(2000, description="validation images of a trial, at most")
+    first_images: Images | None = Field(None, description="default: all at once")
+    reduction: int = Field(2, ge=2, le=10**6)
+    pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
+    objective: Literal["top1", "cross_entropy", "latency"] = Field(
+        "top1",
+        description="cross_entropy: the least loss on validation, which tells models apart that top-1 on few "
+        "images cannot; latency: the fastest model that loses little, by times measured on an engine",
+    )
+    loss: Share | None = Field(
+        None, description="of latency: how much of the dense model's top-1 may be lost; default 0.01, 1 %"
+    )
+    between: tuple[Share, Share] | None = Field(None, description="of latency: sparsities to look between")
+    target: LatencyTarget | None = Field(None, description="of latency: what is to be fast; default csr")
+    cpus_per_trial: Amount = Field(1.0, gt=0.0)
+    gpus_per_trial: Amount = 0.0
+
+    @model_validator(mode="after")
+    def _of_latency(self) -> AllocationSearch:
+        if self.objective == "latency":
+            if self.pareto is not None:
+                raise ValueError("pareto: objective: latency is a rule of its own; drop one of the two")
+            if self.between is None:
+                raise ValueError("between: needed, as [0.5, 0.95]: sparsities to look between")
+            _check_ascending(self.between)
+            return self
+        for key in ("loss", "between", "target"):
+            if getattr(self, key) is not None:
+                own = "; beside pareto it is pareto.between" if key == "between" and self.pareto else ""
+                raise ValueError(f"{key}: is for objective: latency alone{own}")
+        return self
+
+    @model_validator(mode="after")
+    def _front(self) -> AllocationSearch:
+        rule = self.rule
+        if rule is None:
+            return self
+        name = "pareto" if isinstance(rule, Pareto) else "objective: latency"
+        if self.sampler == "cmaes":
+            raise ValueError(f"sampler: cmaes knows one objective; with {name} take nsga2, tpe, gp or random")
+        if self.first_images is not None:
+            raise ValueError(f"first_images: with {name} every trial sees all images; drop it")
+        if self.sparsities and rule.between is not None:
+            key = self.between_key
+            raise ValueError(f"sparsities: {key} is one search over all of them; drop one of the two")
+        if self.objective == "cross_entropy":
+            raise ValueError("pareto: weighs top-1 against a cost; drop objective: cross_entropy")
+        return self
+
+    @property
+    def rule(self) -> Rule | None:
+        """The second objective, and which model of the front is taken; nothing where top-1 is all."""
+        if self.objective != "latency":
+            return self.pareto
+        assert self.between is not None, "checked when it was read"
+        return Fastest(LOSS if self.loss is None else self.loss, self.between, self.target or LatencyTarget())
+
+    @property
+    def between_key(self) -> str:
+        return "pareto.between" if self.pareto is not None else "between"
+
+    @property
+    def reach(self) -> tuple[float, float] | None:
+        """The sparsities to choose from, where the search says how sparse the models are to be."""
+        return None if self.rule is None or not self.trials else self.rule.between
+
+    def decides(self) -> dict[str, Any]:
+        """What a study's trials depend on, for its hash."""
+        rest = {"trials", "sparsities", *LIMITS}
+        if self.objective != "latency":
+            rest |= {"loss", "between", "target"}
+        if self.objective == "top1":
+            rest |= {"objective"}
+        return self.model_dump(mode="json", exclude=rest)
+
+    def rungs(self, images: int) -> list[int]:
+        """How many of ``images`` a trial has seen at each of its ends."""
+        most = min(self.images, images)
+        ends, end = [], self.first_images or most
+        while end < most:
+            ends.append(end)
+            end *= self.reduction
+        return [*ends, most]
+
+
+class ScheduleSearch(SearchLimits):
+    """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
+
+    trials: Count = 4
+    space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
+    sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
+    scheduler: Literal["asha", "hyperband", "median", "none", "pbt"] = Field(
+        "asha",
+        description="what stops trials early, by their epochs at the final sparsity; pbt stops none: "
+        "the worse go on from the better ones' models",
+    )
+    grace_epochs: Steps = Field(
+        1, description="epochs at the final sparsity before a trial may be stopped; pbt: between looks"
+    )
+    reduction: int = Field(
+        2, ge=2, le=10**6, description="one in so many goes on; pbt: so many of the worst do not"
+    )
+
+    @property
+    def runs(self) -> int:
+        """Gradual runs of a method: without a space they would all be the same one."""
+        if not self.space:
+            return 1
+        return min(self.trials, self._combinations) if self.sampler == "grid" else self.trials
+
+    @property
+    def alone(self) -> dict[str, Any]:
+        """What makes one run of it."""
+        return {"trials": 1, "space": {}} | ({"scheduler": "none"} if self.scheduler == "pbt" else {})
+
+    @property
+    def _combinations(self) -> int:
+        """Of the space's values, for a grid."""
+        return math.prod(one.size for one in self.space.values())
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the space's values."""
+        combinations = itertools.product(*(one.values() for one in self.space.values()))
+        return [dict(zip(self.space, values, strict=True)) for values in combinations]
+
+    @model_validator(mode="after")
+    def _population(self) -> ScheduleSearch:
+        if self.scheduler == "pbt":
+            check_population(self.trials, self.sampler, self.space)
+        return self
+
+    @model_validator(mode="after")
+    def _space_of_keys(self) -> ScheduleSearch:
+        for key in self.space:
+            if key.split(".")[0] not in {"recovery", "pruning"}:
+                raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
+        if self.sampler == "grid" and self._combinations > _MOST_COMBINATIONS:
+            raise ValueError(
+                f"space: sampler grid takes at most {_MOST_COMBINATIONS:,} combinations; "
+                f"these are {self._combinations:,}"
+            )
+        for key, one in self.space.items():
+            if self.sampler == "grid" and one.choice is None and one.integer is None:
+                raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
+            if self.sampler == "cmaes" and one.choice is not None:
+                raise ValueError(
+                    f"space.{key}: sampler cmaes searches numbers and would draw a choice at random; "
+                    "take tpe, gp, nsga2 or random"
+                )
+            for other in one.when:
+                if other not in self.space or other == key:
+                    raise ValueError(f"space.{key}: when names {other}, which must be another searched key")
+        return self
+
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a proposal is meant: keys whose conditions are not met keep the recipe's value."""
+        return {
+            key: value
+            for key, value in values.items()
+            if all(values.get(other, wanted) == wanted for other, wanted in self.space[key].when.items())
+        }

@@ -1,0 +1,10 @@
+"""What people look at: progress, status, plots, comparison of sweeps."""
+
+__all__ = [
+    "compare",
+    "compare_page",
+    "display",
+    "plots",
+    "search_plots",
+    "status",
+]

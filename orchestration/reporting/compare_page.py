@@ -1,0 +1,105 @@
+"""The comparison as one HTML page: for whoever has neither the tool nor the storage, and no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+
+from orchestration.common.redaction import without_places
+from orchestration.reporting import plots
+from orchestration.reporting.compare import HEADINGS, Compared, differences
+from pruners.errors import InputError
+
+Points = dict[str, list[tuple[float, float]]]
+
+_SHOWN = 40  # trials of an allocation search, before its picture becomes too wide
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a data URI, and the words for who cannot see it."""
+
+    image: str
+    words: str
+
+
+def write(sweeps: Sequence[Compared], target: Path) -> None:
+    """Raises:
+    InputError: the file cannot be written.
+    """
+    text = page(sweeps)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError("--html", str(target), f"cannot be written ({error.strerror})") from None
+
+
+def page(sweeps: Sequence[Compared]) -> str:
+    """The page's HTML: what it shows is within it, and says nothing of this machine."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("orchestration.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: without_places(value) if type(value) is str else value,
+    )
+    return environment.get_template("compare.html").render(
+        sweeps=sweeps,
+        headings=HEADINGS,
+        pictures=list(_of_all(sweeps)),
+        phases={sweep.name: list(_of_phases(sweep)) for sweep in sweeps},
+        differences=differences(sweeps),
+    )
+
+
+def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
+    """The final models by sparsity, then every finished trial by its cost."""
+    prefix = {one.name: f"{one.name}: " if len(sweeps) > 1 else "" for one in sweeps}
+    final: Points = defaultdict(list)
+    trials: Points = defaultdict(list)
+    dense: dict[str, float] = {}
+    for sweep in sweeps:
+        for model in sweep.models:
+            for kind, top1 in (("one shot", model.one_shot), ("recovered", model.recovered)):
+                if top1 is not None:
+                    final[f"{prefix[sweep.name]}{model.method}, {kind}"].append((model.sparsity, top1))
+            if model.dense is not None:
+                dense[f"{prefix[sweep.name]}dense"] = model.dense
+        for search in sweep.searches:
+            kind = "one shot" if search.kind == "allocation" else "recovered"
+            trials[f"{prefix[sweep.name]}{search.method}, {kind}"] += [
+                (one.metrics["macs_sparse"], one.metrics["val_top1"])
+                for one in search.finished
+                if "macs_sparse" in one.metrics
+            ]
+    if len(dense) == len(sweeps) and len(set(dense.values())) == 1:
+        dense = {"dense": next(iter(dense.values()))}
+    parts = sorted({model.part for sweep in sweeps for model in sweep.models})
+    figure = plots.accuracy_over_sparsity(final, dense, " or ".join(parts))
+    yield _picture(figure, "Accuracy of the final models against sparsity")
+    if any(trials.values()):
+        yield _picture(plots.pareto(trials), "Accuracy of all finished trials against multiply-accumulates")
+
+
+def _of_phases(sweep: Compared) -> Iterator[Picture]:
+    for search in sweep.searches:
+        if sum("val_top1" in one.metrics for one in search.trials) > 1:
+            figure = plots.trial_history(search.trials, search.title, sweep.dense)
+            yield _picture(figure, f"{search.title}: accuracy of each trial in its order")
+        if sum("shares" in one.metrics for one in search.finished) > 1:
+            figure = plots.allocations(search.finished, search.title, most=_SHOWN)
+            yield _picture(figure, f"{search.title}: sparsity of stages and modules, best trials to the left")
+
+
+def _picture(figure: Figure, words: str) -> Picture:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}", words)

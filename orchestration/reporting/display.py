@@ -1,0 +1,201 @@
+"""What is going on, live on a terminal, as plain lines in a pipe."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from orchestration.common.terminal import Console
+from orchestration.state.trial_log import TrialRecord
+
+_PLAIN_SECONDS = 10.0
+_KEPT_LINES = 100
+
+
+class Display:
+    """One line for the phase at work: trials done and running, the best so far, the time left.
+
+    It is an :class:`orchestration.search.runner.Observer`; ``fraction`` of a running trial comes from its
+    epochs.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self.live = self.console.is_terminal
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase = ""
+        self._number, self._phases = 0, 0
+        self._total = 1
+        self._epochs = 1
+        self._done = 0
+        self._best: tuple[float, float] | None = None
+        self._running: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._begin_fraction = 0.0
+        self._spoke = 0.0
+        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._begun: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}", markup=False),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The live line goes; what was said stays."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def plan(self, phases: int) -> None:
+        """How many phases there will be."""
+        self._phases = phases
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._said.append(text)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is shown, in JSON's types; another thread may ask."""
+        return {
+            "planned": self._phases,
+            "phases": [dict(phase) for phase in self._begun],
+            "running": len(self._running),
+            "left": self._left(),
+            "said": list(self._said),
+        }
+
+    def phase(
+        self,
+        name: str,
+        *,
+        trials: int = 1,
+        done: int = 0,
+        epochs: int = 1,
+        best: tuple[float, float] | None = None,
+        label: str = "",
+        log: str | None = None,
+    ) -> None:
+        """A phase begins; ``done`` of its ``trials`` are known from before.
+
+        Args:
+            best: what :func:`leading` says of them.
+            label: what its trials are called by, before their numbers.
+            log: where its trials are recorded.
+        """
+        self._begun.append({"name": name, "trials": trials, "label": label, "log": log, "summary": None})
+        self._number += 1
+        self._phase, self._total, self._done, self._epochs = name, max(trials, 1), done, max(epochs, 1)
+        self._best = best
+        self._running = {}
+        self._began = time.monotonic()
+        self._begin_fraction = self._fraction()
+        known = f", {done} of {trials} trials known" if done else ""
+        if self._progress is None:
+            self.say(f"[{self._number}/{self._phases}] {name}{known}")
+        else:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(self._title(), total=1.0, detail="")
+        self._spoke = time.monotonic()
+        self._show()
+
+    def finished(self, summary: str) -> None:
+        """A phase ends: one line that stays."""
+        self._begun[-1]["summary"] = summary
+        self.say(f"  ✓ {self._phase}: {summary}" if self.live else f"      {summary}")
+
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None = None
+    ) -> str | None:
+        self._running[trial_id] = 0.0
+        self._show()
+        return None
+
+    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        for note in metrics.get("notes", []):
+            self.say(f"      {note}")
+        self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
+        # a cheap trial says itself whether it has seen all images; below its last sparsity a dear one has -1
+        if metrics.get("complete", metrics["score"] >= 0):
+            self._best = _better(self._best, metrics["score"], metrics["val_top1"])
+        self._show()
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        self._running.pop(trial_id, None)
+        self._done += 1
+        self._show()
+        if record.state == "failed":
+            self.say(f"      trial {record.number} failed: {record.error}")
+        return None
+
+    def _fraction(self) -> float:
+        return min((self._done + sum(list(self._running.values()))) / self._total, 1.0)
+
+    def _left(self) -> str | None:
+        """The time that the phase still takes, once something of it is done."""
+        fraction = self._fraction()
+        gained = fraction - self._begin_fraction
+        if gained <= 0:
+            return None
+        return _minutes((time.monotonic() - self._began) * (1 - fraction) / gained)
+
+    def _title(self) -> str:
+        return f"[{self._number}/{self._phases}] {self._phase}"
+
+    def _show(self) -> None:
+        fraction = self._fraction()
+        detail = f"{self._done}/{self._total} done, {len(self._running)} running"
+        if self._best is not None:
+            detail += f", best {100 * self._best[1]:.1f} %"
+        if left := self._left():
+            detail += f", {left} left"
+        if self._progress is not None:
+            if self._task is not None:
+                self._progress.update(self._task, completed=fraction, detail=detail)
+        elif time.monotonic() - self._spoke > _PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            self.say(f"      {detail}")
+
+
+def leading(trials: Iterable[TrialRecord]) -> tuple[float, float] | None:
+    """Score and top-1 of the best of the trials that ran to their end; nothing where none did."""
+    best = None
+    for trial in trials:
+        if trial.state == "finished" and trial.score is not None:
+            best = _better(best, trial.score, trial.metrics["val_top1"])
+    return best
+
+
+def _better(best: tuple[float, float] | None, score: float, top1: float) -> tuple[float, float] | None:
+    """The higher score leads, whatever it counts (of a loss it is below 0); none that is no number."""
+    if not math.isfinite(score) or (best is not None and score <= best[0]):
+        return best
+    return score, top1
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

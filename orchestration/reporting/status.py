@@ -1,0 +1,171 @@
+"""What sweeps do and did, read from their folders on the storage."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from orchestration.reporting.display import leading
+from orchestration.state import heartbeat as journal
+from orchestration.state.stored_recipe import find, names
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from pruners.errors import InputError, did_you_mean
+from trainers import storage
+
+_SAID = {
+    "running": "running since",
+    "finished": "finished",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "gone": "not heard of since",
+}
+_LINES = 20
+_IN_MLFLOW = re.compile(r"(?P<number>\d+) (?P<label>.+)")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that has begun: its trials as recorded, and how many it is to have."""
+
+    name: str
+    label: str
+    planned: int
+    log: TrialLog | None
+    place: str
+    ended: bool
+
+    def trials(self) -> list[tuple[str, TrialRecord]]:
+        """The trials that ended, by name (``ovit-schedule-001``; in MLflow ``001 ovit-schedule``)."""
+        return [(f"{self.label}-{one.number:03d}", one) for one in self.log.trials] if self.log else []
+
+    def failures(self) -> list[str]:
+        return [f"{name} failed: {one.error}" for name, one in self.trials() if one.state == "failed"]
+
+
+def phases(place: str, state: dict[str, Any]) -> list[Phase]:
+    """The phases of a sweep's last run that have begun."""
+    found = []
+    for one in state["phases"]:
+        uri = one["log"] and f"{storage.absolute(place)}/{one['log']}"
+        log = TrialLog(uri) if uri else None
+        folder = uri.rpartition("/")[0] if uri else ""
+        found.append(Phase(one["name"], one["label"], one["trials"], log, folder, one["summary"] is not None))
+    return found
+
+
+def overview(place: str, name: str | None) -> Group:
+    """Sweeps, their phases, trials, best, time left; then what failed, and why.
+
+    Args:
+        name: of one sweep; ``None`` for all.
+
+    Raises:
+        InputError: no such sweep, or none at all.
+    """
+    if name is not None:
+        find(place, name)
+    table = Table("sweep", "state", "phase", "trials", "running", "failed", "best", "left")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    failures: list[str] = []
+    for one in [name] if name is not None else names(place):
+        state = journal.read(place, one)
+        if state is None:
+            table.add_row(one, "not known: begun by an earlier version, or not yet")
+            continue
+        _add(table, failures, place, one, state)
+    return Group(table, *map(Text, failures))
+
+
+def _add(table: Table, failures: list[str], place: str, name: str, state: dict[str, Any]) -> None:
+    if state["reason"]:
+        failures.append(f"{name}: {state['reason']}")
+    told = [name, said(state)]
+    for number, phase in enumerate(phases(place, state), start=1):
+        records = phase.log.trials if phase.log else []
+        failed = phase.failures()
+        failures += [f"{name}: {one}" for one in failed]
+        best = leading(records)
+        at_work = state["state"] == "running" and not phase.ended
+        table.add_row(
+            *told,
+            f"[{number}/{state['planned']}] {phase.name}",
+            f"{len(records) - len(failed)} of {phase.planned}" if phase.log else "–",
+            str(state["running"]) if at_work else "–",
+            str(len(failed)) if failed else "–",
+            f"{100 * best[1]:.1f} %" if best else "–",
+            (state["left"] or "?") if at_work else "–",
+        )
+        told = ["", ""]
+    if told[0]:
+        table.add_row(*told)
+
+
+def said(state: dict[str, Any]) -> str:
+    """Whether a sweep is at work, or how it ended, and when."""
+    since = state["began"] if state["state"] == "running" else state["updated"]
+    return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
+
+
+def log_lines(place: str, name: str, trial: str | None) -> list[str]:
+    """The last lines of a sweep's driver, or all that is known of a trial.
+
+    Args:
+        trial: its name in ``espalier status`` (``ovit-schedule-001``; zeros may be left out) or in MLflow.
+
+    Raises:
+        InputError: no such sweep or trial.
+    """
+    find(place, name)
+    state = journal.read(place, name)
+    if state is None:
+        raise InputError("name", name, "has written no journal yet, or was run by an earlier version")
+    if trial is not None:
+        return _trial(phases(place, state), trial, state)
+    failed = [key for phase in phases(place, state) for key, one in phase.trials() if one.state == "failed"]
+    lines = [f"{name}: {said(state)} (process {state['pid']} on {state['host']})"]
+    lines += state["said"][-_LINES:]
+    lines += [state["reason"]] if state["reason"] else []
+    lines += [f"more of a failed trial: espalier logs {name} {key}" for key in failed]
+    return [*lines, _ray_logs(state)]
+
+
+def _trial(found: list[Phase], wanted: str, state: dict[str, Any]) -> list[str]:
+    known = {key: (phase, one) for phase in found for key, one in phase.trials()}
+    running = {
+        f"{phase.label}-{number:03d}": phase for phase in found if phase.log for number in phase.log.running
+    }
+    if named := _IN_MLFLOW.fullmatch(wanted):
+        wanted = f"{named['label']}-{named['number']}"
+    label, _, number = wanted.rpartition("-")
+    key = f"{label}-{int(number):03d}" if number.isdigit() else wanted
+    if key in running:
+        return [f"{key}: has not ended", f"folder: {running[key].place}", _ray_logs(state)]
+    if key not in known:
+        choices = [*known, *running]
+        raise InputError(
+            "trial", wanted, f"no such trial{did_you_mean(key, choices)}; there are {_few(choices)}"
+        )
+    phase, one = known[key]
+    score = f", {100 * one.metrics['val_top1']:.2f} % on validation" if "val_top1" in one.metrics else ""
+    lines = [f"{key}: {one.state} after {one.seconds:.0f} s{score}"]
+    lines += [f"  {name} = {value}" for name, value in one.values.items()]
+    lines += [f"checkpoint: {one.checkpoint}"] if one.checkpoint else []
+    lines += [f"MLflow run: {one.run_id}"] if one.run_id else []
+    lines += [f"folder: {phase.place}"]
+    lines += [one.trace.rstrip() if one.trace else one.error] if one.error else []
+    return [*lines, _ray_logs(state)]
+
+
+def _ray_logs(state: dict[str, Any]) -> str:
+    return f"Ray's own logs: {state['host']}:{state['ray_logs']}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "none yet"

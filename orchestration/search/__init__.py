@@ -1,0 +1,16 @@
+"""Searches with Ray Tune and Optuna: space, samplers, schedulers, trials."""
+
+__all__ = [
+    "elastic",
+    "limits",
+    "one_shot_trial",
+    "pareto",
+    "pbt",
+    "pbt_trial",
+    "ray_patches",
+    "runner",
+    "samplers",
+    "schedulers",
+    "space",
+    "training_trial",
+]

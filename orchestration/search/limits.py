@@ -1,0 +1,71 @@
+"""What ends a trial that hangs, and a search whose trials fail."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.tune.experiment import Trial
+from ray.tune.stopper import NoopStopper, Stopper
+
+from orchestration.recipe.search import SearchLimits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The recipe's limits of one search, and where it says them."""
+
+    settings: SearchLimits
+    key: str
+
+    def overdue(self, since: float) -> str | None:
+        """Why a trial that began at ``since`` (monotonic) has to end; nothing while it has time."""
+        minutes = self.settings.trial_minutes
+        if minutes is None or time.monotonic() - since < 60 * minutes:
+            return None
+        return f"no end after {minutes:g} minutes ({self.key}.trial_minutes)"
+
+
+class GivenUp(Stopper):  # type: ignore[misc]
+    """Ends a search when more of its trials have failed than the recipe allows."""
+
+    def __init__(self, limits: Limits, trials: int) -> None:
+        self._limits, self._trials = limits, trials
+        self.failed = 0
+        self.last = ""
+
+    def __reduce__(self) -> Any:
+        # Tune pickles it with the experiment's state; ours goes by the trial log instead
+        return NoopStopper, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        # where all have failed there is nothing to stop, and no best one to be had
+        return self._limits.settings.failures * self._trials < self.failed < self._trials
+
+    def note(self, error: str) -> None:
+        """A trial has failed."""
+        self.failed, self.last = self.failed + 1, error
+
+    def check(self) -> None:
+        """Raises:
+        RuntimeError: the search was given up.
+        """
+        if self.stop_all():
+            count = f"{self.failed} of {self._trials} trials failed"
+            share = f"more than {self._limits.key}.failures ({self._limits.settings.failures:g}) allows"
+            raise RuntimeError(f"{count}, {share}; the last: {self.last}")
+
+
+NONE = Limits(SearchLimits(failures=1.0), "")
+
+
+def end_by_force(trial: Trial) -> None:
+    """End the actor of a trial that does not answer; Tune then sees it fail."""
+    actor = trial.temporary_state.ray_actor
+    if actor is not None:
+        ray.kill(actor)

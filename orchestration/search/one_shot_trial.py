@@ -1,0 +1,121 @@
+"""A cheap trial: set the weights of a proposed allocation, evaluate, report; its actor is reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from ray import tune
+
+from orchestration.recipe.search import AllocationSearch
+from orchestration.search.space import AllocationSpace, summarise
+from orchestration.state.order_store import StoredOrder
+from pruners.model.costs import CostModel
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.training import DataSettings
+from trainers.data import datasets as data
+from trainers.data.node_cache import Pixels
+from trainers.engines.latency_table import LatencyTable
+from trainers.loop.evaluation import Evaluation, evaluate
+
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a search for the fastest model goes by: the table, and the dense model's top-1 on its images."""
+
+    table: LatencyTable
+    dense_top1: float
+
+    def at(self, pruned: Mapping[str, int]) -> dict[str, float]:
+        """What a trial reports; seconds, as the table foretells them."""
+        times = {"latency": self.table.at(pruned), "latency_dense": self.table.at({})}
+        return {**times, "dense_top1": self.dense_top1}
+
+
+@dataclass(frozen=True)
+class OneShotInputs:
+    """What all allocation trials of a study share."""
+
+    checkpoint: str
+    data: DataSettings
+    seed: int
+    search: AllocationSearch
+    space: AllocationSpace
+    order: StoredOrder
+    costs: CostModel
+    speed: Speed | None = None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.search.gpus_per_trial else "cpu"
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.search.cpus_per_trial))
+
+
+class OneShotTrial(tune.Trainable):  # type: ignore[misc]
+    """Set the weights of a proposed allocation, evaluate on validation, report; the actor is then reused.
+
+    Each step adds images up to the next of the search's ends.
+    """
+
+    def setup(self, config: dict[str, float], inputs: OneShotInputs) -> None:
+        torch.set_num_threads(inputs.threads)
+        self._inputs = inputs
+        self._order = inputs.order.open(device=inputs.device)
+        self._model = load_checkpoint(inputs.checkpoint, shared=True).model.eval().to(inputs.device)
+        self._parameters = dict(self._model.named_parameters())
+        self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
+        preprocessing = models.data_config(self._model)
+        images = data.split(inputs.data, "validation", data.eval_transform(preprocessing), inputs.seed)
+        ends = inputs.search.rungs(len(images))
+        self._parts = list(pairwise([0, *ends]))
+        # decoded once for all actors of a node: a trial costs its evaluation alone
+        self._images = Pixels.of(images, ends[-1], preprocessing, inputs.device)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, float]) -> bool:
+        self._values = new_config
+        self._results: list[Evaluation] = []
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if not self._results:
+            self._set_weights()
+        first, last = self._parts[len(self._results)]
+        self._results.append(evaluate(self._model, self._images.batches(first, last, _BATCH)))
+        result, speed = Evaluation.over(self._results), self._inputs.speed
+        return {
+            "score": -result.loss if self._inputs.search.objective == "cross_entropy" else result.score,
+            "val_top1": result.top1,
+            "val_loss": result.loss,
+            "images": result.images,
+            "sparsity": self._sparsity,
+            **self._inputs.costs.at(self._allocation).as_dict(),
+            **(speed.at(self._allocation) if speed is not None else {}),
+            "allocation": self._allocation,
+            "shares": summarise(self._allocation, self._inputs.space.layers),
+            "complete": len(self._results) == len(self._parts),
+            "done": len(self._results) == len(self._parts),
+        }
+
+    def _set_weights(self) -> None:
+        self._allocation = self._inputs.space.allocation(self._values, self._order.losses)
+        weights, masks = self._order.weights_at(self._dense, self._allocation)
+        self._sparsity = masks.sparsity
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self._parameters[name].copy_(weight)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        return None
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        return None

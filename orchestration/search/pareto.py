@@ -1,0 +1,84 @@
+"""Two objectives: which trials nobody beats in both, and which of them the recipe's rule takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from orchestration.recipe.search import Fastest, Pareto
+from orchestration.state.trial_log import TrialRecord
+
+T = TypeVar("T")
+_ROUNDING = 1e-9
+
+
+def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
+    """The items that no other one beats: none is cheaper without being worth less (the first of equals).
+
+    Returns:
+        By ascending cost, and so by ascending worth.
+    """
+    found: list[T] = []
+    for item in sorted(items, key=lambda one: (cost(one), -worth(one))):
+        if not found or worth(item) > worth(found[-1]):
+            found.append(item)
+    return found
+
+
+def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
+    """The finished trials that no other one beats, by ascending cost.
+
+    Args:
+        cost: the metric that is to be small.
+    """
+    done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
+    return unbeaten(done, cost=lambda one: one.metrics[cost], worth=lambda one: one.score or 0.0)
+
+
+def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = None) -> TrialRecord:
+    """The front's trial that the rule takes.
+
+    Args:
+        whole: what the dense model costs, where the trials prune one that was cut in width before.
+
+    Raises:
+        RuntimeError: no trial ran to its end, or none is as cheap as the rule asks.
+    """
+    best = front(trials, rule.cost)
+    if not best:
+        raise RuntimeError("no trial ran to its end")
+    if rule.tolerance is not None:
+        least = best[-1].metrics["val_top1"] - rule.tolerance
+        return next(trial for trial in best if trial.metrics["val_top1"] >= least)
+    assert rule.at_most is not None, "a rule has one of the two"
+    cheap = [trial for trial in best if _share(trial, rule, whole) <= rule.at_most]
+    if not cheap:
+        raise RuntimeError(
+            f"no trial is as cheap as allocation.pareto.at_most ({rule.at_most:g} of the dense model's "
+            f"{rule.against}) asks; the cheapest has {_share(best[0], rule, whole):.3f}"
+        )
+    return cheap[-1]
+
+
+def _share(trial: TrialRecord, rule: Pareto, whole: float | None) -> float:
+    """A trial's cost as a share of the dense model's."""
+    return float(trial.metrics[rule.cost] / (whole or trial.metrics[rule.cost.removesuffix("_sparse")]))
+
+
+def fastest(trials: Sequence[TrialRecord], rule: Fastest) -> TrialRecord:
+    """The front's fastest trial that loses at most ``rule.loss`` of the dense model's top-1.
+
+    Raises:
+        RuntimeError: no trial ran to its end, or all lose more; says the nearest.
+    """
+    best = front(trials, rule.cost)
+    if not best:
+        raise RuntimeError("no trial ran to its end")
+    losses = [1 - trial.metrics["val_top1"] / max(trial.metrics["dense_top1"], 1e-12) for trial in best]
+    for trial, loss in zip(best, losses, strict=True):
+        if loss <= rule.loss + _ROUNDING:
+            return trial
+    raise RuntimeError(
+        f"no trial is within allocation.loss ({rule.loss:g} of the dense model's top-1); the nearest loses "
+        f"{losses[-1]:.3f}, at {best[-1].metrics[rule.cost] * 1e3:.2f} ms"
+    )

@@ -1,0 +1,151 @@
+"""Population-based training (Jaderberg et al., 2017) of gradual runs: Ray's own, on a cluster of any size.
+
+Trials that are among the worst when they are looked at go on from a checkpoint of one of the best, with its
+values a little changed. What a trial is at a time (:class:`orchestration.search.pbt_trial.Member`) it reports
+itself.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from orchestration.search.pbt_trial import MEMBER, origin_of, read_told
+from orchestration.search.space import Space, contains
+from orchestration.state.trial_log import TrialLog
+from trainers import storage
+
+
+class Population(PopulationBasedTraining):  # type: ignore[misc]
+    """Ray's scheduler, which also keeps to a number of trials at once, and holds on to what is taken over.
+
+    Tune starts whatever waits: so trials wait as paused ones, which are the scheduler's to start.
+
+    Args:
+        runs: folder or URI of the Train runs.
+        every: epochs at the final sparsity between two looks at a trial.
+        share: of the population that goes on from as many of the best, at most a half.
+        epochs: of a run; one that is there is left alone.
+        slots: trials at once.
+    """
+
+    def __init__(
+        self, space: Space, runs: str, *, every: int, share: float, epochs: int, slots: int, seed: int
+    ) -> None:
+        random.seed(seed)  # Ray draws from both
+        np.random.seed(seed % 2**32)
+        # a Tune function around a whole run cannot be called back, so its process goes with it
+        warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
+        super().__init__(
+            time_attr="recovery_epochs",
+            metric="score",
+            mode="max",
+            perturbation_interval=every,
+            burn_in_period=every,
+            hyperparam_mutations=domains(space),
+            quantile_fraction=share,
+            custom_explore_fn=lambda values: within(space, values),
+            log_config=False,
+        )
+        self._runs, self._epochs, self._slots = runs, epochs, slots
+
+    def set_max_concurrency(self, slots: int) -> None:
+        """As nodes come and go; what runs is not stopped."""
+        self._slots = slots
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        trial.set_status(Trial.PAUSED)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The one that has come least far of those that wait, if there is room for it."""
+        trials = tune_controller.get_trials()
+        busy = sum(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in trials)
+        waiting = [trial for trial in trials if trial.status == Trial.PAUSED]
+        if busy >= self._slots or not waiting:
+            return None
+        return min(waiting, key=lambda trial: self._trial_state[trial].last_train_time)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if result.get("epoch", 0) >= self._epochs:
+            return str(TrialScheduler.CONTINUE)
+        before = self._num_perturbations
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if self._num_perturbations > before:
+            self._hold(trial)
+        live = sum(not one.is_finished() for one in tune_controller.get_trials())
+        if decision == TrialScheduler.PAUSE and live <= self._slots:
+            return str(TrialScheduler.CONTINUE)  # who waits has room
+        return str(decision)
+
+    def _hold(self, trial: Trial) -> None:
+        """Copy what a trial is to go on from: the other one goes on too, and keeps its newest alone.
+
+        A copy that fails costs the trial, which then finds nothing to begin from.
+        """
+        place = origin_of(self._runs, trial.trial_id)
+        storage.remove(place)
+        try:
+            storage.copy(read_told(trial.checkpoint)["checkpoint"], place)
+        except OSError:
+            storage.remove(place)
+
+
+def domains(space: Space) -> dict[str, Any]:
+    """Tune's distributions of a space of floats."""
+    return {
+        key: (tune.loguniform if one.log else tune.uniform)(one.low, one.high) for key, one in space.items()
+    }
+
+
+def within(space: Space, values: Mapping[str, Any]) -> dict[str, float]:
+    """The nearest values that lie in the space."""
+    return {key: float(min(max(values[key], one.low), one.high)) for key, one in space.items()}
+
+
+def draws(
+    space: Space, log: TrialLog, first: Sequence[dict[str, Any]], trials: int, seed: int
+) -> BasicVariantGenerator:
+    """Random proposals; what was broken off comes first, or in a new search what is given.
+
+    Of two that had come to the same values one begins anew: they are told apart by nothing else.
+    """
+    pending = [values for values in log.pending if contains(space, values)]
+    apart = [values for number, values in enumerate(pending) if values not in pending[:number]]
+    known = len(log.trials)
+    points = apart or ([] if known else list(first))
+    return BasicVariantGenerator(points_to_evaluate=points[:trials], random_state=seed + known)
+
+
+def history(member: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of where a trial's model came from; nothing of one that is in no population."""
+    taken = member.get("taken")
+    return {} if taken is None else {"pbt.exploits": len(taken), "pbt.taken": taken}
+
+
+def take_note(
+    log: TrialLog, number: int, result: Mapping[str, Any], numbers: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a trial is by a result; written down where it is the first since it became that.
+
+    Args:
+        numbers: of trials by Tune's names, to call those by that it took from.
+    """
+    if MEMBER not in result:
+        return {}
+    member = dict(result[MEMBER])
+    member["taken"] = [{**one, "trial": numbers.get(one["trial"], one["trial"])} for one in member["taken"]]
+    old = log.member(number)
+    if old is None or old["run"] != member["run"]:
+        log.note(number, member["values"], member)
+        if old is not None:  # nobody goes on from it: it was among the worst
+            storage.remove(f"{member['runs']}/{old['run']}")
+    return member

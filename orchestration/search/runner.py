@@ -1,0 +1,298 @@
+"""A search: Optuna proposes, Ray Tune runs, every trial that ends is recorded at once."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
+
+from orchestration.search.elastic import FollowCluster
+from orchestration.search.limits import NONE, GivenUp, Limits, end_by_force
+from orchestration.search.pbt import Population, domains, draws, history, take_note
+from orchestration.search.ray_patches import one_trial_pays
+from orchestration.search.samplers import ROUND, Proposals, limited
+from orchestration.search.schedulers import Remembered
+from orchestration.search.space import Space
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from trainers.storage import resolve
+
+_TRACE_LINES = 40
+_NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
+_MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
+_OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
+
+
+class Observer(Protocol):
+    """Who wants to hear of trials: the display, the tracker."""
+
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None
+    ) -> str | None:
+        """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
+
+    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None: ...
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        """Returns the trial's run in the tracker."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search of a phase."""
+
+    name: str
+    trainable: Any
+    space: Space
+    trials: int
+    concurrent: int
+    storage: str
+    seed: int
+    sampler: str = "tpe"
+    first: Sequence[dict[str, Any]] = ()
+    scheduler: Callable[[], TrialScheduler] = FIFOScheduler
+    cost: str | None = None  # a second objective: the metric that is to be small
+    limits: Limits = NONE
+    fits: Callable[[], int] | None = None  # how many run at once, as nodes come and go
+    reuse_actors: bool = False
+    complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
+    names: Callable[[Trial], str] | None = None
+    say: Callable[[str], None] = lambda text: None
+
+
+def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
+    """Run the trials that ``log`` does not hold yet.
+
+    A search that was broken off goes on as if it had not been: its sampler, and the rule that stops trials
+    early, first go through what the log holds; what was at work begins again, under its number.
+
+    Raises:
+        RuntimeError: more trials failed than the limits allow.
+    """
+    one_trial_pays()
+    for record, before in log.unsaid:
+        observer.trial_started(f"ended-{record.number}", record.number, record.values, before)
+        run_id = observer.trial_ended(f"ended-{record.number}", record)
+        log.add(replace(record, run_id=run_id or before))
+    missing = search.trials - len(log.ended)
+    if missing <= 0:
+        return
+    given_up = GivenUp(search.limits, search.trials)
+    scheduler = search.scheduler()
+    proposals = None
+    if search.space and not isinstance(scheduler, Population):
+        proposals = Proposals(search, log)
+        if isinstance(scheduler, Remembered):
+            scheduler.remember(log, proposals.numbers, search.seed)
+    # by rounds: what Tune does for a trial grows with the number of those that it has seen
+    while missing > 0:
+        trials = min(missing, ROUND if proposals is None else proposals.room)
+        _run_round(search, log, _Recorder(search, log, observer, given_up, proposals), scheduler, trials)
+        given_up.check()
+        missing -= trials
+
+
+def _run_round(
+    search: Search, log: TrialLog, recorder: _Recorder, scheduler: TrialScheduler, trials: int
+) -> None:
+    system, path = resolve(search.storage)
+    callbacks: list[tune.Callback] = [recorder]
+    limiter: Any
+    searcher: Any
+    if isinstance(scheduler, Population):
+        limiter = scheduler
+        searcher = draws(search.space, log, search.first, trials, search.seed)
+    else:
+        limiter = searcher = recorder.limiter
+    if limiter is not None and search.fits is not None:
+        callbacks.append(FollowCluster(limiter, search.fits))
+    tune.Tuner(
+        search.trainable,
+        param_space=domains(search.space) if limiter is scheduler else None,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=trials,
+            max_concurrent_trials=1 if searcher is None else None,  # the searcher's own limit
+            trial_name_creator=search.names,
+            scheduler=scheduler,
+            reuse_actors=search.reuse_actors,
+            metric=None if search.space else "score",
+            mode=None if search.space else "max",
+        ),
+        run_config=tune.RunConfig(
+            name=search.name,
+            storage_path=path,
+            storage_filesystem=system,
+            callbacks=callbacks,
+            stop=recorder.given_up,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+
+
+@dataclass
+class _Running:
+    number: int
+    started: float
+    trial: Trial
+    late: str | None = None  # why it is ended by force
+    metrics: dict[str, Any] = field(default_factory=dict)
+    member: dict[str, Any] = field(default_factory=dict)  # of a population
+
+
+class _Recorder(tune.Callback):  # type: ignore[misc]
+    """Writes down every trial that ends, and tells the observer."""
+
+    def __init__(
+        self,
+        search: Search,
+        log: TrialLog,
+        observer: Observer,
+        given_up: GivenUp,
+        proposals: Proposals | None,
+    ) -> None:
+        self._search = search
+        self._log = log
+        self._observer = observer
+        self._proposals = proposals
+        self.given_up = given_up
+        self._running: dict[str, _Running] = {}
+        self._first = max((record.number for record in log.trials), default=-1) + 1
+        self._looked = time.monotonic()
+
+    def __reduce__(self) -> Any:
+        # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
+        return tune.Callback, ()
+
+    @property
+    def limiter(self) -> ConcurrencyLimiter | None:
+        """The proposals for a round of Tune's; nothing where there is no space."""
+        if self._proposals is None:
+            return None
+        self._proposals.begin_round()
+        return limited(self._proposals, self._search.concurrent)
+
+    def _number(self, trial: Trial, trials: list[Trial]) -> int:
+        """In the order of the proposals, not of the starts."""
+        if self._proposals is not None:
+            return self._proposals.numbers[trial.trial_id]
+        return self._first + trials.index(trial)
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if trial.trial_id in self._running:
+            return
+        number = self._number(trial, trials)
+        values = dict(trial.config)
+        self._running[trial.trial_id] = _Running(number, time.monotonic(), trial)
+        before = self._log.broken_off(values)
+        self._log.begin(number, values, self._observer.trial_started(trial.trial_id, number, values, before))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        running = self._running[trial.trial_id]
+        numbers = {one.trial_id: self._first + place for place, one in enumerate(trials)}
+        running.member = take_note(self._log, running.number, result, numbers)
+        if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
+            running.metrics = result
+            self._observer.trial_reported(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        running = self._running[trial.trial_id]
+        complete = bool(running.metrics) and self._search.complete(running.metrics)
+        self._end(trial, "finished" if complete else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
+        late = self._running[trial.trial_id].late
+        said = [late] if late else _last_words(trial)
+        self.given_up.note(_reason(said))
+        self._end(trial, "failed", said)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        waited, self._looked = time.monotonic() - self._looked, time.monotonic()
+        for running in self._running.values():
+            if running.trial.status != Trial.RUNNING:  # it waits for its turn
+                running.started += waited
+        if self._search.limits.settings.trial_minutes is None:
+            return
+        for running in self._running.values():
+            if running.late is None:
+                running.late = self._search.limits.overdue(running.started)
+                if running.late:
+                    end_by_force(running.trial)
+
+    def _end(self, trial: Trial, state: Any, said: Sequence[str] = ()) -> None:
+        running = self._running.pop(trial.trial_id)
+        # one that ran to its end stands for its best model at the final sparsity, another for where it was
+        kept: Mapping[str, Any] = running.metrics.get("kept") or {}
+        place = running.metrics.get("kept_at")
+        whole = state == "finished" and bool(kept)
+        last = max(kept, key=float) if whole else ""
+        figures = kept[last] if whole else running.metrics
+        record = TrialRecord(
+            number=running.number,
+            values=dict(trial.config),
+            state=state,
+            score=figures.get("score"),
+            metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures}
+            | history(running.member),
+            checkpoint=f"{place}/{last}" if whole and place else None,
+            kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
+            if whole
+            else {},
+            seconds=time.monotonic() - running.started,
+            error=_reason(said) if said else None,
+            trace="\n".join(said) if said else None,
+            given=dict(trial.config) in list(self._search.first),
+        )
+        self._log.end(record)
+        run_id = self._observer.trial_ended(trial.trial_id, record)
+        record = self._log.add(replace(record, run_id=run_id))
+        if self._proposals is not None:
+            self._proposals.tell(record)
+
+
+_KEPT = (
+    "images",
+    "parameters",
+    "parameters_sparse",
+    "macs",
+    "macs_sparse",
+    "latency",
+    "latency_dense",
+    "dense_top1",
+    "epoch",
+    "step",
+    "val_top1",
+    "val_loss",
+    "train_loss",
+    "sparsity",
+    "lr",
+    "allocation",
+    "shares",
+)
+
+
+def _reason(said: Sequence[str]) -> str:
+    """The line that names an error, or the last one. Ray puts advice below, or gives it alone."""
+    lines = [line.strip() for line in said]
+    named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
+    return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
+
+
+def _last_words(trial: Trial) -> list[str]:
+    """The last lines of what a failed trial wrote down."""
+    name = trial.run_metadata.error_filename
+    file = Path(trial.local_path or "", name or "")
+    text = file.read_text(errors="replace") if name is not None and file.is_file() else ""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return lines[-_TRACE_LINES:] or ["the trial failed without a word"]

@@ -1,0 +1,255 @@
+"""What a search tries next: Optuna's samplers, which know of a trial what its log says.
+
+A search that was broken off goes on as if it had not been, once its sampler knows all that it knew:
+
+- TPE, random and GP go by the results alone, and what is drawn for a proposal comes from the seed and its
+  number, so they are told the results;
+- CMA-ES and NSGA-II go by generations too, which nobody can tell them: what the log holds is proposed and
+  told once more, in its order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from orchestration.search.space import contains, from_optuna, inside, to_optuna
+from orchestration.state.trial_log import TrialLog, TrialRecord
+
+if TYPE_CHECKING:
+    from orchestration.search.runner import Search
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+ROUND = 500  # trials
+_MOST_TOLD = 1000
+_ATTEMPTS = 5
+_MOST_IN_GENERATION = 50
+_POPULATION = "population"
+_SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "grid": optuna.samplers.RandomSampler,  # its points are all given
+    "cmaes": optuna.samplers.CmaEsSampler,
+    "nsga2": optuna.samplers.NSGAIISampler,
+    "gp": optuna.samplers.GPSampler,
+}
+_BY_GENERATIONS = {"cmaes", "nsga2"}
+
+
+class Proposals:
+    """The proposals of one search, by the numbers of their trials.
+
+    Attributes:
+        numbers: of trials, by Tune's names of them.
+        study: Optuna's.
+    """
+
+    def __init__(self, search: Search, log: TrialLog) -> None:
+        self._search, self._log, self._space = search, log, search.space
+        self.numbers: dict[str, int] = {}
+        self._options: dict[str, Any] = {}
+        if search.sampler == "nsga2":  # with more trials a search goes on with the generations that it has
+            size = log.settings.setdefault(_POPULATION, population(search.trials))
+            self._options["population_size"] = size
+        self._broken = {one: values for one, values in log.broken.items() if contains(search.space, values)}
+        self._waiting = deque(self._broken.items())
+        self._given = deque(self._not_tried())
+        self.study = self._new_study()
+        self._places: dict[int, int] = {}  # what a trial is called by in the study
+        self._tried: set[str] = set()
+        if search.sampler not in _BY_GENERATIONS:
+            self._tell_results()
+        elif not self._again():
+            search.say(
+                f"      {search.sampler} begins with new generations: what earlier versions recorded of "
+                "trials, or another version of Optuna, does not let it go on with those it had"
+            )
+            self._tell_results()
+
+    def _not_tried(self) -> list[dict[str, Any]]:
+        """What is given and has neither ended nor is at work; what is given twice counts twice."""
+        known = [(record.values, record.given) for record in self._log.ended]
+        known += [(values, self._log.is_given(number)) for number, values in self._broken.items()]
+        found: list[dict[str, Any]] = []
+        for wanted in self._search.first:
+            tried = next((one for one in known if self._comes_of(wanted, *one)), None)
+            if tried is None:
+                found.append(wanted)
+            else:
+                known.remove(tried)
+        return found
+
+    def _comes_of(self, wanted: dict[str, Any], values: dict[str, Any], given: bool) -> bool:
+        """Whether a proposal was given: what of that lies outside the space was left to the sampler."""
+        part = inside(self._space, wanted)
+        same = all(values.get(key) == one for key, one in part.items())
+        return same and (given or len(part) == len(self._space))
+
+    def begin_round(self) -> None:
+        """Before a round of trials: a sampler that goes by all results forgets some of very many."""
+        if self._search.sampler not in _BY_GENERATIONS and self._log.proposed > _MOST_TOLD:
+            self._tell_results()
+
+    @property
+    def room(self) -> int:
+        """How many trials there are to the end of a round, those that go on included."""
+        return (-self._log.proposed) % ROUND + len(self._waiting) or ROUND
+
+    def ask(self, trial_id: str) -> dict[str, Any]:
+        """A proposal for a trial of Tune's; what was broken off goes on first."""
+        if self._waiting:
+            number, values = self._waiting.popleft()
+        else:
+            number = self._log.proposed
+            given = self._given.popleft() if self._given else None
+            values = self._propose(number, given)
+            self._log.ask(number, values, given=given is not None)
+        self.numbers[trial_id] = number
+        return values
+
+    def tell(self, record: TrialRecord) -> None:
+        """A trial has ended."""
+        self._broken.pop(record.number, None)
+        place = self._places.pop(record.number, None)
+        if place is None:
+            return
+        results = self._results(record)
+        if results is None:
+            self.study.tell(place, state=TrialState.FAIL)
+        else:
+            self.study.tell(place, results)
+
+    def _propose(self, number: int, given: dict[str, Any] | None) -> dict[str, Any]:
+        """Args:
+        given: values to try; what of them lies outside the space is left to the sampler.
+
+        Returns:
+            What was not tried before, if the sampler comes upon it in a few attempts: it would only give the
+            same result again (a child of NSGA-II may be its parent, and small spaces have few points).
+        """
+        for attempt in range(_ATTEMPTS):
+            if self._search.sampler not in _BY_GENERATIONS:  # these propose all again, in its order
+                self.study.sampler = self._sampler(number, attempt)
+            if given is not None:
+                self.study.enqueue_trial(to_optuna(self._space, inside(self._space, given)))
+            trial = self.study.ask(fixed_distributions=self._space)
+            values = from_optuna(self._space, trial.params)
+            if given is not None or _key(values) not in self._tried:
+                break
+            if attempt < _ATTEMPTS - 1:
+                self.study.tell(trial, state=TrialState.FAIL)
+        self._tried.add(_key(values))
+        self._places[number] = trial.number
+        return values
+
+    def _sampler(self, *place: int) -> optuna.samplers.BaseSampler:
+        seed = np.random.SeedSequence([self._search.seed, *place]).generate_state(1)
+        return _SAMPLERS[self._search.sampler](seed=int(seed[0]), **self._options)
+
+    def _new_study(self) -> optuna.Study:
+        directions = ["maximize"] + (["minimize"] if self._search.cost else [])
+        return optuna.create_study(directions=directions, sampler=self._sampler())
+
+    def _results(self, record: TrialRecord) -> list[float] | None:
+        """What a sampler is told of a trial; nothing of one that failed."""
+        figures = {**record.metrics, "score": record.score}
+        goals = ["score"] + ([self._search.cost] if self._search.cost else [])
+        values = [figures.get(goal) for goal in goals]
+        found = [float(value) for value in values if value is not None and math.isfinite(value)]
+        return found if record.state != "failed" and len(found) == len(goals) else None
+
+    def _tell_results(self) -> None:
+        """A new study of what has ended, and of what was broken off as at work."""
+        self.study, self._places = self._new_study(), {}
+        self._tried = {_key(record.values) for record in self._log.trials} | set(
+            map(_key, self._broken.values())
+        )
+        whole = self._log.proposed // ROUND * ROUND  # the first of this round
+        known = [one for one in self._log.ended if contains(self._space, one.values)]
+        known.sort(key=lambda record: record.number)  # as they were proposed
+        told = telling([one for one in known if one.number < whole])
+        for record in [*told, *(one for one in known if one.number >= whole)]:
+            results = self._results(record)
+            if results is not None:
+                self._add(record.values, values=results)
+        for number, values in self._broken.items():
+            self._places[number] = len(self.study.get_trials(deepcopy=False))
+            self._add(values, state=TrialState.RUNNING)
+
+    def _add(self, proposal: dict[str, Any], **more: Any) -> None:
+        params = to_optuna(self._space, {key: proposal[key] for key in self._space})
+        self.study.add_trial(optuna.create_trial(params=params, distributions=self._space, **more))
+
+    def _again(self) -> bool:
+        """Propose and tell all once more; whether the proposals were those of the log."""
+        if not self._log.ordered:
+            return False
+        for event in self._log.history:
+            if event.kind == "asked":
+                first = (one for one in self._search.first if self._comes_of(one, event.values, True))
+                given = next(first, event.values) if event.given else None
+                if self._propose(event.number, given) != event.values:
+                    return False
+            elif event.ended is not None:
+                self.tell(event.ended)
+        return True
+
+
+def _key(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+class _Asking(Searcher):  # type: ignore[misc]
+    """Proposals as Tune asks for them; they are told of results by what is recorded of those."""
+
+    def __init__(self, proposals: Proposals) -> None:
+        super().__init__(metric="score", mode="max")
+        self._proposals = proposals
+
+    def __reduce__(self) -> Any:
+        # Tune pickles it to restore an experiment; ours goes by the trial log, and its display cannot be
+        return Searcher, ()
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        return self._proposals.ask(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        return None
+
+    def save(self, checkpoint_path: str) -> None:
+        return None  # Tune would restore an experiment by it; ours goes by the trial log
+
+    def restore(self, checkpoint_path: str) -> None:
+        return None
+
+
+def limited(proposals: Proposals, most: int) -> ConcurrencyLimiter:
+    """Proposals for Tune, with a limit of trials at once."""
+    return ConcurrencyLimiter(_Asking(proposals), max_concurrent=most)
+
+
+def population(trials: int) -> int:
+    """Of NSGA-II, for a search of so many trials: 2·√trials, so that it has √trials / 2 generations.
+
+    Optuna's own is 50, which a search of fewer trials draws all at random.
+    """
+    return min(max(2, int(2 * math.sqrt(trials))), _MOST_IN_GENERATION)
+
+
+def telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """All, or of very many the best and the newest: TPE goes through all each time."""
+    if len(known) <= _MOST_TOLD:
+        return list(known)
+    ranked = sorted(known, key=lambda record: math.inf if record.score is None else -record.score)
+    best = ranked[: _MOST_TOLD // 10]
+    numbers = {record.number for record in best}
+    newest = [record for record in known if record.number not in numbers][-(_MOST_TOLD - len(best)) :]
+    return sorted([*best, *newest], key=lambda record: record.number)

@@ -1,0 +1,149 @@
+"""What stops trials early: Ray's rules, which know of a trial what its log says.
+
+Whether a trial goes on depends on those that came as far before it. A search that was broken off has its rule
+go through all comparisons of the log once more, so that it decides as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from orchestration.state.trial_log import TrialLog
+
+_BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given one
+
+
+def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
+    """What stops trials early, by the metric ``time``: of those that come as far, the better ones go on.
+
+    ``time`` counts where trials can be compared (``recovery_epochs``: epochs at the final sparsity).
+    """
+    score: dict[str, Any] = {"time_attr": time, "metric": "score", "mode": "max", "grace_period": grace}
+    if kind == "median":
+        return RememberedMedian(**score, min_samples_required=2, hard_stop=True)
+    brackets = _BRACKETS if kind == "hyperband" else 1
+    return RememberedHalving(
+        **score, reduction_factor=reduction, max_t=max(longest, grace + 1), brackets=brackets
+    )
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A trial as a rule knows it: Tune's own names are others after every start."""
+
+    trial_id: str
+
+
+class _NoOthers:
+    """In place of Tune's controller, where there is none yet: what a rule that pauses trials asks."""
+
+    def get_live_trials(self) -> list[Trial]:
+        return []
+
+
+class Remembered(FIFOScheduler):  # type: ignore[misc]
+    """Mixed into a rule of Ray's: it looks at a trial when that has come farther, and the log keeps it.
+
+    A trial that goes on from its last checkpoint says once more what it had said since.
+    """
+
+    _grace_period: float
+    _time_attr: str
+
+    def __reduce__(self) -> Any:
+        # Tune pickles it to restore an experiment; ours goes by the trial log, which need not go along
+        return FIFOScheduler, ()
+
+    def remember(self, log: TrialLog, numbers: Mapping[str, int], seed: int) -> None:
+        """Go through what the log holds.
+
+        Args:
+            numbers: of trials, by Tune's names of them; filled as they are proposed.
+            seed: of what the rule draws.
+        """
+        self._log, self._numbers, self._seed = log, numbers, seed
+        self._last: dict[int, tuple[float, float]] = {}
+        for event in log.history:
+            if event.kind == "asked":
+                self._enter(_NoOthers(), event.number)
+            elif event.at_end:
+                self._last[event.number] = event.time, event.score
+            elif event.kind == "rung":
+                self._look(_NoOthers(), event.number, event.time, event.score)
+            elif event.ended is not None and event.ended.state != "failed":
+                self._leave(_NoOthers(), event.number)
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._enter(tune_controller, self._numbers[trial.trial_id])
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        number = self._numbers[trial.trial_id]
+        if not self._is_news(number, result):
+            return str(TrialScheduler.CONTINUE)
+        time, score = result[self._time_attr], result[self.metric]
+        decision = self._look(tune_controller, number, time, score)
+        self._log.compare(number, time, score, goes_on=decision != TrialScheduler.STOP)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        number = self._numbers[trial.trial_id]
+        if self._is_news(number, result):  # of its last report a rule hears by its end alone
+            self._last[number] = time, score = result[self._time_attr], result[self.metric]
+            self._log.compare(number, time, score, goes_on=False, at_end=True)
+        self._leave(tune_controller, number)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+        super().on_trial_remove(tune_controller, self._known(self._numbers[trial.trial_id]))
+
+    def _is_news(self, number: int, result: Mapping[str, Any]) -> bool:
+        if self._time_attr not in result or self.metric not in result:
+            return False
+        before = self._last.get(number, (-math.inf, 0.0))[0]
+        return bool(before < result[self._time_attr] >= self._grace_period)
+
+    def _enter(self, controller: Any, number: int) -> None:
+        with _drawing(self._seed, number):
+            super().on_trial_add(controller, self._known(number))
+
+    def _look(self, controller: Any, number: int, time: float, score: float) -> str:
+        self._last[number] = time, score
+        result = {self._time_attr: time, self.metric: score}
+        return str(super().on_trial_result(controller, self._known(number), result))
+
+    def _leave(self, controller: Any, number: int) -> None:
+        if number in self._last:
+            result = dict(zip((self._time_attr, self.metric), self._last[number], strict=True))
+            super().on_trial_complete(controller, self._known(number), result)
+
+    @staticmethod
+    def _known(number: int) -> Any:
+        return _Numbered(str(number))
+
+
+@contextmanager
+def _drawing(seed: int, number: int) -> Iterator[None]:
+    """NumPy's own generator, by which Ray draws a trial's bracket, at the trial's own state for a while."""
+    before = np.random.get_state()
+    np.random.seed(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+class RememberedHalving(Remembered, AsyncHyperBandScheduler):  # type: ignore[misc]
+    def __init__(self, *, grace_period: float, **options: Any) -> None:
+        super().__init__(grace_period=grace_period, **options)
+        self._grace_period = grace_period
+
+
+class RememberedMedian(Remembered, MedianStoppingRule):  # type: ignore[misc]
+    """The rule as it is, remembered."""

@@ -1,0 +1,216 @@
+"""What Optuna proposes: sparsities of stages and modules (projected onto the budget), or recipe values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from orchestration.recipe.schema import PruningSettings
+from orchestration.recipe.search import AllocationSearch, Distribution
+from pruners.allocation.bounds import PerLayer, bounds, group_bounds
+from pruners.allocation.sharing import Allocation, by_threshold, group_layers, project
+from pruners.model.layers import PrunableLayer
+from pruners.model.sparsity_pattern import Pattern
+
+Space = dict[str, optuna.distributions.BaseDistribution]
+Shares = dict[str, optuna.distributions.FloatDistribution]
+_WHOLE = "sparsity"
+
+
+@dataclass(frozen=True)
+class AllocationSpace:
+    """Sparsities of stages, modules, modules in stages or layers, each within ``range`` of the method's own.
+
+    A proposal moves every group (a module in a stage, or a layer) by what it moves all that the group belongs
+    to, is projected onto the exact budget, and one threshold inside the group picks the layers' counts. The
+    method's own sparsities, proposed, give its own allocation back to the weight.
+    """
+
+    layers: Sequence[PrunableLayer]
+    own: Allocation
+    by: tuple[str, ...]
+    range: float
+    floor: PerLayer
+    ceiling: PerLayer
+    unit: int = 1
+    between: tuple[float, float] | None = None  # the sparsity of the whole is proposed too
+    pruned: Mapping[str, int] | None = None  # weights that were zero before the search: none comes back
+
+    @classmethod
+    def of(
+        cls,
+        search: AllocationSearch,
+        pruning: PruningSettings,
+        layers: Sequence[PrunableLayer],
+        own: Allocation,
+        pruned: Mapping[str, int] | None = None,
+    ) -> AllocationSpace:
+        """Of a recipe and a model's layers; ``pruned`` are the weights that each of them has lost already."""
+        return cls(
+            layers,
+            own,
+            search.by,
+            search.range,
+            pruning.floor,
+            pruning.ceiling,
+            Pattern.parse(pruning.pattern).unit,
+            search.reach,
+            pruned,
+        )
+
+    def own_values(self) -> dict[str, float]:
+        """The method's own allocation as a proposal: the sparsity of each stage and module."""
+        values = summarise(self.own, self.layers, self.by)
+        if (reach := self._reach) is not None:
+            low, high = reach
+            values[_WHOLE] = min(max(sum(self.own.values()) / self._numel, low), high)
+        return values
+
+    @property
+    def _numel(self) -> int:
+        return sum(layer.numel for layer in self.layers)
+
+    def distributions(self) -> Shares:
+        floor = self.floor if isinstance(self.floor, float) else 0.0
+        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
+        found = {
+            key: optuna.distributions.FloatDistribution(
+                max(floor, own - self.range), min(ceiling, own + self.range)
+            )
+            for key, own in self.own_values().items()
+        }
+        if (reach := self._reach) is not None:
+            found[_WHOLE] = optuna.distributions.FloatDistribution(*reach)
+        return found
+
+    @property
+    def _reach(self) -> tuple[float, float] | None:
+        """The sparsities of the whole to propose; none below what the model has already."""
+        if self.between is None:
+            return None
+        low, high = self.between
+        return min(max(low, sum((self.pruned or {}).values()) / self._numel), high), high
+
+    def allocation(self, values: Mapping[str, float], losses: Mapping[str, Any]) -> Allocation:
+        """The exact allocation of a proposal.
+
+        Args:
+            losses: ascending losses of each layer's weights.
+        """
+        own, total = self.own_values(), sum(self.own.values())
+        groups = group_layers(self.layers, self._group)
+        reach = {name: len(found) for name, found in losses.items()}
+        limits = bounds(self.layers, self.floor, self.ceiling, self.pruned, reach=reach, unit=self.unit)
+        low, high = group_bounds(groups.values(), limits)
+        if self.between is not None:
+            total = round(values[_WHOLE] * self._numel / self.unit) * self.unit
+            total = min(max(total, sum(low)), sum(high))  # the ends may round to what the layers cannot give
+        if all(values[key] == own[key] for key in own) and total == sum(self.own.values()):
+            return dict(self.own)
+        wishes, sizes = [], []
+        for group in groups.values():
+            size = sum(layer.numel for layer in group)
+            keys = _keys(group[0], self.by)
+            move = sum(values[key] - own[key] for key in keys)
+            wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
+            sizes.append(size)
+        counts = project(wishes, sizes, total, low, high, unit=self.unit)
+        found: Allocation = {}
+        for group, count in zip(groups.values(), counts, strict=True):
+            found |= by_threshold(losses, group, count, limits, self.unit)
+        return {layer.name: found[layer.name] for layer in self.layers}
+
+    def _group(self, layer: PrunableLayer) -> tuple[Any, ...]:
+        """What shares one threshold: no more than a proposal may move apart."""
+        return (layer.name,) if "layer" in self.by else (layer.stage, layer.module)
+
+    def moved(self, moves: Mapping[str, float]) -> dict[str, float]:
+        """A proposal as far from the own allocation as what was best at another sparsity."""
+        limits = self.distributions()
+        return {
+            key: min(max(own + moves[key], limits[key].low), limits[key].high)
+            for key, own in self.own_values().items()
+        }
+
+
+def summarise(
+    allocation: Allocation, layers: Sequence[PrunableLayer], by: Sequence[str] = ("stage", "module")
+) -> dict[str, float]:
+    """Sparsity of each stage (``stage.0``) and module (``module.QKV``)."""
+    pruned: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for layer in layers:
+        for key in _keys(layer, by):
+            pruned[key] = pruned.get(key, 0) + allocation[layer.name]
+            total[key] = total.get(key, 0) + layer.numel
+    return {key: pruned[key] / total[key] for key in sorted(total)}
+
+
+def recipe_space(space: Mapping[str, Distribution]) -> Space:
+    """Optuna's distributions for recipe keys."""
+    return {key: _distribution(distribution) for key, distribution in space.items()}
+
+
+def contains(space: Space, values: Mapping[str, Any]) -> bool:
+    """Whether a proposal lies in the space."""
+    return len(inside(space, values)) == len(space)
+
+
+def inside(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some values that their distributions could give."""
+    return {key: values[key] for key, one in space.items() if key in values and _holds(one, values[key])}
+
+
+class WrittenChoice(optuna.distributions.CategoricalDistribution):  # type: ignore[misc]
+    """A choice among mappings or lists: Optuna's values are plain ones, so it is given them as JSON."""
+
+
+def to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some values of a space as Optuna knows them."""
+    return {key: _written(space[key], value) for key, value in values.items() if key in space}
+
+
+def from_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Optuna's values, in the order of the space."""
+    return {key: _read(one, values[key]) for key, one in space.items()}
+
+
+def _holds(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return _written(distribution, value) in distribution.choices
+    return isinstance(value, int | float) and distribution._contains(distribution.to_internal_repr(value))
+
+
+def _written(distribution: optuna.distributions.BaseDistribution, value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(distribution, WrittenChoice) else value
+
+
+def _read(distribution: optuna.distributions.BaseDistribution, value: Any) -> Any:
+    return json.loads(value) if isinstance(distribution, WrittenChoice) else value
+
+
+def _keys(layer: PrunableLayer, by: Sequence[str]) -> list[str]:
+    names = {
+        "stage": f"stage.{layer.stage}",
+        "module": f"module.{layer.module}",
+        "group": f"group.{layer.stage}.{layer.module}",
+        "layer": f"layer.{layer.name}",
+    }
+    return [names[kind] for kind in by]
+
+
+def _distribution(given: Distribution) -> optuna.distributions.BaseDistribution:
+    if given.uniform is not None:
+        return optuna.distributions.FloatDistribution(*given.uniform)
+    if given.log is not None:
+        return optuna.distributions.FloatDistribution(*given.log, log=True)
+    if given.integer is not None:
+        return optuna.distributions.IntDistribution(*given.integer)
+    assert given.choice is not None, "a distribution has exactly one form"
+    if any(isinstance(value, dict | list) for value in given.choice):
+        return WrittenChoice([json.dumps(value, sort_keys=True) for value in given.choice])
+    return optuna.distributions.CategoricalDistribution(given.choice)

@@ -1,0 +1,10 @@
+"""What a sweep keeps on its storage: locks, trial logs, elimination orders, latency tables, heartbeat."""
+
+__all__ = [
+    "heartbeat",
+    "latency_store",
+    "lock",
+    "order_store",
+    "stored_recipe",
+    "trial_log",
+]

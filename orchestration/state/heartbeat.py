@@ -1,0 +1,111 @@
+"""How far a sweep's driver is, in the sweep's folder, for whoever looks at it from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from orchestration.reporting.display import Display
+from orchestration.state.stored_recipe import folder_of
+from pruners.errors import first_line
+from trainers import storage
+
+_BEAT_SECONDS = 5.0
+_JOIN_SECONDS = 30.0
+_SILENCE_SECONDS = 120.0  # clocks differ, object stores are slow
+_STATE, _STOP = "state.json", "stop"
+
+
+class Journal:
+    """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
+
+    A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
+    was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
+    """
+
+    def __init__(self, place: str, name: str, display: Display, ray_logs: str) -> None:
+        """``ray_logs``: where Ray writes its own on this machine."""
+        self._root, self._display = folder_of(place, name), display
+        self._prefix = f"{storage.absolute(place)}/"
+        self._ended = threading.Event()
+        self._beat = threading.Thread(target=self._keep, name="journal", daemon=True)
+        self._about = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": time.time(),
+            "ray_logs": ray_logs,
+        }
+
+    def __enter__(self) -> Journal:
+        if storage.exists(f"{self._root}/{_STOP}"):  # meant a run of before
+            storage.remove_file(f"{self._root}/{_STOP}")
+        self._write("running")
+        self._beat.start()
+        # Ray starts jobs and tasks with it blocked; only what the thread sends to this one is meant
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._beat.join(_JOIN_SECONDS)  # its last write must not come after ours
+        state = "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        with suppress(OSError):  # an error of the storage must not hide the one that ended the sweep
+            self._write(state, first_line(error) if state == "failed" and error is not None else None)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(_BEAT_SECONDS):
+            try:
+                self._write("running")
+                asked = storage.exists(f"{self._root}/{_STOP}")
+            except OSError:  # a storage that is away for a moment; what depends on it will say so
+                continue
+            if asked:
+                main = threading.main_thread().ident
+                assert main is not None, "the main thread has begun"
+                signal.pthread_kill(main, signal.SIGINT)
+                return
+
+    def _write(self, state: str, reason: str | None = None) -> None:
+        found = self._display.snapshot()
+        for phase in found["phases"]:
+            phase["log"] = phase["log"] and phase["log"].removeprefix(self._prefix)
+        content = self._about | found | {"state": state, "reason": reason, "updated": time.time()}
+        storage.write_json(f"{self._root}/{_STATE}", content)
+
+
+def read(place: str, name: str) -> dict[str, Any] | None:
+    """What the journal of a sweep says; its ``state`` is ``gone`` where the driver ended without a word."""
+    file = f"{folder_of(place, name)}/{_STATE}"
+    if not storage.exists(file):
+        return None
+    found: dict[str, Any] = storage.read_json(file)
+    if found["state"] == "running" and not _lives(found):
+        found["state"] = "gone"
+    return found
+
+
+def ask_to_stop(place: str, name: str) -> None:
+    """Leave word for the driver of a sweep that it is to end."""
+    storage.write_bytes(f"{folder_of(place, name)}/{_STOP}", b"")
+
+
+def _lives(found: dict[str, Any]) -> bool:
+    if time.time() - found["updated"] > _SILENCE_SECONDS:
+        return False
+    if found["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(found["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,185 @@
+"""Latency tables on the shared storage: measured once on a machine, read by every later search for it.
+
+A table lies in ``latency/``, in a file named by all that its times depend on: the machine and its versions,
+the engine and how it was run, the pattern, and the model's shape. One of another machine is never read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from torch import nn
+
+from orchestration.recipe.schema import digest
+from pruners.errors import InputError
+from pruners.model.costs import cost_model
+from pruners.model.layers import PrunableLayer
+from pruners.model.sparsity_pattern import Pattern
+from trainers import models, storage
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.latency import LatencyTarget
+from trainers.config.training import PruningSettings
+from trainers.engines.latency import Target, linear_shapes, measure, measure_models
+from trainers.engines.latency_table import LatencyTable
+from trainers.engines.machine import describe_machine
+from trainers.engines.registry import Place
+from trainers.loop.prune_step import prunable_layers
+
+T = TypeVar("T")
+_SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
+
+
+@dataclass(frozen=True)
+class LatencyJob:
+    """A table that is wanted: of which model, on what, kept below ``place``."""
+
+    checkpoint: str
+    pruning: PruningSettings
+    target: LatencyTarget
+    place: str
+
+    def run(self) -> tuple[LatencyTable, bool]:
+        """The table of this machine, and whether it had to be measured.
+
+        Raises:
+            InputError: an engine that is not here, too few processors, or no layer whose time zeros change.
+            RuntimeError: the engine fails.
+        """
+        run = _runs(self.target, "allocation.target")
+        with self._model() as (folder, model):
+            layers = prunable_layers(model, self.pruning)
+            check_linear(model, layers)
+            about = self._about(model)
+            known = self._stored(about)
+            if known is not None:
+                return known, False
+            shapes = linear_shapes(model, layers)
+            whole, curves = measure(folder, shapes, run, Pattern.parse(self.pruning.pattern))
+        table = LatencyTable(about, whole, shapes, curves)
+        storage.write_json(self._file(about), table.as_json())
+        return table, True
+
+    def known(self) -> tuple[str, LatencyTable | None]:
+        """The name of this machine's table, and the table if it was measured before."""
+        with self._model() as (_, model):
+            about = self._about(model)
+        return digest(about), self._stored(about)
+
+    @contextmanager
+    def _model(self) -> Iterator[tuple[Path, nn.Module]]:
+        """With a local copy of its folder."""
+        with storage.local_copy(self.checkpoint) as folder:
+            yield folder, load_checkpoint(str(folder), layers=self.pruning.layers).model
+
+    def _file(self, about: Mapping[str, Any]) -> str:
+        return f"{self.place}/latency/{digest(about)}.json"
+
+    def _stored(self, about: Mapping[str, Any]) -> LatencyTable | None:
+        return _read(self._file(about), about)
+
+    def _about(self, model: nn.Module) -> dict[str, Any]:
+        """All that the times depend on."""
+        size = models.input_size(model)
+        costs = cost_model(model, size)
+        return {
+            **circumstances(self.target),
+            "pattern": self.pruning.pattern,
+            "layers": self.pruning.model_dump(mode="json", include={"layers", "unfit"}),
+            "model": {
+                "kind": type(model).__name__,
+                "input": list(size),
+                "macs": costs.macs,
+                "weights": {name: list(weight.shape) for name, weight in model.named_parameters()},
+            },
+        }
+
+
+def circumstances(target: LatencyTarget) -> dict[str, Any]:
+    """What the times of any model depend on: this machine, and how it serves."""
+    found, choice = describe_machine(), target.choice
+    packages = ("torch", "timm", choice.engine)
+    return {
+        "machine": {key: found[key] for key in ("processor", "instructions", "cores", "system")},
+        "versions": {name: found["versions"][name] for name in packages if name in found["versions"]},
+        "engine": choice.engine,
+        "compiled": "for the batch size",  # tables of OpenVINO compiled for any were slower
+        "type": choice.kind,
+        "batch": target.batch,
+        "threads": target.threads,
+    }
+
+
+def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
+    """Seconds that whole models take for a batch on this machine, measured in turns.
+
+    Raises:
+        InputError: an engine that is not here, or too few processors.
+        RuntimeError: the engine fails.
+    """
+    run = _runs(target, "structured.target")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(storage.local_copy(one)) for one in checkpoints]
+        return measure_models(folders, run)
+
+
+def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) -> T:
+    """What a function returns as a Ray task, on a node with the resources that the target names."""
+    task = ray.remote(num_cpus=0, resources=target.resources or None)(function)
+    found: T = ray.get(task.remote(*given))
+    return found
+
+
+def _runs(target: LatencyTarget, key: str) -> Target:
+    """The target as this machine runs it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    target.choice.check("cpu", key=f"{key}.engine")
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    check_threads(target, there, f"{key}.threads")
+    return Target(target.choice, Place(target.threads), target.batch)
+
+
+def told(table: LatencyTable, target: LatencyTarget) -> str:
+    """What a table comes to, in a line; also that zeros gain nothing, where they do not."""
+    dense, sparse = table.at({}), table.uniform(_SHOWN)
+    fastest = min(table.uniform(one) for curve in table.curves.values() for one in curve.sparsities)
+    gain = "" if fastest < dense else "; zeros gain nothing on it"
+    times = f"{1e3 * dense:.2f} ms dense, {1e3 * sparse:.2f} ms with {100 * _SHOWN:.0f} % zeros"
+    return f"{target}: {times}{gain}"
+
+
+def check_threads(target: LatencyTarget, there: int, key: str) -> None:
+    """Raises:
+    InputError: more threads than processors.
+    """
+    if target.threads > there:
+        raise InputError(key, target.threads, f"the machine that serves has {there} processors")
+
+
+def check_linear(model: nn.Module, layers: list[PrunableLayer]) -> None:
+    """Raises:
+    InputError: zeros can gain nothing, as no layer is a linear one.
+    """
+    linear = {f"{name}.weight" for name, part in model.named_modules() if type(part) is nn.Linear}
+    if not linear & {layer.name for layer in layers}:
+        expected = "no engine gains by zeros but in linear layers, and of this model none is pruned"
+        raise InputError("allocation.objective", "latency", expected)
+
+
+def _read(file: str, about: Mapping[str, Any]) -> LatencyTable | None:
+    """A stored table, if it is whole and holds for what is asked."""
+    if not storage.exists(file):
+        return None
+    try:
+        table = LatencyTable.from_json(storage.read_json(file))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return table if table.about == about else None

@@ -1,0 +1,152 @@
+"""What one run does at a time: a run of a name, and whatever all sweeps of a storage share.
+
+A second run of a name is refused before it touches anything; a second sweep that wants what another one is
+making waits for it. What is held is free as soon as its holder has ended, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from filelock import FileLock, Timeout
+from pyarrow import fs
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestration.recipe.schema import digest
+from pruners.errors import InputError
+from trainers import storage
+
+_LOOK_SECONDS = 1.0
+
+
+class TakenError(Exception):
+    """Somebody else holds it; ``who``: process and host, where they are known."""
+
+    def __init__(self, who: dict[str, Any]) -> None:
+        self.by = f" (process {who['pid']} on {who['host']})" if who else ""
+
+
+@contextmanager
+def alone_here(place: str, name: str) -> Iterator[None]:
+    """Hold the name in a storage on this file system; the system frees it however the process ends.
+
+    Raises:
+        InputError: a run of this name is at work there.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(_file_lock(place, name))
+        except TakenError as taken:
+            raise _refused(name, taken) from None
+        yield
+
+
+@contextmanager
+def alone_on_cluster(root: str, name: str) -> Iterator[None]:
+    """Hold the name on the Ray cluster, by an actor that goes with this driver.
+
+    Raises:
+        InputError: another driver holds it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(_actor_lock(root))
+        except TakenError as taken:
+            raise _refused(name, taken) from None
+        yield
+
+
+@contextmanager
+def in_turn(place: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool) -> Iterator[None]:
+    """Hold what all sweeps of a storage share; who comes second waits, and can be interrupted.
+
+    Take one at a time: who holds one and waits for another may wait for ever.
+
+    Args:
+        artefact: its folder in the storage (``dense/KEY``).
+        wait: told once, when there is something to wait for, by whom it is held.
+        by_cluster: ask the Ray cluster too; without it, only where files cannot be locked.
+    """
+    told = False
+    while True:
+        with ExitStack() as held:
+            try:
+                held.enter_context(_file_lock(place, f"shared/{artefact}"))
+                if by_cluster or not storage.is_local(place):
+                    held.enter_context(_actor_lock(f"{storage.absolute(place)}/{artefact}"))
+            except TakenError as taken:
+                if not told:
+                    wait(taken.by)
+                told = True
+            else:
+                yield
+                return
+        time.sleep(_LOOK_SECONDS)
+
+
+@contextmanager
+def _file_lock(place: str, name: str) -> Iterator[None]:
+    """Raises:
+    TakenError: another process holds it.
+    """
+    system, path = storage.resolve(place)
+    if not isinstance(system, fs.LocalFileSystem):  # where files cannot be locked, the cluster is asked
+        yield
+        return
+    file = Path(path) / "locks" / f"{name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    about = file.with_suffix(".json")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise TakenError(_read(about)) from None
+    try:
+        about.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        yield
+    finally:
+        about.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _actor_lock(key: str) -> Iterator[None]:
+    """Raises:
+    TakenError: another driver of the cluster holds it.
+    """
+    # on the driver's own node: another one may be lost while we go on
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": f"espalier-{digest(key)}", "namespace": "espalier", "num_cpus": 0}
+    try:
+        holder = ray.remote(_Holder).options(**options, scheduling_strategy=here, max_restarts=-1).remote()
+    except ValueError:  # the name is taken
+        raise TakenError({}) from None
+    try:
+        yield
+    finally:
+        ray.kill(holder)
+
+
+class _Holder:
+    """Is there."""
+
+
+def _refused(name: str, taken: TakenError) -> InputError:
+    expected = f"a run of this name is at work{taken.by}; wait for it, or choose another name"
+    return InputError("name", name, expected)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    except (OSError, ValueError):
+        return {}

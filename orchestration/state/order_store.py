@@ -1,0 +1,77 @@
+"""Elimination orders on the shared storage: computed once, read by all trials of all sweeps.
+
+An order lies in a folder named by all that it depends on, in a part for each worker that made it; the file
+written last says how many. Trials map it from a local disk, so that all of a node read the same memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from orchestration.recipe.schema import digest
+from pruners.elimination.order import EliminationOrder, merge
+from trainers import storage
+from trainers.config.training import SECOND_ORDER, PruningSettings
+from trainers.data.arrow_store import cache_folder
+from trainers.loop.elimination import FACTS
+
+
+@dataclass(frozen=True)
+class StoredOrder:
+    """A method's order of a dense model, at ``folder`` (any pyarrow URI), by its ``fingerprint``."""
+
+    folder: str
+    fingerprint: str
+
+    @classmethod
+    def of(
+        cls, place: str, method: str, pruning: PruningSettings, *, weights: str, data: str, seed: int
+    ) -> StoredOrder:
+        """Where the order of these weights and this data is kept, below ``place``."""
+        decides: dict[str, Any] = pruning.model_dump(
+            mode="json", include={"layers", "pattern", "unfit", "ceiling"}
+        )
+        decides |= {"method": method, "options": pruning.options(method)}
+        if method in SECOND_ORDER:
+            decides["fisher"] = pruning.fisher.model_dump(mode="json", exclude={"memory"})
+            decides |= {"data": data, "seed": seed}
+        if pruning.tries_damps(method):  # λ is chosen at the sparsity asked for
+            decides |= pruning.model_dump(mode="json", include={"sparsity", "scope", "table", "floor"})
+        key = digest(weights, decides)
+        return cls(f"{place}/orders/{key}", key)
+
+    @property
+    def known(self) -> bool:
+        return storage.exists(f"{self.folder}/{FACTS}")
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """How many parts there are, and the λ that was chosen of several."""
+        found: dict[str, Any] = storage.read_json(f"{self.folder}/{FACTS}")
+        return found
+
+    def open(self, *, device: str = "cpu", updates: bool = True) -> EliminationOrder:
+        """The order, mapped from this machine's disk; copied there first from another file system.
+
+        Args:
+            updates: without them it gives losses and masks, but no weights.
+        """
+        parts = [self._local() / f"part-{number}" for number in range(self.facts["parts"])]
+        return merge(
+            EliminationOrder.load(part, self.fingerprint, device=device, updates=updates) for part in parts
+        )
+
+    def _local(self) -> Path:
+        if storage.is_local(self.folder):
+            return Path(storage.resolve(self.folder)[1])
+        mine = cache_folder() / "orders" / self.fingerprint
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{mine}.lock"):
+            if not mine.exists():
+                storage.copy(self.folder, str(mine))
+        return mine

@@ -1,0 +1,150 @@
+"""The recipe that a sweep was started with, in its folder: what ``resume`` runs, and others are held against.
+
+It holds neither the storage, which is where it was found, nor a password.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pyarrow import fs
+
+from orchestration.common.redaction import without_password
+from orchestration.recipe.loading import flatten, single, validate
+from orchestration.recipe.schema import Recipe
+from orchestration.recipe.search import LIMITS
+from pruners.errors import InputError, did_you_mean
+from trainers import storage
+from trainers.remote_calls import look
+
+RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
+_FILE = "recipe.json"
+_SHOWN = 6
+# What a sweep may go on with: more or fewer trials and other limits of them, another share of the cluster,
+# other methods and sparsities beside those that are done, a longer run or INT8 after them, another place to
+# log to. None of it makes what is known wrong.
+_FREE = (
+    *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
+    "allocation.cpus_per_trial",
+    "allocation.gpus_per_trial",
+    "allocation.sparsities",
+    "description",
+    "long_run",
+    "pruning.methods",
+    "quantize",
+    "resources",
+    "storage",
+    "tracking",
+)
+
+
+def folder_of(place: str, name: str) -> str:
+    """Where a sweep of this name keeps its results, in the storage at ``place``."""
+    return f"{storage.absolute(place)}/sweeps/{name}"
+
+
+def store(recipe: Recipe) -> None:
+    """Write the recipe into its sweep's folder."""
+    storage.write_json(f"{folder_of(recipe.storage, recipe.name)}/{_FILE}", content_of(recipe))
+
+
+def load(place: str, name: str) -> Recipe:
+    """The recipe that the sweep of this name was last started with.
+
+    Raises:
+        InputError: no sweep of this name, or one that has stored no recipe.
+    """
+    find(place, name)
+    file = f"{folder_of(place, name)}/{_FILE}"
+    if not storage.exists(file):
+        raise InputError("name", name, "has stored no recipe; start it again by 'espalier sweep'")
+    content = storage.read_json(file) | {"storage": place}
+    login = os.environ.get("MLFLOW_TRACKING_URI")
+    if login is not None and without_password(login) == content["tracking"]["uri"]:
+        content["tracking"]["uri"] = login
+    return validate(content)
+
+
+def names(place: str) -> list[str]:
+    """The sweeps of a storage.
+
+    Raises:
+        InputError: there is none.
+    """
+    system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
+    try:
+        entries = look(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+    except OSError as error:
+        raise InputError("--storage", place, f"cannot be read ({error})") from None
+    found = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+    if not found:
+        raise InputError("--storage", place, "no sweep has been run there")
+    return found
+
+
+def find(place: str, name: str) -> None:
+    """Raises:
+    InputError: no sweep of this name is in the storage at ``place``.
+    """
+    known = names(place)
+    if name not in known:
+        raise InputError("name", name, f"no such sweep in {place}{did_you_mean(name, known)}")
+
+
+def check_unchanged(recipe: Recipe) -> None:
+    """Whether a sweep of the recipe's name was started with the same recipe, or there is none yet.
+
+    Raises:
+        InputError: it was another one; says what differs.
+    """
+    file = f"{folder_of(recipe.storage, recipe.name)}/{_FILE}"
+    if not storage.exists(file):
+        return
+    differing = changes(validate(storage.read_json(file)), recipe)
+    if differing:
+        shown = "; ".join(f"{key}: {old} → {new}" for key, (old, new) in list(differing.items())[:_SHOWN])
+        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        advice = "take the old values to go on, or --as NEW for a sweep of its own"
+        raise InputError("name", recipe.name, f"was begun with another recipe ({shown}{more}); {advice}")
+
+
+def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ, each with the old value and the new one, except what a sweep may go on with."""
+    # one run without a search is a part of the sweep of the same recipe
+    if _is_single(new):
+        old = single(old, new.pruning.methods[0])
+    elif _is_single(old):
+        new = single(new, old.pruning.methods[0])
+    before, after = flatten(content_of(old)), flatten(content_of(new))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{one}." for one in _FREE))
+    }
+
+
+def _is_single(recipe: Recipe) -> bool:
+    return len(recipe.pruning.methods) == 1 and not recipe.allocation.trials and not recipe.schedule.space
+
+
+def content_of(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON, without its storage: places by their absolute names, addresses without a login."""
+    content = recipe.model_dump(mode="json", exclude={"storage"})
+    for part in ("train", "validation", "test"):
+        if content["data"][part] is not None:
+            content["data"][part] = storage.absolute(content["data"][part])
+    checkpoint = content["model"]["checkpoint"]
+    if checkpoint is not None and not checkpoint.startswith(("hf-hub:", "models:/")):
+        content["model"]["checkpoint"] = storage.absolute(checkpoint)
+    without_logins: dict[str, Any] = _without_logins(content)
+    return without_logins
+
+
+def _without_logins(value: Any) -> Any:
+    """Of every address that a recipe may hold: data, checkpoint, teachers, MLflow's."""
+    if isinstance(value, dict):
+        return {key: _without_logins(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_logins(one) for one in value]
+    return without_password(value) if isinstance(value, str) else value

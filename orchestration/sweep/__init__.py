@@ -1,0 +1,16 @@
+"""A sweep, phase by phase: dense, structured, allocation, gradual runs, quantization."""
+
+__all__ = [
+    "allocation",
+    "cheap_runs",
+    "context",
+    "dense",
+    "gradual",
+    "quantize",
+    "report",
+    "run",
+    "structured",
+    "tasks",
+    "training",
+    "trial_runs",
+]

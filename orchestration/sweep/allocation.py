@@ -1,0 +1,271 @@
+"""The allocation search of a method: one elimination, then cheap trials that read it, by sparsities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestration.cluster.connect import cluster_size
+from orchestration.preflight.allocation import check_not_sparser
+from orchestration.recipe.schema import digest
+from orchestration.recipe.search import Fastest, Rule
+from orchestration.reporting import plots
+from orchestration.reporting.display import leading
+from orchestration.reporting.search_plots import search_figures
+from orchestration.search.limits import Limits
+from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial, Speed
+from orchestration.search.pareto import chosen, fastest
+from orchestration.search.runner import Search, run_search
+from orchestration.search.schedulers import stopping
+from orchestration.search.space import AllocationSpace
+from orchestration.search.training_trial import order_run
+from orchestration.state import latency_store as latency
+from orchestration.state.order_store import StoredOrder
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep import tasks as remote
+from orchestration.sweep.cheap_runs import CheapRuns
+from orchestration.sweep.context import Allocated, Dense, Study, Sweep
+from orchestration.sweep.tasks import OrderFacts
+from pruners.allocation.sharing import budget
+from trainers import storage
+from trainers.checkpoint.folder import RECORD
+from trainers.config.training import OrderJob, PruningSettings
+from trainers.engines.latency_table import LatencyTable
+
+
+def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
+    """A study for each sparsity, each begun with what was best at the one before."""
+    studies: dict[float, Study] = {}
+    search = _Searches(sweep, method, dense)
+    before: Study | None = None
+    for sparsity in search.sparsities:
+        before = studies[sparsity] = search.study(sparsity, before)
+    goal = studies[sweep.recipe.pruning.sparsity]
+    found = sweep.recipe.allocation.reach is not None
+    return Allocated({goal.sparsity: goal} if found else studies, goal)
+
+
+class _Searches:
+    """The studies of one method; the order is made, and looked at, when the first of them needs it."""
+
+    def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
+        self._sweep, self._method, self._dense = sweep, method, dense
+        recipe = sweep.recipe
+        self.sparsities = recipe.allocated_sparsities
+        self._found: tuple[StoredOrder, OrderFacts] | None = None
+
+    def study(self, sparsity: float, before: Study | None) -> Study:
+        """One elimination serves all trials; the first is the method's own allocation."""
+        sweep, search = self._sweep, self._sweep.recipe.allocation
+        pruning = sweep.recipe.pruning.model_copy(update={"sparsity": sparsity})
+        moved = None if before is None else before.moved
+        key = digest(
+            self._dense.weights,
+            self._method,
+            pruning.model_dump(mode="json", exclude={"methods", "schedule", "keep"}),
+            search.decides(),
+            moved,
+            sweep.recipe.seed,
+            sweep.data_hash,
+            # times of another machine are other results
+            *([] if self._table is None else [self._table.about]),
+        )
+        name = f"allocation-{self._method}-{key}"
+        log = TrialLog(f"{sweep.root}/{name}/trials.json", cheap=True)
+        one_shot = f"{sweep.root}/{name}/one-shot"
+        trials, ended = max(search.trials, 1), len(log.ended)
+        level = f"{100 * sparsity:g}"
+        at = f" at {level} %" if len(self.sparsities) > 1 else ""
+        title, label = (
+            f"{self._method}: allocation search{at}",
+            f"{self._method}-allocation{at and '-' + level}",
+        )
+        so_far = leading(log.trials)
+        sweep.display.phase(title, trials=trials, done=ended, best=so_far, label=label, log=log.uri)
+        if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
+            study = Study(self._best(log), one_shot, log.ended)
+            sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
+            return study
+
+        sweep.begin("allocation", title)
+        inputs = self._inputs(sparsity, pruning)
+        shared = {"dense": self._dense.weights, **inputs.order.facts}
+        runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
+        with sweep.scratch(name) as scratch:
+            run_search(self._search(name, scratch, inputs, moved), log, runs)
+        best = self._best(log)
+        runs.figure(
+            plots.allocations(log.trials, f"{self._method}{at}: sparsity of stages and modules"),
+            "allocations",
+        )
+        runs.figure(
+            plots.trial_history(log.trials, f"{self._method}{at}: one-shot trials", self._dense.top1),
+            "history",
+        )
+        if search.rule is not None:
+            runs.figure(plots.search_front(log.trials, search.rule, best, f"{self._method}{at}"), "pareto")
+        runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
+        runs.close(best)
+        # last, as it says that the search is done: MLflow has all of it by now
+        record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
+        task, _ = sweep.task(remote.save_one_shot)
+        ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
+        study = Study(best, one_shot, log.ended)
+        own = "failed" if study.own is None else study.own.percent
+        sweep.display.finished(
+            f"{len(log.ended)} trials, own {own} → best {best.percent} one-shot on validation"
+            + _times(best.metrics)
+        )
+        return study
+
+    def _best(self, log: TrialLog) -> TrialRecord:
+        rule = self._rule
+        if rule is None:
+            return log.best()
+        if isinstance(rule, Fastest):
+            return fastest(log.trials, rule)
+        cost = rule.cost.removesuffix("_sparse")
+        return chosen(log.trials, rule, self._sweep.lineage.get("structured", {}).get(f"dense_{cost}"))
+
+    def _search(
+        self, name: str, scratch: str, inputs: OneShotInputs, moved: Mapping[str, float] | None
+    ) -> Search:
+        sweep, search, space = self._sweep, self._sweep.recipe.allocation, inputs.space
+        resources = {"CPU": search.cpus_per_trial, "GPU": search.gpus_per_trial}
+        own = space.own_values()
+        begun = own if moved is None else space.moved(moved)
+        first_values = [own] if begun == own else [own, begun]
+        first = search.first_images
+        halving = partial(stopping, "asha", "images", first or 1, search.reduction, search.images)
+        return Search(
+            name=name,
+            trainable=tune.with_resources(tune.with_parameters(OneShotTrial, inputs=inputs), resources),
+            space=dict(space.distributions()),
+            trials=max(search.trials, 1),
+            concurrent=sweep.size.allocation_trials(search),
+            storage=scratch,
+            seed=sweep.recipe.seed,
+            sampler=search.sampler,
+            first=first_values,
+            scheduler=Search.scheduler if first is None else halving,
+            cost=None if search.rule is None else search.rule.cost,
+            limits=Limits(search, "allocation"),
+            fits=lambda: cluster_size().allocation_trials(search),
+            reuse_actors=True,
+            complete=lambda metrics: bool(metrics["complete"]),
+            say=sweep.display.say,
+        )
+
+    def _inputs(self, sparsity: float, pruning: PruningSettings) -> OneShotInputs:
+        order, facts = self._order()
+        search = self._sweep.recipe.allocation
+        if search.reach is not None:
+            key, most = f"allocation.{search.between_key}", budget(facts.layers, search.reach[1])
+            check_not_sparser(key, list(search.reach), facts.layers, sum(facts.pruned.values()), most)
+        return OneShotInputs(
+            checkpoint=self._dense.checkpoint,
+            data=self._sweep.data,
+            seed=self._sweep.recipe.seed,
+            search=search,
+            space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity], facts.pruned),
+            order=order,
+            costs=facts.costs,
+            speed=self._speed,
+        )
+
+    @property
+    def _rule(self) -> Rule | None:
+        return self._sweep.recipe.allocation.rule
+
+    @cached_property
+    def _table(self) -> LatencyTable | None:
+        """Of the machine that is to serve; nothing where the recipe does not ask for speed."""
+        sweep = self._sweep
+        if not isinstance(self._rule, Fastest):
+            return None
+        target = self._rule.target
+        job = latency.LatencyJob(self._dense.checkpoint, sweep.recipe.pruning, target, sweep.storage)
+        file, table = latency.on_server(target, latency.LatencyJob.known, job)
+        new = False
+        if table is None:
+            with sweep.making(f"latency/{file}", f"times of {target}"):
+                table, new = latency.on_server(target, latency.LatencyJob.run, job)
+        sweep.display.say(f"      {'measured' if new else 'known'}: {latency.told(table, target)}")
+        return table
+
+    @cached_property
+    def _speed(self) -> Speed | None:
+        """With the top-1, on the trials' own images, of the model that loss is told against."""
+        sweep, table = self._sweep, self._table
+        if table is None:
+            return None
+        before = sweep.lineage.get("structured", {}).get("dense_top1")
+        if before is not None:  # of the model that was cut in width since
+            return Speed(table, before)
+        task, device = sweep.task(remote.measure)
+        figures = task.remote(
+            [self._dense.checkpoint],
+            sweep.data,
+            "validation",
+            sweep.recipe.seed,
+            device,
+            most=sweep.recipe.allocation.images,
+        )
+        return Speed(table, ray.get(figures)[0]["top1"])
+
+    def _order(self) -> tuple[StoredOrder, OrderFacts]:
+        """The method's order, made if nobody has made it before, and what trials need to know of it."""
+        if self._found is None:
+            sweep, pruning = self._sweep, self._sweep.recipe.pruning
+            order = StoredOrder.of(
+                sweep.storage,
+                self._method,
+                pruning,
+                weights=self._dense.weights,
+                data=sweep.data_hash,
+                seed=sweep.recipe.seed,
+            )
+            if not order.known:
+                with sweep.making(f"orders/{order.fingerprint}", f"{self._method}: elimination"):
+                    if not order.known:
+                        self._make(order)
+            if "why" in order.facts:
+                sweep.display.say(f"{self._method}: {order.facts['why']}")
+            task, _ = sweep.task(remote.order_facts)
+            facts = task.remote(self._dense.checkpoint, pruning, self._method, order, self.sparsities)
+            self._found = order, ray.get(facts)
+        return self._found
+
+    def _make(self, order: StoredOrder) -> None:
+        """By a worker group where there are GPUs or nodes for it, each with its share of the layers.
+
+        One process has all processors of a node to itself otherwise.
+        """
+        sweep, resources = self._sweep, self._sweep.recipe.resources
+        job = OrderJob(
+            checkpoint=self._dense.checkpoint,
+            data=sweep.data,
+            pruning=sweep.recipe.pruning,
+            method=self._method,
+            seed=sweep.recipe.seed,
+            threads=max(1, int(resources.cpus_per_worker)),
+            folder=order.folder,
+            fingerprint=order.fingerprint,
+        )
+        if resources.most > 1 and (resources.gpus_per_worker > 0 or len(sweep.size.nodes) != 1):
+            with sweep.scratch(f"order-{order.fingerprint}") as scratch:
+                order_run(job, resources, scratch)
+            return
+        task, device = sweep.task(remote.make_order)
+        ray.get(task.remote(job, device))
+
+
+def _times(metrics: Mapping[str, Any]) -> str:
+    """How fast the chosen model is, where the search was for that."""
+    if "latency" not in metrics:
+        return ""
+    return f", {1e3 * metrics['latency_dense']:.2f} → {1e3 * metrics['latency']:.2f} ms by the table"

@@ -1,0 +1,118 @@
+"""The dense model that a sweep prunes.
+
+Like every phase it keeps its results in a folder named by the hash of all that it depends on: what has not
+changed is not run again, and an interrupted phase goes on where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from orchestration.recipe.jobs import dense_job
+from orchestration.recipe.loading import flatten
+from orchestration.recipe.schema import digest
+from orchestration.state.trial_log import TrialLog
+from orchestration.sweep import tasks as remote
+from orchestration.sweep.context import Dense, Sweep, content_hash
+from orchestration.sweep.training import run_training
+from orchestration.sweep.trial_runs import without_trainer_state
+from orchestration.tracking import registry
+from trainers import storage
+from trainers.checkpoint.folder import RECORD
+
+PARENT = "parent.json"  # which registered version a dense model was; beside it, and in the sweep's folder
+
+
+def dense_phase(sweep: Sweep) -> Dense:
+    """The dense model: trained once for a recipe and data, or taken as it is."""
+    sweep = sweep.phase("dense")
+    recipe = sweep.recipe
+    given = recipe.model.checkpoint
+    if given is not None and not recipe.model.is_file and not given.startswith(("hf-hub:", "models:/")):
+        sweep.display.phase("dense model")
+        return _measured(sweep, storage.absolute(given), "given")
+    version = _version(sweep, given)
+    # what lies in a file may be another model tomorrow
+    content = storage.sha256(given) if given is not None and recipe.model.is_file else version or given
+    key = digest(
+        recipe.model.model_dump(mode="json") | {"checkpoint": content},
+        recipe.dense and recipe.dense.model_dump(mode="json"),
+        recipe.resources.most if recipe.dense else None,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    folder = f"{sweep.storage}/dense/{key}"
+    checkpoint = f"{folder}/model"
+    if storage.exists(f"{checkpoint}/{RECORD}"):
+        sweep.display.phase("dense model")
+        return _measured(sweep, checkpoint, "reused")
+    log = f"{folder}/trials.json"
+    shown: dict[str, Any] = (
+        {} if recipe.dense is None else {"epochs": recipe.dense.epochs, "label": "dense", "log": log}
+    )
+    sweep.display.phase("dense model", **shown)
+    with sweep.making(f"dense/{key}", "dense model"):
+        if storage.exists(f"{checkpoint}/{RECORD}"):
+            how = "made by another sweep"
+        elif recipe.dense is None:
+            _save(sweep, version, checkpoint)
+            how = "pretrained"
+        else:
+            how = f"trained in {_train(sweep, key, folder):.0f} s"
+    return _measured(sweep, checkpoint, how)
+
+
+def _save(sweep: Sweep, version: str | None, checkpoint: str) -> None:
+    """A registered version, timm's pretrained weights or a hub's, as they are."""
+    if version is not None:
+        with registry.pulled(version, sweep.tracker.uri) as local:
+            storage.write_json(f"{local}/{PARENT}", {"version": version})
+            storage.upload(local, checkpoint)
+    else:
+        ray.get(sweep.task(remote.save_pretrained)[0].remote(sweep.recipe.model, sweep.data, checkpoint))
+
+
+def _train(sweep: Sweep, key: str, folder: str) -> float:
+    """Train the model, from where that was broken off if it was; returns the seconds."""
+    log = TrialLog(f"{folder}/trials.json")
+    sweep.begin("dense", "dense model")
+    job = dense_job(sweep.recipe, sweep.data, sweep.lineage).model_dump(mode="json")
+    runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
+    best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
+    with without_trainer_state(trained) as clean:
+        storage.upload(clean, f"{folder}/model")
+    runs.close(best)
+    return best.seconds
+
+
+def _version(sweep: Sweep, given: str | None) -> str | None:
+    """The registered version that the recipe named when the sweep began: its alias may have moved on."""
+    if given is None or not given.startswith("models:/"):
+        return None
+    place = f"{sweep.root}/{PARENT}"
+    if not storage.exists(place):
+        storage.write_json(place, {"version": registry.version_of(given, sweep.tracker.uri)})
+    return str(storage.read_json(place)["version"])
+
+
+def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
+    """The dense model with its validation top-1, and the version that it was."""
+    top1 = validation_top1(sweep, checkpoint)
+    sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
+    parent = f"{checkpoint}/{PARENT}"
+    version = storage.read_json(parent)["version"] if storage.exists(parent) else None
+    return Dense(checkpoint, top1, content_hash(checkpoint), version)
+
+
+def validation_top1(sweep: Sweep, checkpoint: str) -> float:
+    """Of a model: from its record if that tells of the same data, else measured."""
+    place = f"{checkpoint}/{RECORD}"
+    record = storage.read_json(place) if storage.exists(place) else {}
+    top1 = record.get("figures", {}).get("val_top1")
+    if top1 is None or record.get("data") != sweep.data_hash:
+        task, device = sweep.task(remote.measure)
+        found = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
+        top1 = found[0]["top1"]
+    return float(top1)

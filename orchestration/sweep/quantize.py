@@ -1,0 +1,137 @@
+"""INT8 after the last gradual run of a method: trained for it if asked, written, measured, registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from orchestration.common.units import megabytes
+from orchestration.recipe.jobs import aware_job
+from orchestration.recipe.loading import flatten
+from orchestration.recipe.quantization import Quantization
+from orchestration.recipe.schema import digest
+from orchestration.state.trial_log import TrialLog
+from orchestration.sweep import tasks as remote
+from orchestration.sweep.context import Quantized, Recovered, Sweep, content_hash
+from orchestration.sweep.training import run_training
+from orchestration.sweep.trial_runs import TrialRuns
+from orchestration.tracking import registry
+from orchestration.tracking.pyfunc_model import MARK, classes_of, labels_of, model_files
+from trainers import storage
+from trainers.checkpoint.folder import QUANTISED
+from trainers.quantization.int8_folder import ENGINE
+
+ARTIFACT = "int8"
+
+
+def quantize_phase(sweep: Sweep, method: str, found: Recovered) -> Quantized:
+    """The best model of a method as INT8, registered beside its float parent.
+
+    It is evaluated by ONNX Runtime, which will run it.
+    """
+    sweep = sweep.phase("quantize")
+    recipe, settings = sweep.recipe, sweep.recipe.quantize
+    assert settings is not None, "only a recipe that asks for INT8 has this phase"
+    training = settings.training
+    key = digest(
+        content_hash(found.end.checkpoint),
+        settings.model_dump(mode="json", exclude={"recovery"}),
+        training and training.model_dump(mode="json"),
+        recipe.resources.most if training else None,
+        recipe.seed,
+        sweep.data_hash,
+    )
+    name = f"quantize-{method}-{key}"
+    log = TrialLog(f"{sweep.root}/{name}/trials.json")
+    title, epochs = f"{method}: INT8, {settings.mode}", training.epochs if training else 1
+    label = f"{method}-quantize"
+    sweep.display.phase(title, done=len(log.ended), epochs=epochs, label=label, log=log.uri)
+    known = storage.exists(f"{sweep.root}/{name}/{ARTIFACT}/{QUANTISED}")
+    if not known:
+        sweep.begin("quantize", title)
+    params = flatten({"quantize": settings.model_dump(mode="json"), "seed": recipe.seed})
+    runs = sweep.runs(log, "quantize", params, method, done=known)
+    work = _Work(sweep, method, found, name, log, runs)
+    if not known:
+        work.write(settings, work.trained() if training else found.end.checkpoint)
+    record = storage.read_json(f"{work.target}/{QUANTISED}")
+    version, reached = work.register(record), record["figures"]["val_top1"]
+    sweep.display.finished(
+        f"{'known, ' if known else ''}{100 * found.end.validation:.1f} % → {100 * reached:.1f} % "
+        f"on validation, {megabytes(record['bytes'])}, version {version}"
+    )
+    return Quantized(work.target, reached, record["bytes"], version)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The phase of a method; ``name`` is that of its folder."""
+
+    sweep: Sweep
+    method: str
+    found: Recovered
+    name: str
+    log: TrialLog
+    runs: TrialRuns
+
+    @property
+    def folder(self) -> str:
+        return f"{self.sweep.root}/{self.name}"
+
+    @property
+    def target(self) -> str:
+        return f"{self.folder}/{ARTIFACT}"
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        model = self.sweep.recipe.registered_model
+        return {**self.sweep.lineage, "parent_version": f"models:/{model}/{self.found.end.version}"}
+
+    def trained(self) -> str:
+        """The checkpoint of the run that trains for INT8; one that was broken off goes on."""
+        sweep, checkpoint = self.sweep, self.found.end.checkpoint
+        job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
+        folder = f"{self.folder}/train"
+        best, trained = run_training(sweep, self.name, job, self.log, self.runs, folder=folder)
+        self.runs.close(best)
+        return trained
+
+    def write(self, settings: Quantization, source: str) -> None:
+        """The INT8 folder of a float checkpoint, by a task of the cluster."""
+        sweep = self.sweep
+        task, _ = sweep.task(remote.quantise)
+        job = remote.Int8Job(
+            source=source,
+            target=self.target,
+            mode=settings.mode,
+            images=settings.images,
+            data=sweep.data,
+            seed=sweep.recipe.seed,
+            labels=labels_of(sweep.data.train, sweep.data.columns),
+            record=self.lineage,
+        )
+        ray.get(task.remote(job))
+
+    def register(self, record: Mapping[str, Any]) -> str:
+        """Log the folder on the phase's run, once, and make it a version with tags of its own."""
+        tracker, run = self.sweep.tracker, self.runs.run
+        tracker.flush()
+        if not tracker.has(run, f"{ARTIFACT}/{QUANTISED}"):
+            with storage.local_copy(self.target) as local:
+                tracker.folder(run, local, ARTIFACT)
+            figures = {**record["figures"], "bytes": record["bytes"], "zeros": record["zeros"]}
+            tracker.metrics(run, {f"int8.{key}": [(0, value)] for key, value in figures.items()})
+        if not tracker.has(run, f"{ARTIFACT}/{MARK}"):
+            with model_files(classes_of(self.sweep.data.train, self.sweep.data.columns), ENGINE) as files:
+                tracker.folder(run, files, ARTIFACT, marks=[MARK])
+        tracker.finish(run)
+        tracker.flush()
+        tags = registry.describe(record) | {
+            "espalier.precision": "int8",
+            "espalier.quantize": str(record["mode"]),
+            "espalier.engine": str(record["engine"]),
+        }
+        return registry.register(tracker, self.sweep.recipe.registered_model, run, tags, ARTIFACT)

@@ -1,0 +1,212 @@
+"""The last table: test images are read here, once, for the models that validation chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from rich.table import Table
+
+from orchestration.common.terminal import Console
+from orchestration.common.units import count, megabytes, percent
+from orchestration.recipe.schema import digest
+from orchestration.sweep import tasks as remote
+from orchestration.sweep.context import Results, Sweep, content_hash
+from orchestration.tracking.promotion import Decision
+from orchestration.tracking.versions import CHAMPION
+from trainers import storage
+from trainers.checkpoint.folder import CONFIG, MASKS, RECORD, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of a method's model: the one at the end, or one ``kept`` on the way there.
+
+    Accuracies are of ``part``, in 0…1. Counts are held against the dense model that all began with;
+    ``structured`` figures are of the step between, if there was one.
+    """
+
+    method: str
+    allocation: str
+    part: str
+    dense: float
+    one_shot: float | None
+    recovered: float
+    validation: float
+    sparsity: float
+    parameters: int
+    parameters_sparse: int
+    macs: int
+    macs_sparse: int
+    bytes: int
+    checkpoint: str
+    run: str
+    version: str
+    kept: bool = False
+    structured: float | None = None
+    structured_parameters: int | None = None
+    structured_macs: int | None = None
+    int8: float | None = None
+    int8_bytes: int | None = None
+    int8_version: str | None = None
+
+
+def make_rows(sweep: Sweep, results: Results) -> list[Row]:
+    """Measure all models on test (validation where the data has no test images), each one once."""
+    dense, allocated, recovered = results.dense, results.allocated, results.recovered
+    part = "test" if sweep.data.test is not None else "validation"
+    models = {
+        method: {**{float(level): one for level, one in found.kept.items()}, found.sparsity: found.end}
+        for method, found in recovered.items()
+    }
+    studies = {method: {} if found is None else found.studies for method, found in allocated.items()}
+    structured = results.structured
+    places = [dense.checkpoint] + ([] if structured is None else [structured.checkpoint])
+    places += [one.checkpoint for some in studies.values() for one in some.values()]
+    places += [one.checkpoint for some in models.values() for one in some.values()]
+    places += [one.folder for one in results.quantized.values()]
+    top1 = _measure(sweep, places, part)
+    rows = []
+    for method, level in ((method, level) for method, some in models.items() for level in some):
+        model, study = models[method][level], studies[method].get(level)
+        record = storage.read_json(f"{model.checkpoint}/{RECORD}")
+        goal = recovered[method].sparsity
+        of_goal = studies[method].get(goal)
+        quantized = results.quantized.get(method) if level == goal else None
+        rows.append(
+            Row(
+                method=method,
+                allocation="own" if of_goal is None else of_goal.name,
+                part=part,
+                dense=top1[dense.checkpoint],
+                one_shot=None if study is None else top1[study.checkpoint],
+                recovered=top1[model.checkpoint],
+                validation=model.validation,
+                sparsity=record["sparsity"],
+                **_counts(record),
+                bytes=sum(storage.size(f"{model.checkpoint}/{name}") for name in (WEIGHTS, MASKS, CONFIG)),
+                checkpoint=model.checkpoint,
+                run=sweep.tracker.link(recovered[method].record.run_id or sweep.run),
+                version=model.version,
+                kept=level != goal,
+                structured=None if structured is None else top1[structured.checkpoint],
+                int8=top1[quantized.folder] if quantized else None,
+                int8_bytes=quantized.bytes if quantized else None,
+                int8_version=quantized.version if quantized else None,
+            )
+        )
+    return rows
+
+
+def _counts(record: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters and MACs of a model, against those of the dense one before any structured step."""
+    costs, before = record["costs"], record.get("structured")
+    if not before:
+        return dict(costs)
+    return {
+        **costs,
+        "parameters": before["dense_parameters"],
+        "macs": before["dense_macs"],
+        "structured_parameters": costs["parameters"],
+        "structured_macs": costs["macs"],
+    }
+
+
+def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, float]:
+    """Top-1 of each checkpoint; what was measured before is read back."""
+    known = {
+        checkpoint: f"{sweep.storage}/figures/{digest(content_hash(checkpoint), sweep.data_hash, part)}.json"
+        for checkpoint in checkpoints
+    }
+    missing = [checkpoint for checkpoint, place in known.items() if not storage.exists(place)]
+    if missing:
+        task, device = sweep.task(remote.measure)
+        figures = ray.get(task.remote(missing, sweep.data, part, sweep.recipe.seed, device))
+        for checkpoint, figure in zip(missing, figures, strict=True):
+            storage.write_json(known[checkpoint], figure)
+    return {checkpoint: float(storage.read_json(place)["top1"]) for checkpoint, place in known.items()}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The table that a sweep ends with."""
+    part = rows[0].part if rows else "test"
+    made = Table(title=f"Top-1 on {part} images (chosen on validation)", title_justify="left")
+    made.add_column("method")
+    made.add_column("allocation")
+    cut = any(row.structured is not None for row in rows)
+    accuracies = ("dense", *(("structured",) if cut else ()), "one shot", "recovered")
+    for heading in (*accuracies, "sparsity", "parameters", "MACs", "on disk"):
+        made.add_column(heading, justify="right")
+    has_int8 = any(row.int8 is not None for row in rows)
+    for heading in ("INT8", "on disk") if has_int8 else ():
+        made.add_column(heading, justify="right")
+    made.add_column("registered")
+    for row in rows:
+        of_int8 = (percent(row.int8), "" if row.int8_bytes is None else megabytes(row.int8_bytes))
+        made.add_row(
+            row.method,
+            row.allocation,
+            percent(row.dense),
+            *((percent(row.structured),) if cut else ()),
+            percent(row.one_shot),
+            percent(row.recovered),
+            percent(row.sparsity),
+            _steps(row.parameters, row.structured_parameters, row.parameters_sparse),
+            _steps(row.macs, row.structured_macs, row.macs_sparse),
+            megabytes(row.bytes),
+            *(of_int8 if has_int8 else ()),
+            row.version if row.int8_version is None else f"{row.version}, {row.int8_version}",
+        )
+    return made
+
+
+def _steps(*counts: int | None) -> str:
+    """``2.69 M → 2.25 M → 505 k``."""
+    return " → ".join(count(one) for one in counts if one is not None)
+
+
+def print_end(
+    console: Console, sweep: Sweep, rows: Sequence[Row], decisions: Sequence[Decision], recipe_name: str
+) -> None:
+    """The table, the links, what became of the registry's aliases, and what to do next."""
+    console.print(table(rows))
+    for row in rows:
+        if row.kept:  # the same run as its method's last model
+            continue
+        console.print(f"{row.method}: {row.run}", highlight=False, soft_wrap=True)
+    for line in (
+        *alias_lines(sweep.recipe.registered_model, rows, decisions),
+        f"open the UI:       espalier ui --storage {sweep.recipe.storage}"
+        if sweep.recipe.tracking.uri is None
+        else f"open the UI:       {sweep.tracker.link(sweep.run)}",
+        f"run on a cluster:  ray up cluster.yaml, then espalier sweep {recipe_name} --address auto",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
+    """The champion, if it is of this sweep, and how to load it, else why not; and who carries which alias."""
+    mine = {row.version: row for row in rows}
+    for decision in decisions:
+        row = mine[decision.candidate.version]
+        if decision.refused:
+            yield f"{decision.alias}: {decision.why}"
+            if decision.alias == CHAMPION:
+                forced = f"espalier promote {model} --version {row.version} --force"
+                yield f"make it champion:  {forced}"
+        elif decision.alias == CHAMPION:
+            place = row.checkpoint.removeprefix("file://")
+            yield f"champion: {row.method} (version {row.version}, models:/{model}@{CHAMPION})"
+            yield f"load the champion: timm.create_model('local-dir:{place}', pretrained=True)"
+    if all(decision.alias != CHAMPION for decision in decisions):
+        yield "champion: none of these, as none is sparse enough (tracking.promotion.sparsity)"
+    carried = [f"@{one.alias} version {one.candidate.version}" for one in decisions if not one.refused]
+    if carried:
+        yield f"aliases: {', '.join(carried)}"
+
+
+def as_json(rows: Sequence[Row], root: str) -> list[dict[str, Any]]:
+    """The table for MLflow; places of checkpoints are said from the storage on, not of this machine."""
+    return [asdict(row) | {"checkpoint": row.checkpoint.removeprefix(f"{root}/")} for row in rows]

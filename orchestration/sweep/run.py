@@ -1,0 +1,222 @@
+"""A sweep from recipe to registry, top to bottom."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+from orchestration.cluster.check import check_storage
+from orchestration.cluster.connect import ClusterSize, cluster_address, connect, logs_folder
+from orchestration.common.redaction import public
+from orchestration.common.terminal import Console
+from orchestration.preflight.checks import Prepared, check_local, check_size
+from orchestration.preflight.training import remarks
+from orchestration.recipe.loading import flatten
+from orchestration.recipe.phases import PHASES, WHOLE, Span
+from orchestration.recipe.schema import digest
+from orchestration.reporting import plots
+from orchestration.reporting.display import Display
+from orchestration.state.heartbeat import Journal
+from orchestration.state.lock import alone_here, alone_on_cluster
+from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
+from orchestration.sweep.allocation import allocation_phase
+from orchestration.sweep.context import SCRATCH, Allocated, Results, Sweep
+from orchestration.sweep.dense import dense_phase
+from orchestration.sweep.gradual import long_run_phase, schedule_phase
+from orchestration.sweep.quantize import quantize_phase
+from orchestration.sweep.report import Row, as_json, make_rows, print_end
+from orchestration.sweep.structured import structured_phase
+from orchestration.tracking.lineage import RECIPE
+from orchestration.tracking.promotion import Decision, settle
+from orchestration.tracking.server import tracking_folder
+from orchestration.tracking.tracker import Tracker, server_for
+from orchestration.tracking.versions import Registry
+from trainers import storage
+
+
+def run_sweep(
+    prepared: Prepared,
+    display: Display,
+    out: Console,
+    *,
+    address: str | None,
+    recipe_name: str,
+    span: Span = WHOLE,
+) -> list[Row]:
+    """Dense → structured step → allocation, schedules, long run and INT8 of each method → registry → table.
+
+    Args:
+        span: the phases to run; without the last one there is no table.
+
+    Raises:
+        InputError: the cluster or MLflow cannot serve the recipe, or a run of its name is at work.
+        KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
+    """
+    recipe = prepared.recipe
+    if cluster_address(address) is None:
+        check_local(recipe)
+    searches, methods = len(recipe.allocated_sparsities), len(recipe.pruning.methods)
+    phases = {
+        "dense": 1,
+        "structured": int(recipe.structured is not None),
+        "allocation": methods * searches,
+        "schedule": methods,
+        "long_run": methods * bool(recipe.long_run),
+        "quantize": methods * (recipe.quantize is not None),
+    }
+    display.plan(sum(phases[one] for one in PHASES if span.reaches(one)))
+    place = tracking_folder(recipe.storage)
+    name, root = recipe.name, folder_of(recipe.storage, recipe.name)
+    with (
+        alone_here(recipe.storage, name),
+        server_for(recipe.tracking.uri, place) as (uri, ready),
+        connect(address) as size,
+        alone_on_cluster(root, name),
+        Journal(recipe.storage, name, display, logs_folder()),
+    ):
+        check_size(recipe, size)
+        if cluster_address(address) is not None:
+            check_storage(recipe.storage)
+        else:
+            for line in remarks(recipe):
+                display.say(line)
+        ready()
+        tracker = Tracker(uri, recipe.tracking.experiment, display.say)
+        storage.remove(f"{root}/{SCRATCH}")  # of a run that was killed
+        try:
+            store(recipe)
+            sweep = _open(prepared, display, tracker, size, span)
+            found = _run_phases(sweep)
+            rows, decisions = ([], []) if found is None else _finish(sweep, found)
+            tracker.close("FINISHED")
+        except BaseException as error:
+            tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+    display.close()
+    if found is None:
+        go_on = f"espalier resume {name} --storage {recipe.storage}"
+        out.print(f"done until {span.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        print_end(out, sweep, rows, decisions, recipe_name)
+    return rows
+
+
+def _run_phases(sweep: Sweep) -> Results | None:
+    """Each phase for all methods; nothing where the command ends before the last of them."""
+    recipe, reaches = sweep.recipe, sweep.span.reaches
+    original = dense = dense_phase(sweep)
+    structured = None
+    if recipe.structured is not None and reaches("structured"):
+        structured, facts = structured_phase(sweep, original)
+        dense, sweep = structured, sweep.descending({"structured": facts})
+    allocated: dict[str, Allocated | None] = dict.fromkeys(recipe.pruning.methods)
+    if recipe.allocated_sparsities and reaches("allocation"):
+        for method in allocated:
+            allocated[method] = allocation_phase(sweep, method, dense)
+    if not reaches("schedule"):
+        return None
+    recovered = {}
+    for method, given in allocated.items():
+        runs = schedule_phase(sweep, method, dense, given)
+        if recipe.long_run and reaches("long_run"):
+            runs = long_run_phase(sweep, method, dense, given, runs)
+        if reaches("long_run") or not recipe.long_run:
+            recovered[method] = runs.register()
+    if not recovered:
+        return None
+    quantized = {}
+    if recipe.quantize is not None and reaches("quantize"):
+        quantized = {method: quantize_phase(sweep, method, found) for method, found in recovered.items()}
+    return Results(original, structured, allocated, recovered, quantized)
+
+
+def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
+    """The registry's aliases after the sweep; validation alone decides, test images have no say."""
+    recipe, registry = sweep.recipe, Registry(sweep.tracker.client)
+    registry.set_rule(recipe.registered_model, recipe.promotion)
+    ours = {row.version for row in rows}
+    versions = [one for one in registry.versions(recipe.registered_model) if one.version in ours]
+    return settle(registry, versions, recipe.promotion)
+
+
+def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
+    """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
+    rows = make_rows(sweep, found)
+    decisions = _promote(sweep, rows)
+    dense, allocated, recovered = found.dense, found.allocated, found.recovered
+    series = {
+        f"{method}, one shot": [trial for study in one.studies.values() for trial in study.trials]
+        for method, one in allocated.items()
+        if one is not None
+    } | {f"{method}, recovered": one.trials for method, one in recovered.items()}
+    points = {
+        name: [
+            (trial.metrics["sparsity"], trial.metrics["val_top1"])
+            for trial in trials
+            if "val_top1" in trial.metrics  # one may have been stopped before it reported
+        ]
+        for name, trials in series.items()
+    }
+    levels = {"dense": dense.top1}
+    if found.structured is not None:
+        levels["structured"] = found.structured.top1
+    figure = plots.accuracy_over_sparsity(points, levels)
+    sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
+    table = as_json(rows, sweep.storage)
+    sweep.tracker.table(sweep.run, table, RESULTS)
+    storage.write_json(f"{sweep.root}/{RESULTS}", table)
+    for row in rows:
+        figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
+        if row.int8 is not None:
+            figures["int8"] = row.int8
+        level = f".{100 * row.sparsity:.0f}" if row.kept else ""
+        named = {f"{row.method}{level}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
+        sweep.tracker.metrics(sweep.run, named)
+    return rows, decisions
+
+
+def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, span: Span) -> Sweep:
+    recipe = prepared.recipe
+    content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
+    shown = public(content)
+    lineage = {
+        "git_commit": git_commit(),
+        "data": prepared.data_hash,
+        "sweep": recipe.name,
+        "recipe_digest": digest(shown),
+    }
+    sweep = Sweep(
+        recipe=recipe,
+        data=prepared.data,
+        data_hash=prepared.data_hash,
+        size=size,
+        tracker=tracker,
+        display=display,
+        run="",
+        lineage=lineage,
+        span=span,
+    )
+    same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
+    known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"
+    run = storage.read_json(known)["run_id"] if storage.exists(known) else None
+    if run is None or not tracker.resume(run):
+        tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}
+        run = tracker.start(recipe.name, None, flatten(content), tags)
+        storage.write_json(known, {"run_id": run})
+    if not tracker.has(run, RECIPE):
+        tracker.table(run, shown, RECIPE)
+    tracker.inputs(run, sweep.datasets)
+    tracker.monitor(run)
+    sweep.run = run
+    return sweep
+
+
+def git_commit() -> str | None:
+    """The commit of the folder that the command runs in, if it is a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,208 @@
+"""The structured step between the dense model and its pruning: cut in width, then trained until it recovers.
+
+Its folder is beside those of dense models, named by the hash of all that it depends on. What was cut is kept
+there before it recovers, so that a run that is broken off goes on with the very same channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from orchestration.recipe.jobs import structured_job
+from orchestration.recipe.loading import flatten
+from orchestration.recipe.schema import digest
+from orchestration.state import latency_store as latency
+from orchestration.state.trial_log import TrialLog
+from orchestration.sweep import tasks as remote
+from orchestration.sweep.context import Dense, Sweep, content_hash
+from orchestration.sweep.dense import validation_top1
+from orchestration.sweep.training import run_training
+from orchestration.sweep.trial_runs import without_trainer_state
+from orchestration.tracking.pyfunc_model import classes_of
+from trainers import storage
+from trainers.checkpoint.folder import RECORD
+from trainers.config.structured import StructuredSettings, words
+
+REGISTERED = "registered.json"  # beside the model: its version in the registry
+_TITLE = "structured pruning"
+
+
+def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]:
+    """The smaller model, to be pruned as a dense one, and what is recorded of the step in all that follow."""
+    sweep = sweep.phase("structured")
+    settings = sweep.recipe.structured
+    assert settings is not None, "only a recipe with a structured step has this phase"
+    server: list[Any] = []
+    if settings.objective == "latency":  # another machine may choose another model
+        server = [latency.on_server(settings.serves, latency.circumstances, settings.serves)]
+    key = digest(
+        dense.weights,
+        settings.decides(),
+        sweep.recipe.resources.most if settings.recovery else None,
+        sweep.recipe.seed,
+        sweep.data_hash,
+        *server,
+    )
+    step = _Step(sweep, dense, key)
+    if step.known:
+        sweep.display.phase(_TITLE)
+        return step.result()
+    step.show()
+    with sweep.making(f"structured/{key}", _TITLE):
+        if not step.known:
+            step.make()
+    return step.result()
+
+
+def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1: float) -> int:
+    """Which candidate is the fastest of those that lose at most ``loss`` of the dense model's top-1.
+
+    Raises:
+        RuntimeError: all lose more; says the nearest.
+    """
+    losses = [1 - one["top1"] / max(dense_top1, 1e-12) for one in candidates]
+    within = [number for number, lost in enumerate(losses) if lost <= loss + 1e-9]
+    if not within:
+        nearest = min(range(len(losses)), key=lambda number: losses[number])
+        raise RuntimeError(
+            f"no candidate is within structured.loss ({loss:g} of the dense model's top-1); the nearest, "
+            f"{words(candidates[nearest]['cut'])}, loses {losses[nearest]:.3f} before recovery"
+        )
+    return min(within, key=lambda number: candidates[number]["latency"])
+
+
+class _Step:
+    """One step: ``cut`` is the model before it recovers, ``model`` the one after (if it does)."""
+
+    def __init__(self, sweep: Sweep, dense: Dense, key: str) -> None:
+        self._sweep, self._dense, self._key = sweep, dense, key
+        self._folder = f"{sweep.storage}/structured/{key}"
+        self._cut = f"{self._folder}/cut"
+        assert sweep.recipe.structured is not None, "checked by who makes a step"
+        self._settings = sweep.recipe.structured
+        self._made = False
+
+    @property
+    def model(self) -> str:
+        return self._cut if self._settings.recovery is None else f"{self._folder}/model"
+
+    @property
+    def known(self) -> bool:
+        registered = storage.exists(f"{self._folder}/{REGISTERED}")
+        recovered = self._settings.recovery is None or registered
+        return recovered and storage.exists(f"{self.model}/{RECORD}")
+
+    @property
+    def _log(self) -> str:
+        return f"{self._folder}/trials.json"
+
+    def show(self) -> None:
+        """The phase begins."""
+        training = self._settings.recovery
+        shown: dict[str, Any] = {} if training is None else {"label": "structured", "log": self._log}
+        self._sweep.display.phase(_TITLE, epochs=training.epochs if training else 1, **shown)
+
+    def make(self) -> None:
+        """Cut, recover, register."""
+        self._sweep.begin("structured", _TITLE)
+        facts = self._cut_now()
+        if self._settings.recovery is not None:
+            self._recover(TrialLog(self._log), facts)
+        self._made = True
+
+    def result(self) -> tuple[Dense, dict[str, Any]]:
+        """The model as the following phases take it, and the facts of the step."""
+        facts = storage.read_json(f"{self.model}/{RECORD}")["structured"]
+        top1 = validation_top1(self._sweep, self.model)
+        file = f"{self._folder}/{REGISTERED}"
+        version = storage.read_json(file)["version"] if storage.exists(file) else self._dense.version
+        how = "" if self._made else "known, "
+        self._sweep.display.finished(f"{how}{words(facts['cut'])}: {100 * top1:.1f} % on validation")
+        return Dense(self.model, top1, content_hash(self.model), version), facts
+
+    def _cut_now(self) -> dict[str, Any]:
+        """Cut the dense model unless that was done before; what is recorded of it."""
+        sweep, dense = self._sweep, self._dense
+        if not storage.exists(f"{self._cut}/{RECORD}"):
+            facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
+            settings = self._settings
+            if settings.objective == "latency":
+                found, taken = self._candidates(facts)
+                settings, facts = settings.choices()[taken], facts | {"candidates": found, "taken": taken}
+            self._save(settings, facts, self._cut)
+        facts = storage.read_json(f"{self._cut}/{RECORD}")["structured"]
+        top1 = validation_top1(sweep, self._cut)
+        sweep.display.say(
+            f"      {words(facts['cut'])}: {100 * dense.top1:.1f} → {100 * top1:.1f} % on validation"
+        )
+        return facts | {"cut_top1": top1}
+
+    def _save(self, settings: StructuredSettings, facts: dict[str, Any], folder: str) -> None:
+        """Cut the dense model by a task, into a folder."""
+        sweep = self._sweep
+        task, device = sweep.task(remote.save_structured)
+        given = {"seed": sweep.recipe.seed, "lineage": self._lineage(facts), "device": device}
+        ray.get(task.remote(self._dense.checkpoint, settings, sweep.data, folder, **given))
+
+    def _candidates(self, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """What each candidate comes to without recovery, and which one is taken."""
+        sweep, target = self._sweep, self._settings.serves
+        choices = self._settings.choices()
+        with sweep.scratch(f"structured-{self._key}") as scratch:
+            folders = [f"{scratch}/{number}" for number in range(len(choices))]
+            for settings, folder in zip(choices, folders, strict=True):
+                self._save(settings, facts, folder)
+            task, device = sweep.task(remote.measure)
+            tops = ray.get(task.remote(folders, sweep.data, "validation", sweep.recipe.seed, device))
+            *times, dense = latency.on_server(
+                target, latency.times_of, [*folders, self._dense.checkpoint], target
+            )
+            cuts = [storage.read_json(f"{folder}/{RECORD}")["structured"]["cut"] for folder in folders]
+        found = [
+            {"cut": cut, "top1": top["top1"], "latency": took}
+            for cut, top, took in zip(cuts, tops, times, strict=True)
+        ]
+        sweep.display.say(f"      dense: {100 * self._dense.top1:.1f} %, {1e3 * dense:.2f} ms on {target}")
+        for one in found:
+            sweep.display.say(
+                f"      {words(one['cut'])}: {100 * one['top1']:.1f} %, {1e3 * one['latency']:.2f} ms"
+            )
+        assert self._settings.loss is not None, "checked when it was read"
+        return found, fastest_cut(found, self._settings.loss, self._dense.top1)
+
+    def _recover(self, log: TrialLog, facts: dict[str, Any]) -> None:
+        sweep, recipe = self._sweep, self._sweep.recipe
+        lineage = self._lineage(facts)
+        job = structured_job(
+            recipe, sweep.data, cut=self._cut, dense=self._dense.checkpoint, lineage=lineage
+        ).model_dump(mode="json")
+        params = recipe.model_dump(mode="json", include={"structured", "seed"})
+        runs = sweep.runs(log, "structured", flatten(params))
+        figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        sweep.tracker.metrics(runs.run, {key: [(0, float(value))] for key, value in figures.items()})
+        name = f"structured-{self._key}"
+        best, trained = run_training(sweep, name, job, log, runs, folder=f"{self._folder}/train")
+        with without_trainer_state(trained) as clean:
+            storage.upload(clean, self.model)
+        version = runs.register(
+            recipe.registered_model,
+            best,
+            self.model,
+            classes=classes_of(sweep.data.train, sweep.data.columns),
+        )
+        reference = f"models:/{recipe.registered_model}/{version}"
+        storage.write_json(f"{self._folder}/{REGISTERED}", {"version": reference})
+        runs.close(best)
+
+    def _lineage(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a record of this step says; its method is in the place of a pruner's name."""
+        return {
+            **self._sweep.lineage,
+            "method": "structured",
+            "parent": self._dense.weights,
+            "parent_version": self._dense.version,
+            "structured": facts,
+        }

@@ -1,0 +1,223 @@
+"""What runs as Ray tasks around the trials: their elimination, the one-shot model, figures on test."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from orchestration.preflight.allocation import check_not_sparser
+from orchestration.search.one_shot_trial import OneShotInputs
+from orchestration.state.order_store import StoredOrder
+from pruners.allocation.sharing import Allocation
+from pruners.methods.registry import create_pruner
+from pruners.model.costs import CostModel, cost_model
+from pruners.model.layers import PrunableLayer
+from pruners.model.masks import MaskSet
+from pruners.one_shot import pattern_budget
+from trainers import models, storage
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.checkpoint.weights_file import from_file
+from trainers.config.quantization import Mode
+from trainers.config.structured import StructuredSettings
+from trainers.config.training import DataSettings, ModelSettings, OrderJob, PruningSettings
+from trainers.data import datasets as data
+from trainers.loop.elimination import write_order
+from trainers.loop.evaluation import evaluate
+from trainers.loop.prune_step import prunable_layers, sharing_of
+from trainers.quantization import int8_folder as int8
+from trainers.structured.cut import cut_model, plan_cut, save_cut
+
+
+@dataclass(frozen=True)
+class OrderFacts:
+    """What trials need to know of an order: its layers, their costs, the method's own allocations.
+
+    ``pruned`` are the weights that each layer had lost before.
+    """
+
+    layers: list[PrunableLayer]
+    costs: CostModel
+    own: dict[float, Allocation]
+    pruned: Allocation
+
+
+def make_order(job: OrderJob, device: str) -> None:
+    """Order a dense model's weights, in one process, for all trials of all sweeps."""
+    _use_all_processors(device)
+    write_order(job.model_copy(update={"threads": torch.get_num_threads()}), torch.device(device))
+
+
+def order_facts(
+    checkpoint: str, pruning: PruningSettings, method: str, order: StoredOrder, sparsities: list[float]
+) -> OrderFacts:
+    """The method's own allocation at each sparsity, from the losses of a stored order.
+
+    Raises:
+        InputError: the model has more zeros already.
+    """
+    model = load_checkpoint(checkpoint, layers=pruning.layers).model
+    layers = prunable_layers(model, pruning)
+    pruner = create_pruner(method, **pruning.options(method))
+    masks = MaskSet.from_zeros(model, layers)
+    losses, sharing = order.open(updates=False).losses, sharing_of(pruning, pruner)
+    own, pruned = {}, masks.pruned()
+    for sparsity in sparsities:
+        total = pattern_budget(layers, sparsity, pruner.form, masks)
+        check_not_sparser("pruning.sparsity", sparsity, layers, sum(pruned.values()), total)
+        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=pruner.form.unit)
+    return OrderFacts(layers, cost_model(model, models.input_size(model)), own, pruned)
+
+
+def save_one_shot(
+    inputs: OneShotInputs, allocation: Allocation, target: str, record: Mapping[str, Any]
+) -> None:
+    """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``."""
+    torch.set_num_threads(inputs.threads)
+    loaded = load_checkpoint(inputs.checkpoint, shared=True)
+    model = loaded.model
+    parameters = dict(model.named_parameters())
+    order = inputs.order.open()
+    weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    content = {
+        **record,
+        "allocation": allocation,
+        "sparsity": masks.sparsity,
+        "costs": inputs.costs.at(allocation).as_dict(),
+    }
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_checkpoint(
+            Path(folder), model, model_args=loaded.arguments, masks=masks.over(loaded.masks), record=content
+        )
+        storage.upload(Path(folder), target)
+
+
+def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) -> None:
+    """Write timm's own pretrained weights, a hub's or a file's, as a checkpoint folder at ``target``."""
+    if settings.is_file:
+        model = from_file(settings, images)
+    elif settings.checkpoint is not None:
+        model = models.load_hub(settings.checkpoint)
+    else:
+        model = models.build_model(settings, images)
+    models.name_classes(model, data.class_names(images))
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_checkpoint(
+            Path(folder),
+            model,
+            model_args=settings.args,
+            masks=None,
+            record={"method": "dense", "sparsity": 0.0, "allocation": {}},
+        )
+        storage.upload(Path(folder), target)
+
+
+def save_structured(
+    checkpoint: str,
+    settings: StructuredSettings,
+    images: DataSettings,
+    target: str,
+    *,
+    seed: int,
+    lineage: Mapping[str, Any],
+    device: str,
+) -> None:
+    """Write the model of ``checkpoint`` cut in width, without recovery, as a checkpoint folder at ``target``.
+
+    Args:
+        lineage: recorded in ``pruning.json``; what was cut is added to its ``structured``.
+    """
+    _use_all_processors(device)
+    loaded = load_checkpoint(checkpoint)
+    model = loaded.model.to(device)
+    plan = plan_cut(model, loaded.arguments, settings)
+    train = data.split(images, "train", data.eval_transform(models.data_config(model)), seed)
+    count = -(-min(settings.images, len(train)) // settings.batch_size)
+    batches = data.fixed_batches(train, settings.batch_size, 0, count, rank=0, world=1, seed=seed)
+    made = cut_model(model, plan, settings, batches)
+    record = {**lineage, "structured": {**lineage["structured"], **plan.facts(settings)}}
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        save_cut(Path(folder), made, plan, record, sparse=loaded.masks is not None)
+        storage.upload(Path(folder), target)
+
+
+@dataclass(frozen=True)
+class Int8Job:
+    """A checkpoint to write as INT8 at ``target``.
+
+    Attributes:
+        images: that ranges are taken from, of the training split.
+        labels: names of the classes, where they are known.
+        record: where it comes from.
+    """
+
+    source: str
+    target: str
+    mode: Mode
+    images: int | None
+    data: DataSettings
+    seed: int
+    labels: list[str] | None
+    record: Mapping[str, Any]
+
+
+def quantise(job: Int8Job) -> None:
+    """Write the INT8 form of a checkpoint, measured on validation by the engine that runs it."""
+    _use_all_processors("cpu")
+    with storage.local_copy(job.source) as source, tempfile.TemporaryDirectory(prefix="espalier-") as made:
+        transform = data.eval_transform(models.data_config(load_checkpoint(str(source)).model))
+
+        def figures(model: torch.nn.Module) -> dict[str, float]:
+            images = data.split(job.data, "validation", transform, job.seed)
+            found = evaluate(model, data.eval_loader(images, 128))
+            return {"val_top1": found.top1, "val_loss": found.loss}
+
+        batches: list[torch.Tensor] = []
+        if job.mode == "static":
+            batches = data.chosen(data.split(job.data, "train", transform, job.seed), job.images, job.seed)
+        int8.quantise(
+            source,
+            Path(made),
+            job.mode,
+            batches,
+            labels=job.labels,
+            record=job.record,
+            figures=figures,
+        )
+        storage.upload(Path(made), job.target)
+
+
+def measure(
+    checkpoints: list[str],
+    images: DataSettings,
+    part: str,
+    seed: int,
+    device: str,
+    *,
+    most: int | None = None,
+) -> list[dict[str, float]]:
+    """Top-1 and loss of checkpoints on ``validation`` or ``test``, or on its first ``most`` images."""
+    _use_all_processors(device)
+    figures = []
+    for checkpoint in checkpoints:
+        found = int8.load_runnable(checkpoint, key="checkpoint")
+        table = data.split(images, part, data.eval_transform(found.config), seed)
+        first = Subset(table, range(len(table) if most is None else min(most, len(table))))
+        result = evaluate(found.model.to(device), data.eval_loader(first, 128))
+        figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
+    return figures
+
+
+def _use_all_processors(device: str) -> None:
+    """Nothing else of the sweep runs meanwhile."""
+    if device == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)

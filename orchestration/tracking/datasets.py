@@ -1,0 +1,58 @@
+"""A sweep's images as MLflow knows them: what they are called, how many there are, and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from orchestration.common.redaction import public
+from trainers import storage
+from trainers.config.training import DataSettings
+from trainers.sources.files import split_glob
+from trainers.sources.parquet import count_rows
+
+_PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One part of the images; ``digest`` is of the data as a whole, as in checkpoints and versions."""
+
+    name: str
+    digest: str
+    source: str
+    rows: int
+    context: str
+
+    @property
+    def source_type(self) -> str:
+        """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
+        scheme, found, _ = self.source.partition("://")
+        return scheme if found else "local"
+
+
+def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
+    """Those that a sweep reads; validation images held out of train are counted there.
+
+    Args:
+        name: of the data as a whole, if it is known by one.
+    """
+    return list(_datasets(data, data_hash[:12], name))
+
+
+def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Dataset]:
+    for part in _PARTS:
+        uri: str | None = getattr(data, part)
+        if uri is None:
+            continue
+        stem = known or _stem(uri)
+        name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
+        yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
+
+
+def _stem(uri: str) -> str:
+    """What a file, a folder or a glob is called: ``train`` of ``train-*.parquet``."""
+    base, pattern = split_glob(uri)
+    return PurePosixPath(base).stem if pattern is None else re.split(r"[-_.]*[*?\[]", pattern)[0] or base

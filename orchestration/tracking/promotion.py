@@ -1,0 +1,125 @@
+"""Which version carries an alias: by rule, measured on the same data, told in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestration.recipe.schema import Promotion
+from orchestration.tracking.versions import CHAMPION, Registry, Version
+from pruners.errors import InputError
+
+_SLACK = 5e-4  # a budget of whole weights, blocks or groups lies a little beside the sparsity asked for
+_LEVEL = re.compile(r"sparsity-\d+(_\d)?")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of an alias that ``candidate`` could have had.
+
+    Args:
+        holder: the version that carries it now; ``None``: none.
+    """
+
+    alias: str
+    candidate: Version
+    holder: Version | None
+    why: str
+
+    @property
+    def refused(self) -> bool:
+        return self.holder is None or self.holder.version != self.candidate.version
+
+    def __str__(self) -> str:
+        return f"{self.candidate.model}@{self.alias}: {self.why}"
+
+
+def level_alias(sparsity: float) -> str:
+    """``sparsity-75``, ``sparsity-62_5``: MLflow's aliases have no points."""
+    return f"sparsity-{round(100 * sparsity, 1):g}".replace(".", "_")
+
+
+def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> list[Decision]:
+    """The aliases after a sweep that made these versions: ``champion``, then that of each sparsity."""
+    levels = [level_alias(version.sparsity) for version in sorted(versions, key=lambda one: -one.sparsity)]
+    decisions = []
+    for alias in dict.fromkeys([CHAMPION, *levels]):
+        fit = [version for version in versions if _unfit(version, alias, rule) is None]
+        if fit:
+            candidate = max(fit, key=lambda version: version.rank)
+            decisions.append(promote(registry, candidate, alias, rule))
+    return decisions
+
+
+def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Version:
+    """The best version for an alias of those that can be compared with the one that carries it.
+
+    Raises:
+        InputError: there is none that the rule lets.
+    """
+    holder = registry.holder(model, alias)
+    versions = [one for one in registry.versions(model) if holder is None or one.data == holder.data]
+    fit = [one for one in versions if _unfit(one, alias, rule) is None]
+    if not fit:
+        asked = alias if _LEVEL.fullmatch(alias) else f"{100 * (rule.sparsity or 0):g} % zeros"
+        raise InputError("NAME", model, f"has no version with {asked} for @{alias}")
+    return max(fit, key=lambda version: version.rank)
+
+
+def promote(
+    registry: Registry, candidate: Version, alias: str, rule: Promotion, *, force: bool = False
+) -> Decision:
+    """Give a version the alias if the rule lets it, or by force; whatever carried it before loses it."""
+    holder = registry.holder(candidate.model, alias)
+    if holder is not None and holder.version == candidate.version:
+        return Decision(alias, candidate, holder, f"{_told(holder)} carries it already")
+    against = None if force else _unfit(candidate, alias, rule) or _beaten(candidate, holder, alias, rule)
+    if against is not None:
+        stays = f"stays with version {holder.version}" if holder is not None else "stays free"
+        return Decision(alias, candidate, holder, f"{stays}: {against}")
+    registry.set_alias(candidate, alias)
+    before = f" takes it over from {_told(holder)}" if holder is not None else " takes it"
+    return Decision(alias, candidate, candidate, f"{_told(candidate)}{before}{', by force' if force else ''}")
+
+
+def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
+    """Why a version alone cannot have an alias, if there is a reason."""
+    if "espalier.precision" in version.tags:  # who loads an alias expects a checkpoint of timm's
+        return f"version {version.version} is {version.tags['espalier.precision']}"
+    has = f"version {version.version} has {100 * version.sparsity:.4g} % zeros"
+    if _LEVEL.fullmatch(alias):
+        return None if level_alias(version.sparsity) == alias else has
+    asked = rule.sparsity or 0.0
+    return None if version.sparsity >= asked - _SLACK else f"{has}, and {100 * asked:g} % are asked for"
+
+
+def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promotion) -> str | None:
+    """Why the version that carries an alias keeps it, if there is a reason."""
+    if holder is None:
+        return None
+    if not candidate.data or candidate.data != holder.data:
+        ours, theirs = (
+            f"data {one.data}" if one.data else "data not recorded" for one in (candidate, holder)
+        )
+        return f"it was measured on other images ({theirs}) than version {candidate.version} ({ours})"
+    if candidate.rank > holder.rank:
+        return None
+    # an old version within the tolerance would take turns with the new one
+    newer = int(candidate.version) > int(holder.version)
+    tolerance = None if _LEVEL.fullmatch(alias) else rule.tolerance
+    if newer and tolerance is not None and candidate.top1 >= holder.top1 - tolerance - 1e-9:
+        return None
+    return (
+        f"version {candidate.version} has {_percent(candidate)} on validation, and it has {_percent(holder)}"
+    )
+
+
+def _told(version: Version) -> str:
+    return (
+        f"version {version.version} ({_percent(version)} on validation, {100 * version.sparsity:.4g} % zeros)"
+    )
+
+
+def _percent(version: Version) -> str:
+    return f"{100 * version.top1:.2f} %"

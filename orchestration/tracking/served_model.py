@@ -1,0 +1,121 @@
+"""A checkpoint or an INT8 model as MLflow serves it: image bytes in; class, label and probabilities out.
+
+This file is logged beside the checkpoint's own ("models from code"), and runs where neither espalier nor Ray
+is installed: it imports nothing of ours, and nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+_TOGETHER = 64  # images of one forward pass
+_INT8 = "model.onnx"
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+Run = Callable[[Tensor], Tensor]
+"""Prepared images (N, 3, H, W) to logits (N, classes)."""
+
+
+class ServedModel(PythonModel):
+    """The model of the folder that this file lies in: timm's, or one in INT8 for ONNX Runtime."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the weights; labels are those of the data's classes, or of the model itself."""
+        folder = Path(__file__).parent
+        load = _quantised if (folder / _INT8).is_file() else _checkpoint
+        self._run, config, labels = load(folder)
+        self._transform = create_transform(**config, is_training=False)
+        classes = folder / "classes.json"
+        names = json.loads(classes.read_text(encoding="utf-8")) if classes.is_file() else {}
+        self._labels = {label: name for name, label in names.items()} or dict(enumerate(labels))
+
+    @torch.inference_mode()
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+        """A row for each encoded image (PNG, JPEG, …) of the column ``image``.
+
+        Returns:
+            ``class`` (its index), ``label`` (its name, or ``None``) and ``probabilities`` (of all classes).
+
+        Raises:
+            ValueError: an image that cannot be decoded, by its row.
+        """
+        rows = []
+        for begin in range(0, len(model_input), _TOGETHER):
+            cells = model_input["image"].iloc[begin : begin + _TOGETHER]
+            pixels = torch.stack([self._read(cell, begin + i) for i, cell in enumerate(cells)])
+            for shares in self._run(pixels).softmax(1).tolist():
+                best = max(range(len(shares)), key=shares.__getitem__)
+                rows.append({"class": best, "label": self._labels.get(best), "probabilities": shares})
+        return pd.DataFrame(rows, columns=["class", "label", "probabilities"])
+
+    def _read(self, cell: bytes, row: int) -> Tensor:
+        try:
+            pixels: Tensor = self._transform(decode(cell))
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            IndexError,
+            Image.DecompressionBombError,
+        ) as error:
+            raise ValueError(f"image {row} cannot be decoded ({error})") from None
+        return pixels
+
+
+def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
+    """What runs a folder of timm's, its preprocessing, and the names of its classes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
+    labels = model.pretrained_cfg.get("label_names") or []
+    if isinstance(labels, Mapping):  # timm takes {index: name} too
+        labels = [labels[key] for key in sorted(labels, key=int)]
+    return lambda pixels: model(pixels.to(device)), resolve_model_data_config(model), list(labels)
+
+
+def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
+    """The same of an INT8 model, whose file says it all."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / _INT8), providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    name = session.get_inputs()[0].name
+
+    def run(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(session.run(None, {name: pixels.numpy()})[0]))
+
+    config = {key: about[key] for key in _PREPROCESSING}
+    return run, {**config, "input_size": tuple(config["input_size"])}, about.get("labels", [])
+
+
+def decode(content: bytes) -> Image.Image:
+    """An image in RGB, upright, of 8 bits: just as for training (``trainers.sources.parquet.decode``)."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:  # Pillow would name a place in memory
+        raise ValueError("no image of a known format") from None
+    if image.format in ("JPEG", "MPO"):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow would keep the lower eight
+        wide = np.asarray(image).astype(np.float64)
+        scale = 257.0 if image.mode.startswith("I;16") or wide.max() > 255 else 1.0
+        image = Image.fromarray((wide / scale).round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+set_model(ServedModel())

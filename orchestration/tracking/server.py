@@ -1,0 +1,227 @@
+"""An MLflow server of ours on loopback, and whether one answers at all; it is run, not imported.
+
+All processes of this machine that log to a folder share one server, as two that make its database at once
+break each other. Who comes first starts it; it ends with the last who uses it, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from orchestration.common.network import LOOPBACK, reserve
+from orchestration.common.redaction import without_password
+from trainers import storage
+
+DEFAULT_PORT = 5000
+_READY_SECONDS = 90.0
+_END_SECONDS = 12.0  # the keeper gives the server five
+_KEEPER = Path(__file__).with_name("server_keeper.py")
+
+
+class _Files:
+    """What lies beside the database, for the processes of this machine: others do not reach its loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        host = socket.gethostname()
+        self.start = folder / f"start-{host}.lock"  # held to start a server, or to see whether there is one
+        self.keeper = folder / f"keeper-{host}.lock"  # held by the keeper, while there is one
+        self.users = folder / f"users-{host}.lock"  # shared by all who use the server
+        self._about = folder / f"server-{host}.json"
+
+    def write(self, **about: Any) -> None:
+        self._about.write_text(json.dumps(about), encoding="utf-8")
+
+    def read(self) -> dict[str, Any]:
+        """Where the server is, and the ``pid`` of its keeper; of one of before, unless the keeper lives."""
+        found: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
+        return found
+
+
+@dataclass
+class Server:
+    """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only.
+
+    Attributes:
+        shared: somebody else had started it.
+    """
+
+    uri: str
+    folder: Path
+    users: int
+    keeper: subprocess.Popen[bytes] | None
+
+    @property
+    def shared(self) -> bool:
+        return self.keeper is None
+
+    def wait_ready(self) -> None:
+        """Raises:
+        RuntimeError: it ended, or did not answer in time.
+        """
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline:
+            if not self.lives():
+                status = "" if self.keeper is None else f" with status {self.keeper.wait(_END_SECONDS)}"
+                raise RuntimeError(f"the MLflow server ended{status}; see {self.folder / 'server.log'}")
+            if answers(self.uri, timeout=1.0):
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
+
+    def lives(self) -> bool:
+        """Whether it is kept up."""
+        files = _Files(self.folder)
+        with FileLock(files.start):
+            held = _locked(files.keeper)
+        if held is not None:
+            os.close(held)
+        return held is None
+
+    def stop(self) -> None:
+        """Use it no more; if nobody else does, it ends, with its workers, before this returns."""
+        try:
+            fcntl.flock(self.users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            self._end()
+        finally:
+            os.close(self.users)
+
+    def _end(self) -> None:
+        pid = _Files(self.folder).read().get("pid")
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            if pid is None or not self.lives():  # while the keeper lives, the number is its own
+                break
+            os.killpg(pid, kind)
+            deadline = time.monotonic() + _END_SECONDS
+            while self.lives() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        if self.keeper is not None:
+            self.keeper.wait(_END_SECONDS)
+
+
+def tracking_folder(place: str) -> Path:
+    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
+    where = storage.absolute(place).removeprefix("file://")
+    return Path("runs" if "://" in where else where).absolute() / "mlflow"
+
+
+def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
+    """The server over ``folder``: the one that is there, else a new one; :meth:`Server.wait_ready` waits.
+
+    Args:
+        port: of a new one, or the next that is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _Files(folder)
+    users = _shared(files.users)
+    try:
+        with FileLock(files.start):
+            keeper = _locked(files.keeper)
+            if keeper is None:
+                return Server(files.read()["uri"], folder, users, None)
+            try:
+                return _start(folder, files, port, users, keeper)
+            finally:
+                os.close(keeper)  # the one that was started holds it on
+    except BaseException:
+        os.close(users)
+        raise
+
+
+def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> Server:
+    """Start a keeper, which takes its lock and that of its port along, and write down where it is."""
+    free, port_lock = reserve(port)
+    uri = f"http://{LOOPBACK}:{free}"
+    command = [sys.executable, "-I", str(_KEEPER), str(files.users), sys.executable, "-m", "mlflow", "server"]
+    command += ["--host", LOOPBACK, "--port", str(free)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    files.write(uri=uri)
+    try:
+        with (folder / "server.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(keeper, port_lock),
+                start_new_session=True,  # Ctrl-C reaches us first; we end it in order
+                env={**os.environ, **quiet_environment()},
+            )
+    finally:
+        os.close(port_lock)
+    files.write(uri=uri, pid=process.pid)
+    return Server(uri, folder, users, process)
+
+
+def _locked(file: Path) -> int | None:
+    """The file's lock, or nothing where somebody holds it."""
+    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(found)
+        return None
+    return found
+
+
+def _shared(file: Path) -> int:
+    """The file's lock, shared; a server that is about to end is waited for.
+
+    Raises:
+        RuntimeError: it does not end.
+    """
+    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + 2 * _END_SECONDS
+    while True:
+        try:
+            fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(found)
+                raise RuntimeError(f"the MLflow server of {file.parent} is ending, and does not") from None
+            time.sleep(0.1)
+        else:
+            return found
+
+
+def answers(uri: str, timeout: float) -> bool:
+    """Whether an HTTP server answers at all (asking for a password is an answer)."""
+    try:
+        with urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=timeout):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code in {401, 403}
+    except (OSError, ValueError):
+        return False
+
+
+def quiet_environment() -> dict[str, str]:
+    """No telemetry, no progress bars, and failures in seconds rather than minutes."""
+    wanted = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner costs ten processes
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    return {key: os.environ.get(key, value) for key, value in wanted.items()}

@@ -1,0 +1,360 @@
+"""MLflow: the server to log to, and runs nested under the right parents."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from orchestration.common.redaction import public, without_password
+from orchestration.tracking.check import check_uri
+from orchestration.tracking.paging import all_pages
+from orchestration.tracking.server import answers, quiet_environment, start_server
+from trainers.storage import MARKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, Run
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    from orchestration.tracking.datasets import Dataset
+
+T = TypeVar("T")
+
+_BATCH = 900  # MLflow takes up to 1,000 metrics in one request
+_PARAMS = 100  # and up to 100 parameters
+_TAG_LIMIT = 5000
+_WAITING = 1000  # requests, before those who log more have to wait
+_PATIENCE_SECONDS = 3600.0
+_MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@contextmanager
+def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The tracking URI and what waits for it: the given one left alone, else a server of ours while we run.
+
+    Raises:
+        InputError: the given URI does not answer.
+    """
+    os.environ.update(quiet_environment())
+    if uri is not None:
+        check_uri(uri)
+        yield uri, lambda: None
+        return
+    server = start_server(folder)
+    try:
+        yield server.uri, server.wait_ready
+    finally:
+        server.stop()
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A run as it is logged when it is over."""
+
+    name: str
+    parent: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    status: Status
+    seconds: float
+
+
+class Tracker:
+    """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
+
+    def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
+        """``say`` is told what of the experiment or its runs had been deleted and is restored."""
+        import mlflow
+
+        self.uri, self._say = uri, say
+        self.client: MlflowClient = mlflow.MlflowClient(uri)
+        self.experiment = self._experiment(experiment)
+        self._sender = ThreadPoolExecutor(1, "mlflow")
+        self._sent: list[Future[Any]] = []
+        self._open: set[str] = set()
+        self._monitor: SystemMetricsMonitor | None = None
+        self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
+
+    def _experiment(self, name: str) -> str:
+        """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            # the kind decides which view the UI opens it in
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            try:
+                return str(self.client.create_experiment(name, tags=tags))
+            except MlflowException:
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":  # else another sweep was quicker
+            self.client.restore_experiment(found.experiment_id)
+            self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
+        return str(found.experiment_id)
+
+    def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """A new run, nested under ``parent``; returns its id."""
+        return self._sender.submit(self._start, name, parent, dict(params), dict(tags)).result()
+
+    def _start(self, name: str, parent: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
+        from mlflow.entities import Param
+
+        tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
+        run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        entries = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in params.items()]
+        self._log_all(run, [], entries)
+        self._open.add(run)
+        return run
+
+    def log(self, run: EndedRun) -> Future[str]:
+        """A run that is over, in three requests (more of very many figures); its id comes later."""
+        from mlflow.entities import Metric, Param
+
+        ended = int(time.time() * 1000)
+        began = ended - int(1000 * run.seconds)
+        tags = {**run.tags, "mlflow.parentRunId": run.parent}
+        made: list[str] = []  # what goes on when a request is tried again
+
+        def send() -> str:
+            if not made:
+                made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
+            points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
+            params = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
+            self._log_all(made[0], points, params)
+            self.client.set_terminated(made[0], run.status, ended)
+            return made[0]
+
+        return self._send(send)
+
+    def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
+        """Runs below a run that are ``known`` by the value of a tag: value -> id.
+
+        Others are deleted: those left half said, and those of trials that were logged here and, as the driver
+        or its storage failed, nowhere else; they run again.
+        """
+        found: dict[str, str] = {}
+        for child in self._search(f"tags.`mlflow.parentRunId` = '{run}'"):
+            value: str | None = child.data.tags.get(tag)
+            if value is None or child.info.end_time is None or value not in known or value in found:
+                self.client.delete_run(child.info.run_id)
+            else:
+                found[value] = child.info.run_id
+        return found
+
+    def _search(self, condition: str) -> list[Run]:
+        return all_pages(self.client.search_runs, [self.experiment], condition)
+
+    def knows(self, run: str) -> bool:
+        """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.client.get_run(run)
+        except MlflowException:
+            return False
+        if found.info.lifecycle_stage == "deleted":
+            self.client.restore_run(run)
+            self._say(f"the MLflow run {found.info.run_name} had been deleted; it is restored")
+        return True
+
+    def has(self, run: str, artifact: str) -> bool:
+        """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
+        folder = artifact.rpartition("/")[0] or None
+        return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
+
+    def resume(
+        self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
+    ) -> bool:
+        """Go on with a run of before; ``False`` if this server does not know it.
+
+        Args:
+            end_below: runs below it that a killed process left open are ended; those that go on are resumed
+                in their turn.
+            parent, sweep: of who goes on with it. Where another sweep had begun it, it is nested there from
+                now on: that sweep, when it is resumed, would end it as left open.
+        """
+        if not self.knows(run):
+            return False
+        tags = self.client.get_run(run).data.tags
+        if sweep is not None and tags.get("espalier.sweep", sweep) != sweep:
+            moved = {"espalier.sweep": sweep} | ({"mlflow.parentRunId": parent} if parent else {})
+            for key, value in moved.items():
+                self.client.set_tag(run, key, value)
+        left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
+        for child in self._search(left) if end_below else ():
+            self.client.set_terminated(child.info.run_id, "KILLED")
+        self.client.update_run(run, status="RUNNING")
+        self._open.add(run)
+        return True
+
+    def last_step(self, run: str, key: str) -> int:
+        """The step of a metric's last point; -1 if it has none."""
+        self.flush()
+        return max((point.step for point in self.client.get_metric_history(run, key)), default=-1)
+
+    def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
+        """Log (step, value) points of some metrics."""
+        now = int(time.time() * 1000)  # a point that is sent twice is one point, as its time is the same
+        self._send(self._metrics, run, {key: list(values) for key, values in points.items()}, now)
+
+    def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]], now: int) -> None:
+        from mlflow.entities import Metric
+
+        entries = [
+            Metric(_safe(key), float(value), now, step)
+            for key, values in points.items()
+            for step, value in values
+        ]
+        self._log_all(run, entries, [])
+
+    def _log_all(self, run: str, metrics: Sequence[Metric], params: Sequence[Param]) -> None:
+        """In as many requests as the server's limits ask for."""
+        while metrics or params:
+            self.client.log_batch(run, metrics=metrics[:_BATCH], params=params[:_PARAMS])
+            metrics, params = metrics[_BATCH:], params[_PARAMS:]
+
+    def tags(self, run: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._send(self.client.set_tag, run, key, value)
+
+    def figure(self, run: str, figure: Figure, name: str) -> None:
+        self._send(self.client.log_figure, run, figure, f"figures/{name}.png")
+
+    def table(self, run: str, content: Any, name: str) -> None:
+        """A JSON artifact."""
+        self._send(self.client.log_dict, run, content, name)
+
+    def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
+        """The images that a run reads; those that it is known to read stay."""
+        from mlflow import entities
+
+        self._send(
+            self.client.log_inputs,
+            run,
+            [
+                entities.DatasetInput(
+                    entities.Dataset(
+                        name=one.name,
+                        digest=one.digest,
+                        source_type=one.source_type,
+                        source=json.dumps({"uri": one.source}),
+                        profile=json.dumps({"num_rows": one.rows}),
+                    ),
+                    [entities.InputTag("mlflow.data.context", one.context)],
+                )
+                for one in datasets
+            ],
+        )
+
+    def monitor(self, run: str) -> None:
+        """Log how busy this machine is on a run, until the tracker is closed."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it speaks of each start and end
+        try:
+            self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+                run, sampling_interval=_MONITOR_SECONDS, resume_logging=True, tracking_uri=self.uri
+            )
+            self._monitor.start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # a machine that cannot be measured can still prune
+            logging.getLogger(__name__).warning("no system metrics: %s", error)
+
+    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
+        """A folder as artifact; returns when it is there. Files named in ``marks`` come last, so that an
+        artifact that has one has all: also where we are killed on the way."""
+
+        def send() -> None:
+            for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in marks, entry.name)):
+                if entry.is_dir():
+                    self.client.log_artifacts(run, str(entry), f"{name}/{entry.name}")
+                else:
+                    self.client.log_artifact(run, str(entry), name)
+
+        self._sender.submit(send).result()
+
+    def finish(self, run: str, status: Status = "FINISHED") -> None:
+        self._open.discard(run)
+        self._send(self.client.set_terminated, run, status)
+
+    def link(self, run: str) -> str:
+        """Where the UI shows a run."""
+        return f"{without_password(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
+
+    def flush(self) -> None:
+        """Wait until everything is sent.
+
+        Raises:
+            mlflow.exceptions.MlflowException: what the server refused.
+        """
+        sent, self._sent = self._sent, []
+        for future in sent:
+            future.result()
+
+    def abandon(self, status: Status) -> None:
+        """End the open runs after an error, which must not be hidden by one of MLflow's."""
+        from mlflow.exceptions import MlflowException
+
+        self._hurry.set()
+        if self.uri.startswith("http") and not answers(self.uri, timeout=2.0):
+            self._sender.shutdown(wait=False, cancel_futures=True)  # each request would be tried for long
+            return
+        try:
+            self.close(status)
+        except MlflowException:
+            self._sender.shutdown(cancel_futures=True)
+
+    def close(self, status: Status) -> None:
+        """End the runs that are still open and send what waits."""
+        if self._monitor is not None:
+            self._monitor.finish()  # type: ignore[no-untyped-call]
+            self._monitor = None
+        # by the sender, after what waits: a run that an interrupt caught at its start is open by then
+        self._send(self._finish_open, status)
+        self.flush()
+        self._sender.shutdown()
+
+    def _finish_open(self, status: Status) -> None:
+        for run in sorted(self._open):
+            self.client.set_terminated(run, status)
+        self._open.clear()
+
+    def _send(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
+        if len(self._sent) > _WAITING:  # who logs faster than MLflow takes it waits here
+            self._sent.pop(0).result()
+        self._sent.append(future := self._sender.submit(self._patiently, call, *arguments))
+        return future
+
+    def _patiently(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Try again while the server does not answer: what is to be sent waits here, in order."""
+        from mlflow.exceptions import MlflowException
+
+        deadline, pause = time.monotonic() + _PATIENCE_SECONDS, 1.0
+        while True:
+            try:
+                return call(*arguments)
+            except MlflowException:
+                away = self.uri.startswith("http") and not answers(self.uri, timeout=5.0)
+                if not away or self._hurry.is_set() or time.monotonic() > deadline:
+                    raise
+                self._hurry.wait(pause)
+                pause = min(2 * pause, 30.0)
+
+
+def _safe(key: str) -> str:
+    """MLflow takes letters, digits and ``_-. /`` in keys."""
+    return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)

@@ -1,0 +1,13 @@
+"""Second-order elimination (oViT): gradients, block-wise Fisher inverses, the order of elimination."""
+
+__all__ = [
+    "blocks",
+    "constraints",
+    "damping",
+    "fisher",
+    "gradients",
+    "kernels",
+    "memory",
+    "obs",
+    "order",
+]

@@ -1,0 +1,58 @@
+"""DIMAP: data-independent, module-aware pruning (He & Zhou, ICLR 2024, arXiv 2404.13648), and LAMP.
+
+======================  ==========================================
+paper                   here
+======================  ==========================================
+W_p1 ≥ W_p2 ≥ …         ``magnitudes``, in the other direction
+Imp(W_pj)               :func:`importance`
+QKV-M, PRJ-M, MLP-M     ``PrunableLayer.module``
+======================  ==========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruners.allocation.sharing import Scope
+from pruners.methods.magnitude import RankedByMagnitude
+
+
+def importance(magnitudes: Tensor) -> Tensor:
+    """``Imp(W_pj) = W_pj² / Σ_{i ≤ j} W_pi²`` with weights sorted largest first (the paper's Eq. for Imp).
+
+    Args:
+        magnitudes: |w| of one layer, *ascending* (d,).
+
+    Returns:
+        the scores in the same order (d,), ascending; 1 for the largest weight, 0 for zeros.
+    """
+    energy = magnitudes.double().square()
+    at_least_as_large = energy.flip(0).cumsum(0).flip(0)
+    scores = energy.div_(at_least_as_large.clamp_min_(torch.finfo(torch.float64).tiny))
+    # rounding may turn neighbours round: the layer's own ranking is kept
+    return scores.cummax(0).values if len(scores) else scores
+
+
+@dataclass(frozen=True)
+class Dimap(RankedByMagnitude):
+    """A weight's share of the energy of those at least as large; one threshold for each module.
+
+    All modules (QKV, PRJ, MLP) are pruned at the same ratio, each by one threshold over all its layers.
+    """
+
+    scope: Scope = "module"
+    name: str = "dimap"
+
+    def score(self, magnitudes: Tensor) -> Tensor:
+        return importance(magnitudes)
+
+
+@dataclass(frozen=True)
+class Lamp(Dimap):
+    """LAMP (Lee et al., ICLR 2021): the same score, with one threshold for the whole model."""
+
+    scope: Scope = "global"
+    name: str = "lamp"

@@ -1,0 +1,139 @@
+"""Which weights are kept: applied to a model, held through training, packed to one bit a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pruners.errors import InputError
+from pruners.model.layers import PrunableLayer
+
+_FORMAT = "espalier-masks-2"
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """A boolean tensor for each prunable layer (by parameter name); ``True`` is a kept weight."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = dict(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @classmethod
+    def dense(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """Everything kept."""
+        weights = dict(model.named_parameters())
+        return cls({layer.name: torch.ones_like(weights[layer.name], dtype=torch.bool) for layer in layers})
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """What a sparse checkpoint says by its zeros."""
+        weights = dict(model.named_parameters())
+        return cls({layer.name: weights[layer.name].detach() != 0 for layer in layers})
+
+    def to(self, device: torch.device) -> MaskSet:
+        """The same masks on ``device``, where the weights are."""
+        return MaskSet({name: mask.to(device) for name, mask in self._masks.items()})
+
+    def of(self, layers: Sequence[PrunableLayer]) -> MaskSet:
+        """Those of some layers, each of which must have one."""
+        return MaskSet({layer.name: self._masks[layer.name] for layer in layers})
+
+    def over(self, others: MaskSet | None) -> MaskSet:
+        """These, and those of layers that only ``others`` know."""
+        return MaskSet({**(others or {}), **self._masks})
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set every pruned weight of ``model`` to exactly zero, in place."""
+        weights = dict(model.named_parameters())
+        for name, mask in self._masks.items():
+            weights[name].masked_fill_(~mask, 0.0)
+
+    def mask_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Zero what is pruned in other tensors of the same names (gradients, optimizer moments), in place."""
+        for name, mask in self._masks.items():
+            if name in tensors:
+                tensors[name].masked_fill_(~mask, 0.0)
+
+    def pruned(self) -> dict[str, int]:
+        """Pruned weights of each layer."""
+        return {name: mask.numel() - int(mask.sum()) for name, mask in self._masks.items()}
+
+    @property
+    def numel(self) -> int:
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the prunable weights."""
+        return sum(self.pruned().values()) / max(self.numel, 1)
+
+    def fingerprint(self) -> str:
+        """The same on two workers if and only if their masks are."""
+        digest = hashlib.sha256()
+        for name, bits in self._packed().items():
+            digest.update(repr((name, tuple(self._masks[name].shape))).encode())
+            digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _packed(self) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(np.packbits(self._masks[name].cpu().numpy().reshape(-1)))
+            for name in sorted(self._masks)
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a ``uint8`` tensor of packed bits for each layer, its shape in the metadata."""
+        shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
+        # a single entry: safetensors writes several in any order, and equal masks shall be equal files
+        save_file(self._packed(), path, metadata={_FORMAT: json.dumps(shapes, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> MaskSet:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is truncated, or no mask file of ours.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = dict(file.metadata() or {})
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kinds for a broken header
+            raise InputError("masks", str(path), f"must be a readable mask file ({error})") from None
+        try:
+            shapes: dict[str, list[int]] = json.loads(about[_FORMAT])
+            foreign = set(shapes) != set(packed)
+        except (KeyError, ValueError, TypeError):
+            foreign = True
+        if foreign:
+            raise InputError("masks", str(path), "must be a mask file written by espalier")
+        try:
+            return cls({name: _unpack(bits, shapes[name]) for name, bits in packed.items()})
+        except (ValueError, TypeError) as error:
+            raise InputError("masks", str(path), f"must be a sound mask file ({error})") from None
+
+
+def _unpack(bits: Tensor, sides: Sequence[int]) -> Tensor:
+    shape = tuple(int(side) for side in sides)
+    numel = math.prod(shape)
+    if bits.dtype != torch.uint8 or min(shape) < 0 or bits.shape != (-(-numel // 8),):
+        raise ValueError(f"its bits do not fit a layer of {sides}")
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel).astype(bool)).reshape(shape)

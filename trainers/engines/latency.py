@@ -1,0 +1,250 @@
+"""Measure a latency table: each shape of layer at some sparsities, and the whole model, in turns.
+
+Only linear layers are timed: no engine here gains by zeros elsewhere, so that convolutions are a part of the
+rest. A layer is timed alone, with random weights and zeros in random places that keep the pattern.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, nextafter, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pruners.errors import first_line
+from pruners.model.costs import cost_model
+from pruners.model.layers import PrunableLayer
+from pruners.model.sparsity_pattern import Pattern
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint, model_args, save_checkpoint
+from trainers.data.preprocessing import pattern_images, preprocessing_of
+from trainers.engines.interleave import K, in_turns
+from trainers.engines.latency_table import Curve, LinearShape
+from trainers.engines.process import EngineError, EngineProcess
+from trainers.engines.registry import SPARSE_ENOUGH, Choice, Place
+
+GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Sparsities at which a layer is timed, where the pattern leaves them free."""
+WHOLE = (0.0, 0.5, 0.9)
+"""Those at which the whole model is: none, as many as make a layer sparse for an engine, and many."""
+_ROUNDS = 9
+_OPSET, _IR = 18, 10  # of ONNX; what every release of this year's engines reads
+
+
+@dataclass(frozen=True)
+class Target:
+    """On what a model is to be fast."""
+
+    choice: Choice
+    place: Place
+    batch: int
+
+
+def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str, LinearShape]:
+    """The shapes of those layers that are plain linear ones, by their weights' names."""
+    modules = dict(model.named_modules())
+    linear = [
+        layer.name
+        for layer in layers
+        if layer.name.endswith(".weight") and type(modules[layer.name.removesuffix(".weight")]) is nn.Linear
+    ]
+    macs = cost_model(model, models.input_size(model)).weight_macs
+    shapes = {name: model.get_parameter(name).shape for name in linear}
+    return {
+        name: LinearShape(outputs, inputs, round(macs[name] / (outputs * inputs)))
+        for name, (outputs, inputs) in shapes.items()
+    }
+
+
+def sparsities(pattern: Pattern, free: tuple[float, ...] = GRID) -> tuple[float, ...]:
+    """At which a layer with this pattern is timed: those that are given, or the one that N:M leads to."""
+    return free if pattern.forced is None else (0.0, pattern.forced)
+
+
+def measure(
+    folder: Path,
+    layers: Mapping[str, LinearShape],
+    target: Target,
+    pattern: Pattern,
+    rounds: int = _ROUNDS,
+) -> tuple[Curve, dict[LinearShape, Curve]]:
+    """Seconds of a dense checkpoint for a batch, also with zeros in these layers, and of each shape of layer.
+
+    Medians of what was measured in turns.
+
+    Args:
+        layers: as :func:`linear_shapes` found them.
+
+    Raises:
+        InputError: a model that the engine's format cannot hold.
+        RuntimeError: the engine fails; says how.
+    """
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="espalier-") as made:
+        scratch = Path(made)
+        files: dict[tuple[LinearShape | None, float], _File] = {}
+        for sparsity in sparsities(pattern, WHOLE):
+            place = scratch / f"whole-{sparsity}"
+            place.mkdir()
+            source = folder
+            if sparsity:
+                source = place / "model"
+                _write_sparse(folder, source, layers, sparsity, pattern=pattern, random=random)
+            files[None, sparsity] = _whole(source, target, place)
+        for number, shape in enumerate(sorted(set(layers.values()))):
+            inputs = scratch / f"{number}.npy"
+            batch = random.standard_normal((target.batch, 1, shape.tokens, shape.inputs), np.float32)
+            np.save(inputs, batch, allow_pickle=False)
+            for sparsity in sparsities(pattern):
+                weight = pruned_at(shape, sparsity, pattern, random)
+                layer = _layer_file(weight, target.choice, scratch / f"{number}-{sparsity}")
+                files[shape, sparsity] = layer, inputs
+        found = _curves(_medians(files, target, rounds), target.choice)
+    whole = found.pop(None)
+    return whole, {shape: curve for shape, curve in found.items() if shape is not None}
+
+
+def _write_sparse(
+    dense: Path,
+    folder: Path,
+    layers: Mapping[str, LinearShape],
+    sparsity: float,
+    *,
+    pattern: Pattern,
+    random: np.random.Generator,
+) -> None:
+    """A checkpoint with zeros in random places of its layers, for its time alone."""
+    model = load_checkpoint(str(dense)).model
+    with torch.no_grad():
+        for name, shape in layers.items():
+            zeros = pruned_at(shape, sparsity, pattern, random) == 0
+            model.get_parameter(name).masked_fill_(torch.from_numpy(zeros), 0.0)
+    folder.mkdir()
+    record = {"method": "dense", "sparsity": 0.0, "allocation": {}}
+    save_checkpoint(folder, model, model_args=model_args(dense), masks=None, record=record)
+
+
+def measure_models(folders: Sequence[Path], target: Target, rounds: int = _ROUNDS) -> list[float]:
+    """Seconds of whole checkpoints for a batch, in their order: medians.
+
+    Raises:
+        InputError: a model that the engine's format cannot hold.
+        RuntimeError: the engine fails; says how.
+    """
+    with tempfile.TemporaryDirectory(prefix="espalier-") as made:
+        files = {}
+        for number, folder in enumerate(folders):
+            scratch = Path(made, str(number))
+            scratch.mkdir()
+            files[number] = _whole(folder, target, scratch)
+        medians = _medians(files, target, rounds)
+    return [medians[number] for number in range(len(folders))]
+
+
+_File = tuple[Path, Path]  # what an engine loads, and its inputs
+
+
+def _medians(files: Mapping[K, _File], target: Target, rounds: int) -> dict[K, float]:
+    """Seconds for a batch of each, in turns, in one process that is held to the target's threads."""
+    (first, *others) = files
+    try:
+        with EngineProcess(target.choice, files[first][0], target.place, files[first][1]) as process:
+            timed = {first: _Part(process, 0)}
+            timed |= {key: _Part(process, process.add(*files[key])) for key in others}
+            times, failed = in_turns(timed, [target.batch], rounds)
+    except EngineError as error:
+        raise RuntimeError(f"{target.choice} cannot be timed: {first_line(error)}") from None
+    if failed:
+        raise RuntimeError(f"{target.choice} cannot be timed: {next(iter(failed.values()))}")
+    return {key: statistics.median(found[target.batch]) for key, found in times.items()}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the files that a process has loaded."""
+
+    process: EngineProcess
+    number: int
+
+    def seconds(self, batch: int, calls: int) -> float:
+        return self.process.seconds(batch, calls, self.number)
+
+
+def pruned_at(
+    shape: LinearShape, sparsity: float, pattern: Pattern, random: np.random.Generator
+) -> NDArray[np.float32]:
+    """A random weight (outputs, inputs) with at least so many zeros, in places that the pattern allows."""
+    weight = random.standard_normal((shape.outputs, shape.inputs), np.float32) / sqrt(shape.inputs)
+    if pattern.forced is not None and sparsity:
+        groups = weight.reshape(-1, pattern.group)
+        fallen = random.random(groups.shape).argsort(1) >= pattern.keep
+        groups[fallen] = 0.0
+        return groups.reshape(weight.shape)
+    units = weight.reshape(-1, pattern.unit)
+    units[random.permutation(len(units))[: ceil(sparsity * len(units))]] = 0.0
+    return units.reshape(weight.shape)
+
+
+def _curves(
+    seconds: Mapping[tuple[LinearShape | None, float], float], choice: Choice
+) -> dict[LinearShape | None, Curve]:
+    """The times of each shape, and under ``None`` of the whole, ascending by sparsity.
+
+    The engine ``csr`` runs a layer with fewer zeros than :data:`SPARSE_ENOUGH` as a dense one.
+    """
+    found: dict[LinearShape | None, dict[float, float]] = {}
+    for (shape, sparsity), took in seconds.items():
+        found.setdefault(shape, {})[sparsity] = took
+    if choice.engine == "csr":
+        for times in found.values():
+            times[nextafter(SPARSE_ENOUGH, 0.0)] = times[0.0]
+    return {shape: Curve(*zip(*sorted(times.items()), strict=True)) for shape, times in found.items()}
+
+
+def _whole(folder: Path, target: Target, scratch: Path) -> _File:
+    """What the engine takes of the dense model, and its images."""
+    model = load_checkpoint(str(folder)).model.float().eval()
+    images = scratch / "images.npy"
+    np.save(images, pattern_images(preprocessing_of(model), target.batch), allow_pickle=False)
+    if target.choice.engine in ("csr", "torch"):
+        return folder, images
+    from trainers.export.onnx import FILE, export_onnx
+
+    export_onnx(model, scratch / FILE, models.input_size(model), {})
+    return scratch / FILE, images
+
+
+def _layer_file(weight: NDArray[np.float32], choice: Choice, path: Path) -> Path:
+    """A linear layer as the engine takes it: its tensors for torch, else ONNX, as models are exported."""
+    bias = np.zeros(len(weight), np.float32)
+    if choice.engine in ("csr", "torch"):
+        from safetensors.numpy import save_file
+
+        file = path.with_name(f"{path.name}.safetensors")
+        save_file({"weight": weight, "bias": bias}, file)
+        return file
+    from onnx import TensorProto, helper, numpy_helper
+
+    outputs, inputs = weight.shape
+    names = (("images", inputs), ("logits", outputs))
+    first, last = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1, "tokens", width])
+        for name, width in names
+    )
+    nodes = [
+        helper.make_node("MatMul", ["images", "weight"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["logits"]),
+    ]
+    weights = [numpy_helper.from_array(weight.T.copy(), "weight"), numpy_helper.from_array(bias, "bias")]
+    graph = helper.make_graph(nodes, "linear", [first], [last], weights)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+    file = path.with_name(f"{path.name}.onnx")
+    file.write_bytes(made.SerializeToString())
+    return file

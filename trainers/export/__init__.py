@@ -1,0 +1,7 @@
+"""Models as ONNX, OpenVINO and torch.export files."""
+
+__all__ = [
+    "onnx",
+    "openvino",
+    "torch_export",
+]

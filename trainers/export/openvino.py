@@ -1,0 +1,80 @@
+"""A model as OpenVINO's own files: ``model.xml`` (the graph) and ``model.bin`` (the weights); and in INT8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainers.data.preprocessing import Images
+from trainers.optional_imports import import_openvino, openvino_core, quietly, require
+
+FILE = "model.xml"
+_BATCH = 32
+
+
+def export_openvino(
+    onnx: Path,
+    path: Path,
+    metadata: Mapping[str, str],
+    images: Images | None = None,
+    *,
+    attention: bool = True,
+) -> None:
+    """Write ``path`` (``.xml``) and the ``.bin`` beside it, from a file of :func:`export_onnx`.
+
+    Weights stay float32 as they are: OpenVINO would halve them unless told otherwise.
+
+    Args:
+        metadata: kept in the file as ``rt_info``.
+        images: for calibration, (N, channels, height, width), normalised: the model is then quantised to INT8
+            by NNCF.
+        attention: whether the model is a transformer, for which NNCF keeps softmax and normalisation in
+            floating point.
+
+    Raises:
+        InputError: OpenVINO, or NNCF for INT8, is missing.
+    """
+    require("export", "openvino", "openvino")
+    with quietly():
+        openvino = import_openvino()
+        model = openvino_core().read_model(onnx)
+        if images is not None:
+            require("export", "openvino-int8", "nncf")
+            import nncf
+
+            parameters = nncf.AdvancedQuantizationParameters
+            smooth = nncf.AdvancedSmoothQuantParameters
+            batches = [images[begin : begin + _BATCH] for begin in range(0, len(images), _BATCH)]
+            model = nncf.quantize(
+                model,
+                nncf.Dataset(batches),
+                model_type=nncf.ModelType.TRANSFORMER if attention else None,
+                preset=nncf.QuantizationPreset.MIXED,  # that of transformers: activations have zero points
+                subset_size=len(batches),
+                # NNCF 3.4 with it: the logits of a Swin come out 1.4 times too large
+                advanced_parameters=parameters(smooth_quant_alphas=smooth(convolution=-1, matmul=-1)),
+            )
+        for name, value in metadata.items():
+            model.set_rt_info(value, [name])
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def int8_values(path: Path) -> int:
+    """How many weights of a file are int8, their scales and zero points aside."""
+    constants = [
+        one for one in openvino_core().read_model(path).get_ops() if one.get_type_name() == "Constant"
+    ]
+    kinds = {"i8", "u8"}
+    found: int = sum(
+        math.prod(one.get_output_shape(0))
+        for one in constants
+        if one.get_element_type().get_type_name() in kinds and len(one.get_output_shape(0)) > 1
+    )
+    return found
+
+
+def read_metadata(path: Path, *names: str) -> dict[str, str]:
+    """Entries of ``rt_info``; those that it has not are left out."""
+    model = openvino_core().read_model(path)
+    return {name: str(model.get_rt_info([name]).value) for name in names if model.has_rt_info([name])}

@@ -1,0 +1,14 @@
+"""The training loop: gradual pruning and recovery, epoch by epoch and step by step."""
+
+__all__ = [
+    "builders",
+    "elimination",
+    "evaluation",
+    "gradual",
+    "metrics",
+    "optimization",
+    "prune_step",
+    "schedules",
+    "session",
+    "train_step",
+]

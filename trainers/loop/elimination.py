@@ -1,0 +1,48 @@
+"""One elimination of a dense model, alone or shared out over workers, written for others to read."""
+
+from __future__ import annotations
+
+import torch
+
+from pruners.methods.registry import create_pruner
+from pruners.model.masks import MaskSet
+from pruners.one_shot import pattern_budget
+from trainers import distributed, models, storage
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.training import OrderJob
+from trainers.data import datasets as data
+from trainers.loop.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers, sharing_of
+
+FACTS = "facts.json"
+
+
+def write_order(job: OrderJob, device: torch.device) -> None:
+    """Order this worker's share of the layers, write it as a part, and say when all parts are there.
+
+    Raises:
+        InputError: a checkpoint, data or settings that cannot be used.
+    """
+    torch.set_num_threads(job.threads)
+    rank, world = distributed.rank(), distributed.world_size()
+    pruning = job.pruning
+    model = load_checkpoint(job.checkpoint, layers=pruning.layers, shared=True).model.to(device)
+    layers = prunable_layers(model, pruning)
+    pruner = create_pruner(job.method, **pruning.options(job.method))
+    masks = MaskSet.from_zeros(model, layers)
+    source = gradient_source(
+        data.split(job.data, "train", data.eval_transform(models.data_config(model)), job.seed),
+        pruning.fisher,
+        pruner,
+        tries_damps=pruning.tries_damps(job.method),
+        rank=rank,
+        world=world,
+        seed=job.seed,
+    )
+    goal = Goal(pattern_budget(layers, pruning.sparsity, pruner.form, masks), sharing_of(pruning, pruner))
+    order, damp = order_share(ordering(model, layers, masks, pruner, source), source, goal)
+    with storage.writing(f"{job.folder}/part-{rank}") as folder:
+        order.save(folder, job.fingerprint)
+    distributed.gather(rank)  # until all have written
+    if rank == 0:
+        facts = {"parts": world} | ({} if damp is None else {"damp": damp.damp, "why": damp.why})
+        storage.write_json(f"{job.folder}/{FACTS}", facts)

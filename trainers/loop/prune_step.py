@@ -1,0 +1,281 @@
+"""One pruning step over data-parallel workers: each orders its share of the layers, all agree on the result.
+
+Workers take different gradients, receive the Fisher blocks of their own layers only, and eliminate them;
+losses and results are then shared. The maths itself (``pruners``) knows nothing of workers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from pruners.allocation.bounds import per_layer
+from pruners.allocation.sharing import Allocation, Sharing
+from pruners.elimination.damping import DampChoice, choose_damp
+from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.gradients import Batch, mean_loss
+from pruners.elimination.memory import free_bytes
+from pruners.elimination.order import EliminationOrder
+from pruners.errors import InputError
+from pruners.methods.base import Pruner
+from pruners.model.layers import PrunableLayer, find_layers
+from pruners.model.masks import MaskSet
+from pruners.model.sparsity_pattern import Pattern, fitting
+from pruners.order_builder import Ordering, write
+from trainers import distributed
+from trainers.config.training import FisherSettings, PruningSettings
+from trainers.data.datasets import fixed_batches
+
+_HELD_OUT = 16  # batches over all workers that score the λ of ``damp: auto``
+
+
+def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
+    """Which worker orders which layer: the largest first, each to the worker with the least so far."""
+    load = [0] * world
+    found: dict[str, int] = {}
+    for layer in sorted(layers, key=lambda layer: (-layer.numel, layer.name)):
+        owner = load.index(min(load))
+        found[layer.name] = owner
+        load[owner] += layer.numel
+    return found
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the gradients of a pruning step come from, and how many.
+
+    ``batches`` and ``held_out`` give this worker's own batches, the same at every call; every worker must
+    have the same number, give or take one. ``limit`` is how many gradients this worker takes at most.
+    """
+
+    batches: Callable[[], Iterable[Batch]]
+    limit: int | None = None
+    per_sample: bool = False
+    held_out: Callable[[], Iterable[Batch]] | None = None
+    memory: int | None = None
+
+
+def gradient_source(
+    images: Dataset[tuple[Tensor, int]],
+    settings: FisherSettings,
+    pruner: Pruner,
+    *,
+    tries_damps: bool,
+    rank: int,
+    world: int,
+    seed: int,
+) -> Gradients:
+    """This worker's share of the gradients that a recipe asks for; held-out batches follow the others."""
+    count = settings.gradients or pruner.gradients
+    batches = -(-count // settings.batch_size) if settings.per_sample else count
+
+    # of single images the last batch may count in part, whoever has it
+    images_of = [
+        min(settings.batch_size, count - n * settings.batch_size) for n in range(rank, batches, world)
+    ]
+
+    def part(first: int, last: int) -> Iterable[Batch]:
+        return fixed_batches(images, settings.batch_size, first, last, rank=rank, world=world, seed=seed)
+
+    return Gradients(
+        lambda: part(0, batches),
+        limit=sum(images_of) if settings.per_sample else None,
+        per_sample=settings.per_sample,
+        held_out=(lambda: part(batches, batches + _HELD_OUT)) if tries_damps else None,
+        memory=settings.memory,
+    )
+
+
+def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[PrunableLayer]:
+    """The layers of a model that a recipe prunes.
+
+    Raises:
+        InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
+    """
+    found = find_layers(model, settings.layers)
+    return fitting(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many weights are pruned in all, and in each layer: given, or to be shared out."""
+
+    total: int
+    target: Allocation | Sharing
+
+
+def sharing_of(settings: PruningSettings, pruner: Pruner) -> Sharing:
+    """How a recipe shares a budget out; without a scope of its own as the method does."""
+    return Sharing(settings.scope or pruner.scope, settings.floor, settings.ceiling, settings.table)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The new masks, and which λ was taken where several were tried."""
+
+    masks: MaskSet
+    damp: DampChoice | None = None
+
+
+def ordering(
+    model: nn.Module,
+    layers: Sequence[PrunableLayer],
+    masks: MaskSet,
+    pruner: Pruner,
+    source: Gradients,
+) -> Ordering:
+    """What orders this worker's share of the layers, from the gradients of all workers."""
+    owner = owners(layers, distributed.world_size())
+    device = next(model.parameters()).device
+
+    def gather(fisher: BlockFisher | None, group: Sequence[PrunableLayer]) -> Sequence[PrunableLayer]:
+        if fisher is not None:
+            _gather_fisher(fisher, group, owner, device)
+        return [layer for layer in group if owner[layer.name] == distributed.rank()]
+
+    return Ordering(
+        model,
+        layers,
+        masks,
+        pruner,
+        source.batches,
+        functional.cross_entropy,
+        limit=source.limit,
+        per_sample=source.per_sample,
+        memory=_budget(device) if source.memory is None else source.memory,
+        gather=gather,
+    )
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes for the Fisher of each worker: the same everywhere, as all must go through the same groups.
+
+    The processes of one machine share its memory.
+    """
+    host = socket.gethostname()
+    everywhere = distributed.gather((host, free_bytes(device)))
+    sharing = Counter(name for name, _ in everywhere) if device.type == "cpu" else Counter()
+    return min(free // max(sharing[name], 1) for name, free in everywhere)
+
+
+def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
+    """Prune the model of ``work`` (:func:`ordering`) in place to ``goal``, on every worker.
+
+    Raises:
+        RuntimeError: workers that do not end with the same masks.
+    """
+    order, choice = order_share(work, source, goal)
+    result = _apply(work, order, goal)
+    if not distributed.agree(result.fingerprint()):
+        raise RuntimeError("the workers ended a pruning step with different masks")
+    return StepReport(result, choice)
+
+
+def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+    """The order of this worker's share of the layers; the best λ for ``goal``, if several are to be tried."""
+    work.depth = _deepest(work.layers, goal.target)
+    if source.held_out is None:
+        return work.order(), None
+    held_out = source.held_out
+
+    def loss_at(damp: float) -> float:
+        order, failure = None, None
+        try:
+            order = work.order(damp, last=False)
+        except InputError as error:
+            if error.key != "damp":
+                raise
+            failure = error
+        device = next(work.model.parameters()).device
+        failed = distributed.sum_over_workers(torch.tensor(0.0 if failure is None else 1.0, device=device))
+        if failure is not None:
+            raise failure
+        if order is None or float(failed):  # all go on to the next λ together
+            raise InputError("damp", damp, "failed on another worker")
+        _apply(work, order, goal)
+        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
+        sums = distributed.sum_over_workers(torch.tensor([value, float(images)], device=device))
+        return float(sums[0] / sums[1].clamp_min(1))
+
+    try:
+        choice = choose_damp(loss_at)
+    finally:
+        write(work.model, work.weights)
+    return work.order(choice.damp), choice
+
+
+def _deepest(layers: Sequence[PrunableLayer], target: Allocation | Sharing) -> float:
+    """The largest sparsity that a layer may get."""
+    if isinstance(target, Sharing):
+        return max(per_layer("ceiling", target.ceiling, layers, 1.0).values(), default=1.0)
+    return max((target[layer.name] / layer.numel for layer in layers), default=1.0)
+
+
+def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
+    """Write the weights that ``order`` gives at ``goal`` into the model, on every worker."""
+    layers, target = work.layers, goal.target
+    owner = owners(layers, distributed.world_size())
+    parameters = dict(work.model.named_parameters())
+    pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
+    if isinstance(target, Sharing):
+        losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
+        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)
+    _check_kept(target, pruned)
+    new: dict[str, Tensor] = {}
+    for layer in layers:
+        weight = parameters[layer.name].detach()
+        mask = torch.empty(layer.shape, dtype=torch.bool, device=weight.device)
+        if layer.name in order:
+            found, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
+            weight.copy_(found)
+        distributed.share_from(weight, owner[layer.name])
+        new[layer.name] = distributed.bool_from(mask, owner[layer.name])
+    return MaskSet(new)
+
+
+def _check_kept(allocation: Allocation, pruned: Mapping[str, int]) -> None:
+    """Raises:
+    InputError: an allocation that gives a layer fewer zeros than it has.
+    """
+    for name, count in pruned.items():
+        if allocation[name] < count:
+            expected = f"{count:,} of its weights are zero already, and none comes back"
+            raise InputError(f"allocation.{name}", allocation[name], expected)
+
+
+def _gather_fisher(
+    fisher: BlockFisher, layers: Sequence[PrunableLayer], owner: Mapping[str, int], device: torch.device
+) -> None:
+    """Sum each layer's Fisher blocks on its owner, and drop them elsewhere."""
+    for layer in layers:
+        for part in fisher.parts(layer, device):
+            distributed.reduce_to(part, owner[layer.name])
+        if owner[layer.name] != distributed.rank():
+            fisher.discard(layer.name)
+    count = torch.tensor(fisher.count, device=device)
+    fisher.count = int(distributed.sum_over_workers(count))
+
+
+def _gather_losses(
+    order: EliminationOrder,
+    layers: Sequence[PrunableLayer],
+    owner: Mapping[str, int],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    losses = {}
+    found = order.losses
+    for layer in layers:
+        mine = found[layer.name].double().contiguous() if layer.name in found else None
+        reach = torch.tensor(0 if mine is None else len(mine), device=device)
+        reach = distributed.share_from(reach, owner[layer.name])  # a pattern may leave less than the layer
+        if mine is None:
+            mine = torch.empty(int(reach), dtype=torch.float64, device=device)
+        losses[layer.name] = distributed.share_from(mine, owner[layer.name])
+    return losses

@@ -1,0 +1,111 @@
+"""Schedules as pure functions: when to prune, how far, and the learning rate in step with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pruners.errors import InputError
+from trainers.config.training import LearningRate, PruningSchedule
+
+
+def pruning_plan(schedule: PruningSchedule, target: float, length: int) -> dict[int, float]:
+    """The pruning steps of a run: time -> sparsity reached, ascending in both.
+
+    Args:
+        target: sparsity of the last step.
+        length: of the run, in what the schedule counts (its ``unit``).
+
+    Raises:
+        InputError: more steps than times up to the last one, or a step after the end of the run.
+    """
+    if schedule.kind == "constant":
+        return {}
+    if schedule.kind == "points":
+        return _through_points(schedule, length)
+    first = min(round(schedule.first_at * length), length - 1)
+    steps = 1 if schedule.kind == "one_shot" else schedule.steps
+    if steps == 1:
+        return {first: target}
+    last = min(round(schedule.last_at * length), length - 1)
+    times = [first + round(step * (last - first) / (steps - 1)) for step in range(steps)]
+    if len(set(times)) < steps:
+        room = last - first + 1
+        raise InputError(
+            "pruning.schedule.steps",
+            steps,
+            f"needs as many {schedule.unit} up to the last step; {room} of {length} {schedule.unit} "
+            f"allow {room} steps",
+        )
+    start = min(0.5, target) if schedule.start is None else schedule.start
+    power = schedule.power if schedule.kind == "polynomial" else 1.0
+    left = [(1 - step / (steps - 1)) ** power for step in range(steps)]
+    return {time: target + (start - target) * share for time, share in zip(times, left, strict=True)}
+
+
+def _through_points(schedule: PruningSchedule, length: int) -> dict[int, float]:
+    """Linear between the points, at those and every so often between them."""
+    points = sorted(schedule.points.items())
+    end = points[-1][0]
+    if round(end) >= length:
+        raise InputError(
+            "pruning.schedule.points", end, f"must lie before the end of the run ({length} {schedule.unit})"
+        )
+    found = dict(points)
+    for (before, low), (after, high) in pairwise(points):
+        between = 1 if schedule.every is None else math.ceil((after - before) / schedule.every - 1e-9)
+        if between > length:  # not one by one: every is as small as anybody types
+            raise _too_close(schedule)
+        for number in range(1, between):
+            time = before + number * (schedule.every or 0.0)
+            found[time] = low + (high - low) * (time - before) / (after - before)
+    plan = {round(time): found[time] for time in sorted(found)}
+    if len(plan) < len(found):
+        raise _too_close(schedule)
+    return plan
+
+
+def _too_close(schedule: PruningSchedule) -> InputError:
+    return InputError(
+        "pruning.schedule.every",
+        schedule.every,
+        f"two steps fall on the same of the {schedule.unit}; steps must lie at least 1 apart",
+    )
+
+
+def learning_rate(lr: LearningRate, epoch: float, epochs: float, jumps: Sequence[float] = ()) -> float:
+    """The learning rate at a point of the run.
+
+    Args:
+        epoch: epochs done, with fractions.
+        epochs: length of the run.
+        jumps: epochs at which a pruning step falls: a cyclic rate jumps to its peak there.
+    """
+    if epoch < lr.warmup_epochs:
+        peak = lr.cycle_peaks[0] if lr.cycle_peaks else lr.peak
+        return lr.warmup_from + (peak - lr.warmup_from) * min((epoch + 1e-9) / lr.warmup_epochs, 1.0)
+    if lr.kind == "constant":
+        return lr.peak
+    if lr.kind == "cyclic":
+        begin, end, cycle = _cycle(lr, epoch, epochs, jumps)
+        peak = lr.cycle_peaks[min(cycle, len(lr.cycle_peaks) - 1)] if lr.cycle_peaks else lr.peak
+        return _fall(peak, lr.floor, (epoch - begin) / (end - begin), lr.shape)
+    done = (epoch - lr.warmup_epochs) / max(epochs - lr.warmup_epochs, 1e-9)
+    return _fall(lr.peak, lr.floor, min(done, 1.0), lr.kind)
+
+
+def _cycle(lr: LearningRate, epoch: float, epochs: float, jumps: Sequence[float]) -> tuple[float, float, int]:
+    """Begin, end and number of the cycle at ``epoch``."""
+    if lr.cycle_epochs is not None:
+        cycle = math.floor(epoch / lr.cycle_epochs + 1e-9)
+        return cycle * lr.cycle_epochs, (cycle + 1) * lr.cycle_epochs, cycle
+    edges = sorted({0.0, *jumps, epochs})
+    begin = max(edge for edge in edges if edge <= epoch)
+    end = min((edge for edge in edges if edge > epoch), default=epochs + 1)
+    return begin, end, edges.index(begin)
+
+
+def _fall(peak: float, floor: float, done: float, shape: str) -> float:
+    left = 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1.0 - done
+    return floor + (peak - floor) * left

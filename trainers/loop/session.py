@@ -1,0 +1,329 @@
+"""What one worker holds during a run: opened from a job, saved to a checkpoint folder, restored from it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pruners.methods.base import Pruner
+from pruners.model.costs import CostModel, cost_model
+from pruners.model.layers import PrunableLayer
+from pruners.model.masks import MaskSet
+from trainers import distributed, models
+from trainers.checkpoint import trainer_state as state
+from trainers.checkpoint.finite import check_finite
+from trainers.checkpoint.folder import save_checkpoint
+from trainers.config.training import TrainJob
+from trainers.data import datasets as data
+from trainers.data.augment import Augment, Normalise
+from trainers.data.sampler import EpochBatches
+from trainers.loop import builders as building
+from trainers.loop.metrics import Meter, Metrics, numbers
+from trainers.loop.optimization import Held, Moved, Precision, Targets, freeze, make_optimizer, moving_average
+from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
+from trainers.quantization.fake_quant import Prepared
+
+
+@dataclass
+class Session:
+    """One worker's run.
+
+    Attributes:
+        model: the bare model; ``network`` is what is trained (DDP around it, compiled if asked).
+        average: the moving average of its weights, if the recipe asks for one.
+        prepared: the model with fake quantisation around its weights, where it is trained for INT8.
+        plan: steps that begin with a pruning step, and the sparsity it reaches.
+        held: what keeps pruned weights at zero; ``moved`` what a forward pass moves besides them.
+        meter: the losses of the epoch so far.
+        step: optimizer steps done.
+        notice: the machines that were about to be taken away when the cluster was asked last.
+        kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
+    """
+
+    job: TrainJob
+    device: torch.device
+    model: nn.Module
+    network: nn.Module
+    model_args: dict[str, Any]
+    layers: list[PrunableLayer]
+    costs: CostModel
+    masks: MaskSet | None
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    average: ModelEmaV3 | None
+    targets: Targets
+    loss: Callable[[Any, Tensor, Tensor], Tensor]
+    train: data.Batches
+    normalise: Normalise
+    sampler: EpochBatches
+    images: data.ImageTable
+    validation: data.Batches
+    plan: dict[int, float]
+    held: Held
+    moved: Moved
+    prepared: Prepared | None = None
+    meter: Meter = field(default_factory=Meter)
+    step: int = 0
+    kept: dict[str, Metrics] = field(default_factory=dict)
+    last: Metrics = field(default_factory=dict)
+    saved_at: float = field(default_factory=time.monotonic)
+    asked_at: float = field(default_factory=time.monotonic)
+    notice: str | None = None
+
+    @classmethod
+    def open(
+        cls,
+        job: TrainJob,
+        device: torch.device,
+        resume: Path | None = None,
+        branch: Path | None = None,
+    ) -> Session:
+        """Build everything that the job names; with ``resume`` go on from a checkpoint folder of ours.
+
+        Args:
+            branch: the checkpoint folder of the job's ``origin``, where there is none of its own.
+
+        Raises:
+            InputError: whatever of the job cannot be used.
+        """
+        torch.set_num_threads(job.threads)
+        training = job.training
+        seed_everything(job.seed)
+        source = resume or branch
+        model, args, masks = building.load(job, source)
+        building.name_classes(job, model)
+        layers = prunable_layers(model, job.pruning) if job.pruning else []
+        if job.pruning is not None:
+            masks = building.all_masks(model, layers, masks)
+        prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
+        freeze(model, training.freeze, layers if prunes else [])
+        model.to(device)
+        masks = None if masks is None else masks.to(device)  # a checkpoint's are read on the CPU
+        if training.channels_last:
+            model.to(memory_format=torch.channels_last)
+        precision = Precision(training.precision, device)
+        targets = Targets(training, models.classes(model))
+        loss = building.loss(job, model, targets.loss, precision)
+        config = models.data_config(model)
+        plain = data.eval_transform(config)
+        world, rank = distributed.world_size(), distributed.rank()
+        images = data.split(job.data, "train", plain, job.seed)
+        train, sampler = data.train_loader(
+            images,
+            Augment(config, training.augment),
+            training.batch_size,
+            rank=rank,
+            world=world,
+            seed=job.seed,
+            processes=training.data_workers,
+            pin=device.type == "cuda",
+            normed=models.batch_normed(model),
+        )
+        prepared = building.prepared(job, model, images, source)
+        session = cls(
+            job=job,
+            device=device,
+            model=model,
+            network=building.network(job, model if prepared is None else prepared, device),
+            model_args=args,
+            layers=layers,
+            costs=cost_model(model, models.input_size(model)),
+            masks=masks,
+            optimizer=make_optimizer(training, model),
+            precision=precision,
+            average=moving_average(model, training.ema),
+            targets=targets,
+            loss=loss,
+            train=train,
+            normalise=Normalise(config, training.augment, device),
+            sampler=sampler,
+            images=images,
+            validation=data.eval_loader(
+                data.split(job.data, "validation", plain, job.seed), 128, rank, world
+            ),
+            plan=building.pruning_steps(job, masks and masks.of(layers), len(sampler)),
+            held=Held(model, masks),
+            moved=Moved(model if prepared is None else prepared),
+            prepared=prepared,
+        )
+        if source is not None:
+            session._restore(source, branches=resume is None)
+        return session
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [one for group in self.optimizer.param_groups for one in group["params"]]
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return self.step // len(self.sampler)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.job.training.epochs * len(self.sampler)
+
+    @property
+    def target(self) -> float:
+        """The sparsity that the last pruning step up to here was for (0: none)."""
+        if self.job.pruning is not None and not self.plan:
+            return self.job.pruning.sparsity
+        return max((sparsity for step, sparsity in self.plan.items() if step < self.step), default=0.0)
+
+    @property
+    def pruned_weights(self) -> dict[str, int]:
+        """Of each layer."""
+        return self.masks.pruned() if self.masks is not None else {}
+
+    @property
+    def layer_masks(self) -> MaskSet:
+        """Of the layers that the job prunes."""
+        if self.masks is None:
+            return MaskSet.dense(self.model, self.layers)
+        return self.masks.of(self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Of the layers that the job prunes; of a job that prunes none, of all that have zeros."""
+        if self.masks is None:
+            return 0.0
+        return self.layer_masks.sparsity if self.layers else self.masks.sparsity
+
+    @property
+    def shown(self) -> nn.Module:
+        """The model that is saved, and evaluated: the moving average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is shown, with the values that int8 can hold where it is trained for those."""
+        return self.shown if self.prepared is None else self.prepared
+
+    def check_finite(self) -> None:
+        """Raises:
+        FloatingPointError: a weight of the model, or of its average, that is not; on every worker.
+        """
+        for model in {id(one): one for one in (self.model, self.shown)}.values():
+            check_finite(model.state_dict(), f"after step {self.step - 1}")
+
+    def gradients(self, pruner: Pruner) -> Gradients:
+        """This worker's gradients for a pruning step."""
+        settings = self.job.pruning
+        assert settings is not None, "pruning settings ask for gradients"
+        tries = self.job.method is not None and settings.tries_damps(self.job.method)
+        return gradient_source(
+            self.images,
+            settings.fisher,
+            pruner,
+            tries_damps=tries,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            seed=self.job.seed + self.epoch,
+        )
+
+    def pruned(self, masks: MaskSet) -> None:
+        """After a pruning step: the optimizer forgets what fell, or all; the average begins anew."""
+        self.masks = masks = masks.over(self.masks)  # zeros of layers that this job leaves alone stay too
+        self.held = Held(self.model, masks)
+        if self.job.training.moments == "reset":
+            self.optimizer.state.clear()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for parameter, known in self.optimizer.state.items():
+            for moment in known.values():
+                if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                    masks.mask_({names[id(parameter)]: moment})
+        if self.average is not None:
+            self.average.set(self.model)
+
+    @property
+    def recovery_epochs(self) -> int:
+        """Epochs since the last pruning step up to here began."""
+        before = max((step for step in self.plan if step < self.step), default=0)
+        return self.epoch - before // len(self.sampler)
+
+    def save(self, folder: Path, metrics: Metrics, *, whole: bool = True) -> None:
+        """Write the checkpoint folder, with ``metrics`` as its figures.
+
+        Args:
+            whole: with what is needed to go on from it.
+        """
+        pruned = self.pruned_weights
+        said = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
+        record = {
+            "method": self.job.method or "dense",
+            "sparsity": self.sparsity,
+            "allocation": pruned,
+            "figures": numbers(metrics),
+            "costs": self.costs.at(pruned).as_dict(),
+            "recipe": self.job.model_dump(mode="json", include=said),
+            **self.job.lineage,
+        }
+        save_checkpoint(
+            folder,
+            self.shown,
+            model_args=self.model_args,
+            masks=self.masks,
+            record=record,
+            ranges=None if self.prepared is None else self.prepared.ranges(),
+        )
+        if not whole:
+            return
+        tensors, optimizer = state.flatten_optimizer(self.optimizer.state_dict())
+        tensors = {f"optimizer/{key}": tensor for key, tensor in tensors.items()}
+        if self.average is not None:
+            tensors |= {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        progress = {
+            "step": self.step,
+            "optimizer": optimizer,
+            "scaler": self.precision.scaler.state_dict(),
+            "meter": self.meter.state(),
+            "kept": self.kept,
+            "last": self.last,
+            "job": state.identity(self.job),
+        }
+        state.write_state(folder, tensors, progress)
+
+    def _restore(self, folder: Path, *, branches: bool) -> None:
+        """Go on from a checkpoint; who branches off has settings of its own, and its own best to keep."""
+        tensors, progress = state.read_state(folder)
+        differs = self.job.origin.differs if branches and self.job.origin else ()
+        state.check_identity(self.job, progress["job"], differs)
+        if self.average is not None:
+            # the folder's weights are the average's
+            trained = {
+                key.removeprefix("model/"): tensor
+                for key, tensor in tensors.items()
+                if key.startswith("model/")
+            }
+            self.model.load_state_dict(trained)
+        moments = {
+            key.removeprefix("optimizer/"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("optimizer/")
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        own = state.SETTINGS if branches else ()
+        self.optimizer.load_state_dict(state.unflatten_optimizer(moments, progress["optimizer"], groups, own))
+        self.precision.scaler.load_state_dict(progress["scaler"])
+        self.meter = Meter.restored(progress["meter"])
+        self.step, self.kept, self.last = progress["step"], progress["kept"], progress["last"]
+        if branches:  # what was kept lies in the other run's folder
+            self.kept, self.last = {}, self.last | {"kept": {}}
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed every source of randomness from some numbers (seed, step, rank)."""
+    seed = int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

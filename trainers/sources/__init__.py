@@ -1,0 +1,13 @@
+"""Labelled images as people have them: Parquet, folders, WebDataset, scikit-learn's digits; conversion."""
+
+__all__ = [
+    "audit",
+    "classes",
+    "columns",
+    "convert",
+    "digits",
+    "files",
+    "folders",
+    "parquet",
+    "webdataset",
+]

@@ -1,0 +1,110 @@
+"""Every image of a Parquet file or folder decoded, labels counted, bad rows listed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from pruners.errors import first_line
+from trainers.process_pool import process_pool
+from trainers.sources.columns import Columns
+from trainers.sources.files import split_glob, table_files
+from trainers.sources.parquet import decode, image_batches, open_parquet
+from trainers.storage import resolve
+
+_NAMED = 1000  # bad rows of a part that are kept by name
+
+
+@dataclass
+class Survey:
+    """What was found; sizes are (width, height)."""
+
+    images: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
+    bad: list[str] = field(default_factory=list)
+
+    def add(self, other: Survey) -> None:
+        self.images += other.images
+        self.labels += other.labels
+        self.bad = sorted(self.bad + other.bad)
+        for size in (other.smallest, other.largest):
+            self._measure(size)
+
+    def _count(self, where: str, image: bytes | None, label: object) -> None:
+        self.images += 1
+        try:
+            self._measure(decode(image).size)
+        except (OSError, TypeError) as error:
+            self.bad.append(f"{where}: cannot be decoded ({first_line(error)})")
+        if isinstance(label, int) and label >= 0:
+            self.labels[label] += 1
+        else:
+            self.bad.append(f"{where}: has the label {label}")
+
+    def _measure(self, size: tuple[int, int] | None) -> None:
+        if size is None:
+            return
+        area = size[0] * size[1]
+        if self.smallest is None or area < self.smallest[0] * self.smallest[1]:
+            self.smallest = size
+        if self.largest is None or area > self.largest[0] * self.largest[1]:
+            self.largest = size
+
+
+def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator[tuple[int, int, Survey]]:
+    """Look at everything; gives (parts done, parts, what they hold) after each part.
+
+    Args:
+        columns: those that the user named.
+
+    Raises:
+        InputError: no such file or folder, or a table without such columns.
+    """
+    system, files = table_files(uri, "PATH")
+    wanted = columns or Columns()
+    parts: list[tuple[str, str, int, tuple[str, str]]] = []
+    whole = Survey()
+    for file in files:
+        try:
+            with system.open_input_file(file) as source:
+                parquet = open_parquet(source)
+                names = wanted.find(parquet.schema_arrow, uri, "PATH")
+                parts += [(uri, file, group, names) for group in range(parquet.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
+            whole.bad.append(f"{Path(file).name}: cannot be read ({first_line(error)})")
+    if not parts:
+        yield 0, 0, whole
+    with process_pool(processes) as pool:
+        jobs = [pool.submit(_look, *part) for part in parts]
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                whole.add(job.result())
+                yield done, len(parts), whole
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _look(uri: str, file: str, group: int, columns: tuple[str, str]) -> Survey:
+    """One row group of a file, by its columns of images and labels."""
+    system, _ = resolve(split_glob(uri)[0], "PATH")
+    found, name = Survey(), Path(file).name
+    try:
+        with system.open_input_file(file) as source:
+            parquet = open_parquet(source)
+            row = sum(parquet.metadata.row_group(before).num_rows for before in range(group))
+            for batch in image_batches(parquet, group, *columns):
+                images, labels = batch["image"], batch["label"]
+                for image, label in zip(images, labels, strict=True):
+                    found._count(f"{name}, row {row}", image.as_py(), label.as_py())
+                    row += 1
+    except (pa.ArrowException, OSError, KeyError) as error:
+        found.bad.append(f"{name}, row group {group}: cannot be read ({first_line(error)})")
+    found.bad = found.bad[:_NAMED]
+    return found

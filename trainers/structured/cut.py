@@ -1,0 +1,206 @@
+"""Cut a model in width: choose channels, slice them out, let timm build the rest, and have it checked."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruners.elimination.gradients import Batch, gradients
+from pruners.model.costs import CostModel, cost_model
+from pruners.model.layers import PrunableLayer, find_layers
+from pruners.model.masks import MaskSet
+from pruners.structured.channels import WITH_GRADIENTS, Channels, Cut, Member, best, saliencies
+from pruners.structured.dependency import Couplings
+from trainers import models
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.config.structured import StructuredSettings, words
+from trainers.structured.shapes import Shape, wanted
+from trainers.structured.verify import check_cut, check_reloaded, noise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut that timm can hold: widths, the arguments that build it, and what it costs, before and after."""
+
+    before: Shape
+    after: Shape
+    arguments: Mapping[str, Any]
+    skeleton: nn.Module
+    dense: CostModel
+    costs: CostModel
+
+    @property
+    def cut(self) -> dict[str, list[Any]]:
+        return self.after.differences(self.before)
+
+    def facts(self, settings: StructuredSettings) -> dict[str, Any]:
+        """What is recorded of it."""
+        return {
+            "cut": self.cut,
+            "importance": settings.importance,
+            "images": settings.images if settings.importance in WITH_GRADIENTS else 0,
+            "dense_parameters": self.dense.parameters,
+            "dense_macs": self.dense.macs,
+        }
+
+    def __str__(self) -> str:
+        return words(self.cut)
+
+
+def plan_cut(model: nn.Module, arguments: Mapping[str, Any], settings: StructuredSettings) -> Plan:
+    """What a recipe makes of a model; needs shapes only, so that ``model`` may be on the meta device.
+
+    Args:
+        arguments: with which timm built ``model``.
+
+    Raises:
+        InputError: a model that is not known here, or a shape that timm cannot hold.
+    """
+    before = Shape.of(model)
+    after = wanted(before, settings)
+    built = after.arguments(arguments)
+    with torch.device("meta"):
+        skeleton = models.build_like(model, built)
+    size = models.input_size(model)
+    return Plan(before, after, built, skeleton, cost_model(model, size), cost_model(skeleton, size))
+
+
+def cut_model(
+    model: nn.Module, plan: Plan, settings: StructuredSettings, batches: Iterable[Batch]
+) -> nn.Module:
+    """The smaller model, in float32 on the processor, in eval mode; ``model`` is left as it was.
+
+    Args:
+        batches: (images, labels) for the gradients; not read for ``magnitude``.
+
+    Raises:
+        RuntimeError: what timm built is not what was planned; says which check failed.
+    """
+    channels = _Channels(model, plan)
+    cut = _choose(model, channels, plan, _saliency(model, channels.parameters, settings, batches))
+    dense = copy.deepcopy(model).cpu().double().eval()
+    made = models.build_like(model, plan.arguments).double().eval()
+    state = cut.sliced(dense.state_dict())
+    _keep_scale(state, plan)
+    try:
+        made.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"structured pruning: timm's model takes other weights ({error})") from None
+    check_cut(made, dense, cut, planned=plan.costs.parameters)
+    return made.float()
+
+
+def save_cut(folder: Path, model: nn.Module, plan: Plan, record: Mapping[str, Any], *, sparse: bool) -> None:
+    """Write the smaller model as a checkpoint folder, and read it back.
+
+    Args:
+        record: of the checkpoint; what was cut and what it costs are added.
+        sparse: the model had zeros of its own, which stay.
+
+    Raises:
+        RuntimeError: what is read back is another model.
+    """
+    masks = MaskSet.from_zeros(model, find_layers(model)) if sparse else None
+    pruned = masks.pruned() if masks is not None else {}
+    content = {
+        "method": "structured",
+        "sparsity": masks.sparsity if masks is not None else 0.0,
+        "allocation": pruned,
+        "costs": plan.costs.at(pruned).as_dict(),
+        **record,
+    }
+    save_checkpoint(folder, model, model_args=plan.arguments, masks=masks, record=content)
+    check_reloaded(model, load_checkpoint(str(folder)).model, planned=plan.costs.parameters)
+
+
+class _Channels:
+    """The groups of channels that a plan cuts, by layer."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        before, after = plan.before, plan.after
+        graph = Couplings(copy.deepcopy(model).cpu(), noise(model))
+        self.hidden: dict[str, Channels] = {}
+        self.inner: dict[str, Channels] = {}
+        self.embed: list[Channels] = []
+        for block, stage in before.blocks():
+            if before.hidden[stage] != after.hidden[stage]:
+                self.hidden[block] = graph.of(f"{block}.mlp.fc1")
+            if before.inner[stage] != after.inner[stage]:
+                self.inner[block] = graph.of(f"{block}.attn.qkv")
+        if before.embed != after.embed:
+            stages = range(1, len(before.depths))
+            roots = ["patch_embed.proj", *(f"layers.{stage}.downsample.reduction" for stage in stages)]
+            self.embed = [graph.of(root) for root in roots]
+
+    @property
+    def parameters(self) -> list[str]:
+        groups = [*self.hidden.values(), *self.inner.values(), *self.embed]
+        return sorted({member.name for group in groups for member in group.members})
+
+
+def _saliency(
+    model: nn.Module, names: Iterable[str], settings: StructuredSettings, batches: Iterable[Batch]
+) -> dict[str, Tensor]:
+    """The worth of each weight of some parameters."""
+    weights = {name: model.get_parameter(name) for name in names}
+    found: Iterator[dict[str, Tensor]] = iter(())
+    if settings.importance in WITH_GRADIENTS:
+        layers = [PrunableLayer(name, "", 0, tuple(weight.shape)) for name, weight in weights.items()]
+        found = gradients(model, layers, {}, batches, functional.cross_entropy)
+    return saliencies(settings.importance, weights, found)
+
+
+def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping[str, Tensor]) -> Cut:
+    """Which channels stay: all are judged in the uncut model."""
+    cut = Cut({name: weight.shape for name, weight in model.named_parameters()})
+    for block, stage in plan.before.blocks():
+        if block in channels.hidden:
+            hidden = channels.hidden[block]
+            cut.drop(hidden, best(hidden.worth(saliency), plan.after.hidden[stage]))
+        if block in channels.inner:
+            _cut_attention(cut, (block, stage), channels.inner[block], plan, saliency)
+    for group, width in zip(channels.embed, plan.after.widths, strict=False):
+        cut.drop(group, best(group.worth(saliency), width))
+    return cut
+
+
+def _cut_attention(
+    cut: Cut, place: tuple[str, int], inner: Channels, plan: Plan, saliency: Mapping[str, Tensor]
+) -> None:
+    """The heads that are worth most stay, and in each of them the best pairs of query and key, and values."""
+    (block, stage), before, after = place, plan.before, plan.after
+    heads, dim = before.heads[stage], before.head_dim[stage]
+    stay = best(inner.worth(saliency).reshape(heads, dim).sum(1), after.heads[stage])
+    # queries meet keys, and values the projection: the two have nothing else in common
+    first = [member for member in inner.members if member.places.shape[1] == 3]
+    asking = [Member(one.name, one.dim, one.places[:, :2]) for one in first]
+    telling = [Member(one.name, one.dim, one.places[:, 2:]) for one in first]
+    telling += [member for member in inner.members if member.places.shape[1] == 1]
+    assert len(first) + 1 <= len(inner.members), "the projection takes what the values give"
+    for members in (asking, telling):
+        group = Channels(block, tuple(members))
+        kept = best(group.worth(saliency), after.head_dim[stage], groups=heads)
+        cut.drop(group, kept & stay.repeat_interleave(dim))
+    if before.family == "swin":
+        table = Member(f"{block}.attn.relative_position_bias_table", 1, torch.arange(heads).unsqueeze(1))
+        cut.drop(Channels(block, (table,)), stay)
+
+
+def _keep_scale(state: dict[str, Tensor], plan: Plan) -> None:
+    """Queries take up what attention divides by less: timm's scale follows the channels of a head."""
+    for block, stage in plan.before.blocks():
+        factor = math.sqrt(plan.after.head_dim[stage] / plan.before.head_dim[stage])
+        queries = plan.after.inner[stage]
+        for part in ("weight", "bias"):
+            name = f"{block}.attn.qkv.{part}"
+            if factor != 1 and name in state:
+                state[name] = state[name].clone()
+                state[name][:queries] *= factor

@@ -1,0 +1,122 @@
+"""Is the smaller model what it should be? Nothing of a structured cut is taken on trust.
+
+What timm built is compared, in float64, with the model that it was cut from, in which the channels that went
+are zero and norms do not see them; with itself where attention is computed in another way, which is where a
+wrong scale shows; and with what is read back from the file. Its parameters are counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruners.structured.channels import Cut
+from trainers import models
+
+_TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale is above it by far
+
+
+def check_cut(made: nn.Module, dense: nn.Module, cut: Cut, *, planned: int) -> None:
+    """Compare a model that was cut with the one that it was cut from, both in float64 and eval mode.
+
+    Args:
+        planned: its number of parameters.
+
+    Raises:
+        RuntimeError: it differs; says by which check.
+    """
+    _check_parameters(made, planned)
+    images = noise(made).double()
+    outputs = forward(made, images)
+    _check_same(
+        "beside the uncut model without those channels", forward(reference(dense, cut), images), outputs
+    )
+    _check_same("with attention computed the other way", outputs, forward(made, images, other=True))
+
+
+def check_reloaded(made: nn.Module, again: nn.Module, *, planned: int) -> None:
+    """Compare a model with what was read back from its file.
+
+    Raises:
+        RuntimeError: a bit of its outputs differs, or the number of its parameters.
+    """
+    _check_parameters(again, planned)
+    images = noise(made)
+    for other in (False, True):
+        was, found = (forward(one.eval(), images, other=other) for one in (made, again))
+        if not torch.equal(was, found):
+            raise RuntimeError(f"structured pruning: reloaded, {_differs(was, found)}")
+
+
+class _NormOfKept(nn.Module):
+    """A layer norm to which some channels do not exist; they come out as zeros."""
+
+    def __init__(self, norm: nn.LayerNorm, kept: Tensor) -> None:
+        super().__init__()
+        self._norm, self._kept = norm, kept
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        norm, kept = self._norm, self._kept
+        bias = None if norm.bias is None else norm.bias[kept]
+        outputs = torch.zeros_like(inputs)
+        outputs[..., kept] = functional.layer_norm(
+            inputs[..., kept], (int(kept.sum()),), norm.weight[kept], bias, norm.eps
+        )
+        return outputs
+
+
+def reference(dense: nn.Module, cut: Cut) -> nn.Module:
+    """The uncut model as if it had been cut: zeros in place of what went, and norms that do not see it."""
+    zeroed = copy.deepcopy(dense)
+    zeroed.load_state_dict(cut.zeroed(dense.state_dict()))
+    norms = [(name, part) for name, part in zeroed.named_modules() if isinstance(part, nn.LayerNorm)]
+    for name, norm in norms:
+        kept = cut.kept(f"{name}.weight", 0)
+        if not bool(kept.all()):
+            parent, _, own = name.rpartition(".")
+            setattr(zeroed.get_submodule(parent), own, _NormOfKept(norm, kept))
+    return zeroed
+
+
+def noise(model: nn.Module) -> Tensor:
+    """Two images of noise, the same at each call."""
+    return torch.randn(2, *models.input_size(model), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: Tensor, *, other: bool = False) -> Tensor:
+    """What a model says of images.
+
+    Args:
+        other: with attention computed the other way: fused where it is in steps, in steps where it is fused.
+    """
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "fused_attn")] if other else []
+    for part in parts:
+        part.fused_attn = not part.fused_attn
+    try:
+        outputs: Tensor = model(images)
+    finally:
+        for part in parts:
+            part.fused_attn = not part.fused_attn
+    return outputs
+
+
+def _check_parameters(model: nn.Module, planned: int) -> None:
+    found = sum(weight.numel() for weight in model.parameters())
+    if found != planned:
+        raise RuntimeError(f"structured pruning: {found:,} parameters are left, and {planned:,} were planned")
+
+
+def _check_same(where: str, expected: Tensor, found: Tensor) -> None:
+    scale = max(float(expected.abs().max()), 1.0)
+    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale):
+        raise RuntimeError(f"structured pruning: {where}, {_differs(expected, found)}")
+
+
+def _differs(expected: Tensor, found: Tensor) -> str:
+    by, of = float((found - expected).abs().max()), float(expected.abs().max())
+    return f"timm's model differs by {by:.3g} in logits of up to {of:.3g}"
