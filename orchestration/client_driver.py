@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO, Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 
+from orchestration.cluster.connect import joined
 from orchestration.recipe.phases import Span
-from pruners.errors import InputError, first_line
 
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
@@ -49,26 +45,6 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
             with contextlib.suppress(RayError, TimeoutError):
                 ray.get(task, timeout=_CANCEL_SECONDS)
             raise
-
-
-@contextmanager
-def joined(address: str) -> Iterator[None]:
-    """Ray's client at ``address``, left at the end.
-
-    Raises:
-        InputError: no cluster answers there.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is raised as well
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
-        reason = first_line(error)
-        raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _print_waiting(lines: Queue) -> None:

@@ -12,13 +12,11 @@ from typing import Any
 
 import click
 
+from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE, is_jobs_api
 from orchestration.recipe.phases import WHOLE, Span
 from pruners.errors import InputError, first_line
 from pruners.redaction import without_secrets
 
-INTERRUPTED = 130
-JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
-JOB_RECIPE = "recipe.json"
 ERROR = "error.txt"  # of a sweep that broke off
 
 
@@ -81,11 +79,6 @@ def _trace(recipe: Any) -> str:
     except OSError:  # the storage itself may be what is wrong
         return f"the trace:\n{trace}"
     return f"the trace is in {without_secrets(place)}"
-
-
-def is_jobs_api(address: str) -> bool:
-    """Whether an address is that of Ray's Jobs API: what runs there is submitted as a job."""
-    return address.startswith(("http://", "https://"))
 
 
 def run_as_job(

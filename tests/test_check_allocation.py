@@ -10,7 +10,7 @@ import pytest
 import torch
 from image_tables import tiny
 
-from orchestration.cluster.connect import ClusterSize
+from orchestration.cluster.capacity import ClusterSize
 from orchestration.preflight.allocation import check_allocated, check_sparsities
 from orchestration.recipe.loading import load_recipe, validate
 from orchestration.recipe.schema import DataSettings, Recipe

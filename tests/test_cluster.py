@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestration.cluster import connect as cluster
-from orchestration.cluster.connect import ClusterSize
+from orchestration.cluster.capacity import ClusterSize
 from orchestration.recipe.schema import Resources
 from orchestration.recipe.search import AllocationSearch
 from pruners.errors import InputError

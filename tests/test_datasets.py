@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from image_tables import table, write
 
-from orchestration.cluster.connect import ClusterSize
+from orchestration.cluster.capacity import ClusterSize
 from orchestration.preflight.checks import prepare
 from orchestration.recipe.loading import load_recipe
 from orchestration.state.trial_log import TrialLog

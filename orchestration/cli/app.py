@@ -20,7 +20,8 @@ from orchestration.cli.import_weights import import_
 from orchestration.cli.prune import inspect_model, prune
 from orchestration.cli.quantize import quantize
 from orchestration.cli.registry import lineage, promote
-from orchestration.launch import INTERRUPTED, launch
+from orchestration.common.environment import INTERRUPTED
+from orchestration.launch import launch
 from orchestration.recipe.phases import PHASES, Phase, Span
 from pruners.errors import InputError, did_you_mean
 from pruners.redaction import without_secrets

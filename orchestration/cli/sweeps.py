@@ -7,7 +7,8 @@ import time
 import click
 
 from orchestration.cli import options as cli_options
-from orchestration.launch import JOB_RECIPE, farewell, is_jobs_api, launch, run_as_job
+from orchestration.common.environment import JOB_RECIPE, is_jobs_api
+from orchestration.launch import farewell, launch, run_as_job
 from pruners.errors import InputError
 
 _STOP_SECONDS = 120.0

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 
 from orchestration.cluster import node_probe
-from orchestration.cluster.connect import ClusterSize, connect
-from orchestration.preflight.checks import check_size
+from orchestration.cluster.capacity import ClusterSize, check_size
+from orchestration.cluster.connect import connect
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError, first_line
 from trainers import storage
@@ -158,7 +158,7 @@ def check_through_client(
     address: str, recipe: dict[str, Any] | None, place: str | None
 ) -> tuple[list[Offer], list[str]]:
     """The same from a laptop through ``ray://``: it runs as a task on the cluster."""
-    from orchestration.client_driver import joined
+    from orchestration.cluster.connect import joined
 
     with joined(address):
         task = ray.remote(num_cpus=0, max_retries=0)(_there).remote(recipe, place)

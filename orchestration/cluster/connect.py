@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestration.cluster import keeper as cluster_keeper
+from orchestration.cluster.capacity import ClusterSize, cluster_size
 from orchestration.common.network import LOOPBACK, check_reachable, reserve
-from orchestration.recipe.schema import Resources
-from orchestration.recipe.search import AllocationSearch
 from pruners.errors import InputError, first_line
 
 # Our own display shows progress; Ray's would print a line a report and worker over it.
@@ -47,72 +45,6 @@ _KEEPER_SECONDS = 5.0
 
 _JOIN_SECONDS = "RAY_gcs_server_port_wait_time_s"
 _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
-
-
-@dataclass(frozen=True)
-class ClusterSize:
-    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add.
-
-    ``nodes`` holds the CPUs and GPUs of each node, or nothing where more of them may come.
-    """
-
-    cpus: float
-    gpus: float
-    nodes: tuple[tuple[float, float], ...] = ()
-
-    def _pieces(self, cpus: float, gpus: float) -> int:
-        """How many pieces of so much the nodes hold; a piece is not shared out over two."""
-        return sum(
-            int(min(node[0] / cpus, node[1] / gpus if gpus else math.inf) + 1e-6) for node in self.nodes
-        )
-
-    def training_runs(self, resources: Resources) -> int:
-        """How many training runs fit at once.
-
-        Raises:
-            InputError: not even one.
-        """
-        for key, each, there in (
-            ("CPUs", resources.cpus_per_worker, self.cpus),
-            ("GPUs", resources.gpus_per_worker, self.gpus),
-        ):
-            if each * resources.least > there + 1e-6:
-                raise InputError(
-                    "resources.workers",
-                    resources.least,
-                    f"need {each * resources.least:g} {key}, the cluster can give {there:g}",
-                )
-        fit = [self.cpus / (resources.cpus_per_worker * resources.most)]
-        if resources.gpus_per_worker:
-            fit.append(self.gpus / (resources.gpus_per_worker * resources.most))
-        if self.nodes:
-            placed = self._pieces(resources.cpus_per_worker, resources.gpus_per_worker)
-            if placed < resources.least:
-                size = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-                expected = f"the nodes hold {placed} workers of {size} each"
-                raise InputError("resources.workers", resources.least, expected)
-            fit.append(placed / resources.most)
-        return max(int(min(fit) + 1e-6), 1)
-
-    def allocation_trials(self, search: AllocationSearch) -> int:
-        """How many cheap trials fit at once.
-
-        Raises:
-            InputError: not even one.
-        """
-        for key, each, there in (
-            ("cpus_per_trial", search.cpus_per_trial, self.cpus),
-            ("gpus_per_trial", search.gpus_per_trial, self.gpus),
-        ):
-            if each > there + 1e-6:
-                raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
-        if self.nodes and not self._pieces(search.cpus_per_trial, search.gpus_per_trial):
-            size = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
-            raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {size}")
-        fit = [self.cpus / search.cpus_per_trial]
-        if search.gpus_per_trial:
-            fit.append(self.gpus / search.gpus_per_trial)
-        return int(min(fit) + 1e-6)
 
 
 def cluster_address(given: str | None) -> str | None:
@@ -280,14 +212,21 @@ def _is_refused(error: BaseException | None) -> bool:
     return False
 
 
-def cluster_size() -> ClusterSize:
-    """What the cluster that is joined can give just now."""
-    there = dict(ray.cluster_resources())
-    # an autoscaling cluster can give more than it has now
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ClusterSize(
-        cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
-        gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
-        nodes=() if possible else tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive),
-    )
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Ray's client at ``address``, left at the end.
+
+    Raises:
+        InputError: no cluster answers there.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is raised as well
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
+        reason = first_line(error)
+        raise InputError("--address", address, f"no Ray cluster could be joined ({reason})") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -21,9 +21,9 @@ import click
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.common.network import check_reachable
 from orchestration.common.redaction import without_password
-from orchestration.launch import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.recipe.schema import Recipe
 from orchestration.state.stored_recipe import content_of
 from pruners.errors import InputError, did_you_mean, first_line

@@ -14,7 +14,7 @@ import timm
 import torch
 from pyarrow import fs
 
-from orchestration.cluster.connect import ClusterSize
+from orchestration.cluster.capacity import check_local
 from orchestration.preflight.allocation import check_allocated, check_sparsities
 from orchestration.preflight.data import check_calibration, check_classes_of_digits, known_data
 from orchestration.preflight.training import check_frozen, check_training, trainings
@@ -117,30 +117,6 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
         costs = count_costs(model, models.input_size(model), shares)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
-
-
-def check_local(recipe: Recipe) -> None:
-    """Whether this machine alone can ever run the recipe; asked before a local cluster is started.
-
-    Where ``RAY_ADDRESS`` is set (as inside a Ray job) a cluster is joined, and it is the one to ask.
-
-    Raises:
-        InputError: more workers than it has processors.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    size = ClusterSize(cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
-    check_size(recipe, size)
-
-
-def check_size(recipe: Recipe, size: ClusterSize) -> None:
-    """Raises:
-    InputError: the recipe asks for more than the cluster can ever give.
-    """
-    for phase in ("dense", "structured", "schedule", "long_run"):
-        size.training_runs(recipe.resources.of(phase))
-    if recipe.allocation.trials:
-        size.allocation_trials(recipe.allocation)
 
 
 def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer], Plan | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from orchestration.cluster.connect import cluster_size
+from orchestration.cluster.capacity import cluster_size
 from orchestration.preflight.allocation import check_not_sparser
 from orchestration.recipe.schema import digest
 from orchestration.recipe.search import Fastest, Rule

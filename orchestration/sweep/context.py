@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from orchestration.cluster.connect import ClusterSize
+from orchestration.cluster.capacity import ClusterSize
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.phases import WHOLE, Phase, Span
 from orchestration.recipe.schema import Recipe, digest

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.tune.schedulers import TrialScheduler
 
-from orchestration.cluster.connect import cluster_size
+from orchestration.cluster.capacity import cluster_size
 from orchestration.recipe.jobs import gradual_job
 from orchestration.recipe.loading import flatten, get
 from orchestration.recipe.phases import Phase

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
+from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
-from orchestration.cluster.connect import ClusterSize, cluster_address, connect, logs_folder
+from orchestration.cluster.connect import cluster_address, connect, logs_folder
 from orchestration.common.redaction import public
 from orchestration.common.terminal import Console
-from orchestration.preflight.checks import Prepared, check_local, check_size
+from orchestration.preflight.checks import Prepared
 from orchestration.preflight.training import remarks
 from orchestration.recipe.loading import flatten
 from orchestration.recipe.phases import PHASES, WHOLE, Span
