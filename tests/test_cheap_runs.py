@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestration.reporting.display import Display
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from orchestration.sweep.cheap_runs import CheapRuns
+from orchestration.sweep.trial_runs import CheapRuns
 from orchestration.tracking.tracker import Tracker
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import InputError, Pattern
-from pruners.elimination.blocks import to_blocks
-from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.fisher import BlockFisher, to_blocks
 
 LAYERS = [
     lone_layer(25, 7, name="a.weight", module="QKV"),  # 175 weights

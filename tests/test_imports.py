@@ -119,7 +119,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("orchestration/cluster/connect.py", "import ray\nfrom trainers import loop\nimport pruners"),
         ("experiments/benchmarks/a.py", "import pruners, trainers, orchestration, timm"),
         ("orchestration/tracking/tracker.py", "import mlflow"),
-        ("orchestration/tracking/registry.py", "from mlflow import MlflowClient"),
+        ("orchestration/tracking/registry_models.py", "from mlflow import MlflowClient"),
         ("orchestration/search/space.py", "import optuna"),
         ("orchestration/search/training_trial.py", "import optuna"),
         ("pruners/a.py", "\n" * 400),

@@ -8,8 +8,8 @@ import pytest
 
 from orchestration.tracking import paging as pages
 from orchestration.tracking.paging import all_pages
+from orchestration.tracking.registry import Registry
 from orchestration.tracking.tracker import EndedRun, Tracker
-from orchestration.tracking.versions import Registry
 from pruners.errors import InputError
 
 

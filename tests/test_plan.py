@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from orchestration.preflight.checks import prepare
-from orchestration.preflight.picture import curves, terminal
-from orchestration.preflight.plan import _lines, _needs
+from orchestration.preflight.plan import _lines, _needs, curves, terminal
 from orchestration.recipe.loading import load_recipe, shipped
 from trainers.loop.schedules import pruning_plan
 

@@ -18,7 +18,7 @@ from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import Row, alias_lines
 from orchestration.tracking import lineage
 from orchestration.tracking.promotion import choose, level_alias, promote, settle
-from orchestration.tracking.versions import Registry, Version, check_alias, check_name, opened
+from orchestration.tracking.registry import Registry, Version, check_alias, check_name, opened
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)

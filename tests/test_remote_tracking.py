@@ -16,9 +16,9 @@ from mlflow import MlflowClient
 from orchestration.tracking import registry
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import Dataset
+from orchestration.tracking.registry import opened
 from orchestration.tracking.server import answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
-from orchestration.tracking.versions import opened
 from pruners.errors import InputError
 
 USER, PASSWORD = "somebody", "correct-horse-battery"

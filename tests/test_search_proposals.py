@@ -15,11 +15,10 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestration.search import elastic
-from orchestration.search.elastic import FollowCluster
+from orchestration.search import schedulers as search_schedulers
 from orchestration.search.runner import Search
 from orchestration.search.samplers import Proposals, limited, population, telling
-from orchestration.search.schedulers import Remembered, stopping
+from orchestration.search.schedulers import FollowCluster, Remembered, stopping
 from orchestration.search.space import WrittenChoice
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
@@ -95,7 +94,7 @@ def test_the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.Monke
     follow = FollowCluster(made, fit)
     follow.on_step_end(0, [])
     assert made.max_concurrent == 3  # it looks only now and then
-    monkeypatch.setattr(elastic, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(search_schedulers, "_LOOK_SECONDS", 0.0)
     for most in (5, 1, 1, 2):
         follow.on_step_end(0, [])
         assert made.max_concurrent == most

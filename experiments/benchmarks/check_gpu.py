@@ -39,8 +39,7 @@ try:
 
     from pruners import PrunableLayer, create_pruner, find_layers, prune
     from pruners.elimination import kernels
-    from pruners.elimination.blocks import to_blocks
-    from pruners.elimination.fisher import BlockFisher
+    from pruners.elimination.fisher import BlockFisher, to_blocks
     from pruners.elimination.order import EliminationOrder
     from trainers.engines.registry import ENGINES
 except ModuleNotFoundError as error:

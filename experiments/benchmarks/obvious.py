@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableLayer, find_layers
-from pruners.elimination.blocks import to_blocks
+from pruners.elimination.fisher import to_blocks
 
 B = 192
 DAMP = 1e-8

@@ -12,7 +12,6 @@ import click
 from orchestration.cli import options as cli_options
 from orchestration.cli import sweeps as cli_cluster
 from orchestration.cli.benchmark import benchmark
-from orchestration.cli.compare import compare
 from orchestration.cli.data import data
 from orchestration.cli.export import export, pull
 from orchestration.cli.finetune import finetune
@@ -20,6 +19,7 @@ from orchestration.cli.import_weights import import_
 from orchestration.cli.prune import inspect_model, prune
 from orchestration.cli.quantize import quantize
 from orchestration.cli.registry import lineage, promote
+from orchestration.cli.sweeps import compare
 from orchestration.common.environment import INTERRUPTED
 from orchestration.launch import launch
 from orchestration.recipe.phases import PHASES, Phase, Span
@@ -164,7 +164,7 @@ def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
     console = Console()
     print_plan(console if console.is_terminal else Console(width=120), prepared, picture=True)
     if png is not None:
-        from orchestration.preflight.picture import png as write
+        from orchestration.preflight.plan import png as write
 
         try:
             click.echo(f"picture:    {write(prepared.recipe, Path(png))}")

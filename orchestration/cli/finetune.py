@@ -37,7 +37,7 @@ def finetune(**typed: Any) -> None:
     timm model. KEY=VALUE are those of a recipe's recovery (epochs=10 lr.peak=1e-4, unless you say otherwise).
     The result is the best model on validation. After Ctrl-C the same command goes on.
     """
-    from orchestration.commands.finetune_options import FinetuneOptions
+    from orchestration.commands.training_options import FinetuneOptions
     from orchestration.common.terminal import Console
 
     options = FinetuneOptions(**typed)

@@ -38,7 +38,7 @@ def quantize(**typed: Any) -> None:
     those of a recipe's recovery, for qat (epochs=10 lr.kind=linear lr.peak=1e-4 lr.floor=1e-5, unless you
     say otherwise). After Ctrl-C the same command goes on with its training.
     """
-    from orchestration.commands.quantize_options import QuantizeOptions
+    from orchestration.commands.training_options import QuantizeOptions
     from orchestration.common.terminal import Console
 
     options = QuantizeOptions(**typed)

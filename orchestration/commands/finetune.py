@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from orchestration.commands.finetune_options import FinetuneOptions
 from orchestration.commands.model_source import (
     Patterns,
     at_hand,
@@ -30,6 +29,7 @@ from orchestration.commands.model_source import (
     recorded_patterns,
 )
 from orchestration.commands.prune_options import layer_patterns
+from orchestration.commands.training_options import FinetuneOptions
 from orchestration.commands.work import Bars, free_folder, interruptible, whole_folder
 from orchestration.preflight.training import check_training
 from pruners.errors import InputError, first_line

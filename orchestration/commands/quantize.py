@@ -14,9 +14,8 @@ from rich.status import Status
 from torch import nn
 
 from orchestration.commands.finetune import Finetuning
-from orchestration.commands.finetune_options import FinetuneOptions
 from orchestration.commands.model_source import as_folder, at_hand, check_images
-from orchestration.commands.quantize_options import AwareOptions, QuantizeOptions
+from orchestration.commands.training_options import AwareOptions, FinetuneOptions, QuantizeOptions
 from orchestration.commands.work import free_folder, whole_folder
 from orchestration.tracking.pyfunc_model import labels_of
 from pruners.errors import InputError

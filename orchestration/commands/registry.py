@@ -132,14 +132,15 @@ def promote_version(
     Raises:
         InputError: no such model or version, or names that MLflow does not take.
     """
-    from orchestration.tracking import promotion, versions
+    from orchestration.tracking import promotion
+    from orchestration.tracking.registry import check_alias, check_name, opened
 
-    versions.check_alias(alias, "--alias")
+    check_alias(alias, "--alias")
     if name is not None:
-        versions.check_name(name, "NAME")
+        check_name(name, "NAME")
     if number is not None and not number.isdecimal():
         raise InputError("--version", number, "must be the number of a version")
-    with versions.opened(_database(tracking_uri, storage)) as registry:
+    with opened(_database(tracking_uri, storage)) as registry:
         names = registry.names()
         if name is None and len(names) != 1:
             raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
@@ -156,10 +157,11 @@ def promote_version(
 
 def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """Lines about a registered version and what it comes from."""
-    from orchestration.tracking import lineage, versions
+    from orchestration.tracking import lineage
+    from orchestration.tracking.registry import opened, parse
 
-    versions.parse(reference)
-    with versions.opened(_database(tracking_uri, storage)) as registry:
+    parse(reference)
+    with opened(_database(tracking_uri, storage)) as registry:
         yield from lineage.lines(registry, reference)
 
 

@@ -23,7 +23,7 @@ from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import Distribution, Fastest
 from orchestration.state.latency_store import check_linear, check_threads
 from orchestration.tracking.check import check_uri
-from orchestration.tracking.versions import check_name
+from orchestration.tracking.registry import check_name
 from pruners.allocation.bounds import bounds, check_feasible
 from pruners.allocation.sharing import budget, by_table
 from pruners.errors import InputError, first_line

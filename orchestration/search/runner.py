@@ -14,12 +14,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestration.search.elastic import FollowCluster
 from orchestration.search.limits import NONE, GivenUp, Limits, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
 from orchestration.search.ray_patches import one_trial_pays
 from orchestration.search.samplers import ROUND, Proposals, limited
-from orchestration.search.schedulers import Remembered
+from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.space import Space
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve

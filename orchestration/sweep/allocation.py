@@ -27,9 +27,9 @@ from orchestration.state import latency_store as latency
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.cheap_runs import CheapRuns
 from orchestration.sweep.context import Allocated, Dense, Study, Sweep
 from orchestration.sweep.tasks import OrderFacts
+from orchestration.sweep.trial_runs import CheapRuns
 from pruners.allocation.sharing import budget
 from trainers import storage
 from trainers.checkpoint.folder import RECORD

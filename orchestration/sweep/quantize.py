@@ -11,8 +11,7 @@ import ray
 from orchestration.common.units import megabytes
 from orchestration.recipe.jobs import aware_job
 from orchestration.recipe.loading import flatten
-from orchestration.recipe.quantization import Quantization
-from orchestration.recipe.schema import digest
+from orchestration.recipe.schema import Quantization, digest
 from orchestration.state.trial_log import TrialLog
 from orchestration.sweep import tasks as remote
 from orchestration.sweep.context import Quantized, Recovered, Sweep, content_hash

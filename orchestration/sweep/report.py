@@ -15,7 +15,7 @@ from orchestration.recipe.schema import digest
 from orchestration.sweep import tasks as remote
 from orchestration.sweep.context import Results, Sweep, content_hash
 from orchestration.tracking.promotion import Decision
-from orchestration.tracking.versions import CHAMPION
+from orchestration.tracking.registry import CHAMPION
 from trainers import storage
 from trainers.checkpoint.folder import CONFIG, MASKS, RECORD, WEIGHTS
 

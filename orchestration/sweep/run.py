@@ -29,9 +29,9 @@ from orchestration.sweep.report import Row, as_json, make_rows, print_end
 from orchestration.sweep.structured import structured_phase
 from orchestration.tracking.lineage import RECIPE
 from orchestration.tracking.promotion import Decision, settle
+from orchestration.tracking.registry import Registry
 from orchestration.tracking.server import tracking_folder
 from orchestration.tracking.tracker import Tracker, server_for
-from orchestration.tracking.versions import Registry
 from trainers import storage
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestration.tracking.versions import Registry, Version
+from orchestration.tracking.registry import Registry, Version
 from pruners.errors import InputError
 
 RECIPE = "recipe.yaml"  # an artifact of the sweep's run

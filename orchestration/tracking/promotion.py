@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestration.recipe.schema import Promotion
-from orchestration.tracking.versions import CHAMPION, Registry, Version
+from orchestration.tracking.registry import CHAMPION, Registry, Version
 from pruners.errors import InputError
 
 _SLACK = 5e-4  # a budget of whole weights, blocks or groups lies a little beside the sparsity asked for

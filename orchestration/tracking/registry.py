@@ -1,20 +1,223 @@
-"""The MLflow model registry: a version for the best of each method, with where it comes from in its tags."""
+"""Versions of registered models: which there are, what they say of themselves, and which carry an alias."""
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from orchestration.common.redaction import without_password
+from orchestration.recipe.schema import Promotion
 from orchestration.tracking.paging import all_pages
+from orchestration.tracking.server import quiet_environment
 from orchestration.tracking.tracker import Tracker
-from orchestration.tracking.versions import Version, opened, parse, refusal
-from pruners.errors import InputError
+from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config.structured import words
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+_RULE = "promotion."  # tags of a registered model: the rule of the last sweep that registered in it
+_LEVELS = 20  # runs above a run
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, as ``espalier models`` lists it."""
+
+    model: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    run: str = ""
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.model}/{self.version}"
+
+    @property
+    def data(self) -> str:
+        """The hash of the images that it was measured on; empty in versions of before."""
+        return self.tags.get("data", "")
+
+    @property
+    def sparsity(self) -> float:
+        return self._number("sparsity", 0.0)
+
+    @property
+    def top1(self) -> float:
+        """On validation, in 0…1; -1: unknown."""
+        return self._number("validation_top1", -1.0)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What is better on validation is greater: by top-1 and, where that is equal, by loss."""
+        return self.top1, -self._number("validation_loss", math.inf)
+
+    def _number(self, tag: str, otherwise: float) -> float:
+        try:
+            found = float(self.tags.get(tag, otherwise))
+        except ValueError:
+            return otherwise
+        return otherwise if math.isnan(found) else found
+
+
+class Registry:
+    """What sweeps and commands ask of one registry."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def names(self) -> list[str]:
+        """Of all registered models."""
+        return [model.name for model in all_pages(self._client.search_registered_models)]
+
+    def versions(self, model: str) -> list[Version]:
+        """Newest first.
+
+        Raises:
+            InputError: no such model.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            registered = self._client.get_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            expected = f"no such registered model{did_you_mean(model, self.names())}"
+            raise InputError("model", model, expected) from None
+        aliases: dict[str, list[str]] = {}
+        for alias, version in dict(registered.aliases).items():
+            aliases.setdefault(str(version), []).append(alias)
+        found = [
+            Version(
+                model,
+                str(entry.version),
+                tuple(sorted(aliases.get(str(entry.version), []))),
+                dict(entry.tags),
+                str(entry.run_id or ""),
+            )
+            for entry in all_pages(self._client.search_model_versions, f"name='{model}'")
+        ]
+        return sorted(found, key=lambda version: -int(version.version))
+
+    def resolve(self, reference: str) -> Version:
+        """The version that ``models:/NAME@alias`` or ``models:/NAME/2`` names.
+
+        Raises:
+            InputError: no such model, version or alias.
+        """
+        name, alias, version = parse(reference)
+        versions = self.versions(name)
+        for one in versions:
+            if one.version == version or alias in one.aliases:
+                return one
+        there = [one.version for one in versions] + [f"@{name}" for one in versions for name in one.aliases]
+        raise InputError("model", reference, f"no such version; there is {', '.join(there) or 'none'}")
+
+    def holder(self, model: str, alias: str) -> Version | None:
+        """The version that carries an alias."""
+        return next((one for one in self.versions(model) if alias in one.aliases), None)
+
+    def set_alias(self, version: Version, alias: str) -> None:
+        """Whatever carried it before loses it."""
+        self._client.set_registered_model_alias(version.model, alias, version.version)
+
+    def rule(self, model: str) -> Promotion:
+        """The champion's rule, as the last sweep left it."""
+        tags = dict(self._client.get_registered_model(model).tags)
+        content = {key.removeprefix(_RULE): tags[key] for key in tags if key.startswith(_RULE)}
+        return Promotion.model_validate({key: value or None for key, value in content.items()})
+
+    def set_rule(self, model: str, rule: Promotion) -> None:
+        for key, value in rule.model_dump(mode="json").items():
+            self._client.set_registered_model_tag(model, _RULE + key, "" if value is None else str(value))
+
+    def runs_above(self, run: str) -> list[str]:
+        """A version's run and those that it is nested in; the last is the sweep's."""
+        found: list[str] = []
+        while run and run not in found and len(found) < _LEVELS:
+            found.append(run)
+            run = str(self._client.get_run(run).data.tags.get("mlflow.parentRunId", ""))
+        return found
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[Registry]:
+    """The registry of an MLflow; what it refuses, or does not answer, is one line.
+
+    Raises:
+        InputError: see above.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    os.environ.update(quiet_environment())
+    try:
+        yield Registry(mlflow.MlflowClient(uri))
+    except MlflowException as error:
+        raise InputError("MLflow", without_password(uri), f"refuses ({refusal(error, uri)})") from None
+
+
+def refusal(error: Exception, uri: str) -> str:
+    """What MLflow says, in one line and without the password that its messages repeat."""
+    return first_line(error).replace(uri.rstrip("/"), without_password(uri).rstrip("/"))
+
+
+def check_name(name: str, key: str) -> None:
+    """Raises:
+    InputError: a name that MLflow gives no registered model, or that no ``models:/NAME@alias`` can say.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_model_name
+
+    try:
+        _validate_model_name(name)
+    except MlflowException as error:
+        raise InputError(key, name, f"must be a name that MLflow takes ({first_line(error)})") from None
+    if "@" in name or "'" in name:
+        raise InputError(
+            key, name, "must be a name without @ and quotes, so that models:/NAME@alias finds it"
+        )
+
+
+def check_alias(alias: str, key: str) -> None:
+    """Raises:
+    InputError: an alias that MLflow does not take.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils import validation
+
+    try:
+        validation._validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
+        validation._validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
+    except MlflowException as error:
+        raise InputError(key, alias, f"must be an alias that MLflow takes ({first_line(error)})") from None
+
+
+def parse(reference: str) -> tuple[str, str, str]:
+    """(name, alias, version) of ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
+
+    Raises:
+        InputError: neither of the two.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if found is None:
+        raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
+    return found[1], found[2] or "", found[3] or ""
+
+
 ARTIFACT = "checkpoint"
+
+
 _LINEAGE = {
     "dense": "parent",  # the hash of the dense model's configuration and weights
     "data": "data",

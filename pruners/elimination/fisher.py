@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from pruners.elimination import kernels
-from pruners.elimination.blocks import to_blocks
 from pruners.errors import InputError, did_you_mean
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
@@ -296,3 +295,11 @@ def invert(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(sound.all()):  # half a factor may have zeros on its diagonal, which LAPACK refuses
         factor[~sound] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     return torch.cholesky_inverse(factor), sound
+
+
+def to_blocks(flat: Tensor, size: int) -> Tensor:
+    """Cut (…, d) into (…, n, size); the last block is padded with zeros."""
+    blocks = -(-flat.shape[-1] // size)
+    short = blocks * size - flat.shape[-1]
+    padded = torch.nn.functional.pad(flat, (0, short)) if short else flat
+    return padded.reshape(*flat.shape[:-1], blocks, size)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pruners.allocation.sharing import Allocation
 from pruners.elimination import kernels
-from pruners.elimination.blocks import to_blocks
+from pruners.elimination.fisher import to_blocks
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import UNSTRUCTURED, Pattern

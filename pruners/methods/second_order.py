@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pruners.allocation.sharing import Scope
-from pruners.elimination.blocks import to_blocks
-from pruners.elimination.fisher import BlockFisher
+from pruners.elimination.fisher import BlockFisher, to_blocks
 from pruners.elimination.obs import Columns
 from pruners.elimination.order import EliminationOrder, LayerOrder, Stretch
 from pruners.errors import InputError

@@ -1,4 +1,4 @@
-"""What ``espalier quantize`` is asked for, checked without torch so that a mistake is answered at once."""
+"""What ``espalier finetune`` and ``espalier quantize`` are asked for, checked without torch so that a mistake is answered at once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from orchestration.commands.finetune_options import FinetuneOptions
-from orchestration.commands.prune_options import one_of
+from orchestration.commands.prune_options import layer_patterns, one_of
 from orchestration.recipe.loading import part
-from orchestration.recipe.quantization import AWARE, AwareTraining
+from orchestration.recipe.schema import AWARE, AwareTraining
 from pruners.errors import InputError
 from trainers.config.quantization import Mode
 from trainers.config.training import TrainingSettings
 from trainers.sources.columns import ColumnOptions
 from trainers.storage import absolute
+
+# gentler than training from the start, and each epoch can be gone on from
+_DEFAULTS = {"epochs": 10, "lr": {"peak": 1e-4}, "checkpoint_every": 1}
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(ColumnOptions):
+    """The options as they were typed."""
+
+    checkpoint: str
+    train: str
+    out: str
+    settings: tuple[str, ...] = ()
+    validation: str | None = None
+    classes: int | None = None
+    layers: tuple[str, ...] = ()
+    seed: int = 0
+    device: str | None = None
+    tracking_uri: str | None = None
+    storage: str = "runs"
+
+    def check(self) -> None:
+        """Raises:
+        InputError: the first thing that cannot work, by its option or key and value.
+        """
+        if self.device is not None:
+            one_of("--device", self.device, ("cpu", "cuda"))
+        layer_patterns(self.layers)
+        assert self.training is not None, "it is read, and what is wrong in it told"
+
+    @property
+    def training(self) -> TrainingSettings:
+        """Raises:
+        InputError: a key or value of ``settings`` that cannot be.
+        """
+        return part(TrainingSettings, self.settings, _DEFAULTS)
 
 
 @dataclass(frozen=True)
