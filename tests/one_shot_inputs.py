@@ -12,7 +12,9 @@ from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
 from orchestration.search.space import AllocationSpace
 from orchestration.state.order_store import StoredOrder
 from orchestration.sweep.tasks import order_facts
-from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.config.data import DataSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.loop.elimination import write_order
 
 SPARSITY = 0.6

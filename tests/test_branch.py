@@ -12,7 +12,7 @@ from training_runs import CPU, Log, make_files, make_job, same_files
 
 from pruners.errors import InputError
 from trainers.checkpoint.trainer_state import read_state, unflatten_optimizer
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop.gradual import run
 from trainers.loop.session import Session
 from trainers.ray_worker import _origin

@@ -18,7 +18,8 @@ from orchestration.tracking.pyfunc_model import classes_of, labels_of
 from pruners.errors import InputError
 from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.config.training import DataSettings, TrainJob
+from trainers.config.data import DataSettings
+from trainers.config.jobs import TrainJob
 from trainers.data.arrow_store import Store
 from trainers.data.datasets import split
 from trainers.data.preprocessing import preprocessing_of

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from orchestration.recipe.schema import Recipe, digest
 from orchestration.recipe.search import Distribution
-from trainers.config.training import LearningRate, PruningSettings, Settings
+from trainers.config.base import Settings
+from trainers.config.pruning import PruningSettings
+from trainers.config.schedules import LearningRate
 
 ESPALIER = Path(sys.executable).parent / "espalier"
 MINIMAL: dict[str, Any] = {

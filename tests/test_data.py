@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from pruners.errors import InputError
-from trainers.config.training import AugmentSettings, DataSettings
+from trainers.config.data import DataSettings
+from trainers.config.training import AugmentSettings
 from trainers.data import datasets as data
 from trainers.data.augment import Augment, Normalise
 

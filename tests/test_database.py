@@ -14,7 +14,9 @@ from orders import assert_same
 from orchestration.state.order_store import StoredOrder
 from orchestration.sweep.tasks import order_facts
 from trainers import storage
-from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.config.data import DataSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.loop.elimination import write_order
 
 FISHER = {"gradients": 6, "batch_size": 4, "block_size": 16, "damp": 1e-4}

@@ -15,7 +15,7 @@ from orchestration.state.trial_log import TrialLog
 from orchestration.sweep.context import Sweep
 from orchestration.tracking.datasets import Dataset, datasets
 from pruners.errors import InputError
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 
 HASH = "0123456789abcdef"
 

@@ -21,7 +21,7 @@ from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.checkpoint.trainer_state import TENSORS as STATE
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop import gradual
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import Session

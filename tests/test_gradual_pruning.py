@@ -14,7 +14,7 @@ from torch import Tensor
 from pruners import METHODS, InputError
 from pruners.elimination.damping import LADDER
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop.gradual import Progress, run
 
 FISHER = {"gradients": 3, "batch_size": 4, "block_size": 16, "damp": 1e-4}

@@ -30,7 +30,7 @@ from pruners import find_layers
 from pruners.errors import InputError
 from trainers import optional_imports as optional
 from trainers.config.latency import LatencyTarget
-from trainers.config.training import PruningSettings
+from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import linear_shapes
 from trainers.engines.latency_table import Curve, LatencyTable, LinearShape
 

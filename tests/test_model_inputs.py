@@ -20,7 +20,7 @@ from pruners.elimination.fisher import BlockFisher
 from pruners.errors import InputError
 from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.config.training import ModelSettings
+from trainers.config.data import ModelSettings
 from trainers.data.sampler import EpochBatches
 from trainers.loop.gradual import run as train
 from trainers.loop.train_step import _parts

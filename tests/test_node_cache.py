@@ -16,7 +16,7 @@ from training_runs import CPU, Log, make_files, make_job
 from orchestration.recipe.search import AllocationSearch
 from trainers import models, storage
 from trainers.checkpoint.folder import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 from trainers.data import datasets as data
 from trainers.data.node_cache import Pixels, node_copy
 from trainers.loop import gradual

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruners import InputError, MaskSet, Sharing, create_pruner, find_layers, prune
 from pruners.methods.ovit import OViT
 from pruners.model.layers import PrunableLayer
-from trainers.config.training import FisherSettings, PruningSettings
+from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.loop import prune_step as step_of
 from trainers.loop.prune_step import (
     Goal,

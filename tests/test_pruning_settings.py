@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pruners import METHODS, InputError, create_pruner
 from pruners.model.sparsity_pattern import Pattern
-from trainers.config.training import SECOND_ORDER, FisherSettings, Method, PruningSettings
+from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, PruningSettings
 
 
 def settings(**values: Any) -> PruningSettings:

@@ -19,7 +19,7 @@ from pruners.errors import InputError
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import RANGES, load_checkpoint, save_checkpoint
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop import gradual
 from trainers.loop.gradual import run
 from trainers.loop.session import Session

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pruners.errors import InputError
-from trainers.config.training import LearningRate, PruningSchedule, PruningSettings
+from trainers.config.pruning import PruningSettings
+from trainers.config.schedules import LearningRate, PruningSchedule
 from trainers.loop.schedules import learning_rate, pruning_plan
 
 SHARE = st.floats(0.0, 1.0)

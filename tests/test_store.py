@@ -18,7 +18,8 @@ from PIL import Image
 from test_data import CONFIG
 
 from pruners.errors import InputError
-from trainers.config.training import AugmentSettings, DataSettings
+from trainers.config.data import DataSettings
+from trainers.config.training import AugmentSettings
 from trainers.data import datasets as data
 from trainers.data.arrow_store import Store
 from trainers.data.augment import Augment

@@ -25,8 +25,8 @@ from orchestration.sweep.context import Dense
 from orchestration.sweep.structured import _Step, fastest_cut
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.data import DataSettings
 from trainers.config.structured import StructuredSettings
-from trainers.config.training import DataSettings
 from trainers.engines.latency import Target, measure_models
 from trainers.engines.registry import Choice, Place
 

@@ -18,8 +18,9 @@ from orchestration.sweep import tasks as remote
 from orchestration.tracking.registry import describe
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint
+from trainers.config.data import DataSettings
+from trainers.config.jobs import TrainJob
 from trainers.config.structured import StructuredSettings
-from trainers.config.training import DataSettings, TrainJob
 from trainers.loop.gradual import run
 
 LINEAGE: dict[str, Any] = {"method": "structured", "parent": "1234", "structured": {"dense": "1234"}}

@@ -25,7 +25,7 @@ from orchestration.tracking.datasets import datasets
 from orchestration.tracking.server import Server, answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 
 
 @dataclass(frozen=True)

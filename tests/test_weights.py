@@ -26,7 +26,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.checkpoint.transformers_names import counterpart
 from trainers.checkpoint.weights_file import load_weights
-from trainers.config.training import ModelSettings
+from trainers.config.data import ModelSettings
 
 State = Mapping[str, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from image_tables import VIT, VIT_ARGS, dense_folder, table, write
 
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop.gradual import Progress, run
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from pruners.elimination.memory import fisher_bytes
 from pruners.elimination.order import EliminationOrder
 from pruners.methods.ovit import OViT
 from trainers import distributed
-from trainers.config.training import FisherSettings
+from trainers.config.pruning import FisherSettings
 from trainers.loop.prune_step import Goal, Gradients, gradient_source, ordering, prune_step
 
 HELD_OUT = batches(13)[8:]

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.checkpoint.transformers_names import transformers_model
-from trainers.config.training import DataSettings, ModelSettings
+from trainers.config.data import DataSettings, ModelSettings
 
 
 def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:

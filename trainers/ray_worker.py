@@ -17,7 +17,7 @@ import ray.train
 from pyarrow import fs
 from ray.train import CheckpointUploadMode
 
-from trainers.config.training import OrderJob, TrainJob
+from trainers.config.jobs import OrderJob, TrainJob
 
 if TYPE_CHECKING:
     from trainers.loop.gradual import Progress

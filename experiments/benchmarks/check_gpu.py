@@ -129,7 +129,7 @@ def same_answers(table: Table, device: torch.device, layers: list[PrunableLayer]
 
 def zeros_stay(table: Table, device: torch.device, args: argparse.Namespace) -> None:
     """Steps of mixed precision hold zeros, in the weights and in their moving average."""
-    from trainers.config.training import TrainJob
+    from trainers.config.jobs import TrainJob
     from trainers.loop.session import Session
     from trainers.loop.train_step import train_step
 

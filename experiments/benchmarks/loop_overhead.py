@@ -205,7 +205,7 @@ def on_device(args: argparse.Namespace) -> float:
     import timm
 
     from trainers.checkpoint.folder import save_checkpoint
-    from trainers.config.training import TrainJob
+    from trainers.config.jobs import TrainJob
     from trainers.loop.session import Session
     from trainers.loop.train_step import train_step
 

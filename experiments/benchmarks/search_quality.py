@@ -35,7 +35,9 @@ from orchestration.sweep.context import content_hash
 from orchestration.sweep.tasks import order_facts
 from trainers import models
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.config.data import DataSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.data import datasets as data
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate

@@ -34,7 +34,9 @@ from orchestration.search.training_trial import training_trial
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.tasks import order_facts
-from trainers.config.training import DataSettings, OrderJob, PruningSettings
+from trainers.config.data import DataSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate
 

@@ -188,7 +188,7 @@ def evaluate(
     **named: str | None,
 ) -> None:
     """Top-1 and loss of MODEL (a checkpoint folder or models:/NAME@alias) on images."""
-    from orchestration.commands.registry import evaluate_model
+    from orchestration.commands.evaluate import evaluate_model
 
     columns = cli_options.named(named)
     for line in evaluate_model(model, data_uri, tracking_uri, storage, batch_size, columns=columns):

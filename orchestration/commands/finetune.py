@@ -37,7 +37,9 @@ from pruners.model.masks import MaskSet
 from trainers import models, storage
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk, verify, weights_hash
 from trainers.checkpoint.trainer_state import damage
-from trainers.config.training import DataSettings, Method, ModelSettings, PruningSettings, TrainJob
+from trainers.config.data import DataSettings, ModelSettings
+from trainers.config.jobs import TrainJob
+from trainers.config.pruning import Method, PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
 

@@ -13,7 +13,7 @@ from trainers import models
 from trainers.checkpoint.folder import save_foreign, size_on_disk
 from trainers.checkpoint.weights_file import load_weights
 from trainers.config.base import is_weights_file
-from trainers.config.training import ModelSettings
+from trainers.config.data import ModelSettings
 from trainers.storage import absolute
 
 

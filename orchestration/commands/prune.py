@@ -33,7 +33,7 @@ from pruners.model.sparsity_pattern import fitting
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers import models
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
-from trainers.config.training import SECOND_ORDER
+from trainers.config.pruning import SECOND_ORDER
 from trainers.data import datasets as data
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source

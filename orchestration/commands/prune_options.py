@@ -12,7 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pruners.errors import InputError, did_you_mean
 from pruners.model.sparsity_pattern import Pattern
-from trainers.config.training import SECOND_ORDER, FisherSettings, Method, ScopeName
+from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, ScopeName
 from trainers.sources.columns import ColumnOptions
 
 # what says how gradients are taken: nothing to a method that takes none

@@ -22,8 +22,9 @@ from pruners.errors import InputError
 from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
 from trainers.checkpoint.trainer_state import check_recorded
+from trainers.config.jobs import TrainJob
+from trainers.config.pruning import Method
 from trainers.config.quantization import Mode
-from trainers.config.training import Method, TrainJob
 from trainers.data import datasets as data
 from trainers.export.onnx import FILE
 from trainers.loop.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""What ``espalier finetune`` and ``espalier quantize`` are asked for, checked without torch so that a mistake is answered at once."""
+"""Options of ``espalier finetune`` and ``quantize``, checked without torch: mistakes are answered at once."""
 
 from __future__ import annotations
 

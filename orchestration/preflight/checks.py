@@ -36,8 +36,8 @@ from pruners.structured.dependency import check_installed
 from trainers import models, storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
 from trainers.checkpoint.weights_file import load_weights
+from trainers.config.data import DataSettings
 from trainers.config.latency import LatencyTarget
-from trainers.config.training import DataSettings
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
 from trainers.optional_imports import require

@@ -11,7 +11,7 @@ from orchestration.recipe.schema import Recipe, digest
 from pruners.errors import InputError
 from trainers import remote_calls as looks
 from trainers import storage
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 from trainers.sources import digits
 from trainers.sources.classes import Names, check_alike, names_of
 from trainers.sources.files import split_glob

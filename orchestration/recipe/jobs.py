@@ -7,7 +7,8 @@ from typing import Any
 
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import Recipe
-from trainers.config.training import DataSettings, ModelSettings, TrainJob
+from trainers.config.data import DataSettings, ModelSettings
+from trainers.config.jobs import TrainJob
 
 
 def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) -> TrainJob:

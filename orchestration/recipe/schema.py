@@ -11,18 +11,12 @@ from pydantic import Field, model_validator
 
 from orchestration.recipe.phases import Phase
 from orchestration.recipe.search import AllocationSearch, ScheduleSearch
-from trainers.config.base import Amount, Seed, ShortName, Workers
+from trainers.config.base import Amount, Name, Seed, Settings, Share, ShortName, Workers
+from trainers.config.data import DataSettings, ModelSettings
+from trainers.config.pruning import PruningSettings
 from trainers.config.quantization import Calibration, Mode, check_training
 from trainers.config.structured import StructuredSettings
-from trainers.config.training import (
-    DataSettings,
-    ModelSettings,
-    Name,
-    PruningSettings,
-    Settings,
-    Share,
-    TrainingSettings,
-)
+from trainers.config.training import TrainingSettings
 
 # the search before it was for models of one kind: methods, layers and patterns stay
 _OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")

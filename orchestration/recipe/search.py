@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from orchestration.recipe.population import check_population
-from trainers.config.base import Amount, Count, Distinct, Images, Steps
+from trainers.config.base import Amount, Count, Distinct, Images, Settings, Share, Steps
 from trainers.config.latency import LatencyTarget
-from trainers.config.training import Settings, Share
 
 Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
 Whole = Annotated[int, Field(ge=-(10**9), le=10**9)]

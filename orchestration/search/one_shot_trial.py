@@ -16,7 +16,7 @@ from orchestration.state.order_store import StoredOrder
 from pruners.model.costs import CostModel
 from trainers import models
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 from trainers.data import datasets as data
 from trainers.data.node_cache import Pixels
 from trainers.engines.latency_table import LatencyTable

@@ -16,7 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from orchestration.recipe.schema import Resources, digest
-from trainers.config.training import OrderJob
+from trainers.config.jobs import OrderJob
 from trainers.ray_worker import order_worker, train_worker
 from trainers.storage import resolve
 

@@ -24,7 +24,7 @@ from pruners.model.sparsity_pattern import Pattern
 from trainers import models, storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.latency import LatencyTarget
-from trainers.config.training import PruningSettings
+from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import Target, linear_shapes, measure, measure_models
 from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine

@@ -16,7 +16,7 @@ from filelock import FileLock
 from orchestration.recipe.schema import digest
 from pruners.elimination.order import EliminationOrder, merge
 from trainers import storage
-from trainers.config.training import SECOND_ORDER, PruningSettings
+from trainers.config.pruning import SECOND_ORDER, PruningSettings
 from trainers.data.arrow_store import cache_folder
 from trainers.loop.elimination import FACTS
 

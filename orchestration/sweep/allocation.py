@@ -33,7 +33,8 @@ from orchestration.sweep.trial_runs import CheapRuns
 from pruners.allocation.sharing import budget
 from trainers import storage
 from trainers.checkpoint.folder import RECORD
-from trainers.config.training import OrderJob, PruningSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.engines.latency_table import LatencyTable
 
 

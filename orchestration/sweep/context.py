@@ -24,7 +24,7 @@ from orchestration.tracking.tracker import Tracker
 from pruners.errors import InputError
 from trainers import storage
 from trainers.checkpoint.folder import weights_hash
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 
 SCRATCH = "scratch"  # in a sweep's folder
 

@@ -24,9 +24,11 @@ from pruners.one_shot import pattern_budget
 from trainers import models, storage
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.checkpoint.weights_file import from_file
+from trainers.config.data import DataSettings, ModelSettings
+from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.config.quantization import Mode
 from trainers.config.structured import StructuredSettings
-from trainers.config.training import DataSettings, ModelSettings, OrderJob, PruningSettings
 from trainers.data import datasets as data
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from orchestration.common.redaction import public
 from trainers import storage
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 from trainers.sources.files import split_glob
 from trainers.sources.parquet import count_rows
 

@@ -20,7 +20,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.checksums import sha256, sums
 from trainers.checkpoint.finite import describe, not_finite
 from trainers.checkpoint.folder import TRAINER_FILES, WEIGHTS
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 
 TENSORS, PROGRESS = TRAINER_FILES
 

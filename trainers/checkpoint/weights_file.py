@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers import models
 from trainers.checkpoint.transformers_names import is_of_transformers
-from trainers.config.training import DataSettings, ModelSettings
+from trainers.config.data import DataSettings, ModelSettings
 from trainers.storage import resolve
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruners.errors import InputError
+from trainers.config.data import DataSettings
 from trainers.config.quantization import IMAGES
-from trainers.config.training import DataSettings
 from trainers.data.arrow_store import Store
 from trainers.data.augment import Augment, sample_seed
 from trainers.data.sampler import EpochBatches, Sample

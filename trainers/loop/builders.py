@@ -18,9 +18,10 @@ from trainers import distributed, models
 from trainers.checkpoint import folder as folder_format
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.checkpoint.weights_file import from_file
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.data import datasets as data
-from trainers.loop.optimization import Distillation, Loss, Precision
+from trainers.loop.losses import Distillation, Loss
+from trainers.loop.optimization import Precision
 from trainers.loop.schedules import pruning_plan
 from trainers.quantization.fake_quant import Prepared
 from trainers.sources.classes import check_known

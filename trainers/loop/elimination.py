@@ -9,7 +9,7 @@ from pruners.model.masks import MaskSet
 from pruners.one_shot import pattern_budget
 from trainers import distributed, models, storage
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.config.training import OrderJob
+from trainers.config.jobs import OrderJob
 from trainers.data import datasets as data
 from trainers.loop.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers, sharing_of
 

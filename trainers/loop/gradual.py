@@ -16,7 +16,7 @@ from pruners.errors import InputError
 from pruners.methods.registry import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import distributed, storage
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.metrics import Metrics, numbers
 from trainers.loop.prune_step import Goal, StepReport, ordering, prune_step, sharing_of

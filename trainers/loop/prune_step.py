@@ -30,7 +30,7 @@ from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern, fitting
 from pruners.order_builder import Ordering, write
 from trainers import distributed
-from trainers.config.training import FisherSettings, PruningSettings
+from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.data.datasets import fixed_batches
 
 _HELD_OUT = 16  # batches over all workers that score the λ of ``damp: auto``

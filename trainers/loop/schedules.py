@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from pruners.errors import InputError
-from trainers.config.training import LearningRate, PruningSchedule
+from trainers.config.schedules import LearningRate, PruningSchedule
 
 
 def pruning_plan(schedule: PruningSchedule, target: float, length: int) -> dict[int, float]:

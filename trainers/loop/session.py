@@ -22,13 +22,14 @@ from trainers import distributed, models
 from trainers.checkpoint import trainer_state as state
 from trainers.checkpoint.finite import check_finite
 from trainers.checkpoint.folder import save_checkpoint
-from trainers.config.training import TrainJob
+from trainers.config.jobs import TrainJob
 from trainers.data import datasets as data
 from trainers.data.augment import Augment, Normalise
 from trainers.data.sampler import EpochBatches
 from trainers.loop import builders as building
+from trainers.loop.losses import Targets
 from trainers.loop.metrics import Meter, Metrics, numbers
-from trainers.loop.optimization import Held, Moved, Precision, Targets, freeze, make_optimizer, moving_average
+from trainers.loop.optimization import Held, Moved, Precision, freeze, make_optimizer, moving_average
 from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
 from trainers.quantization.fake_quant import Prepared
 

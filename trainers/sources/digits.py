@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainers.config.training import DataSettings
+from trainers.config.data import DataSettings
 from trainers.storage import exists, write_bytes
 
 if TYPE_CHECKING:

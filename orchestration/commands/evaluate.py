@@ -1,0 +1,62 @@
+"""``espalier evaluate``: a model on a table of images, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pruners.errors import InputError
+from trainers.storage import absolute
+
+if TYPE_CHECKING:
+    from trainers.sources.columns import Columns
+from orchestration.commands.registry import registry_uri
+
+
+def evaluate_model(
+    model: str,
+    data_uri: str,
+    tracking_uri: str | None,
+    storage: str,
+    batch_size: int,
+    *,
+    columns: Columns | None = None,
+) -> Iterator[str]:
+    """Lines with a model's figures on some images."""
+    from orchestration.commands.model_source import check_named
+
+    check_named(model)
+    if not model.startswith("models:/"):
+        place = absolute(model) if "hf-hub:" not in model else model
+        yield from _evaluate(place, data_uri, batch_size, columns)
+        return
+    from orchestration.tracking import registry
+
+    with registry_uri(tracking_uri, storage) as uri, registry.pulled(model, uri) as folder:
+        yield from _evaluate(str(folder), data_uri, batch_size, columns)
+
+
+def _evaluate(
+    checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
+) -> Iterator[str]:
+    from trainers.data import datasets as data
+    from trainers.loop.evaluation import evaluate
+    from trainers.quantization import int8_folder as int8
+    from trainers.sources.classes import check_known, names_of
+    from trainers.sources.parquet import check_table
+
+    found = int8.load_runnable(checkpoint, key="model")
+    channels = found.config["input_size"][0]
+    if found.classes < 2 or channels != 3:
+        what = f"is for {found.classes} classes and {channels} channels"
+        raise InputError("model", checkpoint, f"{what}; must be for RGB images of two classes at least")
+    check_table(data_uri, found.classes, key="--data", columns=columns)
+    names = names_of(data_uri, key="--data", columns=columns, every=True)
+    check_known(found.labels, names, key="--data", uri=data_uri)
+    images = data.images(data_uri, data.eval_transform(found.config), key="--data", columns=columns)
+    result = evaluate(found.model, data.eval_loader(images, batch_size))
+    by = "" if found.engine is None else f", INT8 by {found.engine}"
+    yield f"images    {result.images}"
+    yield f"top-1     {100 * result.top1:.2f} %{by}"
+    yield f"loss      {result.loss:.4f}"
+    yield f"sparsity  {100 * found.sparsity:.2f} % of the prunable weights"

@@ -1,0 +1,114 @@
+"""Settings of the model and of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainers.config.base import (
+    Arguments,
+    Name,
+    Settings,
+    is_weights_file,
+)
+from trainers.sources.columns import Columns
+
+Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+
+
+Deviation = Annotated[float, Field(ge=1e-4, le=1e4)]
+
+
+class ModelSettings(Settings):
+    """A timm architecture (trained by us, or ``pretrained``), or a checkpoint to start from; with a file of
+    weights as the checkpoint the architecture says what they are of."""
+
+    architecture: Name | None = Field(None, description="timm model name")
+    args: Arguments = Field({}, description="keyword arguments of timm.create_model")
+    pretrained: bool = Field(False, description="take timm's own weights as the dense model")
+    checkpoint: Name | None = Field(
+        None,
+        description="folder (any pyarrow URI), hf-hub:NAME, models:/NAME; or a .pth file of architecture",
+    )
+    classes: Annotated[int, Field(ge=2, le=10**6)] = Field(
+        1000, description="of one class there is nothing to learn: its loss is 0"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoint_path(cls, value: Any) -> Any:
+        """timm's own argument for a file of weights, which is none of the architecture's."""
+        args = value.get("args") if isinstance(value, Mapping) else None
+        if not isinstance(args, Mapping) or "checkpoint_path" not in args:
+            return value
+        if value.get("checkpoint") is not None:
+            raise ValueError("checkpoint: args.checkpoint_path names another one; drop one of the two")
+        rest = {key: one for key, one in args.items() if key != "checkpoint_path"}
+        return {**value, "args": rest, "checkpoint": args["checkpoint_path"]}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSettings:
+        channels = self.args.get("in_chans", 3)
+        if channels != 3:
+            raise ValueError(f"args: in_chans must be 3, as images are read as RGB ({channels!r} given)")
+        if self.is_file:
+            if self.pretrained:
+                raise ValueError("checkpoint: its weights take the place of timm's; drop pretrained")
+            return self
+        if (self.architecture is None) == (self.checkpoint is None):
+            expected = (
+                "; both only where checkpoint is a file of weights (.pth, .pth.tar, .ckpt, .safetensors)"
+            )
+            both = expected if self.checkpoint is not None else ""
+            raise ValueError(f"architecture: give either architecture or checkpoint{both}")
+        if self.checkpoint is not None and (self.pretrained or self.args):
+            raise ValueError("checkpoint: holds its own weights and args; drop pretrained and args")
+        return self
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the checkpoint is a file of weights, and no folder with all that describes them."""
+        return self.checkpoint is not None and is_weights_file(self.checkpoint)
+
+    @property
+    def ready_made(self) -> bool:
+        """Whether weights come with it, so that no dense training is needed."""
+        return self.pretrained or self.checkpoint is not None
+
+
+class DataSettings(Settings):
+    """Images as Parquet (``image: {bytes, path}`` or bytes, ``label``): files, folders, globs."""
+
+    source: Literal["digits"] | None = Field(None, description="data that espalier writes itself")
+    train: Name | None = None
+    validation: Name | None = Field(None, description="default: a fixed part of train is held out")
+    test: Name | None = None
+    holdout: float = Field(0.1, gt=0.0, lt=1.0, description="part of train held out without validation")
+    mean: tuple[Mean, Mean, Mean] | None = Field(None, description="default: the model's own")
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    image_column: Name | None = Field(
+        None, description="default: the one Image of the hub's metadata, or 'image'"
+    )
+    label_column: Name | None = Field(
+        None, description="default: the one ClassLabel of the hub's metadata, or 'label'"
+    )
+    bad_images: Literal["stop", "skip"] = Field(
+        "stop", description="images that cannot be decoded, rows without a label, files that cannot be read"
+    )
+    bad_limit: int = Field(100, ge=0, le=10**9, description="skip: images of training that may be left out")
+
+    @model_validator(mode="after")
+    def _source_or_files(self) -> DataSettings:
+        if (self.source is None) == (self.train is None):
+            raise ValueError("train: give either source or train")
+        if self.source is not None and self.columns.named:
+            raise ValueError("image_column, label_column: go with files, not with source")
+        if self.image_column is not None and self.image_column == self.label_column:
+            raise ValueError("label_column: is the image_column too")
+        return self
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column)

@@ -1,0 +1,140 @@
+"""Settings of pruning: the method, how zeros are shared out, the pattern, the Fisher."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
+
+from pruners.errors import InputError
+from pruners.model.sparsity_pattern import Pattern
+from trainers.config.base import (
+    Count,
+    Distinct,
+    Expression,
+    Name,
+    Settings,
+    Share,
+)
+from trainers.config.schedules import PruningSchedule
+
+PerLayer = Share | dict[str, Share]
+
+
+Method = Literal[
+    "dimap", "dimap+ovit", "lamp", "magnitude", "magnitude_global", "ovit", "ovit_fast", "woodfisher"
+]
+
+
+SECOND_ORDER = frozenset({"dimap+ovit", "ovit", "ovit_fast", "woodfisher"})
+
+
+ScopeName = Literal["layer", "module", "stage", "global"]
+
+
+Patterns = Annotated[tuple[Expression, ...], Field(min_length=1)]
+
+
+def _not_sexagesimal(value: object) -> object:
+    """YAML reads 2:4 without quotes as a number of base 60."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
+
+
+PatternName = Annotated[Name, BeforeValidator(_not_sexagesimal)]
+
+
+class FisherSettings(Settings):
+    """The Fisher of second-order methods: small batches, blocks of B weights, damping λ.
+
+    Without values of its own each method takes its defaults (``ovit`` m = 4096 and λ = 1e-8; ``ovit_fast``
+    m = 256 and λ = 1e-2 of the mean diagonal).
+    """
+
+    gradients: Count | None = Field(None, description="m, over all workers")
+    batch_size: Count = Field(128, description="images of a gradient")
+    per_sample: bool = Field(False, description="a gradient of each image instead of each batch")
+    block_size: Count | dict[str, Count] = Field(192, description="B, for all layers or for each module")
+    damp: Annotated[float, Field(gt=0.0, le=1e9)] | Literal["auto"] | None = Field(
+        None, description="λ; auto tries 1e-4 … 1e-9 on held-out training images before each pruning step"
+    )
+    relative: bool | None = Field(None, description="λ is a share of the mean of each layer's diagonal")
+    double: bool = Field(False, description="sums in float64")
+    memory: ByteSize | None = Field(
+        None, description="for the Fisher of a worker, as 8GiB; default 60 % of what is free"
+    )
+
+
+class PruningSettings(Settings):
+    """What is pruned, and how far."""
+
+    methods: Annotated[tuple[Method, ...], Distinct] = Field(("dimap", "ovit"), min_length=1)
+    sparsity: Share = 0.75
+    layers: dict[Name, Patterns] | None = Field(
+        None, min_length=1, description="module -> regular expressions"
+    )
+    pattern: PatternName = Field("unstructured", description="unstructured, N:M as 2:4 or 4:8, or 1x4")
+    unfit: Literal["refuse", "dense"] = Field("refuse", description="layers that the pattern cannot fit")
+    scope: ScopeName | None = Field(None, description="what shares one threshold; default the method's own")
+    table: dict[Expression, Share] | None = Field(
+        None, min_length=1, description="layer-name pattern -> sparsity, instead of thresholds"
+    )
+    floor: PerLayer = Field(0.0, description="least sparsity of a layer, or of those that a pattern matches")
+    ceiling: PerLayer = Field(1.0, description="largest sparsity of a layer, or by patterns")
+    schedule: PruningSchedule = PruningSchedule()
+    keep: Annotated[tuple[Share, ...], Distinct] = Field(
+        (), description="sparsities on the way whose best model is kept too"
+    )
+    fisher: FisherSettings = FisherSettings()
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> PruningSettings:
+        self.check_reach(self.sparsity, "sparsity")
+        self.schedule.check(self.sparsity)
+        if self.table is not None and self.scope is not None:
+            raise ValueError("table: says what each layer gives up; drop scope")
+        return self
+
+    def check_reach(self, sparsity: float, key: str) -> None:
+        """Raises:
+        ValueError: a sparsity that floor, ceiling or the pattern do not allow.
+        """
+        floor = self.floor if isinstance(self.floor, float) else 0.0
+        ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
+        if not floor <= sparsity <= ceiling:
+            raise ValueError(
+                f"{key}: cannot be met with floor {floor} and ceiling {ceiling}; "
+                f"nearest feasible: {min(max(sparsity, floor), ceiling)}"
+            )
+        forced = forced_sparsity(self.pattern)
+        if forced is not None and abs(sparsity - forced) > 1e-9:
+            raise ValueError(f"{key}: {self.pattern} leads to {forced:g}, no other ({sparsity} given)")
+
+    def options(self, method: str) -> dict[str, Any]:
+        """Constructor arguments of a method (``damp: auto`` is for those who order, not for the method)."""
+        found: dict[str, Any] = {"pattern": self.pattern}
+        if method in SECOND_ORDER:
+            fisher = self.fisher
+            found |= {"block_size": fisher.block_size, "double": fisher.double}
+            found |= {
+                key: value
+                for key in ("gradients", "damp", "relative")
+                if (value := getattr(fisher, key)) not in (None, "auto")
+            }
+            if isinstance(fisher.damp, float) and fisher.relative is None:
+                found["relative"] = False  # a λ that is given is meant as it stands
+        return found
+
+    def tries_damps(self, method: str) -> bool:
+        return method in SECOND_ORDER and self.fisher.damp == "auto"
+
+
+def forced_sparsity(pattern: str) -> float | None:
+    """What an N:M pattern leads to.
+
+    Raises:
+        ValueError: no pattern at all.
+    """
+    try:
+        return Pattern.parse(pattern).forced
+    except InputError as error:
+        raise ValueError(f"pattern: {error.expected} ({pattern!r} given)") from None

@@ -1,0 +1,115 @@
+"""Losses: cross entropy with label smoothing or soft targets, and distillation from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pruners.errors import InputError
+from trainers import models
+from trainers.config.training import DistillSettings, TrainingSettings
+from trainers.loop.optimization import Precision
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+class Targets:
+    """How images and labels are mixed, and the loss that fits; mixing follows numpy's random state."""
+
+    def __init__(self, training: TrainingSettings, classes: int) -> None:
+        augment = training.augment
+        self._mix: Mixup | None = None
+        self.loss: Loss = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        if augment.mixup or augment.cutmix:
+            self._mix = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                label_smoothing=training.label_smoothing,
+                num_classes=classes,
+            )
+            self.loss = SoftTargetCrossEntropy()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, and labels or shares of the classes."""
+        if self._mix is None:
+            return images, labels
+        if len(images) % 2:  # Mixup pairs images: the odd one of a last batch comes twice
+            images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
+        mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
+        return mixed
+
+
+class Distillation:
+    """A teacher, and the loss of learning from it beside the labels (Hinton et al., 2015; hard: DeiT, 2021).
+
+    Args:
+        student: whose preprocessing the images have had.
+
+    Raises:
+        InputError: a teacher with other classes.
+    """
+
+    def __init__(
+        self, settings: DistillSettings, teacher: nn.Module, student: nn.Module, precision: Precision
+    ) -> None:
+        if models.classes(teacher) != models.classes(student):
+            expected = f"has {models.classes(teacher)} classes, and the model {models.classes(student)}"
+            raise InputError("training.distill.teacher", settings.teacher, expected)
+        self._settings, self._precision = settings, precision
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._teacher.to(precision.device)
+        ours, theirs = models.data_config(student), models.data_config(teacher)
+        self._size = tuple(theirs["input_size"][1:])
+        scale = [mine / other for mine, other in zip(ours["std"], theirs["std"], strict=True)]
+        shift = [
+            (mine - other) / std
+            for mine, other, std in zip(ours["mean"], theirs["mean"], theirs["std"], strict=True)
+        ]
+        self._same = scale == [1.0] * len(scale) and not any(shift)
+        self._scale = torch.tensor(scale, device=precision.device).view(-1, 1, 1)
+        self._shift = torch.tensor(shift, device=precision.device).view(-1, 1, 1)
+        # DeiT's: a head of its own learns from the teacher, the other one from the labels
+        two_heads = getattr(student, "set_distilled_training", None)
+        if callable(two_heads):
+            two_heads(True)
+
+    @torch.no_grad()
+    def _says(self, images: Tensor) -> Tensor:
+        if not self._same:
+            images = images * self._scale + self._shift
+        if tuple(images.shape[2:]) != self._size:
+            images = functional.interpolate(images, self._size, mode="bicubic", antialias=True)
+        with self._precision():
+            logits: Tensor = self._teacher(images)
+        return logits.float()
+
+    def wrap(self, loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
+        """The loss of (outputs, targets, images)."""
+        settings = self._settings
+
+        def both(outputs: Any, targets: Tensor, images: Tensor) -> Tensor:
+            labelled, taught = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+            teacher = self._says(images)
+            if settings.kind == "hard":
+                lesson = functional.cross_entropy(taught, teacher.argmax(1))
+            else:
+                t = settings.temperature
+                lesson = (
+                    t
+                    * t
+                    * functional.kl_div(
+                        (taught.float() / t).log_softmax(1),
+                        (teacher / t).log_softmax(1),
+                        reduction="batchmean",
+                        log_target=True,
+                    )
+                )
+            return (1 - settings.weight) * loss(labelled, targets) + settings.weight * lesson
+
+        return both
