@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pruners.allocation.bounds import PerLayer, per_layer
-from pruners.allocation.sharing import Allocation, Scope, Sharing, budget
+from pruners.allocation.projection import budget
+from pruners.allocation.sharing import Allocation, Scope, Sharing
 from pruners.elimination.damping import DampChoice, choose_damp
 from pruners.elimination.gradients import Batch, Loss, mean_loss
 from pruners.elimination.order import EliminationOrder

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import Allocation, InputError, PrunableLayer, Scope, allocate
-from pruners.allocation.sharing import GROUP_OF, budget, by_threshold, project, scale
+from pruners.allocation.projection import budget, project
+from pruners.allocation.sharing import GROUP_OF, by_threshold, scale
 
 
 @st.composite

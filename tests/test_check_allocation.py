@@ -12,13 +12,16 @@ from image_tables import tiny
 
 from orchestration.cluster.capacity import ClusterSize
 from orchestration.preflight.allocation import check_allocated, check_sparsities
-from orchestration.recipe.loading import load_recipe, validate
-from orchestration.recipe.schema import DataSettings, Recipe
+from orchestration.recipe.loading import load_recipe
+from orchestration.recipe.schema import Recipe
+from orchestration.recipe.validation import validate
 from orchestration.state.trial_log import TrialRecord
 from orchestration.sweep import gradual as gradual_phase
-from orchestration.sweep.context import Allocated, Dense, Study, Sweep
+from orchestration.sweep.artifacts import Allocated, Dense, Study
+from orchestration.sweep.context import Sweep
 from pruners.errors import InputError
 from pruners.model.layers import find_layers
+from trainers.config.data import DataSettings
 
 SIZE = {"pareto": {"against": "size", "between": [0.55, 0.8], "tolerance": 0.05}}
 FASTEST = {"objective": "latency", "between": [0.55, 0.8]}

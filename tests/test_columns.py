@@ -16,7 +16,6 @@ from orchestration.preflight.checks import prepare
 from orchestration.recipe.loading import load_recipe
 from orchestration.tracking.pyfunc_model import classes_of, labels_of
 from pruners.errors import InputError
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.data import DataSettings
 from trainers.config.jobs import TrainJob
@@ -24,6 +23,7 @@ from trainers.data.arrow_store import Store
 from trainers.data.datasets import split
 from trainers.data.preprocessing import preprocessing_of
 from trainers.loop import builders as building
+from trainers.models import factory as models
 from trainers.sources.classes import check_alike, check_known, names_of, read_map
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table, decode, image_batches, open_parquet

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from orchestration.recipe.schema import Recipe, digest
+from orchestration.common.hashing import digest
+from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import Distribution
 from trainers.config.base import Settings
 from trainers.config.pruning import PruningSettings

@@ -13,7 +13,7 @@ from helpers import tiny_vit
 from torch import Tensor, nn
 
 from pruners import count_costs, find_layers
-from pruners.allocation.sharing import budget, project
+from pruners.allocation.projection import budget, project
 from pruners.model.costs import cost_model
 
 

@@ -26,11 +26,11 @@ from orchestration.search.one_shot_trial import OneShotTrial
 from pruners import METHODS, create_pruner, find_layers, prune
 from pruners.elimination import kernels
 from pruners.elimination.order import EliminationOrder
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.structured import StructuredSettings
 from trainers.loop.evaluation import evaluate
 from trainers.loop.gradual import run
+from trainers.models import factory as models
 from trainers.structured.cut import cut_model, plan_cut
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pruners import find_layers, prune
-from pruners.allocation.sharing import GROUP_OF, budget, group_layers, project
+from pruners.allocation.projection import budget, project
+from pruners.allocation.sharing import GROUP_OF, group_layers
 from pruners.methods.dimap import Dimap, importance
 
 

@@ -23,10 +23,9 @@ from commands import ELSEWHERE, SMALL, run
 from conftest import Swept
 from PIL import Image
 
+from orchestration.common.hashing import content_hash, digest
 from orchestration.common.network import free_port
 from orchestration.recipe.loading import load_recipe
-from orchestration.recipe.schema import digest
-from orchestration.sweep.context import content_hash
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,9 +19,11 @@ from conftest import Swept
 from safetensors import safe_open
 
 from orchestration.cli import main as cli
-from orchestration.recipe.loading import flatten, load_recipe
+from orchestration.recipe.dotted_keys import flatten
+from orchestration.recipe.loading import load_recipe
 from orchestration.search.space import summarise
-from pruners.allocation.sharing import allocate, budget
+from pruners.allocation.projection import budget
+from pruners.allocation.sharing import allocate
 from pruners.elimination.order import UPDATES
 from pruners.methods.registry import create_pruner
 from pruners.model.layers import PrunableLayer, find_layers

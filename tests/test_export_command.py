@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from orchestration.commands import model_source as source
+from orchestration.common.hashing import content_hash
 from orchestration.export import compress as export_command
-from orchestration.sweep.context import content_hash
 from orchestration.tracking import registry
 from orchestration.tracking.server import Server, start_server
 from orchestration.tracking.tracker import Tracker

@@ -19,7 +19,7 @@ from training_runs import same_files
 
 from orchestration.commands import finetune as finetune_command
 from orchestration.commands import model_source as source
-from orchestration.commands import work
+from orchestration.commands import progress as commands_progress
 from pruners import prune
 from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
 from trainers.loop import gradual
@@ -168,7 +168,7 @@ def stops_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]
     def leave(status: int) -> NoReturn:
         raise SystemExit(status)
 
-    monkeypatch.setattr(work, "leave", leave)
+    monkeypatch.setattr(commands_progress, "leave", leave)
 
     def install(epochs: int | None) -> None:
         def stopping(self: finetune_command._Report, progress: gradual.Progress) -> None:

@@ -15,7 +15,7 @@ from image_tables import SWIN, VIT, VIT_ARGS, dense_folder, table, write
 from safetensors.torch import load_file
 from torch import nn
 
-from pruners.allocation.sharing import budget, project
+from pruners.allocation.projection import budget, project
 from pruners.errors import InputError
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet

@@ -115,7 +115,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
     [
         ("pruners/a.py", "from pruners.errors import InputError\nfrom . import masks\nimport torch"),
         ("trainers/ray_worker.py", "import ray\nfrom ray import train\nimport pruners"),
-        ("trainers/models.py", "import timm"),
+        ("trainers/models/factory.py", "import timm"),
         ("orchestration/cluster/connect.py", "import ray\nfrom trainers import loop\nimport pruners"),
         ("experiments/benchmarks/a.py", "import pruners, trainers, orchestration, timm"),
         ("orchestration/tracking/tracker.py", "import mlflow"),

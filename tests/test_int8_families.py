@@ -21,12 +21,12 @@ from pruners import find_layers, prune
 from pruners.errors import InputError
 from pruners.model.layers import has_attention
 from pruners.model.masks import MaskSet
-from trainers import models
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.data.preprocessing import preprocessing_of
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ANY_BATCH, Place
 from trainers.export.onnx import quantise_onnx
+from trainers.models import factory as models
 from trainers.quantization import int8_folder as int8
 from trainers.quantization.checks import check_mode, check_share
 from trainers.quantization.int8_onnx import _by_content, _part, _rename, read_weights

@@ -16,9 +16,9 @@ from one_shot_inputs import actor, one_shot_inputs
 
 from orchestration.preflight.checks import prepare
 from orchestration.preflight.plan import _lines
-from orchestration.recipe.loading import validate
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import AllocationSearch, Fastest
+from orchestration.recipe.validation import validate
 from orchestration.reporting import plots
 from orchestration.search.one_shot_trial import Speed
 from orchestration.search.pareto import fastest, front

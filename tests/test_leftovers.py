@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from orchestration.benchmark.run import _write
-from orchestration.commands.work import forget_training, whole_folder
+from orchestration.commands.output import forget_training, whole_folder
 
 
 @pytest.fixture

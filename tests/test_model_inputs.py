@@ -18,12 +18,12 @@ from training_runs import CPU, Log, make_files, make_job
 import pruners
 from pruners.elimination.fisher import BlockFisher
 from pruners.errors import InputError
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.data import ModelSettings
 from trainers.data.sampler import EpochBatches
 from trainers.loop.gradual import run as train
 from trainers.loop.train_step import _parts
+from trainers.models import factory as models
 
 
 @pytest.fixture

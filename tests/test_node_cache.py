@@ -14,13 +14,14 @@ from pyarrow import fs
 from training_runs import CPU, Log, make_files, make_job
 
 from orchestration.recipe.search import AllocationSearch
-from trainers import models, storage
+from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
 from trainers.config.data import DataSettings
 from trainers.data import datasets as data
 from trainers.data.node_cache import Pixels, node_copy
 from trainers.loop import gradual
 from trainers.loop.gradual import run
+from trainers.models import factory as models
 from trainers.sources.parquet import decode
 
 

@@ -13,7 +13,7 @@ from orders import ordered
 from torch import Tensor
 
 from pruners import InputError, Scope, allocate
-from pruners.allocation.sharing import budget
+from pruners.allocation.projection import budget
 from pruners.elimination.order import EliminationOrder, LayerOrder, Stretch, merge
 
 every_method = pytest.mark.parametrize("method", PRUNERS)

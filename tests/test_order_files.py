@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_pattern_contract import layers_of
 
 from pruners import EliminationOrder, InputError, allocate, fingerprint, prune
-from pruners.allocation.sharing import budget
+from pruners.allocation.projection import budget
 from pruners.elimination.order import ORDER, UPDATES
 
 every_method = pytest.mark.parametrize("method", PRUNERS)

@@ -28,7 +28,7 @@ from trainers.checkpoint.folder import (
     weights_hash,
 )
 from trainers.checkpoint.packed import FORMAT, read_packed, write_packed
-from trainers.models import load_timm_folder
+from trainers.models.factory import load_timm_folder
 
 README = Path(__file__).parent.parent / "README.md"
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -16,11 +16,12 @@ import pytest
 from helpers import Quiet
 from ray import tune
 
-from orchestration.recipe.schema import digest
+from orchestration.common.hashing import digest
 from orchestration.search import pbt as population
 from orchestration.search.pbt import Population, draws, history, take_note, within
 from orchestration.search.pbt_trial import MEMBER, Member, Relay, origin_of, read_told
-from orchestration.search.runner import Search, run_search
+from orchestration.search.runner import run_search
+from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers import storage
 

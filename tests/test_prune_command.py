@@ -24,7 +24,8 @@ from torch import nn
 
 from orchestration.commands import model_source as source
 from orchestration.commands import prune as prune_command
-from orchestration.commands.work import Bars, whole_folder
+from orchestration.commands.output import whole_folder
+from orchestration.commands.progress import Bars
 from pruners.methods.registry import METHODS
 from pruners.model.layers import find_layers
 
@@ -313,7 +314,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("orchestration.commands.work.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("orchestration.commands.output.time.monotonic", lambda: next(clock))
     with (tmp_path / "lines").open("w") as file, Bars(Console(file=file), "ovit: 4 layers") as bars:
         for _ in range(2):
             for done in range(1, 5):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from orchestration.recipe.loading import describe_shipped, flatten, load_recipe, put
+from orchestration.recipe.dotted_keys import flatten, put
+from orchestration.recipe.loading import describe_shipped, load_recipe
 from orchestration.recipe.reference import recipe_keys
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError

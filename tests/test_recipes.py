@@ -15,18 +15,10 @@ from helpers import quick
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestration.recipe.loading import (
-    describe_shipped,
-    flatten,
-    get,
-    load_recipe,
-    put,
-    shipped,
-    single,
-    validate,
-    with_values,
-)
+from orchestration.recipe.dotted_keys import flatten, get, put
+from orchestration.recipe.loading import describe_shipped, load_recipe, shipped, single, with_values
 from orchestration.recipe.schema import Recipe
+from orchestration.recipe.validation import validate
 from pruners.errors import InputError
 
 MINIMAL = """

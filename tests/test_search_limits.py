@@ -13,7 +13,8 @@ from ray import tune
 
 from orchestration.recipe.search import SearchLimits
 from orchestration.search.limits import Limits
-from orchestration.search.runner import Search, _reason, run_search
+from orchestration.search.runner import _reason, run_search
+from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}

@@ -16,10 +16,10 @@ from ray import cloudpickle
 from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.search import schedulers as search_schedulers
-from orchestration.search.runner import Search
 from orchestration.search.samplers import Proposals, limited, population, telling
 from orchestration.search.schedulers import FollowCluster, Remembered, stopping
 from orchestration.search.space import WrittenChoice
+from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestration.recipe.schema import PruningSettings
 from orchestration.recipe.search import AllocationSearch, Distribution, ScheduleSearch
 from orchestration.search.space import (
     AllocationSpace,
@@ -25,8 +24,10 @@ from orchestration.search.space import (
     to_optuna,
 )
 from pruners import MaskSet, create_pruner, find_layers
-from pruners.allocation.sharing import Allocation, allocate, budget
+from pruners.allocation.projection import budget
+from pruners.allocation.sharing import Allocation, allocate
 from pruners.model.layers import PrunableLayer
+from trainers.config.pruning import PruningSettings
 
 SWIN, VIT = find_layers(tiny_swin()), find_layers(tiny_vit())
 

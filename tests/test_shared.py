@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from orchestration.recipe.loading import validate
+from orchestration.recipe.validation import validate
 from orchestration.search.training_trial import RunNames
 from orchestration.state.lock import TakenError, _actor_lock, in_turn
 from orchestration.sweep import allocation as allocation_phase
 from orchestration.sweep import dense as dense_phase
 from orchestration.sweep import structured as structured_phase
-from orchestration.sweep.context import Dense, Sweep
+from orchestration.sweep.artifacts import Dense
+from orchestration.sweep.context import Sweep
 from trainers import storage
 from trainers.checkpoint.folder import RECORD
 
@@ -273,7 +274,8 @@ def test_trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) ->
     from helpers import Quiet
     from ray import tune
 
-    from orchestration.search.runner import Search, run_search
+    from orchestration.search.runner import run_search
+    from orchestration.search.spec import Search
     from orchestration.state.trial_log import TrialLog
 
     log = TrialLog(f"{tmp_path}/trials.json")

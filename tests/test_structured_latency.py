@@ -18,10 +18,10 @@ from training_runs import make_files
 
 from orchestration.preflight.checks import prepare
 from orchestration.preflight.plan import _lines
-from orchestration.recipe.loading import validate
+from orchestration.recipe.validation import validate
 from orchestration.state import latency_store as latency
 from orchestration.sweep import structured as structured_phase
-from orchestration.sweep.context import Dense
+from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.structured import _Step, fastest_cut
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint

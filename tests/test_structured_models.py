@@ -17,9 +17,9 @@ from pruners import MaskSet, find_layers
 from pruners.elimination.gradients import Batch
 from pruners.structured.channels import Channels, Member
 from pruners.structured.dependency import Couplings
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.structured import StructuredSettings
+from trainers.models import factory as models
 from trainers.structured import cut as structured
 from trainers.structured import verify as structured_checks
 from trainers.structured.cut import Plan, cut_model, plan_cut, save_cut

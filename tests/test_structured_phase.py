@@ -12,8 +12,8 @@ from image_tables import SWIN, dense_folder
 from training_runs import CPU, Log, make_files, same_files
 
 from orchestration.recipe.jobs import gradual_job, structured_job
-from orchestration.recipe.loading import validate
 from orchestration.recipe.schema import Recipe
+from orchestration.recipe.validation import validate
 from orchestration.sweep import tasks as remote
 from orchestration.tracking.registry import describe
 from pruners.errors import InputError

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console as AnyConsole
 from rich.table import Table
 
-from orchestration.commands.work import Bars
+from orchestration.commands.progress import Bars
 from orchestration.common.terminal import Console
 from orchestration.recipe.reference import as_table, recipe_keys
 from orchestration.reporting.display import Display, leading

@@ -24,9 +24,9 @@ from orchestration.preflight.checks import prepare
 from orchestration.recipe.loading import load_recipe
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.checkpoint.transformers_names import counterpart
-from trainers.checkpoint.weights_file import load_weights
 from trainers.config.data import ModelSettings
+from trainers.models.transformers_names import counterpart
+from trainers.models.weights_file import load_weights
 
 State = Mapping[str, Tensor]
 

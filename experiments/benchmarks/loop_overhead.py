@@ -54,9 +54,9 @@ def bare(rank: int, world: int, folder: str, args: argparse.Namespace) -> None:
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, DistributedSampler
 
-    from trainers import models
     from trainers.checkpoint.folder import load_checkpoint
     from trainers.data import datasets as data
+    from trainers.models import factory as models
 
     os.nice(15)  # as Ray's workers are: the same share of a machine that has other things to do
     torch.set_num_threads(args.threads)
@@ -268,7 +268,7 @@ def pruned_copy(model: str, folder: str) -> tuple[str, int]:
     """The model with 75 % zeros, as a checkpoint, and its classes."""
     from pruners import prune
     from trainers.checkpoint.folder import load_checkpoint, model_args, save_checkpoint
-    from trainers.models import classes
+    from trainers.models.factory import classes
 
     loaded = load_checkpoint(model).model
     masks = prune(loaded, "magnitude", 0.75).masks

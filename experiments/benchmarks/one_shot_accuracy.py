@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from pruners import EliminationOrder, MaskSet, Pruner, Sharing, create_pruner, find_layers
-from pruners.allocation.sharing import budget
+from pruners.allocation.projection import budget
 from pruners.elimination.damping import LADDER
 from pruners.elimination.fisher import BlockFisher
 from pruners.elimination.gradients import gradients, mean_loss
 from pruners.errors import InputError
 from pruners.methods.second_order import SecondOrder
 from pruners.order_builder import write
-from trainers import models
 from trainers.data import datasets as data
+from trainers.models import factory as models
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 METHODS = (

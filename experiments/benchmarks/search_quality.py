@@ -25,15 +25,15 @@ import torch
 from ray import tune
 
 from orchestration.cluster.connect import connect
+from orchestration.common.hashing import content_hash
 from orchestration.recipe.search import AllocationSearch
 from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
-from orchestration.search.runner import Search, run_search, stopping
+from orchestration.search.runner import run_search, stopping
 from orchestration.search.space import AllocationSpace
+from orchestration.search.spec import Search
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from orchestration.sweep.context import content_hash
 from orchestration.sweep.tasks import order_facts
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.data import DataSettings
 from trainers.config.jobs import OrderJob
@@ -41,6 +41,7 @@ from trainers.config.pruning import PruningSettings
 from trainers.data import datasets as data
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate
+from trainers.models import factory as models
 
 PLAN = {"dimap": (0.75, 0.8), "lamp": (0.75, 0.8), "ovit": (0.9, 0.95)}
 CLASSES = 10

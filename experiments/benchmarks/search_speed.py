@@ -28,8 +28,9 @@ from orchestration.cluster.connect import connect
 from orchestration.recipe.schema import Resources
 from orchestration.recipe.search import AllocationSearch
 from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
-from orchestration.search.runner import Search, run_search
+from orchestration.search.runner import run_search
 from orchestration.search.space import AllocationSpace
+from orchestration.search.spec import Search
 from orchestration.search.training_trial import training_trial
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from orchestration.benchmark.images import Tests, comparison_images
 from orchestration.benchmark.models import Variant
 from orchestration.benchmark.options import BenchmarkOptions
-from orchestration.commands.work import Bars
+from orchestration.commands.progress import Bars
 from pruners.errors import InputError, first_line
 from trainers.engines.agreement import Agreement
 from trainers.engines.interleave import in_turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from orchestration.commands.work import free_file
+from orchestration.commands.output import free_file
 from pruners.errors import InputError
 from trainers.engines.registry import ENGINES, Choice, Place
 from trainers.sources.columns import ColumnOptions

@@ -11,7 +11,8 @@ from orchestration.benchmark.models import opened
 from orchestration.benchmark.options import BenchmarkOptions
 from orchestration.benchmark.plot import accuracy_over_latency, figure
 from orchestration.benchmark.report import Report
-from orchestration.commands.work import Bars, forget_killed
+from orchestration.commands.output import forget_killed
+from orchestration.commands.progress import Bars
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.server import tracking_folder
 from orchestration.tracking.tracker import Tracker, server_for

@@ -61,7 +61,7 @@ def benchmark(**typed: Any) -> None:
 
         report = run(options)
     except KeyboardInterrupt:
-        from orchestration.commands.work import leave
+        from orchestration.commands.progress import leave
 
         leave(_INTERRUPTED)
     console = Console()

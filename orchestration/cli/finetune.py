@@ -49,7 +49,7 @@ def finetune(**typed: Any) -> None:
             work = Finetuning.of(options)
         lines = work.run()
     except KeyboardInterrupt:
-        from orchestration.commands.work import leave
+        from orchestration.commands.progress import leave
 
         leave(_INTERRUPTED)
     for line in lines:

@@ -64,7 +64,7 @@ def prune(**typed: Any) -> None:
             job = Job.of(options)
         lines = job.run()
     except KeyboardInterrupt:
-        from orchestration.commands.work import leave
+        from orchestration.commands.progress import leave
 
         leave(_INTERRUPTED)
     for line in lines:

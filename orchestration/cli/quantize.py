@@ -45,8 +45,8 @@ def quantize(**typed: Any) -> None:
     options.check()
     try:
         with Console(stderr=True).status(f"espalier quantize: {options.checkpoint}") as status:
+            from orchestration.commands.output import forget_training
             from orchestration.commands.quantize import quantise
-            from orchestration.commands.work import forget_training
 
             lines = quantise(options, status)
             forget_training(options.hidden)
@@ -54,7 +54,7 @@ def quantize(**typed: Any) -> None:
         click.echo(f"espalier: {options.checkpoint} is not quantised: {error}", err=True)
         raise click.exceptions.Exit(1) from None
     except KeyboardInterrupt:
-        from orchestration.commands.work import leave
+        from orchestration.commands.progress import leave
 
         leave(_INTERRUPTED)
     for line in lines:

@@ -220,7 +220,7 @@ def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
         console = Console()
         (console if console.is_terminal else Console(width=160)).print(tables(read(storage, names)))
         return
-    from orchestration.commands.work import free_file
+    from orchestration.commands.output import free_file
     from orchestration.reporting.compare_page import write
 
     target = free_file(html, "--html")

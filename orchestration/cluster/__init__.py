@@ -1,6 +1,7 @@
 """Ray clusters: joining one, its capacity, checks of its nodes, jobs."""
 
 __all__ = [
+    "capacity",
     "check",
     "connect",
     "jobs_api",

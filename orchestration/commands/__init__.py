@@ -1,16 +1,15 @@
 """What the commands for one model do: prune, finetune, quantize, inspect, evaluate, import."""
 
 __all__ = [
+    "evaluate",
     "finetune",
-    "finetune_options",
     "import_weights",
     "inspect",
     "model_source",
     "prune",
     "prune_options",
-    "prune_report",
     "quantize",
-    "quantize_options",
     "registry",
+    "training_options",
     "work",
 ]

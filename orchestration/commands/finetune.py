@@ -28,13 +28,14 @@ from orchestration.commands.model_source import (
     load,
     recorded_patterns,
 )
+from orchestration.commands.output import free_folder, whole_folder
+from orchestration.commands.progress import Bars, interruptible
 from orchestration.commands.prune_options import layer_patterns
 from orchestration.commands.training_options import FinetuneOptions
-from orchestration.commands.work import Bars, free_folder, interruptible, whole_folder
 from orchestration.preflight.training import check_training
 from pruners.errors import InputError, first_line
 from pruners.model.masks import MaskSet
-from trainers import models, storage
+from trainers import storage
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk, verify, weights_hash
 from trainers.checkpoint.trainer_state import damage
 from trainers.config.data import DataSettings, ModelSettings
@@ -42,6 +43,7 @@ from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method, PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
+from trainers.models import factory as models
 
 
 @dataclass(frozen=True)

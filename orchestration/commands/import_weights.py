@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-from orchestration.commands.work import free_folder, whole_folder
+from orchestration.commands.output import free_folder, whole_folder
 from orchestration.recipe.loading import part
 from pruners.errors import InputError
-from trainers import models
 from trainers.checkpoint.folder import save_foreign, size_on_disk
-from trainers.checkpoint.weights_file import load_weights
 from trainers.config.base import is_weights_file
 from trainers.config.data import ModelSettings
+from trainers.models import factory as models
+from trainers.models.weights_file import load_weights
 from trainers.storage import absolute
 
 

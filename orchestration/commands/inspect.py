@@ -15,9 +15,9 @@ from pruners.model.costs import Costs, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
-from trainers import models
 from trainers.checkpoint.folder import Checkpoint
 from trainers.config.structured import words
+from trainers.models import factory as models
 
 PATTERNS = ("2:4", "4:8", "1x4")
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from pruners.errors import InputError, did_you_mean, first_line
 from pruners.model.layers import PrunableLayer, find_layers
-from trainers import models
 from trainers.checkpoint.folder import Checkpoint, load_checkpoint, opened, save_checkpoint
 from trainers.config.data import ModelSettings
+from trainers.models import factory as models
 from trainers.sources.classes import check_known, names_of
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table

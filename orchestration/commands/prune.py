@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from orchestration.commands.model_source import check_images, device_for, layers_of, load
+from orchestration.commands.output import free_folder, whole_folder
+from orchestration.commands.progress import Bars, interruptible
 from orchestration.commands.prune_options import PruneOptions, layer_patterns
-from orchestration.commands.work import Bars, free_folder, interruptible, whole_folder
-from pruners.allocation.bounds import bounds, check_feasible
+from pruners.allocation.bounds import bounds
+from pruners.allocation.projection import check_feasible
 from pruners.elimination.damping import LADDER
 from pruners.elimination.gradients import Batch
 from pruners.errors import InputError
@@ -31,12 +33,12 @@ from pruners.model.left_dense import LeftDense
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import fitting
 from pruners.one_shot import PruneReport, pattern_budget, prune
-from trainers import models
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.config.pruning import SECOND_ORDER
 from trainers.data import datasets as data
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source
+from trainers.models import factory as models
 from trainers.sources.columns import Columns
 
 

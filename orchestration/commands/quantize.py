@@ -15,11 +15,10 @@ from torch import nn
 
 from orchestration.commands.finetune import Finetuning
 from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.training_options import AwareOptions, FinetuneOptions, QuantizeOptions
-from orchestration.commands.work import free_folder, whole_folder
 from orchestration.tracking.pyfunc_model import labels_of
 from pruners.errors import InputError
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
 from trainers.checkpoint.trainer_state import check_recorded
 from trainers.config.jobs import TrainJob
@@ -28,6 +27,7 @@ from trainers.config.quantization import Mode
 from trainers.data import datasets as data
 from trainers.export.onnx import FILE
 from trainers.loop.evaluation import evaluate
+from trainers.models import factory as models
 from trainers.optional_imports import require
 from trainers.quantization import int8_folder as int8
 from trainers.quantization.checks import check_mode

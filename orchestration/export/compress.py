@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.commands.model_source import as_folder, at_hand
-from orchestration.commands.work import free_folder, whole_folder
+from orchestration.commands.output import free_folder, whole_folder
 from pruners.errors import InputError
 from trainers.checkpoint.folder import is_packed, pack_folder, size_on_disk, verify
 from trainers.export.onnx import FILE

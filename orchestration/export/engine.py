@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orchestration.commands.model_source import as_folder, at_hand, check_images
-from orchestration.commands.work import free_folder, whole_folder
+from orchestration.commands.output import free_folder, whole_folder
 from orchestration.export import sample_images as photographs
 from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
 from pruners.errors import InputError, first_line
-from trainers import models
 from trainers.checkpoint.checksums import as_json, read_sealed, sums
 from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
 from trainers.data import datasets as data
 from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.engines.agreement import TOLERANCE, Agreement
 from trainers.engines.registry import ANY_BATCH, Place, Run
+from trainers.models import factory as models
 from trainers.optional_imports import installed
 from trainers.quantization.checks import check_mode, share_of
 from trainers.sources.columns import ColumnOptions, Columns

@@ -4,7 +4,6 @@ __all__ = [
     "allocation",
     "checks",
     "data",
-    "picture",
     "plan",
     "training",
 ]

@@ -8,7 +8,7 @@ from torch import nn
 
 from orchestration.recipe.schema import Recipe
 from pruners.allocation.bounds import bounds
-from pruners.allocation.sharing import budget
+from pruners.allocation.projection import budget
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet

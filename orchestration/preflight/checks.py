@@ -24,8 +24,9 @@ from orchestration.recipe.search import Distribution, Fastest
 from orchestration.state.latency_store import check_linear, check_threads
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.registry import check_name
-from pruners.allocation.bounds import bounds, check_feasible
-from pruners.allocation.sharing import budget, by_table
+from pruners.allocation.bounds import bounds
+from pruners.allocation.projection import budget, check_feasible
+from pruners.allocation.sharing import by_table
 from pruners.errors import InputError, first_line
 from pruners.methods.registry import create_pruner
 from pruners.model.costs import Costs, count_costs
@@ -33,13 +34,14 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
 from pruners.structured.dependency import check_installed
-from trainers import models, storage
+from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
-from trainers.checkpoint.weights_file import load_weights
 from trainers.config.data import DataSettings
 from trainers.config.latency import LatencyTarget
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
+from trainers.models import factory as models
+from trainers.models.weights_file import load_weights
 from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode
 from trainers.quantization.int8_folder import NEEDS

@@ -7,12 +7,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from orchestration.recipe.schema import Recipe, digest
+from orchestration.common.hashing import digest
+from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
 from trainers import remote_calls as looks
 from trainers import storage
 from trainers.config.data import DataSettings
-from trainers.sources import digits
+from trainers.data import digits
 from trainers.sources.classes import Names, check_alike, names_of
 from trainers.sources.files import split_glob
 from trainers.sources.parquet import check_table, count_rows

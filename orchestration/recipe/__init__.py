@@ -5,7 +5,6 @@ __all__ = [
     "loading",
     "phases",
     "population",
-    "quantization",
     "reference",
     "schema",
     "search",

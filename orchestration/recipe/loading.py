@@ -8,16 +8,15 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from orchestration.recipe.dotted_keys import put
 from orchestration.recipe.schema import Recipe
+from orchestration.recipe.validation import S, _one_line, validate
 from pruners.errors import InputError, did_you_mean
-from trainers.config.base import Settings
-
-S = TypeVar("S", bound=Settings)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -77,59 +76,12 @@ def _from_environment(content: dict[str, Any]) -> None:
         tracking.setdefault("uri", os.environ["MLFLOW_TRACKING_URI"])
 
 
-def validate(content: Mapping[str, Any]) -> Recipe:
-    """A typed recipe.
-
-    Raises:
-        InputError: for the first thing that is wrong.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise _one_line(error, Recipe) from None
-
-
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with some keys (``recovery.lr.peak``) changed."""
     content = recipe.model_dump(mode="json")
     for key, value in values.items():
         put(content, key, value)
     return validate(content)
-
-
-def put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested dictionaries."""
-    *parents, last = key.strip().split(".")
-    place = content
-    for parent in parents:
-        below = place.get(parent)
-        if below is None:
-            below = place[parent] = {}
-        if not isinstance(below, dict):
-            raise InputError("override", key, f"{parent} holds a value and has no keys below it")
-        place = below
-    place[last] = value
-
-
-def get(content: Mapping[str, Any], key: str) -> Any:
-    """Read ``a.b.c`` from nested dictionaries; ``None`` if it is not there."""
-    place: Any = content
-    for part in key.split("."):
-        if not isinstance(place, Mapping) or part not in place:
-            return None
-        place = place[part]
-    return place
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as ``a.b.c`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def single(recipe: Recipe, method: str) -> Recipe:
@@ -225,68 +177,3 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError("recipe", where, f"must be YAML ({reason}{line})") from None
-
-
-# what pydantic calls the forms that a value of several may have
-_BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
-
-
-def _no_branch(errors: Sequence[Any]) -> InputError:
-    """A value that has none of the forms that its key allows."""
-    path = [str(part) for part in errors[0]["loc"]]
-    begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
-    same = [one for one in errors if [str(part) for part in one["loc"]][:begin] == path[:begin]]
-    table = [one for one in same if str(one["loc"][begin]).startswith("dict") and len(one["loc"]) > begin + 1]
-    told = table[:1] or [one for one in same if not str(one["loc"][begin]).startswith("dict")]
-    rest = [str(part) for part in told[0]["loc"][begin + 1 :]]
-    says = dict.fromkeys(one["msg"].replace("Input should be", "must be") for one in told)
-    return InputError(".".join(path[:begin] + rest), told[0].get("input"), ", or ".join(says))
-
-
-def _one_line(error: ValidationError, kind: type[BaseModel]) -> InputError:
-    """The first mistake that pydantic found, in our words."""
-    errors = error.errors(include_url=False)
-    if any(_BRANCH.fullmatch(str(part)) for part in errors[0]["loc"]):
-        return _no_branch(errors)
-    return _one_mistake(errors[0], kind)
-
-
-def _one_mistake(first: Any, whole: type[BaseModel]) -> InputError:
-    location = [part for part in first["loc"] if isinstance(part, str | int)]
-    key = ".".join(map(str, location)) or "recipe"
-    kind, given = first["type"], first.get("input")
-    if kind == "extra_forbidden":
-        choices = _fields_at(whole, location[:-1])
-        return InputError(key, given, f"unknown key{did_you_mean(str(location[-1]), choices)}")
-    if kind == "missing":
-        return InputError(key, None, "is missing")
-    if kind == "literal_error":
-        expected = str((first.get("ctx") or {}).get("expected", ""))
-        choices = re.findall(r"'([^']+)'", expected)
-        return InputError(key, given, f"must be {expected}{did_you_mean(str(given), choices)}")
-    if kind == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
-        inner, found, rest = message.partition(": ")
-        if found and re.fullmatch(r"[a-z_.]+", inner):
-            return InputError(inner if key == "recipe" else f"{key}.{inner}", _shown(given, inner), rest)
-        return InputError(key, None if isinstance(given, dict) else given, message)
-    message = first["msg"].replace("Input should be", "must be")
-    if kind == "too_short":
-        message = f"must have at least {first['ctx']['min_length']} item"
-    return InputError(key, given, message[0].lower() + message[1:])
-
-
-def _shown(given: Any, key: str) -> Any:
-    return get(given, key) if isinstance(given, dict) else None
-
-
-def _fields_at(whole: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Names of the keys that are known at a place of a recipe, or of a part of one."""
-    model: Any = whole
-    for part in location:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return []
-        annotation = model.model_fields[str(part)].annotation
-        inner = [kind for kind in get_args(annotation) if isinstance(kind, type)]
-        model = next((kind for kind in inner if issubclass(kind, BaseModel)), annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

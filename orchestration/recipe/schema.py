@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -207,26 +205,6 @@ class Recipe(Settings):
     @property
     def registered_model(self) -> str:
         return self.tracking.registered_model or f"espalier-{self.name}"
-
-
-def digest(*parts: Any) -> str:
-    """Twelve hexadecimal digits of the content of JSON-like parts."""
-    content = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-__all__ = [
-    "DataSettings",
-    "ModelSettings",
-    "Promotion",
-    "PruningSettings",
-    "Recipe",
-    "Resources",
-    "Share",
-    "Tracking",
-    "TrainingSettings",
-    "digest",
-]
 
 
 AWARE: dict[str, Any] = {"epochs": 10, "lr": {"kind": "linear", "peak": 1e-4, "floor": 1e-5}}

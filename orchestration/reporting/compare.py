@@ -11,10 +11,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from orchestration.common.hashing import digest
 from orchestration.common.redaction import public
 from orchestration.common.units import count, megabytes, percent
-from orchestration.recipe.loading import flatten
-from orchestration.recipe.schema import Recipe, digest
+from orchestration.recipe.dotted_keys import flatten
+from orchestration.recipe.schema import Recipe
 from orchestration.reporting.status import phases, said
 from orchestration.state import heartbeat as journal
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, load

@@ -22,7 +22,7 @@ _KEPT_LINES = 100
 class Display:
     """One line for the phase at work: trials done and running, the best so far, the time left.
 
-    It is an :class:`orchestration.search.runner.Observer`; ``fraction`` of a running trial comes from its
+    It is an :class:`orchestration.search.spec.Observer`; ``fraction`` of a running trial comes from its
     epochs.
     """
 

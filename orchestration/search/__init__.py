@@ -1,7 +1,6 @@
 """Searches with Ray Tune and Optuna: space, samplers, schedulers, trials."""
 
 __all__ = [
-    "elastic",
     "limits",
     "one_shot_trial",
     "pareto",

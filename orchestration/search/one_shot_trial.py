@@ -14,13 +14,13 @@ from orchestration.recipe.search import AllocationSearch
 from orchestration.search.space import AllocationSpace, summarise
 from orchestration.state.order_store import StoredOrder
 from pruners.model.costs import CostModel
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.data import DataSettings
 from trainers.data import datasets as data
 from trainers.data.node_cache import Pixels
 from trainers.engines.latency_table import LatencyTable
 from trainers.loop.evaluation import Evaluation, evaluate
+from trainers.models import factory as models
 
 _BATCH = 128
 

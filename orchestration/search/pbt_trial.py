@@ -20,8 +20,9 @@ from ray import tune
 from ray.train import UserCallback
 from ray.util.queue import Queue
 
+from orchestration.common.hashing import digest
 from orchestration.recipe.population import job_key
-from orchestration.recipe.schema import Resources, digest
+from orchestration.recipe.schema import Resources
 from orchestration.search.training_trial import train_run
 from trainers import storage
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestration.search.limits import NONE, GivenUp, Limits, end_by_force
+from orchestration.search.limits import GivenUp, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
 from orchestration.search.ray_patches import one_trial_pays
 from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
-from orchestration.search.space import Space
+from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers.storage import resolve
 
@@ -27,43 +27,6 @@ _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
 _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
-
-
-class Observer(Protocol):
-    """Who wants to hear of trials: the display, the tracker."""
-
-    def trial_started(
-        self, trial_id: str, number: int, values: dict[str, Any], before: str | None
-    ) -> str | None:
-        """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
-
-    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None: ...
-
-    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
-        """Returns the trial's run in the tracker."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """One search of a phase."""
-
-    name: str
-    trainable: Any
-    space: Space
-    trials: int
-    concurrent: int
-    storage: str
-    seed: int
-    sampler: str = "tpe"
-    first: Sequence[dict[str, Any]] = ()
-    scheduler: Callable[[], TrialScheduler] = FIFOScheduler
-    cost: str | None = None  # a second objective: the metric that is to be small
-    limits: Limits = NONE
-    fits: Callable[[], int] | None = None  # how many run at once, as nodes come and go
-    reuse_actors: bool = False
-    complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: True
-    names: Callable[[Trial], str] | None = None
-    say: Callable[[str], None] = lambda text: None
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:

@@ -25,7 +25,7 @@ from orchestration.search.space import contains, from_optuna, inside, to_optuna
 from orchestration.state.trial_log import TrialLog, TrialRecord
 
 if TYPE_CHECKING:
-    from orchestration.search.runner import Search
+    from orchestration.search.spec import Search
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ROUND = 500  # trials

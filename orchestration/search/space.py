@@ -9,12 +9,13 @@ from typing import Any
 
 import optuna
 
-from orchestration.recipe.schema import PruningSettings
 from orchestration.recipe.search import AllocationSearch, Distribution
 from pruners.allocation.bounds import PerLayer, bounds, group_bounds
-from pruners.allocation.sharing import Allocation, by_threshold, group_layers, project
+from pruners.allocation.projection import project
+from pruners.allocation.sharing import Allocation, by_threshold, group_layers
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
+from trainers.config.pruning import PruningSettings
 
 Space = dict[str, optuna.distributions.BaseDistribution]
 Shares = dict[str, optuna.distributions.FloatDistribution]

@@ -15,7 +15,8 @@ from ray.train.torch import TorchTrainer
 from ray.tune.experiment import Trial
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from orchestration.recipe.schema import Resources, digest
+from orchestration.common.hashing import digest
+from orchestration.recipe.schema import Resources
 from trainers.config.jobs import OrderJob
 from trainers.ray_worker import order_worker, train_worker
 from trainers.storage import resolve

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import ray
 from torch import nn
 
-from orchestration.recipe.schema import digest
+from orchestration.common.hashing import digest
 from pruners.errors import InputError
 from pruners.model.costs import cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
-from trainers import models, storage
+from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.latency import LatencyTarget
 from trainers.config.pruning import PruningSettings
@@ -30,6 +30,7 @@ from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine
 from trainers.engines.registry import Place
 from trainers.loop.prune_step import prunable_layers
+from trainers.models import factory as models
 
 T = TypeVar("T")
 _SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's

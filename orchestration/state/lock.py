@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pyarrow import fs
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestration.recipe.schema import digest
+from orchestration.common.hashing import digest
 from pruners.errors import InputError
 from trainers import storage
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from orchestration.recipe.schema import digest
+from orchestration.common.hashing import digest
 from pruners.elimination.order import EliminationOrder, merge
 from trainers import storage
 from trainers.config.pruning import SECOND_ORDER, PruningSettings

@@ -11,9 +11,11 @@ from typing import Any
 from pyarrow import fs
 
 from orchestration.common.redaction import without_password
-from orchestration.recipe.loading import flatten, single, validate
+from orchestration.recipe.dotted_keys import flatten
+from orchestration.recipe.loading import single
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
+from orchestration.recipe.validation import validate
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 from trainers.remote_calls import look

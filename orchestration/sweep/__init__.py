@@ -2,7 +2,6 @@
 
 __all__ = [
     "allocation",
-    "cheap_runs",
     "context",
     "dense",
     "gradual",

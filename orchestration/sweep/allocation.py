@@ -10,8 +10,8 @@ import ray
 from ray import tune
 
 from orchestration.cluster.capacity import cluster_size
+from orchestration.common.hashing import digest
 from orchestration.preflight.allocation import check_not_sparser
-from orchestration.recipe.schema import digest
 from orchestration.recipe.search import Fastest, Rule
 from orchestration.reporting import plots
 from orchestration.reporting.display import leading
@@ -19,18 +19,20 @@ from orchestration.reporting.search_plots import search_figures
 from orchestration.search.limits import Limits
 from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial, Speed
 from orchestration.search.pareto import chosen, fastest
-from orchestration.search.runner import Search, run_search
+from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
 from orchestration.search.space import AllocationSpace
+from orchestration.search.spec import Search
 from orchestration.search.training_trial import order_run
 from orchestration.state import latency_store as latency
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.context import Allocated, Dense, Study, Sweep
+from orchestration.sweep.artifacts import Allocated, Dense, Study
+from orchestration.sweep.context import Sweep
 from orchestration.sweep.tasks import OrderFacts
 from orchestration.sweep.trial_runs import CheapRuns
-from pruners.allocation.sharing import budget
+from pruners.allocation.projection import budget
 from trainers import storage
 from trainers.checkpoint.folder import RECORD
 from trainers.config.jobs import OrderJob

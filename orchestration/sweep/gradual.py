@@ -10,21 +10,24 @@ from typing import Any
 from ray.tune.schedulers import TrialScheduler
 
 from orchestration.cluster.capacity import cluster_size
+from orchestration.common.hashing import digest
+from orchestration.recipe.dotted_keys import flatten, get
 from orchestration.recipe.jobs import gradual_job
-from orchestration.recipe.loading import flatten, get
 from orchestration.recipe.phases import Phase
-from orchestration.recipe.schema import Recipe, digest
+from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
 from orchestration.reporting import plots
 from orchestration.reporting.display import leading
 from orchestration.reporting.search_plots import search_figures
 from orchestration.search.limits import Limits
 from orchestration.search.pbt import Population
-from orchestration.search.runner import Search, run_search
+from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
 from orchestration.search.space import recipe_space
+from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from orchestration.sweep.context import Allocated, Dense, Kept, Recovered, Sweep
+from orchestration.sweep.artifacts import Allocated, Dense, Kept, Recovered
+from orchestration.sweep.context import Sweep
 from orchestration.sweep.training import training_search
 from orchestration.sweep.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of

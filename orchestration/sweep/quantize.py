@@ -8,13 +8,15 @@ from typing import Any
 
 import ray
 
+from orchestration.common.hashing import content_hash, digest
 from orchestration.common.units import megabytes
+from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.jobs import aware_job
-from orchestration.recipe.loading import flatten
-from orchestration.recipe.schema import Quantization, digest
+from orchestration.recipe.schema import Quantization
 from orchestration.state.trial_log import TrialLog
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.context import Quantized, Recovered, Sweep, content_hash
+from orchestration.sweep.artifacts import Quantized, Recovered
+from orchestration.sweep.context import Sweep
 from orchestration.sweep.training import run_training
 from orchestration.sweep.trial_runs import TrialRuns
 from orchestration.tracking import registry

@@ -9,11 +9,12 @@ from typing import Any
 import ray
 from rich.table import Table
 
+from orchestration.common.hashing import content_hash, digest
 from orchestration.common.terminal import Console
 from orchestration.common.units import count, megabytes, percent
-from orchestration.recipe.schema import digest
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.context import Results, Sweep, content_hash
+from orchestration.sweep.artifacts import Results
+from orchestration.sweep.context import Sweep
 from orchestration.tracking.promotion import Decision
 from orchestration.tracking.registry import CHAMPION
 from trainers import storage

@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
 from orchestration.cluster.connect import cluster_address, connect, logs_folder
+from orchestration.common.hashing import digest
 from orchestration.common.redaction import public
 from orchestration.common.terminal import Console
 from orchestration.preflight.checks import Prepared
 from orchestration.preflight.training import remarks
-from orchestration.recipe.loading import flatten
+from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.phases import PHASES, WHOLE, Span
-from orchestration.recipe.schema import digest
 from orchestration.reporting import plots
 from orchestration.reporting.display import Display
 from orchestration.state.heartbeat import Journal
 from orchestration.state.lock import alone_here, alone_on_cluster
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
 from orchestration.sweep.allocation import allocation_phase
-from orchestration.sweep.context import SCRATCH, Allocated, Results, Sweep
+from orchestration.sweep.artifacts import Allocated, Results
+from orchestration.sweep.context import SCRATCH, Sweep
 from orchestration.sweep.dense import dense_phase
 from orchestration.sweep.gradual import long_run_phase, schedule_phase
 from orchestration.sweep.quantize import quantize_phase

@@ -11,13 +11,14 @@ from typing import Any
 
 import ray
 
+from orchestration.common.hashing import content_hash, digest
+from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.jobs import structured_job
-from orchestration.recipe.loading import flatten
-from orchestration.recipe.schema import digest
 from orchestration.state import latency_store as latency
 from orchestration.state.trial_log import TrialLog
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.context import Dense, Sweep, content_hash
+from orchestration.sweep.artifacts import Dense
+from orchestration.sweep.context import Sweep
 from orchestration.sweep.dense import validation_top1
 from orchestration.sweep.training import run_training
 from orchestration.sweep.trial_runs import without_trainer_state

@@ -21,9 +21,8 @@ from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from pruners.one_shot import pattern_budget
-from trainers import models, storage
+from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.checkpoint.weights_file import from_file
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.jobs import OrderJob
 from trainers.config.pruning import PruningSettings
@@ -33,6 +32,8 @@ from trainers.data import datasets as data
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate
 from trainers.loop.prune_step import prunable_layers, sharing_of
+from trainers.models import factory as models
+from trainers.models.weights_file import from_file
 from trainers.quantization import int8_folder as int8
 from trainers.structured.cut import cut_model, plan_cut, save_cut
 

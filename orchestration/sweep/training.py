@@ -8,7 +8,8 @@ from typing import Any
 from ray import tune
 
 from orchestration.search.pbt_trial import population_trial
-from orchestration.search.runner import Observer, Search, run_search
+from orchestration.search.runner import run_search
+from orchestration.search.spec import Observer, Search
 from orchestration.search.training_trial import RunNames, training_trial
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep

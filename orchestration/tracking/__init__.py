@@ -12,5 +12,4 @@ __all__ = [
     "server",
     "server_keeper",
     "tracker",
-    "versions",
 ]

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pruners.errors import InputError
+from trainers.data.digits import picture
 from trainers.sources.classes import CLASSES, names_beside, names_of, read_map
 from trainers.sources.columns import Columns
-from trainers.sources.digits import picture
 
 MARK = "MLmodel"
 CODE = Path(__file__).with_name("served_model.py")

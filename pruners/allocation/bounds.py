@@ -6,8 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
 from pruners.errors import InputError, did_you_mean
 from pruners.model.layers import PrunableLayer, stem
 
@@ -101,16 +99,3 @@ def per_layer(
 def _check_share(key: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise InputError(key, value, "must lie between 0 and 1")
-
-
-def check_feasible(total: int, low: np.ndarray, high: np.ndarray) -> None:
-    """Raise :class:`InputError`, with the nearest feasible budget, unless Σ low ≤ total ≤ Σ high."""
-    if (low > high).any():
-        raise InputError("floor", int(low[low > high][0]), "must not lie above the layer's ceiling")
-    if not low.sum() <= total <= high.sum():
-        nearest = int(low.sum() if total < low.sum() else high.sum())
-        raise InputError(
-            "budget",
-            total,
-            f"cannot be met within the floors and ceilings; nearest feasible: {nearest} weights",
-        )

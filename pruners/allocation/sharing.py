@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruners.allocation.bounds import Bounds, PerLayer, bounds, check_feasible, group_bounds, per_layer
+from pruners.allocation.bounds import Bounds, PerLayer, bounds, group_bounds, per_layer
+from pruners.allocation.projection import check_feasible, project
 from pruners.errors import InputError, did_you_mean
 from pruners.model.layers import PrunableLayer
 
@@ -30,81 +31,6 @@ GROUP_OF: dict[Scope, Callable[[PrunableLayer], Hashable]] = {
     "stage": lambda layer: layer.stage,
     "global": lambda layer: "model",
 }
-
-
-def budget(layers: Sequence[PrunableLayer], sparsity: float) -> int:
-    """The number of weights that ``sparsity`` (0 to 1) of the prunable ones is.
-
-    Raises:
-        InputError: ``sparsity`` outside 0…1.
-    """
-    if not 0.0 <= sparsity <= 1.0:
-        raise InputError("sparsity", sparsity, "must lie between 0 and 1")
-    return round(sparsity * sum(layer.numel for layer in layers))
-
-
-def project(
-    desired: Sequence[float],
-    sizes: Sequence[int],
-    total: int,
-    lower: Sequence[int] | None = None,
-    upper: Sequence[int] | None = None,
-    *,
-    unit: int = 1,
-) -> list[int]:
-    """Integer counts that add up to ``total``, nearest to the ``desired`` sparsities of groups of ``sizes``.
-
-    The same shift is added to every sparsity and the result clipped to its bounds: the projection in the
-    norm weighted by group size. Rounding goes to the largest remainders. Sparsities that already meet the
-    budget come back unchanged.
-
-    Args:
-        desired: sparsity of each group, any real number (clipped).
-        sizes: weights of each group.
-        total: weights to prune over all groups.
-        lower: least count of each group (default 0).
-        upper: largest count of each group (default its size).
-        unit: all counts are multiples of it, as ``total`` and the bounds are.
-
-    Raises:
-        InputError: bounds that cannot meet ``total``, with the nearest total that can be met.
-    """
-    low = np.zeros(len(sizes)) if lower is None else np.asarray(lower, dtype=np.float64)
-    high = np.asarray(sizes if upper is None else upper, dtype=np.float64)
-    check_feasible(total, low, high)
-    if unit > 1:
-        whole = [[int(count) // unit for count in group] for group in (sizes, low, high)]
-        return [unit * count for count in project(desired, whole[0], total // unit, whole[1], whole[2])]
-    size = np.asarray(sizes, dtype=np.float64)
-    wish = np.asarray(desired, dtype=np.float64) * size
-
-    def counts(shift: float) -> np.ndarray:
-        return np.asarray(np.clip(wish + shift * size, low, high))
-
-    # wide enough for every group to reach either bound, however far its wish lies outside 0…1
-    reach = 1.0 + float(np.max(np.abs(wish / np.maximum(size, 1.0)), initial=0.0))
-    left, right = -reach, reach
-    for _ in range(100):
-        middle = (left + right) / 2
-        if counts(middle).sum() < total:
-            left = middle
-        else:
-            right = middle
-    shift = 0.0 if abs(counts(0.0).sum() - total) < 1e-6 else right
-    return _round_to(counts(shift), total, low, high)
-
-
-def _round_to(real: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -> list[int]:
-    """Round so that the sum is ``total``; each result stays within one of its real value and its bounds."""
-    whole = np.floor(real + 1e-9)
-    missing = int(total - whole.sum())
-    step = 1 if missing >= 0 else -1
-    room = (whole < high) if step > 0 else (whole > low)
-    ranked = np.argsort(-step * (real - whole), kind="stable")
-    for index in [i for i in ranked if room[i]][: abs(missing)]:
-        whole[index] += step
-    assert int(whole.sum()) == total, "the rounding missed the budget"
-    return [int(count) for count in whole]
 
 
 @dataclass(frozen=True)

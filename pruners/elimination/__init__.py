@@ -1,7 +1,6 @@
 """Second-order elimination (oViT): gradients, block-wise Fisher inverses, the order of elimination."""
 
 __all__ = [
-    "blocks",
     "constraints",
     "damping",
     "fisher",

@@ -11,8 +11,9 @@ import optuna
 from ray import tune
 
 from orchestration.cluster.connect import connect
-from orchestration.search.runner import Search, run_search
+from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
+from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in ("x", "y", "z")}

@@ -6,6 +6,4 @@ __all__ = [
     "folder",
     "packed",
     "trainer_state",
-    "transformers_names",
-    "weights_file",
 ]

@@ -37,11 +37,11 @@ from trainers import storage
 from trainers.checkpoint.checksums import as_json, read_sealed, sha256, sums
 from trainers.checkpoint.finite import check_finite, describe, not_finite
 from trainers.checkpoint.packed import read_packed, write_packed
-from trainers.checkpoint.transformers_names import transformers_model
-from trainers.checkpoint.weights_file import load_weights
 from trainers.config.base import is_weights_file
 from trainers.data.node_cache import node_copy
-from trainers.models import load_hub, load_timm_folder
+from trainers.models.factory import load_hub, load_timm_folder
+from trainers.models.transformers_names import transformers_model
+from trainers.models.weights_file import load_weights
 from trainers.optional_imports import installed
 from trainers.storage import info, local_copy
 

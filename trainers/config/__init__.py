@@ -2,8 +2,11 @@
 
 __all__ = [
     "base",
+    "data",
+    "jobs",
     "latency",
     "presets",
+    "pruning",
     "quantization",
     "schedules",
     "structured",

@@ -4,6 +4,7 @@ __all__ = [
     "arrow_store",
     "augment",
     "datasets",
+    "digits",
     "node_cache",
     "preprocessing",
     "sampler",

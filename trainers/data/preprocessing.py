@@ -27,7 +27,7 @@ def preprocessing_of(model: Any, labels: Sequence[str] | None = None) -> dict[st
     Args:
         labels: names of the classes, in their order; default those of timm's configuration, if it has any.
     """
-    from trainers import models
+    from trainers.models import factory as models
 
     config = models.data_config(model)
     found = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEPT}

@@ -5,6 +5,7 @@ __all__ = [
     "elimination",
     "evaluation",
     "gradual",
+    "losses",
     "metrics",
     "optimization",
     "prune_step",

@@ -14,15 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from pruners.errors import InputError, first_line
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
-from trainers import distributed, models
+from trainers import distributed
 from trainers.checkpoint import folder as folder_format
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.checkpoint.weights_file import from_file
 from trainers.config.jobs import TrainJob
 from trainers.data import datasets as data
 from trainers.loop.losses import Distillation, Loss
 from trainers.loop.optimization import Precision
 from trainers.loop.schedules import pruning_plan
+from trainers.models import factory as models
+from trainers.models.weights_file import from_file
 from trainers.quantization.fake_quant import Prepared
 from trainers.sources.classes import check_known
 

@@ -7,11 +7,12 @@ import torch
 from pruners.methods.registry import create_pruner
 from pruners.model.masks import MaskSet
 from pruners.one_shot import pattern_budget
-from trainers import distributed, models, storage
+from trainers import distributed, storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import OrderJob
 from trainers.data import datasets as data
 from trainers.loop.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers, sharing_of
+from trainers.models import factory as models
 
 FACTS = "facts.json"
 

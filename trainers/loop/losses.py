@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruners.errors import InputError
-from trainers import models
 from trainers.config.training import DistillSettings, TrainingSettings
 from trainers.loop.optimization import Precision
+from trainers.models import factory as models
 
 Loss = Callable[[Any, Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from pruners.methods.base import Pruner
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
-from trainers import distributed, models
+from trainers import distributed
 from trainers.checkpoint import trainer_state as state
 from trainers.checkpoint.finite import check_finite
 from trainers.checkpoint.folder import save_checkpoint
@@ -31,6 +31,7 @@ from trainers.loop.losses import Targets
 from trainers.loop.metrics import Meter, Metrics, numbers
 from trainers.loop.optimization import Held, Moved, Precision, freeze, make_optimizer, moving_average
 from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
+from trainers.models import factory as models
 from trainers.quantization.fake_quant import Prepared
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers import distributed, models
+from trainers import distributed
 from trainers.loop.schedules import learning_rate
 from trainers.loop.session import Session, seed_everything
+from trainers.models import factory as models
 
 _PATIENCE = 10  # steps of a run that may be left out because they were not finite
 _LOOK = 10  # on a GPU, steps between two looks at whether they were

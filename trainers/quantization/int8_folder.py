@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
-from trainers import models
 from trainers.checkpoint.checksums import as_json, read_sealed, sums
 from trainers.checkpoint.folder import (
     CONFIG,
@@ -51,6 +50,7 @@ from trainers.data.preprocessing import PROBES, pattern_images, preprocessing_of
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ENGINES, Place
 from trainers.export.onnx import FILE, int8_values, read_preprocessing
+from trainers.models import factory as models
 from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode, check_share, share_of
 from trainers.quantization.fake_quant import Prepared

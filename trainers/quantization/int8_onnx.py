@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pruners.model.masks import MaskSet
-from trainers import models
 from trainers.data.preprocessing import metadata_of, preprocessing_of
 from trainers.export.onnx import FILE, export_onnx, quantise_onnx
+from trainers.models import factory as models
 from trainers.optional_imports import require
 from trainers.quantization.fake_quant import Converted
 

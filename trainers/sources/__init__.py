@@ -5,7 +5,6 @@ __all__ = [
     "classes",
     "columns",
     "convert",
-    "digits",
     "files",
     "folders",
     "parquet",

@@ -19,9 +19,9 @@ from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
 from pruners.structured.channels import WITH_GRADIENTS, Channels, Cut, Member, best, saliencies
 from pruners.structured.dependency import Couplings
-from trainers import models
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.structured import StructuredSettings, words
+from trainers.models import factory as models
 from trainers.structured.shapes import Shape, wanted
 from trainers.structured.verify import check_cut, check_reloaded, noise
 

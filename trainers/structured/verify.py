@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruners.structured.channels import Cut
-from trainers import models
+from trainers.models import factory as models
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale is above it by far
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pruners.errors import InputError, did_you_mean, first_line
-from trainers import models
-from trainers.checkpoint.transformers_names import is_of_transformers
 from trainers.config.data import DataSettings, ModelSettings
+from trainers.models import factory as models
+from trainers.models.transformers_names import is_of_transformers
 from trainers.storage import resolve
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
-from trainers.checkpoint.transformers_names import transformers_model
 from trainers.config.data import DataSettings, ModelSettings
+from trainers.models.transformers_names import transformers_model
 
 
 def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:

@@ -1,0 +1,118 @@
+"""Long work of a command: how far it is, Ctrl-C in its middle, and a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pruners.errors import InputError, first_line
+from trainers import storage
+
+
+def free_file(place: str, key: str) -> Path:
+    """Raises:
+    InputError: a file cannot be written there without loss.
+    """
+    path = Path(storage.absolute(place, key))
+    if not path.parent.is_dir():
+        raise InputError(key, place, "must lie in a folder that exists")
+    if path.exists():
+        raise InputError(key, place, "is there already; name another file")
+    return path
+
+
+def free_folder(place: str, key: str) -> Path:
+    """The absolute path of a folder that is not there yet (or is empty), where one can be written.
+
+    Raises:
+        InputError: it is there, or cannot be.
+    """
+    if "://" in place:
+        raise InputError(key, place, "must be a folder of this machine")
+    try:
+        target = Path(storage.absolute(place, key)).resolve()
+        if target.is_dir():
+            if any(target.iterdir()):
+                raise InputError(key, place, "the folder is there and not empty; name another one")
+        elif os.path.lexists(target):
+            raise InputError(key, place, "is there, and no folder")
+        parent = next(folder for folder in target.parents if os.path.lexists(folder))
+        Path(
+            tempfile.mkdtemp(dir=parent, prefix=".espalier-")
+        ).rmdir()  # what may be written, only this tells
+    except OSError as error:
+        raise InputError(key, place, f"cannot be written ({error.strerror or error})") from None
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path, place: str, key: str) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left.
+
+    Args:
+        place: the target as its user named it, by ``key``.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(target)
+        forget_killed(target)
+    except BaseException as error:
+        shutil.rmtree(made[-1], ignore_errors=True)
+        if isinstance(error, OSError):
+            expected = f"cannot be written ({error.strerror or first_line(error)})"
+            raise InputError(key, place, expected) from None
+        raise
+
+
+def forget_killed(target: Path) -> None:
+    """Delete what processes that were killed left of a file or folder, now that it is there whole."""
+    for partial in target.parent.glob(f".{escape(target.name)}.partial-*"):
+        number = partial.name.rpartition("-")[2]
+        if not number.isdecimal() or _lives(int(number)):
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def forget_training(folder: Path) -> None:
+    """Delete what a training whose result is not wanted any more left, unless one is at work there.
+
+    Args:
+        folder: where its result was to be; beside it lies the hidden folder that it goes on from.
+    """
+    work = folder.with_name(f".{folder.name}.finetune")
+    if work.is_dir():
+        lock = FileLock(work / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return
+        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,22 @@
+"""Digests that tell whether a result is of the same inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def content_hash(checkpoint: str) -> str:
+    """A hash of a checkpoint's weights: the same model is the same wherever it lies."""
+    from trainers import storage  # trials' processes need the other function only, and are to start fast
+    from trainers.checkpoint.folder import weights_hash
+
+    config = storage.read_bytes(f"{checkpoint}/config.json")
+    return digest(config.hex(), weights_hash(checkpoint))
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hexadecimal digits of the content of JSON-like parts."""
+    content = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -1,0 +1,43 @@
+"""Values of nested mappings by dotted keys, as recipes and the command line write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pruners.errors import InputError
+
+
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested dictionaries."""
+    *parents, last = key.strip().split(".")
+    place = content
+    for parent in parents:
+        below = place.get(parent)
+        if below is None:
+            below = place[parent] = {}
+        if not isinstance(below, dict):
+            raise InputError("override", key, f"{parent} holds a value and has no keys below it")
+        place = below
+    place[last] = value
+
+
+def get(content: Mapping[str, Any], key: str) -> Any:
+    """Read ``a.b.c`` from nested dictionaries; ``None`` if it is not there."""
+    place: Any = content
+    for part in key.split("."):
+        if not isinstance(place, Mapping) or part not in place:
+            return None
+        place = place[part]
+    return place
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as ``a.b.c`` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

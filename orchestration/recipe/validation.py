@@ -1,0 +1,93 @@
+"""Mistakes of a recipe in one line: the key, the value, and what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from orchestration.recipe.dotted_keys import get
+from orchestration.recipe.schema import Recipe
+from pruners.errors import InputError, did_you_mean
+from trainers.config.base import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+def validate(content: Mapping[str, Any]) -> Recipe:
+    """A typed recipe.
+
+    Raises:
+        InputError: for the first thing that is wrong.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _one_line(error, Recipe) from None
+
+
+# what pydantic calls the forms that a value of several may have
+_BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
+
+
+def _no_branch(errors: Sequence[Any]) -> InputError:
+    """A value that has none of the forms that its key allows."""
+    path = [str(part) for part in errors[0]["loc"]]
+    begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
+    same = [one for one in errors if [str(part) for part in one["loc"]][:begin] == path[:begin]]
+    table = [one for one in same if str(one["loc"][begin]).startswith("dict") and len(one["loc"]) > begin + 1]
+    told = table[:1] or [one for one in same if not str(one["loc"][begin]).startswith("dict")]
+    rest = [str(part) for part in told[0]["loc"][begin + 1 :]]
+    says = dict.fromkeys(one["msg"].replace("Input should be", "must be") for one in told)
+    return InputError(".".join(path[:begin] + rest), told[0].get("input"), ", or ".join(says))
+
+
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> InputError:
+    """The first mistake that pydantic found, in our words."""
+    errors = error.errors(include_url=False)
+    if any(_BRANCH.fullmatch(str(part)) for part in errors[0]["loc"]):
+        return _no_branch(errors)
+    return _one_mistake(errors[0], kind)
+
+
+def _one_mistake(first: Any, whole: type[BaseModel]) -> InputError:
+    location = [part for part in first["loc"] if isinstance(part, str | int)]
+    key = ".".join(map(str, location)) or "recipe"
+    kind, given = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        choices = _fields_at(whole, location[:-1])
+        return InputError(key, given, f"unknown key{did_you_mean(str(location[-1]), choices)}")
+    if kind == "missing":
+        return InputError(key, None, "is missing")
+    if kind == "literal_error":
+        expected = str((first.get("ctx") or {}).get("expected", ""))
+        choices = re.findall(r"'([^']+)'", expected)
+        return InputError(key, given, f"must be {expected}{did_you_mean(str(given), choices)}")
+    if kind == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        inner, found, rest = message.partition(": ")
+        if found and re.fullmatch(r"[a-z_.]+", inner):
+            return InputError(inner if key == "recipe" else f"{key}.{inner}", _shown(given, inner), rest)
+        return InputError(key, None if isinstance(given, dict) else given, message)
+    message = first["msg"].replace("Input should be", "must be")
+    if kind == "too_short":
+        message = f"must have at least {first['ctx']['min_length']} item"
+    return InputError(key, given, message[0].lower() + message[1:])
+
+
+def _shown(given: Any, key: str) -> Any:
+    return get(given, key) if isinstance(given, dict) else None
+
+
+def _fields_at(whole: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Names of the keys that are known at a place of a recipe, or of a part of one."""
+    model: Any = whole
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            return []
+        annotation = model.model_fields[str(part)].annotation
+        inner = [kind for kind in get_args(annotation) if isinstance(kind, type)]
+        model = next((kind for kind in inner if issubclass(kind, BaseModel)), annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -1,0 +1,7 @@
+"""Models: built by timm, from a hub, or from a file of weights that somebody else wrote."""
+
+__all__ = [
+    "factory",
+    "transformers_names",
+    "weights_file",
+]
