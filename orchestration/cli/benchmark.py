@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 from orchestration.cli.export import of_registry
 
 _INTERRUPTED = 130
@@ -43,7 +43,7 @@ _INTERRUPTED = 130
 @click.option("--json", metavar="FILE", help="Write all figures there, with machine and versions.")
 @click.option("--plot", metavar="FILE", help="Accuracy against latency as a picture; needs --data.")
 @click.option("--mlflow", is_flag=True, help="Log it as a run of the experiment espalier-benchmarks.")
-@cli_options.columns
+@options.columns
 @of_registry
 def benchmark(**typed: Any) -> None:
     """Latency, throughput, memory, size and accuracy of each MODEL on each engine, on this machine.
@@ -70,3 +70,6 @@ def benchmark(**typed: Any) -> None:
         click.echo(line)
     if not report.right:
         sys.exit(1)
+
+
+COMMANDS = (benchmark,)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 
 if TYPE_CHECKING:
     from trainers.sources.classes import Names
@@ -94,7 +94,7 @@ def convert(imagefolder: str, out: str, *, processes: int, classes: str | None, 
 
 @data.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
-@cli_options.columns
+@options.columns
 @_processes
 def check(paths: tuple[str, ...], processes: int, **named: str | None) -> None:
     """Decode every image of PATH (a Parquet file, a folder or a glob), count labels, list bad rows.
@@ -103,7 +103,7 @@ def check(paths: tuple[str, ...], processes: int, **named: str | None) -> None:
     """
     from trainers.sources.classes import check_alike, names_of
 
-    wanted = cli_options.named(named)
+    wanted = options.named(named)
     names = {path: names_of(path, key="PATH", columns=wanted, every=True) for path in paths}
     check_alike(names, key="PATH")
     bad = 0
@@ -146,3 +146,6 @@ def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
         click.echo(f"sizes:   {small} to {large}")
     click.echo(f"bad:     {len(whole.bad):,}")
     return len(whole.bad)
+
+
+COMMANDS = (data,)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 from orchestration.export import formats as export_formats
 from pruners.errors import InputError
 
@@ -23,7 +23,7 @@ FORMATS = {COMPRESSED: "a checkpoint folder without its zeros"} | {
 
 def of_registry(command: F) -> F:
     """The options of a command that also takes ``models:/NAME@alias``."""
-    where = cli_options.storage("Storage of the sweeps whose registry is meant, without a server.")
+    where = options.storage("Storage of the sweeps whose registry is meant, without a server.")
     server = click.option(
         "--tracking-uri",
         "--tracking",
@@ -57,7 +57,7 @@ def of_registry(command: F) -> F:
     help="Training images that fix the ranges of activations: for openvino-int8, and for onnx-int8 "
     "(static quantisation; without them they are measured as the model runs).",
 )
-@cli_options.columns
+@options.columns
 @of_registry
 def export(
     checkpoint: str,
@@ -117,3 +117,6 @@ def pull(model: str, dest: str, tracking_uri: str | None, storage: str) -> None:
         lines = copy(model, dest, tracking_uri, storage)
     for line in lines:
         click.echo(line)
+
+
+COMMANDS = (export, pull)

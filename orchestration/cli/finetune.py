@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 from orchestration.cli.export import of_registry
 
 _INTERRUPTED = 130
@@ -28,7 +28,7 @@ _INTERRUPTED = 130
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
-@cli_options.columns
+@options.columns
 @of_registry
 def finetune(**typed: Any) -> None:
     """Train CHECKPOINT on other images; what is zero in it stays zero.
@@ -54,3 +54,6 @@ def finetune(**typed: Any) -> None:
         leave(_INTERRUPTED)
     for line in lines:
         click.echo(line)
+
+
+COMMANDS = (finetune,)

@@ -23,3 +23,6 @@ def import_(file: str, out: str, architecture: str | None, arguments: tuple[str,
 
     for line in import_weights(file, out, architecture, arguments, average=ema):
         click.echo(line)
+
+
+COMMANDS = (import_,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 
 _INTERRUPTED = 130
 
@@ -46,7 +46,7 @@ _INTERRUPTED = 130
 @click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
-@cli_options.columns
+@options.columns
 def prune(**typed: Any) -> None:
     """Prune MODEL in one shot, without Ray.
 
@@ -96,3 +96,6 @@ def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
     (console if console.is_terminal else Console(width=120)).print(found.table())
     for key, value in found.lines():
         click.echo(f"{key:<12}{value}")
+
+
+COMMANDS = (prune, inspect_model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 from orchestration.cli.export import of_registry
 
 _INTERRUPTED = 130
@@ -29,7 +29,7 @@ _INTERRUPTED = 130
 @click.option("--out", required=True, metavar="FOLDER", help="Where the INT8 folder goes.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
 @click.option("--device", help="qat: cpu or cuda. Default: cuda where there is one.")
-@cli_options.columns
+@options.columns
 @of_registry
 def quantize(**typed: Any) -> None:
     """Write CHECKPOINT as an INT8 model for ONNX Runtime; what is zero in it is 0 there.
@@ -59,3 +59,6 @@ def quantize(**typed: Any) -> None:
         leave(_INTERRUPTED)
     for line in lines:
         click.echo(line)
+
+
+COMMANDS = (quantize,)

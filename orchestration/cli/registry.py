@@ -1,4 +1,4 @@
-"""The commands that ask the model registry: ``espalier promote`` and ``espalier lineage``."""
+"""The commands around MLflow: ``models``, ``promote``, ``lineage``, ``evaluate`` and ``ui``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 
 _tracking = click.option(
     "--tracking-uri",
@@ -14,7 +14,7 @@ _tracking = click.option(
     help="MLflow. Default: that of --storage.",
     envvar="MLFLOW_TRACKING_URI",
 )
-_storage = cli_options.storage_to_look_at
+_storage = options.storage_to_look_at
 
 
 @click.command()
@@ -48,3 +48,50 @@ def lineage(model: str, storage: str, tracking_uri: str | None) -> None:
 
     for line in print_lineage(model, tracking_uri, storage):
         click.echo(line)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", "data_uri", required=True, help="Parquet file, folder or glob (image, label).")
+@options.columns
+@click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
+@_storage
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+def evaluate(
+    model: str,
+    data_uri: str,
+    tracking_uri: str | None,
+    storage: str,
+    batch_size: int,
+    **named: str | None,
+) -> None:
+    """Top-1 and loss of MODEL (a checkpoint folder or models:/NAME@alias) on images."""
+    from orchestration.commands.evaluate import evaluate_model
+
+    columns = options.named(named)
+    for line in evaluate_model(model, data_uri, tracking_uri, storage, batch_size, columns=columns):
+        click.echo(line)
+
+
+@click.command()
+@click.option("--tracking-uri", help="MLflow server.", envvar="MLFLOW_TRACKING_URI")
+@_storage
+def models(tracking_uri: str | None, storage: str) -> None:
+    """List the registered models."""
+    from orchestration.commands.registry import list_models
+
+    for line in list_models(tracking_uri, storage):
+        click.echo(line)
+
+
+@click.command()
+@_storage
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1024, 65535))
+def ui(storage: str, port: int) -> None:
+    """Open the MLflow UI over the sweeps of this machine, on loopback, until Ctrl-C."""
+    from orchestration.commands.registry import serve_ui
+
+    serve_ui(storage, port)
+
+
+COMMANDS = (models, promote, lineage, evaluate, ui)

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from orchestration.cli import options as cli_options
+from orchestration.cli import options
 from orchestration.common.environment import JOB_RECIPE, is_jobs_api
 from orchestration.launch import farewell, launch, run_as_job
 from pruners.errors import InputError
@@ -15,8 +15,8 @@ _STOP_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
 
 _name = click.argument("name")
-_overrides = cli_options.overrides
-_storage = cli_options.storage("Storage of the sweeps.")
+_overrides = options.overrides
+_storage = options.storage("Storage of the sweeps.")
 _address = click.option(
     "--address", help="http://HOST:8265 of the cluster, where this machine does not see the storage."
 )
@@ -182,12 +182,12 @@ def new_name(name: str | None) -> list[str]:
 
 
 def _where(storage: str | None) -> list[str]:
-    return [] if storage in (None, cli_options.DEFAULT_STORAGE) else ["--storage", str(storage)]
+    return [] if storage in (None, options.DEFAULT_STORAGE) else ["--storage", str(storage)]
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
     """The storage that is given, or that in which a job put the sweep."""
-    if storage != cli_options.DEFAULT_STORAGE:
+    if storage != options.DEFAULT_STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of
 
@@ -204,12 +204,9 @@ def _there(address: str | None, words: list[str], storage: str) -> None:
     raise click.exceptions.Exit(run_as_job([*words, *where], address))
 
 
-COMMANDS: tuple[click.Command, ...] = (status, logs, stop, resume, attach, cluster)
-
-
 @click.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@cli_options.storage_to_look_at
+@options.storage_to_look_at
 @click.option("--html", metavar="FILE", help="Write it as one page with figures, which needs nothing else.")
 def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     """Final models of the sweeps NAME..., what differs between their recipes, and what failed."""
@@ -226,3 +223,6 @@ def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     target = free_file(html, "--html")
     write(read(storage, names), target)
     click.echo(f"page: {target}")
+
+
+COMMANDS: tuple[click.Command, ...] = (status, logs, stop, resume, attach, cluster, compare)
