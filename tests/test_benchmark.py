@@ -17,11 +17,12 @@ from rich.console import Console
 from orchestration.benchmark.measure import Row
 from orchestration.benchmark.plot import accuracy_over_latency
 from orchestration.benchmark.report import Report, gain, milliseconds
+from trainers.config.engines import Choice
 from trainers.engines.agreement import TOLERANCE, Agreement
 from trainers.engines.interleave import in_turns
 from trainers.engines.machine import describe_machine
 from trainers.engines.process import EngineError
-from trainers.engines.registry import Choice, Place
+from trainers.engines.registry import Place
 
 GOOD = Agreement(1e-6, 1e-7, 1.0)
 TORCH, ORT, INT8 = Choice("torch", "float32"), Choice("onnxruntime", "float32"), Choice("onnxruntime", "int8")

@@ -11,8 +11,9 @@ from orchestration.benchmark import models as variants
 from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
 from trainers import optional_imports as optional
+from trainers.config.engines import Choice
 from trainers.engines import registry as engines
-from trainers.engines.registry import ENGINES, Choice, Place
+from trainers.engines.registry import ENGINES, Place
 
 
 @pytest.mark.parametrize(

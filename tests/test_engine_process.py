@@ -14,10 +14,11 @@ from image_tables import dense_folder, tiny
 from torch import nn
 
 from pruners import prune
+from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images, preprocessing_of
 from trainers.engines import process as engine_process
 from trainers.engines.process import EngineError, EngineProcess, peak_memory
-from trainers.engines.registry import Choice, Place, keeps_2_of_4
+from trainers.engines.registry import Place, keeps_2_of_4
 from trainers.engines.sparse_linear import SparseRows
 
 TORCH, CSR = Choice("torch", "float32"), Choice("csr", "float32")

@@ -20,9 +20,9 @@ from orchestration.export.compress import compress
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint, weights_hash
+from trainers.config.engines import Choice
 from trainers.config.quantization import Mode
 from trainers.data.preprocessing import PREPROCESSING
-from trainers.engines.registry import Choice
 from trainers.export.onnx import FILE
 from trainers.quantization import int8_folder as int8
 from trainers.quantization.fake_quant import Prepared

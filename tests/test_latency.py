@@ -18,12 +18,13 @@ from image_tables import SWIN, VIT, dense_folder, tiny
 from pruners import find_layers, prune
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import save_checkpoint
+from trainers.config.engines import Choice
 from trainers.data.preprocessing import pattern_images, preprocessing_of
 from trainers.engines import latency
 from trainers.engines.latency import GRID, Target, linear_shapes, measure, pruned_at, sparsities
 from trainers.engines.latency_table import LatencyTable, LinearShape
 from trainers.engines.process import EngineProcess
-from trainers.engines.registry import Choice, Place
+from trainers.engines.registry import Place, load
 
 UNSTRUCTURED = Pattern()
 WIDE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -82,7 +83,7 @@ def test_a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path
     shape = LinearShape(12, 8, 5)
     weight = pruned_at(shape, 0.9, UNSTRUCTURED, np.random.default_rng(0))
     choice = Choice.parse(engine)
-    run = choice.load(latency._layer_file(weight, choice, tmp_path / "layer"), Place(1))
+    run = load(choice, latency._layer_file(weight, choice, tmp_path / "layer"), Place(1))
     for batch in (1, 3):
         inputs = np.random.default_rng(1).standard_normal((batch, 1, 5, 8), np.float32)
         assert np.allclose(run(inputs), inputs @ weight.T, atol=1e-5)

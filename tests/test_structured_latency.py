@@ -26,9 +26,10 @@ from orchestration.sweep.structured import _Step, fastest_cut
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.data import DataSettings
+from trainers.config.engines import Choice
 from trainers.config.structured import StructuredSettings
 from trainers.engines.latency import Target, measure_models
-from trainers.engines.registry import Choice, Place
+from trainers.engines.registry import Place
 
 FAST: dict[str, Any] = {
     "objective": "latency",

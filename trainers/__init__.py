@@ -1,0 +1,20 @@
+"""One model trained, pruned, exported and timed, by one worker or several; only ray_worker knows Ray."""
+
+__all__ = [
+    "checkpoint",
+    "config",
+    "data",
+    "distributed",
+    "engines",
+    "export",
+    "loop",
+    "models",
+    "optional_imports",
+    "process_pool",
+    "quantization",
+    "ray_worker",
+    "remote_calls",
+    "sources",
+    "storage",
+    "structured",
+]

@@ -30,7 +30,8 @@ from orchestration.benchmark.measure import Row
 from orchestration.benchmark.options import BenchmarkOptions
 from orchestration.benchmark.report import Report
 from orchestration.benchmark.run import run
-from trainers.engines.registry import ENGINES, Choice
+from trainers.config.engines import Choice
+from trainers.engines.registry import ENGINES
 from trainers.quantization.int8_folder import PACKED, pack, read_record
 
 WANTED = ["torch", "compile", "csr", "onnxruntime", "onnxruntime:int8", "openvino", "openvino:int8"]

@@ -23,10 +23,11 @@ from orchestration.benchmark.models import Variant
 from orchestration.benchmark.options import BenchmarkOptions
 from orchestration.commands.progress import Bars
 from pruners.errors import InputError, first_line
+from trainers.config.engines import Choice
 from trainers.engines.agreement import Agreement
 from trainers.engines.interleave import in_turns
 from trainers.engines.process import EngineError, EngineProcess
-from trainers.engines.registry import Choice
+from trainers.engines.registry import check
 
 _CHUNK = 64  # images of one pass where accuracy is measured
 
@@ -141,7 +142,7 @@ def _cases(variants: Sequence[Variant], options: BenchmarkOptions) -> list[_Case
             if options.engines is not None:
                 asked = ", ".join(map(str, options.choices))
                 raise InputError("--engines", asked, f"none runs {variant.name}, which is a file for {own}")
-            own.check(options.device)
+            check(own, options.device)
             cases.append(_Case(variant, own, Row(variant.name, own, 0, variant.sparsity)))
     return cases
 

@@ -21,8 +21,9 @@ from orchestration.export.engine import RECORD, read_record, source_of, torch_an
 from orchestration.export.formats import FORMATS, Source
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
+from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
-from trainers.engines.registry import SPARSE_ENOUGH, Choice, keeps_2_of_4, zeros
+from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
 from trainers.export.onnx import FILE, read_preprocessing
 from trainers.quantization import int8_folder as int8
 from trainers.sources.columns import Columns

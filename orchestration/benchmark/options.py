@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from orchestration.commands.output import free_file
 from pruners.errors import InputError
-from trainers.engines.registry import ENGINES, Choice, Place
+from trainers.config.engines import Choice
+from trainers.engines.registry import ENGINES, Place, check
 from trainers.sources.columns import ColumnOptions
 
 
@@ -86,7 +87,7 @@ class BenchmarkOptions(ColumnOptions):
             )
         found = [Choice.parse(part.strip()) for part in self.engines.split(",")]
         for choice in found:
-            choice.check(self.device)
+            check(choice, self.device)
             if (choice.engine, choice.stored) == ("openvino", "int8") and self.calibration is None:
                 wanted = (
                     f"{choice} fixes the ranges of activations: give training images (Parquet: image, label)"

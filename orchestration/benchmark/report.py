@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from orchestration.benchmark.measure import Row
-from trainers.engines.registry import Choice, Place
+from trainers.config.engines import Choice
+from trainers.engines.registry import Place
 
 FORMAT = "espalier-benchmark-1"
 GAIN = 1.05

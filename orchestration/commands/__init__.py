@@ -6,10 +6,11 @@ __all__ = [
     "import_weights",
     "inspect",
     "model_source",
+    "output",
+    "progress",
     "prune",
     "prune_options",
     "quantize",
     "registry",
     "training_options",
-    "work",
 ]

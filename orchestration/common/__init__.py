@@ -2,6 +2,7 @@
 
 __all__ = [
     "environment",
+    "hashing",
     "network",
     "redaction",
     "terminal",

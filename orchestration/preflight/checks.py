@@ -38,6 +38,7 @@ from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
 from trainers.config.data import DataSettings
 from trainers.config.latency import LatencyTarget
+from trainers.engines.registry import check
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
 from trainers.models import factory as models
@@ -240,7 +241,7 @@ def _check_latency(
         if model is not None:
             check_linear(model, layers)
     for part, target in wanted.items():
-        target.choice.check("cpu", key=f"{part}.target.engine")
+        check(target.choice, "cpu", key=f"{part}.target.engine")
         if local and not os.environ.get("RAY_ADDRESS"):
             check_threads(target, os.cpu_count() or 1, key=f"{part}.target.threads")
 

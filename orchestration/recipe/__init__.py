@@ -1,6 +1,7 @@
 """The recipe: schema, loading and validation, phases, jobs, reference of its keys."""
 
 __all__ = [
+    "dotted_keys",
     "jobs",
     "loading",
     "phases",
@@ -8,4 +9,5 @@ __all__ = [
     "reference",
     "schema",
     "search",
+    "validation",
 ]

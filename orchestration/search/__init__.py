@@ -11,5 +11,6 @@ __all__ = [
     "samplers",
     "schedulers",
     "space",
+    "spec",
     "training_trial",
 ]

@@ -9,9 +9,8 @@ import threading
 import time
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from orchestration.reporting.display import Display
 from orchestration.state.stored_recipe import folder_of
 from pruners.errors import first_line
 from trainers import storage
@@ -22,6 +21,13 @@ _SILENCE_SECONDS = 120.0  # clocks differ, object stores are slow
 _STATE, _STOP = "state.json", "stop"
 
 
+class Progress(Protocol):
+    """What can say how far a sweep is: the display."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """``phases`` (each with its ``log``, the file of its trials, or ``None``) and what else is known."""
+
+
 class Journal:
     """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
 
@@ -29,7 +35,7 @@ class Journal:
     was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
     """
 
-    def __init__(self, place: str, name: str, display: Display, ray_logs: str) -> None:
+    def __init__(self, place: str, name: str, display: Progress, ray_logs: str) -> None:
         """``ray_logs``: where Ray writes its own on this machine."""
         self._root, self._display = folder_of(place, name), display
         self._prefix = f"{storage.absolute(place)}/"

@@ -28,7 +28,7 @@ from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import Target, linear_shapes, measure, measure_models
 from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine
-from trainers.engines.registry import Place
+from trainers.engines.registry import Place, check
 from trainers.loop.prune_step import prunable_layers
 from trainers.models import factory as models
 
@@ -142,7 +142,7 @@ def _runs(target: LatencyTarget, key: str) -> Target:
     Raises:
         InputError: it cannot.
     """
-    target.choice.check("cpu", key=f"{key}.engine")
+    check(target.choice, "cpu", key=f"{key}.engine")
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check_threads(target, there, f"{key}.threads")
     return Target(target.choice, Place(target.threads), target.batch)

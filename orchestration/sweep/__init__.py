@@ -2,6 +2,7 @@
 
 __all__ = [
     "allocation",
+    "artifacts",
     "context",
     "dense",
     "gradual",

@@ -3,6 +3,7 @@
 __all__ = [
     "base",
     "data",
+    "engines",
     "jobs",
     "latency",
     "presets",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field, model_validator
 
 from pruners.errors import InputError, did_you_mean
 from trainers.config.base import Count, Positive, Settings
-
-if TYPE_CHECKING:
-    from trainers.engines.registry import Choice
+from trainers.config.engines import Choice
 
 MEASURED = ("csr", "torch", "onnxruntime", "openvino")
 """Engines that run a layer by itself as they run it in a model; the one that gains by zeros first."""
@@ -43,8 +39,6 @@ class LatencyTarget(Settings):
     @property
     def choice(self) -> Choice:
         """The engine in its data type."""
-        from trainers.engines.registry import Choice
-
         return Choice.parse(self.engine if self.type is None else f"{self.engine}:{self.type}")
 
     def __str__(self) -> str:

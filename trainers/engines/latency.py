@@ -23,11 +23,12 @@ from pruners.model.costs import cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import load_checkpoint, model_args, save_checkpoint
+from trainers.config.engines import Choice
 from trainers.data.preprocessing import pattern_images, preprocessing_of
 from trainers.engines.interleave import K, in_turns
 from trainers.engines.latency_table import Curve, LinearShape
 from trainers.engines.process import EngineError, EngineProcess
-from trainers.engines.registry import SPARSE_ENOUGH, Choice, Place
+from trainers.engines.registry import SPARSE_ENOUGH, Place
 from trainers.models import factory as models
 
 GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)

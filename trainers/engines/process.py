@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images
-from trainers.engines.registry import Choice, Place, Run
+from trainers.engines.registry import Place, Run, load
 
 _STATUS = Path("/proc/self/status")
 
@@ -194,7 +195,7 @@ def _load(question: dict[str, Any]) -> tuple[Run, Images]:
         # the last ones: the first serves most of the interrupts
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-place.threads :])
     images: Images = np.load(question["images"], allow_pickle=False)
-    run = Choice(question["engine"], question["type"]).load(Path(question["path"]), place)
+    run = load(Choice(question["engine"], question["type"]), Path(question["path"]), place)
     return run, images
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruners.errors import InputError
+from trainers.config.engines import TYPES, Choice, stored_as
 from trainers.data.preprocessing import Images
 from trainers.optional_imports import missing, openvino_core
 
@@ -65,7 +66,7 @@ class Torch:
     ``change`` makes of the model what is to be run.
     """
 
-    types: tuple[str, ...] = ("float32", "bfloat16")
+    types: tuple[str, ...] = TYPES["torch"]
     devices: tuple[str, ...] = ("cpu", "cuda")
     change: Callable[[nn.Module], nn.Module] | None = None
     needs: Callable[[str], str | None] = lambda device: None
@@ -103,7 +104,7 @@ class Torch:
 class OnnxRuntime:
     """ONNX Runtime's CPU provider: ``model.onnx`` as it is; in INT8 if the file is."""
 
-    types: tuple[str, ...] = ("float32", "int8")
+    types: tuple[str, ...] = TYPES["onnxruntime"]
     devices: tuple[str, ...] = ("cpu",)
 
     def lacking(self, kind: str, device: str) -> str | None:
@@ -128,7 +129,7 @@ class OpenVino:
     model is compiled for each shape of images that it is given, a tenth faster than once for all of them.
     """
 
-    types: tuple[str, ...] = ("float32", "bfloat16", "int8", "int8-bfloat16")
+    types: tuple[str, ...] = TYPES["openvino"]
     devices: tuple[str, ...] = ("cpu",)
     fixed: bool = True
 
@@ -227,72 +228,36 @@ def _compiler(device: str) -> str | None:
     return None
 
 
-def stored_as(kind: str) -> str:
-    """The data type of the file of which an engine computes in a data type."""
-    return "int8" if kind.startswith("int8") else "float32"
-
-
 ENGINES: Mapping[str, Engine] = MappingProxyType(
     {
         "torch": Torch(),
-        "compile": Torch(change=_compiled, needs=_compiler),
-        "csr": Torch(types=("float32",), devices=("cpu",), change=_sparse_rows),
+        "compile": Torch(types=TYPES["compile"], change=_compiled, needs=_compiler),
+        "csr": Torch(types=TYPES["csr"], devices=("cpu",), change=_sparse_rows),
         "onnxruntime": OnnxRuntime(),
         "openvino": OpenVino(),
-        "2:4": Torch(types=("bfloat16", "float16"), devices=("cuda",), change=_semi_structured),
+        "2:4": Torch(types=TYPES["2:4"], devices=("cuda",), change=_semi_structured),
     }
 )
 ANY_BATCH: Mapping[str, Engine] = MappingProxyType({**ENGINES, "openvino": OpenVino(fixed=False)})
 """The same, none of which is told the batch size before it compiles a file."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """An engine and the data type that it is to compute in."""
+def check(choice: Choice, device: str, key: str = "--engines") -> None:
+    """Whether an engine can run here.
 
-    engine: str
-    kind: str
+    Raises:
+        InputError: one that is not installed (names the extra), or cannot run on ``device``.
+    """
+    engine = ENGINES[choice.engine]
+    if device not in engine.devices:
+        others = [name for name, other in ENGINES.items() if device in other.devices]
+        expected = f"runs on {', '.join(engine.devices)} only; on {device}: {', '.join(others)}"
+        raise InputError(key, choice.engine, expected)
+    lacking = engine.lacking(choice.kind, device)
+    if lacking is not None:
+        raise InputError(key, str(choice), lacking)
 
-    @classmethod
-    def parse(cls, text: str, key: str = "--engines") -> Choice:
-        """``ENGINE`` or ``ENGINE:TYPE``.
 
-        Raises:
-            InputError: an unknown engine, or one without this data type.
-        """
-        from pruners.errors import did_you_mean
-
-        name, kind = (text, "") if text in ENGINES else text.rpartition(":")[::2]
-        name, kind = (name, kind) if name else (kind, "")
-        if name not in ENGINES:
-            known = ", ".join(ENGINES)
-            raise InputError(key, name, f"must be one of {known}{did_you_mean(name, ENGINES)}")
-        types = ENGINES[name].types
-        if kind and kind not in types:
-            expected = f"{name} computes in {', '.join(types)}{did_you_mean(kind, types)}"
-            raise InputError(key, text, expected)
-        return cls(name, kind or types[0])
-
-    def check(self, device: str, key: str = "--engines") -> None:
-        """Raises:
-        InputError: an engine that is not installed (names the extra), or cannot run here.
-        """
-        engine = ENGINES[self.engine]
-        if device not in engine.devices:
-            others = [name for name, other in ENGINES.items() if device in other.devices]
-            expected = f"runs on {', '.join(engine.devices)} only; on {device}: {', '.join(others)}"
-            raise InputError(key, self.engine, expected)
-        lacking = engine.lacking(self.kind, device)
-        if lacking is not None:
-            raise InputError(key, str(self), lacking)
-
-    @property
-    def stored(self) -> str:
-        """The data type of the file that it runs."""
-        return stored_as(self.kind)
-
-    def load(self, path: Path, place: Place) -> Run:
-        return ENGINES[self.engine].load(path, self.kind, place)
-
-    def __str__(self) -> str:
-        return f"{self.engine}:{self.kind}"
+def load(choice: Choice, path: Path, place: Place) -> Run:
+    """A model's file (or folder), as an engine runs it."""
+    return ENGINES[choice.engine].load(path, choice.kind, place)
