@@ -8,14 +8,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from swept import Swept
 
 if TYPE_CHECKING:
-    from commands import Command, Run
+    from commands import Run
     from mlflow import MlflowClient
 
 # read when torch is loaded: threads that wait for each other leave the cores to whoever else works there
@@ -23,28 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # images that tests copy to this machine are gone with them
 _cache = tempfile.TemporaryDirectory(prefix="espalier-cache-")
 os.environ.setdefault("ESPALIER_CACHE", _cache.name)
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A finished ``espalier sweep`` of ``recipes/small.yaml``, in a folder of its own."""
-
-    folder: Path
-    command: Command
-
-    @property
-    def storage(self) -> Path:
-        return self.folder / "runs"
-
-    def logs(self) -> dict[str, dict[str, Any]]:
-        """The trial log of every phase, by its folder's name without the hash (``schedule-ovit``)."""
-        import json
-
-        found = sorted(self.storage.glob("*/**/trials.json"))
-        return {
-            path.parent.name.rpartition("-")[0] or "dense": json.loads(path.read_text(encoding="utf-8"))
-            for path in found
-        }
 
 
 @pytest.fixture(scope="session")
