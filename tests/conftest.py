@@ -57,7 +57,7 @@ def run(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
     """The command line in this process, in an empty folder; ``@`` is the test file's fixture ``files``."""
-    from orchestration.cli import main as cli
+    from orchestration.cli import app as cli
 
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):

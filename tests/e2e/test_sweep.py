@@ -18,7 +18,7 @@ from commands import SMALL, espalier, run
 from safetensors import safe_open
 from swept import Swept
 
-from orchestration.cli import main as cli
+from orchestration.cli import app as cli
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.loading import load_recipe
 from orchestration.search.space import summarise

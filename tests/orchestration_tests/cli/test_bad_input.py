@@ -18,7 +18,7 @@ import ray
 import yaml
 from image_tables import VIT, VIT_ARGS, dense_folder, edit_json, table, write
 
-from orchestration.cli import main as cli
+from orchestration.cli import app as cli
 from orchestration.cluster import connect as cluster
 from orchestration.recipe.loading import load_recipe
 from orchestration.state.stored_recipe import store

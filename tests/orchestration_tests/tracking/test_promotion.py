@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from results import ROW
 
-from orchestration.cli import main as cli
+from orchestration.cli import app as cli
 from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import alias_lines
 from orchestration.tracking import lineage
