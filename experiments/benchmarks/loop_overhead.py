@@ -139,14 +139,15 @@ def drive(folder: str, workers: int, steps: int) -> None:
     from orchestration.cluster.connect import connect
     from orchestration.recipe.schema import Resources
     from orchestration.search.training_trial import train_run
+    from trainers.config.jobs import TrainJob
 
-    job = json.loads(Path(folder, "job.json").read_text())
+    job = TrainJob.model_validate_json(Path(folder, "job.json").read_text())
     with connect(None):
         resources = Resources(workers=workers, cpus_per_worker=1.0, retries=0)
-        trainer = train_run({}, resources, f"{folder}/runs", "run", [])
+        trainer = train_run(job, resources, f"{folder}/runs", "run", [])
         trainer = type(trainer)(
             timed_worker,
-            train_loop_config={"job": job, "folder": folder, "steps": steps},
+            train_loop_config={"job": job.model_dump(mode="json"), "folder": folder, "steps": steps},
             scaling_config=trainer.scaling_config,
             run_config=trainer.run_config,
         )

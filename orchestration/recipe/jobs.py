@@ -49,17 +49,23 @@ def structured_job(
 def gradual_job(
     values: Mapping[str, Any],
     *,
-    recipe: Mapping[str, Any],
+    recipe: Recipe,
     method: str,
     data: DataSettings,
     checkpoint: str,
     allocation: Mapping[str, int] | None,
     lineage: Mapping[str, Any],
-) -> dict[str, Any]:
-    """A gradual run with a proposal's ``values`` in place of the recipe's, as a plain dictionary."""
-    given = Recipe.model_validate(recipe)
-    chosen = with_values(given, given.schedule.active(values))
-    job = TrainJob.model_validate(
+) -> TrainJob:
+    """A gradual run with a proposal's ``values`` in place of the recipe's.
+
+    Args:
+        values: recipe keys and values, as ``{"recovery.lr.peak": 1e-3}``.
+        checkpoint: folder or URI of the dense model.
+        allocation: pruned weights of each layer at the end; ``None``: the method's own.
+        lineage: what the checkpoints record of where they come from.
+    """
+    chosen = with_values(recipe, recipe.schedule.active(values))
+    return TrainJob.model_validate(
         {
             "name": f"{chosen.name}-{method}",
             "seed": chosen.seed,
@@ -73,13 +79,12 @@ def gradual_job(
             "lineage": lineage,
         }
     )
-    return job.model_dump(mode="json")
 
 
 def aware_job(
     recipe: Recipe, method: str, data: DataSettings, checkpoint: str, lineage: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Training of a pruned model for INT8, its zeros held, as a plain dictionary."""
+) -> TrainJob:
+    """Training of a pruned model for INT8, its zeros held."""
     settings = recipe.quantize
     assert settings is not None, "only a recipe that asks for INT8 has this job"
     content = {
@@ -93,7 +98,7 @@ def aware_job(
         "threads": threads(recipe),
         "lineage": lineage,
     }
-    return TrainJob.model_validate(content).model_dump(mode="json")
+    return TrainJob.model_validate(content)
 
 
 def threads(recipe: Recipe) -> int:

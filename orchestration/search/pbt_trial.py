@@ -23,8 +23,9 @@ from ray.util.queue import Queue
 from orchestration.common.hashing import digest
 from orchestration.recipe.population import job_key
 from orchestration.recipe.schema import Resources
-from orchestration.search.training_trial import train_run
+from orchestration.search.training_trial import Jobs, train_run
 from trainers import storage
+from trainers.config.jobs import Origin, TrainJob
 
 MEMBER = "pbt"  # the figure that a member is reported as
 _FILE = "member.json"
@@ -82,12 +83,13 @@ class Member:
         step = {"trial": theirs.trial, "epoch": told["epoch"], "values": theirs.values}
         return cls(trial, own, runs, run, origin_of(runs, trial), [*theirs.taken, step])
 
-    def job(self, plain: Mapping[str, Any]) -> dict[str, Any]:
-        """The job of its values, with checkpoints where others may look at it, begun where it is to begin."""
-        often = {"checkpoint_every": 1, "checkpoint_minutes": None, "checkpoint_steps": None}
-        differs = [job_key(key) for key in self.values]
-        origin = None if self.origin is None else {"checkpoint": self.origin, "differs": differs}
-        return {**plain, "training": {**plain["training"], **often}, "origin": origin}
+    def branched(self, job: TrainJob) -> TrainJob:
+        """The job of the member's values, with a checkpoint every epoch, begun at the member's origin."""
+        every_epoch = {"checkpoint_every": 1, "checkpoint_minutes": None, "checkpoint_steps": None}
+        differs = tuple(job_key(key) for key in self.values)
+        origin = None if self.origin is None else Origin(checkpoint=self.origin, differs=differs)
+        training = job.training.model_copy(update=every_epoch)
+        return job.model_copy(update={"training": training, "origin": origin})
 
 
 def origin_of(runs: str, trial: str) -> str:
@@ -105,7 +107,7 @@ def read_told(checkpoint: tune.Checkpoint) -> dict[str, Any]:
 def population_trial(
     config: dict[str, Any],
     *,
-    jobs: Any,
+    jobs: Jobs,
     resources: Resources,
     runs: str,
     known: Mapping[str, Mapping[str, Any]],
@@ -115,7 +117,6 @@ def population_trial(
 
     Args:
         config: its values, recipe keys and numbers.
-        jobs: gives the job (a dictionary) of such values.
         runs: folder or URI of the Train runs.
         known: see :meth:`Member.at_start`.
         every: epochs between two looks at it.
@@ -126,7 +127,7 @@ def population_trial(
     queue = Queue(1, actor_options={"num_cpus": 0})  # the run waits for Tune to look
     relay = Relay(queue, member)
     relay.start()
-    job = member.job(jobs(member.values))
+    job = member.branched(jobs(member.values))
     try:
         train_run(job, resources, runs, member.run, [Forward(queue)], keep=every + _AHEAD).fit()
     finally:

@@ -1,4 +1,4 @@
-"""A dear trial: a Tune function around a whole Ray Train run.
+"""A training trial: a Tune function around a whole Ray Train run.
 
 It and the controller that it starts are processes of their own for every trial, so what this file imports is
 paid for each time: timm and the model code are left to the workers.
@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from orchestration.common.hashing import digest
 from orchestration.recipe.schema import Resources
-from trainers.config.jobs import OrderJob
+from trainers.config.jobs import OrderJob, TrainJob
 from trainers.ray_worker import order_worker, train_worker
 from trainers.storage import resolve
 
@@ -39,7 +39,9 @@ class RunNames:
     def __call__(self, trial: Trial) -> str:
         name = digest(trial.config)
         taken = self._trials.setdefault(name, [])
-        free = (number for number, one in enumerate(taken) if one.is_finished() and self._ran(one))
+        free = (
+            number for number, other in enumerate(taken) if other.is_finished() and self._is_complete(other)
+        )
         number = next(free, len(taken))
         taken[number : number + 1] = [trial]
         return name if number == 0 else f"{name}-{number + 1}"
@@ -50,16 +52,19 @@ class RunNames:
     def __reduce__(self) -> Any:  # Tune keeps it with each trial, for an experiment that it restores
         return RunNames, ()
 
-    def _ran(self, trial: Trial) -> bool:
+    def _is_complete(self, trial: Trial) -> bool:
         return self._complete(trial.last_result or {})
 
 
-def training_trial(config: dict[str, Any], jobs: Any, resources: Resources, storage: str) -> None:
+Jobs = Callable[[Mapping[str, Any]], TrainJob]
+"""Makes the job of a proposal (recipe keys and values)."""
+
+
+def training_trial(config: dict[str, Any], jobs: Jobs, resources: Resources, storage: str) -> None:
     """A Tune function around a Ray Train run; its workers take their resources in a group of their own.
 
     Args:
         config: the proposal, recipe keys and values.
-        jobs: gives the job (a dictionary) of a proposal.
         storage: of the runs; one that was broken off is found again by its proposal, and goes on.
     """
     # of trials of one proposal each has a run of its own, see RunNames
@@ -95,7 +100,7 @@ def _scaling(resources: Resources) -> ScalingConfig:
 
 
 def train_run(
-    job: dict[str, Any],
+    job: TrainJob,
     resources: Resources,
     storage: str,
     name: str,
@@ -112,7 +117,7 @@ def train_run(
     system, path = resolve(storage)
     return TorchTrainer(
         train_worker,
-        train_loop_config=job | {"keep_folder": f"{storage}/{name}/kept"},
+        train_loop_config=job.model_dump(mode="json") | {"keep_folder": f"{storage}/{name}/kept"},
         scaling_config=_scaling(resources),
         run_config=RunConfig(
             name=name,

@@ -79,8 +79,9 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
     """Train the model, from where that was broken off if it was; returns the seconds."""
     log = TrialLog(f"{folder}/trials.json")
     sweep.begin("dense", "dense model")
-    job = dense_job(sweep.recipe, sweep.data, sweep.lineage).model_dump(mode="json")
-    runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
+    job = dense_job(sweep.recipe, sweep.data, sweep.lineage)
+    params = flatten(job.model_dump(mode="json", include={"model", "training"}))
+    runs = sweep.runs(log, "dense", params)
     best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
     with without_trainer_state(trained) as clean:
         storage.upload(clean, f"{folder}/model")

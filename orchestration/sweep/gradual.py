@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.artifacts import Allocated, Dense, Kept, Recovered
 from orchestration.sweep.context import Sweep
-from orchestration.sweep.training import training_search
+from orchestration.sweep.training import PopulationState, training_search
 from orchestration.sweep.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of
 from trainers import storage
@@ -138,7 +138,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
         }
         jobs = partial(
             gradual_job,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe,
             method=method,
             data=sweep.data,
             checkpoint=dense.checkpoint,
@@ -153,9 +153,9 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
                 folder=f"{folder}/train",
                 scratch=scratch,
                 epochs=epochs,
-                **_searched(sweep) | _population(sweep, log, f"{folder}/train"),
+                population=_population(recipe, log),
             )
-            run_search(search, log, runs)
+            run_search(_of_several_runs(search, sweep, log, f"{folder}/train"), log, runs)
     best = log.best()
     assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
     if not known:
@@ -172,42 +172,33 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     return Gradual(sweep, best, log.ended, folder, runs)
 
 
-def _searched(sweep: Sweep) -> dict[str, Any]:
-    """What makes a search of several runs; nothing where there is one."""
-    recipe, search = sweep.recipe, sweep.recipe.schedule
-    if search.runs == 1:
-        return {}
-    return {
-        "space": recipe_space(search.space),
-        "trials": search.runs,
-        "concurrent": sweep.size.training_runs(recipe.resources),
-        "sampler": search.sampler,
-        "first": _first(recipe),
-        "scheduler": _stopping(recipe),
-        "reuse_actors": search.scheduler == "none",  # a process whose run was stopped cannot take another
-        "limits": Limits(search, "schedule"),
-        "fits": lambda: cluster_size().training_runs(recipe.resources),
-        "say": sweep.display.say,
-    }
-
-
-def _population(sweep: Sweep, log: TrialLog, runs: str) -> dict[str, Any]:
-    """What makes the trials of a search a population, if the recipe asks for one."""
-    recipe, search = sweep.recipe, sweep.recipe.schedule
-    if search.scheduler != "pbt":
-        return {}
-    scheduler = partial(
-        Population,
-        recipe_space(search.space),
-        runs,
-        every=search.grace_epochs,
-        share=1 / search.reduction,
-        epochs=recipe.recovery.epochs,
-        slots=sweep.size.training_runs(recipe.resources),
-        seed=recipe.seed + len(log.trials),
+def _of_several_runs(search: Search, sweep: Sweep, log: TrialLog, folder: str) -> Search:
+    """The search over schedules that the recipe asks for; as it is where that is a single run."""
+    recipe, settings = sweep.recipe, sweep.recipe.schedule
+    if settings.runs == 1:
+        return search
+    concurrent = sweep.size.training_runs(recipe.resources)
+    return replace(
+        search,
+        space=recipe_space(settings.space),
+        trials=settings.runs,
+        concurrent=concurrent,
+        sampler=settings.sampler,
+        first=_first(recipe),
+        scheduler=_stopping(recipe, log, folder, slots=concurrent),
+        reuse_actors=settings.scheduler == "none",  # a process whose run was stopped cannot take another
+        limits=Limits(settings, "schedule"),
+        fits=lambda: cluster_size().training_runs(recipe.resources),
+        say=sweep.display.say,
     )
+
+
+def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:
+    """What trials need that make a population; nothing where the recipe asks for none."""
+    if recipe.schedule.scheduler != "pbt":
+        return None
     known = {digest(member["values"]): member for member in log.members}
-    return {"scheduler": scheduler, "population": {"known": known, "every": search.grace_epochs}}
+    return PopulationState(known, every=recipe.schedule.grace_epochs)
 
 
 def _first(recipe: Recipe) -> list[dict[str, Any]]:
@@ -217,12 +208,30 @@ def _first(recipe: Recipe) -> list[dict[str, Any]]:
     return search.grid()[: search.runs] if search.sampler == "grid" else [own]
 
 
-def _stopping(recipe: Recipe) -> Callable[[], TrialScheduler]:
-    search = recipe.schedule
-    if search.scheduler in ("none", "pbt"):
+def _stopping(recipe: Recipe, log: TrialLog, folder: str, *, slots: int) -> Callable[[], TrialScheduler]:
+    """What stops trials early, or makes them a population.
+
+    Args:
+        folder: of the Train runs.
+        slots: how many of them run at once.
+    """
+    search, epochs = recipe.schedule, recipe.recovery.epochs
+    if search.scheduler == "none":
         return Search.scheduler
-    grace, epochs = search.grace_epochs, recipe.recovery.epochs
-    return partial(stopping, search.scheduler, "recovery_epochs", grace, search.reduction, epochs)
+    if search.scheduler == "pbt":
+        return partial(
+            Population,
+            recipe_space(search.space),
+            folder,
+            every=search.grace_epochs,
+            share=1 / search.reduction,
+            epochs=epochs,
+            slots=slots,
+            seed=recipe.seed + len(log.trials),
+        )
+    return partial(
+        stopping, search.scheduler, "recovery_epochs", search.grace_epochs, search.reduction, epochs
+    )
 
 
 def _params(recipe: Recipe) -> Mapping[str, Any]:

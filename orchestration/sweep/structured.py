@@ -177,9 +177,7 @@ class _Step:
     def _recover(self, log: TrialLog, facts: dict[str, Any]) -> None:
         sweep, recipe = self._sweep, self._sweep.recipe
         lineage = self._lineage(facts)
-        job = structured_job(
-            recipe, sweep.data, cut=self._cut, dense=self._dense.checkpoint, lineage=lineage
-        ).model_dump(mode="json")
+        job = structured_job(recipe, sweep.data, cut=self._cut, dense=self._dense.checkpoint, lineage=lineage)
         params = recipe.model_dump(mode="json", include={"structured", "seed"})
         runs = sweep.runs(log, "structured", flatten(params))
         figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -10,68 +11,91 @@ from ray import tune
 from orchestration.search.pbt_trial import population_trial
 from orchestration.search.runner import run_search
 from orchestration.search.spec import Observer, Search
-from orchestration.search.training_trial import RunNames, training_trial
+from orchestration.search.training_trial import Jobs, RunNames, training_trial
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
+from trainers.config.jobs import TrainJob
+
+
+@dataclass(frozen=True)
+class PopulationState:
+    """What trials of a population need beside their jobs.
+
+    Attributes:
+        known: members that an interruption broke off, by the digest of their values.
+        every: epochs between two comparisons of the members.
+    """
+
+    known: Mapping[str, Mapping[str, Any]]
+    every: int
 
 
 def training_search(
     sweep: Sweep,
     name: str,
-    jobs: Any,
+    jobs: Jobs,
     *,
     folder: str,
     scratch: str,
     epochs: int,
-    population: Mapping[str, Any] | None = None,
-    **others: Any,
+    population: PopulationState | None = None,
 ) -> Search:
-    """A search of one trial, unless ``others`` say more.
+    """A search of one trial; ``dataclasses.replace`` makes more of it.
 
     Args:
-        jobs: gives the job (a dictionary) of a proposal.
+        name: of the search, for Tune.
         folder: of the runs; what was broken off is found there again.
         scratch: where Tune keeps its own state.
-        epochs: of a run that was not stopped before.
-        population: what else each trial is told that may go on as another one.
-        others: more of :class:`Search`.
+        epochs: of a run that was not stopped early.
+        population: for trials that may go on from the checkpoints of others (population-based training).
     """
     resources = sweep.recipe.resources
     if population is None:
         trial = tune.with_parameters(training_trial, jobs=jobs, resources=resources, storage=folder)
     else:
         trial = tune.with_parameters(
-            population_trial, jobs=jobs, resources=resources, runs=folder, **population
+            population_trial,
+            jobs=jobs,
+            resources=resources,
+            runs=folder,
+            known=population.known,
+            every=population.every,
         )
 
     def complete(metrics: Mapping[str, Any]) -> bool:
         return bool(metrics.get("epoch", 0) >= epochs)
 
-    whole: dict[str, Any] = {
-        "name": name,
+    return Search(
+        name=name,
         # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor
         # would already keep a group as large as the cluster from ever being placed.
-        "trainable": tune.with_resources(trial, {"memory": 1 << 20}),
-        "space": {},
-        "trials": 1,
-        "concurrent": 1,
-        "storage": scratch,
-        "seed": sweep.recipe.seed,
-        "complete": complete,
-        "names": None if population is not None else RunNames(complete),
-    }
-    return Search(**{**whole, **others})
+        trainable=tune.with_resources(trial, {"memory": 1 << 20}),
+        space={},
+        trials=1,
+        concurrent=1,
+        storage=scratch,
+        seed=sweep.recipe.seed,
+        complete=complete,
+        names=None if population is not None else RunNames(complete),
+    )
 
 
 def run_training(
-    sweep: Sweep, name: str, job: dict[str, Any], log: TrialLog, runs: Observer, *, folder: str
+    sweep: Sweep, name: str, job: TrainJob, log: TrialLog, runs: Observer, *, folder: str
 ) -> tuple[TrialRecord, str]:
-    """One run, from where it was broken off if it was; its record and its checkpoint.
+    """One training run, which goes on where it was broken off.
+
+    Args:
+        name: of the run's own state, in the sweep's scratch folder.
+        folder: of the run.
+
+    Returns:
+        Its record, and the URI of its checkpoint.
 
     Raises:
         RuntimeError: it failed.
     """
-    epochs = job["training"]["epochs"]
+    epochs = job.training.epochs
     with sweep.scratch(name) as scratch:
         search = training_search(
             sweep, name, lambda values: job, folder=folder, scratch=scratch, epochs=epochs

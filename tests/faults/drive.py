@@ -17,6 +17,7 @@ from ray.train import UserCallback
 from orchestration.cluster.connect import connect
 from orchestration.recipe.schema import Resources
 from orchestration.search.training_trial import train_run
+from trainers.config.jobs import TrainJob
 
 
 class Reports(UserCallback):
@@ -42,7 +43,9 @@ def main() -> None:
     )
     with connect(None):
         reports = Reports(f"{storage}/reports.jsonl")
-        train_run(json.loads(Path(job).read_text()), resources, storage, "run", [reports]).fit()
+        train_run(
+            TrainJob.model_validate_json(Path(job).read_text()), resources, storage, "run", [reports]
+        ).fit()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from orchestration.search.runner import run_search
 from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers import storage
+from trainers.config.jobs import TrainJob
 
 SPACE: dict[str, Any] = {"x": optuna.distributions.FloatDistribution(0.1, 1.0, log=True)}
 EPOCHS = 6
@@ -185,12 +186,21 @@ def test_what_a_trial_is_that_starts() -> None:
 
 
 def test_the_job_of_a_trial() -> None:
-    plain = {"name": "n", "training": {"epochs": 4, "checkpoint_every": 5, "checkpoint_minutes": 10.0}}
+    plain = TrainJob.model_validate(
+        {
+            "name": "n",
+            "model": {"architecture": "vit_tiny_patch16_224", "classes": 3},
+            "data": {"train": "train.parquet"},
+            "training": {"epochs": 4, "checkpoint_every": 5, "checkpoint_minutes": 10.0},
+        }
+    )
     new = Member("a", {"recovery.lr.peak": 1e-3}, "runs", "r", None, [])
     often = {"checkpoint_every": 1, "checkpoint_minutes": None, "checkpoint_steps": None}
-    assert new.job(plain) == {"name": "n", "training": {"epochs": 4, **often}, "origin": None}
+    expected = plain.model_dump() | {"training": plain.training.model_dump() | often, "origin": None}
+    assert new.branched(plain).model_dump() == expected
     taker = Member("a", {"recovery.lr.peak": 1e-3}, "runs", "r", "runs/origins/a", [])
-    assert taker.job(plain)["origin"] == {"checkpoint": "runs/origins/a", "differs": ["training.lr.peak"]}
+    origin = taker.branched(plain).model_dump(mode="json")["origin"]
+    assert origin == {"checkpoint": "runs/origins/a", "differs": ["training.lr.peak"]}
 
 
 def test_what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,9 +137,9 @@ def test_what_is_pruned_afterwards_tells_of_both_steps(
     files: dict[str, str], cut: str, tmp_path: Path
 ) -> None:
     step = json.loads(Path(cut, "pruning.json").read_text())["structured"]
-    content = gradual_job(
+    job = gradual_job(
         {},
-        recipe=recipe(files).model_dump(mode="json"),
+        recipe=recipe(files),
         method="magnitude",
         data=data(files),
         checkpoint=cut,
@@ -147,7 +147,7 @@ def test_what_is_pruned_afterwards_tells_of_both_steps(
         lineage={"parent": "5678", "structured": step},
     )
     log = Log(tmp_path / "pruned")
-    run(TrainJob.model_validate(content), log, CPU)
+    run(job, log, CPU)
     record = json.loads((log.last / "pruning.json").read_text())
     assert record["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert record["structured"] == step
