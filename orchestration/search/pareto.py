@@ -18,11 +18,11 @@ def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[
     Returns:
         By ascending cost, and so by ascending worth.
     """
-    found: list[T] = []
-    for item in sorted(items, key=lambda one: (cost(one), -worth(one))):
-        if not found or worth(item) > worth(found[-1]):
-            found.append(item)
-    return found
+    front: list[T] = []
+    for item in sorted(items, key=lambda item: (cost(item), -worth(item))):
+        if not front or worth(item) > worth(front[-1]):
+            front.append(item)
+    return front
 
 
 def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
@@ -32,7 +32,7 @@ def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
         cost: the metric that is to be small.
     """
     done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
-    return unbeaten(done, cost=lambda one: one.metrics[cost], worth=lambda one: one.score or 0.0)
+    return unbeaten(done, cost=lambda item: item.metrics[cost], worth=lambda item: item.score or 0.0)
 
 
 def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = None) -> TrialRecord:

@@ -81,7 +81,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         decision = super().on_trial_result(tune_controller, trial, result)
         if self._num_perturbations > before:
             self._hold(trial)
-        live = sum(not one.is_finished() for one in tune_controller.get_trials())
+        live = sum(not trial.is_finished() for trial in tune_controller.get_trials())
         if decision == TrialScheduler.PAUSE and live <= self._slots:
             return str(TrialScheduler.CONTINUE)  # who waits has room
         return str(decision)
@@ -91,24 +91,25 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
 
         A copy that fails costs the trial, which then finds nothing to begin from.
         """
-        place = origin_of(self._runs, trial.trial_id)
-        storage.remove(place)
+        origin = origin_of(self._runs, trial.trial_id)
+        storage.remove(origin)
         try:
-            storage.copy(read_told(trial.checkpoint)["checkpoint"], place)
+            storage.copy(read_told(trial.checkpoint)["checkpoint"], origin)
         except OSError:
-            storage.remove(place)
+            storage.remove(origin)
 
 
 def domains(space: Space) -> dict[str, Any]:
     """Tune's distributions of a space of floats."""
     return {
-        key: (tune.loguniform if one.log else tune.uniform)(one.low, one.high) for key, one in space.items()
+        key: (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
+        for key, domain in space.items()
     }
 
 
 def within(space: Space, values: Mapping[str, Any]) -> dict[str, float]:
     """The nearest values that lie in the space."""
-    return {key: float(min(max(values[key], one.low), one.high)) for key, one in space.items()}
+    return {key: float(min(max(values[key], domain.low), domain.high)) for key, domain in space.items()}
 
 
 def draws(
@@ -142,7 +143,9 @@ def take_note(
     if MEMBER not in result:
         return {}
     member = dict(result[MEMBER])
-    member["taken"] = [{**one, "trial": numbers.get(one["trial"], one["trial"])} for one in member["taken"]]
+    member["taken"] = [
+        {**step, "trial": numbers.get(step["trial"], step["trial"])} for step in member["taken"]
+    ]
     old = log.member(number)
     if old is None or old["run"] != member["run"]:
         log.note(number, member["values"], member)

@@ -62,25 +62,25 @@ class Member:
         trial: str,
         values: Mapping[str, float],
         runs: str,
-        told: Mapping[str, Any] | None,
+        checkpoint: Mapping[str, Any] | None,
         known: Mapping[str, Mapping[str, Any]],
     ) -> Member:
         """What a trial is that starts.
 
         Args:
-            told: the Tune checkpoint it is given: its own where it was paused, another's to go on from.
+            checkpoint: the Tune checkpoint it is given: its own where it was paused, another's to go on from.
             known: of trials that an interruption broke off, by the digest of their values.
         """
         run, own = uuid.uuid4().hex[:12], dict(values)
-        if told is None:
+        if checkpoint is None:
             before = known.get(digest(own))
             return (
                 cls(trial, own, runs, run, None, []) if before is None else cls(**{**before, "trial": trial})
             )
-        theirs = cls(**told["member"])
+        theirs = cls(**checkpoint["member"])
         if theirs.trial == trial:
             return theirs
-        step = {"trial": theirs.trial, "epoch": told["epoch"], "values": theirs.values}
+        step = {"trial": theirs.trial, "epoch": checkpoint["epoch"], "values": theirs.values}
         return cls(trial, own, runs, run, origin_of(runs, trial), [*theirs.taken, step])
 
     def branched(self, job: TrainJob) -> TrainJob:
@@ -100,8 +100,8 @@ def origin_of(runs: str, trial: str) -> str:
 def read_told(checkpoint: tune.Checkpoint) -> dict[str, Any]:
     """What a Tune checkpoint of ours says: the ``checkpoint`` of Train, its ``epoch``, the ``member``."""
     with checkpoint.as_directory() as folder:
-        found: dict[str, Any] = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
-    return found
+        content: dict[str, Any] = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
+    return content
 
 
 def population_trial(
@@ -122,8 +122,8 @@ def population_trial(
         every: epochs between two looks at it.
     """
     given = tune.get_checkpoint()
-    told = None if given is None else read_told(given)
-    member = Member.at_start(tune.get_context().get_trial_id(), config, runs, told, known)
+    checkpoint = None if given is None else read_told(given)
+    member = Member.at_start(tune.get_context().get_trial_id(), config, runs, checkpoint, known)
     queue = Queue(1, actor_options={"num_cpus": 0})  # the run waits for Tune to look
     relay = Relay(queue, member)
     relay.start()
@@ -170,16 +170,16 @@ class Relay(Thread):
 
     def _report(self, metrics: dict[str, Any], name: str | None) -> None:
         member = self._member
-        told = {**metrics, MEMBER: member.as_dict()}
+        report = {**metrics, MEMBER: member.as_dict()}
         self._epoch = metrics.get("epoch", self._epoch)
         if name is None:
-            tune.report(told)
+            tune.report(report)
             return
-        place = f"{member.runs}/{member.run}/{name}"
-        content = {"checkpoint": place, "epoch": self._epoch, "member": member.as_dict()}
+        train_checkpoint = f"{member.runs}/{member.run}/{name}"
+        content = {"checkpoint": train_checkpoint, "epoch": self._epoch, "member": member.as_dict()}
         with TemporaryDirectory(prefix="espalier-") as folder:
             (Path(folder) / _FILE).write_text(json.dumps(content), encoding="utf-8")
-            tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
         if member.origin is not None and not self._begun:
             storage.remove(member.origin)  # it has a checkpoint of its own
         self._begun = True

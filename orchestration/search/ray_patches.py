@@ -21,10 +21,10 @@ def one_trial_pays() -> None:
     if getattr(original, "tells_memory", False):
         return
 
-    def told(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+    def fail_trial(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=first_line(exception))
         original(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    told.tells_memory = True  # type: ignore[attr-defined]
-    RayActorManager._actor_task_failed = told
+    fail_trial.tells_memory = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = fail_trial

@@ -161,7 +161,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         running = self._running[trial.trial_id]
-        numbers = {one.trial_id: self._first + place for place, one in enumerate(trials)}
+        numbers = {trial.trial_id: self._first + position for position, trial in enumerate(trials)}
         running.member = take_note(self._log, running.number, result, numbers)
         if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
             running.metrics = result
@@ -175,9 +175,9 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         late = self._running[trial.trial_id].late
-        said = [late] if late else _last_words(trial)
-        self.given_up.note(_reason(said))
-        self._end(trial, "failed", said)
+        lines = [late] if late else _last_words(trial)
+        self.given_up.note(_reason(lines))
+        self._end(trial, "failed", lines)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         waited, self._looked = time.monotonic() - self._looked, time.monotonic()
@@ -192,11 +192,11 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
                 if running.late:
                     end_by_force(running.trial)
 
-    def _end(self, trial: Trial, state: Any, said: Sequence[str] = ()) -> None:
+    def _end(self, trial: Trial, state: Any, lines: Sequence[str] = ()) -> None:
         running = self._running.pop(trial.trial_id)
         # one that ran to its end stands for its best model at the final sparsity, another for where it was
         kept: Mapping[str, Any] = running.metrics.get("kept") or {}
-        place = running.metrics.get("kept_at")
+        folder = running.metrics.get("kept_at")
         whole = state == "finished" and bool(kept)
         last = max(kept, key=float) if whole else ""
         figures = kept[last] if whole else running.metrics
@@ -207,13 +207,13 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             score=figures.get("score"),
             metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures}
             | history(running.member),
-            checkpoint=f"{place}/{last}" if whole and place else None,
-            kept={level: {"checkpoint": f"{place}/{level}", **kept[level]} for level in kept}
+            checkpoint=f"{folder}/{last}" if whole and folder else None,
+            kept={level: {"checkpoint": f"{folder}/{level}", **kept[level]} for level in kept}
             if whole
             else {},
             seconds=time.monotonic() - running.started,
-            error=_reason(said) if said else None,
-            trace="\n".join(said) if said else None,
+            error=_reason(lines) if lines else None,
+            trace="\n".join(lines) if lines else None,
             given=dict(trial.config) in list(self._search.first),
         )
         self._log.end(record)
@@ -244,9 +244,9 @@ _KEPT = (
 )
 
 
-def _reason(said: Sequence[str]) -> str:
+def _reason(lines: Sequence[str]) -> str:
     """The line that names an error, or the last one. Ray puts advice below, or gives it alone."""
-    lines = [line.strip() for line in said]
+    lines = [line.strip() for line in lines]
     named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
     return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
 

@@ -59,7 +59,9 @@ class Proposals:
         if search.sampler == "nsga2":  # with more trials a search goes on with the generations that it has
             size = log.settings.setdefault(_POPULATION, population(search.trials))
             self._options["population_size"] = size
-        self._broken = {one: values for one, values in log.broken.items() if contains(search.space, values)}
+        self._broken = {
+            number: values for number, values in log.broken.items() if contains(search.space, values)
+        }
         self._waiting = deque(self._broken.items())
         self._given = deque(self._not_tried())
         self.study = self._new_study()
@@ -78,19 +80,19 @@ class Proposals:
         """What is given and has neither ended nor is at work; what is given twice counts twice."""
         known = [(record.values, record.given) for record in self._log.ended]
         known += [(values, self._log.is_given(number)) for number, values in self._broken.items()]
-        found: list[dict[str, Any]] = []
+        untried: list[dict[str, Any]] = []
         for wanted in self._search.first:
-            tried = next((one for one in known if self._comes_of(wanted, *one)), None)
+            tried = next((record for record in known if self._comes_of(wanted, *record)), None)
             if tried is None:
-                found.append(wanted)
+                untried.append(wanted)
             else:
                 known.remove(tried)
-        return found
+        return untried
 
     def _comes_of(self, wanted: dict[str, Any], values: dict[str, Any], given: bool) -> bool:
         """Whether a proposal was given: what of that lies outside the space was left to the sampler."""
         part = inside(self._space, wanted)
-        same = all(values.get(key) == one for key, one in part.items())
+        same = all(values.get(key) == value for key, value in part.items())
         return same and (given or len(part) == len(self._space))
 
     def begin_round(self) -> None:
@@ -118,14 +120,14 @@ class Proposals:
     def tell(self, record: TrialRecord) -> None:
         """A trial has ended."""
         self._broken.pop(record.number, None)
-        place = self._places.pop(record.number, None)
-        if place is None:
+        position = self._places.pop(record.number, None)
+        if position is None:
             return
         results = self._results(record)
         if results is None:
-            self.study.tell(place, state=TrialState.FAIL)
+            self.study.tell(position, state=TrialState.FAIL)
         else:
-            self.study.tell(place, results)
+            self.study.tell(position, results)
 
     def _propose(self, number: int, given: dict[str, Any] | None) -> dict[str, Any]:
         """Args:
@@ -150,8 +152,8 @@ class Proposals:
         self._places[number] = trial.number
         return values
 
-    def _sampler(self, *place: int) -> optuna.samplers.BaseSampler:
-        seed = np.random.SeedSequence([self._search.seed, *place]).generate_state(1)
+    def _sampler(self, *position: int) -> optuna.samplers.BaseSampler:
+        seed = np.random.SeedSequence([self._search.seed, *position]).generate_state(1)
         return _SAMPLERS[self._search.sampler](seed=int(seed[0]), **self._options)
 
     def _new_study(self) -> optuna.Study:
@@ -163,8 +165,8 @@ class Proposals:
         figures = {**record.metrics, "score": record.score}
         goals = ["score"] + ([self._search.cost] if self._search.cost else [])
         values = [figures.get(goal) for goal in goals]
-        found = [float(value) for value in values if value is not None and math.isfinite(value)]
-        return found if record.state != "failed" and len(found) == len(goals) else None
+        finite = [float(value) for value in values if value is not None and math.isfinite(value)]
+        return finite if record.state != "failed" and len(finite) == len(goals) else None
 
     def _tell_results(self) -> None:
         """A new study of what has ended, and of what was broken off as at work."""
@@ -173,10 +175,10 @@ class Proposals:
             map(_key, self._broken.values())
         )
         whole = self._log.proposed // ROUND * ROUND  # the first of this round
-        known = [one for one in self._log.ended if contains(self._space, one.values)]
+        known = [record for record in self._log.ended if contains(self._space, record.values)]
         known.sort(key=lambda record: record.number)  # as they were proposed
-        told = telling([one for one in known if one.number < whole])
-        for record in [*told, *(one for one in known if one.number >= whole)]:
+        complete = telling([record for record in known if record.number < whole])
+        for record in [*complete, *(record for record in known if record.number >= whole)]:
             results = self._results(record)
             if results is not None:
                 self._add(record.values, values=results)
@@ -194,7 +196,11 @@ class Proposals:
             return False
         for event in self._log.history:
             if event.kind == "asked":
-                first = (one for one in self._search.first if self._comes_of(one, event.values, True))
+                first = (
+                    proposal
+                    for proposal in self._search.first
+                    if self._comes_of(proposal, event.values, True)
+                )
                 given = next(first, event.values) if event.given else None
                 if self._propose(event.number, given) != event.values:
                     return False

@@ -78,15 +78,15 @@ class AllocationSpace:
     def distributions(self) -> Shares:
         floor = self.floor if isinstance(self.floor, float) else 0.0
         ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
-        found = {
+        domains = {
             key: optuna.distributions.FloatDistribution(
                 max(floor, own - self.range), min(ceiling, own + self.range)
             )
             for key, own in self.own_values().items()
         }
         if (reach := self._reach) is not None:
-            found[_WHOLE] = optuna.distributions.FloatDistribution(*reach)
-        return found
+            domains[_WHOLE] = optuna.distributions.FloatDistribution(*reach)
+        return domains
 
     @property
     def _reach(self) -> tuple[float, float] | None:
@@ -104,7 +104,7 @@ class AllocationSpace:
         """
         own, total = self.own_values(), sum(self.own.values())
         groups = group_layers(self.layers, self._group)
-        reach = {name: len(found) for name, found in losses.items()}
+        reach = {name: len(ascending) for name, ascending in losses.items()}
         limits = bounds(self.layers, self.floor, self.ceiling, self.pruned, reach=reach, unit=self.unit)
         low, high = group_bounds(groups.values(), limits)
         if self.between is not None:
@@ -120,10 +120,10 @@ class AllocationSpace:
             wishes.append(sum(self.own[layer.name] for layer in group) / size + move)
             sizes.append(size)
         counts = project(wishes, sizes, total, low, high, unit=self.unit)
-        found: Allocation = {}
+        allocation: Allocation = {}
         for group, count in zip(groups.values(), counts, strict=True):
-            found |= by_threshold(losses, group, count, limits, self.unit)
-        return {layer.name: found[layer.name] for layer in self.layers}
+            allocation |= by_threshold(losses, group, count, limits, self.unit)
+        return {layer.name: allocation[layer.name] for layer in self.layers}
 
     def _group(self, layer: PrunableLayer) -> tuple[Any, ...]:
         """What shares one threshold: no more than a proposal may move apart."""
@@ -163,7 +163,9 @@ def contains(space: Space, values: Mapping[str, Any]) -> bool:
 
 def inside(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some values that their distributions could give."""
-    return {key: values[key] for key, one in space.items() if key in values and _holds(one, values[key])}
+    return {
+        key: values[key] for key, domain in space.items() if key in values and _holds(domain, values[key])
+    }
 
 
 class WrittenChoice(optuna.distributions.CategoricalDistribution):  # type: ignore[misc]
@@ -177,7 +179,7 @@ def to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """Optuna's values, in the order of the space."""
-    return {key: _read(one, values[key]) for key, one in space.items()}
+    return {key: _read(domain, values[key]) for key, domain in space.items()}
 
 
 def _holds(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:

@@ -31,7 +31,7 @@ from orchestration.sweep import tasks as remote
 from orchestration.sweep.artifacts import Allocated, Dense, Study
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.tasks import OrderFacts
-from orchestration.sweep.trial_runs import CheapRuns
+from orchestration.sweep.trial_runs import OneShotRuns
 from pruners.allocation.projection import budget
 from trainers import storage
 from trainers.checkpoint.folder import RECORD
@@ -48,8 +48,8 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
     for sparsity in search.sparsities:
         before = studies[sparsity] = search.study(sparsity, before)
     goal = studies[sweep.recipe.pruning.sparsity]
-    found = sweep.recipe.allocation.reach is not None
-    return Allocated({goal.sparsity: goal} if found else studies, goal)
+    reaches = sweep.recipe.allocation.reach is not None
+    return Allocated({goal.sparsity: goal} if reaches else studies, goal)
 
 
 class _Searches:
@@ -59,7 +59,7 @@ class _Searches:
         self._sweep, self._method, self._dense = sweep, method, dense
         recipe = sweep.recipe
         self.sparsities = recipe.allocated_sparsities
-        self._found: tuple[StoredOrder, OrderFacts] | None = None
+        self._known_order: tuple[StoredOrder, OrderFacts] | None = None
 
     def study(self, sparsity: float, before: Study | None) -> Study:
         """One elimination serves all trials; the first is the method's own allocation."""
@@ -97,7 +97,7 @@ class _Searches:
         sweep.begin("allocation", title)
         inputs = self._inputs(sparsity, pruning)
         shared = {"dense": self._dense.weights, **inputs.order.facts}
-        runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=CheapRuns)
+        runs = sweep.runs(log, "allocation", shared, self._method, level=at and level, kind=OneShotRuns)
         with sweep.scratch(name) as scratch:
             run_search(self._search(name, scratch, inputs, moved), log, runs)
         best = self._best(log)
@@ -222,7 +222,7 @@ class _Searches:
 
     def _order(self) -> tuple[StoredOrder, OrderFacts]:
         """The method's order, made if nobody has made it before, and what trials need to know of it."""
-        if self._found is None:
+        if self._known_order is None:
             sweep, pruning = self._sweep, self._sweep.recipe.pruning
             order = StoredOrder.of(
                 sweep.storage,
@@ -240,8 +240,8 @@ class _Searches:
                 sweep.display.say(f"{self._method}: {order.facts['why']}")
             task, _ = sweep.task(remote.order_facts)
             facts = task.remote(self._dense.checkpoint, pruning, self._method, order, self.sparsities)
-            self._found = order, ray.get(facts)
-        return self._found
+            self._known_order = order, ray.get(facts)
+        return self._known_order
 
     def _make(self, order: StoredOrder) -> None:
         """By a worker group where there are GPUs or nodes for it, each with its share of the layers.

@@ -31,8 +31,8 @@ class Study:
 
     @property
     def allocation(self) -> dict[str, int]:
-        found: dict[str, int] = self.best.metrics["allocation"]
-        return found
+        allocation: dict[str, int] = self.best.metrics["allocation"]
+        return allocation
 
     @property
     def own(self) -> TrialRecord | None:
@@ -43,8 +43,8 @@ class Study:
     @property
     def sparsity(self) -> float:
         """Of the model that was chosen."""
-        found: float = self.best.metrics["sparsity"]
-        return found
+        sparsity: float = self.best.metrics["sparsity"]
+        return sparsity
 
     @property
     def name(self) -> str:

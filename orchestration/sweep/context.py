@@ -119,13 +119,13 @@ class Sweep:
             storage.remove(uri)
 
     def tags(self, phase: str, method: str = "") -> dict[str, str]:
-        found = {
+        tags = {
             "espalier.sweep": self.recipe.name,
             "espalier.phase": phase,
             "espalier.data": self.data_hash[:12],
             "espalier.commit": str(self.lineage.get("git_commit") or "unknown"),
         }
-        return found | ({"espalier.method": method} if method else {})
+        return tags | ({"espalier.method": method} if method else {})
 
     def runs(
         self,
@@ -150,5 +150,5 @@ class Sweep:
             done=done,
         )
         if not done:  # test images are for the sweep's end
-            self.tracker.inputs(made.run, [one for one in self.datasets if one.context != "test"])
+            self.tracker.inputs(made.run, [dataset for dataset in self.datasets if dataset.context != "test"])
         return made

@@ -93,10 +93,10 @@ def _version(sweep: Sweep, given: str | None) -> str | None:
     """The registered version that the recipe named when the sweep began: its alias may have moved on."""
     if given is None or not given.startswith("models:/"):
         return None
-    place = f"{sweep.root}/{PARENT}"
-    if not storage.exists(place):
-        storage.write_json(place, {"version": registry.version_of(given, sweep.tracker.uri)})
-    return str(storage.read_json(place)["version"])
+    file = f"{sweep.root}/{PARENT}"
+    if not storage.exists(file):
+        storage.write_json(file, {"version": registry.version_of(given, sweep.tracker.uri)})
+    return str(storage.read_json(file)["version"])
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
@@ -110,11 +110,11 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
 
 def validation_top1(sweep: Sweep, checkpoint: str) -> float:
     """Of a model: from its record if that tells of the same data, else measured."""
-    place = f"{checkpoint}/{RECORD}"
-    record = storage.read_json(place) if storage.exists(place) else {}
+    file = f"{checkpoint}/{RECORD}"
+    record = storage.read_json(file) if storage.exists(file) else {}
     top1 = record.get("figures", {}).get("val_top1")
     if top1 is None or record.get("data") != sweep.data_hash:
         task, device = sweep.task(remote.measure)
-        found = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
-        top1 = found[0]["top1"]
+        figures = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
+        top1 = figures[0]["top1"]
     return float(top1)

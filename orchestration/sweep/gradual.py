@@ -45,14 +45,14 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
 
 
 def long_run_phase(
-    sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None, found: Gradual
+    sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None, scheduled: Gradual
 ) -> Gradual:
     """One more run, with the values that were best in the search and those of the recipe's ``long_run``."""
-    search = found.sweep.recipe.schedule
-    values = search.active(found.best.values) | sweep.recipe.long_run
+    search = scheduled.sweep.recipe.schedule
+    values = search.active(scheduled.best.values) | sweep.recipe.long_run
     alone = {f"schedule.{key}": value for key, value in search.alone.items()} | {"long_run": {}}
-    one = found.sweep.phase("long_run").changed({**values, **alone})
-    return _runs(one, "long_run", method, dense, allocated)
+    long_run = scheduled.sweep.phase("long_run").changed({**values, **alone})
+    return _runs(long_run, "long_run", method, dense, allocated)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Gradual:
         self.sweep.display.say(
             f"registered: version {end.version}"
             + "".join(
-                f"; {100 * float(level):g} %: {100 * one.validation:.1f} %, version {one.version}"
-                for level, one in kept.items()
+                f"; {100 * float(level):g} %: {100 * model.validation:.1f} %, version {model.version}"
+                for level, model in kept.items()
             )
         )
         return Recovered(self._sparsity, self.best, end, kept, self.trials)
@@ -85,13 +85,13 @@ class Gradual:
     def _sparsity(self) -> float:
         """What the best run was to end at, where that is searched too."""
         recipe = self.sweep.recipe
-        found: float = recipe.schedule.active(self.best.values).get(
+        sparsity: float = recipe.schedule.active(self.best.values).get(
             "pruning.sparsity", recipe.pruning.sparsity
         )
-        return found
+        return sparsity
 
     def _kept(self, register: Callable[..., str]) -> dict[str, Kept]:
-        found = {}
+        kept = {}
         for level, figures in self.best.kept.items():
             if self.best.checkpoint is None or figures["checkpoint"] == self.best.checkpoint:
                 continue
@@ -99,8 +99,8 @@ class Gradual:
             if not storage.exists(f"{target}/{RECORD}"):
                 storage.copy(figures["checkpoint"], target)
             version = register(target, name=f"kept-{level}")
-            found[level] = Kept(target, figures["val_top1"], version)
-        return found
+            kept[level] = Kept(target, figures["val_top1"], version)
+        return kept
 
 
 def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:

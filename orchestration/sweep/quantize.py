@@ -28,7 +28,7 @@ from trainers.quantization.int8_folder import ENGINE
 ARTIFACT = "int8"
 
 
-def quantize_phase(sweep: Sweep, method: str, found: Recovered) -> Quantized:
+def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized:
     """The best model of a method as INT8, registered beside its float parent.
 
     It is evaluated by ONNX Runtime, which will run it.
@@ -38,7 +38,7 @@ def quantize_phase(sweep: Sweep, method: str, found: Recovered) -> Quantized:
     assert settings is not None, "only a recipe that asks for INT8 has this phase"
     training = settings.training
     key = digest(
-        content_hash(found.end.checkpoint),
+        content_hash(recovered.end.checkpoint),
         settings.model_dump(mode="json", exclude={"recovery"}),
         training and training.model_dump(mode="json"),
         recipe.resources.most if training else None,
@@ -55,13 +55,13 @@ def quantize_phase(sweep: Sweep, method: str, found: Recovered) -> Quantized:
         sweep.begin("quantize", title)
     params = flatten({"quantize": settings.model_dump(mode="json"), "seed": recipe.seed})
     runs = sweep.runs(log, "quantize", params, method, done=known)
-    work = _Work(sweep, method, found, name, log, runs)
+    work = _Work(sweep, method, recovered, name, log, runs)
     if not known:
-        work.write(settings, work.trained() if training else found.end.checkpoint)
+        work.write(settings, work.trained() if training else recovered.end.checkpoint)
     record = storage.read_json(f"{work.target}/{QUANTISED}")
     version, reached = work.register(record), record["figures"]["val_top1"]
     sweep.display.finished(
-        f"{'known, ' if known else ''}{100 * found.end.validation:.1f} % → {100 * reached:.1f} % "
+        f"{'known, ' if known else ''}{100 * recovered.end.validation:.1f} % → {100 * reached:.1f} % "
         f"on validation, {megabytes(record['bytes'])}, version {version}"
     )
     return Quantized(work.target, reached, record["bytes"], version)
@@ -73,7 +73,7 @@ class _Work:
 
     sweep: Sweep
     method: str
-    found: Recovered
+    recovered: Recovered
     name: str
     log: TrialLog
     runs: TrialRuns
@@ -89,11 +89,11 @@ class _Work:
     @property
     def lineage(self) -> dict[str, Any]:
         model = self.sweep.recipe.registered_model
-        return {**self.sweep.lineage, "parent_version": f"models:/{model}/{self.found.end.version}"}
+        return {**self.sweep.lineage, "parent_version": f"models:/{model}/{self.recovered.end.version}"}
 
     def trained(self) -> str:
         """The checkpoint of the run that trains for INT8; one that was broken off goes on."""
-        sweep, checkpoint = self.sweep, self.found.end.checkpoint
+        sweep, checkpoint = self.sweep, self.recovered.end.checkpoint
         job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
         folder = f"{self.folder}/train"
         best, trained = run_training(sweep, self.name, job, self.log, self.runs, folder=folder)

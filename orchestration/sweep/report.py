@@ -59,18 +59,18 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
     dense, allocated, recovered = results.dense, results.allocated, results.recovered
     part = "test" if sweep.data.test is not None else "validation"
     models = {
-        method: {**{float(level): one for level, one in found.kept.items()}, found.sparsity: found.end}
-        for method, found in recovered.items()
+        method: {**{float(level): kept for level, kept in best.kept.items()}, best.sparsity: best.end}
+        for method, best in recovered.items()
     }
-    studies = {method: {} if found is None else found.studies for method, found in allocated.items()}
+    studies = {method: {} if own is None else own.studies for method, own in allocated.items()}
     structured = results.structured
-    places = [dense.checkpoint] + ([] if structured is None else [structured.checkpoint])
-    places += [one.checkpoint for some in studies.values() for one in some.values()]
-    places += [one.checkpoint for some in models.values() for one in some.values()]
-    places += [one.folder for one in results.quantized.values()]
-    top1 = _measure(sweep, places, part)
+    checkpoints = [dense.checkpoint] + ([] if structured is None else [structured.checkpoint])
+    checkpoints += [study.checkpoint for by_level in studies.values() for study in by_level.values()]
+    checkpoints += [model.checkpoint for by_level in models.values() for model in by_level.values()]
+    checkpoints += [model.folder for model in results.quantized.values()]
+    top1 = _measure(sweep, checkpoints, part)
     rows = []
-    for method, level in ((method, level) for method, some in models.items() for level in some):
+    for method, level in ((method, level) for method, by_level in models.items() for level in by_level):
         model, study = models[method][level], studies[method].get(level)
         record = storage.read_json(f"{model.checkpoint}/{RECORD}")
         goal = recovered[method].sparsity
@@ -121,13 +121,13 @@ def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, f
         checkpoint: f"{sweep.storage}/figures/{digest(content_hash(checkpoint), sweep.data_hash, part)}.json"
         for checkpoint in checkpoints
     }
-    missing = [checkpoint for checkpoint, place in known.items() if not storage.exists(place)]
+    missing = [checkpoint for checkpoint, file in known.items() if not storage.exists(file)]
     if missing:
         task, device = sweep.task(remote.measure)
         figures = ray.get(task.remote(missing, sweep.data, part, sweep.recipe.seed, device))
         for checkpoint, figure in zip(missing, figures, strict=True):
             storage.write_json(known[checkpoint], figure)
-    return {checkpoint: float(storage.read_json(place)["top1"]) for checkpoint, place in known.items()}
+    return {checkpoint: float(storage.read_json(file)["top1"]) for checkpoint, file in known.items()}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -165,7 +165,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def _steps(*counts: int | None) -> str:
     """``2.69 M → 2.25 M → 505 k``."""
-    return " → ".join(count(one) for one in counts if one is not None)
+    return " → ".join(count(figure) for figure in counts if figure is not None)
 
 
 def print_end(
@@ -189,21 +189,25 @@ def print_end(
 
 def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
     """The champion, if it is of this sweep, and how to load it, else why not; and who carries which alias."""
-    mine = {row.version: row for row in rows}
+    row_of = {row.version: row for row in rows}
     for decision in decisions:
-        row = mine[decision.candidate.version]
+        row = row_of[decision.candidate.version]
         if decision.refused:
             yield f"{decision.alias}: {decision.why}"
             if decision.alias == CHAMPION:
                 forced = f"espalier promote {model} --version {row.version} --force"
                 yield f"make it champion:  {forced}"
         elif decision.alias == CHAMPION:
-            place = row.checkpoint.removeprefix("file://")
+            folder = row.checkpoint.removeprefix("file://")
             yield f"champion: {row.method} (version {row.version}, models:/{model}@{CHAMPION})"
-            yield f"load the champion: timm.create_model('local-dir:{place}', pretrained=True)"
+            yield f"load the champion: timm.create_model('local-dir:{folder}', pretrained=True)"
     if all(decision.alias != CHAMPION for decision in decisions):
         yield "champion: none of these, as none is sparse enough (tracking.promotion.sparsity)"
-    carried = [f"@{one.alias} version {one.candidate.version}" for one in decisions if not one.refused]
+    carried = [
+        f"@{decision.alias} version {decision.candidate.version}"
+        for decision in decisions
+        if not decision.refused
+    ]
     if carried:
         yield f"aliases: {', '.join(carried)}"
 

@@ -66,12 +66,12 @@ def run_sweep(
         "long_run": methods * bool(recipe.long_run),
         "quantize": methods * (recipe.quantize is not None),
     }
-    display.plan(sum(phases[one] for one in PHASES if span.reaches(one)))
-    place = tracking_folder(recipe.storage)
+    display.plan(sum(phases[phase] for phase in PHASES if span.reaches(phase)))
+    folder = tracking_folder(recipe.storage)
     name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
         alone_here(recipe.storage, name),
-        server_for(recipe.tracking.uri, place) as (uri, ready),
+        server_for(recipe.tracking.uri, folder) as (uri, ready),
         connect(address) as size,
         alone_on_cluster(root, name),
         Journal(recipe.storage, name, display, logs_folder()),
@@ -88,14 +88,14 @@ def run_sweep(
         try:
             store(recipe)
             sweep = _open(prepared, display, tracker, size, span)
-            found = _run_phases(sweep)
-            rows, decisions = ([], []) if found is None else _finish(sweep, found)
+            results = _run_phases(sweep)
+            rows, decisions = ([], []) if results is None else _finish(sweep, results)
             tracker.close("FINISHED")
         except BaseException as error:
             tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     display.close()
-    if found is None:
+    if results is None:
         go_on = f"espalier resume {name} --storage {recipe.storage}"
         out.print(f"done until {span.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False)
     else:
@@ -128,7 +128,10 @@ def _run_phases(sweep: Sweep) -> Results | None:
         return None
     quantized = {}
     if recipe.quantize is not None and reaches("quantize"):
-        quantized = {method: quantize_phase(sweep, method, found) for method, found in recovered.items()}
+        quantized = {
+            method: quantize_phase(sweep, method, recovered_method)
+            for method, recovered_method in recovered.items()
+        }
     return Results(original, structured, allocated, recovered, quantized)
 
 
@@ -137,20 +140,20 @@ def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
     recipe, registry = sweep.recipe, Registry(sweep.tracker.client)
     registry.set_rule(recipe.registered_model, recipe.promotion)
     ours = {row.version for row in rows}
-    versions = [one for one in registry.versions(recipe.registered_model) if one.version in ours]
+    versions = [version for version in registry.versions(recipe.registered_model) if version.version in ours]
     return settle(registry, versions, recipe.promotion)
 
 
-def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
+def _finish(sweep: Sweep, results: Results) -> tuple[list[Row], list[Decision]]:
     """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
-    rows = make_rows(sweep, found)
+    rows = make_rows(sweep, results)
     decisions = _promote(sweep, rows)
-    dense, allocated, recovered = found.dense, found.allocated, found.recovered
+    dense, allocated, recovered = results.dense, results.allocated, results.recovered
     series = {
-        f"{method}, one shot": [trial for study in one.studies.values() for trial in study.trials]
-        for method, one in allocated.items()
-        if one is not None
-    } | {f"{method}, recovered": one.trials for method, one in recovered.items()}
+        f"{method}, one shot": [trial for study in allocation.studies.values() for trial in study.trials]
+        for method, allocation in allocated.items()
+        if allocation is not None
+    } | {f"{method}, recovered": runs.trials for method, runs in recovered.items()}
     points = {
         name: [
             (trial.metrics["sparsity"], trial.metrics["val_top1"])
@@ -160,8 +163,8 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
         for name, trials in series.items()
     }
     levels = {"dense": dense.top1}
-    if found.structured is not None:
-        levels["structured"] = found.structured.top1
+    if results.structured is not None:
+        levels["structured"] = results.structured.top1
     figure = plots.accuracy_over_sparsity(points, levels)
     sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
     table = as_json(rows, sweep.storage)

@@ -64,7 +64,7 @@ def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1
     Raises:
         RuntimeError: all lose more; says the nearest.
     """
-    losses = [1 - one["top1"] / max(dense_top1, 1e-12) for one in candidates]
+    losses = [1 - candidate["top1"] / max(dense_top1, 1e-12) for candidate in candidates]
     within = [number for number, lost in enumerate(losses) if lost <= loss + 1e-9]
     if not within:
         nearest = min(range(len(losses)), key=lambda number: losses[number])
@@ -131,8 +131,11 @@ class _Step:
             facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
             settings = self._settings
             if settings.objective == "latency":
-                found, taken = self._candidates(facts)
-                settings, facts = settings.choices()[taken], facts | {"candidates": found, "taken": taken}
+                candidates, taken = self._candidates(facts)
+                settings, facts = (
+                    settings.choices()[taken],
+                    facts | {"candidates": candidates, "taken": taken},
+                )
             self._save(settings, facts, self._cut)
         facts = storage.read_json(f"{self._cut}/{RECORD}")["structured"]
         top1 = validation_top1(sweep, self._cut)
@@ -162,17 +165,18 @@ class _Step:
                 target, latency.times_of, [*folders, self._dense.checkpoint], target
             )
             cuts = [storage.read_json(f"{folder}/{RECORD}")["structured"]["cut"] for folder in folders]
-        found = [
+        candidates = [
             {"cut": cut, "top1": top["top1"], "latency": took}
             for cut, top, took in zip(cuts, tops, times, strict=True)
         ]
         sweep.display.say(f"      dense: {100 * self._dense.top1:.1f} %, {1e3 * dense:.2f} ms on {target}")
-        for one in found:
+        for candidate in candidates:
+            milliseconds = 1e3 * candidate["latency"]
             sweep.display.say(
-                f"      {words(one['cut'])}: {100 * one['top1']:.1f} %, {1e3 * one['latency']:.2f} ms"
+                f"      {words(candidate['cut'])}: {100 * candidate['top1']:.1f} %, {milliseconds:.2f} ms"
             )
         assert self._settings.loss is not None, "checked when it was read"
-        return found, fastest_cut(found, self._settings.loss, self._dense.top1)
+        return candidates, fastest_cut(candidates, self._settings.loss, self._dense.top1)
 
     def _recover(self, log: TrialLog, facts: dict[str, Any]) -> None:
         sweep, recipe = self._sweep, self._sweep.recipe

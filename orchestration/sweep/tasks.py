@@ -181,8 +181,8 @@ def quantise(job: Int8Job) -> None:
 
         def figures(model: torch.nn.Module) -> dict[str, float]:
             images = data.split(job.data, "validation", transform, job.seed)
-            found = evaluate(model, data.eval_loader(images, 128))
-            return {"val_top1": found.top1, "val_loss": found.loss}
+            figures = evaluate(model, data.eval_loader(images, 128))
+            return {"val_top1": figures.top1, "val_loss": figures.loss}
 
         batches: list[torch.Tensor] = []
         if job.mode == "static":
@@ -212,10 +212,10 @@ def measure(
     _use_all_processors(device)
     figures = []
     for checkpoint in checkpoints:
-        found = int8.load_runnable(checkpoint, key="checkpoint")
-        table = data.split(images, part, data.eval_transform(found.config), seed)
+        runnable = int8.load_runnable(checkpoint, key="checkpoint")
+        table = data.split(images, part, data.eval_transform(runnable.config), seed)
         first = Subset(table, range(len(table) if most is None else min(most, len(table))))
-        result = evaluate(found.model.to(device), data.eval_loader(first, 128))
+        result = evaluate(runnable.model.to(device), data.eval_loader(first, 128))
         figures.append({"top1": result.top1, "loss": result.loss, "images": result.images})
     return figures
 

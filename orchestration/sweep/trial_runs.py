@@ -209,7 +209,7 @@ def _history(record: TrialRecord) -> dict[str, str]:
     taken = record.metrics.get("pbt.taken")
     if taken is None:
         return {}
-    steps = [f"trial {one['trial']} after epoch {one['epoch']}" for one in taken]
+    steps = [f"trial {step['trial']} after epoch {step['epoch']}" for step in taken]
     return {
         "pbt.exploits": str(len(taken)),
         "pbt.taken": ", then ".join(steps) or "nothing",
@@ -230,7 +230,7 @@ def without_trainer_state(uri: str) -> Iterator[Path]:
 _NUMBER = "espalier.number"
 
 
-class CheapRuns(TrialRuns):
+class OneShotRuns(TrialRuns):
     """:class:`TrialRuns` whose trials have runs of their own only once they are over.
 
     The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
@@ -242,9 +242,11 @@ class CheapRuns(TrialRuns):
     def __init__(self, tracker: Tracker, *arguments: Any, **options: Any) -> None:
         super().__init__(tracker, *arguments, **options)
         self._ids: dict[int, Future[str]] = {}
-        self._there = tracker.children(self.run, _NUMBER, {str(record.number) for record in self._log.trials})
+        self._sent_before = tracker.children(
+            self.run, _NUMBER, {str(record.number) for record in self._log.trials}
+        )
         for record in self._log.trials:
-            if str(record.number) not in self._there:
+            if str(record.number) not in self._sent_before:
                 self._say(record)
 
     def trial_started(self, trial_id: str, number: int, values: dict[str, Any], before: str | None) -> None:
@@ -259,14 +261,16 @@ class CheapRuns(TrialRuns):
 
     def close(self, best: TrialRecord) -> None:
         """The phase ends: the log learns which runs its trials have."""
-        self._log.trials = [replace(one, run_id=self._run_of(one) or None) for one in self._log.trials]
+        self._log.trials = [
+            replace(record, run_id=self._run_of(record) or None) for record in self._log.trials
+        ]
         self._log.save()
         super().close(best)
 
     def _say(self, record: TrialRecord) -> None:
-        found = record.metrics
-        metrics = {key: found[key] for key in SERIES if key in found}
-        metrics |= {f"sparsity.{key}": value for key, value in found.get("shares", {}).items()}
+        figures = record.metrics
+        metrics = {key: figures[key] for key in SERIES if key in figures}
+        metrics |= {f"sparsity.{key}": value for key, value in figures.get("shares", {}).items()}
         tags = {**self._tags, "espalier.level": "trial", "espalier.state": record.state}
         tags |= {_NUMBER: str(record.number)} | ({"espalier.error": record.error} if record.error else {})
         self._ids[record.number] = self._tracker.log(
@@ -283,4 +287,4 @@ class CheapRuns(TrialRuns):
 
     def _run_of(self, record: TrialRecord) -> str:
         sent = self._ids.get(record.number)
-        return self._there.get(str(record.number), "") if sent is None else sent.result()
+        return self._sent_before.get(str(record.number), "") if sent is None else sent.result()

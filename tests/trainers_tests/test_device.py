@@ -271,7 +271,10 @@ def test_evaluate() -> None:
     model = tiny_vit()
     expected = evaluate(model, batches(3))
     with labelled_cuda() as device:
-        assert evaluate(model.to(device), batches(3)) == expected
+        evaluation = evaluate(model.to(device), batches(3))
+    assert (evaluation.top1, evaluation.images) == (expected.top1, expected.images)
+    # kernels that torch fuses for a CPU with AVX-512 are not taken for tensors that say CUDA
+    assert evaluation.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_evaluate__a_layer_left_on_the_cpu_is_noticed() -> None:

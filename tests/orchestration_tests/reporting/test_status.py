@@ -170,7 +170,8 @@ STOPPED = """
 import io, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a job
 from rich.console import Console
-from orchestration import cli, journal
+from orchestration.cli import app as cli
+from orchestration.state import heartbeat as journal
 from orchestration.reporting.display import Display
 cli._end_in_order()
 with journal.Journal(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):

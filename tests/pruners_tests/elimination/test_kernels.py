@@ -148,7 +148,7 @@ def test_an_error_on_a_thread_is_passed_on_and_the_next_call_works(at_once: int,
 
 FORKED = """
 import os, sys, torch
-from pruners import kernels
+from pruners.elimination import kernels
 
 def counted():
     taken = []

@@ -18,7 +18,7 @@ from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images, preprocessing_of
 from trainers.engines import process as engine_process
 from trainers.engines.process import EngineError, EngineProcess, peak_memory
-from trainers.engines.registry import Place, keeps_2_of_4
+from trainers.engines.registry import Place, keeps_2_of_4, load
 from trainers.engines.sparse_linear import SparseRows
 
 TORCH, CSR = Choice("torch", "float32"), Choice("csr", "float32")
@@ -154,7 +154,7 @@ def test_csr_runs_a_pruned_model(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "set_submodule", noted)
-        run = CSR.load(tmp_path / "pruned", Place(torch.get_num_threads()))
+        run = load(CSR, tmp_path / "pruned", Place(torch.get_num_threads()))
     assert len(changed) == 8
     assert np.allclose(run(pictures), expected, atol=1e-5)
 

@@ -155,7 +155,7 @@ WIDER = {**VIT_ARGS, "img_size": 32}
 @pytest.mark.parametrize(
     ("content", "arguments", "says"),
     [
-        ({"model": state(), "config": Harmless()}, VIT_ARGS, r"could run code.*test_weights\.Harmless"),
+        ({"model": state(), "config": Harmless()}, VIT_ARGS, r"could run code.*test_weights_file\.Harmless"),
         ({"epoch": 3, "lr": 0.1}, VIT_ARGS, "no weights by a known name; it has epoch, lr"),
         ([1, 2], VIT_ARGS, "holds a list"),
         (

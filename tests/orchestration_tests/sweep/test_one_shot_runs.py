@@ -10,7 +10,7 @@ from rich.console import Console
 
 from orchestration.reporting.display import Display
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from orchestration.sweep.trial_runs import CheapRuns
+from orchestration.sweep.trial_runs import OneShotRuns
 from orchestration.tracking.tracker import Tracker
 
 
@@ -24,10 +24,10 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def opened(uri: str, log: TrialLog) -> tuple[Tracker, CheapRuns]:
+def opened(uri: str, log: TrialLog) -> tuple[Tracker, OneShotRuns]:
     """As a driver opens the runs of a search."""
     tracker, display = Tracker(uri, "tests"), Display(Console(file=io.StringIO()))
-    runs = CheapRuns(tracker, display, log, name="lamp-allocation", parent="0" * 32, params={}, tags={})
+    runs = OneShotRuns(tracker, display, log, name="lamp-allocation", parent="0" * 32, params={}, tags={})
     return tracker, runs
 
 
