@@ -111,7 +111,7 @@ class Finetuning:
 
     def run(self) -> list[str]:
         """Train, write the folder, and say what was done."""
-        with self._workplace() as work, self._by_option():
+        with self._workplace() as work, self._renamed():
             job = self._job(self._start(work), work)
             with Bars(heading=self._plan(job)) as bars:
                 resume = next((one for one in (work / "next", work / "last") if damage(one) is None), None)
@@ -211,11 +211,16 @@ class Finetuning:
         yield "load it by", f"timm.create_model({f'local-dir:{self.target}'!r}, pretrained=True)"
 
     @contextmanager
-    def _by_option(self) -> Iterator[None]:
-        """Errors of the layers below, in the words of the command line."""
+    def _renamed(self) -> Iterator[None]:
+        """Errors of the layers below become errors of this command's options.
+
+        Raises:
+            InputError: also where memory, the disk or the numbers give out.
+        """
         options = self.options
         try:
-            yield
+            with InputError.renamed(self._by_option):
+                yield
         except torch.OutOfMemoryError:
             expected = "needs more memory than the GPU has; take a smaller one, or accumulate"
             raise InputError("batch_size", options.training.batch_size, expected) from None
@@ -224,14 +229,14 @@ class Finetuning:
         except OSError as error:
             expected = f"cannot be written ({error.strerror or first_line(error)})"
             raise InputError("--out", options.out, expected) from None
-        except InputError as error:
-            if error.key == "resume":
-                raise _of_another(options.out, self._held(), error.expected.partition(": ")[2]) from None
-            keys = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
-            if error.key == "data" and error.value != storage.absolute(options.train):
-                keys["data"] = "--validation"
-            key = keys.get(error.key, error.key.removeprefix("training."))
-            raise InputError(key, error.value, error.expected) from None
+
+    def _by_option(self, error: InputError) -> InputError:
+        if error.key == "resume":
+            return _of_another(self.options.out, self._held(), error.expected.partition(": ")[2])
+        options = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
+        if error.key == "data" and error.value != storage.absolute(self.options.train):
+            options["data"] = "--validation"
+        return error.replaced(key=options.get(error.key, error.key.removeprefix("training.")))
 
 
 @dataclass

@@ -16,6 +16,9 @@ from trainers.models import factory as models
 from trainers.models.weights_file import load_weights
 from trainers.storage import absolute
 
+_OPTIONS = {"model.architecture": "--architecture", "model.args": "--arg"}
+_PHRASES = {"model.architecture": "--architecture", "model.args.img_size": "--arg img_size=…"}
+
 
 def import_weights(
     file: str, out: str, architecture: str | None, arguments: Sequence[str], *, average: bool
@@ -32,15 +35,9 @@ def import_weights(
         raise InputError("FILE", file, "must be a file of weights: .pth, .pth.tar, .pt, .ckpt, .safetensors")
     target = free_folder(out, "--out")
     defaults = {"checkpoint": absolute(file), "architecture": architecture}
-    try:
+    with InputError.renamed(_OPTIONS, _PHRASES):
         settings = part(ModelSettings, [f"args.{one}" for one in arguments], defaults)
         model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
-    except InputError as error:
-        names = {"model.architecture": "--architecture", "model.args": "--arg"}
-        hint = error.expected.replace("model.architecture", "--architecture").replace(
-            "model.args.img_size", "--arg img_size=…"
-        )
-        raise InputError(names.get(error.key, error.key), error.value, hint) from None
     with whole_folder(target, out, "--out") as folder:
         save_foreign(folder, model, file, chosen, model_args={})
     height, width = models.input_size(model)[1:]

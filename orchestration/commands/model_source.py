@@ -36,7 +36,7 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
         InputError: whatever keeps it from being loaded.
     """
     if is_file(name):
-        with _by_option():
+        with InputError.renamed(_by_option):
             return load_checkpoint(absolute(name), key="model", layers=patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
     try:
@@ -90,17 +90,13 @@ def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield Path(folder), record
 
 
-@contextmanager
-def _by_option() -> Iterator[None]:
-    """Errors about layers, in the words of the command line."""
-    try:
-        yield
-    except InputError as error:
-        first, _, module = error.key.partition(".")
-        if first != "layers":
-            raise
-        expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
-        raise InputError(f"--layers {module}".strip(), error.value, expected) from None
+def _by_option(error: InputError) -> InputError:
+    """An error about layers as one about the option ``--layers``; any other as it is."""
+    first, _, module = error.key.partition(".")
+    if first != "layers":
+        return error
+    expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
+    return error.replaced(key=f"--layers {module}".strip(), expected=expected)
 
 
 def skeleton(name: str) -> nn.Module:
@@ -137,7 +133,7 @@ def is_file(name: str) -> bool:
 
 def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
     """The prunable layers: by ``patterns``, by those it was pruned with, or by its family."""
-    with _by_option():
+    with InputError.renamed(_by_option):
         return find_layers(loaded.model, patterns or recorded_patterns(loaded))
 
 

@@ -63,7 +63,7 @@ class Job:
         """Raises:
         InputError: whatever can be known to fail before the work begins, by its option.
         """
-        with _by_option(options):
+        with _renamed(options):
             target = free_folder(options.out, "--out")
             device = device_for(options.device)
             patterns = layer_patterns(options.layers)
@@ -82,7 +82,7 @@ class Job:
         """Prune, write the folder, and say what was done."""
         # torch, about the attention of single images: nothing that one could do about it
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        with _by_option(self.options):
+        with _renamed(self.options):
             with Bars(heading=self._plan()) as bars:
                 outcome = interruptible(lambda: self._work(bars))
             self._write(outcome)
@@ -185,18 +185,21 @@ def _check_budget(
 
 
 @contextmanager
-def _by_option(options: PruneOptions) -> Iterator[None]:
-    """Errors of the layers below, in the words of the command line."""
+def _renamed(options: PruneOptions) -> Iterator[None]:
+    """Errors of the layers below become errors of this command's options.
+
+    Raises:
+        InputError: also where the GPU's memory gives out.
+    """
     try:
-        yield
+        with InputError.renamed(lambda error: _by_option(error, options)):
+            yield
     except torch.OutOfMemoryError:
         expected = "needs more memory than the GPU has; take a smaller one, or a smaller --memory"
         raise InputError("--batch-size", options.batch_size, expected) from None
-    except InputError as error:
-        raise _translated(error, options) from None
 
 
-def _translated(error: InputError, options: PruneOptions) -> InputError:
+def _by_option(error: InputError, options: PruneOptions) -> InputError:
     key, value, expected = error.key, error.value, error.expected.replace("unfit: dense", "--unfit dense")
     if key == "budget":
         return InputError("--sparsity", options.target, f"{value:,} weights {expected}")

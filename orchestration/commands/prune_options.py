@@ -178,10 +178,8 @@ def layer_patterns(texts: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _pattern(text: str) -> Pattern:
-    try:
+    with InputError.renamed(lambda error: InputError("--pattern", text, error.expected)):
         return Pattern.parse(text)
-    except InputError as error:
-        raise InputError("--pattern", text, error.expected) from None
 
 
 def _check_share(key: str, value: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -33,6 +32,8 @@ from trainers.quantization import int8_folder as int8
 from trainers.quantization.checks import check_mode
 
 _BATCH = 128
+_OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
+"""Keys of the layers below -> what this command's user wrote."""
 _ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
 
 
@@ -56,7 +57,7 @@ class Training(Finetuning):
             return False
         record = verify(self.target, self.options.out, key="--out")
         self._check_lineage(self.target, record)
-        with self._by_option():
+        with self._renamed():
             check_recorded(self._job(self.target, self._work), record["recipe"])
         return True
 
@@ -103,7 +104,7 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
     require("--mode", options.mode, *int8.NEEDS)
     target = free_folder(options.out, "--out")
     with (
-        _by_option(),
+        InputError.renamed(_OPTIONS),
         at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
         as_folder(place) as (source, _),
     ):
@@ -192,13 +193,3 @@ def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     table = data.images(options.test, transform, key="--test", columns=options.columns)
     tests = data.eval_loader(table, _BATCH)
     return Images(calibration, tests, evaluate(model, tests).top1)
-
-
-@contextmanager
-def _by_option() -> Iterator[None]:
-    """Errors of the layers below, in the words of the command line."""
-    try:
-        yield
-    except InputError as error:
-        names = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
-        raise InputError(names.get(error.key, error.key), error.value, error.expected) from None

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -153,12 +154,8 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         plans = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
         cut = plans[0]
         model = cut.skeleton
-    try:
+    with InputError.renamed({"pattern": "pruning.pattern"}):
         return model, prunable_layers(model, recipe.pruning), cut
-    except InputError as error:
-        if error.key != "pattern":
-            raise
-        raise InputError("pruning.pattern", error.value, error.expected) from None
 
 
 def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
@@ -204,27 +201,26 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     total = round(budget(layers, pruning.sparsity) / pattern.unit) * pattern.unit
     if not layers:
         return total
-    try:
+
+    def by_recipe_key(error: InputError) -> InputError:
+        if error.key == "budget":  # in the recipe's keys, not in counts of weights
+            return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}")
+        parent = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
+        return error.replaced(key=f"{parent}.{error.key}")
+
+    def by_limits(error: InputError) -> InputError:
+        limited = f"cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
+        return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {limited}: {error}")
+
+    with InputError.renamed(by_recipe_key):
         for method in pruning.methods:
             create_pruner(method, **pruning.options(method)).fisher(layers)
         limits = bounds(layers, pruning.floor, pruning.ceiling, unit=pattern.unit)
         if pruning.table is not None:
             by_table(pruning.table, layers, total, limits, pattern.unit)
-    except InputError as error:
-        place = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
-        if error.key == "budget":  # in the recipe's keys, not in counts of weights
-            raise InputError(
-                "pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}"
-            ) from None
-        raise InputError(f"{place}.{error.key}", error.value, error.expected) from None
     ends = np.array(list(limits.values())).reshape(-1, 2)
-    try:
+    with InputError.renamed(by_limits):
         check_feasible(total, ends[:, 0], ends[:, 1])
-    except InputError as error:
-        between = (
-            f"{total:,} weights cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
-        )
-        raise InputError("pruning.sparsity", pruning.sparsity, f"{between}: {error}") from None
     return total
 
 
@@ -265,27 +261,26 @@ def _check_space(recipe: Recipe) -> None:
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
     for key, values in ends.items():
         for value in values:
-            try:
+            with InputError.renamed(partial(_below, f"schedule.space.{key}", value)):
                 _check_values(recipe, recipe.schedule.active({key: value}))
-            except InputError as error:
-                raise InputError(f"schedule.space.{key}", value, f"{error.key}: {error.expected}") from None
     if math.prod(map(len, ends.values())) > _CORNERS:
         return
     for corner in itertools.product(*ends.values()):
         chosen = dict(zip(ends, corner, strict=True))
-        try:
+        with InputError.renamed(partial(_below, "schedule.space", chosen)):
             _check_values(recipe, recipe.schedule.active(chosen))
-        except InputError as error:
-            raise InputError("schedule.space", chosen, f"{error.key}: {error.expected}") from None
+
+
+def _below(key: str, value: object, error: InputError) -> InputError:
+    """An error of a recipe with changed values, as one of the key that names these values."""
+    return InputError(key, value, f"{error.key}: {error.expected}")
 
 
 def _check_long_run(recipe: Recipe) -> None:
     """Its values must make a recipe that could run."""
-    try:
-        _check_values(recipe, recipe.long_run)
-    except InputError as error:
-        value = recipe.long_run.get(error.key, recipe.long_run)
-        raise InputError("long_run", value, f"{error.key}: {error.expected}") from None
+    changes = recipe.long_run
+    with InputError.renamed(lambda error: _below("long_run", changes.get(error.key, changes), error)):
+        _check_values(recipe, changes)
 
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:

@@ -143,7 +143,5 @@ def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collectio
     Raises:
         InputError: one does not.
     """
-    try:
+    with InputError.renamed(lambda error: error.replaced(key=error.key.replace("training.", place))):
         matched(model, training.freeze, pruned)
-    except InputError as error:
-        raise InputError(error.key.replace("training.", place), error.value, error.expected) from None
