@@ -15,7 +15,7 @@ import click
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE, is_jobs_api
 from orchestration.recipe.phases import WHOLE, Span
 from pruners.errors import InputError, first_line
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 
 ERROR = "error.txt"  # of a sweep that broke off
 
@@ -50,7 +50,7 @@ def launch(
         raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
-    again = without_secrets(shlex.join(["espalier", *said, *(["--address", address] if address else [])]))
+    again = strip_secrets(shlex.join(["espalier", *said, *(["--address", address] if address else [])]))
     if JOB in os.environ:  # the laptop that submitted it knows where it did
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
@@ -73,12 +73,12 @@ def _trace(recipe: Any) -> str:
     from trainers import storage
 
     place = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
-    trace = without_secrets(traceback.format_exc())
+    trace = strip_secrets(traceback.format_exc())
     try:
         storage.write_bytes(place, trace.encode())
     except OSError:  # the storage itself may be what is wrong
         return f"the trace:\n{trace}"
-    return f"the trace is in {without_secrets(place)}"
+    return f"the trace is in {strip_secrets(place)}"
 
 
 def run_as_job(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 
 _LONGEST = 400  # of a value, in letters
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
@@ -23,9 +23,9 @@ class InputError(ValueError):
     def __init__(self, key: str, value: object, expected: str) -> None:
         self.key = key
         self.value = value
-        self.expected = without_secrets(expected)
+        self.expected = strip_secrets(expected)
         shown = key if value is None else f"{key} = {_shown(value)}"
-        super().__init__(without_secrets(" ".join(f"{shown}: {expected}".split())))
+        super().__init__(strip_secrets(" ".join(f"{shown}: {expected}".split())))
 
     @staticmethod
     @contextmanager
@@ -90,4 +90,4 @@ def first_line(error: BaseException) -> str:
     Of one that tells another's trace (Ray's do) it is the end of it, where that one says what it is.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return without_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])
+    return strip_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])

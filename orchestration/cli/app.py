@@ -23,7 +23,7 @@ from orchestration.cli import (
 )
 from orchestration.common.environment import INTERRUPTED
 from pruners.errors import InputError, did_you_mean
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 from trainers import remote_calls as looks
 
 
@@ -93,7 +93,7 @@ def _status() -> int:
         click.echo(f"espalier: {error}", err=True)
         return 2
     except click.ClickException as error:
-        click.echo(f"espalier: {without_secrets(' '.join(error.format_message().split()))}", err=True)
+        click.echo(f"espalier: {strip_secrets(' '.join(error.format_message().split()))}", err=True)
         return 2
     except FloatingPointError as error:
         click.echo(f"espalier: {error}", err=True)

@@ -23,10 +23,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.common.network import check_reachable
-from orchestration.common.redaction import without_password
 from orchestration.recipe.schema import Recipe
 from orchestration.state.stored_recipe import content_of
 from pruners.errors import InputError, did_you_mean, first_line
+from pruners.redaction import strip_credentials
 
 _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
@@ -89,7 +89,7 @@ def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
     """What a job says of itself on Ray's dashboard; no password, and no place of this machine's own."""
     if sweep is None:
         return {}
-    if storage is None or not _travels(storage) or without_password(storage) != storage:
+    if storage is None or not _travels(storage) or strip_credentials(storage) != storage:
         return {_TAG: sweep}
     return {_TAG: sweep, _PLACE: storage}
 

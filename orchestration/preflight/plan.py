@@ -15,7 +15,7 @@ from orchestration.recipe.search import Fastest
 from orchestration.reporting import plots
 from pruners.elimination.memory import fisher_bytes, layer_groups
 from pruners.methods.registry import create_pruner
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 from trainers.loop.schedules import learning_rate, pruning_plan
 
 
@@ -42,7 +42,7 @@ def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -
         console.print(terminal(recipe, console.width), highlight=False, markup=False)
         lines += _needs(prepared)
     for key, value in lines:
-        line = without_secrets(f"{key + ':':<13}{value}")
+        line = strip_secrets(f"{key + ':':<13}{value}")
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

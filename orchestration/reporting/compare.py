@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestration.common.hashing import digest
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from orchestration.common.units import count, megabytes, percent
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.schema import Recipe
@@ -183,7 +183,7 @@ def differences(sweeps: Sequence[Compared]) -> dict[str, list[str]]:
     for key in sorted({key for one in recipes for key in one} - {"name"}):
         values = [one.get(key) for one in recipes]
         if any(value != values[0] for value in values):
-            shown = ["–" if value is None else str(public(value)) for value in values]
+            shown = ["–" if value is None else str(redact(value)) for value in values]
             if len(set(shown)) == 1:  # of the same name in other folders
                 shown = [f"{text} ({digest(value)[:4]})" for text, value in zip(shown, values, strict=True)]
             found[key] = shown

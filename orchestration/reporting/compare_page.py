@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from orchestration.common.redaction import without_places
+from orchestration.common.redaction import strip_paths
 from orchestration.reporting import plots
 from orchestration.reporting.compare import HEADINGS, Compared, differences
 from pruners.errors import InputError
@@ -49,7 +49,7 @@ def page(sweeps: Sequence[Compared]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: without_places(value) if type(value) is str else value,
+        finalize=lambda value: strip_paths(value) if type(value) is str else value,
     )
     return environment.get_template("compare.html").render(
         sweeps=sweeps,

@@ -10,13 +10,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from orchestration.common.redaction import without_password
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.loading import single
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
 from orchestration.recipe.validation import validate
 from pruners.errors import InputError, did_you_mean
+from pruners.redaction import strip_credentials
 from trainers import storage
 from trainers.remote_calls import look
 
@@ -63,7 +63,7 @@ def load(place: str, name: str) -> Recipe:
         raise InputError("name", name, "has stored no recipe; start it again by 'espalier sweep'")
     content = storage.read_json(file) | {"storage": place}
     login = os.environ.get("MLFLOW_TRACKING_URI")
-    if login is not None and without_password(login) == content["tracking"]["uri"]:
+    if login is not None and strip_credentials(login) == content["tracking"]["uri"]:
         content["tracking"]["uri"] = login
     return validate(content)
 
@@ -149,4 +149,4 @@ def _without_logins(value: Any) -> Any:
         return {key: _without_logins(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_without_logins(one) for one in value]
-    return without_password(value) if isinstance(value, str) else value
+    return strip_credentials(value) if isinstance(value, str) else value

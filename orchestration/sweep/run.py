@@ -9,7 +9,7 @@ from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
 from orchestration.cluster.connect import cluster_address, connect, logs_folder
 from orchestration.common.hashing import digest
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from orchestration.common.terminal import Console
 from orchestration.preflight.checks import Prepared
 from orchestration.preflight.training import remarks
@@ -180,7 +180,7 @@ def _finish(sweep: Sweep, found: Results) -> tuple[list[Row], list[Decision]]:
 def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, span: Span) -> Sweep:
     recipe = prepared.recipe
     content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
-    shown = public(content)
+    shown = redact(content)
     lineage = {
         "git_commit": git_commit(),
         "data": prepared.data_hash,

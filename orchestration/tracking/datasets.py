@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from trainers import storage
 from trainers.config.data import DataSettings
 from trainers.sources.files import split_glob
@@ -49,7 +49,7 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
             continue
         stem = known or _stem(uri)
         name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
-        yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
+        yield Dataset(name, digest, redact(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
 
 
 def _stem(uri: str) -> str:

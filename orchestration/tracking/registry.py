@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestration.common.redaction import without_password
 from orchestration.recipe.schema import Promotion
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import quiet_environment
 from orchestration.tracking.tracker import Tracker
 from pruners.errors import InputError, did_you_mean, first_line
+from pruners.redaction import strip_credentials
 from trainers.config.structured import words
 
 if TYPE_CHECKING:
@@ -164,12 +164,12 @@ def opened(uri: str) -> Iterator[Registry]:
     try:
         yield Registry(mlflow.MlflowClient(uri))
     except MlflowException as error:
-        raise InputError("MLflow", without_password(uri), f"refuses ({refusal(error, uri)})") from None
+        raise InputError("MLflow", strip_credentials(uri), f"refuses ({refusal(error, uri)})") from None
 
 
 def refusal(error: Exception, uri: str) -> str:
     """What MLflow says, in one line and without the password that its messages repeat."""
-    return first_line(error).replace(uri.rstrip("/"), without_password(uri).rstrip("/"))
+    return first_line(error).replace(uri.rstrip("/"), strip_credentials(uri).rstrip("/"))
 
 
 def check_name(name: str, key: str) -> None:

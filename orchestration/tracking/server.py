@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from orchestration.common.network import LOOPBACK, reserve
-from orchestration.common.redaction import without_password
+from pruners.redaction import strip_credentials
 from trainers import storage
 
 DEFAULT_PORT = 5000
@@ -204,7 +204,7 @@ def _shared(file: Path) -> int:
 def answers(uri: str, timeout: float) -> bool:
     """Whether an HTTP server answers at all (asking for a password is an answer)."""
     try:
-        with urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=timeout):
+        with urllib.request.urlopen(f"{strip_credentials(uri).rstrip('/')}/health", timeout=timeout):
             return True
     except urllib.error.HTTPError as error:
         return error.code in {401, 403}

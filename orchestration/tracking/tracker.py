@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orchestration.common.redaction import public, without_password
+from orchestration.common.redaction import redact
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import answers, quiet_environment, start_server
+from pruners.redaction import strip_credentials
 from trainers.storage import MARKS
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Tracker:
 
         tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
         run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        entries = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in params.items()]
+        entries = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in params.items()]
         self._log_all(run, [], entries)
         self._open.add(run)
         return run
@@ -134,7 +135,7 @@ class Tracker:
             if not made:
                 made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
             points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
-            params = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
+            params = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
             self._log_all(made[0], points, params)
             self.client.set_terminated(made[0], run.status, ended)
             return made[0]
@@ -293,7 +294,7 @@ class Tracker:
 
     def link(self, run: str) -> str:
         """Where the UI shows a run."""
-        return f"{without_password(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
+        return f"{strip_credentials(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
 
     def flush(self) -> None:
         """Wait until everything is sent.

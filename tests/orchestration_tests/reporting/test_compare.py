@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from orchestration.cli.app import cli
-from orchestration.common.redaction import without_places
+from orchestration.common.redaction import strip_paths
 from orchestration.recipe.loading import load_recipe
 from orchestration.reporting import compare
 from orchestration.reporting.compare_page import page
@@ -214,4 +214,4 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     ],
 )
 def test_a_text_for_others(text: str, told: str) -> None:
-    assert without_places(text) == told
+    assert strip_paths(text) == told

@@ -17,7 +17,7 @@ from commands import Family
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from orchestration.common.redaction import public, without_password
+from orchestration.common.redaction import redact
 from orchestration.tracking import registry
 from orchestration.tracking import tracker as tracking
 from orchestration.tracking.check import check_uri
@@ -25,6 +25,7 @@ from orchestration.tracking.datasets import datasets
 from orchestration.tracking.server import Server, answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
+from pruners.redaction import strip_credentials
 from trainers.config.data import DataSettings
 
 
@@ -157,7 +158,7 @@ def test_a_uri_that_cannot_serve_is_refused(uri: str) -> None:
     ],
 )
 def test_a_password_is_never_shown(uri: str, shown: str) -> None:
-    assert without_password(uri) == shown
+    assert strip_credentials(uri) == shown
     with pytest.raises(InputError) as refused:
         check_uri(uri.replace("http", "hxxp").replace("sqlite", "sqlyte"))
     assert "secret" not in str(refused.value)
@@ -180,7 +181,7 @@ def test_a_password_is_never_shown(uri: str, shown: str) -> None:
     ],
 )
 def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
-    assert without_password(uri) == uri
+    assert strip_credentials(uri) == uri
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
     ],
 )
 def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
-    assert without_password(uri) == kept
+    assert strip_credentials(uri) == kept
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
     ],
 )
 def test_others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
-    assert public(value) == shown
+    assert redact(value) == shown
 
 
 # the tracker
