@@ -120,16 +120,15 @@ def farewell(sweep: str, address: str) -> str:
 
 
 def _show(recipe: Any) -> None:
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.plan import print_plan
 
-    console = Console()
-    print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
+    print_plan(output_console(120), prepare(recipe, dry_run=True))
 
 
 def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import Console, output_console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
         expected = "for a job, must be a full path or URI that every node reaches (or ESPALIER_STORAGE there)"
@@ -159,6 +158,6 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         prepared = prepare(recipe, local=address is None)
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
-        out = Console() if Console().is_terminal else Console(width=180)
+        out = output_console(180)
         with looks.limited(None):  # a place that has answered may be away for a while
             run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)

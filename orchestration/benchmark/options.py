@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from orchestration.commands.output import free_file
+from orchestration.common import defaults
 from pruners.errors import InputError
 from trainers.config.engines import Choice
 from trainers.engines.registry import ENGINES, Place, check
@@ -18,19 +19,19 @@ class BenchmarkOptions(ColumnOptions):
 
     models: tuple[str, ...]
     engines: str | None = None
-    batch: str = "1,64"
+    batch: str = defaults.BATCHES
     data: str | None = None
     calibration: str | None = None
     images: int | None = None
     threads: int | None = None
-    repetitions: int = 15
-    loss: str = "1%"
-    device: str = "cpu"
+    repetitions: int = defaults.REPETITIONS
+    loss: str = defaults.LOSS
+    device: str = defaults.BENCHMARK_DEVICE
     json: str | None = None
     plot: str | None = None
     mlflow: bool = False
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
         """Raises:

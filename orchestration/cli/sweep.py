@@ -116,14 +116,13 @@ def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
     """Show what a gradual run of RECIPE would be; needs neither data nor weights, and starts nothing."""
     from pathlib import Path
 
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.plan import print_plan
     from orchestration.recipe.loading import load_recipe
 
     prepared = prepare(load_recipe(recipe, overrides), dry_run=True)
-    console = Console()
-    print_plan(console if console.is_terminal else Console(width=120), prepared, picture=True)
+    print_plan(output_console(120), prepared, picture=True)
     if png is not None:
         from orchestration.preflight.plan import png as write
 
@@ -146,11 +145,10 @@ def recipes() -> None:
 @click.argument("part", default="")
 def keys(part: str) -> None:
     """List the keys of a recipe: values, default, meaning; all, or those below PART (recovery.lr)."""
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.recipe.reference import as_table, recipe_keys
 
-    console = Console()
-    (console if console.is_terminal else Console(width=180)).print(as_table(recipe_keys(part)))
+    output_console(180).print(as_table(recipe_keys(part)))
 
 
 COMMANDS = (sweep, run, plan, recipes, keys)

@@ -7,6 +7,7 @@ import time
 import click
 
 from orchestration.cli import options
+from orchestration.common import defaults
 from orchestration.common.environment import JOB_RECIPE, is_jobs_api
 from orchestration.launch import farewell, launch, run_as_job
 from pruners.errors import InputError
@@ -30,12 +31,12 @@ _address = click.option(
 def status(name: str | None, storage: str, address: str | None, once: bool) -> None:
     """Phases, trials, best, time left and failures of all sweeps, or of NAME; live until Ctrl-C."""
     _there(address, ["status", *([name] if name else [])], storage)
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import Console, output_console
     from orchestration.reporting.status import overview
 
     console = Console()
     if once or not console.is_terminal:
-        (console if console.is_terminal else Console(width=160)).print(overview(storage, name))
+        output_console(160).print(overview(storage, name))
         return
     from rich.live import Live
 
@@ -146,7 +147,7 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
     """What the cluster offers, whether its nodes share the storage, reach MLflow and hold the same versions,
     and whether RECIPE fits. Exit 1 with a line for each problem."""
     from orchestration.common.network import check_reachable
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.recipe.loading import load_recipe
 
     chosen = None if recipe is None else load_recipe(recipe, overrides)
@@ -163,8 +164,7 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
         nodes, problems = checking.check_through_client(address, content, place)
     else:
         nodes, problems = checking.check_cluster(address, chosen, place)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(checking.offers(nodes))
+    output_console(160).print(checking.offers(nodes))
     for problem in problems:
         click.echo(problem)
     if problems:
@@ -182,12 +182,12 @@ def new_name(name: str | None) -> list[str]:
 
 
 def _where(storage: str | None) -> list[str]:
-    return [] if storage in (None, options.DEFAULT_STORAGE) else ["--storage", str(storage)]
+    return [] if storage in (None, defaults.STORAGE) else ["--storage", str(storage)]
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
     """The storage that is given, or that in which a job put the sweep."""
-    if storage != options.DEFAULT_STORAGE:
+    if storage != defaults.STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of
 
@@ -210,12 +210,11 @@ def _there(address: str | None, words: list[str], storage: str) -> None:
 @click.option("--html", metavar="FILE", help="Write it as one page with figures, which needs nothing else.")
 def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     """Final models of the sweeps NAME..., what differs between their recipes, and what failed."""
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.reporting.compare import read, tables
 
     if html is None:
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(tables(read(storage, names)))
+        output_console(160).print(tables(read(storage, names)))
         return
     from orchestration.commands.output import free_file
     from orchestration.reporting.compare_page import write

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from orchestration.common import defaults
 from pruners.errors import InputError, did_you_mean
 from pruners.model.sparsity_pattern import Pattern
 from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, ScopeName
@@ -25,24 +26,24 @@ class PruneOptions(ColumnOptions):
 
     model: str
     out: str
-    method: str = "ovit"
+    method: str = defaults.METHOD
     sparsity: float | None = None
-    pattern: str = "unstructured"
-    unfit: str = "refuse"
+    pattern: str = defaults.PATTERN
+    unfit: str = defaults.UNFIT
     scope: str | None = None
-    floor: float = 0.0
-    ceiling: float = 1.0
+    floor: float = defaults.FLOOR
+    ceiling: float = defaults.CEILING
     layers: tuple[str, ...] = ()
     data: str | None = None
     test: str | None = None
     gradients: int | None = None
-    batch_size: int = 128
+    batch_size: int = defaults.BATCH_SIZE
     per_sample: bool = False
     block_size: int | None = None
     damp: str | None = None
     relative: bool | None = None
     memory: str | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
 
     def check(self) -> None:

@@ -16,6 +16,7 @@ from orchestration.commands.finetune import Finetuning
 from orchestration.commands.model_source import as_folder, at_hand, check_images
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.training_options import AwareOptions, FinetuneOptions, QuantizeOptions
+from orchestration.common import defaults
 from orchestration.tracking.pyfunc_model import labels_of
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
@@ -31,7 +32,6 @@ from trainers.optional_imports import require
 from trainers.quantization import int8_folder as int8
 from trainers.quantization.checks import check_mode
 
-_BATCH = 128
 _OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
 """Keys of the layers below -> what this command's user wrote."""
 _ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
@@ -191,5 +191,5 @@ def _images(options: QuantizeOptions, model: nn.Module) -> Images:
         return Images(calibration)
     check_images(options.test, model, "--test", options.columns)
     table = data.images(options.test, transform, key="--test", columns=options.columns)
-    tests = data.eval_loader(table, _BATCH)
+    tests = data.eval_loader(table, defaults.BATCH_SIZE)
     return Images(calibration, tests, evaluate(model, tests).top1)

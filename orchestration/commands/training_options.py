@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from orchestration.commands.prune_options import layer_patterns, one_of
+from orchestration.common import defaults
 from orchestration.recipe.loading import part
 from orchestration.recipe.schema import AWARE, AwareTraining
 from pruners.errors import InputError
@@ -31,10 +32,10 @@ class FinetuneOptions(ColumnOptions):
     validation: str | None = None
     classes: int | None = None
     layers: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
         """Raises:
@@ -79,10 +80,10 @@ class QuantizeOptions(ColumnOptions):
     validation: str | None = None
     test: str | None = None
     images: int | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
         """Raises:

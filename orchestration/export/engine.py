@@ -19,6 +19,7 @@ from torch import nn
 
 from orchestration.commands.model_source import as_folder, at_hand, check_images
 from orchestration.commands.output import free_folder, whole_folder
+from orchestration.common import defaults
 from orchestration.export import sample_images as photographs
 from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
@@ -56,7 +57,7 @@ class Wanted(ColumnOptions):
     data: str | None = None
     calibration: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     @property
     def form(self) -> Format:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from orchestration.common import defaults
 from orchestration.recipe.phases import Phase
 from orchestration.recipe.search import AllocationSearch, ScheduleSearch
 from trainers.config.base import Amount, Name, Seed, Settings, Share, ShortName, Workers
@@ -100,8 +101,8 @@ class Recipe(Settings):
 
     name: ShortName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = Field("", max_length=5000)
-    seed: Seed = 0
-    storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
+    seed: Seed = defaults.SEED
+    storage: Name = Field(defaults.STORAGE, description="folder or pyarrow URI that every node reaches")
     model: ModelSettings
     data: DataSettings
     dense: TrainingSettings | None = Field(

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from orchestration.common import defaults
 from orchestration.common.network import LOOPBACK, reserve
 from pruners.redaction import strip_credentials
 from trainers import storage
@@ -118,7 +119,7 @@ class Server:
 def tracking_folder(place: str) -> Path:
     """Where a server of ours keeps its files: beside the results, or here if those are remote."""
     where = storage.absolute(place).removeprefix("file://")
-    return Path("runs" if "://" in where else where).absolute() / "mlflow"
+    return Path(defaults.STORAGE if "://" in where else where).absolute() / "mlflow"
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
