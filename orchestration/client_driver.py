@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -18,11 +18,14 @@ from ray.util.queue import Queue
 from orchestration.cluster.connect import joined
 from orchestration.recipe.phases import Span
 
+if TYPE_CHECKING:
+    from orchestration.recipe.schema import Recipe
+
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
 
 
-def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str, span: Span) -> None:
+def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, span: Span) -> None:
     """Run a recipe's sweep on the cluster behind ``address``.
 
     Raises:
@@ -64,17 +67,15 @@ class _Sender(io.TextIOBase):
         return len(text)
 
 
-def _drive(recipe: dict[str, Any], recipe_name: str, span: Span, lines: Queue) -> None:
+def _drive(recipe: Recipe, recipe_name: str, span: Span, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
     from orchestration.common.terminal import Console
     from orchestration.preflight.checks import prepare
-    from orchestration.recipe.schema import Recipe
     from orchestration.reporting.display import Display
     from orchestration.state.stored_recipe import check_unchanged
     from orchestration.sweep.run import run_sweep
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
-        given = Recipe.model_validate(recipe)
-        check_unchanged(given)
-        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name, span=span)
+        check_unchanged(recipe)
+        run_sweep(prepare(recipe), display, console, address="auto", recipe_name=recipe_name, span=span)

@@ -140,8 +140,7 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
     if address is not None and address.startswith("ray://"):
         from orchestration.client_driver import run_through_client
 
-        content = recipe.model_dump(mode="json")
-        run_through_client(content, address=address, recipe_name=name, span=span)
+        run_through_client(recipe, address=address, recipe_name=name, span=span)
         return
     from orchestration.state.stored_recipe import check_unchanged
     from trainers import remote_calls as looks

@@ -111,11 +111,9 @@ def resume(
         places = {"sweep": new or name, "storage": storage}
         raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **places))
     where = _where(storage)
-    from orchestration.recipe.loading import overridden
     from orchestration.state.stored_recipe import load
 
-    stored = load(storage, name).model_dump(mode="json")
-    recipe = overridden(stored, [*overrides, *new_name(new)])
+    recipe = load(storage, name, [*overrides, *new_name(new)])
     said = ["resume", recipe.name, *([] if new else overrides), *where]
     launch(recipe, said, name, address=address, detach=detach)
 

@@ -23,7 +23,7 @@ from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
 from trainers.checkpoint.trainer_state import check_recorded
 from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method
-from trainers.config.quantization import Mode
+from trainers.config.quantization import Calibration, Mode
 from trainers.data import datasets as data
 from trainers.export.onnx import FILE
 from trainers.loop.evaluation import evaluate
@@ -67,9 +67,9 @@ class Training(Finetuning):
         changes = {
             "pruning": None,
             "method": method if method in get_args(Method) else None,
-            "quantize": {"images": self.options.images},
+            "quantize": Calibration(images=self.options.images),
         }
-        return TrainJob.model_validate(super()._job(start, work).model_dump() | changes)
+        return super()._job(start, work).model_copy(update=changes)
 
 
 @dataclass(frozen=True)

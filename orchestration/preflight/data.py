@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pyarrow import fs
 
 from orchestration.common.hashing import digest
@@ -82,9 +79,8 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
         )
         names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
     check_alike(names, key="data")
-    found: Mapping[str, Any] = data.model_dump() | places
     # what the columns hold is in the hashes
-    rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
+    rest = data.model_dump(exclude={*places, *_COLUMNS})
     # held out of train, the validation images are drawn by the seed; files of their own are what they are
     drawn = () if data.validation is not None else ({"seed": recipe.seed},)
-    return DataSettings.model_validate(found), digest(hashes, rest, *drawn), missing
+    return data.model_copy(update=places), digest(hashes, rest, *drawn), missing

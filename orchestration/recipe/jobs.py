@@ -92,7 +92,7 @@ def aware_job(
         "seed": recipe.seed,
         "model": ModelSettings(checkpoint=checkpoint, classes=recipe.model.classes),
         "data": data,
-        "training": settings.training and settings.training.model_dump(mode="json"),
+        "training": settings.training,
         "method": method,
         "quantize": settings.calibration,
         "threads": threads(recipe),

@@ -6,12 +6,13 @@ It holds neither the storage, which is where it was found, nor a password.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from pyarrow import fs
 
 from orchestration.recipe.dotted_keys import flatten
-from orchestration.recipe.loading import single
+from orchestration.recipe.loading import overridden, single
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
 from orchestration.recipe.validation import validate
@@ -51,8 +52,13 @@ def store(recipe: Recipe) -> None:
     storage.write_json(f"{folder_of(recipe.storage, recipe.name)}/{_FILE}", content_of(recipe))
 
 
-def load(place: str, name: str) -> Recipe:
+def load(place: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that the sweep of this name was last started with.
+
+    Args:
+        place: the storage.
+        name: of the sweep.
+        overrides: ``key.sub=value`` strings that go before what is stored.
 
     Raises:
         InputError: no sweep of this name, or one that has stored no recipe.
@@ -65,7 +71,7 @@ def load(place: str, name: str) -> Recipe:
     login = os.environ.get("MLFLOW_TRACKING_URI")
     if login is not None and strip_credentials(login) == content["tracking"]["uri"]:
         content["tracking"]["uri"] = login
-    return validate(content)
+    return overridden(content, overrides)
 
 
 def names(place: str) -> list[str]:
