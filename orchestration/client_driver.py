@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 
 from orchestration.cluster.connect import joined
-from orchestration.recipe.phases import Span
+from orchestration.recipe.phases import PhaseRange
 
 if TYPE_CHECKING:
     from orchestration.recipe.schema import Recipe
@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
 
 
-def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, span: Span) -> None:
+def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, phase_range: PhaseRange) -> None:
     """Run a recipe's sweep on the cluster behind ``address``.
 
     Raises:
@@ -34,7 +34,7 @@ def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, span: 
     """
     with joined(address):
         lines = Queue(actor_options={"num_cpus": 0})
-        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, span, lines)
+        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, phase_range, lines)
         try:
             done: list[Any] = []
             while not done:
@@ -67,7 +67,7 @@ class _Sender(io.TextIOBase):
         return len(text)
 
 
-def _drive(recipe: Recipe, recipe_name: str, span: Span, lines: Queue) -> None:
+def _drive(recipe: Recipe, recipe_name: str, phase_range: PhaseRange, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
     from orchestration.common.terminal import Console
     from orchestration.preflight.checks import prepare
@@ -78,4 +78,11 @@ def _drive(recipe: Recipe, recipe_name: str, span: Span, lines: Queue) -> None:
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
         check_unchanged(recipe)
-        run_sweep(prepare(recipe), display, console, address="auto", recipe_name=recipe_name, span=span)
+        run_sweep(
+            prepare(recipe),
+            display,
+            console,
+            address="auto",
+            recipe_name=recipe_name,
+            phase_range=phase_range,
+        )

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE, is_jobs_api
-from orchestration.recipe.phases import WHOLE, Span
+from orchestration.recipe.phases import ALL_PHASES, PhaseRange
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_secrets
 
@@ -25,7 +25,7 @@ def launch(
     said: Sequence[str],
     name: str,
     *,
-    span: Span = WHOLE,
+    phase_range: PhaseRange = ALL_PHASES,
     dry_run: bool = False,
     address: str | None,
     detach: bool = False,
@@ -35,7 +35,7 @@ def launch(
     Args:
         said: the command as it was given, without the address: what goes on with it after Ctrl-C.
         name: of the recipe, as it was given.
-        span: the phases to run.
+        phase_range: the phases to run.
         detach: a submitted job is not followed.
 
     Raises:
@@ -45,7 +45,7 @@ def launch(
         _show(recipe)
         return
     if address is not None and is_jobs_api(address):
-        words = ["sweep", JOB_RECIPE, *span.words]
+        words = ["sweep", JOB_RECIPE, *phase_range.options]
         places = {"sweep": recipe.name, "storage": recipe.storage}
         raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
@@ -54,7 +54,7 @@ def launch(
     if JOB in os.environ:  # the laptop that submitted it knows where it did
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
-        _start(said[0], recipe, name, address, span)
+        _start(said[0], recipe, name, address, phase_range)
     except InputError:
         raise
     except Exception as error:  # whatever it was: one line, and the whole where it does not hide the line
@@ -127,7 +127,7 @@ def _show(recipe: Any) -> None:
     print_plan(output_console(120), prepare(recipe, dry_run=True))
 
 
-def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
+def _start(command: str, recipe: Any, name: str, address: str | None, phase_range: PhaseRange) -> None:
     from orchestration.common.terminal import Console, output_console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
@@ -140,7 +140,7 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
     if address is not None and address.startswith("ray://"):
         from orchestration.client_driver import run_through_client
 
-        run_through_client(recipe, address=address, recipe_name=name, span=span)
+        run_through_client(recipe, address=address, recipe_name=name, phase_range=phase_range)
         return
     from orchestration.state.stored_recipe import check_unchanged
     from trainers import remote_calls as looks
@@ -159,4 +159,4 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = output_console(180)
         with looks.limited(None):  # a place that has answered may be away for a while
-            run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)
+            run_sweep(prepared, display, out, address=address, recipe_name=name, phase_range=phase_range)

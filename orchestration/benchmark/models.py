@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.commands.model_source import as_checkpoint_folder, resolved
 from orchestration.export.engine import RECORD, read_record, source_of, torch_answers
 from orchestration.export.formats import FORMATS, Source
 from pruners.errors import InputError
@@ -139,7 +139,7 @@ def form_of(choice: Choice) -> str | None:
 
 
 @contextmanager
-def opened(
+def load_variants(
     names: Sequence[str],
     calibration: str | None,
     tracking_uri: str | None,
@@ -155,7 +155,7 @@ def opened(
     with ExitStack() as stack:
         found: list[Variant] = []
         for name, label in zip(names, labels(names), strict=True):
-            place = stack.enter_context(at_hand(name, tracking_uri, storage))
+            place = stack.enter_context(resolved(name, tracking_uri, storage))
             found.append(_open(stack, place, name, label, calibration=calibration, columns=columns))
             _check_alike(found[0], found[-1], name)
         yield found
@@ -188,7 +188,7 @@ def _open(
         return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
     if "://" not in place and int8.is_int8(local):
         return _quantised(stack, local, name, label)
-    folder, record = stack.enter_context(as_folder(place))
+    folder, record = stack.enter_context(as_checkpoint_folder(place))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
     source = source_of(loaded.model.float().eval(), folder, calibration, columns)

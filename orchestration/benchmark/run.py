@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePath
 
 from orchestration.benchmark.measure import measure
-from orchestration.benchmark.models import opened
+from orchestration.benchmark.models import load_variants
 from orchestration.benchmark.options import BenchmarkOptions
 from orchestration.benchmark.plot import accuracy_over_latency, figure
 from orchestration.benchmark.report import Report
@@ -32,7 +32,9 @@ def run(options: BenchmarkOptions) -> Report:
         check_uri(options.tracking_uri)
     machine = describe_machine()
     models, calibration, columns = options.models, options.calibration, options.columns
-    with opened(models, calibration, options.tracking_uri, options.storage, columns=columns) as variants:
+    with load_variants(
+        models, calibration, options.tracking_uri, options.storage, columns=columns
+    ) as variants:
         named = ", ".join(one.name for one in variants)
         with Bars(heading=f"{named}: on {', '.join(map(str, options.choices))}") as bars:
             rows = measure(variants, options, bars)

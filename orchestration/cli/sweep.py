@@ -6,7 +6,7 @@ import click
 
 from orchestration.cli import options, sweeps
 from orchestration.launch import launch
-from orchestration.recipe.phases import PHASES, Phase, Span
+from orchestration.recipe.phases import PHASES, Phase, PhaseRange
 from pruners.errors import InputError, did_you_mean
 
 _recipe = click.argument("recipe")
@@ -69,10 +69,10 @@ def sweep(
     from orchestration.recipe.loading import load_recipe
 
     overrides += tuple(sweeps.new_name(new))
-    span = Span(first, last)
-    said = ["sweep", recipe, *overrides, *span.words]
+    phase_range = PhaseRange(first, last)
+    said = ["sweep", recipe, *overrides, *phase_range.options]
     chosen = load_recipe(recipe, overrides)
-    launch(chosen, said, recipe, span=span, dry_run=dry_run, address=address, detach=detach)
+    launch(chosen, said, recipe, phase_range=phase_range, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()
@@ -94,7 +94,7 @@ def run(
     detach: bool,
 ) -> None:
     """One model, one method, no search: the gradual run of RECIPE as it stands."""
-    from orchestration.recipe.loading import load_recipe, single
+    from orchestration.recipe.loading import load_recipe, single_run
 
     overrides += tuple(sweeps.new_name(new))
     chosen = load_recipe(recipe, overrides)
@@ -103,7 +103,7 @@ def run(
         raise InputError(
             "--method", method, f"must be one of {', '.join(methods)}{did_you_mean(method, methods)}"
         )
-    one = single(chosen, method or methods[0])
+    one = single_run(chosen, method or methods[0])
     said = ["run", recipe, *overrides, "--method", one.pruning.methods[0]]
     launch(one, said, recipe, dry_run=dry_run, address=address, detach=detach)
 

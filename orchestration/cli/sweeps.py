@@ -70,16 +70,16 @@ def logs(name: str, trial: str | None, storage: str, address: str | None) -> Non
 def stop(name: str, storage: str, address: str | None) -> None:
     """End the sweep NAME as Ctrl-C would, wherever its driver runs: what is finished is kept."""
     _there(address, ["stop", name], storage)
-    from orchestration.state import heartbeat as journal
+    from orchestration.state import heartbeat
     from orchestration.state.stored_recipe import find
 
     find(storage, name)
-    state = journal.read(storage, name)
+    state = heartbeat.read(storage, name)
     if state is None or state["state"] != "running":
         raise InputError("name", name, f"is not at work ({state['state'] if state else 'no journal'})")
-    journal.ask_to_stop(storage, name)
+    heartbeat.ask_to_stop(storage, name)
     deadline = time.monotonic() + _STOP_SECONDS
-    while (state := journal.read(storage, name)) and state["state"] == "running":
+    while (state := heartbeat.read(storage, name)) and state["state"] == "running":
         if time.monotonic() > deadline:
             click.echo(f"asked, but not ended in {_STOP_SECONDS:.0f} s; see espalier status {name}", err=True)
             raise click.exceptions.Exit(1)

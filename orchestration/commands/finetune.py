@@ -20,13 +20,13 @@ from torch import nn
 
 from orchestration.commands.model_source import (
     Patterns,
-    at_hand,
     check_images,
     device_for,
     is_file,
     layers_of,
     load,
     recorded_patterns,
+    resolved,
 )
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.progress import Bars, interruptible
@@ -73,7 +73,7 @@ class Finetuning:
         device = torch.device(device_for(options.device))
         check_training(options.training, "")
         patterns: Patterns | None = layer_patterns(options.layers)
-        with at_hand(options.checkpoint, options.tracking_uri, options.storage) as place:
+        with resolved(options.checkpoint, options.tracking_uri, options.storage) as place:
             loaded = load(place, patterns)
             layers_of(loaded, patterns)
             parent = _parent(options.checkpoint, place)

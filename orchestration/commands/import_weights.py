@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any, cast
 
 from orchestration.commands.output import free_folder, whole_folder
-from orchestration.recipe.loading import part
+from orchestration.recipe.loading import load_part
 from pruners.errors import InputError
 from trainers.checkpoint.folder import save_foreign, size_on_disk
 from trainers.config.base import is_weights_file
@@ -36,7 +36,7 @@ def import_weights(
     target = free_folder(out, "--out")
     defaults = {"checkpoint": absolute(file), "architecture": architecture}
     with InputError.renamed(_OPTIONS, _PHRASES):
-        settings = part(ModelSettings, [f"args.{one}" for one in arguments], defaults)
+        settings = load_part(ModelSettings, [f"args.{one}" for one in arguments], defaults)
         model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
     with whole_folder(target, out, "--out") as folder:
         save_foreign(folder, model, file, chosen, model_args={})

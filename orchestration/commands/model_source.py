@@ -56,7 +56,7 @@ def check_named(name: str) -> None:
 
 
 @contextmanager
-def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
 
     Raises:
@@ -74,7 +74,7 @@ def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
 
 
 @contextmanager
-def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
 
     Raises:

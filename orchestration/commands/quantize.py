@@ -13,7 +13,7 @@ from rich.status import Status
 from torch import nn
 
 from orchestration.commands.finetune import Finetuning
-from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.training_options import AwareOptions, FinetuneOptions, QuantizeOptions
 from orchestration.common import defaults
@@ -105,8 +105,8 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
     target = free_folder(options.out, "--out")
     with (
         InputError.renamed(_OPTIONS),
-        at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
-        as_folder(place) as (source, _),
+        resolved(options.checkpoint, options.tracking_uri, options.storage) as place,
+        as_checkpoint_folder(place) as (source, _),
     ):
         loaded = load_checkpoint(str(source), key="model")
         model = loaded.model.eval()

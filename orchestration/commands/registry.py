@@ -82,14 +82,14 @@ def promote_version(
         InputError: no such model or version, or names that MLflow does not take.
     """
     from orchestration.tracking import promotion
-    from orchestration.tracking.registry import check_alias, check_name, opened
+    from orchestration.tracking.registry import check_alias, check_name, open_registry
 
     check_alias(alias, "--alias")
     if name is not None:
         check_name(name, "NAME")
     if number is not None and not number.isdecimal():
         raise InputError("--version", number, "must be the number of a version")
-    with opened(_database(tracking_uri, storage)) as registry:
+    with open_registry(_database(tracking_uri, storage)) as registry:
         names = registry.names()
         if name is None and len(names) != 1:
             raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
@@ -107,10 +107,10 @@ def promote_version(
 def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """Lines about a registered version and what it comes from."""
     from orchestration.tracking import lineage
-    from orchestration.tracking.registry import opened, parse
+    from orchestration.tracking.registry import open_registry, parse
 
     parse(reference)
-    with opened(_database(tracking_uri, storage)) as registry:
+    with open_registry(_database(tracking_uri, storage)) as registry:
         yield from lineage.lines(registry, reference)
 
 

@@ -9,7 +9,7 @@ from typing import get_args
 
 from orchestration.commands.prune_options import layer_patterns, one_of
 from orchestration.common import defaults
-from orchestration.recipe.loading import part
+from orchestration.recipe.loading import load_part
 from orchestration.recipe.schema import AWARE, AwareTraining
 from pruners.errors import InputError
 from trainers.config.quantization import Mode
@@ -51,7 +51,7 @@ class FinetuneOptions(ColumnOptions):
         """Raises:
         InputError: a key or value of ``settings`` that cannot be.
         """
-        return part(TrainingSettings, self.settings, _DEFAULTS)
+        return load_part(TrainingSettings, self.settings, _DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class AwareOptions(FinetuneOptions):
         """Raises:
         InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
         """
-        return part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
+        return load_part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.commands.model_source import as_checkpoint_folder, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from pruners.errors import InputError
 from trainers.checkpoint.folder import is_packed, pack_folder, size_on_disk, verify
@@ -23,7 +23,7 @@ def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) 
         InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
     """
     target = free_folder(out, "OUT")
-    with at_hand(checkpoint, tracking_uri, storage) as place:
+    with resolved(checkpoint, tracking_uri, storage) as place:
         if "://" not in place and is_int8(Path(absolute(place))):
             return list(_compress_int8(Path(absolute(place)), checkpoint, target, out))
         return list(_compress(place, target, out))
@@ -41,7 +41,7 @@ def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Ite
 
 
 def _compress(place: str, target: Path, out: str) -> Iterator[str]:
-    with as_folder(place) as (source, record):
+    with as_checkpoint_folder(place) as (source, record):
         before = size_on_disk(source)
         with whole_folder(target, out, "OUT") as folder:
             packed = pack_folder(source, folder, record)
@@ -65,7 +65,7 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     if not reference.startswith("models:/"):
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
     target = free_folder(dest, "DEST")
-    with at_hand(reference, tracking_uri, storage) as place, whole_folder(target, dest, "DEST") as folder:
+    with resolved(reference, tracking_uri, storage) as place, whole_folder(target, dest, "DEST") as folder:
         shutil.copytree(place, folder, dirs_exist_ok=True)
         quantised = is_int8(folder)
         record = (read_record if quantised else verify)(folder, reference, key="model")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.common import defaults
 from orchestration.export import sample_images as photographs
@@ -75,8 +75,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
     form.check(wanted.kind, wanted.calibration)
     target = free_folder(wanted.out, "OUT")
     with (
-        at_hand(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as place,
-        as_folder(place) as (checkpoint, record),
+        resolved(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as place,
+        as_checkpoint_folder(place) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
         if form.kind == "int8" and wanted.calibration is None:

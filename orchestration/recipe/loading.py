@@ -35,7 +35,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return validate(content)
 
 
-def part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
+def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
     """A part of a recipe without the rest, from ``key.sub=value`` strings over some defaults.
 
     Raises:
@@ -84,7 +84,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return validate(content)
 
 
-def single(recipe: Recipe, method: str) -> Recipe:
+def single_run(recipe: Recipe, method: str) -> Recipe:
     """The recipe of one run without a search: one method, its own allocation, the recipe's own schedule."""
     content = recipe.model_dump(mode="json")
     content["pruning"]["methods"] = [method]

@@ -16,8 +16,8 @@ from orchestration.common.redaction import redact
 from orchestration.common.units import count, megabytes, percent
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.schema import Recipe
-from orchestration.reporting.status import phases, said
-from orchestration.state import heartbeat as journal
+from orchestration.reporting.status import format_state, phases
+from orchestration.state import heartbeat
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, load
 from orchestration.state.trial_log import TrialRecord
 from pruners.errors import InputError
@@ -121,7 +121,7 @@ def read(place: str, names: Sequence[str]) -> list[Compared]:
 
 def _read(place: str, name: str) -> Compared:
     recipe = load(place, name)
-    state = journal.read(place, name)
+    state = heartbeat.read(place, name)
     found = phases(place, state) if state else []
     trials = {phase.label: phase.log.trials for phase in found if phase.log}
     searches = [
@@ -147,7 +147,14 @@ def _read(place: str, name: str) -> Compared:
     if state is not None and state["reason"]:
         failures.append(state["reason"])
     return Compared(
-        name, said(state) if state else "state not known", note, recipe, models, searches, dense, failures
+        name,
+        format_state(state) if state else "state not known",
+        note,
+        recipe,
+        models,
+        searches,
+        dense,
+        failures,
     )
 
 

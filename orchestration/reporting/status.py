@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestration.reporting.display import leading
-from orchestration.state import heartbeat as journal
+from orchestration.state import heartbeat
 from orchestration.state.stored_recipe import find, names
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError, did_you_mean
@@ -75,7 +75,7 @@ def overview(place: str, name: str | None) -> Group:
         column.justify = "right"
     failures: list[str] = []
     for one in [name] if name is not None else names(place):
-        state = journal.read(place, one)
+        state = heartbeat.read(place, one)
         if state is None:
             table.add_row(one, "not known: begun by an earlier version, or not yet")
             continue
@@ -86,7 +86,7 @@ def overview(place: str, name: str | None) -> Group:
 def _add(table: Table, failures: list[str], place: str, name: str, state: dict[str, Any]) -> None:
     if state["reason"]:
         failures.append(f"{name}: {state['reason']}")
-    told = [name, said(state)]
+    told = [name, format_state(state)]
     for number, phase in enumerate(phases(place, state), start=1):
         records = phase.log.trials if phase.log else []
         failed = phase.failures()
@@ -107,7 +107,7 @@ def _add(table: Table, failures: list[str], place: str, name: str, state: dict[s
         table.add_row(*told)
 
 
-def said(state: dict[str, Any]) -> str:
+def format_state(state: dict[str, Any]) -> str:
     """Whether a sweep is at work, or how it ended, and when."""
     since = state["began"] if state["state"] == "running" else state["updated"]
     return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
@@ -123,13 +123,13 @@ def log_lines(place: str, name: str, trial: str | None) -> list[str]:
         InputError: no such sweep or trial.
     """
     find(place, name)
-    state = journal.read(place, name)
+    state = heartbeat.read(place, name)
     if state is None:
         raise InputError("name", name, "has written no journal yet, or was run by an earlier version")
     if trial is not None:
         return _trial(phases(place, state), trial, state)
     failed = [key for phase in phases(place, state) for key, one in phase.trials() if one.state == "failed"]
-    lines = [f"{name}: {said(state)} (process {state['pid']} on {state['host']})"]
+    lines = [f"{name}: {format_state(state)} (process {state['pid']} on {state['host']})"]
     lines += state["said"][-_LINES:]
     lines += [state["reason"]] if state["reason"] else []
     lines += [f"more of a failed trial: espalier logs {name} {key}" for key in failed]

@@ -28,7 +28,7 @@ class Progress(Protocol):
         """``phases`` (each with its ``log``, the file of its trials, or ``None``) and what else is known."""
 
 
-class Journal:
+class Heartbeat:
     """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
 
     A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
@@ -40,7 +40,7 @@ class Journal:
         self._root, self._display = folder_of(place, name), display
         self._prefix = f"{storage.absolute(place)}/"
         self._ended = threading.Event()
-        self._beat = threading.Thread(target=self._keep, name="journal", daemon=True)
+        self._beat = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
         self._about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -48,7 +48,7 @@ class Journal:
             "ray_logs": ray_logs,
         }
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Heartbeat:
         if storage.exists(f"{self._root}/{_STOP}"):  # meant a run of before
             storage.remove_file(f"{self._root}/{_STOP}")
         self._write("running")
@@ -88,7 +88,7 @@ class Journal:
 
 
 def read(place: str, name: str) -> dict[str, Any] | None:
-    """What the journal of a sweep says; its ``state`` is ``gone`` where the driver ended without a word."""
+    """What a sweep's driver wrote last; ``state`` is ``gone`` where the driver ended without a word."""
     file = f"{folder_of(place, name)}/{_STATE}"
     if not storage.exists(file):
         return None

@@ -148,7 +148,7 @@ def _runs(target: LatencyTarget, key: str) -> Target:
     return Target(target.choice, Place(target.threads), target.batch)
 
 
-def told(table: LatencyTable, target: LatencyTarget) -> str:
+def format_times(table: LatencyTable, target: LatencyTarget) -> str:
     """What a table comes to, in a line; also that zeros gain nothing, where they do not."""
     dense, sparse = table.at({}), table.uniform(_SHOWN)
     fastest = min(table.uniform(one) for curve in table.curves.values() for one in curve.sparsities)

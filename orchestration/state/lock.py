@@ -35,7 +35,7 @@ class TakenError(Exception):
 
 
 @contextmanager
-def alone_here(place: str, name: str) -> Iterator[None]:
+def local_lock(place: str, name: str) -> Iterator[None]:
     """Hold the name in a storage on this file system; the system frees it however the process ends.
 
     Raises:
@@ -50,7 +50,7 @@ def alone_here(place: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone_on_cluster(root: str, name: str) -> Iterator[None]:
+def cluster_lock(root: str, name: str) -> Iterator[None]:
     """Hold the name on the Ray cluster, by an actor that goes with this driver.
 
     Raises:
@@ -65,7 +65,9 @@ def alone_on_cluster(root: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(place: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool) -> Iterator[None]:
+def artifact_lock(
+    place: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
+) -> Iterator[None]:
     """Hold what all sweeps of a storage share; who comes second waits, and can be interrupted.
 
     Take one at a time: who holds one and waits for another may wait for ever.

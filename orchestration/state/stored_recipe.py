@@ -12,7 +12,7 @@ from typing import Any
 from pyarrow import fs
 
 from orchestration.recipe.dotted_keys import flatten
-from orchestration.recipe.loading import overridden, single
+from orchestration.recipe.loading import overridden, single_run
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
 from orchestration.recipe.validation import validate
@@ -121,9 +121,9 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys that differ, each with the old value and the new one, except what a sweep may go on with."""
     # one run without a search is a part of the sweep of the same recipe
     if _is_single(new):
-        old = single(old, new.pruning.methods[0])
+        old = single_run(old, new.pruning.methods[0])
     elif _is_single(old):
-        new = single(new, old.pruning.methods[0])
+        new = single_run(new, old.pruning.methods[0])
     before, after = flatten(content_of(old)), flatten(content_of(new))
     return {
         key: (before.get(key), after.get(key))

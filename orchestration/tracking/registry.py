@@ -151,7 +151,7 @@ class Registry:
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[Registry]:
+def open_registry(uri: str) -> Iterator[Registry]:
     """The registry of an MLflow; what it refuses, or does not answer, is one line.
 
     Raises:
@@ -260,13 +260,13 @@ def register(
 
 def versions(uri: str) -> list[Version]:
     """All registered versions, by model, newest first."""
-    with opened(uri) as registry:
+    with open_registry(uri) as registry:
         return [version for name in sorted(registry.names()) for version in registry.versions(name)]
 
 
 def version_of(reference: str, uri: str) -> str:
     """``models:/NAME/2`` for what an alias names now."""
-    with opened(uri) as registry:
+    with open_registry(uri) as registry:
         return registry.resolve(reference).uri
 
 

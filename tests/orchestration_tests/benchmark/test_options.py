@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.benchmark import models as variants
+from orchestration.benchmark.models import labels
 from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
 from trainers import optional_imports as optional
@@ -75,11 +75,11 @@ def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_tell_models_apart() -> None:
-    assert variants.labels(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
-    assert variants.labels(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
-    assert variants.labels(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
+    assert labels(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
+    assert labels(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
+    assert labels(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
     with pytest.raises(InputError, match="same model twice"):
-        variants.labels(["/a/b", "/a/b"])
+        labels(["/a/b", "/a/b"])
 
 
 def test_places_of_one_processor_are_pinned() -> None:

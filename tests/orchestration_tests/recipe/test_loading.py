@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestration.recipe.dotted_keys import flatten, get, put
-from orchestration.recipe.loading import describe_shipped, load_recipe, shipped, single, with_values
+from orchestration.recipe.loading import describe_shipped, load_recipe, shipped, single_run, with_values
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.validation import validate
 from pruners.errors import InputError
@@ -47,7 +47,7 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
     assert load_recipe(str(shipped()[name])) == found
     assert validate(yaml.safe_load(yaml.safe_dump(found.model_dump(mode="json")))) == found
     for method in found.pruning.methods:
-        assert single(found, method).pruning.methods == (method,)
+        assert single_run(found, method).pruning.methods == (method,)
 
 
 def test_shipped_recipes_are_described() -> None:
@@ -254,7 +254,7 @@ def test_values_in_place_of_the_recipe_s() -> None:
 
 
 def test_a_single_run() -> None:
-    found = single(load_recipe("demo"), "ovit")
+    found = single_run(load_recipe("demo"), "ovit")
     assert found.pruning.methods == ("ovit",)
     assert (found.allocation.trials, found.schedule.trials, found.schedule.space) == (0, 1, {})
 

@@ -20,7 +20,7 @@ from orchestration.recipe.loading import load_recipe
 from orchestration.reporting import compare
 from orchestration.reporting.compare_page import page
 from orchestration.reporting.display import Display
-from orchestration.state import heartbeat as journal
+from orchestration.state import heartbeat
 from orchestration.state.stored_recipe import folder_of, store
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
@@ -63,7 +63,7 @@ def sweep(
         why = "FileNotFoundError: [Errno 2] No such file: '/home/me/secret place/x.parquet'"
         searches["schedule"].add(TrialRecord(3, {}, "failed", None, error=why))
     try:
-        with journal.Journal(str(place), name, display, "/ray/session/logs"):
+        with heartbeat.Heartbeat(str(place), name, display, "/ray/session/logs"):
             for kind, log in searches.items():
                 display.phase(f"ovit: {kind} search", trials=3, label=f"ovit-{kind}", log=log.uri)
                 display.finished("done")

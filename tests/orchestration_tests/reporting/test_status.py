@@ -19,7 +19,7 @@ from rich.console import Console
 from orchestration.cli.app import cli
 from orchestration.reporting.display import Display
 from orchestration.reporting.status import log_lines, overview
-from orchestration.state import heartbeat as journal
+from orchestration.state import heartbeat
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
@@ -47,7 +47,7 @@ def at_work(tmp_path: Path, display: Display) -> Iterator[Path]:
     """A sweep in its second phase: one trial finished, one failed, one running."""
     log = TrialLog(f"{tmp_path}/sweeps/mine/schedule-ovit-abc/trials.json")
     display.plan(3)
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         display.phase("dense model")
         display.finished("reused, 90.0 % on validation")
         display.phase("ovit: gradual pruning", trials=4, epochs=10, label="ovit-schedule", log=log.uri)
@@ -123,7 +123,7 @@ def test_how_a_sweep_ended(
     tmp_path: Path, display: Display, error: BaseException | None, state: str, reason: str | None
 ) -> None:
     def body() -> None:
-        with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+        with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
             display.say("a line of the driver")
             if error is not None:
                 raise error
@@ -133,7 +133,7 @@ def test_how_a_sweep_ended(
     else:
         with pytest.raises(type(error)):
             body()
-    found = journal.read(str(tmp_path), "mine")
+    found = heartbeat.read(str(tmp_path), "mine")
     assert found is not None
     assert (found["state"], found["reason"]) == (state, reason)
     assert (reason or state) in shown(tmp_path)
@@ -145,13 +145,13 @@ def edited(place: Path, **changes: Any) -> str:
     file = place / "sweeps/mine/state.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"state": "running"} | changes
     file.write_text(json.dumps(content), encoding="utf-8")
-    found = journal.read(str(place), "mine")
+    found = heartbeat.read(str(place), "mine")
     assert found is not None
     return str(found["state"])
 
 
 def test_a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Display) -> None:
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         pass
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -170,10 +170,11 @@ STOPPED = """
 import io, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a job
 from rich.console import Console
-from orchestration import cli, journal
+from orchestration.cli import app
+from orchestration.state import heartbeat
 from orchestration.reporting.display import Display
-cli._end_in_order()
-with journal.Journal(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):
+app._end_in_order()
+with heartbeat.Heartbeat(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):
     print("at work", flush=True)
     time.sleep(300)
 """
@@ -201,11 +202,11 @@ def test_stop_ends_the_driver_as_ctrl_c_does(tmp_path: Path) -> None:
 def test_a_word_for_the_run_before_stops_nothing(
     tmp_path: Path, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_BEAT_SECONDS", 0.05)
-    journal.ask_to_stop(str(tmp_path), "mine")
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    monkeypatch.setattr(heartbeat, "_BEAT_SECONDS", 0.05)
+    heartbeat.ask_to_stop(str(tmp_path), "mine")
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         time.sleep(0.5)
-    found = journal.read(str(tmp_path), "mine")
+    found = heartbeat.read(str(tmp_path), "mine")
     assert found is not None
     assert found["state"] == "finished"
 

@@ -23,7 +23,7 @@ from orchestration.reporting import plots
 from orchestration.search.one_shot_trial import Speed
 from orchestration.search.pareto import fastest, front
 from orchestration.state import latency_store as latency
-from orchestration.state.latency_store import LatencyJob, told
+from orchestration.state.latency_store import LatencyJob, format_times
 from orchestration.state.trial_log import TrialRecord
 from orchestration.sweep.tasks import measure
 from pruners import find_layers
@@ -151,10 +151,10 @@ def test_more_threads_than_the_machine_has(machine: Machine, dense: str, tmp_pat
 
 
 def test_a_table_is_told_in_a_line_even_if_zeros_gain_nothing() -> None:
-    line = told(linear_table(), LatencyTarget())
+    line = format_times(linear_table(), LatencyTarget())
     assert line == "csr:float32 (batch 1, threads 1): 10.00 ms dense, 6.40 ms with 90 % zeros"
-    assert told(linear_table(0.0), LatencyTarget()).endswith("; zeros gain nothing on it")
-    assert "17.20 ms with 90 % zeros; zeros gain nothing" in told(linear_table(-1.0), LatencyTarget())
+    assert format_times(linear_table(0.0), LatencyTarget()).endswith("; zeros gain nothing on it")
+    assert "17.20 ms with 90 % zeros; zeros gain nothing" in format_times(linear_table(-1.0), LatencyTarget())
 
 
 def test_the_short_form_and_its_defaults() -> None:

@@ -19,7 +19,7 @@ from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import alias_lines
 from orchestration.tracking import lineage
 from orchestration.tracking.promotion import choose, level_alias, promote, settle
-from orchestration.tracking.registry import Registry, Version, check_alias, check_name, opened
+from orchestration.tracking.registry import Registry, Version, check_alias, check_name, open_registry
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)
@@ -352,7 +352,7 @@ def test_an_mlflow_that_goes_away_is_one_line_within_seconds() -> None:
     began = time.monotonic()
     with (
         pytest.raises(InputError, match=r"MLflow = 'http://127\.0\.0\.1:9'") as refused,
-        opened("http://user:secret@127.0.0.1:9") as registry,
+        open_registry("http://user:secret@127.0.0.1:9") as registry,
     ):
         registry.names()
     assert time.monotonic() - began < 60

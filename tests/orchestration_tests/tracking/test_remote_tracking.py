@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from orchestration.tracking import registry
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import Dataset
-from orchestration.tracking.registry import opened
+from orchestration.tracking.registry import open_registry
 from orchestration.tracking.server import answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
@@ -126,7 +126,7 @@ def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
     with registry.pulled(f"models:/espalier-remote/{version}", remote) as pulled:
         assert (pulled / "config.json").read_text() == '"ovit"'
         assert (pulled / "model.safetensors").stat().st_size == 2 << 20
-    with opened(remote) as versions:
+    with open_registry(remote) as versions:
         assert versions.names() == ["espalier-remote"]
 
     written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
