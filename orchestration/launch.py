@@ -143,8 +143,7 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
         run_through_client(recipe, address=address, recipe_name=name, phase_range=phase_range)
         return
     from orchestration.state.stored_recipe import check_unchanged
-    from trainers import remote_calls as looks
-    from trainers import storage
+    from trainers import remote_calls, storage
 
     storage.info(recipe.storage)  # does it answer at all?
     check_unchanged(recipe)
@@ -158,5 +157,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = output_console(180)
-        with looks.limited(None):  # a place that has answered may be away for a while
+        with remote_calls.limited(None):  # a place that has answered may be away for a while
             run_sweep(prepared, display, out, address=address, recipe_name=name, phase_range=phase_range)

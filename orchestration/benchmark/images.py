@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from orchestration.benchmark.models import Variant
-from orchestration.export import sample_images as photographs
+from orchestration.export import sample_images
 from pruners.errors import InputError
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.arrow_store import Store
 from trainers.data.preprocessing import Images, transform_settings
 from trainers.sources.classes import check_known, names_of
@@ -36,8 +36,8 @@ def comparison_images(variant: Variant, uri: str | None, columns: Columns | None
             "model", variant.name, f"takes images of {channels} channels; RGB alone can be compared"
         )
     if uri is None:
-        return photographs.as_input(COMPARED, _transform(variant))
-    return _pixels(data.images(uri, _transform(variant), key="--data", columns=columns), range(COMPARED))
+        return sample_images.as_input(COMPARED, _transform(variant))
+    return _pixels(datasets.images(uri, _transform(variant), key="--data", columns=columns), range(COMPARED))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Tests:
         one_of_each = {settings: name for name, settings in alike.items()}
         by_name = {one.name: one for one in variants}
         tables = {
-            settings: data.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
+            settings: datasets.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
             for settings, name in one_of_each.items()
         }
         for begin in range(0, len(self), _CHUNK):
@@ -85,11 +85,11 @@ class Tests:
             yield self.labels[rows.start : rows.stop], {name: seen[key] for name, key in alike.items()}
 
 
-def _transform(variant: Variant) -> data.Transform:
-    return data.eval_transform(transform_settings(variant.preprocessing))
+def _transform(variant: Variant) -> datasets.Transform:
+    return datasets.eval_transform(transform_settings(variant.preprocessing))
 
 
-def _pixels(table: data.ImageTable, rows: range) -> Images:
+def _pixels(table: datasets.ImageTable, rows: range) -> Images:
     """Images of some rows; they come round again where the table is short."""
     found: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
     return found

@@ -25,7 +25,7 @@ from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
 from trainers.export.onnx import FILE, read_preprocessing
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.sources.columns import Columns
 from trainers.storage import absolute
 
@@ -186,7 +186,7 @@ def _open(
         about = record.get("source", {})
         sparsity = float(about.get("sparsity", 0.0))
         return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
-    if "://" not in place and int8.is_int8(local):
+    if "://" not in place and int8_folder.is_int8(local):
         return _quantised(stack, local, name, label)
     folder, record = stack.enter_context(as_checkpoint_folder(place))
     loaded = load_checkpoint(str(folder), key="model")
@@ -197,10 +197,10 @@ def _open(
 
 def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
-    about = int8.read_record(folder, name, key="model")
-    path = stack.enter_context(int8.engine_file(folder, about))
-    there = FILE if FILE in about["files"] else int8.PACKED
-    record = {"engine": int8.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [there]}
+    about = int8_folder.read_record(folder, name, key="model")
+    path = stack.enter_context(int8_folder.engine_file(folder, about))
+    there = FILE if FILE in about["files"] else int8_folder.PACKED
+    record = {"engine": int8_folder.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [there]}
     record["probe"] = about["probe"]
     preprocessing = read_preprocessing(path)
     return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)

@@ -154,15 +154,15 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
         raise click.exceptions.Exit(run_as_job(words, address, recipe=chosen))
     if address != "auto":
         check_reachable(address)
-    from orchestration.cluster import check as checking
+    from orchestration.cluster import check
 
     place = storage or (chosen.storage if chosen is not None else None)
     if address.startswith("ray://"):
         content = None if chosen is None else chosen.model_dump(mode="json")
-        nodes, problems = checking.check_through_client(address, content, place)
+        nodes, problems = check.check_through_client(address, content, place)
     else:
-        nodes, problems = checking.check_cluster(address, chosen, place)
-    output_console(160).print(checking.offers(nodes))
+        nodes, problems = check.check_cluster(address, chosen, place)
+    output_console(160).print(check.offers(nodes))
     for problem in problems:
         click.echo(problem)
     if problems:

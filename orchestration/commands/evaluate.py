@@ -39,13 +39,13 @@ def evaluate_model(
 def _evaluate(
     checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
 ) -> Iterator[str]:
-    from trainers.data import datasets as data
+    from trainers.data import datasets
     from trainers.loop.evaluation import evaluate
-    from trainers.quantization import int8_folder as int8
+    from trainers.quantization import int8_folder
     from trainers.sources.classes import check_known, names_of
     from trainers.sources.parquet import check_table
 
-    found = int8.load_runnable(checkpoint, key="model")
+    found = int8_folder.load_runnable(checkpoint, key="model")
     channels = found.config["input_size"][0]
     if found.classes < 2 or channels != 3:
         what = f"is for {found.classes} classes and {channels} channels"
@@ -53,8 +53,8 @@ def _evaluate(
     check_table(data_uri, found.classes, key="--data", columns=columns)
     names = names_of(data_uri, key="--data", columns=columns, every=True)
     check_known(found.labels, names, key="--data", uri=data_uri)
-    images = data.images(data_uri, data.eval_transform(found.config), key="--data", columns=columns)
-    result = evaluate(found.model, data.eval_loader(images, batch_size))
+    images = datasets.images(data_uri, datasets.eval_transform(found.config), key="--data", columns=columns)
+    result = evaluate(found.model, datasets.eval_loader(images, batch_size))
     by = "" if found.engine is None else f", INT8 by {found.engine}"
     yield f"images    {result.images}"
     yield f"top-1     {100 * result.top1:.2f} %{by}"

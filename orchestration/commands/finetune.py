@@ -43,7 +43,7 @@ from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method, PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
-from trainers.models import factory as models
+from trainers.models import factory
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Finetuning:
             loaded = load(place, patterns)
             layers_of(loaded, patterns)
             parent = _parent(options.checkpoint, place)
-        model, before = loaded.model, models.classes(loaded.model)
+        model, before = loaded.model, factory.classes(loaded.model)
         now = options.classes or before
         if now != before:
             _check_teacher(options)
             seed_everything(options.seed)
-            models.replace_head(model, now)
+            factory.replace_head(model, now)
         images = {"train": check_images(options.train, model, "--train", options.columns)}
         if options.validation is not None:
             images["validation"] = check_images(options.validation, model, "--validation", options.columns)

@@ -12,7 +12,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.folder import save_foreign, size_on_disk
 from trainers.config.base import is_weights_file
 from trainers.config.data import ModelSettings
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.models.weights_file import load_weights
 from trainers.storage import absolute
 
@@ -40,9 +40,9 @@ def import_weights(
         model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
     with whole_folder(target, out, "--out") as folder:
         save_foreign(folder, model, file, chosen, model_args={})
-    height, width = models.input_size(model)[1:]
-    config, about = models.data_config(model), cast(dict[str, Any], model.pretrained_cfg)
-    yield f"model       {about['architecture']}, {models.classes(model)} classes"
+    height, width = factory.input_size(model)[1:]
+    config, about = factory.data_config(model), cast(dict[str, Any], model.pretrained_cfg)
+    yield f"model       {about['architecture']}, {factory.classes(model)} classes"
     yield f"weights     {PurePosixPath(file).name}" + (f", {chosen}" if chosen else "")
     yield f"images      {height} by {width}, mean {list(config['mean'])}, std {list(config['std'])}"
     yield f"written to  {out} ({size_on_disk(target) / 1e6:.2f} MB)"

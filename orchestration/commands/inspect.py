@@ -17,7 +17,7 @@ from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import Checkpoint
 from trainers.config.structured import words
-from trainers.models import factory as models
+from trainers.models import factory
 
 PATTERNS = ("2:4", "4:8", "1x4")
 
@@ -175,7 +175,7 @@ def _kept(pattern: Pattern, zeros: Tensor) -> bool:
 
 
 def _costs(model: nn.Module, zeros: dict[str, int]) -> Costs:
-    return cost_model(model, models.input_size(model)).at(zeros)
+    return cost_model(model, factory.input_size(model)).at(zeros)
 
 
 def _numel(layers: list[PrunableLayer]) -> int:

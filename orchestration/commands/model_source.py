@@ -18,7 +18,7 @@ from pruners.errors import InputError, did_you_mean, first_line
 from pruners.model.layers import PrunableLayer, find_layers
 from trainers.checkpoint.folder import Checkpoint, load_checkpoint, opened, save_checkpoint
 from trainers.config.data import ModelSettings
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.sources.classes import check_known, names_of
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table
@@ -40,7 +40,7 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
             return load_checkpoint(absolute(name), key="model", layers=patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
     try:
-        return Checkpoint(models.load_hub(name), None)
+        return Checkpoint(factory.load_hub(name), None)
     except Exception as error:  # timm, the hub's client and what they stand on have kinds of their own
         raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
 
@@ -106,9 +106,9 @@ def skeleton(name: str) -> nn.Module:
     settings = ModelSettings(architecture=name).model_copy(update={"classes": classes})
     try:
         with torch.device("meta"):
-            return models.build_model(settings)
+            return factory.build_model(settings)
     except (InputError, NotImplementedError):  # a constructor that computes with its weights
-        return models.build_model(settings)
+        return factory.build_model(settings)
 
 
 def is_architecture(name: str) -> bool:
@@ -151,13 +151,13 @@ def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None =
         InputError: as :func:`trainers.sources.parquet.check_table`, a model that takes other images, or one
             that calls its classes otherwise.
     """
-    classes, (channels, *_) = models.classes(model), models.input_size(model)
+    classes, (channels, *_) = factory.classes(model), factory.input_size(model)
     if classes < 2 or channels != 3:
         found = f"{classes} classes and {channels} channels"
         raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
     fingerprint = check_table(uri, classes, key=key, columns=columns)
     names = names_of(uri, key=key, columns=columns, every=True)
-    check_known(models.label_names(model), names, key=key, uri=uri)
+    check_known(factory.label_names(model), names, key=key, uri=uri)
     return fingerprint
 
 

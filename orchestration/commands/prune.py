@@ -35,10 +35,10 @@ from pruners.model.sparsity_pattern import fitting
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.config.pruning import SECOND_ORDER
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.sources.columns import Columns
 
 
@@ -55,7 +55,7 @@ class Job:
     layers: list[PrunableLayer]
     pruner: Pruner
     gradients: Gradients | None
-    tests: data.Batches | None
+    tests: datasets.Batches | None
     masks: MaskSet | None = None
 
     @classmethod
@@ -108,7 +108,7 @@ class Job:
             progress=bars,
         )
         after = self._top1(bars, "test after")
-        costs = count_costs(self.model, models.input_size(self.model), report.allocation)
+        costs = count_costs(self.model, factory.input_size(self.model), report.allocation)
         tests = None if before is None or after is None else (before, after)
         return Outcome(options, self.layers, self.pruner, report, costs, tests)
 
@@ -158,16 +158,16 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
     )
 
 
-def _tests(options: PruneOptions, model: nn.Module) -> data.Batches | None:
+def _tests(options: PruneOptions, model: nn.Module) -> datasets.Batches | None:
     if options.test is None:
         return None
-    return data.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
+    return datasets.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
 
 
-def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> data.ImageTable:
+def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> datasets.ImageTable:
     check_images(uri, model, key, columns)
-    transform = data.eval_transform(models.data_config(model))
-    return data.images(uri, transform, key=key, columns=columns)
+    transform = datasets.eval_transform(factory.data_config(model))
+    return datasets.images(uri, transform, key=key, columns=columns)
 
 
 def _check_budget(

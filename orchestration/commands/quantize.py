@@ -24,12 +24,12 @@ from trainers.checkpoint.trainer_state import check_recorded
 from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method
 from trainers.config.quantization import Calibration, Mode
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.export.onnx import FILE
 from trainers.loop.evaluation import evaluate
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.optional_imports import require
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode
 
 _OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
@@ -81,7 +81,7 @@ class Images:
     """
 
     calibration: list[torch.Tensor]
-    tests: data.Batches | None = None
+    tests: datasets.Batches | None = None
     before: float = 0.0
 
     def figures(self, model: nn.Module) -> dict[str, float]:
@@ -101,7 +101,7 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
         InputError: whatever keeps it from being written.
         RuntimeError: a pruned weight that is not 0 in the file, by its layer.
     """
-    require("--mode", options.mode, *int8.NEEDS)
+    require("--mode", options.mode, *int8_folder.NEEDS)
     target = free_folder(options.out, "--out")
     with (
         InputError.renamed(_OPTIONS),
@@ -132,7 +132,7 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
         "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
     }
     with whole_folder(target, options.out, "--out") as folder:
-        made = int8.quantise(
+        made = int8_folder.quantise(
             source,
             folder,
             mode,
@@ -182,14 +182,14 @@ def _summary(
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     """Checked too where it is the training that takes them."""
-    transform, calibration = data.eval_transform(models.data_config(model)), []
+    transform, calibration = datasets.eval_transform(factory.data_config(model)), []
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)
-        table = data.images(options.train, transform, key="--train", columns=options.columns)
-        calibration = data.chosen(table, options.images, options.seed)
+        table = datasets.images(options.train, transform, key="--train", columns=options.columns)
+        calibration = datasets.chosen(table, options.images, options.seed)
     if options.test is None:
         return Images(calibration)
     check_images(options.test, model, "--test", options.columns)
-    table = data.images(options.test, transform, key="--test", columns=options.columns)
-    tests = data.eval_loader(table, defaults.BATCH_SIZE)
+    table = datasets.images(options.test, transform, key="--test", columns=options.columns)
+    tests = datasets.eval_loader(table, defaults.BATCH_SIZE)
     return Images(calibration, tests, evaluate(model, tests).top1)

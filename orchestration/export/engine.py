@@ -20,17 +20,17 @@ from torch import nn
 from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.common import defaults
-from orchestration.export import sample_images as photographs
+from orchestration.export import sample_images
 from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
 from pruners.errors import InputError, first_line
 from trainers.checkpoint.checksums import as_json, read_sealed, sums
 from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.engines.agreement import TOLERANCE, Agreement
 from trainers.engines.registry import ANY_BATCH, Place, Run
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.optional_imports import installed
 from trainers.quantization.checks import check_mode, share_of
 from trainers.sources.columns import ColumnOptions, Columns
@@ -150,16 +150,16 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
     """Images to compare answers on, and what they are."""
-    transform = data.eval_transform(models.data_config(model))
+    transform = datasets.eval_transform(factory.data_config(model))
     if uri is None:
-        channels = models.input_size(model)[0]
+        channels = factory.input_size(model)[0]
         if channels != 3:
             raise InputError(
                 "model", None, f"takes images of {channels} channels, and only RGB can be checked"
             )
-        return photographs.as_input(max(BATCHES), transform), photographs.NAME
+        return sample_images.as_input(max(BATCHES), transform), sample_images.NAME
     check_images(uri, model, "--data", columns)
-    table = data.images(uri, transform, key="--data", columns=columns)
+    table = datasets.images(uri, transform, key="--data", columns=columns)
     count = max(BATCHES)
     rows = [table[row % len(table)][0] for row in range(count)]
     return torch.stack(rows).numpy(), f"the first of {PurePath(uri).name}"
@@ -168,8 +168,8 @@ def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = No
 def _calibration(model: nn.Module, uri: str, columns: Columns | None) -> Images:
     """A fixed part of the training images, drawn once."""
     check_images(uri, model, "--calibration", columns)
-    transform = data.eval_transform(models.data_config(model))
-    table = data.images(uri, transform, key="--calibration", columns=columns)
+    transform = datasets.eval_transform(factory.data_config(model))
+    table = datasets.images(uri, transform, key="--calibration", columns=columns)
     drawn = np.random.default_rng(_SEED).permutation(len(table))[:CALIBRATION]
     return torch.stack([table[int(row)][0] for row in drawn]).numpy()
 

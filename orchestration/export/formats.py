@@ -73,9 +73,9 @@ class Format:
 
 
 def _onnx(source: Source, folder: Path) -> None:
-    from trainers.export import onnx as onnx_export
+    from trainers.export import onnx
 
-    onnx_export.export_onnx(source.model, folder / onnx_export.FILE, source.input_size, source.metadata)
+    onnx.export_onnx(source.model, folder / onnx.FILE, source.input_size, source.metadata)
 
 
 def _onnx_int8(source: Source, folder: Path) -> None:
@@ -99,14 +99,13 @@ def _onnx_values(folder: Path) -> int:
 
 def _openvino(source: Source, folder: Path, images: Images | None = None) -> None:
     from pruners.model.layers import has_attention
-    from trainers.export import onnx as onnx_export
-    from trainers.export import openvino as openvino_export
+    from trainers.export import onnx, openvino
 
     _onnx(source, folder)
-    plain = folder / onnx_export.FILE
+    plain = folder / onnx.FILE
     attention = has_attention(source.model)
-    path = folder / openvino_export.FILE
-    openvino_export.export_openvino(plain, path, source.metadata, images, attention=attention)
+    path = folder / openvino.FILE
+    openvino.export_openvino(plain, path, source.metadata, images, attention=attention)
     plain.unlink()
 
 

@@ -42,7 +42,7 @@ from trainers.config.latency import LatencyTarget
 from trainers.engines.registry import check
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.models.weights_file import load_weights
 from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     data, data_hash, missing = known_data(recipe, dry_run)
     if recipe.model.checkpoint is not None and model is not None and data.train is not None and not missing:
         names = names_of(data.train, columns=data.columns)
-        check_known(models.label_names(model), names, key="data.train", uri=data.train)
+        check_known(factory.label_names(model), names, key="data.train", uri=data.train)
     check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
@@ -119,7 +119,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if model is not None:
         dense = LeftDense.of(model, layers)
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
-        costs = count_costs(model, models.input_size(model), shares)
+        costs = count_costs(model, factory.input_size(model), shares)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
 
 
@@ -139,14 +139,14 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         classes = getattr(model, "num_classes", recipe.model.classes)
         if classes != recipe.model.classes:
             raise InputError("model.classes", recipe.model.classes, f"{source} has {classes} classes")
-        channels = models.input_size(model)[0]
+        channels = factory.input_size(model)[0]
         if channels != 3:
             expected = f"takes {channels} channels, and images are read as RGB"
             raise InputError("model.checkpoint", source, expected)
     else:
         with torch.device("meta"):
             settings = recipe.model.model_copy(update={"pretrained": False})
-            model = models.build_model(settings, recipe.data)
+            model = factory.build_model(settings, recipe.data)
         _check_head(recipe)
     cut = None
     if recipe.structured is not None:
@@ -163,9 +163,9 @@ def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
     given = recipe.model
     assert given.checkpoint is not None, "a file has a name"
     model = load_weights(given.checkpoint, given.architecture, given.args, data=recipe.data)[0]
-    known = models.classes(model)
+    known = factory.classes(model)
     if known != given.classes:
-        models.replace_head(model, given.classes)
+        factory.replace_head(model, given.classes)
     return model, known
 
 

@@ -7,8 +7,7 @@ from pyarrow import fs
 from orchestration.common.hashing import digest
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
-from trainers import remote_calls as looks
-from trainers import storage
+from trainers import remote_calls, storage
 from trainers.config.data import DataSettings
 from trainers.data import digits
 from trainers.sources.classes import Names, check_alike, names_of
@@ -74,10 +73,10 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             continue
         tolerant = data.bad_images == "skip"
         place, key, wanted = places[part], f"data.{part}", data.columns
-        hashes[part] = looks.heard(
+        hashes[part] = remote_calls.heard(
             uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
         )
-        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
+        names[part] = remote_calls.heard(uri, names_of, place, key=key, columns=wanted, every=True)
     check_alike(names, key="data")
     # what the columns hold is in the hashes
     rest = data.model_dump(exclude={*places, *_COLUMNS})

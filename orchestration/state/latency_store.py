@@ -30,7 +30,7 @@ from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine
 from trainers.engines.registry import Place, check
 from trainers.loop.prune_step import prunable_layers
-from trainers.models import factory as models
+from trainers.models import factory
 
 T = TypeVar("T")
 _SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
@@ -86,7 +86,7 @@ class LatencyJob:
 
     def _about(self, model: nn.Module) -> dict[str, Any]:
         """All that the times depend on."""
-        size = models.input_size(model)
+        size = factory.input_size(model)
         costs = cost_model(model, size)
         return {
             **circumstances(self.target),

@@ -10,9 +10,9 @@ import pytest
 from orchestration.benchmark.models import labels
 from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.config.engines import Choice
-from trainers.engines import registry as engines
+from trainers.engines import registry
 from trainers.engines.registry import ENGINES, Place
 
 
@@ -56,8 +56,10 @@ def test_what_is_asked_for_is_understood() -> None:
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "onnxruntime" else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
+    )
     assert "onnxruntime" not in {choice.engine for choice in BenchmarkOptions(("a",)).choices}
     with pytest.raises(InputError, match=r"needs onnxruntime.*pip install 'espalier\[deploy\]'"):
         BenchmarkOptions(("a",), "onnxruntime").check()
@@ -68,7 +70,7 @@ def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> N
         def get_property(self, *_: str) -> list[str]:
             return ["FP32"]
 
-    monkeypatch.setattr(engines, "openvino_core", Core)
+    monkeypatch.setattr(registry, "openvino_core", Core)
     for kind in ("bfloat16", "int8-bfloat16"):
         with pytest.raises(InputError, match="this processor has no bfloat16"):
             BenchmarkOptions(("a",), f"openvino:{kind}", calibration="train.parquet").check()

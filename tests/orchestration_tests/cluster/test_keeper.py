@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cluster import keeper as cluster_keeper
+from orchestration.cluster import keeper as keeper_module
 
 OTHER = 4_194_305  # no process has so large a number
 
@@ -35,7 +35,7 @@ def process(folder: Path, session: str) -> Iterator[subprocess.Popen[bytes]]:
 def keeper() -> Iterator[subprocess.Popen[bytes]]:
     """A keeper of a driver that lives until its standard input is closed."""
     since = "session_2026-03-01_12-00-00"
-    command = [sys.executable, "-m", cluster_keeper.__name__, str(OTHER), since]
+    command = [sys.executable, "-m", keeper_module.__name__, str(OTHER), since]
     places = os.pathsep.join(place for place in sys.path if place)
     made = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places})
     yield made

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from training_runs import same_files
 
-from orchestration.commands import finetune as finetune_command
-from orchestration.commands import model_source as source
-from orchestration.commands import progress as commands_progress
+from orchestration.commands import finetune, model_source
+from orchestration.commands import progress as progress_module
 from pruners import prune
 from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
 from trainers.loop import gradual
@@ -133,7 +132,7 @@ def test_the_form_of_the_checkpoint_changes_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compressed, by a URI, or from a hub (there without a record)."""
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     rest = f"--train @/train.parquet --classes 5 {FAST} epochs=1"
     for number, name in enumerate(("@/vit", "@/small", f"file://{files}/vit")):
         good(run, f"finetune {name} {rest} --out out-{number}")
@@ -163,20 +162,20 @@ def test_the_seed_draws_the_classifier(run: Run) -> None:
 @pytest.fixture
 def stops_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """After so many epochs the command is interrupted, as by Ctrl-C; ``None``: never."""
-    report = finetune_command._Report.__call__
+    report = finetune._Report.__call__
 
     def leave(status: int) -> NoReturn:
         raise SystemExit(status)
 
-    monkeypatch.setattr(commands_progress, "leave", leave)
+    monkeypatch.setattr(progress_module, "leave", leave)
 
     def install(epochs: int | None) -> None:
-        def stopping(self: finetune_command._Report, progress: gradual.Progress) -> None:
+        def stopping(self: finetune._Report, progress: gradual.Progress) -> None:
             report(self, progress)
             if progress.metrics.get("epoch") == epochs:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(finetune_command._Report, "__call__", stopping)
+        monkeypatch.setattr(finetune._Report, "__call__", stopping)
 
     return install
 

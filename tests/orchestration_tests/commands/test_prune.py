@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from torch import nn
 
-from orchestration.commands import model_source as source
-from orchestration.commands import prune as prune_command
+from orchestration.commands import model_source, prune
 from orchestration.commands.output import whole_folder
 from orchestration.commands.progress import Bars
 from pruners.methods.registry import METHODS
@@ -134,8 +133,8 @@ def test_ovit_is_exact_and_repeats_itself(run: Run) -> None:
 def test_less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part of the Fisher takes the gradients anew, from the same images."""
     taken = []
-    again = prune_command._Again.__iter__
-    monkeypatch.setattr(prune_command._Again, "__iter__", lambda self: taken.append(1) or again(self))
+    again = prune._Again.__iter__
+    monkeypatch.setattr(prune._Again, "__iter__", lambda self: taken.append(1) or again(self))
     good(run, f"{OVIT} --per-sample --out whole")
     assert len(taken) == 1
     good(run, f"{OVIT} --per-sample --memory 1400KB --out parts")
@@ -208,7 +207,7 @@ def test_models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A timm folder that espalier did not write, and one of a hub: timm knows how it was built."""
     model, arguments = tiny()
     _hub.save_for_hf(model, "foreign", model_args=arguments, safe_serialization=True)
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     for name in ("foreign", "hf-hub:me/tiny", VIT):
         good(run, f"prune {name} --method lamp --sparsity 0.5 --out out-{len(name)}")
         _, zeros, record = pruned(f"out-{len(name)}")
@@ -305,7 +304,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prune_command, "save_checkpoint", save)
+    monkeypatch.setattr(prune, "save_checkpoint", save)
     status, _, error = run("prune @/vit --method dimap --sparsity 0.5 --out a/b")
     assert status == 2
     assert error == "espalier: --out = 'a/b': cannot be written (No space left on device)\n"

@@ -14,9 +14,9 @@ from image_tables import dense_folder, table, tiny, write
 from safetensors.torch import load_file
 from torch import nn
 
-from orchestration.commands import model_source as source
+from orchestration.commands import model_source
 from orchestration.common.hashing import content_hash
-from orchestration.export import compress as export_command
+from orchestration.export import compress
 from orchestration.tracking import registry
 from orchestration.tracking.server import Server, start_server
 from orchestration.tracking.tracker import Tracker
@@ -103,7 +103,7 @@ def test_a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> Non
 
 
 def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     for name, out in (("hf-hub:me/tiny", "hub"), ("@/dense", "dense")):
         said = good(run, f"export {name} {out} --format compressed")
         assert "nothing was gained" in said
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (target / "half").write_text("")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_command, "pack_folder", write_half)
+    monkeypatch.setattr(compress, "pack_folder", write_half)
     status, _, error = run("export @/half a/b --format compressed")
     assert (status, error) == (2, "espalier: OUT = 'a/b': cannot be written (No space left on device)\n")
     assert list(Path().iterdir()) == []

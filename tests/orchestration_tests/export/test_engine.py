@@ -23,22 +23,20 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from orchestration.export import engine as engine_export
-from orchestration.export import formats as export_formats
+from orchestration.export import engine, formats
 from orchestration.export.engine import read_record, torch_answers
 from orchestration.export.formats import FORMATS, Source
 from orchestration.export.sample_images import photographs
 from pruners import find_layers, prune
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.data.preprocessing import pattern_images, preprocessing_of
-from trainers.engines import registry as engines
+from trainers.engines import registry
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Place
 from trainers.export import onnx as onnx_export
-from trainers.export import openvino as openvino_export
-from trainers.export import torch_export
+from trainers.export import openvino, torch_export
 from trainers.optional_imports import openvino_core
 
 README = Path(__file__).parents[3] / "README.md"
@@ -71,7 +69,7 @@ def metadata(folder: Path) -> dict[str, str]:
     path = next(folder.glob("model.*[!n]"))
     if path.suffix == ".onnx":
         return onnx_export.read_metadata(path)
-    reader = torch_export.read_metadata if path.suffix == ".pt2" else openvino_export.read_metadata
+    reader = torch_export.read_metadata if path.suffix == ".pt2" else openvino.read_metadata
     return reader(path, "preprocessing")
 
 
@@ -106,7 +104,7 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     assert record["source"]["sparsity"] == pytest.approx(0.75)
     # a file of any batch size, by its engine
     model = load_checkpoint(str(files / name)).model.eval()
-    pictures = engine_export._real_images(model, str(files / "images.parquet"))[0][:5]
+    pictures = engine._real_images(model, str(files / "images.parquet"))[0][:5]
     for known in (ANY_BATCH, ENGINES):
         answer = known[form.engine].load(out / form.file, form.kind, Place(1))
         for size in (1, 3, 5, 1):
@@ -151,7 +149,7 @@ def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
             compiled.append(str(model.input().get_partial_shape()))
             return openvino_core().compile_model(model, *how)
 
-    monkeypatch.setattr(engines, "openvino_core", Core)
+    monkeypatch.setattr(registry, "openvino_core", Core)
     answer = known["openvino"].load(Path("out/model.xml"), "float32", Place(1))
     for size in (2, 1, 2):
         assert answer(np.zeros((size, 3, 16, 16), np.float32)).shape == (size, 3)
@@ -183,18 +181,18 @@ def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> No
 def test_an_engine_that_answers_something_else_leaves_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(source: export_formats.Source, folder: Path) -> None:
+    def other(source: formats.Source, folder: Path) -> None:
         """A writer that changes a weight."""
         with torch.no_grad():
             source.model.get_parameter("head.weight").mul_(1.01)
         torch_export.export_torch(source.model, folder / "model.pt2", source.input_size, source.metadata)
 
-    wrong = export_formats.Format("", "model.pt2", "torch", "float32", (), "none", other)
+    wrong = formats.Format("", "model.pt2", "torch", "float32", (), "none", other)
     # the model that answers are compared with is another object
     monkeypatch.setattr(
-        engine_export, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
+        engine, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
     )
-    monkeypatch.setattr(engine_export, "FORMATS", {**FORMATS, "torch-export": wrong})
+    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "torch-export": wrong})
     (Path("mine")).mkdir()
     status, out, error = run("export @/vit out --format torch-export")
     assert status == 1
@@ -210,11 +208,11 @@ def tiny_again(files: Path) -> nn.Module:
 
 
 def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(source: export_formats.Source, folder: Path) -> None:
+    def broken(source: formats.Source, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"no model")
 
-    wrong = export_formats.Format("", "model.onnx", "onnxruntime", "float32", (), "none", broken)
-    monkeypatch.setattr(engine_export, "FORMATS", {**FORMATS, "onnx": wrong})
+    wrong = formats.Format("", "model.onnx", "onnxruntime", "float32", (), "none", broken)
+    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "onnx": wrong})
     status, _, error = run("export @/vit out --format onnx")
     assert (status, len(error.splitlines())) == (1, 1)
     assert "onnxruntime cannot load the file" in error
@@ -258,8 +256,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_a_library_that_is_missing_is_named(
     kind: str, package: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == package else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
     status, _, error = run(f"export @/none out --format {kind}")
     assert (status, len(error.splitlines())) == (2, 1)
     assert f"needs {package}, which is not installed: pip install 'espalier[deploy]'" in error
@@ -317,7 +317,7 @@ def test_photographs_are_the_same_ones_every_time() -> None:
 
 def test_every_format_has_an_engine() -> None:
     for form in FORMATS.values():
-        assert form.kind in engines.ENGINES[form.engine].types
+        assert form.kind in registry.ENGINES[form.engine].types
 
 
 # without espalier
@@ -380,7 +380,7 @@ def test_the_examples_of_the_readme_run_where_espalier_is_not(
 def test_checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
     """A dense folder without classes has no labels in its metadata."""
     dense_folder(tmp_path / "dense")
-    source = engine_export.source_of(tiny()[0], tmp_path / "dense", None)
+    source = engine.source_of(tiny()[0], tmp_path / "dense", None)
     assert "labels" not in source.preprocessing
 
 

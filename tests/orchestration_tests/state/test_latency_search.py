@@ -22,13 +22,13 @@ from orchestration.recipe.validation import validate
 from orchestration.reporting import plots
 from orchestration.search.one_shot_trial import Speed
 from orchestration.search.pareto import fastest, front
-from orchestration.state import latency_store as latency
+from orchestration.state import latency_store
 from orchestration.state.latency_store import LatencyJob, format_times
 from orchestration.state.trial_log import TrialRecord
 from orchestration.sweep.tasks import measure
 from pruners import find_layers
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.config.latency import LatencyTarget
 from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import linear_shapes
@@ -59,8 +59,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.processor, self.measured = "one", 0
-        monkeypatch.setattr(latency, "describe_machine", self._describe)
-        monkeypatch.setattr(latency, "measure", self._measure)
+        monkeypatch.setattr(latency_store, "describe_machine", self._describe)
+        monkeypatch.setattr(latency_store, "measure", self._measure)
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -248,8 +248,10 @@ def test_sparsities_that_the_pattern_does_not_allow() -> None:
 def test_an_engine_that_is_not_installed_is_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "openvino" else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == "openvino" else find_spec(name)
+    )
     wanted = recipe({**FAST, "target": {"engine": "openvino"}})
     with pytest.raises(
         InputError, match=r"allocation\.target\.engine = .*needs openvino, which is not installed"

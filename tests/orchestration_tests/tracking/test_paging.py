@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration.tracking import paging as pages
+from orchestration.tracking import paging
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.registry import Registry
 from orchestration.tracking.tracker import EndedRun, Tracker
@@ -21,7 +21,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def tracker(uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
     """A database whose pages hold two."""
-    monkeypatch.setattr(pages, "PAGE", 2)
+    monkeypatch.setattr(paging, "PAGE", 2)
     made = Tracker(uri, "tests")
     yield made
     made.abandon("KILLED")

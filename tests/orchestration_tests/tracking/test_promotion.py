@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from results import ROW
 
-from orchestration.cli import app as cli
+from orchestration.cli import app
 from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import alias_lines
 from orchestration.tracking import lineage
@@ -262,7 +262,7 @@ def _run(
     before = [signal.getsignal(kind) for kind in kinds]
     try:
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)

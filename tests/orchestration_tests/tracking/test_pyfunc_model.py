@@ -22,7 +22,7 @@ from PIL import Image
 from orchestration.tracking import served_model
 from orchestration.tracking.pyfunc_model import CODE, classes_of, model_files
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.sources.parquet import decode
 
 CLASSES = {"ash": 1, "birch": 0, "cedar": 2}
@@ -108,11 +108,11 @@ def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> 
     parent = dense_folder(tmp_path / "parent")
     served = tmp_path / "int8"
     served.mkdir()
-    int8.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
-    with model_files(reader=int8.ENGINE) as files:
+    int8_folder.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
+    with model_files(reader=int8_folder.ENGINE) as files:
         assert not {path.name for path in files.iterdir()} & {path.name for path in served.iterdir()}
         copytree(files, served, dirs_exist_ok=True)
-    assert int8.read_record(served, "served", key="model")["mode"] == "dynamic"
+    assert int8_folder.read_record(served, "served", key="model")["mode"] == "dynamic"
     needs = {line.split("==")[0] for line in (served / "requirements.txt").read_text().splitlines()}
     assert needs == {"mlflow", "torch", "torchvision", "timm", "pillow", "onnxruntime"}
     with pytest.MonkeyPatch.context() as patch:

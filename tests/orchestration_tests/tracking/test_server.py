@@ -15,7 +15,7 @@ import pytest
 from commands import Family
 
 from orchestration.common.network import reserve
-from orchestration.tracking import server as mlflow_server
+from orchestration.tracking import server as server_module
 from orchestration.tracking.server import answers, start_server
 
 USER = """
@@ -96,7 +96,7 @@ def alive(pid: int) -> bool:
 
 def keeper(users: Path, code: str) -> subprocess.Popen[bytes]:
     """The keeper over a server that is a line of Python."""
-    command = [sys.executable, "-I", str(mlflow_server._KEEPER), str(users), sys.executable, "-c", code]
+    command = [sys.executable, "-I", str(server_module._KEEPER), str(users), sys.executable, "-c", code]
     return subprocess.Popen(command, start_new_session=True)
 
 

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from orchestration.common.redaction import redact
 from orchestration.tracking import registry
-from orchestration.tracking import tracker as tracking
+from orchestration.tracking import tracker as tracker_module
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import datasets
 from orchestration.tracking.server import Server, answers, start_server
@@ -113,7 +113,7 @@ def test_a_given_server_is_left_alone(
     def start(*arguments: object, **options: object) -> Server:
         raise AssertionError("a server was started")
 
-    monkeypatch.setattr(tracking, "start_server", start)
+    monkeypatch.setattr(tracker_module, "start_server", start)
     with server_for(running.server.uri, tmp_path / "mlflow") as (uri, ready):
         ready()
         assert uri == running.server.uri
@@ -379,7 +379,7 @@ def test_an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path)
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("status", ["KILLED", "FAILED"])
-def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracking.Status) -> None:
+def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracker_module.Status) -> None:
     tracker = Tracker(running.server.uri, "tests")
     run = tracker.start("broken off", None, {}, {})
     tracker.abandon(status)
@@ -425,7 +425,7 @@ def watchers() -> list[threading.Thread]:
 def test_the_machine_is_watched_until_the_run_ends(
     running: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking, "_MONITOR_SECONDS", 0.2)
+    monkeypatch.setattr(tracker_module, "_MONITOR_SECONDS", 0.2)
     tracker = Tracker(running.server.uri, "tests")
     run = tracker.start("watched", None, {}, {})
     tracker.monitor(run)
