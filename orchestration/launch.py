@@ -22,7 +22,7 @@ ERROR = "error.txt"  # of a sweep that broke off
 
 def launch(
     recipe: Any,
-    said: Sequence[str],
+    command: Sequence[str],
     name: str,
     *,
     phase_range: PhaseRange = ALL_PHASES,
@@ -50,11 +50,11 @@ def launch(
         raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
-    again = strip_secrets(shlex.join(["espalier", *said, *(["--address", address] if address else [])]))
+    again = strip_secrets(shlex.join(["espalier", *command, *(["--address", address] if address else [])]))
     if JOB in os.environ:  # the laptop that submitted it knows where it did
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
-        _start(said[0], recipe, name, address, phase_range)
+        _start(command[0], recipe, name, address, phase_range)
     except InputError:
         raise
     except Exception as error:  # whatever it was: one line, and the whole where it does not hide the line
@@ -72,13 +72,13 @@ def _trace(recipe: Any) -> str:
     from orchestration.state.stored_recipe import folder_of
     from trainers import storage
 
-    place = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
+    file = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
     trace = strip_secrets(traceback.format_exc())
     try:
-        storage.write_bytes(place, trace.encode())
+        storage.write_bytes(file, trace.encode())
     except OSError:  # the storage itself may be what is wrong
         return f"the trace:\n{trace}"
-    return f"the trace is in {strip_secrets(place)}"
+    return f"the trace is in {strip_secrets(file)}"
 
 
 def run_as_job(
@@ -115,8 +115,10 @@ def run_as_job(
 
 def farewell(sweep: str, address: str) -> str:
     """How a submitted sweep is found again."""
-    there = f"{sweep} --address {address}"
-    return f"the sweep goes on; to follow it: espalier attach {there}; to end it: espalier stop {there}"
+    arguments = f"{sweep} --address {address}"
+    return (
+        f"the sweep goes on; to follow it: espalier attach {arguments}; to end it: espalier stop {arguments}"
+    )
 
 
 def _show(recipe: Any) -> None:

@@ -72,9 +72,9 @@ class Tests:
 
     def chunks(self, variants: Sequence[Variant]) -> Iterator[tuple[NDArray[np.int64], dict[str, Images]]]:
         """Labels, and the images of each variant by its name, part by part."""
-        alike = {one.name: json.dumps(transform_settings(one.preprocessing)) for one in variants}
+        alike = {variant.name: json.dumps(transform_settings(variant.preprocessing)) for variant in variants}
         one_of_each = {settings: name for name, settings in alike.items()}
-        by_name = {one.name: one for one in variants}
+        by_name = {variant.name: variant for variant in variants}
         tables = {
             settings: datasets.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
             for settings, name in one_of_each.items()
@@ -91,5 +91,5 @@ def _transform(variant: Variant) -> datasets.Transform:
 
 def _pixels(table: datasets.ImageTable, rows: range) -> Images:
     """Images of some rows; they come round again where the table is short."""
-    found: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
-    return found
+    pixels: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
+    return pixels

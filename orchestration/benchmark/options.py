@@ -49,12 +49,12 @@ class BenchmarkOptions(ColumnOptions):
         _ = self.batches, self.choices, self.tolerated
         if self.plot is not None and self.data is None:
             raise InputError("--plot", self.plot, "shows accuracy: give test images by --data")
-        for key, place in (("--json", self.json), ("--plot", self.plot)):
-            if place is not None:
-                free_file(place, key)
+        for key, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None:
+                free_file(path, key)
 
     @property
-    def place(self) -> Place:
+    def hardware(self) -> Place:
         """By default all processors that this process may use."""
         return Place(self.threads or len(os.sched_getaffinity(0)), self.device)
 
@@ -66,12 +66,12 @@ class BenchmarkOptions(ColumnOptions):
             InputError: not a list of positive integers.
         """
         try:
-            found = sorted({int(part) for part in self.batch.split(",")})
+            sizes = sorted({int(part) for part in self.batch.split(",")})
         except ValueError:
-            found = [0]
-        if found[0] < 1:
+            sizes = [0]
+        if sizes[0] < 1:
             raise InputError("--batch", self.batch, "must be numbers of images from 1 on, as 1,64")
-        return tuple(found)
+        return tuple(sizes)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -86,15 +86,15 @@ class BenchmarkOptions(ColumnOptions):
                 for name, engine in ENGINES.items()
                 if self.device in engine.devices and engine.lacking(engine.types[0], self.device) is None
             )
-        found = [Choice.parse(part.strip()) for part in self.engines.split(",")]
-        for choice in found:
+        choices = [Choice.parse(part.strip()) for part in self.engines.split(",")]
+        for choice in choices:
             check(choice, self.device)
             if (choice.engine, choice.stored) == ("openvino", "int8") and self.calibration is None:
                 wanted = (
                     f"{choice} fixes the ranges of activations: give training images (Parquet: image, label)"
                 )
                 raise InputError("--calibration", None, wanted)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(choices))
 
     @property
     def tolerated(self) -> float:

@@ -35,14 +35,14 @@ def run(options: BenchmarkOptions) -> Report:
     with load_variants(
         models, calibration, options.tracking_uri, options.storage, columns=columns
     ) as variants:
-        named = ", ".join(one.name for one in variants)
+        named = ", ".join(variant.name for variant in variants)
         with Bars(heading=f"{named}: on {', '.join(map(str, options.choices))}") as bars:
             rows = measure(variants, options, bars)
         size = variants[0].parameters
-        same = frozenset(one.name for one in variants if one.parameters == size is not None)
+        same = frozenset(variant.name for variant in variants if variant.parameters == size is not None)
     report = Report(
         rows,
-        options.place,
+        options.hardware,
         options.repetitions,
         options.tolerated,
         None if options.data is None else PurePath(options.data).name,
@@ -71,8 +71,8 @@ def log(report: Report, options: BenchmarkOptions) -> None:
         tracker = Tracker(uri, EXPERIMENT)
         machine = report.machine
         params = {
-            "threads": report.place.threads,
-            "device": report.place.device,
+            "threads": report.hardware.threads,
+            "device": report.hardware.device,
             "processor": machine["processor"],
             "rounds": report.rounds,
             "images": report.images or "none",
@@ -94,8 +94,8 @@ def log(report: Report, options: BenchmarkOptions) -> None:
         tracker.close("FINISHED")
 
 
-def _write(key: str, place: str, content: bytes) -> None:
-    path = Path(place).expanduser()
+def _write(key: str, path_text: str, content: bytes) -> None:
+    path = Path(path_text).expanduser()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -104,4 +104,4 @@ def _write(key: str, place: str, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         expected = f"cannot be written ({error.strerror or first_line(error)})"
-        raise InputError(key, place, expected) from None
+        raise InputError(key, path_text, expected) from None

@@ -98,12 +98,12 @@ def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
         from orchestration.commands.inspect import describe
         from orchestration.commands.prune_options import layer_patterns
 
-        found = describe(path, layer_patterns(layers))
+        description = describe(path, layer_patterns(layers))
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        click.echo(json.dumps(description.as_json(), indent=1))
         return
-    output_console(120).print(found.table())
-    for key, value in found.lines():
+    output_console(120).print(description.table())
+    for key, value in description.lines():
         click.echo(f"{key:<12}{value}")
 
 

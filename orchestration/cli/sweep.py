@@ -70,9 +70,9 @@ def sweep(
 
     overrides += tuple(sweeps.new_name(new))
     phase_range = PhaseRange(first, last)
-    said = ["sweep", recipe, *overrides, *phase_range.options]
+    command = ["sweep", recipe, *overrides, *phase_range.options]
     chosen = load_recipe(recipe, overrides)
-    launch(chosen, said, recipe, phase_range=phase_range, dry_run=dry_run, address=address, detach=detach)
+    launch(chosen, command, recipe, phase_range=phase_range, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()
@@ -103,9 +103,9 @@ def run(
         raise InputError(
             "--method", method, f"must be one of {', '.join(methods)}{did_you_mean(method, methods)}"
         )
-    one = single_run(chosen, method or methods[0])
-    said = ["run", recipe, *overrides, "--method", one.pruning.methods[0]]
-    launch(one, said, recipe, dry_run=dry_run, address=address, detach=detach)
+    single = single_run(chosen, method or methods[0])
+    command = ["run", recipe, *overrides, "--method", single.pruning.methods[0]]
+    launch(single, command, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()

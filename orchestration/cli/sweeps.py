@@ -30,7 +30,7 @@ _address = click.option(
 @click.option("--once", is_flag=True, help="Print it and end, as it does where there is no terminal.")
 def status(name: str | None, storage: str, address: str | None, once: bool) -> None:
     """Phases, trials, best, time left and failures of all sweeps, or of NAME; live until Ctrl-C."""
-    _there(address, ["status", *([name] if name else [])], storage)
+    _run_on_cluster(address, ["status", *([name] if name else [])], storage)
     from orchestration.common.terminal import Console, output_console
     from orchestration.reporting.status import overview
 
@@ -56,7 +56,7 @@ def status(name: str | None, storage: str, address: str | None, once: bool) -> N
 @_address
 def logs(name: str, trial: str | None, storage: str, address: str | None) -> None:
     """The last lines of the sweep NAME; or the figures, error and places of a TRIAL (ovit-schedule-001)."""
-    _there(address, ["logs", name, *([trial] if trial else [])], storage)
+    _run_on_cluster(address, ["logs", name, *([trial] if trial else [])], storage)
     from orchestration.reporting.status import log_lines
 
     for line in log_lines(storage, name, trial):
@@ -69,7 +69,7 @@ def logs(name: str, trial: str | None, storage: str, address: str | None) -> Non
 @_address
 def stop(name: str, storage: str, address: str | None) -> None:
     """End the sweep NAME as Ctrl-C would, wherever its driver runs: what is finished is kept."""
-    _there(address, ["stop", name], storage)
+    _run_on_cluster(address, ["stop", name], storage)
     from orchestration.state import heartbeat
     from orchestration.state.stored_recipe import find
 
@@ -114,8 +114,8 @@ def resume(
     from orchestration.state.stored_recipe import load
 
     recipe = load(storage, name, [*overrides, *new_name(new)])
-    said = ["resume", recipe.name, *([] if new else overrides), *where]
-    launch(recipe, said, name, address=address, detach=detach)
+    command = ["resume", recipe.name, *([] if new else overrides), *where]
+    launch(recipe, command, name, address=address, detach=detach)
 
 
 @click.command()
@@ -156,18 +156,18 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
         check_reachable(address)
     from orchestration.cluster import check
 
-    place = storage or (chosen.storage if chosen is not None else None)
+    storage_uri = storage or (chosen.storage if chosen is not None else None)
     if address.startswith("ray://"):
         content = None if chosen is None else chosen.model_dump(mode="json")
-        nodes, problems = check.check_through_client(address, content, place)
+        nodes, problems = check.check_through_client(address, content, storage_uri)
     else:
-        nodes, problems = check.check_cluster(address, chosen, place)
+        nodes, problems = check.check_cluster(address, chosen, storage_uri)
     output_console(160).print(check.offers(nodes))
     for problem in problems:
         click.echo(problem)
     if problems:
         raise click.exceptions.Exit(1)
-    tried = f", all reach {place}" if place else ""
+    tried = f", all reach {storage_uri}" if storage_uri else ""
     fits = f"; {chosen.name} fits" if chosen is not None else ""
     click.echo(f"{len(nodes)} nodes of the same versions{tried}{fits}")
 
@@ -192,7 +192,7 @@ def _put(storage: str, address: str, name: str | None) -> str:
     return storage_of(open_jobs(address), name) or storage
 
 
-def _there(address: str | None, words: list[str], storage: str) -> None:
+def _run_on_cluster(address: str | None, words: list[str], storage: str) -> None:
     """Run the command on the cluster instead, if an address is given."""
     if address is None:
         return

@@ -118,7 +118,7 @@ def _keep() -> None:
     """A process that outlives us, and ends what is left of the cluster then."""
     began = time.strftime(keeper.NAME)  # before Ray does
     command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
-    places = os.pathsep.join(place for place in sys.path if place)  # also where we are not installed
+    search_path = os.pathsep.join(folder for folder in sys.path if folder)  # also where we are not installed
     _keeper_processes.append(
         subprocess.Popen(
             command,
@@ -126,7 +126,7 @@ def _keep() -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches us alone
-            env={**os.environ, "PYTHONPATH": places},
+            env={**os.environ, "PYTHONPATH": search_path},
         )
     )
 

@@ -121,16 +121,16 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
     Raises:
         InputError: none did.
     """
-    found = _jobs(client)
-    if sweep not in found:
-        raise InputError("name", sweep, f"no job of this cluster ran it{did_you_mean(sweep, found)}")
-    return str(found[sweep][-1].submission_id)
+    jobs = _jobs(client)
+    if sweep not in jobs:
+        raise InputError("name", sweep, f"no job of this cluster ran it{did_you_mean(sweep, jobs)}")
+    return str(jobs[sweep][-1].submission_id)
 
 
 def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
     """Where the last job put a sweep (or any: ``None``); nothing where no job has said so."""
-    found = _jobs(client)
-    jobs = [job for name, jobs in found.items() if sweep in (None, name) for job in jobs]
+    by_sweep = _jobs(client)
+    jobs = [job for name, jobs in by_sweep.items() if sweep in (None, name) for job in jobs]
     jobs.sort(key=lambda job: job.start_time or 0)
     return next((job.metadata[_PLACE] for job in reversed(jobs) if _PLACE in (job.metadata or {})), None)
 
@@ -148,11 +148,11 @@ async def _print(client: JobSubmissionClient, job: str) -> None:
 
 def _jobs(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
     """The jobs of each sweep, the latest last."""
-    found: dict[str, list[JobDetails]] = {}
+    by_sweep: dict[str, list[JobDetails]] = {}
     for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
         if sweep := (job.metadata or {}).get(_TAG):
-            found.setdefault(sweep, []).append(job)
-    return found
+            by_sweep.setdefault(sweep, []).append(job)
+    return by_sweep
 
 
 def _free_id(client: JobSubmissionClient, sweep: str) -> str:

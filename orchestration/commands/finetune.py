@@ -69,14 +69,14 @@ class Finetuning:
         """Raises:
         InputError: whatever can be known to fail before the training begins.
         """
-        target = cls.place(options)
+        target = cls.result_folder(options)
         device = torch.device(device_for(options.device))
         check_training(options.training, "")
         patterns: Patterns | None = layer_patterns(options.layers)
-        with resolved(options.checkpoint, options.tracking_uri, options.storage) as place:
-            loaded = load(place, patterns)
+        with resolved(options.checkpoint, options.tracking_uri, options.storage) as location:
+            loaded = load(location, patterns)
             layers_of(loaded, patterns)
-            parent = _parent(options.checkpoint, place)
+            parent = _parent(options.checkpoint, location)
         model, before = loaded.model, factory.classes(loaded.model)
         now = options.classes or before
         if now != before:
@@ -92,7 +92,7 @@ class Finetuning:
         return cls(options, target, device, model, (before, now), masks, patterns, lineage)
 
     @classmethod
-    def place(cls, options: FinetuneOptions) -> Path:
+    def result_folder(cls, options: FinetuneOptions) -> Path:
         """Where the result goes.
 
         Raises:
@@ -114,7 +114,9 @@ class Finetuning:
         with self._workplace() as work, self._renamed():
             job = self._job(self._start(work), work)
             with Bars(heading=self._plan(job)) as bars:
-                resume = next((one for one in (work / "next", work / "last") if damage(one) is None), None)
+                resume = next(
+                    (folder for folder in (work / "next", work / "last") if damage(folder) is None), None
+                )
                 if resume is not None:
                     bars.say("going on where it was interrupted")
                 report = _Report(work, bars, job.training.epochs)
@@ -249,11 +251,11 @@ class _Report:
     first: int | None = field(default=None)
 
     def __call__(self, progress: Progress) -> None:
-        found = progress.metrics
-        if "epoch" in found:
+        metrics = progress.metrics
+        if "epoch" in metrics:
             self.bars.say(
-                f"epoch {found['epoch']} of {self.epochs}: loss {found['train_loss']:.4f}, "
-                f"validation top-1 {100 * found['val_top1']:.2f} %"
+                f"epoch {metrics['epoch']} of {self.epochs}: loss {metrics['train_loss']:.4f}, "
+                f"validation top-1 {100 * metrics['val_top1']:.2f} %"
             )
         if progress.save is None:
             return
@@ -270,19 +272,19 @@ class _Report:
         self.bars("training", done - self.first, total - self.first)
 
 
-def _parent(name: str, place: str) -> dict[str, str]:
+def _parent(name: str, location: str) -> dict[str, str]:
     """Which model this was: a name that others know too, and the hash of its weights."""
-    if not is_file(place):
+    if not is_file(location):
         return {"source": name}
     known = name if ":/" in name else Path(name).name
-    return {"source": known, "weights": weights_hash(place)}
+    return {"source": known, "weights": weights_hash(location)}
 
 
 def _fitting(masks: MaskSet | None, model: nn.Module) -> MaskSet | None:
     """The masks without that of a classifier that is new."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    found = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
-    return MaskSet(found) if found else None
+    fitting = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
+    return MaskSet(fitting) if fitting else None
 
 
 def _check_teacher(options: FinetuneOptions) -> None:

@@ -36,7 +36,7 @@ def import_weights(
     target = free_folder(out, "--out")
     defaults = {"checkpoint": absolute(file), "architecture": architecture}
     with InputError.renamed(_OPTIONS, _PHRASES):
-        settings = load_part(ModelSettings, [f"args.{one}" for one in arguments], defaults)
+        settings = load_part(ModelSettings, [f"args.{argument}" for argument in arguments], defaults)
         model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
     with whole_folder(target, out, "--out") as folder:
         save_foreign(folder, model, file, chosen, model_args={})

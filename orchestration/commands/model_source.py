@@ -81,8 +81,8 @@ def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         InputError: as :func:`load`.
     """
     if not name.startswith(_HUB):
-        with opened(absolute(name), key="model") as found:
-            yield found
+        with opened(absolute(name), key="model") as folder_and_record:
+            yield folder_and_record
         return
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         record = {"method": "dense", "sparsity": 0.0, "allocation": {}, "source": name}
@@ -140,8 +140,8 @@ def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[Prun
 def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
     """The patterns of layers that a checkpoint was pruned with, if it was with any."""
     recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
-    found: Patterns | None = recorded.get("layers")
-    return found
+    patterns: Patterns | None = recorded.get("layers")
+    return patterns
 
 
 def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None = None) -> str:
@@ -153,8 +153,8 @@ def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None =
     """
     classes, (channels, *_) = factory.classes(model), factory.input_size(model)
     if classes < 2 or channels != 3:
-        found = f"{classes} classes and {channels} channels"
-        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
+        shape = f"{classes} classes and {channels} channels"
+        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {shape}")
     fingerprint = check_table(uri, classes, key=key, columns=columns)
     names = names_of(uri, key=key, columns=columns, every=True)
     check_known(factory.label_names(model), names, key=key, uri=uri)

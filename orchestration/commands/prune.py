@@ -89,7 +89,7 @@ class Job:
         return [f"{key:<12}{value}" for key, value in outcome.summary(self.target)]
 
     def _work(self, bars: Bars) -> Outcome:
-        options, found = self.options, self.gradients
+        options, gradients = self.options, self.gradients
         before = self._top1(bars, "test before")
         report = prune(
             self.model,
@@ -101,10 +101,10 @@ class Job:
             scope=options.scope,  # type: ignore[arg-type]  # checked
             floor=options.floor,
             ceiling=options.ceiling,
-            batches=None if found is None else _Again(found.batches),
-            held_out=None if found is None or found.held_out is None else _Again(found.held_out),
+            batches=None if gradients is None else _Again(gradients.batches),
+            held_out=None if gradients is None or gradients.held_out is None else _Again(gradients.held_out),
             per_sample=options.per_sample,
-            memory=None if found is None else found.memory,
+            memory=None if gradients is None else gradients.memory,
             progress=bars,
         )
         after = self._top1(bars, "test after")

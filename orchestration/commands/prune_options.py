@@ -82,14 +82,14 @@ class PruneOptions(ColumnOptions):
 
     def for_method(self) -> dict[str, Any]:
         """Constructor arguments of the method, and ``damp="auto"``."""
-        found: dict[str, Any] = {"pattern": self.pattern}
+        arguments: dict[str, Any] = {"pattern": self.pattern}
         if self.method not in SECOND_ORDER:
-            return found
-        found |= {"gradients": self.gradients, "block_size": self.block_size, "damp": self._damp()}
-        found["relative"] = self.relative
-        if isinstance(found["damp"], float) and self.relative is None:
-            found["relative"] = False  # a λ that is given is meant as it stands
-        return {key: value for key, value in found.items() if value is not None}
+            return arguments
+        arguments |= {"gradients": self.gradients, "block_size": self.block_size, "damp": self._damp()}
+        arguments["relative"] = self.relative
+        if isinstance(arguments["damp"], float) and self.relative is None:
+            arguments["relative"] = False  # a λ that is given is meant as it stands
+        return {key: value for key, value in arguments.items() if value is not None}
 
     @property
     def fisher(self) -> FisherSettings:
@@ -169,13 +169,13 @@ def layer_patterns(texts: Iterable[str]) -> dict[str, list[str]] | None:
     Raises:
         InputError: a text of another form.
     """
-    found: dict[str, list[str]] = {}
+    patterns: dict[str, list[str]] = {}
     for text in texts:
         module, _, expression = text.partition("=")
         if not module or not expression:
             raise InputError("--layers", text, r"must have the form MODULE=REGEX, as QKV=attn\.qkv")
-        found.setdefault(module, []).append(expression)
-    return found or None
+        patterns.setdefault(module, []).append(expression)
+    return patterns or None
 
 
 def _pattern(text: str) -> Pattern:

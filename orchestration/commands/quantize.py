@@ -43,7 +43,7 @@ class Training(Finetuning):
     level = "0"  # what is kept is the best model, at no sparsity of its own
 
     @classmethod
-    def place(cls, options: FinetuneOptions) -> Path:
+    def result_folder(cls, options: FinetuneOptions) -> Path:
         """A hidden folder, which may hold the model already: trained, and not yet written as INT8."""
         return Path(options.out).resolve()
 
@@ -87,8 +87,8 @@ class Images:
     def figures(self, model: nn.Module) -> dict[str, float]:
         if self.tests is None:
             return {}
-        found = evaluate(model, self.tests)
-        return {"test_top1": found.top1, "test_loss": found.loss, "float_test_top1": self.before}
+        result = evaluate(model, self.tests)
+        return {"test_top1": result.top1, "test_loss": result.loss, "float_test_top1": self.before}
 
 
 def quantise(options: QuantizeOptions, status: Status) -> list[str]:
@@ -105,8 +105,8 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
     target = free_folder(options.out, "--out")
     with (
         InputError.renamed(_OPTIONS),
-        resolved(options.checkpoint, options.tracking_uri, options.storage) as place,
-        as_checkpoint_folder(place) as (source, _),
+        resolved(options.checkpoint, options.tracking_uri, options.storage) as location,
+        as_checkpoint_folder(location) as (source, _),
     ):
         loaded = load_checkpoint(str(source), key="model")
         model = loaded.model.eval()

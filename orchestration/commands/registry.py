@@ -57,10 +57,10 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
     """A line for each registered version."""
     from orchestration.tracking import registry
 
-    found = registry.versions(_database(tracking_uri, storage))
-    if not found:
+    versions = registry.versions(_database(tracking_uri, storage))
+    if not versions:
         yield "no registered models yet"
-    for version in found:
+    for version in versions:
         tags = version.tags
         aliases = f"  @{', @'.join(version.aliases)}" if version.aliases else ""
         yield (
@@ -94,13 +94,15 @@ def promote_version(
         if name is None and len(names) != 1:
             raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
         model = name or names[0]
-        there = {one.version: one for one in registry.versions(model)}
+        by_number = {version.version: version for version in registry.versions(model)}
         rule = registry.rule(model)
-        if number is not None and number not in there:
+        if number is not None and number not in by_number:
             raise InputError(
-                "--version", number, f"{model} has {', '.join(sorted(there, key=int)) or 'none'}"
+                "--version", number, f"{model} has {', '.join(sorted(by_number, key=int)) or 'none'}"
             )
-        candidate = there[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        candidate = (
+            by_number[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        )
         return promotion.promote(registry, candidate, alias, rule, force=force)
 
 

@@ -25,9 +25,9 @@ def check_reachable(address: str, key: str = "--address") -> None:
     Raises:
         InputError: nobody does, within seconds.
     """
-    host, found, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    host, colon, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     scheme = address.partition("://")[0] if "://" in address else "ray"
-    if not found or not port.isdigit() or scheme not in ("ray", "http", "https"):
+    if not colon or not port.isdigit() or scheme not in ("ray", "http", "https"):
         expected = "must be auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
         raise InputError(key, address, expected)
     try:

@@ -75,8 +75,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
     form.check(wanted.kind, wanted.calibration)
     target = free_folder(wanted.out, "OUT")
     with (
-        resolved(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as place,
-        as_checkpoint_folder(place) as (checkpoint, record),
+        resolved(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as location,
+        as_checkpoint_folder(location) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
         if form.kind == "int8" and wanted.calibration is None:
@@ -102,7 +102,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
                 content["int8_share"] = share_of(form.int8_values(folder), model)
                 say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
             content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
-            content["source"] = _provenance(place, checkpoint, record)
+            content["source"] = _provenance(location, checkpoint, record)
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
             (folder / RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
@@ -128,8 +128,8 @@ def source_of(
 def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
     """Logits of a float32 model in eval mode, (N, classes)."""
     with torch.inference_mode():
-        found: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
-    return found
+        logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+    return logits
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
@@ -202,10 +202,10 @@ def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int
         ) from None
 
 
-def _provenance(place: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: record[key] for key in ("architecture", "method", "sparsity", "parent") if key in record}
-    local = (checkpoint / WEIGHTS).exists() or not place.startswith("hf-hub:")
-    return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": place})
+    local = (checkpoint / WEIGHTS).exists() or not location.startswith("hf-hub:")
+    return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": location})
 
 
 def _content(

@@ -38,7 +38,7 @@ def check_allocated(recipe: Recipe) -> None:
 
 
 def _is_decided(key: str) -> bool:
-    return key == "pruning" or any(f"{key}.".startswith(f"pruning.{one}.") for one in _DECIDED)
+    return key == "pruning" or any(f"{key}.".startswith(f"pruning.{decided}.") for decided in _DECIDED)
 
 
 def check_not_sparser(
@@ -81,7 +81,7 @@ def check_sparsities(recipe: Recipe, model: nn.Module | None, layers: Sequence[P
         ("pruning.sparsity", pruning.sparsity, (pruning.sparsity, pruning.sparsity))
     ]
     if search.trials:
-        asked += [("allocation.sparsities", one, (one, one)) for one in search.sparsities]
+        asked += [("allocation.sparsities", sparsity, (sparsity, sparsity)) for sparsity in search.sparsities]
     if search.reach is not None:
         asked.append((f"allocation.{search.between_key}", list(search.reach), search.reach))
     for key, value, ends in asked:

@@ -151,7 +151,7 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     cut = None
     if recipe.structured is not None:
         arguments = _arguments(recipe)
-        plans = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
+        plans = [plan_cut(model, arguments, widths) for widths in recipe.structured.choices()]
         cut = plans[0]
         model = cut.skeleton
     with InputError.renamed({"pattern": "pruning.pattern"}):
@@ -250,8 +250,8 @@ def _check_schedule(recipe: Recipe) -> None:
     for target in recipe.allocation.reach or (pruning.sparsity,):  # wherever a search may end
         plan = pruning_plan(pruning.schedule, target, recipe.recovery.epochs)
         for sparsity in pruning.keep:
-            if not any(abs(sparsity - one) < 1e-6 for one in plan.values()):
-                stops = ", ".join(f"{one:.4g}" for one in plan.values()) or "none"
+            if not any(abs(sparsity - stop) < 1e-6 for stop in plan.values()):
+                stops = ", ".join(f"{stop:.4g}" for stop in plan.values()) or "none"
                 expected = f"the schedule does not stop there; it stops at {stops}"
                 raise InputError("pruning.keep", sparsity, expected)
 
@@ -294,7 +294,7 @@ def _ends(distribution: Distribution) -> tuple[Any, ...]:
     return distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
 
 
-def _check_storage(place: str, *, silent: bool) -> None:
+def _check_storage(storage_uri: str, *, silent: bool) -> None:
     """Args:
         silent: it need not answer: what does not from here may answer there.
 
@@ -302,20 +302,20 @@ def _check_storage(place: str, *, silent: bool) -> None:
         InputError: no place, or one where nothing can be put.
     """
     try:
-        there = storage.info(place)
+        entry = storage.info(storage_uri)
     except storage.UnreachableError:
         if silent:
             return
         raise
-    if there.type not in (fs.FileType.NotFound, fs.FileType.Directory):
-        raise InputError("storage", place, "must be a folder, and is none")
+    if entry.type not in (fs.FileType.NotFound, fs.FileType.Directory):
+        raise InputError("storage", storage_uri, "must be a folder, and is none")
 
 
-def _check_writable(place: str) -> None:
-    probe = f"{storage.absolute(place)}/.espalier-writes"
+def _check_writable(storage_uri: str) -> None:
+    probe = f"{storage.absolute(storage_uri)}/.espalier-writes"
     try:
         storage.write_bytes(probe, b"")
         storage.remove_file(probe)
     except OSError as error:
         expected = f"must be a place that can be written ({first_line(error)})"
-        raise InputError("storage", place, expected) from None
+        raise InputError("storage", storage_uri, expected) from None

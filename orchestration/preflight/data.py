@@ -31,9 +31,9 @@ def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) ->
     if asked is None or data.train is None or missing:
         return
     rows = count_rows(data.train, key="data.train")
-    there = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
-    if asked > there:
-        raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
+    images = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
+    if asked > images:
+        raise InputError("quantize.images", asked, f"there are {images} training images to choose from")
 
 
 def _is_here(uri: str, key: str) -> bool:
@@ -72,11 +72,11 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             missing.append(uri)
             continue
         tolerant = data.bad_images == "skip"
-        place, key, wanted = places[part], f"data.{part}", data.columns
+        location, key, wanted = places[part], f"data.{part}", data.columns
         hashes[part] = remote_calls.heard(
-            uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
+            uri, check_table, location, classes, key=key, tolerant=tolerant, columns=wanted
         )
-        names[part] = remote_calls.heard(uri, names_of, place, key=key, columns=wanted, every=True)
+        names[part] = remote_calls.heard(uri, names_of, location, key=key, columns=wanted, every=True)
     check_alike(names, key="data")
     # what the columns hold is in the hashes
     rest = data.model_dump(exclude={*places, *_COLUMNS})

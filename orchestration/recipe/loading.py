@@ -61,8 +61,8 @@ def overridden(content: dict[str, Any], overrides: Sequence[str]) -> Recipe:
 
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
-        key, found, value = override.partition("=")
-        if not found:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise InputError("override", override, "must have the form key.sub=value")
         put(content, key, _parse_yaml(value, f"override {key}"))
 

@@ -27,11 +27,11 @@ def check_population(trials: int, sampler: str, space: Mapping[str, Distribution
         raise ValueError(f"scheduler: draws its trials itself; needs sampler: random ({sampler} given)")
     if not space:
         raise ValueError("scheduler: a population needs a space, as {recovery.lr.peak: {log: [5e-5, 1e-3]}}")
-    for key, one in space.items():
-        if one.uniform is None and one.log is None:
-            kind = "choice" if one.choice is not None else "integer"
+    for key, distribution in space.items():
+        if distribution.uniform is None and distribution.log is None:
+            kind = "choice" if distribution.choice is not None else "integer"
             raise ValueError(f"scheduler: searches by uniform and log alone; {key} is searched by {kind}")
-        if one.when:
+        if distribution.when:
             raise ValueError(f"scheduler: searches all values of a run at any time; {key} has a when")
         if not _can_change(key):
             raise ValueError(

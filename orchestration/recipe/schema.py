@@ -184,9 +184,11 @@ class Recipe(Settings):
         """Those that gradual runs end at, the least and the largest at least."""
         if self.allocation.reach is not None:
             return self.allocation.reach
-        found = self.schedule.space.get("pruning.sparsity")
-        ends = found and (found.uniform or found.log or found.integer or found.choice)
-        numbers = [float(one) for one in ends or () if isinstance(one, int | float)]
+        distribution = self.schedule.space.get("pruning.sparsity")
+        ends = distribution and (
+            distribution.uniform or distribution.log or distribution.integer or distribution.choice
+        )
+        numbers = [float(value) for value in ends or () if isinstance(value, int | float)]
         return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
 
     @property

@@ -62,7 +62,7 @@ def page(sweeps: Sequence[Compared]) -> str:
 
 def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
     """The final models by sparsity, then every finished trial by its cost."""
-    prefix = {one.name: f"{one.name}: " if len(sweeps) > 1 else "" for one in sweeps}
+    prefix = {sweep.name: f"{sweep.name}: " if len(sweeps) > 1 else "" for sweep in sweeps}
     final: Points = defaultdict(list)
     trials: Points = defaultdict(list)
     dense: dict[str, float] = {}
@@ -76,9 +76,9 @@ def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
         for search in sweep.searches:
             kind = "one shot" if search.kind == "allocation" else "recovered"
             trials[f"{prefix[sweep.name]}{search.method}, {kind}"] += [
-                (one.metrics["macs_sparse"], one.metrics["val_top1"])
-                for one in search.finished
-                if "macs_sparse" in one.metrics
+                (trial.metrics["macs_sparse"], trial.metrics["val_top1"])
+                for trial in search.finished
+                if "macs_sparse" in trial.metrics
             ]
     if len(dense) == len(sweeps) and len(set(dense.values())) == 1:
         dense = {"dense": next(iter(dense.values()))}
@@ -91,10 +91,10 @@ def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
 
 def _of_phases(sweep: Compared) -> Iterator[Picture]:
     for search in sweep.searches:
-        if sum("val_top1" in one.metrics for one in search.trials) > 1:
+        if sum("val_top1" in trial.metrics for trial in search.trials) > 1:
             figure = plots.trial_history(search.trials, search.title, sweep.dense)
             yield _picture(figure, f"{search.title}: accuracy of each trial in its order")
-        if sum("shares" in one.metrics for one in search.finished) > 1:
+        if sum("shares" in trial.metrics for trial in search.finished) > 1:
             figure = plots.allocations(search.finished, search.title, most=_SHOWN)
             yield _picture(figure, f"{search.title}: sparsity of stages and modules, best trials to the left")
 

@@ -41,7 +41,7 @@ class Display:
         self._began = time.monotonic()
         self._begin_fraction = 0.0
         self._spoke = 0.0
-        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._begun: list[dict[str, Any]] = []
 
     def __enter__(self) -> Display:
@@ -75,7 +75,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._said.append(text)
+        self._lines.append(text)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def snapshot(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Display:
             "phases": [dict(phase) for phase in self._begun],
             "running": len(self._running),
             "left": self._left(),
-            "said": list(self._said),
+            "said": list(self._lines),
         }
 
     def phase(

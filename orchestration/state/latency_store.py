@@ -43,7 +43,7 @@ class LatencyJob:
     checkpoint: str
     pruning: PruningSettings
     target: LatencyTarget
-    place: str
+    storage_uri: str
 
     def run(self) -> tuple[LatencyTable, bool]:
         """The table of this machine, and whether it had to be measured.
@@ -79,7 +79,7 @@ class LatencyJob:
             yield folder, load_checkpoint(str(folder), layers=self.pruning.layers).model
 
     def _file(self, about: Mapping[str, Any]) -> str:
-        return f"{self.place}/latency/{digest(about)}.json"
+        return f"{self.storage_uri}/latency/{digest(about)}.json"
 
     def _stored(self, about: Mapping[str, Any]) -> LatencyTable | None:
         return _read(self._file(about), about)
@@ -103,11 +103,11 @@ class LatencyJob:
 
 def circumstances(target: LatencyTarget) -> dict[str, Any]:
     """What the times of any model depend on: this machine, and how it serves."""
-    found, choice = describe_machine(), target.choice
+    machine, choice = describe_machine(), target.choice
     packages = ("torch", "timm", choice.engine)
     return {
-        "machine": {key: found[key] for key in ("processor", "instructions", "cores", "system")},
-        "versions": {name: found["versions"][name] for name in packages if name in found["versions"]},
+        "machine": {key: machine[key] for key in ("processor", "instructions", "cores", "system")},
+        "versions": {name: machine["versions"][name] for name in packages if name in machine["versions"]},
         "engine": choice.engine,
         "compiled": "for the batch size",  # tables of OpenVINO compiled for any were slower
         "type": choice.kind,
@@ -125,15 +125,15 @@ def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
     """
     run = _runs(target, "structured.target")
     with ExitStack() as stack:
-        folders = [stack.enter_context(storage.local_copy(one)) for one in checkpoints]
+        folders = [stack.enter_context(storage.local_copy(checkpoint)) for checkpoint in checkpoints]
         return measure_models(folders, run)
 
 
 def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) -> T:
     """What a function returns as a Ray task, on a node with the resources that the target names."""
     task = ray.remote(num_cpus=0, resources=target.resources or None)(function)
-    found: T = ray.get(task.remote(*given))
-    return found
+    result: T = ray.get(task.remote(*given))
+    return result
 
 
 def _runs(target: LatencyTarget, key: str) -> Target:
@@ -143,26 +143,26 @@ def _runs(target: LatencyTarget, key: str) -> Target:
         InputError: it cannot.
     """
     check(target.choice, "cpu", key=f"{key}.engine")
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    check_threads(target, there, f"{key}.threads")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    check_threads(target, processors, f"{key}.threads")
     return Target(target.choice, Place(target.threads), target.batch)
 
 
 def format_times(table: LatencyTable, target: LatencyTarget) -> str:
     """What a table comes to, in a line; also that zeros gain nothing, where they do not."""
     dense, sparse = table.at({}), table.uniform(_SHOWN)
-    fastest = min(table.uniform(one) for curve in table.curves.values() for one in curve.sparsities)
+    fastest = min(table.uniform(sparsity) for curve in table.curves.values() for sparsity in curve.sparsities)
     gain = "" if fastest < dense else "; zeros gain nothing on it"
     times = f"{1e3 * dense:.2f} ms dense, {1e3 * sparse:.2f} ms with {100 * _SHOWN:.0f} % zeros"
     return f"{target}: {times}{gain}"
 
 
-def check_threads(target: LatencyTarget, there: int, key: str) -> None:
+def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
     """Raises:
     InputError: more threads than processors.
     """
-    if target.threads > there:
-        raise InputError(key, target.threads, f"the machine that serves has {there} processors")
+    if target.threads > processors:
+        raise InputError(key, target.threads, f"the machine that serves has {processors} processors")
 
 
 def check_linear(model: nn.Module, layers: list[PrunableLayer]) -> None:

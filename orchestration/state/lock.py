@@ -35,7 +35,7 @@ class TakenError(Exception):
 
 
 @contextmanager
-def local_lock(place: str, name: str) -> Iterator[None]:
+def local_lock(storage_uri: str, name: str) -> Iterator[None]:
     """Hold the name in a storage on this file system; the system frees it however the process ends.
 
     Raises:
@@ -43,7 +43,7 @@ def local_lock(place: str, name: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(_file_lock(place, name))
+            held.enter_context(_file_lock(storage_uri, name))
         except TakenError as taken:
             raise _refused(name, taken) from None
         yield
@@ -66,7 +66,7 @@ def cluster_lock(root: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def artifact_lock(
-    place: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
+    storage_uri: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
 ) -> Iterator[None]:
     """Hold what all sweeps of a storage share; who comes second waits, and can be interrupted.
 
@@ -77,17 +77,17 @@ def artifact_lock(
         wait: told once, when there is something to wait for, by whom it is held.
         by_cluster: ask the Ray cluster too; without it, only where files cannot be locked.
     """
-    told = False
+    waiting = False
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(_file_lock(place, f"shared/{artefact}"))
-                if by_cluster or not storage.is_local(place):
-                    held.enter_context(_actor_lock(f"{storage.absolute(place)}/{artefact}"))
+                held.enter_context(_file_lock(storage_uri, f"shared/{artefact}"))
+                if by_cluster or not storage.is_local(storage_uri):
+                    held.enter_context(_actor_lock(f"{storage.absolute(storage_uri)}/{artefact}"))
             except TakenError as taken:
-                if not told:
+                if not waiting:
                     wait(taken.by)
-                told = True
+                waiting = True
             else:
                 yield
                 return
@@ -95,11 +95,11 @@ def artifact_lock(
 
 
 @contextmanager
-def _file_lock(place: str, name: str) -> Iterator[None]:
+def _file_lock(storage_uri: str, name: str) -> Iterator[None]:
     """Raises:
     TakenError: another process holds it.
     """
-    system, path = storage.resolve(place)
+    system, path = storage.resolve(storage_uri)
     if not isinstance(system, fs.LocalFileSystem):  # where files cannot be locked, the cluster is asked
         yield
         return
@@ -148,7 +148,7 @@ def _refused(name: str, taken: TakenError) -> InputError:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        holder: dict[str, Any] = json.loads(path.read_text())
+        return holder
     except (OSError, ValueError):
         return {}

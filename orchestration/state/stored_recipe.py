@@ -42,9 +42,9 @@ _FREE = (
 )
 
 
-def folder_of(place: str, name: str) -> str:
+def folder_of(storage_uri: str, name: str) -> str:
     """Where a sweep of this name keeps its results, in the storage at ``place``."""
-    return f"{storage.absolute(place)}/sweeps/{name}"
+    return f"{storage.absolute(storage_uri)}/sweeps/{name}"
 
 
 def store(recipe: Recipe) -> None:
@@ -52,7 +52,7 @@ def store(recipe: Recipe) -> None:
     storage.write_json(f"{folder_of(recipe.storage, recipe.name)}/{_FILE}", content_of(recipe))
 
 
-def load(place: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(storage_uri: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that the sweep of this name was last started with.
 
     Args:
@@ -63,41 +63,41 @@ def load(place: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no sweep of this name, or one that has stored no recipe.
     """
-    find(place, name)
-    file = f"{folder_of(place, name)}/{_FILE}"
+    find(storage_uri, name)
+    file = f"{folder_of(storage_uri, name)}/{_FILE}"
     if not storage.exists(file):
         raise InputError("name", name, "has stored no recipe; start it again by 'espalier sweep'")
-    content = storage.read_json(file) | {"storage": place}
+    content = storage.read_json(file) | {"storage": storage_uri}
     login = os.environ.get("MLFLOW_TRACKING_URI")
     if login is not None and strip_credentials(login) == content["tracking"]["uri"]:
         content["tracking"]["uri"] = login
     return overridden(content, overrides)
 
 
-def names(place: str) -> list[str]:
+def names(storage_uri: str) -> list[str]:
     """The sweeps of a storage.
 
     Raises:
         InputError: there is none.
     """
-    system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
+    system, path = storage.resolve(f"{storage.absolute(storage_uri, '--storage')}/sweeps", key="--storage")
     try:
-        entries = look(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+        entries = look(storage_uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise InputError("--storage", place, f"cannot be read ({error})") from None
-    found = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-    if not found:
-        raise InputError("--storage", place, "no sweep has been run there")
-    return found
+        raise InputError("--storage", storage_uri, f"cannot be read ({error})") from None
+    sweeps = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+    if not sweeps:
+        raise InputError("--storage", storage_uri, "no sweep has been run there")
+    return sweeps
 
 
-def find(place: str, name: str) -> None:
+def find(storage_uri: str, name: str) -> None:
     """Raises:
     InputError: no sweep of this name is in the storage at ``place``.
     """
-    known = names(place)
+    known = names(storage_uri)
     if name not in known:
-        raise InputError("name", name, f"no such sweep in {place}{did_you_mean(name, known)}")
+        raise InputError("name", name, f"no such sweep in {storage_uri}{did_you_mean(name, known)}")
 
 
 def check_unchanged(recipe: Recipe) -> None:
@@ -128,7 +128,7 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {
         key: (before.get(key), after.get(key))
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{one}." for one in _FREE))
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _FREE))
     }
 
 
@@ -152,7 +152,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
 def _without_logins(value: Any) -> Any:
     """Of every address that a recipe may hold: data, checkpoint, teachers, MLflow's."""
     if isinstance(value, dict):
-        return {key: _without_logins(one) for key, one in value.items()}
+        return {key: _without_logins(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_logins(one) for one in value]
+        return [_without_logins(item) for item in value]
     return strip_credentials(value) if isinstance(value, str) else value

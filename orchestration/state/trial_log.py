@@ -45,8 +45,8 @@ class TrialRecord:
     def __post_init__(self) -> None:
         if self.score is None or math.isfinite(self.score):
             return
-        said = self.error or f"its score is {self.score:g}"
-        for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": said}.items():
+        error = self.error or f"its score is {self.score:g}"
+        for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": error}.items():
             object.__setattr__(self, key, value)
 
     @property
@@ -142,7 +142,7 @@ class TrialLog:
     def unsaid(self) -> list[tuple[TrialRecord, str | None]]:
         """Trials that had ended when the driver was killed, with their MLflow runs; they are to be added."""
         entries = (self._running[str(number)] for number in self.running)
-        return [(TrialRecord(**one["end"]), one.get("run_id")) for one in entries if "end" in one]
+        return [(TrialRecord(**entry["end"]), entry.get("run_id")) for entry in entries if "end" in entry]
 
     def events(self) -> Iterator[Event]:
         """All that has a count, in order of the trials; :attr:`history` sorts it."""
@@ -162,7 +162,7 @@ class TrialLog:
     def ordered(self) -> bool:
         """Whether the order of all trials is known, as it is but for those of earlier versions."""
         ends = all(record.asked is not None and record.told is not None for record in self.trials)
-        return ends and all("asked" in one for one in self._running.values())
+        return ends and all("asked" in entry for entry in self._running.values())
 
     @property
     def proposed(self) -> int:
@@ -184,25 +184,25 @@ class TrialLog:
 
     def member(self, number: int) -> dict[str, Any] | None:
         """What was noted last of a running trial."""
-        found: dict[str, Any] | None = self._running[str(number)].get("member")
-        return found
+        member: dict[str, Any] | None = self._running[str(number)].get("member")
+        return member
 
     @property
     def members(self) -> list[dict[str, Any]]:
         """What is noted of trials that have not ended."""
-        return [one["member"] for one in self._running.values() if "member" in one]
+        return [entry["member"] for entry in self._running.values() if "member" in entry]
 
     def add(self, record: TrialRecord) -> TrialRecord:
         """Write down a trial that has ended; returns the record with its place in the order."""
         entry = self._running.pop(str(record.number), {})
-        place = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
-        record = replace(record, told=self._tick(), **place)
+        order = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
+        record = replace(record, told=self._tick(), **order)
         self.trials.append(record)
         if not self._cheap:
             self.save()
             return record
         part = (len(self.trials) - self._whole - 1) // _PART
-        records = [asdict(one) for one in self.trials[self._whole + part * _PART :]]
+        records = [asdict(trial) for trial in self.trials[self._whole + part * _PART :]]
         records[-1]["beside"] = self._running
         storage.write_json(f"{self._parts}/{part:06d}.json", records)
         return record
@@ -232,8 +232,8 @@ class TrialLog:
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
         """The MLflow run of a proposal's trial that was broken off."""
-        found = (self._running[key] for key in self._broken)
-        return next((one.get("run_id") for one in found if one["values"] == values), None)
+        broken = (self._running[key] for key in self._broken)
+        return next((entry.get("run_id") for entry in broken if entry["values"] == values), None)
 
     @property
     def _broken(self) -> list[str]:

@@ -46,7 +46,7 @@ def _check_login(uri: str) -> None:
     except MlflowException as error:
         known = "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of who may use it"
         refused = error.get_http_status_code() in {401, 403}  # type: ignore[no-untyped-call]
-        said = strip_paths(first_line(error))[:200]
+        reason = strip_paths(first_line(error))[:200]
         raise InputError(
-            "tracking.uri", strip_credentials(uri), known if refused else f"is of no use ({said})"
+            "tracking.uri", strip_credentials(uri), known if refused else f"is of no use ({reason})"
         ) from None

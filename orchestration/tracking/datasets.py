@@ -29,8 +29,8 @@ class Dataset:
     @property
     def source_type(self) -> str:
         """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
-        scheme, found, _ = self.source.partition("://")
-        return scheme if found else "local"
+        scheme, separator, _ = self.source.partition("://")
+        return scheme if separator else "local"
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:

@@ -63,10 +63,10 @@ class Version:
 
     def _number(self, tag: str, otherwise: float) -> float:
         try:
-            found = float(self.tags.get(tag, otherwise))
+            number = float(self.tags.get(tag, otherwise))
         except ValueError:
             return otherwise
-        return otherwise if math.isnan(found) else found
+        return otherwise if math.isnan(number) else number
 
 
 class Registry:
@@ -97,7 +97,7 @@ class Registry:
         aliases: dict[str, list[str]] = {}
         for alias, version in dict(registered.aliases).items():
             aliases.setdefault(str(version), []).append(alias)
-        found = [
+        listed = [
             Version(
                 model,
                 str(entry.version),
@@ -107,7 +107,7 @@ class Registry:
             )
             for entry in all_pages(self._client.search_model_versions, f"name='{model}'")
         ]
-        return sorted(found, key=lambda version: -int(version.version))
+        return sorted(listed, key=lambda version: -int(version.version))
 
     def resolve(self, reference: str) -> Version:
         """The version that ``models:/NAME@alias`` or ``models:/NAME/2`` names.
@@ -117,15 +117,17 @@ class Registry:
         """
         name, alias, version = parse(reference)
         versions = self.versions(name)
-        for one in versions:
-            if one.version == version or alias in one.aliases:
-                return one
-        there = [one.version for one in versions] + [f"@{name}" for one in versions for name in one.aliases]
-        raise InputError("model", reference, f"no such version; there is {', '.join(there) or 'none'}")
+        for known in versions:
+            if known.version == version or alias in known.aliases:
+                return known
+        choices = [known.version for known in versions] + [
+            f"@{name}" for known in versions for name in known.aliases
+        ]
+        raise InputError("model", reference, f"no such version; there is {', '.join(choices) or 'none'}")
 
     def holder(self, model: str, alias: str) -> Version | None:
         """The version that carries an alias."""
-        return next((one for one in self.versions(model) if alias in one.aliases), None)
+        return next((version for version in self.versions(model) if alias in version.aliases), None)
 
     def set_alias(self, version: Version, alias: str) -> None:
         """Whatever carried it before loses it."""
@@ -143,11 +145,11 @@ class Registry:
 
     def runs_above(self, run: str) -> list[str]:
         """A version's run and those that it is nested in; the last is the sweep's."""
-        found: list[str] = []
-        while run and run not in found and len(found) < _LEVELS:
-            found.append(run)
+        runs: list[str] = []
+        while run and run not in runs and len(runs) < _LEVELS:
+            runs.append(run)
             run = str(self._client.get_run(run).data.tags.get("mlflow.parentRunId", ""))
-        return found
+        return runs
 
 
 @contextmanager
@@ -209,10 +211,10 @@ def parse(reference: str) -> tuple[str, str, str]:
     Raises:
         InputError: neither of the two.
     """
-    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
-    if found is None:
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if match is None:
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
-    return found[1], found[2] or "", found[3] or ""
+    return match[1], match[2] or "", match[3] or ""
 
 
 ARTIFACT = "checkpoint"
@@ -284,14 +286,14 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
     client = mlflow.MlflowClient(uri)
     with TemporaryDirectory(prefix="espalier-") as target:
         try:
-            found = (
+            entry = (
                 client.get_model_version_by_alias(name, alias)
                 if alias
                 else client.get_model_version(name, version)
             )
             # by the client, as mlflow.artifacts goes by a URI that is global to the process
-            artifact = dict(found.tags).get("artifact", ARTIFACT)
-            folder = Path(client.download_artifacts(str(found.run_id), artifact, target))
+            artifact = dict(entry.tags).get("artifact", ARTIFACT)
+            folder = Path(client.download_artifacts(str(entry.run_id), artifact, target))
         except (MlflowException, OSError) as error:
             reason = f"cannot be had from the registry ({refusal(error, uri)})"
             raise InputError("model", reference, reason) from None

@@ -48,8 +48,8 @@ class _Files:
 
     def read(self) -> dict[str, Any]:
         """Where the server is, and the ``pid`` of its keeper; of one of before, unless the keeper lives."""
-        found: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
-        return found
+        content: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
+        return content
 
 
 @dataclass
@@ -116,9 +116,9 @@ class Server:
             self.keeper.wait(_END_SECONDS)
 
 
-def tracking_folder(place: str) -> Path:
+def tracking_folder(storage_uri: str) -> Path:
     """Where a server of ours keeps its files: beside the results, or here if those are remote."""
-    where = storage.absolute(place).removeprefix("file://")
+    where = storage.absolute(storage_uri).removeprefix("file://")
     return Path(defaults.STORAGE if "://" in where else where).absolute() / "mlflow"
 
 
@@ -173,13 +173,13 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
 
 def _locked(file: Path) -> int | None:
     """The file's lock, or nothing where somebody holds it."""
-    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(found)
+        os.close(descriptor)
         return None
-    return found
+    return descriptor
 
 
 def _shared(file: Path) -> int:
@@ -188,18 +188,18 @@ def _shared(file: Path) -> int:
     Raises:
         RuntimeError: it does not end.
     """
-    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + 2 * _END_SECONDS
     while True:
         try:
-            fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(found)
+                os.close(descriptor)
                 raise RuntimeError(f"the MLflow server of {file.parent} is ending, and does not") from None
             time.sleep(0.1)
         else:
-            return found
+            return descriptor
 
 
 def answers(uri: str, timeout: float) -> bool:

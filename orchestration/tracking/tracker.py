@@ -93,20 +93,20 @@ class Tracker:
         """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             # the kind decides which view the UI opens it in
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
                 return str(self.client.create_experiment(name, tags=tags))
             except MlflowException:
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:
                     raise
-        if found.lifecycle_stage == "deleted":  # else another sweep was quicker
-            self.client.restore_experiment(found.experiment_id)
+        if experiment.lifecycle_stage == "deleted":  # else another sweep was quicker
+            self.client.restore_experiment(experiment.experiment_id)
             self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """A new run, nested under ``parent``; returns its id."""
@@ -148,14 +148,14 @@ class Tracker:
         Others are deleted: those left half said, and those of trials that were logged here and, as the driver
         or its storage failed, nowhere else; they run again.
         """
-        found: dict[str, str] = {}
+        children: dict[str, str] = {}
         for child in self._search(f"tags.`mlflow.parentRunId` = '{run}'"):
             value: str | None = child.data.tags.get(tag)
-            if value is None or child.info.end_time is None or value not in known or value in found:
+            if value is None or child.info.end_time is None or value not in known or value in children:
                 self.client.delete_run(child.info.run_id)
             else:
-                found[value] = child.info.run_id
-        return found
+                children[value] = child.info.run_id
+        return children
 
     def _search(self, condition: str) -> list[Run]:
         return all_pages(self.client.search_runs, [self.experiment], condition)
@@ -165,18 +165,18 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self.client.get_run(run)
+            known_run = self.client.get_run(run)
         except MlflowException:
             return False
-        if found.info.lifecycle_stage == "deleted":
+        if known_run.info.lifecycle_stage == "deleted":
             self.client.restore_run(run)
-            self._say(f"the MLflow run {found.info.run_name} had been deleted; it is restored")
+            self._say(f"the MLflow run {known_run.info.run_name} had been deleted; it is restored")
         return True
 
     def has(self, run: str, artifact: str) -> bool:
         """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
         folder = artifact.rpartition("/")[0] or None
-        return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
+        return any(entry.path == artifact for entry in self.client.list_artifacts(run, folder))
 
     def resume(
         self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
@@ -250,15 +250,15 @@ class Tracker:
             [
                 entities.DatasetInput(
                     entities.Dataset(
-                        name=one.name,
-                        digest=one.digest,
-                        source_type=one.source_type,
-                        source=json.dumps({"uri": one.source}),
-                        profile=json.dumps({"num_rows": one.rows}),
+                        name=dataset.name,
+                        digest=dataset.digest,
+                        source_type=dataset.source_type,
+                        source=json.dumps({"uri": dataset.source}),
+                        profile=json.dumps({"num_rows": dataset.rows}),
                     ),
-                    [entities.InputTag("mlflow.data.context", one.context)],
+                    [entities.InputTag("mlflow.data.context", dataset.context)],
                 )
-                for one in datasets
+                for dataset in datasets
             ],
         )
 
