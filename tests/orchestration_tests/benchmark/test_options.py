@@ -44,12 +44,12 @@ def test_options_that_cannot_work(options: dict[str, Any], says: tuple[str, ...]
 
 
 def test_what_is_asked_for_is_understood() -> None:
-    found = BenchmarkOptions(
+    options = BenchmarkOptions(
         ("a",), "torch:bfloat16, onnxruntime:int8,torch:bfloat16", batch="64,1,1", loss="2.5%", threads=1
     )
-    assert found.choices == (Choice("torch", "bfloat16"), Choice("onnxruntime", "int8"))
-    assert (found.batches, found.tolerated, found.hardware) == ((1, 64), 0.025, Place(1))
-    assert replace(found, loss="0.01").tolerated == 0.01
+    assert options.choices == (Choice("torch", "bfloat16"), Choice("onnxruntime", "int8"))
+    assert (options.batches, options.tolerated, options.hardware) == ((1, 64), 0.025, Place(1))
+    assert replace(options, loss="0.01").tolerated == 0.01
     usual = BenchmarkOptions(("a",)).choices
     assert [choice.engine for choice in usual] == [name for name in ENGINES if name != "2:4"]
     assert {choice.kind for choice in usual} == {"float32"}

@@ -85,17 +85,17 @@ def test_zeros_stay_and_the_classifier_is_new(
     data = "--train @/train.parquet --validation @/validation.parquet --classes 5"
     out = good(run, f"finetune @/{name} {data} --out result {FAST}")
     assert steps == list(range(15))
-    found = pruned_layers("result")
-    assert found.keys() == zeros.keys()
-    assert all(torch.equal(found[key], zero) for key, zero in zeros.items())
+    layers = pruned_layers("result")
+    assert layers.keys() == zeros.keys()
+    assert all(torch.equal(layers[key], zero) for key, zero in zeros.items())
     model = plain("result")
     assert model.num_classes == 5
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5)
-    before, after = (load_file(place / "model.safetensors") for place in (files / name, Path("result")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / name, Path("result")))
     changed = {key for key, tensor in after.items() if not torch.equal(tensor, before.get(key, tensor[:0]))}
     assert set(zeros) <= changed
     parent, record = (
-        json.loads((place / "pruning.json").read_text()) for place in (files / name, Path("result"))
+        json.loads((folder / "pruning.json").read_text()) for folder in (files / name, Path("result"))
     )
     assert record["parent"] == {"source": name, "weights": parent["files"]["model.safetensors"]}
     assert record["method"] == "dimap"
@@ -121,7 +121,7 @@ def test_the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> Non
 def test_the_classifier_alone_is_trained(run: Run, files: Path) -> None:
     frozen = "\"freeze=['^(?!head)']\""
     good(run, f"finetune @/swin --train @/train.parquet --classes 5 --out result {FAST} {frozen}")
-    before, after = (load_file(place / "model.safetensors") for place in (files / "swin", Path("result")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / "swin", Path("result")))
     assert {key for key in after if not torch.equal(after[key], before[key])} == {
         "head.fc.weight",
         "head.fc.bias",
@@ -136,8 +136,8 @@ def test_the_form_of_the_checkpoint_changes_nothing(
     rest = f"--train @/train.parquet --classes 5 {FAST} epochs=1"
     for number, name in enumerate(("@/vit", "@/small", f"file://{files}/vit")):
         good(run, f"finetune {name} {rest} --out out-{number}")
-    one, other, third = (Path(f"out-{number}/model.safetensors").read_bytes() for number in range(3))
-    assert one == other == third
+    first, second, third = (Path(f"out-{number}/model.safetensors").read_bytes() for number in range(3))
+    assert first == second == third
     parents = [json.loads(Path(f"out-{n}/pruning.json").read_text())["parent"]["weights"] for n in range(3)]
     assert set(parents) == {weights_hash(str(files / "vit"))}
     good(run, f"finetune hf-hub:me/tiny {rest} --out hub")
@@ -278,13 +278,13 @@ BAD: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(text: str, run: Run, files: Path) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(text if "--out" in text else f"{text} --out a/b")
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     missing = [part for part in BAD[text] if part not in error]
     assert not missing, f"{missing} not in: {error}"
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 def test_a_loss_that_is_not_finite(run: Run) -> None:

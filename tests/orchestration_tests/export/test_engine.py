@@ -76,8 +76,8 @@ def metadata(folder: Path) -> dict[str, str]:
 def matmuls(path: Path) -> list[np.ndarray[Any, Any]]:
     """The INT8 weights of an ONNX file."""
     model = onnx.load(path)
-    found = [numpy_helper.to_array(one) for one in model.graph.initializer]
-    return [one for one in found if one.dtype == np.int8 and one.ndim == 2]
+    arrays = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    return [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
 
 
 EVERY = [("vit", name) for name in FORMATS] + [
@@ -89,14 +89,14 @@ EVERY = [("vit", name) for name in FORMATS] + [
 def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, files: Path) -> None:
     form = FORMATS[kind]
     images = "--calibration @/images.parquet" if form.calibration == "needed" else ""
-    said = good(run, f"export @/{name} out --format {kind} --data @/images.parquet {images}")
-    assert [line[:12].strip() for line in said.splitlines()] == [
+    output = good(run, f"export @/{name} out --format {kind} --data @/images.parquet {images}")
+    assert [line[:12].strip() for line in output.splitlines()] == [
         "compared",
         *("batch 1", "batch 2", "batch 7", "batch 64"),
         *(("int8",) if form.kind.startswith("int8") else ()),
         *("written to", "run it by"),
     ]
-    assert "on 64 images (the first of images.parquet)" in said
+    assert "on 64 images (the first of images.parquet)" in output
     out = Path("out")
     record = read_record(out, "out")
     assert set(record["files"]) == {path.name for path in out.iterdir()} - {"export.json"}
@@ -167,12 +167,14 @@ def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> No
     layers = [weights[layer.name].detach().numpy() for layer in find_layers(model)]
     quantised = matmuls(Path("out/model.onnx"))
     for layer in layers:
-        same = [one for one in quantised if one.shape == layer.T.shape and not one[layer.T == 0].any()]
+        same = [
+            array for array in quantised if array.shape == layer.T.shape and not array[layer.T == 0].any()
+        ]
         assert same, "no INT8 weight has this layer's zeros"
     points = [
-        numpy_helper.to_array(one)
-        for one in onnx.load("out/model.onnx").graph.initializer
-        if one.name.endswith("zero_point") and one.data_type == onnx.TensorProto.INT8
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load("out/model.onnx").graph.initializer
+        if tensor.name.endswith("zero_point") and tensor.data_type == onnx.TensorProto.INT8
     ]
     assert points
     assert not any(point.any() for point in points)
@@ -236,12 +238,12 @@ def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch
 def test_bad_input_is_one_line_and_leaves_nothing(
     text: str, says: tuple[str, ...], run: Run, files: Path
 ) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(text)
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     assert not [part for part in says if part not in error], error
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 @pytest.mark.parametrize(
@@ -292,8 +294,8 @@ def test_a_batch_size_that_is_built_in_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
-    said = good(run, "export @/vit out --format torch-export")
-    assert "on 64 images (parts of scikit-learn's two photographs)" in said
+    output = good(run, "export @/vit out --format torch-export")
+    assert "on 64 images (parts of scikit-learn's two photographs)" in output
     assert read_record(Path("out"), "out")["engine"] == "torch"
     whole = bytearray(Path("out/model.pt2").read_bytes())
     whole[-9] ^= 1
@@ -310,9 +312,9 @@ def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
 
 def test_photographs_are_the_same_ones_every_time() -> None:
     first, again = photographs(5), photographs(5)
-    assert [one.tobytes() for one in first] == [one.tobytes() for one in again]
-    assert len({one.size for one in first}) > 1
-    assert all(np.asarray(one).std() > 1 for one in first)
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert len({picture.size for picture in first}) > 1
+    assert all(np.asarray(picture).std() > 1 for picture in first)
 
 
 def test_every_format_has_an_engine() -> None:
@@ -346,11 +348,13 @@ def example(kind: str) -> str:
     """The lines of README.md that run a format, after those that prepare an image."""
     section = README.read_text(encoding="utf-8").partition("### For engines")[2].partition("\n### ")[0]
     prepare, *blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    found = [block for block in blocks if kind in re.split(r", ", block.splitlines()[0].removeprefix("# "))]
-    assert len(found) == 1, kind
-    statements = [line for line in found[0].splitlines()[1:] if line and not line.startswith("import")]
+    matching = [
+        block for block in blocks if kind in re.split(r", ", block.splitlines()[0].removeprefix("# "))
+    ]
+    assert len(matching) == 1, kind
+    statements = [line for line in matching[0].splitlines()[1:] if line and not line.startswith("import")]
     assert len(statements) <= 5
-    return f"{prepare}\n{found[0]}"
+    return f"{prepare}\n{matching[0]}"
 
 
 @pytest.mark.long
@@ -371,8 +375,8 @@ def test_the_examples_of_the_readme_run_where_espalier_is_not(
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     with torch.no_grad():
         expected = model(transform(Image.open("cat.jpg").convert("RGB"))[None]).numpy()
-    found = np.array(json.loads(done.stdout), np.float32)
-    apart = Agreement.of(found, expected)
+    logits = np.array(json.loads(done.stdout), np.float32)
+    apart = Agreement.of(logits, expected)
     # Pillow's and torchvision's sizes after scaling may differ by a pixel before the cut
     assert apart.relative < (0.1 if form.kind == "int8" else 0.05), apart
 

@@ -73,8 +73,8 @@ def test_the_final_row_is_of_the_sparsity_that_the_best_run_had(searched: bool, 
     values = {"pruning.sparsity": 0.82, "recovery.lr.peak": 2e-4} if searched else {}
     best = TrialRecord(0, values, "finished", 0.9, {"val_top1": 0.9}, checkpoint="there", run_id="run")
     runs = MagicMock(**{"register.return_value": "1"})
-    found = gradual.Gradual(swept(given), best, [best], str(tmp_path), runs).register()
-    assert found.sparsity == (0.82 if searched else 0.75)
+    registered = gradual.Gradual(swept(given), best, [best], str(tmp_path), runs).register()
+    assert registered.sparsity == (0.82 if searched else 0.75)
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,8 @@ def test_one_run_of_such_a_recipe_is_no_population() -> None:
     space = "schedule.space={recovery.lr.peak: {log: [1e-5, 1e-3]}}"
     recipe = load_recipe("demo", ["schedule.scheduler=pbt", "schedule.sampler=random", space])
     assert recipe.schedule.scheduler == "pbt"
-    one = single_run(recipe, "dimap").schedule
-    assert (one.trials, one.space, one.scheduler) == (1, {}, "none")
+    schedule = single_run(recipe, "dimap").schedule
+    assert (schedule.trials, schedule.space, schedule.scheduler) == (1, {}, "none")
     assert load_recipe("demo").schedule.alone == {"trials": 1, "space": {}}
 
 

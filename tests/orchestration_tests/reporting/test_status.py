@@ -54,25 +54,25 @@ def at_work(tmp_path: Path, display: Display) -> Iterator[Path]:
         for number in range(3):
             log.begin(number, {"recovery.lr.peak": 10.0**-number}, None)
             display.trial_started(f"t{number}", number, {})
-        for one in (record(0, "finished", 0.875), record(1, "failed", None, "RuntimeError: out of memory")):
-            log.add(TrialRecord(**{**one.__dict__, "values": {"recovery.lr.peak": 10.0**-one.number}}))
-            display.trial_ended(f"t{one.number}", one)
+        for ended in (record(0, "finished", 0.875), record(1, "failed", None, "RuntimeError: out of memory")):
+            log.add(TrialRecord(**{**ended.__dict__, "values": {"recovery.lr.peak": 10.0**-ended.number}}))
+            display.trial_ended(f"t{ended.number}", ended)
         display.say("a line of the driver")
         wait_for_beat(tmp_path)
         yield tmp_path
 
 
-def wait_for_beat(place: Path) -> None:
-    file = place / "sweeps/mine/state.json"
+def wait_for_beat(folder: Path) -> None:
+    file = folder / "sweeps/mine/state.json"
     deadline = time.monotonic() + 30
     while "a line of the driver" not in file.read_text(encoding="utf-8"):
         assert time.monotonic() < deadline, "the journal is not kept"
         time.sleep(0.1)
 
 
-def shown(place: Path, name: str | None = None) -> str:
+def shown(folder: Path, name: str | None = None) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(overview(str(place), name))
+    console.print(overview(str(folder), name))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -94,10 +94,10 @@ def test_the_folder_moves_with_its_logs(at_work: Path) -> None:
 
 
 def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
-    told = "\n".join(log_lines(str(at_work), "mine", "ovit-schedule-1"))
-    assert "ovit-schedule-001: failed after 12 s" in told
-    assert "  file.py, line 3\nRuntimeError: out of memory" in told
-    assert ":/ray/session/logs" in told
+    text = "\n".join(log_lines(str(at_work), "mine", "ovit-schedule-1"))
+    assert "ovit-schedule-001: failed after 12 s" in text
+    assert "  file.py, line 3\nRuntimeError: out of memory" in text
+    assert ":/ray/session/logs" in text
     assert "has not ended" in log_lines(str(at_work), "mine", "ovit-schedule-002")[0]
     assert "has not ended" in log_lines(str(at_work), "mine", "002 ovit-schedule")[0]  # as MLflow has it
     with pytest.raises(InputError, match="did you mean 'ovit-schedule-001'"):
@@ -105,10 +105,10 @@ def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
 
 
 def test_the_driver_is_told_by_its_last_lines(at_work: Path) -> None:
-    told = log_lines(str(at_work), "mine", None)
-    assert f"process {os.getpid()}" in told[0]
-    assert "a line of the driver" in told
-    assert "more of a failed trial: espalier logs mine ovit-schedule-001" in told
+    lines = log_lines(str(at_work), "mine", None)
+    assert f"process {os.getpid()}" in lines[0]
+    assert "a line of the driver" in lines
+    assert "more of a failed trial: espalier logs mine ovit-schedule-001" in lines
 
 
 @pytest.mark.parametrize(
@@ -133,21 +133,21 @@ def test_how_a_sweep_ended(
     else:
         with pytest.raises(type(error)):
             body()
-    found = heartbeat.read(str(tmp_path), "mine")
-    assert found is not None
-    assert (found["state"], found["reason"]) == (state, reason)
+    seen_state = heartbeat.read(str(tmp_path), "mine")
+    assert seen_state is not None
+    assert (seen_state["state"], seen_state["reason"]) == (state, reason)
     assert (reason or state) in shown(tmp_path)
-    assert found["said"] == ["a line of the driver"]
+    assert seen_state["said"] == ["a line of the driver"]
 
 
-def edited(place: Path, **changes: Any) -> str:
+def edited(folder: Path, **changes: Any) -> str:
     """The state that is read after the file was changed."""
-    file = place / "sweeps/mine/state.json"
+    file = folder / "sweeps/mine/state.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"state": "running"} | changes
     file.write_text(json.dumps(content), encoding="utf-8")
-    found = heartbeat.read(str(place), "mine")
-    assert found is not None
-    return str(found["state"])
+    state = heartbeat.read(str(folder), "mine")
+    assert state is not None
+    return str(state["state"])
 
 
 def test_a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Display) -> None:
@@ -206,9 +206,9 @@ def test_a_word_for_the_run_before_stops_nothing(
     heartbeat.ask_to_stop(str(tmp_path), "mine")
     with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         time.sleep(0.5)
-    found = heartbeat.read(str(tmp_path), "mine")
-    assert found is not None
-    assert found["state"] == "finished"
+    state = heartbeat.read(str(tmp_path), "mine")
+    assert state is not None
+    assert state["state"] == "finished"
 
 
 def test_status_without_a_terminal_is_printed_once(at_work: Path) -> None:

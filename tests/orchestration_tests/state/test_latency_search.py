@@ -75,8 +75,8 @@ class Machine:
 
     def _measure(self, *_: Any) -> tuple[Curve, dict[LinearShape, Curve]]:
         self.measured += 1
-        found = linear_table()
-        return found.whole, dict(found.curves)
+        table = linear_table()
+        return table.whole, dict(table.curves)
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(dense_folder(tmp_path_factory.mktemp("model") / "dense"))
 
 
-def job(dense: str, place: Path, pruning: dict[str, Any] | None = None, **target: Any) -> LatencyJob:
+def job(dense: str, folder: Path, pruning: dict[str, Any] | None = None, **target: Any) -> LatencyJob:
     settings = PruningSettings.model_validate(pruning or {})
-    return LatencyJob(dense, settings, LatencyTarget.model_validate(target), str(place))
+    return LatencyJob(dense, settings, LatencyTarget.model_validate(target), str(folder))
 
 
 def test_a_table_is_measured_once_for_a_machine_and_a_target(
@@ -116,8 +116,8 @@ def test_a_table_is_measured_once_for_a_machine_and_a_target(
         assert other.run()[1]
         assert machine.measured == number
     machine.processor = "two"
-    found, new = job(dense, tmp_path).run()
-    assert (found.about["machine"]["processor"], new) == ("two", True)
+    table, new = job(dense, tmp_path).run()
+    assert (table.about["machine"]["processor"], new) == ("two", True)
     machine.processor = "one"
     assert job(dense, tmp_path).run() == (first, False)
 
@@ -303,14 +303,14 @@ def test_nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: f
     trials = [trial(number, top1 / 100, took / 10) for number, (top1, took) in enumerate(points)]
     rule = Fastest(loss, (0.5, 0.9), RULE.target)
     least = 0.8 * (1 - loss) - 1e-9
-    within = [one for one in trials if one.metrics["val_top1"] >= least]
+    within = [trial for trial in trials if trial.metrics["val_top1"] >= least]
     if not within:
         with pytest.raises(RuntimeError, match=r"allocation\.loss"):
             fastest(trials, rule)
         return
     best = fastest(trials, rule)
     assert best in within
-    assert best.metrics["latency"] == min(one.metrics["latency"] for one in within)
+    assert best.metrics["latency"] == min(trial.metrics["latency"] for trial in within)
     assert best in front(trials, "latency")
 
 
@@ -340,6 +340,6 @@ def test_a_trial_reports_what_its_model_will_take(dense: str, tmp_path: Path) ->
     assert sparser["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert sparser["latency"] < own["latency"]
     trial.reset_config({**space.own_values(), "sparsity": 0.5})
-    found = trial.step()
-    assert found["dense_top1"] == speed.dense_top1 == own["dense_top1"]
-    assert 0 <= found["dense_top1"] <= 1
+    result = trial.step()
+    assert result["dense_top1"] == speed.dense_top1 == own["dense_top1"]
+    assert 0 <= result["dense_top1"] <= 1

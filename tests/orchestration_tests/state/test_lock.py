@@ -20,8 +20,8 @@ with local_lock(sys.argv[1], sys.argv[2]):
 """
 
 
-def second(place: Path, name: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SECOND, str(place), name]
+def second(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SECOND, str(folder), name]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

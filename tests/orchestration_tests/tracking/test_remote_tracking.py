@@ -44,8 +44,8 @@ def proxy(port: int) -> ThreadingHTTPServer:
                 wanted["Host"] = f"127.0.0.1:{port}"
                 server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 server.request(self.command, self.path.removeprefix(PREFIX), body, wanted)
-                found = server.getresponse()
-                self.answer(found.status, dict(found.getheaders()), found.read())
+                response = server.getresponse()
+                self.answer(response.status, dict(response.getheaders()), response.read())
                 server.close()
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = hand_on  # noqa: N815  # as http.server calls them
@@ -117,10 +117,10 @@ def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
     tracker.close("FINISHED")
 
     client = MlflowClient(remote)
-    found = client.get_run(run)
-    assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 0.5)
-    assert found.data.params["tracking.uri"] == remote
-    assert [one.dataset.name for one in found.inputs.dataset_inputs] == ["train"]
+    logged = client.get_run(run)
+    assert (logged.info.status, logged.data.metrics["loss"]) == ("FINISHED", 0.5)
+    assert logged.data.params["tracking.uri"] == remote
+    assert [entry.dataset.name for entry in logged.inputs.dataset_inputs] == ["train"]
     assert {file.path for file in client.list_artifacts(run)} == {"figures", "results.json", "checkpoint"}
     assert tracker.link(run).startswith(f"{remote}/#/experiments/")
     with registry.pulled(f"models:/espalier-remote/{version}", remote) as pulled:
@@ -130,10 +130,10 @@ def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
         assert versions.names() == ["espalier-remote"]
 
     written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
-    said = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     for secret in (PASSWORD, TOKEN):
         assert secret.encode() not in written
-        assert secret not in said
+        assert secret not in output
 
 
 @pytest.mark.cluster

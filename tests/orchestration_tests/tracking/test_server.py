@@ -72,15 +72,15 @@ def test_two_that_start_together_share_a_server_that_outlives_the_first(tmp_path
 
 
 def everybody() -> dict[int, str]:
-    found = {}
+    processes = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
-    return found
+            processes[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
+    return processes
 
 
 def parent_of(pid: int) -> int:
