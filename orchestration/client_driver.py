@@ -28,6 +28,12 @@ _CANCEL_SECONDS = 30
 def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, phase_range: PhaseRange) -> None:
     """Run a recipe's sweep on the cluster behind ``address``.
 
+    Args:
+        recipe: the recipe, read and typed.
+        address: ``ray://HOST:10001``.
+        recipe_name: as the user gave it.
+        phase_range: the phases to run.
+
     Raises:
         InputError: no cluster answers, or the recipe cannot run there.
         KeyboardInterrupt: after the driver on the cluster has been cancelled.

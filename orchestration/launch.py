@@ -33,9 +33,12 @@ def launch(
     """Run a recipe to its end, or show what would happen.
 
     Args:
-        said: the command as it was given, without the address: what goes on with it after Ctrl-C.
+        recipe: a :class:`orchestration.recipe.schema.Recipe`.
+        command: the command as it was given, without the address: what goes on with it after Ctrl-C.
         name: of the recipe, as it was given.
         phase_range: the phases to run.
+        dry_run: show it, start nothing.
+        address: of the cluster; ``None``: this machine.
         detach: a submitted job is not followed.
 
     Raises:
@@ -68,7 +71,7 @@ def launch(
 
 
 def _trace(recipe: Any) -> str:
-    """Keep the trace of the error that is being handled beside the sweep's results; says where it is."""
+    """Keep the trace of the error that is being handled beside the sweep's results; returns where it is."""
     from orchestration.state.stored_recipe import folder_of
     from trainers import storage
 
@@ -90,12 +93,18 @@ def run_as_job(
     storage: str | None = None,
     detach: bool = False,
 ) -> int:
-    """``espalier WORDS`` on a cluster, through its Jobs API; returns the exit status.
+    """Run ``espalier WORDS`` on a cluster, through its Jobs API.
 
     Args:
+        words: the command line after ``espalier``.
+        address: ``http://HOST:8265``.
         recipe: goes with it as :data:`JOB_RECIPE`.
-        sweep: the name of the sweep that it runs, if it runs one; ``storage`` is where that lies.
+        sweep: the name of the sweep that it runs, if it runs one.
+        storage: where the sweep lies.
         detach: it is not followed.
+
+    Returns:
+        The exit status.
 
     Raises:
         InputError: the cluster takes no job of ours.
@@ -114,7 +123,7 @@ def run_as_job(
 
 
 def farewell(sweep: str, address: str) -> str:
-    """How a submitted sweep is found again."""
+    """A line about a submitted sweep: how it is followed and how it is ended."""
     arguments = f"{sweep} --address {address}"
     return (
         f"the sweep goes on; to follow it: espalier attach {arguments}; to end it: espalier stop {arguments}"

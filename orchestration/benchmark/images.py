@@ -27,6 +27,14 @@ _CHUNK = 256
 def comparison_images(variant: Variant, uri: str | None, columns: Columns | None = None) -> Images:
     """The first test images, or photographs, as a model takes them.
 
+    Args:
+        variant: the model.
+        uri: of the test images; ``None``: photographs.
+        columns: of that table, where its metadata does not say which are meant.
+
+    Returns:
+        (:data:`COMPARED`, 3, height, width), normalised.
+
     Raises:
         InputError: a model that takes no RGB images.
     """
@@ -50,8 +58,16 @@ class Tests:
 
     @classmethod
     def of(cls, variant: Variant, uri: str, most: int | None, columns: Columns | None = None) -> Tests:
-        """Args:
+        """Check a table of labelled images against a model, and read its labels.
+
+        Args:
+            variant: the model.
+            uri: Parquet file, folder or glob.
             most: so many of the first images; default all.
+            columns: of the table, where its metadata does not say which are meant.
+
+        Returns:
+            The images of the table.
 
         Raises:
             InputError: a table that cannot be used, or with labels that the model has no class for.

@@ -98,7 +98,15 @@ class _Case:
 
 
 def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) -> list[Row]:
-    """A row for each model, engine and batch size.
+    """Measure each model on each engine at each batch size.
+
+    Args:
+        variants: the models.
+        options: engines, batch sizes, images, rounds.
+        bars: show how far it is.
+
+    Returns:
+        A row for each of them.
 
     Raises:
         InputError: images that the models cannot take, or engines that run none of the models.

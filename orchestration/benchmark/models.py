@@ -149,6 +149,16 @@ def load_variants(
 ) -> Iterator[list[Variant]]:
     """The models, local and loaded for as long as they are needed.
 
+    Args:
+        names: as the command's user wrote them.
+        calibration: training images, for engines that need some.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+        columns: of the tables, where their metadata does not say which are meant.
+
+    Returns:
+        A context manager that gives them.
+
     Raises:
         InputError: one that cannot be loaded, or that has other classes or inputs than the first.
     """

@@ -1,4 +1,4 @@
-"""What ``espalier benchmark`` is asked for, checked before any model is loaded."""
+"""Options of ``espalier benchmark``, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ class BenchmarkOptions(ColumnOptions):
     storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option and value.
         """
         if self.device not in ("cpu", "cuda"):
             raise InputError("--device", self.device, "must be cpu or cuda")
@@ -55,7 +57,7 @@ class BenchmarkOptions(ColumnOptions):
 
     @property
     def hardware(self) -> Place:
-        """By default all processors that this process may use."""
+        """Threads and device; by default all processors that this process may use."""
         return Place(self.threads or len(os.sched_getaffinity(0)), self.device)
 
     @property

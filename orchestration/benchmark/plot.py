@@ -1,4 +1,4 @@
-"""Accuracy against measured latency, a panel for each batch size, what nobody beats marked."""
+"""Accuracy against measured latency, a panel for each batch size, the front as a line."""
 
 from __future__ import annotations
 

@@ -51,7 +51,16 @@ class Report:
         return not any(row.wrong or row.note.startswith("fails") for row in self.rows)
 
     def row(self, model: str, choice: Choice, batch: int) -> Row | None:
-        """The row with a time."""
+        """The row of a model on an engine at a batch size, if it was timed.
+
+        Args:
+            model: its name.
+            choice: the engine and data type.
+            batch: images at once.
+
+        Returns:
+            The row, or ``None``.
+        """
         wanted = (model, choice, batch)
         return next((r for r in self.rows if (r.model, r.choice, r.batch) == wanted and r.timed), None)
 
@@ -78,7 +87,7 @@ class Report:
         return table
 
     def words(self) -> Iterator[str]:
-        """What the table cannot show: why there is no time, and what zeros gave on each engine."""
+        """Lines that the table has no place for: why there is no time, what zeros gave on each engine."""
         yield (
             f"× {self.first}: over {self.first} on its fastest engine in float32, at the same batch size; "
             f"memory: of a process with the engine and this model alone"

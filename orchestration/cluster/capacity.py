@@ -81,7 +81,7 @@ class ClusterSize:
 
 
 def cluster_size() -> ClusterSize:
-    """What the cluster that is joined can give just now."""
+    """The capacity of the cluster that is joined, with what autoscaling may add."""
     resources = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
@@ -108,8 +108,10 @@ def check_local(recipe: Recipe) -> None:
 
 
 def check_size(recipe: Recipe, size: ClusterSize) -> None:
-    """Raises:
-    InputError: the recipe asks for more than the cluster can ever give.
+    """Check that a recipe fits in a cluster.
+
+    Raises:
+        InputError: it asks for more than the cluster can ever give.
     """
     for phase in ("dense", "structured", "schedule", "long_run"):
         size.training_runs(recipe.resources.of(phase))

@@ -37,10 +37,15 @@ class Offer:
 def check_cluster(
     address: str | None, recipe: Recipe | None, storage_uri: str | None
 ) -> tuple[list[Offer], list[str]]:
-    """The nodes, and one line for each problem.
+    """Look at the nodes of a cluster, and at whether they can work together.
 
     Args:
-        place: storage to try, as every node must see it; ``None``: not tried.
+        address: of the cluster; ``None``: the one that is joined, or this machine.
+        recipe: that is to fit, if any.
+        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+
+    Returns:
+        The nodes, and one line for each problem.
 
     Raises:
         InputError: no cluster answers at the address.
@@ -161,7 +166,19 @@ def offers(nodes: list[Offer]) -> Table:
 def check_through_client(
     address: str, recipe: dict[str, Any] | None, storage_uri: str | None
 ) -> tuple[list[Offer], list[str]]:
-    """The same from a laptop through ``ray://``: it runs as a task on the cluster."""
+    """:func:`check_cluster` from a laptop through ``ray://``: it runs as a task on the cluster.
+
+    Args:
+        address: ``ray://HOST:10001``.
+        recipe: as JSON, since the cluster may lack Espalier; ``None``: no recipe is to fit.
+        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+
+    Returns:
+        The nodes, and one line for each problem.
+
+    Raises:
+        InputError: no cluster answers, or it runs no task of ours.
+    """
     from orchestration.cluster.connect import joined
 
     with joined(address):

@@ -61,12 +61,17 @@ def submit(
     storage: str | None = None,
     recipe: Recipe | None = None,
 ) -> str:
-    """``espalier WORDS`` as a job, with this machine's source of Espalier; returns the job's id.
+    """Submit ``espalier WORDS`` as a job, with this machine's source of Espalier.
 
     Args:
+        client: of the cluster's Jobs API.
+        words: the command line after ``espalier``.
         sweep: the name of the sweep that it runs, by which it is found again.
         storage: where the sweep lies, for those who ask for it by name.
         recipe: packed as :data:`JOB_RECIPE`.
+
+    Returns:
+        The job's id.
 
     Raises:
         InputError: a job runs that sweep already.
@@ -95,10 +100,15 @@ def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
 
 
 def follow(client: JobSubmissionClient, job: str, farewell: str = "") -> int:
-    """Print a job's output until it ends; returns its exit status.
+    """Print a job's output until it ends.
 
     Args:
-        farewell: said when Ctrl-C ends the following, and not the job.
+        client: of the cluster's Jobs API.
+        job: its id.
+        farewell: printed when Ctrl-C ends the following, and not the job.
+
+    Returns:
+        The job's exit status; 130 after Ctrl-C.
     """
     try:
         asyncio.run(_print(client, job))

@@ -1,4 +1,4 @@
-"""What a node of a cluster says of itself; sent there whole, as Espalier may be missing there."""
+"""What runs on each node of a cluster to check it; sent there whole, as Espalier may be missing there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ _OURS = ("pruners", "trainers", "orchestration")
 
 
 def look(storage_uri: str | None, uri: str | None, node: str) -> dict[str, Any]:
-    """Versions, and whether the node writes to the storage and hears MLflow.
+    """Versions on this node, and whether it writes to the storage and reaches MLflow.
 
     Args:
-        place: storage; a file named by the node is written there.
-        uri: of MLflow.
+        storage_uri: a folder; a file named by the node is written there. ``None``: not tried.
+        uri: of MLflow; ``None``: not tried.
+        node: its id.
+
+    Returns:
+        ``versions`` by package, and ``problems`` as lines.
     """
     problems = []
     versions = {"python": platform.python_version()}
@@ -62,7 +66,7 @@ def see(storage_uri: str, nodes: list[str]) -> list[str]:
 
 
 def remove(storage_uri: str) -> str | None:
-    """Delete the files; what went wrong, if anything."""
+    """Delete the files; returns what went wrong, if anything did."""
     from trainers import storage
 
     try:

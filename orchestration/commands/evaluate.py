@@ -22,7 +22,19 @@ def evaluate_model(
     *,
     columns: Columns | None = None,
 ) -> Iterator[str]:
-    """Lines with a model's figures on some images."""
+    """Measure a model on some images.
+
+    Args:
+        model: checkpoint folder, ``hf-hub:NAME``, timm model or ``models:/NAME@alias``.
+        data_uri: Parquet file, folder or glob.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+        batch_size: images at once.
+        columns: of the table, where its metadata does not say which are meant.
+
+    Returns:
+        Lines with its figures.
+    """
     from orchestration.commands.model_source import check_named
 
     check_named(model)

@@ -66,8 +66,10 @@ class Finetuning:
 
     @classmethod
     def of(cls, options: FinetuneOptions) -> Self:
-        """Raises:
-        InputError: whatever can be known to fail before the training begins.
+        """Load and check all that the options name.
+
+        Raises:
+            InputError: whatever can be known to fail before the training begins.
         """
         target = cls.result_folder(options)
         device = torch.device(device_for(options.device))
@@ -93,7 +95,7 @@ class Finetuning:
 
     @classmethod
     def result_folder(cls, options: FinetuneOptions) -> Path:
-        """Where the result goes.
+        """The folder that the result goes to.
 
         Raises:
             InputError: it is there already, or cannot be.
@@ -131,7 +133,7 @@ class Finetuning:
         return self.target.with_name(f".{self.target.name}.finetune")
 
     def _held(self) -> Path:
-        """What there is of an earlier run: its result, if that is there already."""
+        """The folder of an earlier run: its result, if that is there already."""
         return self.target if self.target.exists() else self._work
 
     @contextmanager
@@ -243,7 +245,7 @@ class Finetuning:
 
 @dataclass
 class _Report:
-    """Hears of the training: shows it, and keeps what it can go on from."""
+    """Shows the training's progress, and keeps what it can go on from."""
 
     work: Path
     bars: Bars

@@ -23,10 +23,17 @@ _PHRASES = {"model.architecture": "--architecture", "model.args.img_size": "--ar
 def import_weights(
     file: str, out: str, architecture: str | None, arguments: Sequence[str], *, average: bool
 ) -> Iterator[str]:
-    """Write the folder; lines that say what was read.
+    """Write a file of weights as a checkpoint folder.
 
     Args:
+        file: as training scripts leave it.
+        out: the folder to write.
+        architecture: timm's name; ``None``: what the file says.
         arguments: ``KEY=VALUE`` of timm's model, the value in YAML.
+        average: take the moving average, where the file holds one.
+
+    Returns:
+        Lines about what was read and written.
 
     Raises:
         InputError: a file that cannot be read or does not fit, or a folder that cannot be written.

@@ -1,4 +1,4 @@
-"""``espalier inspect``: what is prunable in a model, what is zero in it, and what it costs."""
+"""``espalier inspect``: the prunable layers of a model, their zeros, and its costs."""
 
 from __future__ import annotations
 

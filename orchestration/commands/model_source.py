@@ -59,6 +59,14 @@ def check_named(name: str) -> None:
 def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
 
+    Args:
+        name: the MODEL of a command.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        A context manager that gives the folder, or the name.
+
     Raises:
         InputError: a registry that does not answer, or does not hold it.
     """
@@ -145,7 +153,16 @@ def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
 
 
 def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None = None) -> str:
-    """Whether a model can learn from a table, or be tested on it; returns the table's fingerprint.
+    """Check that a model can learn from a table, or be tested on it.
+
+    Args:
+        uri: Parquet file, folder or glob.
+        model: the model.
+        key: names the table in errors.
+        columns: of the table, where its metadata does not say which are meant.
+
+    Returns:
+        The table's fingerprint.
 
     Raises:
         InputError: as :func:`trainers.sources.parquet.check_table`, a model that takes other images, or one

@@ -1,4 +1,4 @@
-"""Long work of a command: how far it is, Ctrl-C in its middle, and a folder that is whole or not there."""
+"""Files and folders that a command writes: checked before the work, whole or not there after it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from trainers import storage
 
 
 def free_file(path_text: str, key: str) -> Path:
-    """Raises:
-    InputError: a file cannot be written there without loss.
+    """The path of a file that is not there yet, in a folder that is.
+
+    Raises:
+        InputError: a file cannot be written there without loss.
     """
     path = Path(storage.absolute(path_text, key))
     if not path.parent.is_dir():
@@ -57,7 +59,12 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left.
 
     Args:
-        place: the target as its user named it, by ``key``.
+        target: where it goes in the end.
+        path_text: the target as its user named it.
+        key: names it in errors.
+
+    Returns:
+        A context manager that gives the folder.
 
     Raises:
         InputError: it cannot be written.
@@ -101,7 +108,7 @@ def _lives(pid: int) -> bool:
 
 
 def forget_training(folder: Path) -> None:
-    """Delete what a training whose result is not wanted any more left, unless one is at work there.
+    """Delete what a training left whose result is not wanted any more, unless a process is at work there.
 
     Args:
         folder: where its result was to be; beside it lies the hidden folder that it goes on from.

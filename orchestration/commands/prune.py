@@ -60,8 +60,10 @@ class Job:
 
     @classmethod
     def of(cls, options: PruneOptions) -> Job:
-        """Raises:
-        InputError: whatever can be known to fail before the work begins, by its option.
+        """Load and check all that the options name.
+
+        Raises:
+            InputError: whatever can be known to fail before the work begins, by its option.
         """
         with _renamed(options):
             target = free_folder(options.out, "--out")

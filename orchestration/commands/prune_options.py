@@ -1,4 +1,4 @@
-"""What ``espalier prune`` is asked for, checked without torch so that a mistake is answered at once."""
+"""Options of ``espalier prune``, checked without torch so that a mistake is answered at once."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ class PruneOptions(ColumnOptions):
     device: str | None = None
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option and value.
         """
         one_of("--method", self.method, get_args(Method))
         one_of("--unfit", self.unfit, ("refuse", "dense"))
@@ -106,7 +108,7 @@ class PruneOptions(ColumnOptions):
         return self.damp == "auto"
 
     def as_record(self) -> dict[str, Any]:
-        """What of it ``pruning.json`` keeps."""
+        """The options as ``pruning.json`` keeps them."""
         elsewhere = ("model", "method", "seed", "out", "device")
         kept = {key: value for key, value in asdict(self).items() if key not in elsewhere}
         if self.data is not None:
@@ -155,8 +157,15 @@ class PruneOptions(ColumnOptions):
 
 
 def one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises:
-    InputError: ``value`` is none of ``choices``.
+    """Check that a value is one of some choices.
+
+    Args:
+        key: names it in the error.
+        value: the value.
+        choices: what it may be.
+
+    Raises:
+        InputError: it is none of them.
     """
     known = list(choices)
     if value not in known:

@@ -1,4 +1,4 @@
-"""Looking at what is there: evaluate a model, list the registry, move its aliases, open the UI."""
+"""The registry and the UI: list versions, move aliases, show ancestries, serve MLflow."""
 
 from __future__ import annotations
 
@@ -75,8 +75,15 @@ def promote_version(
     """Move an alias by the rule that the model's last sweep left, or by force.
 
     Args:
-        name: default: the only registered model.
-        number: default: the best version that the rule lets.
+        name: of the registered model; default: the only one.
+        number: of the version; default: the best that the rule lets.
+        alias: to move.
+        force: whatever the rule says.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        The decision, with its reason.
 
     Raises:
         InputError: no such model or version, or names that MLflow does not take.
@@ -107,7 +114,16 @@ def promote_version(
 
 
 def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
-    """Lines about a registered version and what it comes from."""
+    """Describe a registered version and what it comes from.
+
+    Args:
+        reference: ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        The lines.
+    """
     from orchestration.tracking import lineage
     from orchestration.tracking.registry import open_registry, parse
 

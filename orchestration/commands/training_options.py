@@ -38,8 +38,10 @@ class FinetuneOptions(ColumnOptions):
     storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option or key and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option or key and value.
         """
         if self.device is not None:
             one_of("--device", self.device, ("cpu", "cuda"))
@@ -48,22 +50,26 @@ class FinetuneOptions(ColumnOptions):
 
     @property
     def training(self) -> TrainingSettings:
-        """Raises:
-        InputError: a key or value of ``settings`` that cannot be.
+        """The training's settings.
+
+        Raises:
+            InputError: a key or value of ``settings`` that cannot be.
         """
         return load_part(TrainingSettings, self.settings, _DEFAULTS)
 
 
 @dataclass(frozen=True)
 class AwareOptions(FinetuneOptions):
-    """Those of the training; ``images`` are what its ranges begin with."""
+    """Options of the training for INT8; ``images`` are what its ranges begin with."""
 
     images: int | None = None
 
     @property
     def training(self) -> TrainingSettings:
-        """Raises:
-        InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
+        """The training's settings.
+
+        Raises:
+            InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
         """
         return load_part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
 
@@ -86,8 +92,10 @@ class QuantizeOptions(ColumnOptions):
     storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option or key and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option or key and value.
         """
         one_of("--mode", self.mode, get_args(Mode))
         if self.device is not None:
@@ -111,7 +119,7 @@ class QuantizeOptions(ColumnOptions):
 
     @property
     def aware(self) -> AwareOptions:
-        """The training's; its result lies beside ``out``, hidden, until the INT8 folder is written."""
+        """Options of the training; its result lies hidden beside ``out`` until the INT8 folder is written."""
         assert self.train is not None, "checked"
         return AwareOptions(
             checkpoint=self.checkpoint,

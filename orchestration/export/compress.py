@@ -17,7 +17,16 @@ from trainers.storage import absolute
 
 
 def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
-    """Write the compressed form of a checkpoint; returns lines about it.
+    """Write the compressed form of a checkpoint.
+
+    Args:
+        checkpoint: folder, ``hf-hub:NAME`` or ``models:/NAME@alias``.
+        out: the folder to write.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        Lines about what was written.
 
     Raises:
         InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
@@ -57,7 +66,16 @@ def _gained(before: int, after: int) -> str:
 
 
 def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> list[str]:
-    """Copy the checkpoint folder of a registered version; returns lines about it.
+    """Copy the checkpoint folder of a registered version.
+
+    Args:
+        reference: ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
+        dest: the folder to write.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        Lines about what was written.
 
     Raises:
         InputError: no such version, a registry that does not answer, a damaged folder, or one that is there.

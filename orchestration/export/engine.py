@@ -65,7 +65,7 @@ class Wanted(ColumnOptions):
 
 
 def export(wanted: Wanted, say: Callable[[str], None]) -> None:
-    """Write OUT, whole and checked, or nothing.
+    """Write the folder ``wanted.out``, whole and checked, or nothing.
 
     Raises:
         InputError: whatever can be known to fail before anything is written.
@@ -115,6 +115,15 @@ def source_of(
     model: nn.Module, checkpoint: Path, calibration: str | None, columns: Columns | None = None
 ) -> Source:
     """A model with what its file shall say, and with images for calibration, if they are given.
+
+    Args:
+        model: in float32 and eval mode.
+        checkpoint: the folder that it was loaded from; class names may lie beside it.
+        calibration: Parquet file, folder or glob of training images.
+        columns: of that table, where its metadata does not say which are meant.
+
+    Returns:
+        What a format's ``write`` takes.
 
     Raises:
         InputError: images that the model cannot take.

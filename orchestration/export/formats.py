@@ -1,4 +1,4 @@
-"""The formats that engines read: what each one is called, the file it is, and who writes and runs it.
+"""The formats that engines read: their names, their files, and who writes and runs each.
 
 Light, so that the command line can list them; what writes a file is imported when it is asked to.
 """
@@ -42,13 +42,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """Attributes:
-    text: for ``--help``.
-    file: what the engine is given.
-    engine, kind: who runs it, and the data type that it computes in.
-    packages: that write and run it.
-    int8_values: of an INT8 one, how many weights of a file are int8.
-    calibration: whether images that fix the ranges of activations are of use to it.
+    """A file format that an engine reads, and who writes and runs it.
+
+    Attributes:
+        text: for ``--help``.
+        file: what the engine is given.
+        engine, kind: who runs it, and the data type that it computes in.
+        packages: that write and run it.
+        calibration: whether images that fix the ranges of activations are of use to it.
+        write: makes the file in a folder.
+        int8_values: of an INT8 one, how many weights of a file are int8.
     """
 
     text: str
@@ -61,8 +64,10 @@ class Format:
     int8_values: Callable[[Path], int] | None = None
 
     def check(self, name: str, calibration: str | None) -> None:
-        """Raises:
-        InputError: a library is missing, or images for calibration are where they are of no use.
+        """Check that the format can be written with these images.
+
+        Raises:
+            InputError: a library is missing, or images for calibration are where they are of no use.
         """
         require("--format", name, *self.packages)
         if self.calibration == "needed" and calibration is None:

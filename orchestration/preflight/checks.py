@@ -1,4 +1,4 @@
-"""Before anything starts: is there data, a model, layers, a budget, a place to write, an MLflow to log to?"""
+"""Preflight checks of a recipe: data, model, layers, budget, storage, tracking server."""
 
 from __future__ import annotations
 
@@ -72,8 +72,12 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     """Check all of a recipe that can be checked without a cluster; what writes to the storage comes last.
 
     Args:
+        recipe: the recipe, read and typed.
         dry_run: data that is not on this machine is listed as missing instead of refused.
         local: no cluster is to be joined: what this machine cannot give is refused.
+
+    Returns:
+        The recipe with all that was found out about its data and model.
 
     Raises:
         InputError: the first thing that cannot work.
@@ -295,11 +299,13 @@ def _ends(distribution: Distribution) -> tuple[Any, ...]:
 
 
 def _check_storage(storage_uri: str, *, silent: bool) -> None:
-    """Args:
+    """Check that the storage is a folder, or can become one.
+
+    Args:
         silent: it need not answer: what does not from here may answer there.
 
     Raises:
-        InputError: no place, or one where nothing can be put.
+        InputError: no address of a storage, or one where nothing can be put.
     """
     try:
         entry = storage.info(storage_uri)

@@ -1,4 +1,4 @@
-"""Before anything starts: are there images, of the model's classes, called alike in every part?"""
+"""Preflight checks of a recipe's images: found, of the model's classes, named alike in every part."""
 
 from __future__ import annotations
 
@@ -18,15 +18,26 @@ _COLUMNS = ("image_column", "label_column")
 
 
 def check_classes_of_digits(recipe: Recipe) -> None:
-    """Raises:
-    InputError: a model of other classes than there are digits.
+    """Check that a model for the digits has a class for each.
+
+    Raises:
+        InputError: it has another number of classes.
     """
     if recipe.model.classes != digits.CLASSES:
         raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
 
 
 def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
-    """Whether there are as many training images as ranges are to be taken from."""
+    """Check that there are as many training images as ranges are to be taken from.
+
+    Args:
+        recipe: that may ask for INT8.
+        data: its images, with whole addresses.
+        missing: images that this machine does not see; then nothing is checked.
+
+    Raises:
+        InputError: there are fewer.
+    """
     asked = None if recipe.quantize is None else recipe.quantize.images
     if asked is None or data.train is None or missing:
         return

@@ -23,6 +23,8 @@ def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -
     """Print the plan; nothing is started.
 
     Args:
+        console: to print on.
+        prepared: the recipe, checked.
         picture: with the schedule in characters, and what the run will need.
     """
     recipe = prepared.recipe

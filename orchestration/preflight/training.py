@@ -1,4 +1,4 @@
-"""What only timm and torch can tell of training settings: optimizers, augmentations, precision, teachers."""
+"""Preflight checks of training settings that need timm and torch: optimizer, augmentation, teacher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainings(recipe: Recipe) -> dict[str, TrainingSettings]:
 
 
 def remarks(recipe: Recipe) -> list[str]:
-    """What this machine can do, and does not do as one would expect."""
+    """Lines about settings that work on this machine, but slower than one would expect."""
     if recipe.resources.gpus_per_worker or _fast_in_bfloat16():
         return []
     return [
@@ -54,7 +54,8 @@ def check_training(training: TrainingSettings, prefix: str) -> None:
     """Try the optimizer on one weight, read the augmentation, look for the teacher.
 
     Args:
-        place: of the settings in what the user wrote, as ``recovery.``; goes before the keys of errors.
+        training: the settings.
+        prefix: goes before the keys of errors, as ``recovery.``.
 
     Raises:
         InputError: an optimizer that timm does not have or that does not work here, an argument that it does
@@ -138,7 +139,13 @@ def _check_teacher(name: str, key: str) -> None:
 
 
 def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collection[str], prefix: str) -> None:
-    """Whether each pattern of ``freeze`` matches parameters, and none that must recover.
+    """Check that each pattern of ``freeze`` matches parameters, and none that must recover.
+
+    Args:
+        training: the settings.
+        model: whose parameters are matched.
+        pruned: names of the parameters that are pruned.
+        prefix: goes before the keys of errors, as ``recovery.``.
 
     Raises:
         InputError: one does not.

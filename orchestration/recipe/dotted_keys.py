@@ -9,7 +9,16 @@ from pruners.errors import InputError
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested dictionaries."""
+    """Set ``a.b.c`` in nested dictionaries; levels that are missing are made.
+
+    Args:
+        content: the dictionary, changed in place.
+        key: the dotted key.
+        value: what is set.
+
+    Raises:
+        InputError: a level above the last holds a value, and no dictionary.
+    """
     *parents, last = key.strip().split(".")
     level = content
     for parent in parents:

@@ -38,6 +38,14 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
     """A part of a recipe without the rest, from ``key.sub=value`` strings over some defaults.
 
+    Args:
+        kind: the settings that the part is read as.
+        overrides: ``key.sub=value`` strings, the value in YAML.
+        defaults: the values below the overrides.
+
+    Returns:
+        The settings, checked.
+
     Raises:
         InputError: for the first thing that is wrong, its key as it would be within the part.
     """

@@ -18,8 +18,15 @@ _IDLE = {"checkpoint_minutes"}  # changes no result
 
 
 def check_population(trials: int, sampler: str, space: Mapping[str, Distribution]) -> None:
-    """Raises:
-    ValueError: settings of a search, or a key of its space, that population-based training cannot work with.
+    """Check that population-based training can work with a search's settings.
+
+    Args:
+        trials: how many members the population has.
+        sampler: of the search.
+        space: the searched keys and their distributions.
+
+    Raises:
+        ValueError: settings of the search, or a key of its space, that it cannot work with.
     """
     if trials < 2:
         raise ValueError(f"scheduler: a population needs trials: 2 at least ({trials} given)")
@@ -41,7 +48,7 @@ def check_population(trials: int, sampler: str, space: Mapping[str, Distribution
 
 
 def job_key(key: str) -> str:
-    """Where a job has what a recipe calls ``recovery.…``."""
+    """The key of a job for what a recipe calls ``recovery.…``."""
     return f"training.{key.removeprefix(_PREFIX)}"
 
 

@@ -55,8 +55,13 @@ def as_table(keys: list[Key]) -> Table:
 def _keys_of(
     settings: type[BaseModel], prefix: str, listed: dict[frozenset[str], str] | None
 ) -> Iterator[Key]:
-    """Args:
-    said: settings that need not be said again, by their keys, with the place where they were.
+    """List the keys of settings, parents before what is below them.
+
+    Args:
+        settings: the settings' class.
+        prefix: goes before each key, as ``recovery.``.
+        listed: keys of settings that were listed already -> where that was; those are not listed again.
+            ``None``: all are.
     """
     for name, field in settings.model_fields.items():
         key = f"{prefix}{field.alias or name}"

@@ -1,4 +1,4 @@
-"""``espalier compare``: what sweeps of a storage came to, read from their folders."""
+"""``espalier compare``: the final models of sweeps side by side, read from their folders on the storage."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Compared:
-    """A sweep as its folder tells of it; ``note`` says what its figures lack."""
+    """A sweep as its folder describes it; ``note`` says which figures are missing."""
 
     name: str
     state: str

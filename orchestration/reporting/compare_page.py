@@ -24,15 +24,17 @@ _SHOWN = 40  # trials of an allocation search, before its picture becomes too wi
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a data URI, and the words for who cannot see it."""
+    """A figure as a data URI, and its description in words."""
 
     image: str
     words: str
 
 
 def write(sweeps: Sequence[Compared], target: Path) -> None:
-    """Raises:
-    InputError: the file cannot be written.
+    """Write the page.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     text = page(sweeps)
     try:

@@ -1,4 +1,4 @@
-"""Figures of a search: which of its values mattered, and how all of them went together."""
+"""Figures of a search: the importance of each searched value, and the values of all trials as lines."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ _STRONG = 40  # trials whose lines can be told apart
 
 
 def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> dict[str, Figure]:
-    """``importance`` and ``parallel_coordinates`` of the finished trials, as far as they say anything.
+    """``importance`` and ``parallel_coordinates`` of the finished trials.
 
-    None of fewer than two trials or without a space; no importance where all trials are alike.
+    Args:
+        records: the trials.
+        space: that was searched.
+        title: of the figures.
+
+    Returns:
+        The figures by name: none of fewer than two trials or without a space; no importance where all trials
+        are alike.
     """
     done = [record for record in records if _counts(record) and contains(space, record.values)]
     if len(done) < 2 or not space:

@@ -1,4 +1,4 @@
-"""What sweeps do and did, read from their folders on the storage."""
+"""State of sweeps, read from their folders on the storage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _IN_MLFLOW = re.compile(r"(?P<number>\d+) (?P<label>.+)")
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase that has begun: its trials as recorded, and how many it is to have."""
+    """A phase that has begun: its recorded trials, how many it is to have, its ``folder`` on the storage."""
 
     name: str
     label: str
@@ -69,7 +69,11 @@ def overview(storage_uri: str, name: str | None) -> Group:
     """Sweeps, their phases, trials, best, time left; then what failed, and why.
 
     Args:
+        storage_uri: the storage.
         name: of one sweep; ``None`` for all.
+
+    Returns:
+        A table, and lines below it.
 
     Raises:
         InputError: no such sweep, or none at all.
@@ -114,7 +118,7 @@ def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: 
 
 
 def format_state(state: dict[str, Any]) -> str:
-    """Whether a sweep is at work, or how it ended, and when."""
+    """A sweep's state and since when it has it, as ``running since 2026-01-31 12:00``."""
     since = state["began"] if state["state"] == "running" else state["updated"]
     return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
 
@@ -123,7 +127,12 @@ def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:
     """The last lines of a sweep's driver, or all that is known of a trial.
 
     Args:
+        storage_uri: the storage.
+        name: of the sweep.
         trial: its name in ``espalier status`` (``ovit-schedule-001``; zeros may be left out) or in MLflow.
+
+    Returns:
+        The lines.
 
     Raises:
         InputError: no such sweep or trial.

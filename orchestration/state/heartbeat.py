@@ -1,4 +1,4 @@
-"""How far a sweep's driver is, in the sweep's folder, for whoever looks at it from outside."""
+"""State of a sweep's driver, kept in the sweep's folder for all who look at it from outside."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _STATE, _STOP = "state.json", "stop"
 
 
 class Progress(Protocol):
-    """What can say how far a sweep is: the display."""
+    """Whatever can say how far a sweep is: the display."""
 
     def snapshot(self) -> dict[str, Any]:
         """``phases`` (each with its ``log``, the file of its trials, or ``None``) and what else is known."""
 
 
 class Heartbeat:
-    """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
+    """Keeps ``state.json`` while a sweep runs: what its display shows, and how it ended.
 
     A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
     was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
@@ -99,7 +99,7 @@ def read(storage_uri: str, name: str) -> dict[str, Any] | None:
 
 
 def ask_to_stop(storage_uri: str, name: str) -> None:
-    """Leave word for the driver of a sweep that it is to end."""
+    """Ask the driver of a sweep to end, by a file that it looks for."""
     storage.write_bytes(f"{folder_of(storage_uri, name)}/{_STOP}", b"")
 
 

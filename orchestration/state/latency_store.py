@@ -38,7 +38,7 @@ _SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
 
 @dataclass(frozen=True)
 class LatencyJob:
-    """A table that is wanted: of which model, on what, kept below ``place``."""
+    """A table that is wanted: of which model, on what, kept below ``storage_uri``."""
 
     checkpoint: str
     pruning: PruningSettings
@@ -130,7 +130,16 @@ def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
 
 
 def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) -> T:
-    """What a function returns as a Ray task, on a node with the resources that the target names."""
+    """Run a function as a Ray task, on a node with the resources that the target names.
+
+    Args:
+        target: what serves the model.
+        function: importable on the node.
+        given: its arguments.
+
+    Returns:
+        What the function returns.
+    """
     task = ray.remote(num_cpus=0, resources=target.resources or None)(function)
     result: T = ray.get(task.remote(*given))
     return result
@@ -149,7 +158,7 @@ def _runs(target: LatencyTarget, key: str) -> Target:
 
 
 def format_times(table: LatencyTable, target: LatencyTarget) -> str:
-    """What a table comes to, in a line; also that zeros gain nothing, where they do not."""
+    """One line about a table: its times for the dense and a sparse model; also that zeros gain nothing."""
     dense, sparse = table.at({}), table.uniform(_SHOWN)
     fastest = min(table.uniform(sparsity) for curve in table.curves.values() for sparsity in curve.sparsities)
     gain = "" if fastest < dense else "; zeros gain nothing on it"
@@ -158,16 +167,25 @@ def format_times(table: LatencyTable, target: LatencyTarget) -> str:
 
 
 def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
-    """Raises:
-    InputError: more threads than processors.
+    """Check that the machine that serves has a processor for each thread.
+
+    Args:
+        target: what serves the model.
+        processors: how many the machine has.
+        key: names the threads in the error.
+
+    Raises:
+        InputError: more threads than processors.
     """
     if target.threads > processors:
         raise InputError(key, target.threads, f"the machine that serves has {processors} processors")
 
 
 def check_linear(model: nn.Module, layers: list[PrunableLayer]) -> None:
-    """Raises:
-    InputError: zeros can gain nothing, as no layer is a linear one.
+    """Check that zeros can gain time at all.
+
+    Raises:
+        InputError: no layer that is pruned is a linear one.
     """
     linear = {f"{name}.weight" for name, part in model.named_modules() if type(part) is nn.Linear}
     if not linear & {layer.name for layer in layers}:

@@ -28,7 +28,7 @@ _LOOK_SECONDS = 1.0
 
 
 class TakenError(Exception):
-    """Somebody else holds it; ``who``: process and host, where they are known."""
+    """Another process holds the lock; ``by`` names its process and host, where they are known."""
 
     def __init__(self, who: dict[str, Any]) -> None:
         self.by = f" (process {who['pid']} on {who['host']})" if who else ""
@@ -68,14 +68,18 @@ def cluster_lock(root: str, name: str) -> Iterator[None]:
 def artifact_lock(
     storage_uri: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
 ) -> Iterator[None]:
-    """Hold what all sweeps of a storage share; who comes second waits, and can be interrupted.
+    """Hold what all sweeps of a storage share; a second holder waits, and can be interrupted.
 
-    Take one at a time: who holds one and waits for another may wait for ever.
+    Hold one artefact at a time: two holders that wait for each other's would wait for ever.
 
     Args:
+        storage_uri: the storage.
         artefact: its folder in the storage (``dense/KEY``).
-        wait: told once, when there is something to wait for, by whom it is held.
+        wait: called once, when there is something to wait for, with the holder's process and host.
         by_cluster: ask the Ray cluster too; without it, only where files cannot be locked.
+
+    Returns:
+        A context manager; it is entered when the artefact is free.
     """
     waiting = False
     while True:
@@ -96,8 +100,10 @@ def artifact_lock(
 
 @contextmanager
 def _file_lock(storage_uri: str, name: str) -> Iterator[None]:
-    """Raises:
-    TakenError: another process holds it.
+    """Lock a file of the storage, where it is a file system that can lock; elsewhere do nothing.
+
+    Raises:
+        TakenError: another process holds it.
     """
     system, path = storage.resolve(storage_uri)
     if not isinstance(system, fs.LocalFileSystem):  # where files cannot be locked, the cluster is asked
@@ -121,8 +127,10 @@ def _file_lock(storage_uri: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def _actor_lock(key: str) -> Iterator[None]:
-    """Raises:
-    TakenError: another driver of the cluster holds it.
+    """Take a name on the Ray cluster.
+
+    Raises:
+        TakenError: another driver of the cluster holds it.
     """
     # on the driver's own node: another one may be lost while we go on
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -138,7 +146,7 @@ def _actor_lock(key: str) -> Iterator[None]:
 
 
 class _Holder:
-    """Is there."""
+    """Empty actor: its name on the cluster is the lock."""
 
 
 def _refused(name: str, taken: TakenError) -> InputError:

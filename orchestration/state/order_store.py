@@ -32,7 +32,19 @@ class StoredOrder:
     def of(
         cls, storage_uri: str, method: str, pruning: PruningSettings, *, weights: str, data: str, seed: int
     ) -> StoredOrder:
-        """Where the order of these weights and this data is kept, below ``place``."""
+        """Find where the order of these weights and this data is kept; it need not be there yet.
+
+        Args:
+            storage_uri: the storage, below which orders lie.
+            method: of pruning.
+            pruning: its settings.
+            weights: hash of the dense model's weights.
+            data: hash of the training images.
+            seed: by which images are drawn.
+
+        Returns:
+            The order's folder and fingerprint.
+        """
         decides: dict[str, Any] = pruning.model_dump(
             mode="json", include={"layers", "pattern", "unfit", "ceiling"}
         )

@@ -43,7 +43,7 @@ _FREE = (
 
 
 def folder_of(storage_uri: str, name: str) -> str:
-    """Where a sweep of this name keeps its results, in the storage at ``place``."""
+    """The folder of a sweep's results, in the storage at ``storage_uri``."""
     return f"{storage.absolute(storage_uri)}/sweeps/{name}"
 
 
@@ -53,15 +53,18 @@ def store(recipe: Recipe) -> None:
 
 
 def load(storage_uri: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that the sweep of this name was last started with.
+    """Read the recipe that the sweep of this name was last started with.
 
     Args:
-        place: the storage.
+        storage_uri: the storage.
         name: of the sweep.
-        overrides: ``key.sub=value`` strings that go before what is stored.
+        overrides: ``key.sub=value`` strings that replace what is stored.
+
+    Returns:
+        The recipe, with ``storage_uri`` as its storage.
 
     Raises:
-        InputError: no sweep of this name, or one that has stored no recipe.
+        InputError: no sweep of this name, one that has stored no recipe, or an override that is wrong.
     """
     find(storage_uri, name)
     file = f"{folder_of(storage_uri, name)}/{_FILE}"
@@ -92,8 +95,10 @@ def names(storage_uri: str) -> list[str]:
 
 
 def find(storage_uri: str, name: str) -> None:
-    """Raises:
-    InputError: no sweep of this name is in the storage at ``place``.
+    """Check that there is a sweep of this name.
+
+    Raises:
+        InputError: none is in the storage at ``storage_uri``.
     """
     known = names(storage_uri)
     if name not in known:

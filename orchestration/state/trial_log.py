@@ -57,12 +57,16 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a search has heard, or said, about a trial.
+    """A step of a search's conversation with its sampler and scheduler, about one trial.
 
     Attributes:
+        when: the log's count of events at this one.
+        kind: ``asked`` (proposed), ``rung`` (compared with others), ``told`` (ended), in the words of
+            ask-and-tell samplers.
+        number: of the trial; ``values`` is its proposal, and ``given`` whether that was ours.
         ended: of ``told``, the trial's record.
         time: of ``rung``, how far the trial had come, by what trials are compared by; ``score`` is its score.
-        at_end: it had ended by itself.
+        at_end: of ``rung``, whether it had ended by itself.
     """
 
     when: int
@@ -111,12 +115,24 @@ class TrialLog:
         return self.uri.removesuffix(".json") + ".parts"
 
     def ask(self, number: int, values: dict[str, Any], *, given: bool) -> None:
-        """A trial is proposed. It is written down with the next trial that begins or ends."""
+        """Note that a trial is proposed. It is written down with the next trial that begins or ends.
+
+        Args:
+            number: of the trial.
+            values: the proposal, recipe keys and values.
+            given: whether we proposed it (the method's own allocation), and not the sampler.
+        """
         self._running[str(number)] = {"values": values, "asked": self._tick(), "given": given}
         self._begun.add(str(number))
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
-        """A trial has started; until it is added it counts as broken off."""
+        """Note that a trial has started; until it is added it counts as broken off.
+
+        Args:
+            number: of the trial.
+            values: the proposal, recipe keys and values.
+            run_id: its MLflow run, if it has one.
+        """
         if self._cheap:
             return
         before = next((key for key in self._broken if self._running[key]["values"] == values), None)
@@ -126,14 +142,22 @@ class TrialLog:
         self.save()
 
     def compare(self, number: int, time: float, score: float, *, goes_on: bool, at_end: bool = False) -> None:
-        """A running trial was compared with others; one that stops is written down with its end."""
+        """Note that a running trial was compared with others; one that stops is written down with its end.
+
+        Args:
+            number: of the trial.
+            time: how far it has come, by what trials are compared by.
+            score: its score there.
+            goes_on: whether it runs on.
+            at_end: whether it had ended by itself.
+        """
         rungs = self._running[str(number)].setdefault("rungs", [])
         rungs.append([self._tick(), time, score, int(at_end)])
         if goes_on and not self._cheap:
             self.save()
 
     def end(self, record: TrialRecord) -> None:
-        """A trial has ended, and all that is left to do is to say so: it is not to be started again."""
+        """Note that a trial has ended and is not to be started again, before all who watch are informed."""
         if not self._cheap and str(record.number) in self._running:
             self._running[str(record.number)]["end"] = asdict(record)
             self.save()
@@ -155,7 +179,7 @@ class TrialLog:
 
     @property
     def history(self) -> list[Event]:
-        """What the search has heard and said, in that order."""
+        """The events of the search, in the order in which they happened."""
         return sorted(self.events(), key=lambda event: event.when)
 
     @property
@@ -178,7 +202,13 @@ class TrialLog:
         return self._clock - 1
 
     def note(self, number: int, values: dict[str, Any], member: dict[str, Any]) -> None:
-        """A running trial of a population goes on as something else, with other values."""
+        """Note that a member of a population goes on as something else, with other values.
+
+        Args:
+            number: of the trial.
+            values: its new values.
+            member: what the population keeps of it.
+        """
         self._running[str(number)] |= {"values": values, "member": member}
         self.save()
 

@@ -1,4 +1,4 @@
-"""Before anything is logged: does an MLflow answer there, and to us?"""
+"""Check of an MLflow server before anything is logged: it answers, and it lets us in."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
 
 
 def check_uri(uri: str) -> None:
-    """Raises:
-    InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
+    """Check that MLflow answers at an address, and lets us in.
+
+    Raises:
+        InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
     """
     if uri.startswith(("http://", "https://")):
         if not answers(uri, timeout=5.0):

@@ -34,10 +34,15 @@ class Dataset:
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
-    """Those that a sweep reads; validation images held out of train are counted there.
+    """The parts of the images that a sweep reads; validation images held out of train are counted there.
 
     Args:
+        data: where the images are.
+        data_hash: of the data as a whole.
         name: of the data as a whole, if it is known by one.
+
+    Returns:
+        A data set for each part.
     """
     return list(_datasets(data, data_hash[:12], name))
 

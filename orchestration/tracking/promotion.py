@@ -1,4 +1,4 @@
-"""Which version carries an alias: by rule, measured on the same data, told in one line."""
+"""The version that carries an alias: decided by rule, on figures of the same data, shown in one line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,16 @@ def level_alias(sparsity: float) -> str:
 
 
 def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> list[Decision]:
-    """The aliases after a sweep that made these versions: ``champion``, then that of each sparsity."""
+    """Move the aliases after a sweep that made these versions: ``champion``, then that of each sparsity.
+
+    Args:
+        registry: that holds the versions.
+        versions: those that the sweep registered.
+        rule: which version may become champion.
+
+    Returns:
+        A decision for each alias that a version is fit for.
+    """
     levels = [
         level_alias(version.sparsity) for version in sorted(versions, key=lambda version: -version.sparsity)
     ]
@@ -55,7 +64,16 @@ def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> 
 
 
 def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Version:
-    """The best version for an alias of those that can be compared with the one that carries it.
+    """The best version for an alias, of those that can be compared with its holder.
+
+    Args:
+        registry: that holds the versions.
+        model: name of the registered model.
+        alias: ``champion``, or one of a sparsity.
+        rule: which version may become champion.
+
+    Returns:
+        The best by validation.
 
     Raises:
         InputError: there is none that the rule lets.
@@ -74,7 +92,18 @@ def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Versi
 def promote(
     registry: Registry, candidate: Version, alias: str, rule: Promotion, *, force: bool = False
 ) -> Decision:
-    """Give a version the alias if the rule lets it, or by force; whatever carried it before loses it."""
+    """Give a version the alias if the rule lets it, or by force; its holder loses it.
+
+    Args:
+        registry: that holds the version.
+        candidate: the version.
+        alias: ``champion``, or one of a sparsity.
+        rule: which version may become champion.
+        force: give it whatever the rule says.
+
+    Returns:
+        The decision, with its reason.
+    """
     holder = registry.holder(candidate.model, alias)
     if holder is not None and holder.version == candidate.version:
         return Decision(alias, candidate, holder, f"{_format_version(holder)} carries it already")

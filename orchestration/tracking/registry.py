@@ -1,4 +1,4 @@
-"""Versions of registered models: which there are, what they say of themselves, and which carry an alias."""
+"""Versions of registered models: which there are, their tags and figures, and which carry an alias."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ class Registry:
 
 @contextmanager
 def open_registry(uri: str) -> Iterator[Registry]:
-    """The registry of an MLflow; what it refuses, or does not answer, is one line.
+    """The registry of an MLflow; whatever it refuses, or does not answer, becomes one line.
 
     Raises:
-        InputError: see above.
+        InputError: MLflow refused something within the block.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -175,8 +175,10 @@ def refusal(error: Exception, uri: str) -> str:
 
 
 def check_name(name: str, key: str) -> None:
-    """Raises:
-    InputError: a name that MLflow gives no registered model, or that no ``models:/NAME@alias`` can say.
+    """Check that MLflow takes a name for a registered model.
+
+    Raises:
+        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.validation import _validate_model_name
@@ -192,8 +194,10 @@ def check_name(name: str, key: str) -> None:
 
 
 def check_alias(alias: str, key: str) -> None:
-    """Raises:
-    InputError: an alias that MLflow does not take.
+    """Check that MLflow takes an alias.
+
+    Raises:
+        InputError: it does not.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils import validation
@@ -233,9 +237,17 @@ _LINEAGE = {
 def register(
     tracker: Tracker, model: str, run: str, tags: Mapping[str, str], artifact: str = ARTIFACT
 ) -> str:
-    """Make a checkpoint artifact of a run a version of ``model``, once; returns the version.
+    """Make a checkpoint artifact of a run a version of a model, once; an old version gets the tags it lacks.
 
-    A version of before gets the tags that it lacks.
+    Args:
+        tracker: of the MLflow that holds the run.
+        model: name of the registered model.
+        run: the run's id.
+        tags: of the version.
+        artifact: the artifact's name.
+
+    Returns:
+        The version's number.
     """
     from mlflow.exceptions import MlflowException
 

@@ -70,8 +70,10 @@ class Server:
         return self.keeper is None
 
     def wait_ready(self) -> None:
-        """Raises:
-        RuntimeError: it ended, or did not answer in time.
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time.
         """
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline:
@@ -84,7 +86,7 @@ class Server:
         raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
 
     def lives(self) -> bool:
-        """Whether it is kept up."""
+        """Whether the server's keeper is there."""
         files = _Files(self.folder)
         with FileLock(files.start):
             held = _locked(files.keeper)

@@ -109,7 +109,17 @@ class Tracker:
         return str(experiment.experiment_id)
 
     def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """A new run, nested under ``parent``; returns its id."""
+        """Begin a run.
+
+        Args:
+            name: shown in the UI.
+            parent: id of the run that it is nested under, if any.
+            params: logged with it.
+            tags: of the run.
+
+        Returns:
+            The run's id.
+        """
         return self._sender.submit(self._start, name, parent, dict(params), dict(tags)).result()
 
     def _start(self, name: str, parent: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
@@ -143,10 +153,18 @@ class Tracker:
         return self._send(send)
 
     def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
-        """Runs below a run that are ``known`` by the value of a tag: value -> id.
+        """Find the runs below a run by the value of a tag; delete those that are not known.
 
-        Others are deleted: those left half said, and those of trials that were logged here and, as the driver
-        or its storage failed, nowhere else; they run again.
+        Deleted are runs left half written, and those of trials that were logged here and nowhere else as the
+        driver or its storage failed: their trials run again.
+
+        Args:
+            run: the parent's id.
+            tag: names the children.
+            known: the tag's values that may stay.
+
+        Returns:
+            The tag's value -> the run's id.
         """
         children: dict[str, str] = {}
         for child in self._search(f"tags.`mlflow.parentRunId` = '{run}'"):
@@ -181,13 +199,17 @@ class Tracker:
     def resume(
         self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
     ) -> bool:
-        """Go on with a run of before; ``False`` if this server does not know it.
+        """Go on with a run of before.
 
         Args:
+            run: its id.
             end_below: runs below it that a killed process left open are ended; those that go on are resumed
                 in their turn.
             parent, sweep: of who goes on with it. Where another sweep had begun it, it is nested there from
                 now on: that sweep, when it is resumed, would end it as left open.
+
+        Returns:
+            Whether this server knows the run.
         """
         if not self.knows(run):
             return False
@@ -234,10 +256,19 @@ class Tracker:
             self._send(self.client.set_tag, run, key, value)
 
     def figure(self, run: str, figure: Figure, name: str) -> None:
+        """Log a picture of matplotlib's.
+
+        Args:
+            run, figure, name: the run's id, the picture, the file's name without ``.png``.
+        """
         self._send(self.client.log_figure, run, figure, f"figures/{name}.png")
 
     def table(self, run: str, content: Any, name: str) -> None:
-        """A JSON artifact."""
+        """Log ``content`` as the JSON artifact ``name`` of a run.
+
+        Args:
+            run, content, name: the run's id, what JSON can hold, the file's name.
+        """
         self._send(self.client.log_dict, run, content, name)
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
@@ -276,8 +307,14 @@ class Tracker:
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
     def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
-        """A folder as artifact; returns when it is there. Files named in ``marks`` come last, so that an
-        artifact that has one has all: also where we are killed on the way."""
+        """Log a folder as artifact; returns when it is there.
+
+        Args:
+            run: the run's id.
+            folder: on this machine.
+            name: of the artifact.
+            marks: files that come last: an artifact that has one is whole, also where we were killed.
+        """
 
         def send() -> None:
             for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in marks, entry.name)):

@@ -313,7 +313,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("orchestration.commands.output.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("orchestration.commands.progress.time.monotonic", lambda: next(clock))
     with (tmp_path / "lines").open("w") as file, Bars(Console(file=file), "ovit: 4 layers") as bars:
         for _ in range(2):
             for done in range(1, 5):
@@ -329,8 +329,8 @@ def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_help_is_light_and_names_every_method() -> None:
     code = (
-        "import sys; from orchestration import cli\n"
-        "try: cli.cli(['prune', '--help'])\n"
+        "import sys; from orchestration.cli import app\n"
+        "try: app.cli(['prune', '--help'])\n"
         "finally: assert not {'torch', 'ray', 'timm', 'rich'} & set(sys.modules)"
     )
     environment = {**os.environ, "COLUMNS": "300"}
