@@ -9,21 +9,30 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.queue import Queue
 
 from orchestration.cluster.connect import joined
-from orchestration.recipe.phases import Span
+from orchestration.recipe.phases import PhaseRange
+
+if TYPE_CHECKING:
+    from orchestration.recipe.schema import Recipe
 
 _POLL_SECONDS = 0.5
 _CANCEL_SECONDS = 30
 
 
-def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str, span: Span) -> None:
+def run_through_client(recipe: Recipe, *, address: str, recipe_name: str, phase_range: PhaseRange) -> None:
     """Run a recipe's sweep on the cluster behind ``address``.
+
+    Args:
+        recipe: the recipe, read and typed.
+        address: ``ray://HOST:10001``.
+        recipe_name: as the user gave it.
+        phase_range: the phases to run.
 
     Raises:
         InputError: no cluster answers, or the recipe cannot run there.
@@ -31,7 +40,7 @@ def run_through_client(recipe: dict[str, Any], *, address: str, recipe_name: str
     """
     with joined(address):
         lines = Queue(actor_options={"num_cpus": 0})
-        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, span, lines)
+        task = ray.remote(num_cpus=0, max_retries=0)(_drive).remote(recipe, recipe_name, phase_range, lines)
         try:
             done: list[Any] = []
             while not done:
@@ -64,17 +73,22 @@ class _Sender(io.TextIOBase):
         return len(text)
 
 
-def _drive(recipe: dict[str, Any], recipe_name: str, span: Span, lines: Queue) -> None:
+def _drive(recipe: Recipe, recipe_name: str, phase_range: PhaseRange, lines: Queue) -> None:
     """The driver's task: the same steps as on a cluster's head."""
     from orchestration.common.terminal import Console
     from orchestration.preflight.checks import prepare
-    from orchestration.recipe.schema import Recipe
     from orchestration.reporting.display import Display
     from orchestration.state.stored_recipe import check_unchanged
     from orchestration.sweep.run import run_sweep
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
-        given = Recipe.model_validate(recipe)
-        check_unchanged(given)
-        run_sweep(prepare(given), display, console, address="auto", recipe_name=recipe_name, span=span)
+        check_unchanged(recipe)
+        run_sweep(
+            prepare(recipe),
+            display,
+            console,
+            address="auto",
+            recipe_name=recipe_name,
+            phase_range=phase_range,
+        )

@@ -13,19 +13,19 @@ from typing import Any
 import click
 
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE, is_jobs_api
-from orchestration.recipe.phases import WHOLE, Span
+from orchestration.recipe.phases import ALL_PHASES, PhaseRange
 from pruners.errors import InputError, first_line
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 
 ERROR = "error.txt"  # of a sweep that broke off
 
 
 def launch(
     recipe: Any,
-    said: Sequence[str],
+    command: Sequence[str],
     name: str,
     *,
-    span: Span = WHOLE,
+    phase_range: PhaseRange = ALL_PHASES,
     dry_run: bool = False,
     address: str | None,
     detach: bool = False,
@@ -33,9 +33,12 @@ def launch(
     """Run a recipe to its end, or show what would happen.
 
     Args:
-        said: the command as it was given, without the address: what goes on with it after Ctrl-C.
+        recipe: a :class:`orchestration.recipe.schema.Recipe`.
+        command: the command as it was given, without the address: what goes on with it after Ctrl-C.
         name: of the recipe, as it was given.
-        span: the phases to run.
+        phase_range: the phases to run.
+        dry_run: show it, start nothing.
+        address: of the cluster; ``None``: this machine.
         detach: a submitted job is not followed.
 
     Raises:
@@ -45,16 +48,16 @@ def launch(
         _show(recipe)
         return
     if address is not None and is_jobs_api(address):
-        words = ["sweep", JOB_RECIPE, *span.words]
+        words = ["sweep", JOB_RECIPE, *phase_range.options]
         places = {"sweep": recipe.name, "storage": recipe.storage}
         raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
-    again = without_secrets(shlex.join(["espalier", *said, *(["--address", address] if address else [])]))
+    again = strip_secrets(shlex.join(["espalier", *command, *(["--address", address] if address else [])]))
     if JOB in os.environ:  # the laptop that submitted it knows where it did
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
-        _start(said[0], recipe, name, address, span)
+        _start(command[0], recipe, name, address, phase_range)
     except InputError:
         raise
     except Exception as error:  # whatever it was: one line, and the whole where it does not hide the line
@@ -68,17 +71,17 @@ def launch(
 
 
 def _trace(recipe: Any) -> str:
-    """Keep the trace of the error that is being handled beside the sweep's results; says where it is."""
+    """Keep the trace of the error that is being handled beside the sweep's results; returns where it is."""
     from orchestration.state.stored_recipe import folder_of
     from trainers import storage
 
-    place = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
-    trace = without_secrets(traceback.format_exc())
+    file = f"{folder_of(recipe.storage, recipe.name)}/{ERROR}"
+    trace = strip_secrets(traceback.format_exc())
     try:
-        storage.write_bytes(place, trace.encode())
+        storage.write_bytes(file, trace.encode())
     except OSError:  # the storage itself may be what is wrong
         return f"the trace:\n{trace}"
-    return f"the trace is in {without_secrets(place)}"
+    return f"the trace is in {strip_secrets(file)}"
 
 
 def run_as_job(
@@ -90,12 +93,18 @@ def run_as_job(
     storage: str | None = None,
     detach: bool = False,
 ) -> int:
-    """``espalier WORDS`` on a cluster, through its Jobs API; returns the exit status.
+    """Run ``espalier WORDS`` on a cluster, through its Jobs API.
 
     Args:
+        words: the command line after ``espalier``.
+        address: ``http://HOST:8265``.
         recipe: goes with it as :data:`JOB_RECIPE`.
-        sweep: the name of the sweep that it runs, if it runs one; ``storage`` is where that lies.
+        sweep: the name of the sweep that it runs, if it runs one.
+        storage: where the sweep lies.
         detach: it is not followed.
+
+    Returns:
+        The exit status.
 
     Raises:
         InputError: the cluster takes no job of ours.
@@ -114,22 +123,23 @@ def run_as_job(
 
 
 def farewell(sweep: str, address: str) -> str:
-    """How a submitted sweep is found again."""
-    there = f"{sweep} --address {address}"
-    return f"the sweep goes on; to follow it: espalier attach {there}; to end it: espalier stop {there}"
+    """A line about a submitted sweep: how it is followed and how it is ended."""
+    arguments = f"{sweep} --address {address}"
+    return (
+        f"the sweep goes on; to follow it: espalier attach {arguments}; to end it: espalier stop {arguments}"
+    )
 
 
 def _show(recipe: Any) -> None:
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.plan import print_plan
 
-    console = Console()
-    print_plan(console if console.is_terminal else Console(width=120), prepare(recipe, dry_run=True))
+    print_plan(output_console(120), prepare(recipe, dry_run=True))
 
 
-def _start(command: str, recipe: Any, name: str, address: str | None, span: Span) -> None:
-    from orchestration.common.terminal import Console
+def _start(command: str, recipe: Any, name: str, address: str | None, phase_range: PhaseRange) -> None:
+    from orchestration.common.terminal import Console, output_console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():
         expected = "for a job, must be a full path or URI that every node reaches (or ESPALIER_STORAGE there)"
@@ -141,12 +151,10 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
     if address is not None and address.startswith("ray://"):
         from orchestration.client_driver import run_through_client
 
-        content = recipe.model_dump(mode="json")
-        run_through_client(content, address=address, recipe_name=name, span=span)
+        run_through_client(recipe, address=address, recipe_name=name, phase_range=phase_range)
         return
     from orchestration.state.stored_recipe import check_unchanged
-    from trainers import remote_calls as looks
-    from trainers import storage
+    from trainers import remote_calls, storage
 
     storage.info(recipe.storage)  # does it answer at all?
     check_unchanged(recipe)
@@ -159,6 +167,6 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         prepared = prepare(recipe, local=address is None)
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
-        out = Console() if Console().is_terminal else Console(width=180)
-        with looks.limited(None):  # a place that has answered may be away for a while
-            run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)
+        out = output_console(180)
+        with remote_calls.limited(None):  # a place that has answered may be away for a while
+            run_sweep(prepared, display, out, address=address, recipe_name=name, phase_range=phase_range)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 
 _LONGEST = 400  # of a value, in letters
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
@@ -21,12 +23,54 @@ class InputError(ValueError):
     def __init__(self, key: str, value: object, expected: str) -> None:
         self.key = key
         self.value = value
-        self.expected = without_secrets(expected)
+        self.expected = strip_secrets(expected)
         shown = key if value is None else f"{key} = {_shown(value)}"
-        super().__init__(without_secrets(" ".join(f"{shown}: {expected}".split())))
+        super().__init__(strip_secrets(" ".join(f"{shown}: {expected}".split())))
+
+    @staticmethod
+    @contextmanager
+    def renamed(
+        keys: Mapping[str, str] | Callable[[InputError], InputError], phrases: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Errors of the block, raised again in the words of its caller.
+
+        A library names its parameters; a command or a recipe names what its user wrote:
+
+        >>> with InputError.renamed({"images": "--images"}):
+        ...     raise InputError("images", 0, "must be positive")
+        Traceback (most recent call last):
+        ...
+        pruners.errors.InputError: --images = 0: must be positive
+
+        Args:
+            keys: the caller's word for a key; a key that is not in it stays. Or a function that returns the
+                error to raise, where the value or the text changes too.
+            phrases: text of the message -> what stands there instead, replaced one after the other.
+
+        Raises:
+            InputError: that of the block, renamed.
+        """
+        try:
+            yield
+        except InputError as error:
+            by_key = keys if callable(keys) else _by_key(keys)
+            renamed = by_key(error)
+            for old, new in (phrases or {}).items():
+                renamed = renamed.replaced(expected=renamed.expected.replace(old, new))
+            if renamed is error:
+                raise
+            raise renamed from None
+
+    def replaced(self, **parts: Any) -> InputError:
+        """A copy with another ``key``, ``value`` or ``expected``."""
+        return InputError(**{"key": self.key, "value": self.value, "expected": self.expected, **parts})
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, object, str]]:
         return type(self), (self.key, self.value, self.expected)
+
+
+def _by_key(keys: Mapping[str, str]) -> Callable[[InputError], InputError]:
+    return lambda error: error.replaced(key=keys[error.key]) if error.key in keys else error
 
 
 def _shown(value: object) -> str:
@@ -46,4 +90,4 @@ def first_line(error: BaseException) -> str:
     Of one that tells another's trace (Ray's do) it is the end of it, where that one says what it is.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return without_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])
+    return strip_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])

@@ -1,4 +1,4 @@
-"""Secrets in what is printed, logged or raised: logins of addresses, and keys in their queries."""
+"""Secrets in what is printed, logged, stored or raised: logins of addresses, and keys in their queries."""
 
 from __future__ import annotations
 
@@ -8,34 +8,64 @@ from functools import cache
 # before the first slash; or a password that has one in it and stands where a port would
 _LOGIN = r"([A-Za-z][\w.+-]*)://(?:([^\s/@:'\"]*)(?::[^\s/@'\"]*)?@|[^\s/@:'\"]+:(?!\d*(?:[/?\s'\"]|$))[^\s@'\"]*@)"
 # where what stands before the @ is a part of the place: Azure's container, Google's "anonymous", whose files
-USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
+_USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
 _QUERY = (
     r"([?&](?:[\w.-]*(?:secret|passw|token|signature|access_?key|account_?key|api_?key|credential)[\w.-]*|sig)=)"
     r"[^&\s'\"#]+"
 )
+# fewer words than above: recipes are compared with those that were stored without these keys
+_QUERY_OF_URI = r"(?<=[?&])[\w-]*(?:password|secret|token)[\w-]*=[^&#]*(?:&|$|(?=#))"
+_DATABASES = ("postgresql", "mysql", "mssql", "oracle")
 
 
-def without_secrets(text: str) -> str:
+def strip_secrets(text: str) -> str:
     """The text without the logins of its addresses, and with ``***`` for secrets in their queries.
 
-    >>> without_secrets("s3://key:secret@bucket/imagenet@2024?region=x: no such file")
+    >>> strip_secrets("s3://key:secret@bucket/imagenet@2024?region=x: no such file")
     's3://bucket/imagenet@2024?region=x: no such file'
     """
     if "://" not in text:
-        return _query().sub(r"\1***", text) if "=" in text else text
-    return _query().sub(r"\1***", _login().sub(_without_login, text))
+        return _compiled(_QUERY).sub(r"\1***", text) if "=" in text else text
+    return _compiled(_QUERY).sub(r"\1***", _compiled(_LOGIN).sub(_without_login, text))
+
+
+def strip_credentials(uri: str) -> str:
+    """The same place without a login and without secrets in its query; what has no ``://`` as it is.
+
+    Only the authority, up to the first ``/``, holds a login: an ``@`` in a path is a part of its name.
+
+    >>> strip_credentials("http://me:secret@host:5000/mlflow?token=x&page=2")
+    'http://host:5000/mlflow?page=2'
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    begin = re.search(r"[/?#]", rest)
+    end = begin.start() if begin else len(rest)
+    authority, path = rest[:end], rest[end:]
+    login, at, host = authority.rpartition("@")
+    if not at and _is_cut_login(scheme, authority) and "@" in path:
+        return strip_credentials(f"{scheme}://{path.partition('@')[2]}")
+    if at and scheme.lower() in _USER_STAYS and (user := login.partition(":")[0]):
+        host = f"{user}@{host}"
+    path, question, query = path.partition("?")
+    kept = _compiled(_QUERY_OF_URI).sub("", f"?{query}").rstrip("&") if question else ""
+    return f"{scheme}://{host}{path}{kept if kept != '?' else ''}"
 
 
 @cache  # compiled when needed: that takes longer than all else here
-def _login() -> re.Pattern[str]:
-    return re.compile(_LOGIN)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, 0 if pattern is _LOGIN else re.IGNORECASE)
 
 
-@cache
-def _query() -> re.Pattern[str]:
-    return re.compile(_QUERY, re.IGNORECASE)
+def _without_login(match: re.Match[str]) -> str:
+    scheme, user = match[1], match[2]
+    return f"{scheme}://{user}@" if user and scheme.lower() in _USER_STAYS else f"{scheme}://"
 
 
-def _without_login(found: re.Match[str]) -> str:
-    scheme, user = found[1], found[2]
-    return f"{scheme}://{user}@" if user and scheme.lower() in USER_STAYS else f"{scheme}://"
+def _is_cut_login(scheme: str, authority: str) -> bool:
+    """Whether it is ``user:pass`` of a password with a slash: SQLAlchemy takes one; no port looks so."""
+    if authority.startswith("["):  # an IPv6 address
+        return False
+    _, colon, port = authority.partition(":")
+    return bool(colon) and (scheme.lower().startswith(_DATABASES) or not (port.isdigit() or not port))

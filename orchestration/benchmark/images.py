@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from orchestration.benchmark.models import Variant
-from orchestration.export import sample_images as photographs
+from orchestration.export import sample_images
 from pruners.errors import InputError
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.arrow_store import Store
 from trainers.data.preprocessing import Images, transform_settings
 from trainers.sources.classes import check_known, names_of
@@ -27,6 +27,14 @@ _CHUNK = 256
 def comparison_images(variant: Variant, uri: str | None, columns: Columns | None = None) -> Images:
     """The first test images, or photographs, as a model takes them.
 
+    Args:
+        variant: the model.
+        uri: of the test images; ``None``: photographs.
+        columns: of that table, where its metadata does not say which are meant.
+
+    Returns:
+        (:data:`COMPARED`, 3, height, width), normalised.
+
     Raises:
         InputError: a model that takes no RGB images.
     """
@@ -36,8 +44,8 @@ def comparison_images(variant: Variant, uri: str | None, columns: Columns | None
             "model", variant.name, f"takes images of {channels} channels; RGB alone can be compared"
         )
     if uri is None:
-        return photographs.as_input(COMPARED, _transform(variant))
-    return _pixels(data.images(uri, _transform(variant), key="--data", columns=columns), range(COMPARED))
+        return sample_images.as_input(COMPARED, _transform(variant))
+    return _pixels(datasets.images(uri, _transform(variant), key="--data", columns=columns), range(COMPARED))
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,16 @@ class Tests:
 
     @classmethod
     def of(cls, variant: Variant, uri: str, most: int | None, columns: Columns | None = None) -> Tests:
-        """Args:
+        """Check a table of labelled images against a model, and read its labels.
+
+        Args:
+            variant: the model.
+            uri: Parquet file, folder or glob.
             most: so many of the first images; default all.
+            columns: of the table, where its metadata does not say which are meant.
+
+        Returns:
+            The images of the table.
 
         Raises:
             InputError: a table that cannot be used, or with labels that the model has no class for.
@@ -72,11 +88,11 @@ class Tests:
 
     def chunks(self, variants: Sequence[Variant]) -> Iterator[tuple[NDArray[np.int64], dict[str, Images]]]:
         """Labels, and the images of each variant by its name, part by part."""
-        alike = {one.name: json.dumps(transform_settings(one.preprocessing)) for one in variants}
+        alike = {variant.name: json.dumps(transform_settings(variant.preprocessing)) for variant in variants}
         one_of_each = {settings: name for name, settings in alike.items()}
-        by_name = {one.name: one for one in variants}
+        by_name = {variant.name: variant for variant in variants}
         tables = {
-            settings: data.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
+            settings: datasets.images(self.uri, _transform(by_name[name]), key="--data", columns=self.columns)
             for settings, name in one_of_each.items()
         }
         for begin in range(0, len(self), _CHUNK):
@@ -85,11 +101,11 @@ class Tests:
             yield self.labels[rows.start : rows.stop], {name: seen[key] for name, key in alike.items()}
 
 
-def _transform(variant: Variant) -> data.Transform:
-    return data.eval_transform(transform_settings(variant.preprocessing))
+def _transform(variant: Variant) -> datasets.Transform:
+    return datasets.eval_transform(transform_settings(variant.preprocessing))
 
 
-def _pixels(table: data.ImageTable, rows: range) -> Images:
+def _pixels(table: datasets.ImageTable, rows: range) -> Images:
     """Images of some rows; they come round again where the table is short."""
-    found: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
-    return found
+    pixels: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
+    return pixels

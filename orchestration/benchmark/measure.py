@@ -98,7 +98,15 @@ class _Case:
 
 
 def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) -> list[Row]:
-    """A row for each model, engine and batch size.
+    """Measure each model on each engine at each batch size.
+
+    Args:
+        variants: the models.
+        options: engines, batch sizes, images, rounds.
+        bars: show how far it is.
+
+    Returns:
+        A row for each of them.
 
     Raises:
         InputError: images that the models cannot take, or engines that run none of the models.
@@ -111,7 +119,9 @@ def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) 
             if options.data is None
             else Tests.of(variants[0], options.data, options.images, options.columns)
         )
-        images = {one.name: comparison_images(one, options.data, options.columns) for one in variants}
+        images = {
+            variant.name: comparison_images(variant, options.data, options.columns) for variant in variants
+        }
         for number, case in enumerate(cases):
             _start(case, options, images[case.variant.name], variants, scratch=scratch, stack=stack)
             bars("engines", number + 1, len(cases))
@@ -175,7 +185,7 @@ def _start(
         return
     case.row = replace(case.row, disk=file.size)
     try:
-        case.process = EngineProcess(case.choice, file.path, options.place, batches)
+        case.process = EngineProcess(case.choice, file.path, options.hardware, batches)
         stack.callback(case.process.close)
         questions = scratch / "questions.npy"
         np.save(questions, asked, allow_pickle=False)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.commands.model_source import as_checkpoint_folder, resolved
 from orchestration.export.engine import RECORD, read_record, source_of, torch_answers
 from orchestration.export.formats import FORMATS, Source
 from pruners.errors import InputError
@@ -25,7 +25,7 @@ from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
 from trainers.export.onnx import FILE, read_preprocessing
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.sources.columns import Columns
 from trainers.storage import absolute
 
@@ -66,7 +66,7 @@ class Variant:
 
     @property
     def parameters(self) -> int | None:
-        return None if self.model is None else sum(one.numel() for one in self.model.parameters())
+        return None if self.model is None else sum(weight.numel() for weight in self.model.parameters())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def form_of(choice: Choice) -> str | None:
 
 
 @contextmanager
-def opened(
+def load_variants(
     names: Sequence[str],
     calibration: str | None,
     tracking_uri: str | None,
@@ -149,46 +149,56 @@ def opened(
 ) -> Iterator[list[Variant]]:
     """The models, local and loaded for as long as they are needed.
 
+    Args:
+        names: as the command's user wrote them.
+        calibration: training images, for engines that need some.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+        columns: of the tables, where their metadata does not say which are meant.
+
+    Returns:
+        A context manager that gives them.
+
     Raises:
         InputError: one that cannot be loaded, or that has other classes or inputs than the first.
     """
     with ExitStack() as stack:
-        found: list[Variant] = []
+        variants: list[Variant] = []
         for name, label in zip(names, labels(names), strict=True):
-            place = stack.enter_context(at_hand(name, tracking_uri, storage))
-            found.append(_open(stack, place, name, label, calibration=calibration, columns=columns))
-            _check_alike(found[0], found[-1], name)
-        yield found
+            location = stack.enter_context(resolved(name, tracking_uri, storage))
+            variants.append(_open(stack, location, name, label, calibration=calibration, columns=columns))
+            _check_alike(variants[0], variants[-1], name)
+        yield variants
 
 
 def labels(names: Sequence[str]) -> list[str]:
     """Short names that tell models apart: the last parts of their places, as many as it takes."""
     parts = [PurePath(name.partition("://")[2] or name).parts for name in names]
     for count in range(1, max(map(len, parts), default=1) + 1):
-        found = ["/".join(one[-count:]) for one in parts]
-        if len(set(found)) == len(found):
-            return found
+        shortened = ["/".join(path[-count:]) for path in parts]
+        if len(set(shortened)) == len(shortened):
+            return shortened
     raise InputError("model", " ".join(names), "names the same model twice")
 
 
 def _open(
     stack: ExitStack,
-    place: str,
+    location: str,
     name: str,
     label: str,
     *,
     calibration: str | None,
     columns: Columns | None,
 ) -> Variant:
-    local = Path(absolute(place))
-    if "://" not in place and (local / RECORD).is_file():
+    local = Path(absolute(location))
+    if "://" not in location and (local / RECORD).is_file():
         record = read_record(local, name)
         about = record.get("source", {})
         sparsity = float(about.get("sparsity", 0.0))
         return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
-    if "://" not in place and int8.is_int8(local):
+    if "://" not in location and int8_folder.is_int8(local):
         return _quantised(stack, local, name, label)
-    folder, record = stack.enter_context(as_folder(place))
+    folder, record = stack.enter_context(as_checkpoint_folder(location))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
     source = source_of(loaded.model.float().eval(), folder, calibration, columns)
@@ -197,10 +207,10 @@ def _open(
 
 def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
-    about = int8.read_record(folder, name, key="model")
-    path = stack.enter_context(int8.engine_file(folder, about))
-    there = FILE if FILE in about["files"] else int8.PACKED
-    record = {"engine": int8.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [there]}
+    about = int8_folder.read_record(folder, name, key="model")
+    path = stack.enter_context(int8_folder.engine_file(folder, about))
+    file = FILE if FILE in about["files"] else int8_folder.PACKED
+    record = {"engine": int8_folder.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [file]}
     record["probe"] = about["probe"]
     preprocessing = read_preprocessing(path)
     return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)
@@ -208,11 +218,11 @@ def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant
 
 def _check_alike(first: Variant, other: Variant, name: str) -> None:
     if first.shape != other.shape:
-        here, there = (_said(*one.shape) for one in (other, first))
+        given, expected = (_format_shape(*variant.shape) for variant in (other, first))
         raise InputError(
-            "model", name, f"is for {here}, and {first.name} for {there}; compare like with like"
+            "model", name, f"is for {given}, and {first.name} for {expected}; compare like with like"
         )
 
 
-def _said(classes: int, *size: int) -> str:
+def _format_shape(classes: int, *size: int) -> str:
     return f"{classes} classes and images of {'×'.join(map(str, size))}"

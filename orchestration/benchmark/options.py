@@ -1,4 +1,4 @@
-"""What ``espalier benchmark`` is asked for, checked before any model is loaded."""
+"""Options of ``espalier benchmark``, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from orchestration.commands.output import free_file
+from orchestration.common import defaults
 from pruners.errors import InputError
 from trainers.config.engines import Choice
 from trainers.engines.registry import ENGINES, Place, check
@@ -18,23 +19,25 @@ class BenchmarkOptions(ColumnOptions):
 
     models: tuple[str, ...]
     engines: str | None = None
-    batch: str = "1,64"
+    batch: str = defaults.BATCHES
     data: str | None = None
     calibration: str | None = None
     images: int | None = None
     threads: int | None = None
-    repetitions: int = 15
-    loss: str = "1%"
-    device: str = "cpu"
+    repetitions: int = defaults.REPETITIONS
+    loss: str = defaults.LOSS
+    device: str = defaults.BENCHMARK_DEVICE
     json: str | None = None
     plot: str | None = None
     mlflow: bool = False
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option and value.
         """
         if self.device not in ("cpu", "cuda"):
             raise InputError("--device", self.device, "must be cpu or cuda")
@@ -48,13 +51,13 @@ class BenchmarkOptions(ColumnOptions):
         _ = self.batches, self.choices, self.tolerated
         if self.plot is not None and self.data is None:
             raise InputError("--plot", self.plot, "shows accuracy: give test images by --data")
-        for key, place in (("--json", self.json), ("--plot", self.plot)):
-            if place is not None:
-                free_file(place, key)
+        for key, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None:
+                free_file(path, key)
 
     @property
-    def place(self) -> Place:
-        """By default all processors that this process may use."""
+    def hardware(self) -> Place:
+        """Threads and device; by default all processors that this process may use."""
         return Place(self.threads or len(os.sched_getaffinity(0)), self.device)
 
     @property
@@ -65,12 +68,12 @@ class BenchmarkOptions(ColumnOptions):
             InputError: not a list of positive integers.
         """
         try:
-            found = sorted({int(part) for part in self.batch.split(",")})
+            sizes = sorted({int(part) for part in self.batch.split(",")})
         except ValueError:
-            found = [0]
-        if found[0] < 1:
+            sizes = [0]
+        if sizes[0] < 1:
             raise InputError("--batch", self.batch, "must be numbers of images from 1 on, as 1,64")
-        return tuple(found)
+        return tuple(sizes)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -85,15 +88,15 @@ class BenchmarkOptions(ColumnOptions):
                 for name, engine in ENGINES.items()
                 if self.device in engine.devices and engine.lacking(engine.types[0], self.device) is None
             )
-        found = [Choice.parse(part.strip()) for part in self.engines.split(",")]
-        for choice in found:
+        choices = [Choice.parse(part.strip()) for part in self.engines.split(",")]
+        for choice in choices:
             check(choice, self.device)
             if (choice.engine, choice.stored) == ("openvino", "int8") and self.calibration is None:
                 wanted = (
                     f"{choice} fixes the ranges of activations: give training images (Parquet: image, label)"
                 )
                 raise InputError("--calibration", None, wanted)
-        return tuple(dict.fromkeys(found))
+        return tuple(dict.fromkeys(choices))
 
     @property
     def tolerated(self) -> float:

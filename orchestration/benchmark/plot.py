@@ -1,4 +1,4 @@
-"""Accuracy against measured latency, a panel for each batch size, what nobody beats marked."""
+"""Accuracy against measured latency, a panel for each batch size, the front as a line."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def figure(report: Report) -> Figure:
     colours = dict(zip(names, cycle(f"C{i}" for i in range(10)), strict=False))
     markers = dict(zip(choices, cycle(_MARKERS), strict=False))
     for axes, batch in zip(panels, report.batches, strict=True):
-        there = [row for row in report.rows if row.batch == batch and row.timed and row.top1 is not None]
-        for row in there:
+        rows = [row for row in report.rows if row.batch == batch and row.timed and row.top1 is not None]
+        for row in rows:
             label = f"{row.model}, {row.choice}"
             low, high = row.spread
             axes.errorbar(
@@ -35,7 +35,7 @@ def figure(report: Report) -> Figure:
                 color=colours[row.model],
                 label=label,
             )
-        best = unbeaten(there, cost=lambda row: row.latency, worth=_worth)
+        best = unbeaten(rows, cost=lambda row: row.latency, worth=_worth)
         axes.step(
             [1e3 * row.latency for row in best],
             [100 * (row.top1 or 0) for row in best],

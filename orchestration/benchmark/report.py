@@ -29,7 +29,7 @@ class Report:
     """
 
     rows: Sequence[Row]
-    place: Place
+    hardware: Place
     rounds: int
     loss: float
     images: str | None
@@ -51,15 +51,24 @@ class Report:
         return not any(row.wrong or row.note.startswith("fails") for row in self.rows)
 
     def row(self, model: str, choice: Choice, batch: int) -> Row | None:
-        """The row with a time."""
+        """The row of a model on an engine at a batch size, if it was timed.
+
+        Args:
+            model: its name.
+            choice: the engine and data type.
+            batch: images at once.
+
+        Returns:
+            The row, or ``None``.
+        """
         wanted = (model, choice, batch)
         return next((r for r in self.rows if (r.model, r.choice, r.batch) == wanted and r.timed), None)
 
     def best_dense(self, batch: int) -> Row | None:
         """The first model on its fastest engine in float32: what a gain has to be a gain over."""
-        there = [r for r in self.rows if r.model == self.first and r.batch == batch and r.timed]
-        plain = [row for row in there if row.choice.kind == "float32"]
-        return min(plain or there, key=lambda row: row.latency, default=None)
+        timed = [r for r in self.rows if r.model == self.first and r.batch == batch and r.timed]
+        plain = [row for row in timed if row.choice.kind == "float32"]
+        return min(plain or timed, key=lambda row: row.latency, default=None)
 
     def table(self) -> Table:
         """A row for each model, engine and batch size, the fastest of each batch size marked."""
@@ -78,16 +87,16 @@ class Report:
         return table
 
     def words(self) -> Iterator[str]:
-        """What the table cannot show: why there is no time, and what zeros gave on each engine."""
+        """Lines that the table has no place for: why there is no time, what zeros gave on each engine."""
         yield (
             f"× {self.first}: over {self.first} on its fastest engine in float32, at the same batch size; "
             f"memory: of a process with the engine and this model alone"
         )
-        said = set()
+        noted = set()
         for row in self.rows:
             key = (row.model, row.choice, row.note)
-            if row.note and key not in said:
-                said.add(key)
+            if row.note and key not in noted:
+                noted.add(key)
                 yield f"{row.model} on {row.choice}: {row.note}"
         yield from self._zeros()
         if self.machine["load"] > 0.5 * (self.machine["cores"] or 1):
@@ -99,18 +108,18 @@ class Report:
     def recommendations(self) -> Iterator[str]:
         """For each batch size the fastest model and engine among those that lose little enough accuracy."""
         for batch in self.batches:
-            found, dense = self.recommended(batch), self.best_dense(batch)
-            if found is None:
+            best, dense = self.recommended(batch), self.best_dense(batch)
+            if best is None:
                 yield f"batch {batch}: nothing to recommend"
                 continue
-            text = f"batch {batch}: {found.model} on {found.choice}, {milliseconds(found.latency)} ms"
-            if dense is not None and dense is not found:
-                text += f", {dense.latency / found.latency:.2f}× as fast as {self.first} on {dense.choice}"
-            if found.top1 is None:
+            text = f"batch {batch}: {best.model} on {best.choice}, {milliseconds(best.latency)} ms"
+            if dense is not None and dense is not best:
+                text += f", {dense.latency / best.latency:.2f}× as fast as {self.first} on {dense.choice}"
+            if best.top1 is None:
                 text += " (the fastest; without --data nothing is known of its accuracy)"
             else:
-                text += f"; top-1 {100 * found.top1:.2f} %"
-                if found.model != self.first and self._dense_top1() is not None:
+                text += f"; top-1 {100 * best.top1:.2f} %"
+                if best.model != self.first and self._dense_top1() is not None:
                     text += f", {self.first} {100 * (self._dense_top1() or 0):.2f} %"
             yield text
 
@@ -128,8 +137,8 @@ class Report:
         return {
             "format": FORMAT,
             "machine": self.machine | {"load_after": self.load_after},
-            "threads": self.place.threads,
-            "device": self.place.device,
+            "threads": self.hardware.threads,
+            "device": self.hardware.device,
             "rounds": self.rounds,
             "first": self.first,
             "loss": self.loss,
@@ -137,9 +146,9 @@ class Report:
             "rows": [_as_dict(row) for row in self.rows],
             "words": list(self.words()),
             "recommended": {
-                str(batch): None if found is None else {"model": found.model, "engine": str(found.choice)}
+                str(batch): None if best is None else {"model": best.model, "engine": str(best.choice)}
                 for batch in self.batches
-                for found in [self.recommended(batch)]
+                for best in [self.recommended(batch)]
             },
         }
 
@@ -152,9 +161,9 @@ class Report:
         return (plain or of_first)[0].top1 if of_first else None
 
     def _threads(self) -> str:
-        if self.place.device != "cpu":
-            return self.place.device
-        count = self.place.threads
+        if self.hardware.device != "cpu":
+            return self.hardware.device
+        count = self.hardware.threads
         return f"{count} thread{'s' * (count > 1)} on {count} processor{'s' * (count > 1)}"
 
     def _cells(self, row: Row) -> list[str]:
@@ -208,8 +217,8 @@ def gain(row: Row, over: Row) -> bool:
 
 def milliseconds(seconds: float) -> str:
     """Three digits, and all those before the point."""
-    found = 1e3 * seconds
-    return f"{found:,.0f}" if found >= 100 else f"{found:.3g}"
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _as_dict(row: Row) -> dict[str, Any]:

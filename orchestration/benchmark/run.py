@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePath
 
 from orchestration.benchmark.measure import measure
-from orchestration.benchmark.models import opened
+from orchestration.benchmark.models import load_variants
 from orchestration.benchmark.options import BenchmarkOptions
 from orchestration.benchmark.plot import accuracy_over_latency, figure
 from orchestration.benchmark.report import Report
@@ -32,15 +32,17 @@ def run(options: BenchmarkOptions) -> Report:
         check_uri(options.tracking_uri)
     machine = describe_machine()
     models, calibration, columns = options.models, options.calibration, options.columns
-    with opened(models, calibration, options.tracking_uri, options.storage, columns=columns) as variants:
-        named = ", ".join(one.name for one in variants)
+    with load_variants(
+        models, calibration, options.tracking_uri, options.storage, columns=columns
+    ) as variants:
+        named = ", ".join(variant.name for variant in variants)
         with Bars(heading=f"{named}: on {', '.join(map(str, options.choices))}") as bars:
             rows = measure(variants, options, bars)
         size = variants[0].parameters
-        same = frozenset(one.name for one in variants if one.parameters == size is not None)
+        same = frozenset(variant.name for variant in variants if variant.parameters == size is not None)
     report = Report(
         rows,
-        options.place,
+        options.hardware,
         options.repetitions,
         options.tolerated,
         None if options.data is None else PurePath(options.data).name,
@@ -69,8 +71,8 @@ def log(report: Report, options: BenchmarkOptions) -> None:
         tracker = Tracker(uri, EXPERIMENT)
         machine = report.machine
         params = {
-            "threads": report.place.threads,
-            "device": report.place.device,
+            "threads": report.hardware.threads,
+            "device": report.hardware.device,
             "processor": machine["processor"],
             "rounds": report.rounds,
             "images": report.images or "none",
@@ -92,8 +94,8 @@ def log(report: Report, options: BenchmarkOptions) -> None:
         tracker.close("FINISHED")
 
 
-def _write(key: str, place: str, content: bytes) -> None:
-    path = Path(place).expanduser()
+def _write(key: str, path_text: str, content: bytes) -> None:
+    path = Path(path_text).expanduser()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_bytes(content)
@@ -102,4 +104,4 @@ def _write(key: str, place: str, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         expected = f"cannot be written ({error.strerror or first_line(error)})"
-        raise InputError(key, place, expected) from None
+        raise InputError(key, path_text, expected) from None

@@ -23,8 +23,8 @@ from orchestration.cli import (
 )
 from orchestration.common.environment import INTERRUPTED
 from pruners.errors import InputError, did_you_mean
-from pruners.redaction import without_secrets
-from trainers import remote_calls as looks
+from pruners.redaction import strip_secrets
+from trainers import remote_calls
 
 
 class _Commands(click.Group):
@@ -76,9 +76,9 @@ def _end_in_order() -> None:
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
     _end_in_order()
-    with looks.limited(looks.SECONDS):
+    with remote_calls.limited(remote_calls.SECONDS):
         status = _status()
-    if looks.abandoned():  # its client is waited for at an ordinary end, for minutes
+    if remote_calls.abandoned():  # its client is waited for at an ordinary end, for minutes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -93,7 +93,7 @@ def _status() -> int:
         click.echo(f"espalier: {error}", err=True)
         return 2
     except click.ClickException as error:
-        click.echo(f"espalier: {without_secrets(' '.join(error.format_message().split()))}", err=True)
+        click.echo(f"espalier: {strip_secrets(' '.join(error.format_message().split()))}", err=True)
         return 2
     except FloatingPointError as error:
         click.echo(f"espalier: {error}", err=True)

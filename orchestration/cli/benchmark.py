@@ -9,8 +9,8 @@ import click
 
 from orchestration.cli import options
 from orchestration.cli.export import of_registry
-
-_INTERRUPTED = 130
+from orchestration.common import defaults
+from orchestration.common.environment import INTERRUPTED
 
 
 @click.command()
@@ -22,7 +22,7 @@ _INTERRUPTED = 130
     "(float32, bfloat16, int8, int8-bfloat16), 2:4 (bfloat16, float16; CUDA). Default: all that are found, "
     "in their first type.",
 )
-@click.option("--batch", default="1,64", show_default=True, help="Images at once.")
+@click.option("--batch", default=defaults.BATCHES, show_default=True, help="Images at once.")
 @click.option("--data", metavar="PARQUET", help="Test images: each engine's accuracy is measured on them.")
 @click.option(
     "--calibration", metavar="PARQUET", help="Training images, for openvino:int8; onnxruntime:int8 too."
@@ -34,12 +34,21 @@ _INTERRUPTED = 130
     help="Of each engine. Default: as many as processors may be used.",
 )
 @click.option(
-    "--repetitions", default=15, show_default=True, type=click.IntRange(min=3), help="Rounds in turns."
+    "--repetitions",
+    default=defaults.REPETITIONS,
+    show_default=True,
+    type=click.IntRange(min=3),
+    help="Rounds in turns.",
 )
 @click.option(
-    "--loss", default="1%", show_default=True, help="Of the first model's accuracy, for the recommendation."
+    "--loss",
+    default=defaults.LOSS,
+    show_default=True,
+    help="Of the first model's accuracy, for the recommendation.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Or cuda: torch, compile and 2:4.")
+@click.option(
+    "--device", default=defaults.BENCHMARK_DEVICE, show_default=True, help="Or cuda: torch, compile and 2:4."
+)
 @click.option("--json", metavar="FILE", help="Write all figures there, with machine and versions.")
 @click.option("--plot", metavar="FILE", help="Accuracy against latency as a picture; needs --data.")
 @click.option("--mlflow", is_flag=True, help="Log it as a run of the experiment espalier-benchmarks.")
@@ -52,7 +61,7 @@ def benchmark(**typed: Any) -> None:
     The first one is what the others are compared with. Status 1: an engine failed or gave wrong answers.
     """
     from orchestration.benchmark.options import BenchmarkOptions
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
 
     options = BenchmarkOptions(**typed)
     options.check()
@@ -63,9 +72,8 @@ def benchmark(**typed: Any) -> None:
     except KeyboardInterrupt:
         from orchestration.commands.progress import leave
 
-        leave(_INTERRUPTED)
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(report.table())
+        leave(INTERRUPTED)
+    output_console(150).print(report.table())
     for line in (*report.words(), *report.recommendations()):
         click.echo(line)
     if not report.right:

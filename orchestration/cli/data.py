@@ -60,7 +60,9 @@ def data() -> None:
     help="Samples without an image or a label.",
 )
 @_processes
-def convert(imagefolder: str, out: str, *, processes: int, classes: str | None, **said: Any) -> None:
+def convert(
+    imagefolder: str, out: str, *, processes: int, classes: str | None, **options_of_reading: Any
+) -> None:
     """Turn IMAGEFOLDER (a folder for each class, or WebDataset tars) into Parquet shards in OUT.
 
     IMAGEFOLDER may be a quoted glob of tars. Labels follow the sorted names of the class folders, as
@@ -75,8 +77,11 @@ def convert(imagefolder: str, out: str, *, processes: int, classes: str | None, 
     from trainers.sources.folders import Reading
 
     names = () if classes is None else read_map(Path(classes), "--classes")
-    files = {key: None if said[key] is None else Path(said.pop(key)) for key in ("labels", "ids")}
-    conversion = plan(Path(imagefolder), Reading(classes=names, **said | files))
+    files = {
+        key: None if options_of_reading[key] is None else Path(options_of_reading.pop(key))
+        for key in ("labels", "ids")
+    }
+    conversion = plan(Path(imagefolder), Reading(classes=names, **options_of_reading | files))
     for line in conversion.said:
         click.echo(line, err=True)
     images = skipped = 0
@@ -125,9 +130,9 @@ def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
     whole = Survey()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("row groups", total=None)
-        for done, parts, found in survey(path, processes, wanted):
+        for done, parts, survey_so_far in survey(path, processes, wanted):
             progress.update(task, completed=done, total=parts)
-            whole = found
+            whole = survey_so_far
     for line in whole.bad[:20]:
         click.echo(line)
     if len(whole.bad) > 20:

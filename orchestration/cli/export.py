@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import click
 
 from orchestration.cli import options
-from orchestration.export import formats as export_formats
+from orchestration.export import formats
 from pruners.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 COMPRESSED = "compressed"
 FORMATS = {COMPRESSED: "a checkpoint folder without its zeros"} | {
-    name: form.text for name, form in export_formats.FORMATS.items()
+    name: form.text for name, form in formats.FORMATS.items()
 }
 """What ``export`` can write, and what for."""
 
@@ -81,7 +81,7 @@ def export(
     one_of("--format", kind, FORMATS)
     console = Console(stderr=True)
     if kind != COMPRESSED:
-        export_formats.FORMATS[kind].check(kind, calibration)
+        formats.FORMATS[kind].check(kind, calibration)
         with console.status(f"espalier export: {checkpoint}"):
             from orchestration.export.engine import CheckError, Wanted, export
 

@@ -8,8 +8,8 @@ import click
 
 from orchestration.cli import options
 from orchestration.cli.export import of_registry
-
-_INTERRUPTED = 130
+from orchestration.common import defaults
+from orchestration.common.environment import INTERRUPTED
 
 
 @click.command()
@@ -26,7 +26,7 @@ _INTERRUPTED = 130
 @click.option(
     "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--seed", default=defaults.SEED, show_default=True, type=click.IntRange(min=0))
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
 @options.columns
 @of_registry
@@ -51,7 +51,7 @@ def finetune(**typed: Any) -> None:
     except KeyboardInterrupt:
         from orchestration.commands.progress import leave
 
-        leave(_INTERRUPTED)
+        leave(INTERRUPTED)
     for line in lines:
         click.echo(line)
 

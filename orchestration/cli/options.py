@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from orchestration.common import defaults
+
 if TYPE_CHECKING:
     from trainers.sources.columns import Columns
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-DEFAULT_STORAGE = "runs"
 
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 
@@ -20,7 +20,7 @@ overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
 def storage(help_text: str) -> Callable[[F], F]:
     """``--storage``, or ``ESPALIER_STORAGE``."""
     return click.option(
-        "--storage", default=DEFAULT_STORAGE, show_default=True, envvar="ESPALIER_STORAGE", help=help_text
+        "--storage", default=defaults.STORAGE, show_default=True, envvar="ESPALIER_STORAGE", help=help_text
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from orchestration.cli import options
-
-_INTERRUPTED = 130
+from orchestration.common import defaults
+from orchestration.common.environment import INTERRUPTED
 
 
 @click.command()
@@ -17,7 +17,7 @@ _INTERRUPTED = 130
 @click.option("--out", required=True, metavar="FOLDER", help="Where the pruned checkpoint goes.")
 @click.option(
     "--method",
-    default="ovit",
+    default=defaults.METHOD,
     show_default=True,
     help="dimap, lamp, magnitude, magnitude_global (from the weights alone); "
     "ovit, ovit_fast, dimap+ovit, woodfisher (need --data).",
@@ -25,26 +25,36 @@ _INTERRUPTED = 130
 @click.option("--sparsity", type=float, help="Share of the prunable weights; N:M patterns bring their own.")
 @click.option("--data", metavar="PARQUET", help="Training images, for methods that follow gradients.")
 @click.option("--test", metavar="PARQUET", help="Images on which top-1 is measured before and after.")
-@click.option("--pattern", default="unstructured", show_default=True, help="Or N:M as 2:4, or 1x4.")
+@click.option("--pattern", default=defaults.PATTERN, show_default=True, help="Or N:M as 2:4, or 1x4.")
 @click.option(
-    "--unfit", default="refuse", show_default=True, help="Or dense: leave what the pattern cannot fit."
+    "--unfit", default=defaults.UNFIT, show_default=True, help="Or dense: leave what the pattern cannot fit."
 )
 @click.option(
     "--scope", help="What shares one threshold: layer, module, stage, global. Default: the method's."
 )
-@click.option("--floor", type=float, default=0.0, show_default=True, help="Least sparsity of a layer.")
-@click.option("--ceiling", type=float, default=1.0, show_default=True, help="Largest sparsity of a layer.")
+@click.option(
+    "--floor", type=float, default=defaults.FLOOR, show_default=True, help="Least sparsity of a layer."
+)
+@click.option(
+    "--ceiling", type=float, default=defaults.CEILING, show_default=True, help="Largest sparsity of a layer."
+)
 @click.option(
     "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
 )
 @click.option("--gradients", type=click.IntRange(min=1), help="How many. Default: the method's (4096; 256).")
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=defaults.BATCH_SIZE, show_default=True, type=click.IntRange(min=1))
 @click.option("--per-sample", is_flag=True, help="A gradient of each image instead of each batch.")
 @click.option("--block-size", type=click.IntRange(min=1), help="Weights of a Fisher block. Default: 192.")
 @click.option("--damp", help="λ of the Fisher, or auto: the best of 1e-4 … 1e-9 on held-out images.")
 @click.option("--relative/--absolute", default=None, help="λ is a share of the mean of a layer's diagonal.")
 @click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
+@click.option(
+    "--seed",
+    default=defaults.SEED,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of the images taken.",
+)
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
 @options.columns
 def prune(**typed: Any) -> None:
@@ -66,7 +76,7 @@ def prune(**typed: Any) -> None:
     except KeyboardInterrupt:
         from orchestration.commands.progress import leave
 
-        leave(_INTERRUPTED)
+        leave(INTERRUPTED)
     for line in lines:
         click.echo(line)
 
@@ -82,19 +92,18 @@ def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
 
     PATH is a checkpoint folder, hf-hub:NAME, or the name of a timm architecture (shapes alone).
     """
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import Console, output_console
 
     with Console(stderr=True).status(f"espalier inspect: loading {path}"):
         from orchestration.commands.inspect import describe
         from orchestration.commands.prune_options import layer_patterns
 
-        found = describe(path, layer_patterns(layers))
+        description = describe(path, layer_patterns(layers))
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        click.echo(json.dumps(description.as_json(), indent=1))
         return
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(found.table())
-    for key, value in found.lines():
+    output_console(120).print(description.table())
+    for key, value in description.lines():
         click.echo(f"{key:<12}{value}")
 
 

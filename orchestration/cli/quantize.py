@@ -8,8 +8,8 @@ import click
 
 from orchestration.cli import options
 from orchestration.cli.export import of_registry
-
-_INTERRUPTED = 130
+from orchestration.common import defaults
+from orchestration.common.environment import INTERRUPTED
 
 
 @click.command()
@@ -27,7 +27,13 @@ _INTERRUPTED = 130
     "--images", type=click.IntRange(min=1), help="That ranges are taken from. Default: 512 at most."
 )
 @click.option("--out", required=True, metavar="FOLDER", help="Where the INT8 folder goes.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images taken.")
+@click.option(
+    "--seed",
+    default=defaults.SEED,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of the images taken.",
+)
 @click.option("--device", help="qat: cpu or cuda. Default: cuda where there is one.")
 @options.columns
 @of_registry
@@ -56,7 +62,7 @@ def quantize(**typed: Any) -> None:
     except KeyboardInterrupt:
         from orchestration.commands.progress import leave
 
-        leave(_INTERRUPTED)
+        leave(INTERRUPTED)
     for line in lines:
         click.echo(line)
 

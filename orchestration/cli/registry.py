@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from orchestration.cli import options
+from orchestration.common import defaults
 
 _tracking = click.option(
     "--tracking-uri",
@@ -56,7 +57,7 @@ def lineage(model: str, storage: str, tracking_uri: str | None) -> None:
 @options.columns
 @click.option("--tracking-uri", help="MLflow, for models:/NAME@alias.", envvar="MLFLOW_TRACKING_URI")
 @_storage
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=defaults.BATCH_SIZE, show_default=True, type=click.IntRange(min=1))
 def evaluate(
     model: str,
     data_uri: str,

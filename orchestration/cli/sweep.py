@@ -6,7 +6,7 @@ import click
 
 from orchestration.cli import options, sweeps
 from orchestration.launch import launch
-from orchestration.recipe.phases import PHASES, Phase, Span
+from orchestration.recipe.phases import PHASES, Phase, PhaseRange
 from pruners.errors import InputError, did_you_mean
 
 _recipe = click.argument("recipe")
@@ -69,10 +69,10 @@ def sweep(
     from orchestration.recipe.loading import load_recipe
 
     overrides += tuple(sweeps.new_name(new))
-    span = Span(first, last)
-    said = ["sweep", recipe, *overrides, *span.words]
+    phase_range = PhaseRange(first, last)
+    command = ["sweep", recipe, *overrides, *phase_range.options]
     chosen = load_recipe(recipe, overrides)
-    launch(chosen, said, recipe, span=span, dry_run=dry_run, address=address, detach=detach)
+    launch(chosen, command, recipe, phase_range=phase_range, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()
@@ -94,7 +94,7 @@ def run(
     detach: bool,
 ) -> None:
     """One model, one method, no search: the gradual run of RECIPE as it stands."""
-    from orchestration.recipe.loading import load_recipe, single
+    from orchestration.recipe.loading import load_recipe, single_run
 
     overrides += tuple(sweeps.new_name(new))
     chosen = load_recipe(recipe, overrides)
@@ -103,9 +103,9 @@ def run(
         raise InputError(
             "--method", method, f"must be one of {', '.join(methods)}{did_you_mean(method, methods)}"
         )
-    one = single(chosen, method or methods[0])
-    said = ["run", recipe, *overrides, "--method", one.pruning.methods[0]]
-    launch(one, said, recipe, dry_run=dry_run, address=address, detach=detach)
+    single = single_run(chosen, method or methods[0])
+    command = ["run", recipe, *overrides, "--method", single.pruning.methods[0]]
+    launch(single, command, recipe, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()
@@ -116,14 +116,13 @@ def plan(recipe: str, overrides: tuple[str, ...], png: str | None) -> None:
     """Show what a gradual run of RECIPE would be; needs neither data nor weights, and starts nothing."""
     from pathlib import Path
 
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.plan import print_plan
     from orchestration.recipe.loading import load_recipe
 
     prepared = prepare(load_recipe(recipe, overrides), dry_run=True)
-    console = Console()
-    print_plan(console if console.is_terminal else Console(width=120), prepared, picture=True)
+    print_plan(output_console(120), prepared, picture=True)
     if png is not None:
         from orchestration.preflight.plan import png as write
 
@@ -146,11 +145,10 @@ def recipes() -> None:
 @click.argument("part", default="")
 def keys(part: str) -> None:
     """List the keys of a recipe: values, default, meaning; all, or those below PART (recovery.lr)."""
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.recipe.reference import as_table, recipe_keys
 
-    console = Console()
-    (console if console.is_terminal else Console(width=180)).print(as_table(recipe_keys(part)))
+    output_console(180).print(as_table(recipe_keys(part)))
 
 
 COMMANDS = (sweep, run, plan, recipes, keys)

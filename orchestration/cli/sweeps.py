@@ -7,6 +7,7 @@ import time
 import click
 
 from orchestration.cli import options
+from orchestration.common import defaults
 from orchestration.common.environment import JOB_RECIPE, is_jobs_api
 from orchestration.launch import farewell, launch, run_as_job
 from pruners.errors import InputError
@@ -29,13 +30,13 @@ _address = click.option(
 @click.option("--once", is_flag=True, help="Print it and end, as it does where there is no terminal.")
 def status(name: str | None, storage: str, address: str | None, once: bool) -> None:
     """Phases, trials, best, time left and failures of all sweeps, or of NAME; live until Ctrl-C."""
-    _there(address, ["status", *([name] if name else [])], storage)
-    from orchestration.common.terminal import Console
+    _run_on_cluster(address, ["status", *([name] if name else [])], storage)
+    from orchestration.common.terminal import Console, output_console
     from orchestration.reporting.status import overview
 
     console = Console()
     if once or not console.is_terminal:
-        (console if console.is_terminal else Console(width=160)).print(overview(storage, name))
+        output_console(160).print(overview(storage, name))
         return
     from rich.live import Live
 
@@ -55,7 +56,7 @@ def status(name: str | None, storage: str, address: str | None, once: bool) -> N
 @_address
 def logs(name: str, trial: str | None, storage: str, address: str | None) -> None:
     """The last lines of the sweep NAME; or the figures, error and places of a TRIAL (ovit-schedule-001)."""
-    _there(address, ["logs", name, *([trial] if trial else [])], storage)
+    _run_on_cluster(address, ["logs", name, *([trial] if trial else [])], storage)
     from orchestration.reporting.status import log_lines
 
     for line in log_lines(storage, name, trial):
@@ -68,17 +69,17 @@ def logs(name: str, trial: str | None, storage: str, address: str | None) -> Non
 @_address
 def stop(name: str, storage: str, address: str | None) -> None:
     """End the sweep NAME as Ctrl-C would, wherever its driver runs: what is finished is kept."""
-    _there(address, ["stop", name], storage)
-    from orchestration.state import heartbeat as journal
+    _run_on_cluster(address, ["stop", name], storage)
+    from orchestration.state import heartbeat
     from orchestration.state.stored_recipe import find
 
     find(storage, name)
-    state = journal.read(storage, name)
+    state = heartbeat.read(storage, name)
     if state is None or state["state"] != "running":
         raise InputError("name", name, f"is not at work ({state['state'] if state else 'no journal'})")
-    journal.ask_to_stop(storage, name)
+    heartbeat.ask_to_stop(storage, name)
     deadline = time.monotonic() + _STOP_SECONDS
-    while (state := journal.read(storage, name)) and state["state"] == "running":
+    while (state := heartbeat.read(storage, name)) and state["state"] == "running":
         if time.monotonic() > deadline:
             click.echo(f"asked, but not ended in {_STOP_SECONDS:.0f} s; see espalier status {name}", err=True)
             raise click.exceptions.Exit(1)
@@ -110,13 +111,11 @@ def resume(
         places = {"sweep": new or name, "storage": storage}
         raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **places))
     where = _where(storage)
-    from orchestration.recipe.loading import overridden
     from orchestration.state.stored_recipe import load
 
-    stored = load(storage, name).model_dump(mode="json")
-    recipe = overridden(stored, [*overrides, *new_name(new)])
-    said = ["resume", recipe.name, *([] if new else overrides), *where]
-    launch(recipe, said, name, address=address, detach=detach)
+    recipe = load(storage, name, [*overrides, *new_name(new)])
+    command = ["resume", recipe.name, *([] if new else overrides), *where]
+    launch(recipe, command, name, address=address, detach=detach)
 
 
 @click.command()
@@ -146,7 +145,7 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
     """What the cluster offers, whether its nodes share the storage, reach MLflow and hold the same versions,
     and whether RECIPE fits. Exit 1 with a line for each problem."""
     from orchestration.common.network import check_reachable
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.recipe.loading import load_recipe
 
     chosen = None if recipe is None else load_recipe(recipe, overrides)
@@ -155,21 +154,20 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
         raise click.exceptions.Exit(run_as_job(words, address, recipe=chosen))
     if address != "auto":
         check_reachable(address)
-    from orchestration.cluster import check as checking
+    from orchestration.cluster import check
 
-    place = storage or (chosen.storage if chosen is not None else None)
+    storage_uri = storage or (chosen.storage if chosen is not None else None)
     if address.startswith("ray://"):
         content = None if chosen is None else chosen.model_dump(mode="json")
-        nodes, problems = checking.check_through_client(address, content, place)
+        nodes, problems = check.check_through_client(address, content, storage_uri)
     else:
-        nodes, problems = checking.check_cluster(address, chosen, place)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(checking.offers(nodes))
+        nodes, problems = check.check_cluster(address, chosen, storage_uri)
+    output_console(160).print(check.offers(nodes))
     for problem in problems:
         click.echo(problem)
     if problems:
         raise click.exceptions.Exit(1)
-    tried = f", all reach {place}" if place else ""
+    tried = f", all reach {storage_uri}" if storage_uri else ""
     fits = f"; {chosen.name} fits" if chosen is not None else ""
     click.echo(f"{len(nodes)} nodes of the same versions{tried}{fits}")
 
@@ -182,19 +180,19 @@ def new_name(name: str | None) -> list[str]:
 
 
 def _where(storage: str | None) -> list[str]:
-    return [] if storage in (None, options.DEFAULT_STORAGE) else ["--storage", str(storage)]
+    return [] if storage in (None, defaults.STORAGE) else ["--storage", str(storage)]
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
     """The storage that is given, or that in which a job put the sweep."""
-    if storage != options.DEFAULT_STORAGE:
+    if storage != defaults.STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of
 
     return storage_of(open_jobs(address), name) or storage
 
 
-def _there(address: str | None, words: list[str], storage: str) -> None:
+def _run_on_cluster(address: str | None, words: list[str], storage: str) -> None:
     """Run the command on the cluster instead, if an address is given."""
     if address is None:
         return
@@ -210,12 +208,11 @@ def _there(address: str | None, words: list[str], storage: str) -> None:
 @click.option("--html", metavar="FILE", help="Write it as one page with figures, which needs nothing else.")
 def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     """Final models of the sweeps NAME..., what differs between their recipes, and what failed."""
-    from orchestration.common.terminal import Console
+    from orchestration.common.terminal import output_console
     from orchestration.reporting.compare import read, tables
 
     if html is None:
-        console = Console()
-        (console if console.is_terminal else Console(width=160)).print(tables(read(storage, names)))
+        output_console(160).print(tables(read(storage, names)))
         return
     from orchestration.commands.output import free_file
     from orchestration.reporting.compare_page import write

@@ -37,15 +37,15 @@ class ClusterSize:
         Raises:
             InputError: not even one.
         """
-        for key, each, there in (
+        for key, each, available in (
             ("CPUs", resources.cpus_per_worker, self.cpus),
             ("GPUs", resources.gpus_per_worker, self.gpus),
         ):
-            if each * resources.least > there + 1e-6:
+            if each * resources.least > available + 1e-6:
                 raise InputError(
                     "resources.workers",
                     resources.least,
-                    f"need {each * resources.least:g} {key}, the cluster can give {there:g}",
+                    f"need {each * resources.least:g} {key}, the cluster can give {available:g}",
                 )
         fit = [self.cpus / (resources.cpus_per_worker * resources.most)]
         if resources.gpus_per_worker:
@@ -65,12 +65,12 @@ class ClusterSize:
         Raises:
             InputError: not even one.
         """
-        for key, each, there in (
+        for key, each, available in (
             ("cpus_per_trial", search.cpus_per_trial, self.cpus),
             ("gpus_per_trial", search.gpus_per_trial, self.gpus),
         ):
-            if each > there + 1e-6:
-                raise InputError(f"allocation.{key}", each, f"the cluster can give {there:g}")
+            if each > available + 1e-6:
+                raise InputError(f"allocation.{key}", each, f"the cluster can give {available:g}")
         if self.nodes and not self._pieces(search.cpus_per_trial, search.gpus_per_trial):
             size = f"{search.cpus_per_trial:g} CPUs and {search.gpus_per_trial:g} GPUs"
             raise InputError("allocation.cpus_per_trial", search.cpus_per_trial, f"no node has {size}")
@@ -81,14 +81,14 @@ class ClusterSize:
 
 
 def cluster_size() -> ClusterSize:
-    """What the cluster that is joined can give just now."""
-    there = dict(ray.cluster_resources())
+    """The capacity of the cluster that is joined, with what autoscaling may add."""
+    resources = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(
-        cpus=max(there.get("CPU", 0.0), possible.get("CPU", 0.0)),
-        gpus=max(there.get("GPU", 0.0), possible.get("GPU", 0.0)),
+        cpus=max(resources.get("CPU", 0.0), possible.get("CPU", 0.0)),
+        gpus=max(resources.get("GPU", 0.0), possible.get("GPU", 0.0)),
         nodes=() if possible else tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive),
     )
 
@@ -108,8 +108,10 @@ def check_local(recipe: Recipe) -> None:
 
 
 def check_size(recipe: Recipe, size: ClusterSize) -> None:
-    """Raises:
-    InputError: the recipe asks for more than the cluster can ever give.
+    """Check that a recipe fits in a cluster.
+
+    Raises:
+        InputError: it asks for more than the cluster can ever give.
     """
     for phase in ("dense", "structured", "schedule", "long_run"):
         size.training_runs(recipe.resources.of(phase))

@@ -35,35 +35,40 @@ class Offer:
 
 
 def check_cluster(
-    address: str | None, recipe: Recipe | None, place: str | None
+    address: str | None, recipe: Recipe | None, storage_uri: str | None
 ) -> tuple[list[Offer], list[str]]:
-    """The nodes, and one line for each problem.
+    """Look at the nodes of a cluster, and at whether they can work together.
 
     Args:
-        place: storage to try, as every node must see it; ``None``: not tried.
+        address: of the cluster; ``None``: the one that is joined, or this machine.
+        recipe: that is to fit, if any.
+        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+
+    Returns:
+        The nodes, and one line for each problem.
 
     Raises:
         InputError: no cluster answers at the address.
     """
     with connect(address) as size:
-        nodes = probe(place, recipe.tracking.uri if recipe else None)
+        nodes = probe(storage_uri, recipe.tracking.uri if recipe else None)
         problems = [f"{node.address}: {problem}" for node in nodes for problem in node.problems]
         return nodes, problems + _differences(nodes) + _misfits(recipe, size)
 
 
-def check_storage(place: str) -> None:
+def check_storage(storage_uri: str) -> None:
     """Whether every node of the cluster that is joined writes to the storage and sees what others wrote.
 
     Raises:
         InputError: one does not.
     """
-    for node in probe(place, None):
+    for node in probe(storage_uri, None):
         for problem in node.problems:
             expected = f"must be a place that every node reaches ({node.address}: {problem})"
-            raise InputError("storage", place, expected)
+            raise InputError("storage", storage_uri, expected)
 
 
-def probe(place: str | None, uri: str | None) -> list[Offer]:
+def probe(storage_uri: str | None, uri: str | None) -> list[Offer]:
     """Every node of the cluster that is joined, asked by a task of its own."""
     cloudpickle.register_pickle_by_value(node_probe)
     nodes = [
@@ -72,12 +77,16 @@ def probe(place: str | None, uri: str | None) -> list[Offer]:
         if node["Alive"]
     ]
     nodes.sort(key=lambda node: ("node:__internal_head__" not in node.resources, node.address))
-    folder = None if place is None else f"{storage.absolute(place)}/.espalier-check-{uuid.uuid4().hex[:8]}"
+    folder = (
+        None
+        if storage_uri is None
+        else f"{storage.absolute(storage_uri)}/.espalier-check-{uuid.uuid4().hex[:8]}"
+    )
     waiting = [(node, _ask(node, node_probe.look, folder, uri, node.id)) for node in nodes]
     for node, answer in waiting:
-        if found := _answer(node, answer):
-            node.versions = found["versions"]
-            node.problems += found["problems"]
+        if report := _answer(node, answer):
+            node.versions = report["versions"]
+            node.problems += report["problems"]
     if folder is not None:
         _exchange(folder, [node for node in nodes if not node.problems])
     return nodes
@@ -101,8 +110,8 @@ def _exchange(folder: str, nodes: list[Offer]) -> None:
 
 
 def _ask(node: Offer, function: Callable[..., Any], *arguments: Any) -> Any:
-    there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+    on_node = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(function)
     return task.remote(*arguments)
 
 
@@ -110,8 +119,8 @@ def _answer(node: Offer, answer: Any) -> Any:
     try:
         return ray.get(answer, timeout=_ANSWER_SECONDS)
     except RayError as error:
-        told = str(getattr(error, "cause", None) or error).strip().splitlines()
-        node.problems.append(f"runs no task ({told[-1] if told else type(error).__name__})")
+        lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+        node.problems.append(f"runs no task ({lines[-1] if lines else type(error).__name__})")
     return None
 
 
@@ -141,13 +150,13 @@ def offers(nodes: list[Offer]) -> Table:
     versions = list(nodes[0].versions) if nodes else []
     table = Table("node", *(name for name in ("CPUs", "GPUs", "memory", "accelerator")), *versions)
     for node in nodes:
-        there = node.resources
-        kinds = [key.partition(":")[2] for key in there if key.startswith("accelerator_type:")]
+        resources = node.resources
+        kinds = [key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")]
         table.add_row(
             node.address,
-            f"{there.get('CPU', 0):g}",
-            f"{there.get('GPU', 0):g}",
-            f"{there.get('memory', 0) / 2**30:.1f} GiB",
+            f"{resources.get('CPU', 0):g}",
+            f"{resources.get('GPU', 0):g}",
+            f"{resources.get('memory', 0) / 2**30:.1f} GiB",
             ", ".join(kinds) or "–",
             *(node.versions.get(package, "?") for package in versions),
         )
@@ -155,19 +164,33 @@ def offers(nodes: list[Offer]) -> Table:
 
 
 def check_through_client(
-    address: str, recipe: dict[str, Any] | None, place: str | None
+    address: str, recipe: dict[str, Any] | None, storage_uri: str | None
 ) -> tuple[list[Offer], list[str]]:
-    """The same from a laptop through ``ray://``: it runs as a task on the cluster."""
+    """:func:`check_cluster` from a laptop through ``ray://``: it runs as a task on the cluster.
+
+    Args:
+        address: ``ray://HOST:10001``.
+        recipe: as JSON, since the cluster may lack Espalier; ``None``: no recipe is to fit.
+        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+
+    Returns:
+        The nodes, and one line for each problem.
+
+    Raises:
+        InputError: no cluster answers, or it runs no task of ours.
+    """
     from orchestration.cluster.connect import joined
 
     with joined(address):
-        task = ray.remote(num_cpus=0, max_retries=0)(_there).remote(recipe, place)
+        task = ray.remote(num_cpus=0, max_retries=0)(_check_on_cluster).remote(recipe, storage_uri)
         try:
-            found: tuple[list[Offer], list[str]] = ray.get(task)
+            result: tuple[list[Offer], list[str]] = ray.get(task)
         except RayError as error:
             raise InputError("--address", address, f"runs no task of ours ({first_line(error)})") from None
-        return found
+        return result
 
 
-def _there(recipe: dict[str, Any] | None, place: str | None) -> tuple[list[Offer], list[str]]:
-    return check_cluster(None, None if recipe is None else Recipe.model_validate(recipe), place)
+def _check_on_cluster(
+    recipe: dict[str, Any] | None, storage_uri: str | None
+) -> tuple[list[Offer], list[str]]:
+    return check_cluster(None, None if recipe is None else Recipe.model_validate(recipe), storage_uri)

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from orchestration.cluster import keeper as cluster_keeper
+from orchestration.cluster import keeper
 from orchestration.cluster.capacity import ClusterSize, cluster_size
 from orchestration.common.network import LOOPBACK, check_reachable, reserve
 from pruners.errors import InputError, first_line
@@ -87,9 +87,9 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     finally:
         ray.shutdown()
         os.environ.pop(_STATE_API, None)
-        for keeper in _keepers:
-            _dismiss(keeper)
-        _keepers.clear()
+        for process in _keeper_processes:
+            _dismiss(process)
+        _keeper_processes.clear()
 
 
 @contextmanager
@@ -111,32 +111,32 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_keepers: list[subprocess.Popen[bytes]] = []
+_keeper_processes: list[subprocess.Popen[bytes]] = []
 
 
 def _keep() -> None:
     """A process that outlives us, and ends what is left of the cluster then."""
-    began = time.strftime(cluster_keeper.NAME)  # before Ray does
-    command = [sys.executable, "-m", cluster_keeper.__name__, str(os.getpid()), began]
-    places = os.pathsep.join(place for place in sys.path if place)  # also where we are not installed
-    _keepers.append(
+    began = time.strftime(keeper.NAME)  # before Ray does
+    command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
+    search_path = os.pathsep.join(folder for folder in sys.path if folder)  # also where we are not installed
+    _keeper_processes.append(
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches us alone
-            env={**os.environ, "PYTHONPATH": places},
+            env={**os.environ, "PYTHONPATH": search_path},
         )
     )
 
 
-def _dismiss(keeper: subprocess.Popen[bytes]) -> None:
+def _dismiss(process: subprocess.Popen[bytes]) -> None:
     """Let it look once more, and end."""
-    assert keeper.stdin is not None, "made with a pipe"
-    keeper.stdin.close()
+    assert process.stdin is not None, "made with a pipe"
+    process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        keeper.wait(_KEEPER_SECONDS)
+        process.wait(_KEEPER_SECONDS)
 
 
 def _start_local() -> None:

@@ -23,10 +23,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.common.network import check_reachable
-from orchestration.common.redaction import without_password
 from orchestration.recipe.schema import Recipe
 from orchestration.state.stored_recipe import content_of
 from pruners.errors import InputError, did_you_mean, first_line
+from pruners.redaction import strip_credentials
 
 _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
@@ -61,12 +61,17 @@ def submit(
     storage: str | None = None,
     recipe: Recipe | None = None,
 ) -> str:
-    """``espalier WORDS`` as a job, with this machine's source of Espalier; returns the job's id.
+    """Submit ``espalier WORDS`` as a job, with this machine's source of Espalier.
 
     Args:
+        client: of the cluster's Jobs API.
+        words: the command line after ``espalier``.
         sweep: the name of the sweep that it runs, by which it is found again.
         storage: where the sweep lies, for those who ask for it by name.
         recipe: packed as :data:`JOB_RECIPE`.
+
+    Returns:
+        The job's id.
 
     Raises:
         InputError: a job runs that sweep already.
@@ -89,16 +94,21 @@ def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
     """What a job says of itself on Ray's dashboard; no password, and no place of this machine's own."""
     if sweep is None:
         return {}
-    if storage is None or not _travels(storage) or without_password(storage) != storage:
+    if storage is None or not _travels(storage) or strip_credentials(storage) != storage:
         return {_TAG: sweep}
     return {_TAG: sweep, _PLACE: storage}
 
 
 def follow(client: JobSubmissionClient, job: str, farewell: str = "") -> int:
-    """Print a job's output until it ends; returns its exit status.
+    """Print a job's output until it ends.
 
     Args:
-        farewell: said when Ctrl-C ends the following, and not the job.
+        client: of the cluster's Jobs API.
+        job: its id.
+        farewell: printed when Ctrl-C ends the following, and not the job.
+
+    Returns:
+        The job's exit status; 130 after Ctrl-C.
     """
     try:
         asyncio.run(_print(client, job))
@@ -121,16 +131,16 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
     Raises:
         InputError: none did.
     """
-    found = _jobs(client)
-    if sweep not in found:
-        raise InputError("name", sweep, f"no job of this cluster ran it{did_you_mean(sweep, found)}")
-    return str(found[sweep][-1].submission_id)
+    jobs = _jobs(client)
+    if sweep not in jobs:
+        raise InputError("name", sweep, f"no job of this cluster ran it{did_you_mean(sweep, jobs)}")
+    return str(jobs[sweep][-1].submission_id)
 
 
 def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
     """Where the last job put a sweep (or any: ``None``); nothing where no job has said so."""
-    found = _jobs(client)
-    jobs = [job for name, jobs in found.items() if sweep in (None, name) for job in jobs]
+    by_sweep = _jobs(client)
+    jobs = [job for name, jobs in by_sweep.items() if sweep in (None, name) for job in jobs]
     jobs.sort(key=lambda job: job.start_time or 0)
     return next((job.metadata[_PLACE] for job in reversed(jobs) if _PLACE in (job.metadata or {})), None)
 
@@ -148,11 +158,11 @@ async def _print(client: JobSubmissionClient, job: str) -> None:
 
 def _jobs(client: JobSubmissionClient) -> dict[str, list[JobDetails]]:
     """The jobs of each sweep, the latest last."""
-    found: dict[str, list[JobDetails]] = {}
+    by_sweep: dict[str, list[JobDetails]] = {}
     for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
         if sweep := (job.metadata or {}).get(_TAG):
-            found.setdefault(sweep, []).append(job)
-    return found
+            by_sweep.setdefault(sweep, []).append(job)
+    return by_sweep
 
 
 def _free_id(client: JobSubmissionClient, sweep: str) -> str:

@@ -27,12 +27,16 @@ NAME = "session_%Y-%m-%d_%H-%M-%S"
 
 def left(driver: int, since: str) -> list[psutil.Process]:
     """Processes of the sessions that a driver began at ``since`` (a :data:`NAME`) or later."""
-    return [one for one in psutil.process_iter() if one.pid != os.getpid() and _belongs(one, driver, since)]
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and _belongs(process, driver, since)
+    ]
 
 
 def _belongs(process: psutil.Process, driver: int, since: str) -> bool:
-    for place in _written(process):
-        if (found := _SESSION.search(place)) and int(found[2]) == driver and found[1] >= since:
+    for path in _written(process):
+        if (session := _SESSION.search(path)) and int(session[2]) == driver and session[1] >= since:
             return bool(process.pid != driver)
     return False
 
@@ -50,12 +54,12 @@ def _written(process: psutil.Process) -> list[str]:
 def end(driver: int, since: str) -> None:
     """Wait for them, and kill those that are still there."""
     began = time.monotonic()
-    while found := left(driver, since):
+    while processes := left(driver, since):
         waited = time.monotonic() - began
         if waited > _SECONDS:
             return
         if waited > _GRACE_SECONDS:
-            for process in found:
+            for process in processes:
                 with suppress(psutil.Error):
                     process.kill()
         time.sleep(0.25)

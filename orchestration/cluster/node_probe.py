@@ -1,4 +1,4 @@
-"""What a node of a cluster says of itself; sent there whole, as Espalier may be missing there."""
+"""What runs on each node of a cluster to check it; sent there whole, as Espalier may be missing there."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ _PACKAGES = ("ray", "torch", "timm", "pyarrow")
 _OURS = ("pruners", "trainers", "orchestration")
 
 
-def look(place: str | None, uri: str | None, node: str) -> dict[str, Any]:
-    """Versions, and whether the node writes to the storage and hears MLflow.
+def look(storage_uri: str | None, uri: str | None, node: str) -> dict[str, Any]:
+    """Versions on this node, and whether it writes to the storage and reaches MLflow.
 
     Args:
-        place: storage; a file named by the node is written there.
-        uri: of MLflow.
+        storage_uri: a folder; a file named by the node is written there. ``None``: not tried.
+        uri: of MLflow; ``None``: not tried.
+        node: its id.
+
+    Returns:
+        ``versions`` by package, and ``problems`` as lines.
     """
     problems = []
     versions = {"python": platform.python_version()}
@@ -30,11 +34,11 @@ def look(place: str | None, uri: str | None, node: str) -> dict[str, Any]:
     versions["espalier"] = _source()
     if versions["espalier"] == "missing":
         return {"versions": versions, "problems": ["espalier is not installed there"]}
-    if place is not None:
+    if storage_uri is not None:
         from trainers import storage
 
         try:
-            storage.write_bytes(f"{place}/{node}", node.encode())
+            storage.write_bytes(f"{storage_uri}/{node}", node.encode())
         except (OSError, ValueError) as error:
             problems.append(f"cannot write to the storage ({str(error).splitlines()[0]})")
     if uri is not None:
@@ -47,26 +51,26 @@ def look(place: str | None, uri: str | None, node: str) -> dict[str, Any]:
     return {"versions": versions, "problems": problems}
 
 
-def see(place: str, nodes: list[str]) -> list[str]:
+def see(storage_uri: str, nodes: list[str]) -> list[str]:
     """The nodes whose file is not in the storage as this node sees it."""
     from trainers import storage
 
     missing = []
     for node in nodes:
         try:
-            if storage.read_bytes(f"{place}/{node}") != node.encode():
+            if storage.read_bytes(f"{storage_uri}/{node}") != node.encode():
                 missing.append(node)
         except (OSError, ValueError):
             missing.append(node)
     return missing
 
 
-def remove(place: str) -> str | None:
-    """Delete the files; what went wrong, if anything."""
+def remove(storage_uri: str) -> str | None:
+    """Delete the files; returns what went wrong, if anything did."""
     from trainers import storage
 
     try:
-        storage.remove(place)
+        storage.remove(storage_uri)
     except OSError as error:
         return str(error).splitlines()[0]
     return None

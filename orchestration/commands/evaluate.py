@@ -22,13 +22,25 @@ def evaluate_model(
     *,
     columns: Columns | None = None,
 ) -> Iterator[str]:
-    """Lines with a model's figures on some images."""
+    """Measure a model on some images.
+
+    Args:
+        model: checkpoint folder, ``hf-hub:NAME``, timm model or ``models:/NAME@alias``.
+        data_uri: Parquet file, folder or glob.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+        batch_size: images at once.
+        columns: of the table, where its metadata does not say which are meant.
+
+    Returns:
+        Lines with its figures.
+    """
     from orchestration.commands.model_source import check_named
 
     check_named(model)
     if not model.startswith("models:/"):
-        place = absolute(model) if "hf-hub:" not in model else model
-        yield from _evaluate(place, data_uri, batch_size, columns)
+        location = absolute(model) if "hf-hub:" not in model else model
+        yield from _evaluate(location, data_uri, batch_size, columns)
         return
     from orchestration.tracking import registry
 
@@ -39,24 +51,24 @@ def evaluate_model(
 def _evaluate(
     checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
 ) -> Iterator[str]:
-    from trainers.data import datasets as data
+    from trainers.data import datasets
     from trainers.loop.evaluation import evaluate
-    from trainers.quantization import int8_folder as int8
+    from trainers.quantization import int8_folder
     from trainers.sources.classes import check_known, names_of
     from trainers.sources.parquet import check_table
 
-    found = int8.load_runnable(checkpoint, key="model")
-    channels = found.config["input_size"][0]
-    if found.classes < 2 or channels != 3:
-        what = f"is for {found.classes} classes and {channels} channels"
+    loaded = int8_folder.load_runnable(checkpoint, key="model")
+    channels = loaded.config["input_size"][0]
+    if loaded.classes < 2 or channels != 3:
+        what = f"is for {loaded.classes} classes and {channels} channels"
         raise InputError("model", checkpoint, f"{what}; must be for RGB images of two classes at least")
-    check_table(data_uri, found.classes, key="--data", columns=columns)
+    check_table(data_uri, loaded.classes, key="--data", columns=columns)
     names = names_of(data_uri, key="--data", columns=columns, every=True)
-    check_known(found.labels, names, key="--data", uri=data_uri)
-    images = data.images(data_uri, data.eval_transform(found.config), key="--data", columns=columns)
-    result = evaluate(found.model, data.eval_loader(images, batch_size))
-    by = "" if found.engine is None else f", INT8 by {found.engine}"
+    check_known(loaded.labels, names, key="--data", uri=data_uri)
+    images = datasets.images(data_uri, datasets.eval_transform(loaded.config), key="--data", columns=columns)
+    result = evaluate(loaded.model, datasets.eval_loader(images, batch_size))
+    by = "" if loaded.engine is None else f", INT8 by {loaded.engine}"
     yield f"images    {result.images}"
     yield f"top-1     {100 * result.top1:.2f} %{by}"
     yield f"loss      {result.loss:.4f}"
-    yield f"sparsity  {100 * found.sparsity:.2f} % of the prunable weights"
+    yield f"sparsity  {100 * loaded.sparsity:.2f} % of the prunable weights"

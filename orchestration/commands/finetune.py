@@ -20,13 +20,13 @@ from torch import nn
 
 from orchestration.commands.model_source import (
     Patterns,
-    at_hand,
     check_images,
     device_for,
     is_file,
     layers_of,
     load,
     recorded_patterns,
+    resolved,
 )
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.progress import Bars, interruptible
@@ -43,7 +43,7 @@ from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method, PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
-from trainers.models import factory as models
+from trainers.models import factory
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,25 @@ class Finetuning:
 
     @classmethod
     def of(cls, options: FinetuneOptions) -> Self:
-        """Raises:
-        InputError: whatever can be known to fail before the training begins.
+        """Load and check all that the options name.
+
+        Raises:
+            InputError: whatever can be known to fail before the training begins.
         """
-        target = cls.place(options)
+        target = cls.result_folder(options)
         device = torch.device(device_for(options.device))
         check_training(options.training, "")
         patterns: Patterns | None = layer_patterns(options.layers)
-        with at_hand(options.checkpoint, options.tracking_uri, options.storage) as place:
-            loaded = load(place, patterns)
+        with resolved(options.checkpoint, options.tracking_uri, options.storage) as location:
+            loaded = load(location, patterns)
             layers_of(loaded, patterns)
-            parent = _parent(options.checkpoint, place)
-        model, before = loaded.model, models.classes(loaded.model)
+            parent = _parent(options.checkpoint, location)
+        model, before = loaded.model, factory.classes(loaded.model)
         now = options.classes or before
         if now != before:
             _check_teacher(options)
             seed_everything(options.seed)
-            models.replace_head(model, now)
+            factory.replace_head(model, now)
         images = {"train": check_images(options.train, model, "--train", options.columns)}
         if options.validation is not None:
             images["validation"] = check_images(options.validation, model, "--validation", options.columns)
@@ -92,8 +94,8 @@ class Finetuning:
         return cls(options, target, device, model, (before, now), masks, patterns, lineage)
 
     @classmethod
-    def place(cls, options: FinetuneOptions) -> Path:
-        """Where the result goes.
+    def result_folder(cls, options: FinetuneOptions) -> Path:
+        """The folder that the result goes to.
 
         Raises:
             InputError: it is there already, or cannot be.
@@ -111,10 +113,12 @@ class Finetuning:
 
     def run(self) -> list[str]:
         """Train, write the folder, and say what was done."""
-        with self._workplace() as work, self._by_option():
+        with self._workplace() as work, self._renamed():
             job = self._job(self._start(work), work)
             with Bars(heading=self._plan(job)) as bars:
-                resume = next((one for one in (work / "next", work / "last") if damage(one) is None), None)
+                resume = next(
+                    (folder for folder in (work / "next", work / "last") if damage(folder) is None), None
+                )
                 if resume is not None:
                     bars.say("going on where it was interrupted")
                 report = _Report(work, bars, job.training.epochs)
@@ -129,7 +133,7 @@ class Finetuning:
         return self.target.with_name(f".{self.target.name}.finetune")
 
     def _held(self) -> Path:
-        """What there is of an earlier run: its result, if that is there already."""
+        """The folder of an earlier run: its result, if that is there already."""
         return self.target if self.target.exists() else self._work
 
     @contextmanager
@@ -211,11 +215,16 @@ class Finetuning:
         yield "load it by", f"timm.create_model({f'local-dir:{self.target}'!r}, pretrained=True)"
 
     @contextmanager
-    def _by_option(self) -> Iterator[None]:
-        """Errors of the layers below, in the words of the command line."""
+    def _renamed(self) -> Iterator[None]:
+        """Errors of the layers below become errors of this command's options.
+
+        Raises:
+            InputError: also where memory, the disk or the numbers give out.
+        """
         options = self.options
         try:
-            yield
+            with InputError.renamed(self._by_option):
+                yield
         except torch.OutOfMemoryError:
             expected = "needs more memory than the GPU has; take a smaller one, or accumulate"
             raise InputError("batch_size", options.training.batch_size, expected) from None
@@ -224,19 +233,19 @@ class Finetuning:
         except OSError as error:
             expected = f"cannot be written ({error.strerror or first_line(error)})"
             raise InputError("--out", options.out, expected) from None
-        except InputError as error:
-            if error.key == "resume":
-                raise _of_another(options.out, self._held(), error.expected.partition(": ")[2]) from None
-            keys = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
-            if error.key == "data" and error.value != storage.absolute(options.train):
-                keys["data"] = "--validation"
-            key = keys.get(error.key, error.key.removeprefix("training."))
-            raise InputError(key, error.value, error.expected) from None
+
+    def _by_option(self, error: InputError) -> InputError:
+        if error.key == "resume":
+            return _of_another(self.options.out, self._held(), error.expected.partition(": ")[2])
+        options = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
+        if error.key == "data" and error.value != storage.absolute(self.options.train):
+            options["data"] = "--validation"
+        return error.replaced(key=options.get(error.key, error.key.removeprefix("training.")))
 
 
 @dataclass
 class _Report:
-    """Hears of the training: shows it, and keeps what it can go on from."""
+    """Shows the training's progress, and keeps what it can go on from."""
 
     work: Path
     bars: Bars
@@ -244,11 +253,11 @@ class _Report:
     first: int | None = field(default=None)
 
     def __call__(self, progress: Progress) -> None:
-        found = progress.metrics
-        if "epoch" in found:
+        metrics = progress.metrics
+        if "epoch" in metrics:
             self.bars.say(
-                f"epoch {found['epoch']} of {self.epochs}: loss {found['train_loss']:.4f}, "
-                f"validation top-1 {100 * found['val_top1']:.2f} %"
+                f"epoch {metrics['epoch']} of {self.epochs}: loss {metrics['train_loss']:.4f}, "
+                f"validation top-1 {100 * metrics['val_top1']:.2f} %"
             )
         if progress.save is None:
             return
@@ -265,19 +274,19 @@ class _Report:
         self.bars("training", done - self.first, total - self.first)
 
 
-def _parent(name: str, place: str) -> dict[str, str]:
+def _parent(name: str, location: str) -> dict[str, str]:
     """Which model this was: a name that others know too, and the hash of its weights."""
-    if not is_file(place):
+    if not is_file(location):
         return {"source": name}
     known = name if ":/" in name else Path(name).name
-    return {"source": known, "weights": weights_hash(place)}
+    return {"source": known, "weights": weights_hash(location)}
 
 
 def _fitting(masks: MaskSet | None, model: nn.Module) -> MaskSet | None:
     """The masks without that of a classifier that is new."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
-    found = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
-    return MaskSet(found) if found else None
+    fitting = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
+    return MaskSet(fitting) if fitting else None
 
 
 def _check_teacher(options: FinetuneOptions) -> None:

@@ -1,4 +1,4 @@
-"""``espalier inspect``: what is prunable in a model, what is zero in it, and what it costs."""
+"""``espalier inspect``: the prunable layers of a model, their zeros, and its costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import Checkpoint
 from trainers.config.structured import words
-from trainers.models import factory as models
+from trainers.models import factory
 
 PATTERNS = ("2:4", "4:8", "1x4")
 
@@ -146,16 +146,16 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
         shapes = layers_of(Checkpoint(model, None), patterns)
         return Description(name, None, shapes, 0, None, {}, _costs(model, {}), LeftDense.of(model, shapes))
     loaded = load(name, patterns)
-    found = layers_of(loaded, patterns)
+    prunable = layers_of(loaded, patterns)
     # what was left dense on purpose counts as little here as it did when the model was pruned
     masks = loaded.masks
-    layers = [layer for layer in found if masks is None or layer.name in masks]
+    layers = [layer for layer in prunable if masks is None or layer.name in masks]
     parameters = dict(loaded.model.named_parameters())
     zeros = {layer.name: parameters[layer.name].detach() == 0 for layer in layers}
     counts = {layer.name: int(zeros[layer.name].sum()) for layer in layers}
     held = {text: any(counts.values()) and _holds(text, layers, zeros) for text in PATTERNS}
     method = loaded.record.get("method")
-    left_out = len(found) - len(layers)
+    left_out = len(prunable) - len(layers)
     cut = loaded.record.get("structured")
     costs, dense = _costs(loaded.model, counts), LeftDense.of(loaded.model, layers)
     return Description(name, method, layers, left_out, counts, held, costs, dense, cut)
@@ -175,7 +175,7 @@ def _kept(pattern: Pattern, zeros: Tensor) -> bool:
 
 
 def _costs(model: nn.Module, zeros: dict[str, int]) -> Costs:
-    return cost_model(model, models.input_size(model)).at(zeros)
+    return cost_model(model, factory.input_size(model)).at(zeros)
 
 
 def _numel(layers: list[PrunableLayer]) -> int:

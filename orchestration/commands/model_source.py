@@ -18,7 +18,7 @@ from pruners.errors import InputError, did_you_mean, first_line
 from pruners.model.layers import PrunableLayer, find_layers
 from trainers.checkpoint.folder import Checkpoint, load_checkpoint, opened, save_checkpoint
 from trainers.config.data import ModelSettings
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.sources.classes import check_known, names_of
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table
@@ -36,11 +36,11 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
         InputError: whatever keeps it from being loaded.
     """
     if is_file(name):
-        with _by_option():
+        with InputError.renamed(_by_option):
             return load_checkpoint(absolute(name), key="model", layers=patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
     try:
-        return Checkpoint(models.load_hub(name), None)
+        return Checkpoint(factory.load_hub(name), None)
     except Exception as error:  # timm, the hub's client and what they stand on have kinds of their own
         raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
 
@@ -56,8 +56,16 @@ def check_named(name: str) -> None:
 
 
 @contextmanager
-def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
+def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
     """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
+
+    Args:
+        name: the MODEL of a command.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        A context manager that gives the folder, or the name.
 
     Raises:
         InputError: a registry that does not answer, or does not hold it.
@@ -74,15 +82,15 @@ def at_hand(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
 
 
 @contextmanager
-def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
 
     Raises:
         InputError: as :func:`load`.
     """
     if not name.startswith(_HUB):
-        with opened(absolute(name), key="model") as found:
-            yield found
+        with opened(absolute(name), key="model") as folder_and_record:
+            yield folder_and_record
         return
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         record = {"method": "dense", "sparsity": 0.0, "allocation": {}, "source": name}
@@ -90,17 +98,13 @@ def as_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield Path(folder), record
 
 
-@contextmanager
-def _by_option() -> Iterator[None]:
-    """Errors about layers, in the words of the command line."""
-    try:
-        yield
-    except InputError as error:
-        first, _, module = error.key.partition(".")
-        if first != "layers":
-            raise
-        expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
-        raise InputError(f"--layers {module}".strip(), error.value, expected) from None
+def _by_option(error: InputError) -> InputError:
+    """An error about layers as one about the option ``--layers``; any other as it is."""
+    first, _, module = error.key.partition(".")
+    if first != "layers":
+        return error
+    expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
+    return error.replaced(key=f"--layers {module}".strip(), expected=expected)
 
 
 def skeleton(name: str) -> nn.Module:
@@ -110,9 +114,9 @@ def skeleton(name: str) -> nn.Module:
     settings = ModelSettings(architecture=name).model_copy(update={"classes": classes})
     try:
         with torch.device("meta"):
-            return models.build_model(settings)
+            return factory.build_model(settings)
     except (InputError, NotImplementedError):  # a constructor that computes with its weights
-        return models.build_model(settings)
+        return factory.build_model(settings)
 
 
 def is_architecture(name: str) -> bool:
@@ -137,31 +141,40 @@ def is_file(name: str) -> bool:
 
 def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
     """The prunable layers: by ``patterns``, by those it was pruned with, or by its family."""
-    with _by_option():
+    with InputError.renamed(_by_option):
         return find_layers(loaded.model, patterns or recorded_patterns(loaded))
 
 
 def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
     """The patterns of layers that a checkpoint was pruned with, if it was with any."""
     recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
-    found: Patterns | None = recorded.get("layers")
-    return found
+    patterns: Patterns | None = recorded.get("layers")
+    return patterns
 
 
 def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None = None) -> str:
-    """Whether a model can learn from a table, or be tested on it; returns the table's fingerprint.
+    """Check that a model can learn from a table, or be tested on it.
+
+    Args:
+        uri: Parquet file, folder or glob.
+        model: the model.
+        key: names the table in errors.
+        columns: of the table, where its metadata does not say which are meant.
+
+    Returns:
+        The table's fingerprint.
 
     Raises:
         InputError: as :func:`trainers.sources.parquet.check_table`, a model that takes other images, or one
             that calls its classes otherwise.
     """
-    classes, (channels, *_) = models.classes(model), models.input_size(model)
+    classes, (channels, *_) = factory.classes(model), factory.input_size(model)
     if classes < 2 or channels != 3:
-        found = f"{classes} classes and {channels} channels"
-        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {found}")
+        shape = f"{classes} classes and {channels} channels"
+        raise InputError(key, uri, f"holds RGB images with labels, and the model is for {shape}")
     fingerprint = check_table(uri, classes, key=key, columns=columns)
     names = names_of(uri, key=key, columns=columns, every=True)
-    check_known(models.label_names(model), names, key=key, uri=uri)
+    check_known(factory.label_names(model), names, key=key, uri=uri)
     return fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Long work of a command: how far it is, Ctrl-C in its middle, and a folder that is whole or not there."""
+"""Files and folders that a command writes: checked before the work, whole or not there after it."""
 
 from __future__ import annotations
 
@@ -16,48 +16,55 @@ from pruners.errors import InputError, first_line
 from trainers import storage
 
 
-def free_file(place: str, key: str) -> Path:
-    """Raises:
-    InputError: a file cannot be written there without loss.
+def free_file(path_text: str, key: str) -> Path:
+    """The path of a file that is not there yet, in a folder that is.
+
+    Raises:
+        InputError: a file cannot be written there without loss.
     """
-    path = Path(storage.absolute(place, key))
+    path = Path(storage.absolute(path_text, key))
     if not path.parent.is_dir():
-        raise InputError(key, place, "must lie in a folder that exists")
+        raise InputError(key, path_text, "must lie in a folder that exists")
     if path.exists():
-        raise InputError(key, place, "is there already; name another file")
+        raise InputError(key, path_text, "is there already; name another file")
     return path
 
 
-def free_folder(place: str, key: str) -> Path:
+def free_folder(path_text: str, key: str) -> Path:
     """The absolute path of a folder that is not there yet (or is empty), where one can be written.
 
     Raises:
         InputError: it is there, or cannot be.
     """
-    if "://" in place:
-        raise InputError(key, place, "must be a folder of this machine")
+    if "://" in path_text:
+        raise InputError(key, path_text, "must be a folder of this machine")
     try:
-        target = Path(storage.absolute(place, key)).resolve()
+        target = Path(storage.absolute(path_text, key)).resolve()
         if target.is_dir():
             if any(target.iterdir()):
-                raise InputError(key, place, "the folder is there and not empty; name another one")
+                raise InputError(key, path_text, "the folder is there and not empty; name another one")
         elif os.path.lexists(target):
-            raise InputError(key, place, "is there, and no folder")
+            raise InputError(key, path_text, "is there, and no folder")
         parent = next(folder for folder in target.parents if os.path.lexists(folder))
         Path(
             tempfile.mkdtemp(dir=parent, prefix=".espalier-")
         ).rmdir()  # what may be written, only this tells
     except OSError as error:
-        raise InputError(key, place, f"cannot be written ({error.strerror or error})") from None
+        raise InputError(key, path_text, f"cannot be written ({error.strerror or error})") from None
     return target
 
 
 @contextmanager
-def whole_folder(target: Path, place: str, key: str) -> Iterator[Path]:
+def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left.
 
     Args:
-        place: the target as its user named it, by ``key``.
+        target: where it goes in the end.
+        path_text: the target as its user named it.
+        key: names it in errors.
+
+    Returns:
+        A context manager that gives the folder.
 
     Raises:
         InputError: it cannot be written.
@@ -74,7 +81,7 @@ def whole_folder(target: Path, place: str, key: str) -> Iterator[Path]:
         shutil.rmtree(made[-1], ignore_errors=True)
         if isinstance(error, OSError):
             expected = f"cannot be written ({error.strerror or first_line(error)})"
-            raise InputError(key, place, expected) from None
+            raise InputError(key, path_text, expected) from None
         raise
 
 
@@ -101,7 +108,7 @@ def _lives(pid: int) -> bool:
 
 
 def forget_training(folder: Path) -> None:
-    """Delete what a training whose result is not wanted any more left, unless one is at work there.
+    """Delete what a training left whose result is not wanted any more, unless a process is at work there.
 
     Args:
         folder: where its result was to be; beside it lies the hidden folder that it goes on from.

@@ -1,4 +1,4 @@
-"""How far a command's long work is, and Ctrl-C in its middle."""
+"""Progress of a command's long work, and Ctrl-C in its middle."""
 
 from __future__ import annotations
 
@@ -87,7 +87,16 @@ class Bars:
             self.say(f"{what:<12}{detail}")
 
     def over(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
-        """The same batches, told as they are done with."""
+        """The same batches, shown as they are done with.
+
+        Args:
+            what: the kind of work.
+            batches: of any type.
+            total: how many there are.
+
+        Returns:
+            An iterator over them.
+        """
         for done, batch in enumerate(batches, start=1):
             yield batch
             self(what, done, total)

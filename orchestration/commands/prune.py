@@ -35,10 +35,10 @@ from pruners.model.sparsity_pattern import fitting
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.config.pruning import SECOND_ORDER
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.sources.columns import Columns
 
 
@@ -55,15 +55,17 @@ class Job:
     layers: list[PrunableLayer]
     pruner: Pruner
     gradients: Gradients | None
-    tests: data.Batches | None
+    tests: datasets.Batches | None
     masks: MaskSet | None = None
 
     @classmethod
     def of(cls, options: PruneOptions) -> Job:
-        """Raises:
-        InputError: whatever can be known to fail before the work begins, by its option.
+        """Load and check all that the options name.
+
+        Raises:
+            InputError: whatever can be known to fail before the work begins, by its option.
         """
-        with _by_option(options):
+        with _renamed(options):
             target = free_folder(options.out, "--out")
             device = device_for(options.device)
             patterns = layer_patterns(options.layers)
@@ -82,14 +84,14 @@ class Job:
         """Prune, write the folder, and say what was done."""
         # torch, about the attention of single images: nothing that one could do about it
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        with _by_option(self.options):
+        with _renamed(self.options):
             with Bars(heading=self._plan()) as bars:
                 outcome = interruptible(lambda: self._work(bars))
             self._write(outcome)
         return [f"{key:<12}{value}" for key, value in outcome.summary(self.target)]
 
     def _work(self, bars: Bars) -> Outcome:
-        options, found = self.options, self.gradients
+        options, gradients = self.options, self.gradients
         before = self._top1(bars, "test before")
         report = prune(
             self.model,
@@ -101,14 +103,14 @@ class Job:
             scope=options.scope,  # type: ignore[arg-type]  # checked
             floor=options.floor,
             ceiling=options.ceiling,
-            batches=None if found is None else _Again(found.batches),
-            held_out=None if found is None or found.held_out is None else _Again(found.held_out),
+            batches=None if gradients is None else _Again(gradients.batches),
+            held_out=None if gradients is None or gradients.held_out is None else _Again(gradients.held_out),
             per_sample=options.per_sample,
-            memory=None if found is None else found.memory,
+            memory=None if gradients is None else gradients.memory,
             progress=bars,
         )
         after = self._top1(bars, "test after")
-        costs = count_costs(self.model, models.input_size(self.model), report.allocation)
+        costs = count_costs(self.model, factory.input_size(self.model), report.allocation)
         tests = None if before is None or after is None else (before, after)
         return Outcome(options, self.layers, self.pruner, report, costs, tests)
 
@@ -158,16 +160,16 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
     )
 
 
-def _tests(options: PruneOptions, model: nn.Module) -> data.Batches | None:
+def _tests(options: PruneOptions, model: nn.Module) -> datasets.Batches | None:
     if options.test is None:
         return None
-    return data.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
+    return datasets.eval_loader(_images(options.test, model, options.columns, "--test"), options.batch_size)
 
 
-def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> data.ImageTable:
+def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> datasets.ImageTable:
     check_images(uri, model, key, columns)
-    transform = data.eval_transform(models.data_config(model))
-    return data.images(uri, transform, key=key, columns=columns)
+    transform = datasets.eval_transform(factory.data_config(model))
+    return datasets.images(uri, transform, key=key, columns=columns)
 
 
 def _check_budget(
@@ -185,18 +187,21 @@ def _check_budget(
 
 
 @contextmanager
-def _by_option(options: PruneOptions) -> Iterator[None]:
-    """Errors of the layers below, in the words of the command line."""
+def _renamed(options: PruneOptions) -> Iterator[None]:
+    """Errors of the layers below become errors of this command's options.
+
+    Raises:
+        InputError: also where the GPU's memory gives out.
+    """
     try:
-        yield
+        with InputError.renamed(lambda error: _by_option(error, options)):
+            yield
     except torch.OutOfMemoryError:
         expected = "needs more memory than the GPU has; take a smaller one, or a smaller --memory"
         raise InputError("--batch-size", options.batch_size, expected) from None
-    except InputError as error:
-        raise _translated(error, options) from None
 
 
-def _translated(error: InputError, options: PruneOptions) -> InputError:
+def _by_option(error: InputError, options: PruneOptions) -> InputError:
     key, value, expected = error.key, error.value, error.expected.replace("unfit: dense", "--unfit dense")
     if key == "budget":
         return InputError("--sparsity", options.target, f"{value:,} weights {expected}")

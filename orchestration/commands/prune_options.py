@@ -1,4 +1,4 @@
-"""What ``espalier prune`` is asked for, checked without torch so that a mistake is answered at once."""
+"""Options of ``espalier prune``, checked without torch so that a mistake is answered at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from orchestration.common import defaults
 from pruners.errors import InputError, did_you_mean
 from pruners.model.sparsity_pattern import Pattern
 from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, ScopeName
@@ -25,29 +26,31 @@ class PruneOptions(ColumnOptions):
 
     model: str
     out: str
-    method: str = "ovit"
+    method: str = defaults.METHOD
     sparsity: float | None = None
-    pattern: str = "unstructured"
-    unfit: str = "refuse"
+    pattern: str = defaults.PATTERN
+    unfit: str = defaults.UNFIT
     scope: str | None = None
-    floor: float = 0.0
-    ceiling: float = 1.0
+    floor: float = defaults.FLOOR
+    ceiling: float = defaults.CEILING
     layers: tuple[str, ...] = ()
     data: str | None = None
     test: str | None = None
     gradients: int | None = None
-    batch_size: int = 128
+    batch_size: int = defaults.BATCH_SIZE
     per_sample: bool = False
     block_size: int | None = None
     damp: str | None = None
     relative: bool | None = None
     memory: str | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option and value.
         """
         one_of("--method", self.method, get_args(Method))
         one_of("--unfit", self.unfit, ("refuse", "dense"))
@@ -81,14 +84,14 @@ class PruneOptions(ColumnOptions):
 
     def for_method(self) -> dict[str, Any]:
         """Constructor arguments of the method, and ``damp="auto"``."""
-        found: dict[str, Any] = {"pattern": self.pattern}
+        arguments: dict[str, Any] = {"pattern": self.pattern}
         if self.method not in SECOND_ORDER:
-            return found
-        found |= {"gradients": self.gradients, "block_size": self.block_size, "damp": self._damp()}
-        found["relative"] = self.relative
-        if isinstance(found["damp"], float) and self.relative is None:
-            found["relative"] = False  # a λ that is given is meant as it stands
-        return {key: value for key, value in found.items() if value is not None}
+            return arguments
+        arguments |= {"gradients": self.gradients, "block_size": self.block_size, "damp": self._damp()}
+        arguments["relative"] = self.relative
+        if isinstance(arguments["damp"], float) and self.relative is None:
+            arguments["relative"] = False  # a λ that is given is meant as it stands
+        return {key: value for key, value in arguments.items() if value is not None}
 
     @property
     def fisher(self) -> FisherSettings:
@@ -105,7 +108,7 @@ class PruneOptions(ColumnOptions):
         return self.damp == "auto"
 
     def as_record(self) -> dict[str, Any]:
-        """What of it ``pruning.json`` keeps."""
+        """The options as ``pruning.json`` keeps them."""
         elsewhere = ("model", "method", "seed", "out", "device")
         kept = {key: value for key, value in asdict(self).items() if key not in elsewhere}
         if self.data is not None:
@@ -154,8 +157,15 @@ class PruneOptions(ColumnOptions):
 
 
 def one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises:
-    InputError: ``value`` is none of ``choices``.
+    """Check that a value is one of some choices.
+
+    Args:
+        key: names it in the error.
+        value: the value.
+        choices: what it may be.
+
+    Raises:
+        InputError: it is none of them.
     """
     known = list(choices)
     if value not in known:
@@ -168,20 +178,18 @@ def layer_patterns(texts: Iterable[str]) -> dict[str, list[str]] | None:
     Raises:
         InputError: a text of another form.
     """
-    found: dict[str, list[str]] = {}
+    patterns: dict[str, list[str]] = {}
     for text in texts:
         module, _, expression = text.partition("=")
         if not module or not expression:
             raise InputError("--layers", text, r"must have the form MODULE=REGEX, as QKV=attn\.qkv")
-        found.setdefault(module, []).append(expression)
-    return found or None
+        patterns.setdefault(module, []).append(expression)
+    return patterns or None
 
 
 def _pattern(text: str) -> Pattern:
-    try:
+    with InputError.renamed(lambda error: InputError("--pattern", text, error.expected)):
         return Pattern.parse(text)
-    except InputError as error:
-        raise InputError("--pattern", text, error.expected) from None
 
 
 def _check_share(key: str, value: float) -> None:

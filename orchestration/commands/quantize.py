@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -14,25 +13,27 @@ from rich.status import Status
 from torch import nn
 
 from orchestration.commands.finetune import Finetuning
-from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.commands.training_options import AwareOptions, FinetuneOptions, QuantizeOptions
+from orchestration.common import defaults
 from orchestration.tracking.pyfunc_model import labels_of
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
 from trainers.checkpoint.trainer_state import check_recorded
 from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method
-from trainers.config.quantization import Mode
-from trainers.data import datasets as data
+from trainers.config.quantization import Calibration, Mode
+from trainers.data import datasets
 from trainers.export.onnx import FILE
 from trainers.loop.evaluation import evaluate
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.optional_imports import require
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode
 
-_BATCH = 128
+_OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
+"""Keys of the layers below -> what this command's user wrote."""
 _ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
 
 
@@ -42,7 +43,7 @@ class Training(Finetuning):
     level = "0"  # what is kept is the best model, at no sparsity of its own
 
     @classmethod
-    def place(cls, options: FinetuneOptions) -> Path:
+    def result_folder(cls, options: FinetuneOptions) -> Path:
         """A hidden folder, which may hold the model already: trained, and not yet written as INT8."""
         return Path(options.out).resolve()
 
@@ -56,7 +57,7 @@ class Training(Finetuning):
             return False
         record = verify(self.target, self.options.out, key="--out")
         self._check_lineage(self.target, record)
-        with self._by_option():
+        with self._renamed():
             check_recorded(self._job(self.target, self._work), record["recipe"])
         return True
 
@@ -66,9 +67,9 @@ class Training(Finetuning):
         changes = {
             "pruning": None,
             "method": method if method in get_args(Method) else None,
-            "quantize": {"images": self.options.images},
+            "quantize": Calibration(images=self.options.images),
         }
-        return TrainJob.model_validate(super()._job(start, work).model_dump() | changes)
+        return super()._job(start, work).model_copy(update=changes)
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ class Images:
     """
 
     calibration: list[torch.Tensor]
-    tests: data.Batches | None = None
+    tests: datasets.Batches | None = None
     before: float = 0.0
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         if self.tests is None:
             return {}
-        found = evaluate(model, self.tests)
-        return {"test_top1": found.top1, "test_loss": found.loss, "float_test_top1": self.before}
+        result = evaluate(model, self.tests)
+        return {"test_top1": result.top1, "test_loss": result.loss, "float_test_top1": self.before}
 
 
 def quantise(options: QuantizeOptions, status: Status) -> list[str]:
@@ -100,12 +101,12 @@ def quantise(options: QuantizeOptions, status: Status) -> list[str]:
         InputError: whatever keeps it from being written.
         RuntimeError: a pruned weight that is not 0 in the file, by its layer.
     """
-    require("--mode", options.mode, *int8.NEEDS)
+    require("--mode", options.mode, *int8_folder.NEEDS)
     target = free_folder(options.out, "--out")
     with (
-        _by_option(),
-        at_hand(options.checkpoint, options.tracking_uri, options.storage) as place,
-        as_folder(place) as (source, _),
+        InputError.renamed(_OPTIONS),
+        resolved(options.checkpoint, options.tracking_uri, options.storage) as location,
+        as_checkpoint_folder(location) as (source, _),
     ):
         loaded = load_checkpoint(str(source), key="model")
         model = loaded.model.eval()
@@ -131,7 +132,7 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
         "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
     }
     with whole_folder(target, options.out, "--out") as folder:
-        made = int8.quantise(
+        made = int8_folder.quantise(
             source,
             folder,
             mode,
@@ -181,24 +182,14 @@ def _summary(
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     """Checked too where it is the training that takes them."""
-    transform, calibration = data.eval_transform(models.data_config(model)), []
+    transform, calibration = datasets.eval_transform(factory.data_config(model)), []
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)
-        table = data.images(options.train, transform, key="--train", columns=options.columns)
-        calibration = data.chosen(table, options.images, options.seed)
+        table = datasets.images(options.train, transform, key="--train", columns=options.columns)
+        calibration = datasets.chosen(table, options.images, options.seed)
     if options.test is None:
         return Images(calibration)
     check_images(options.test, model, "--test", options.columns)
-    table = data.images(options.test, transform, key="--test", columns=options.columns)
-    tests = data.eval_loader(table, _BATCH)
+    table = datasets.images(options.test, transform, key="--test", columns=options.columns)
+    tests = datasets.eval_loader(table, defaults.BATCH_SIZE)
     return Images(calibration, tests, evaluate(model, tests).top1)
-
-
-@contextmanager
-def _by_option() -> Iterator[None]:
-    """Errors of the layers below, in the words of the command line."""
-    try:
-        yield
-    except InputError as error:
-        names = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
-        raise InputError(names.get(error.key, error.key), error.value, error.expected) from None

@@ -1,4 +1,4 @@
-"""Looking at what is there: evaluate a model, list the registry, move its aliases, open the UI."""
+"""The registry and the UI: list versions, move aliases, show ancestries, serve MLflow."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
     """A line for each registered version."""
     from orchestration.tracking import registry
 
-    found = registry.versions(_database(tracking_uri, storage))
-    if not found:
+    versions = registry.versions(_database(tracking_uri, storage))
+    if not versions:
         yield "no registered models yet"
-    for version in found:
+    for version in versions:
         tags = version.tags
         aliases = f"  @{', @'.join(version.aliases)}" if version.aliases else ""
         yield (
@@ -75,42 +75,60 @@ def promote_version(
     """Move an alias by the rule that the model's last sweep left, or by force.
 
     Args:
-        name: default: the only registered model.
-        number: default: the best version that the rule lets.
+        name: of the registered model; default: the only one.
+        number: of the version; default: the best that the rule lets.
+        alias: to move.
+        force: whatever the rule says.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        The decision, with its reason.
 
     Raises:
         InputError: no such model or version, or names that MLflow does not take.
     """
     from orchestration.tracking import promotion
-    from orchestration.tracking.registry import check_alias, check_name, opened
+    from orchestration.tracking.registry import check_alias, check_name, open_registry
 
     check_alias(alias, "--alias")
     if name is not None:
         check_name(name, "NAME")
     if number is not None and not number.isdecimal():
         raise InputError("--version", number, "must be the number of a version")
-    with opened(_database(tracking_uri, storage)) as registry:
+    with open_registry(_database(tracking_uri, storage)) as registry:
         names = registry.names()
         if name is None and len(names) != 1:
             raise InputError("NAME", None, f"must be one of {', '.join(names)}" if names else "no models yet")
         model = name or names[0]
-        there = {one.version: one for one in registry.versions(model)}
+        by_number = {version.version: version for version in registry.versions(model)}
         rule = registry.rule(model)
-        if number is not None and number not in there:
+        if number is not None and number not in by_number:
             raise InputError(
-                "--version", number, f"{model} has {', '.join(sorted(there, key=int)) or 'none'}"
+                "--version", number, f"{model} has {', '.join(sorted(by_number, key=int)) or 'none'}"
             )
-        candidate = there[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        candidate = (
+            by_number[number] if number is not None else promotion.choose(registry, model, alias, rule)
+        )
         return promotion.promote(registry, candidate, alias, rule, force=force)
 
 
 def print_lineage(reference: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
-    """Lines about a registered version and what it comes from."""
+    """Describe a registered version and what it comes from.
+
+    Args:
+        reference: ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        The lines.
+    """
     from orchestration.tracking import lineage
-    from orchestration.tracking.registry import opened, parse
+    from orchestration.tracking.registry import open_registry, parse
 
     parse(reference)
-    with opened(_database(tracking_uri, storage)) as registry:
+    with open_registry(_database(tracking_uri, storage)) as registry:
         yield from lineage.lines(registry, reference)
 
 

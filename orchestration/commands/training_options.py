@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from orchestration.commands.prune_options import layer_patterns, one_of
-from orchestration.recipe.loading import part
+from orchestration.common import defaults
+from orchestration.recipe.loading import load_part
 from orchestration.recipe.schema import AWARE, AwareTraining
 from pruners.errors import InputError
 from trainers.config.quantization import Mode
@@ -31,14 +32,16 @@ class FinetuneOptions(ColumnOptions):
     validation: str | None = None
     classes: int | None = None
     layers: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option or key and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option or key and value.
         """
         if self.device is not None:
             one_of("--device", self.device, ("cpu", "cuda"))
@@ -47,24 +50,28 @@ class FinetuneOptions(ColumnOptions):
 
     @property
     def training(self) -> TrainingSettings:
-        """Raises:
-        InputError: a key or value of ``settings`` that cannot be.
+        """The training's settings.
+
+        Raises:
+            InputError: a key or value of ``settings`` that cannot be.
         """
-        return part(TrainingSettings, self.settings, _DEFAULTS)
+        return load_part(TrainingSettings, self.settings, _DEFAULTS)
 
 
 @dataclass(frozen=True)
 class AwareOptions(FinetuneOptions):
-    """Those of the training; ``images`` are what its ranges begin with."""
+    """Options of the training for INT8; ``images`` are what its ranges begin with."""
 
     images: int | None = None
 
     @property
     def training(self) -> TrainingSettings:
-        """Raises:
-        InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
+        """The training's settings.
+
+        Raises:
+            InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
         """
-        return part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
+        return load_part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,16 @@ class QuantizeOptions(ColumnOptions):
     validation: str | None = None
     test: str | None = None
     images: int | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
     device: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     def check(self) -> None:
-        """Raises:
-        InputError: the first thing that cannot work, by its option or key and value.
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option or key and value.
         """
         one_of("--mode", self.mode, get_args(Mode))
         if self.device is not None:
@@ -110,7 +119,7 @@ class QuantizeOptions(ColumnOptions):
 
     @property
     def aware(self) -> AwareOptions:
-        """The training's; its result lies beside ``out``, hidden, until the INT8 folder is written."""
+        """Options of the training; its result lies hidden beside ``out`` until the INT8 folder is written."""
         assert self.train is not None, "checked"
         return AwareOptions(
             checkpoint=self.checkpoint,

@@ -1,4 +1,4 @@
-"""What the command, its jobs and its processes have to agree on: exit statuses, variables, addresses."""
+"""Names and numbers that the command, its jobs and its processes agree on: exit status, variables, files."""
 
 from __future__ import annotations
 

@@ -20,14 +20,20 @@ _TRIED = 50
 
 
 def check_reachable(address: str, key: str = "--address") -> None:
-    """Whether anybody listens at ``ray://HOST:PORT``, ``http://…`` or ``HOST:PORT``; Ray tries for a minute.
+    """Check that a cluster answers at ``ray://HOST:PORT``, ``http://…`` or ``HOST:PORT``.
+
+    Ray itself tries for a minute.
+
+    Args:
+        address: of the cluster.
+        key: names it in errors.
 
     Raises:
-        InputError: nobody does, within seconds.
+        InputError: none does, within seconds.
     """
-    host, found, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    host, colon, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     scheme = address.partition("://")[0] if "://" in address else "ray"
-    if not found or not port.isdigit() or scheme not in ("ray", "http", "https"):
+    if not colon or not port.isdigit() or scheme not in ("ray", "http", "https"):
         expected = "must be auto, HOST:PORT, ray://HOST:PORT or http://HOST:PORT"
         raise InputError(key, address, expected)
     try:
@@ -40,7 +46,7 @@ def check_reachable(address: str, key: str = "--address") -> None:
 
 
 def _ask(url: str) -> None:
-    """Ray's own client waits for ever for a port that takes a request and says nothing."""
+    """Ask an address for an answer, with a time limit: Ray's own client waits for ever for a silent port."""
     with contextlib.suppress(urllib.error.HTTPError):  # asking for a token is an answer
         urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()
 
@@ -58,8 +64,10 @@ def free_port(first: int) -> int:
 
 
 def reserve(first: int) -> tuple[int, int]:
-    """:func:`free_port`, and a locked file that keeps this user's other commands from it, also before anybody
-    listens there. Whoever inherits the file holds it on; it is the caller's to close.
+    """:func:`free_port`, and a locked file that keeps this user's other commands from it.
+
+    The lock holds also before anybody listens at the port, and for whoever inherits the file; the caller
+    closes it.
 
     Raises:
         InputError: as :func:`free_port`.

@@ -22,3 +22,9 @@ class Console(AnyConsole):
 
     def status(self, status: RenderableType, **options: Any) -> Status:
         return super().status(Text(status) if isinstance(status, str) else status, **options)
+
+
+def output_console(width: int) -> Console:
+    """A console on standard output: as wide as the terminal, or ``width`` letters where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestration.commands.model_source import as_folder, at_hand
+from orchestration.commands.model_source import as_checkpoint_folder, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from pruners.errors import InputError
 from trainers.checkpoint.folder import is_packed, pack_folder, size_on_disk, verify
@@ -17,16 +17,25 @@ from trainers.storage import absolute
 
 
 def compress(checkpoint: str, out: str, tracking_uri: str | None, storage: str) -> list[str]:
-    """Write the compressed form of a checkpoint; returns lines about it.
+    """Write the compressed form of a checkpoint.
+
+    Args:
+        checkpoint: folder, ``hf-hub:NAME`` or ``models:/NAME@alias``.
+        out: the folder to write.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        Lines about what was written.
 
     Raises:
         InputError: a checkpoint that cannot be had or used, or a folder that is there or cannot be.
     """
     target = free_folder(out, "OUT")
-    with at_hand(checkpoint, tracking_uri, storage) as place:
-        if "://" not in place and is_int8(Path(absolute(place))):
-            return list(_compress_int8(Path(absolute(place)), checkpoint, target, out))
-        return list(_compress(place, target, out))
+    with resolved(checkpoint, tracking_uri, storage) as location:
+        if "://" not in location and is_int8(Path(absolute(location))):
+            return list(_compress_int8(Path(absolute(location)), checkpoint, target, out))
+        return list(_compress(location, target, out))
 
 
 def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Iterator[str]:
@@ -40,8 +49,8 @@ def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Ite
     yield f"{'run it by':<12}the example under INT8 in README.md; espalier takes it as it is"
 
 
-def _compress(place: str, target: Path, out: str) -> Iterator[str]:
-    with as_folder(place) as (source, record):
+def _compress(location: str, target: Path, out: str) -> Iterator[str]:
+    with as_checkpoint_folder(location) as (source, record):
         before = size_on_disk(source)
         with whole_folder(target, out, "OUT") as folder:
             packed = pack_folder(source, folder, record)
@@ -57,7 +66,16 @@ def _gained(before: int, after: int) -> str:
 
 
 def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> list[str]:
-    """Copy the checkpoint folder of a registered version; returns lines about it.
+    """Copy the checkpoint folder of a registered version.
+
+    Args:
+        reference: ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
+        dest: the folder to write.
+        tracking_uri: MLflow's; ``None``: that of the storage.
+        storage: of the sweeps whose registry is meant.
+
+    Returns:
+        Lines about what was written.
 
     Raises:
         InputError: no such version, a registry that does not answer, a damaged folder, or one that is there.
@@ -65,8 +83,8 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     if not reference.startswith("models:/"):
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
     target = free_folder(dest, "DEST")
-    with at_hand(reference, tracking_uri, storage) as place, whole_folder(target, dest, "DEST") as folder:
-        shutil.copytree(place, folder, dirs_exist_ok=True)
+    with resolved(reference, tracking_uri, storage) as location, whole_folder(target, dest, "DEST") as folder:
+        shutil.copytree(location, folder, dirs_exist_ok=True)
         quantised = is_int8(folder)
         record = (read_record if quantised else verify)(folder, reference, key="model")
     checked = f"{len(record['files'])} files as recorded" if record else "none are recorded"
@@ -77,13 +95,13 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     ]
 
 
-def _end_of_int8(target: Path, place: str, record: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{'written to':<12}{place} ({record['bytes'] / 1e6:.2f} MB, INT8)"
+def _end_of_int8(target: Path, path_text: str, record: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{'written to':<12}{path_text} ({record['bytes'] / 1e6:.2f} MB, INT8)"
     yield f"{'run it by':<12}onnxruntime.InferenceSession({str(target / FILE)!r})"
 
 
-def _end(target: Path, place: str) -> Iterator[str]:
-    yield f"{'written to':<12}{place} ({size_on_disk(target) / 1e6:.2f} MB)"
+def _end(target: Path, path_text: str) -> Iterator[str]:
+    yield f"{'written to':<12}{path_text} ({size_on_disk(target) / 1e6:.2f} MB)"
     if is_packed(target):
         yield f"{'load it by':<12}load_packed({str(target)!r}) of README.md; espalier takes it as it is"
     else:

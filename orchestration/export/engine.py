@@ -17,19 +17,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestration.commands.model_source import as_folder, at_hand, check_images
+from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
-from orchestration.export import sample_images as photographs
+from orchestration.common import defaults
+from orchestration.export import sample_images
 from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
 from pruners.errors import InputError, first_line
 from trainers.checkpoint.checksums import as_json, read_sealed, sums
 from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.engines.agreement import TOLERANCE, Agreement
 from trainers.engines.registry import ANY_BATCH, Place, Run
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.optional_imports import installed
 from trainers.quantization.checks import check_mode, share_of
 from trainers.sources.columns import ColumnOptions, Columns
@@ -56,7 +57,7 @@ class Wanted(ColumnOptions):
     data: str | None = None
     calibration: str | None = None
     tracking_uri: str | None = None
-    storage: str = "runs"
+    storage: str = defaults.STORAGE
 
     @property
     def form(self) -> Format:
@@ -64,7 +65,7 @@ class Wanted(ColumnOptions):
 
 
 def export(wanted: Wanted, say: Callable[[str], None]) -> None:
-    """Write OUT, whole and checked, or nothing.
+    """Write the folder ``wanted.out``, whole and checked, or nothing.
 
     Raises:
         InputError: whatever can be known to fail before anything is written.
@@ -74,8 +75,8 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
     form.check(wanted.kind, wanted.calibration)
     target = free_folder(wanted.out, "OUT")
     with (
-        at_hand(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as place,
-        as_folder(place) as (checkpoint, record),
+        resolved(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as location,
+        as_checkpoint_folder(location) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
         if form.kind == "int8" and wanted.calibration is None:
@@ -101,7 +102,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
                 content["int8_share"] = share_of(form.int8_values(folder), model)
                 say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
             content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
-            content["source"] = _provenance(place, checkpoint, record)
+            content["source"] = _provenance(location, checkpoint, record)
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
             (folder / RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
@@ -115,6 +116,15 @@ def source_of(
 ) -> Source:
     """A model with what its file shall say, and with images for calibration, if they are given.
 
+    Args:
+        model: in float32 and eval mode.
+        checkpoint: the folder that it was loaded from; class names may lie beside it.
+        calibration: Parquet file, folder or glob of training images.
+        columns: of that table, where its metadata does not say which are meant.
+
+    Returns:
+        What a format's ``write`` takes.
+
     Raises:
         InputError: images that the model cannot take.
     """
@@ -127,8 +137,8 @@ def source_of(
 def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
     """Logits of a float32 model in eval mode, (N, classes)."""
     with torch.inference_mode():
-        found: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
-    return found
+        logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
+    return logits
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
@@ -149,16 +159,16 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
     """Images to compare answers on, and what they are."""
-    transform = data.eval_transform(models.data_config(model))
+    transform = datasets.eval_transform(factory.data_config(model))
     if uri is None:
-        channels = models.input_size(model)[0]
+        channels = factory.input_size(model)[0]
         if channels != 3:
             raise InputError(
                 "model", None, f"takes images of {channels} channels, and only RGB can be checked"
             )
-        return photographs.as_input(max(BATCHES), transform), photographs.NAME
+        return sample_images.as_input(max(BATCHES), transform), sample_images.NAME
     check_images(uri, model, "--data", columns)
-    table = data.images(uri, transform, key="--data", columns=columns)
+    table = datasets.images(uri, transform, key="--data", columns=columns)
     count = max(BATCHES)
     rows = [table[row % len(table)][0] for row in range(count)]
     return torch.stack(rows).numpy(), f"the first of {PurePath(uri).name}"
@@ -167,8 +177,8 @@ def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = No
 def _calibration(model: nn.Module, uri: str, columns: Columns | None) -> Images:
     """A fixed part of the training images, drawn once."""
     check_images(uri, model, "--calibration", columns)
-    transform = data.eval_transform(models.data_config(model))
-    table = data.images(uri, transform, key="--calibration", columns=columns)
+    transform = datasets.eval_transform(factory.data_config(model))
+    table = datasets.images(uri, transform, key="--calibration", columns=columns)
     drawn = np.random.default_rng(_SEED).permutation(len(table))[:CALIBRATION]
     return torch.stack([table[int(row)][0] for row in drawn]).numpy()
 
@@ -201,10 +211,10 @@ def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int
         ) from None
 
 
-def _provenance(place: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: record[key] for key in ("architecture", "method", "sparsity", "parent") if key in record}
-    local = (checkpoint / WEIGHTS).exists() or not place.startswith("hf-hub:")
-    return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": place})
+    local = (checkpoint / WEIGHTS).exists() or not location.startswith("hf-hub:")
+    return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": location})
 
 
 def _content(

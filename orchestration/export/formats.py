@@ -1,4 +1,4 @@
-"""The formats that engines read: what each one is called, the file it is, and who writes and runs it.
+"""The formats that engines read: their names, their files, and who writes and runs each.
 
 Light, so that the command line can list them; what writes a file is imported when it is asked to.
 """
@@ -42,13 +42,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """Attributes:
-    text: for ``--help``.
-    file: what the engine is given.
-    engine, kind: who runs it, and the data type that it computes in.
-    packages: that write and run it.
-    int8_values: of an INT8 one, how many weights of a file are int8.
-    calibration: whether images that fix the ranges of activations are of use to it.
+    """A file format that an engine reads, and who writes and runs it.
+
+    Attributes:
+        text: for ``--help``.
+        file: what the engine is given.
+        engine, kind: who runs it, and the data type that it computes in.
+        packages: that write and run it.
+        calibration: whether images that fix the ranges of activations are of use to it.
+        write: makes the file in a folder.
+        int8_values: of an INT8 one, how many weights of a file are int8.
     """
 
     text: str
@@ -61,8 +64,10 @@ class Format:
     int8_values: Callable[[Path], int] | None = None
 
     def check(self, name: str, calibration: str | None) -> None:
-        """Raises:
-        InputError: a library is missing, or images for calibration are where they are of no use.
+        """Check that the format can be written with these images.
+
+        Raises:
+            InputError: a library is missing, or images for calibration are where they are of no use.
         """
         require("--format", name, *self.packages)
         if self.calibration == "needed" and calibration is None:
@@ -73,9 +78,9 @@ class Format:
 
 
 def _onnx(source: Source, folder: Path) -> None:
-    from trainers.export import onnx as onnx_export
+    from trainers.export import onnx
 
-    onnx_export.export_onnx(source.model, folder / onnx_export.FILE, source.input_size, source.metadata)
+    onnx.export_onnx(source.model, folder / onnx.FILE, source.input_size, source.metadata)
 
 
 def _onnx_int8(source: Source, folder: Path) -> None:
@@ -99,14 +104,13 @@ def _onnx_values(folder: Path) -> int:
 
 def _openvino(source: Source, folder: Path, images: Images | None = None) -> None:
     from pruners.model.layers import has_attention
-    from trainers.export import onnx as onnx_export
-    from trainers.export import openvino as openvino_export
+    from trainers.export import onnx, openvino
 
     _onnx(source, folder)
-    plain = folder / onnx_export.FILE
+    plain = folder / onnx.FILE
     attention = has_attention(source.model)
-    path = folder / openvino_export.FILE
-    openvino_export.export_openvino(plain, path, source.metadata, images, attention=attention)
+    path = folder / openvino.FILE
+    openvino.export_openvino(plain, path, source.metadata, images, attention=attention)
     plain.unlink()
 
 

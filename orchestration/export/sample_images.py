@@ -21,14 +21,14 @@ def photographs(count: int, seed: int = 0) -> list[Image]:
 
     whole: list[np.ndarray[Any, Any]] = load_sample_images().images
     draw = np.random.default_rng(seed)
-    found = []
+    parts = []
     for number in range(count):
         picture = whole[number % len(whole)]
         height, width, _ = picture.shape
         side = int(draw.integers(_LEAST, min(height, width) + 1))
         top, left = int(draw.integers(height - side + 1)), int(draw.integers(width - side + 1))
-        found.append(Image.fromarray(picture[top : top + side, left : left + side]))
-    return found
+        parts.append(Image.fromarray(picture[top : top + side, left : left + side]))
+    return parts
 
 
 def as_input(count: int, transform: Callable[[Image], Any]) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -1,4 +1,4 @@
-"""What an allocation search decides: nothing after it may ask for something else, and no zeros come back."""
+"""Preflight checks of sparsities: what the allocation search decides, and the zeros that a model has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DECIDED = ("sparsity", "scope", "table", "floor", "ceiling", "layers", "pattern
 
 
 def check_allocated(recipe: Recipe) -> None:
-    """Whether gradual runs leave alone what the allocation search before them decides.
+    """Check that gradual runs leave alone what the allocation search before them decides.
 
     Raises:
         InputError: ``schedule.space`` has a key that would be reported, and change nothing.
@@ -38,16 +38,19 @@ def check_allocated(recipe: Recipe) -> None:
 
 
 def _is_decided(key: str) -> bool:
-    return key == "pruning" or any(f"{key}.".startswith(f"pruning.{one}.") for one in _DECIDED)
+    return key == "pruning" or any(f"{key}.".startswith(f"pruning.{decided}.") for decided in _DECIDED)
 
 
 def check_not_sparser(
     key: str, value: object, layers: Sequence[PrunableLayer], gone: int, total: int
 ) -> None:
-    """Whether ``layers`` can have ``total`` zeros in all, where ``gone`` are there already.
+    """Check that layers can have ``total`` zeros in all, where ``gone`` are zero already.
 
     Args:
         key, value: what asked for it, as the user wrote it.
+        layers: whose weights are counted.
+        gone: zeros that are there.
+        total: zeros that are asked for.
 
     Raises:
         InputError: zeros that are there stay.
@@ -60,10 +63,12 @@ def check_not_sparser(
 
 
 def check_sparsities(recipe: Recipe, model: nn.Module | None, layers: Sequence[PrunableLayer]) -> None:
-    """Whether the sparsities of searches can be met by floors and ceilings, and all by the zeros there are.
+    """Check that floors, ceilings and the zeros there are let all sparsities of the searches be met.
 
     Args:
+        recipe: that asks for them.
         model: that weights are pruned of; its zeros are known where it is a checkpoint of this machine.
+        layers: its prunable layers.
 
     Raises:
         InputError: one of those asked for, or all that a search is to choose from, by its key.
@@ -81,7 +86,7 @@ def check_sparsities(recipe: Recipe, model: nn.Module | None, layers: Sequence[P
         ("pruning.sparsity", pruning.sparsity, (pruning.sparsity, pruning.sparsity))
     ]
     if search.trials:
-        asked += [("allocation.sparsities", one, (one, one)) for one in search.sparsities]
+        asked += [("allocation.sparsities", sparsity, (sparsity, sparsity)) for sparsity in search.sparsities]
     if search.reach is not None:
         asked.append((f"allocation.{search.between_key}", list(search.reach), search.reach))
     for key, value, ends in asked:

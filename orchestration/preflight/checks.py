@@ -1,4 +1,4 @@
-"""Before anything starts: is there data, a model, layers, a budget, a place to write, an MLflow to log to?"""
+"""Preflight checks of a recipe: data, model, layers, budget, storage, tracking server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from trainers.config.latency import LatencyTarget
 from trainers.engines.registry import check
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.models.weights_file import load_weights
 from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode
@@ -71,8 +72,12 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     """Check all of a recipe that can be checked without a cluster; what writes to the storage comes last.
 
     Args:
+        recipe: the recipe, read and typed.
         dry_run: data that is not on this machine is listed as missing instead of refused.
         local: no cluster is to be joined: what this machine cannot give is refused.
+
+    Returns:
+        The recipe with all that was found out about its data and model.
 
     Raises:
         InputError: the first thing that cannot work.
@@ -110,7 +115,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     data, data_hash, missing = known_data(recipe, dry_run)
     if recipe.model.checkpoint is not None and model is not None and data.train is not None and not missing:
         names = names_of(data.train, columns=data.columns)
-        check_known(models.label_names(model), names, key="data.train", uri=data.train)
+        check_known(factory.label_names(model), names, key="data.train", uri=data.train)
     check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
@@ -118,7 +123,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if model is not None:
         dense = LeftDense.of(model, layers)
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
-        costs = count_costs(model, models.input_size(model), shares)
+        costs = count_costs(model, factory.input_size(model), shares)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
 
 
@@ -138,27 +143,23 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
         classes = getattr(model, "num_classes", recipe.model.classes)
         if classes != recipe.model.classes:
             raise InputError("model.classes", recipe.model.classes, f"{source} has {classes} classes")
-        channels = models.input_size(model)[0]
+        channels = factory.input_size(model)[0]
         if channels != 3:
             expected = f"takes {channels} channels, and images are read as RGB"
             raise InputError("model.checkpoint", source, expected)
     else:
         with torch.device("meta"):
             settings = recipe.model.model_copy(update={"pretrained": False})
-            model = models.build_model(settings, recipe.data)
+            model = factory.build_model(settings, recipe.data)
         _check_head(recipe)
     cut = None
     if recipe.structured is not None:
         arguments = _arguments(recipe)
-        plans = [plan_cut(model, arguments, one) for one in recipe.structured.choices()]
+        plans = [plan_cut(model, arguments, widths) for widths in recipe.structured.choices()]
         cut = plans[0]
         model = cut.skeleton
-    try:
+    with InputError.renamed({"pattern": "pruning.pattern"}):
         return model, prunable_layers(model, recipe.pruning), cut
-    except InputError as error:
-        if error.key != "pattern":
-            raise
-        raise InputError("pruning.pattern", error.value, error.expected) from None
 
 
 def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
@@ -166,9 +167,9 @@ def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
     given = recipe.model
     assert given.checkpoint is not None, "a file has a name"
     model = load_weights(given.checkpoint, given.architecture, given.args, data=recipe.data)[0]
-    known = models.classes(model)
+    known = factory.classes(model)
     if known != given.classes:
-        models.replace_head(model, given.classes)
+        factory.replace_head(model, given.classes)
     return model, known
 
 
@@ -204,27 +205,26 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     total = round(budget(layers, pruning.sparsity) / pattern.unit) * pattern.unit
     if not layers:
         return total
-    try:
+
+    def by_recipe_key(error: InputError) -> InputError:
+        if error.key == "budget":  # in the recipe's keys, not in counts of weights
+            return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}")
+        parent = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
+        return error.replaced(key=f"{parent}.{error.key}")
+
+    def by_limits(error: InputError) -> InputError:
+        limited = f"cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
+        return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {limited}: {error}")
+
+    with InputError.renamed(by_recipe_key):
         for method in pruning.methods:
             create_pruner(method, **pruning.options(method)).fisher(layers)
         limits = bounds(layers, pruning.floor, pruning.ceiling, unit=pattern.unit)
         if pruning.table is not None:
             by_table(pruning.table, layers, total, limits, pattern.unit)
-    except InputError as error:
-        place = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
-        if error.key == "budget":  # in the recipe's keys, not in counts of weights
-            raise InputError(
-                "pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}"
-            ) from None
-        raise InputError(f"{place}.{error.key}", error.value, error.expected) from None
     ends = np.array(list(limits.values())).reshape(-1, 2)
-    try:
+    with InputError.renamed(by_limits):
         check_feasible(total, ends[:, 0], ends[:, 1])
-    except InputError as error:
-        between = (
-            f"{total:,} weights cannot be met within floor {pruning.floor} and ceiling {pruning.ceiling}"
-        )
-        raise InputError("pruning.sparsity", pruning.sparsity, f"{between}: {error}") from None
     return total
 
 
@@ -254,8 +254,8 @@ def _check_schedule(recipe: Recipe) -> None:
     for target in recipe.allocation.reach or (pruning.sparsity,):  # wherever a search may end
         plan = pruning_plan(pruning.schedule, target, recipe.recovery.epochs)
         for sparsity in pruning.keep:
-            if not any(abs(sparsity - one) < 1e-6 for one in plan.values()):
-                stops = ", ".join(f"{one:.4g}" for one in plan.values()) or "none"
+            if not any(abs(sparsity - stop) < 1e-6 for stop in plan.values()):
+                stops = ", ".join(f"{stop:.4g}" for stop in plan.values()) or "none"
                 expected = f"the schedule does not stop there; it stops at {stops}"
                 raise InputError("pruning.keep", sparsity, expected)
 
@@ -265,27 +265,26 @@ def _check_space(recipe: Recipe) -> None:
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
     for key, values in ends.items():
         for value in values:
-            try:
+            with InputError.renamed(partial(_below, f"schedule.space.{key}", value)):
                 _check_values(recipe, recipe.schedule.active({key: value}))
-            except InputError as error:
-                raise InputError(f"schedule.space.{key}", value, f"{error.key}: {error.expected}") from None
     if math.prod(map(len, ends.values())) > _CORNERS:
         return
     for corner in itertools.product(*ends.values()):
         chosen = dict(zip(ends, corner, strict=True))
-        try:
+        with InputError.renamed(partial(_below, "schedule.space", chosen)):
             _check_values(recipe, recipe.schedule.active(chosen))
-        except InputError as error:
-            raise InputError("schedule.space", chosen, f"{error.key}: {error.expected}") from None
+
+
+def _below(key: str, value: object, error: InputError) -> InputError:
+    """An error of a recipe with changed values, as one of the key that names these values."""
+    return InputError(key, value, f"{error.key}: {error.expected}")
 
 
 def _check_long_run(recipe: Recipe) -> None:
     """Its values must make a recipe that could run."""
-    try:
-        _check_values(recipe, recipe.long_run)
-    except InputError as error:
-        value = recipe.long_run.get(error.key, recipe.long_run)
-        raise InputError("long_run", value, f"{error.key}: {error.expected}") from None
+    changes = recipe.long_run
+    with InputError.renamed(lambda error: _below("long_run", changes.get(error.key, changes), error)):
+        _check_values(recipe, changes)
 
 
 def _check_values(recipe: Recipe, values: Mapping[str, Any]) -> None:
@@ -299,28 +298,30 @@ def _ends(distribution: Distribution) -> tuple[Any, ...]:
     return distribution.uniform or distribution.log or distribution.integer or distribution.choice or ()
 
 
-def _check_storage(place: str, *, silent: bool) -> None:
-    """Args:
+def _check_storage(storage_uri: str, *, silent: bool) -> None:
+    """Check that the storage is a folder, or can become one.
+
+    Args:
         silent: it need not answer: what does not from here may answer there.
 
     Raises:
-        InputError: no place, or one where nothing can be put.
+        InputError: no address of a storage, or one where nothing can be put.
     """
     try:
-        there = storage.info(place)
+        entry = storage.info(storage_uri)
     except storage.UnreachableError:
         if silent:
             return
         raise
-    if there.type not in (fs.FileType.NotFound, fs.FileType.Directory):
-        raise InputError("storage", place, "must be a folder, and is none")
+    if entry.type not in (fs.FileType.NotFound, fs.FileType.Directory):
+        raise InputError("storage", storage_uri, "must be a folder, and is none")
 
 
-def _check_writable(place: str) -> None:
-    probe = f"{storage.absolute(place)}/.espalier-writes"
+def _check_writable(storage_uri: str) -> None:
+    probe = f"{storage.absolute(storage_uri)}/.espalier-writes"
     try:
         storage.write_bytes(probe, b"")
         storage.remove_file(probe)
     except OSError as error:
         expected = f"must be a place that can be written ({first_line(error)})"
-        raise InputError("storage", place, expected) from None
+        raise InputError("storage", storage_uri, expected) from None

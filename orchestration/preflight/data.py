@@ -1,17 +1,13 @@
-"""Before anything starts: are there images, of the model's classes, called alike in every part?"""
+"""Preflight checks of a recipe's images: found, of the model's classes, named alike in every part."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from pyarrow import fs
 
 from orchestration.common.hashing import digest
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
-from trainers import remote_calls as looks
-from trainers import storage
+from trainers import remote_calls, storage
 from trainers.config.data import DataSettings
 from trainers.data import digits
 from trainers.sources.classes import Names, check_alike, names_of
@@ -22,22 +18,33 @@ _COLUMNS = ("image_column", "label_column")
 
 
 def check_classes_of_digits(recipe: Recipe) -> None:
-    """Raises:
-    InputError: a model of other classes than there are digits.
+    """Check that a model for the digits has a class for each.
+
+    Raises:
+        InputError: it has another number of classes.
     """
     if recipe.model.classes != digits.CLASSES:
         raise InputError("model.classes", recipe.model.classes, f"digits have {digits.CLASSES} classes")
 
 
 def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
-    """Whether there are as many training images as ranges are to be taken from."""
+    """Check that there are as many training images as ranges are to be taken from.
+
+    Args:
+        recipe: that may ask for INT8.
+        data: its images, with whole addresses.
+        missing: images that this machine does not see; then nothing is checked.
+
+    Raises:
+        InputError: there are fewer.
+    """
     asked = None if recipe.quantize is None else recipe.quantize.images
     if asked is None or data.train is None or missing:
         return
     rows = count_rows(data.train, key="data.train")
-    there = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
-    if asked > there:
-        raise InputError("quantize.images", asked, f"there are {there} training images to choose from")
+    images = rows if data.validation is not None else rows - max(1, round(data.holdout * rows))
+    if asked > images:
+        raise InputError("quantize.images", asked, f"there are {images} training images to choose from")
 
 
 def _is_here(uri: str, key: str) -> bool:
@@ -76,15 +83,14 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             missing.append(uri)
             continue
         tolerant = data.bad_images == "skip"
-        place, key, wanted = places[part], f"data.{part}", data.columns
-        hashes[part] = looks.heard(
-            uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
+        location, key, wanted = places[part], f"data.{part}", data.columns
+        hashes[part] = remote_calls.heard(
+            uri, check_table, location, classes, key=key, tolerant=tolerant, columns=wanted
         )
-        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
+        names[part] = remote_calls.heard(uri, names_of, location, key=key, columns=wanted, every=True)
     check_alike(names, key="data")
-    found: Mapping[str, Any] = data.model_dump() | places
     # what the columns hold is in the hashes
-    rest = {key: value for key, value in found.items() if key not in {*places, *_COLUMNS}}
+    rest = data.model_dump(exclude={*places, *_COLUMNS})
     # held out of train, the validation images are drawn by the seed; files of their own are what they are
     drawn = () if data.validation is not None else ({"seed": recipe.seed},)
-    return DataSettings.model_validate(found), digest(hashes, rest, *drawn), missing
+    return data.model_copy(update=places), digest(hashes, rest, *drawn), missing

@@ -15,7 +15,7 @@ from orchestration.recipe.search import Fastest
 from orchestration.reporting import plots
 from pruners.elimination.memory import fisher_bytes, layer_groups
 from pruners.methods.registry import create_pruner
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 from trainers.loop.schedules import learning_rate, pruning_plan
 
 
@@ -23,6 +23,8 @@ def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -
     """Print the plan; nothing is started.
 
     Args:
+        console: to print on.
+        prepared: the recipe, checked.
         picture: with the schedule in characters, and what the run will need.
     """
     recipe = prepared.recipe
@@ -42,7 +44,7 @@ def print_plan(console: Console, prepared: Prepared, *, picture: bool = False) -
         console.print(terminal(recipe, console.width), highlight=False, markup=False)
         lines += _needs(prepared)
     for key, value in lines:
-        line = without_secrets(f"{key + ':':<13}{value}")
+        line = strip_secrets(f"{key + ':':<13}{value}")
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -162,16 +164,16 @@ def _needs(prepared: Prepared) -> list[tuple[str, str]]:
         number = 8 if pruning.fisher.double else 4
         sizes = {layer.name: fisher.block_size(layer.name) for layer in prepared.layers}
         whole = sum(fisher_bytes(layer, sizes[layer.name], number) for layer in prepared.layers)
-        told = f"{whole / 1e9:.2f} GB on each worker"
+        memory = f"{whole / 1e9:.2f} GB on each worker"
         if pruning.fisher.memory is not None:
             groups = layer_groups(prepared.layers, sizes, pruning.fisher.memory, number)
-            told += f", in {len(groups)} passes within {pruning.fisher.memory / 1e9:.2f} GB"
-        lines.append(("Fisher", f"{method}: {told}"))
+            memory += f", in {len(groups)} passes within {pruning.fisher.memory / 1e9:.2f} GB"
+        lines.append(("Fisher", f"{method}: {memory}"))
     count = -(-training.epochs // training.checkpoint_every)
     between = [f"every {training.checkpoint_minutes:g} minutes"] if training.checkpoint_minutes else []
     between += [f"every {training.checkpoint_steps} steps"] if training.checkpoint_steps else []
     within = f", and within epochs {' and '.join(between)}" if between else ""
-    kept = ", ".join(f"{100 * one:g} %" for one in sorted({*pruning.keep, pruning.sparsity}))
+    kept = ", ".join(f"{100 * sparsity:g} %" for sparsity in sorted({*pruning.keep, pruning.sparsity}))
     lines.append(("checkpoints", f"{count} at the ends of epochs{within}; the best is kept at {kept}"))
     return lines
 
@@ -204,7 +206,7 @@ def terminal(recipe: Recipe, width: int) -> str:
     epochs, sparsities, rates = curves(recipe)
     parts = []
     for title, values in (
-        ("sparsity (%)", [100 * one for one in sparsities]),
+        ("sparsity (%)", [100 * sparsity for sparsity in sparsities]),
         ("learning rate", rates),
     ):
         plotext.clear_figure()

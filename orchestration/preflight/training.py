@@ -1,4 +1,4 @@
-"""What only timm and torch can tell of training settings: optimizers, augmentations, precision, teachers."""
+"""Preflight checks of training settings that need timm and torch: optimizer, augmentation, teacher."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay"
 def trainings(recipe: Recipe) -> dict[str, TrainingSettings]:
     """The trainings of a recipe by their keys, but that for INT8."""
     structured = recipe.structured
-    found = {
+    by_key = {
         "dense": recipe.dense,
         "structured.recovery": structured.recovery if structured else None,
         "recovery": recipe.recovery,
     }
-    return {key: training for key, training in found.items() if training is not None}
+    return {key: training for key, training in by_key.items() if training is not None}
 
 
 def remarks(recipe: Recipe) -> list[str]:
-    """What this machine can do, and does not do as one would expect."""
+    """Lines about settings that work on this machine, but slower than one would expect."""
     if recipe.resources.gpus_per_worker or _fast_in_bfloat16():
         return []
     return [
@@ -50,29 +50,30 @@ def _fast_in_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def check_training(training: TrainingSettings, place: str) -> None:
+def check_training(training: TrainingSettings, prefix: str) -> None:
     """Try the optimizer on one weight, read the augmentation, look for the teacher.
 
     Args:
-        place: of the settings in what the user wrote, as ``recovery.``; goes before the keys of errors.
+        training: the settings.
+        prefix: goes before the keys of errors, as ``recovery.``.
 
     Raises:
         InputError: an optimizer that timm does not have or that does not work here, an argument that it does
             not take, an unknown augmentation, a teacher that does not exist.
     """
-    _check_optimizer(training, place)
+    _check_optimizer(training, prefix)
     text = training.augment.rand_augment
     if text is not None:
         try:
             rand_augment_transform(text, {})
         except (AssertionError, ValueError, KeyError, OverflowError):
-            key = f"{place}augment.rand_augment"
+            key = f"{prefix}augment.rand_augment"
             raise InputError(key, text, "must be a RandAugment of timm, as rand-m9-mstd0.5-inc1") from None
     if training.distill is not None:
-        _check_teacher(training.distill.teacher, f"{place}distill.teacher")
+        _check_teacher(training.distill.teacher, f"{prefix}distill.teacher")
 
 
-def _check_optimizer(training: TrainingSettings, place: str) -> None:
+def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     name, arguments = training.optimizer, training.optimizer_args
@@ -82,17 +83,17 @@ def _check_optimizer(training: TrainingSettings, place: str) -> None:
     except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
         known = list_optimizers()
         reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else first_line(error)
-        raise InputError(f"{place}optimizer", name, f"must be one that works here ({reason})") from None
+        raise InputError(f"{prefix}optimizer", name, f"must be one that works here ({reason})") from None
     taken = _arguments_of(name)
     for key, value in arguments.items():
         if taken is not None and key not in taken:
             expected = f"{name} takes no such argument{did_you_mean(key, taken)}; it takes {', '.join(taken)}"
-            raise InputError(f"{place}optimizer_args.{key}", value, expected)
+            raise InputError(f"{prefix}optimizer_args.{key}", value, expected)
     try:
         create_optimizer_v2([weight], name, **settings, **arguments).step()
     except Exception as error:
         expected = f"must be arguments that {name} works with ({first_line(error)})"
-        raise InputError(f"{place}optimizer_args", arguments, expected) from None
+        raise InputError(f"{prefix}optimizer_args", arguments, expected) from None
 
 
 def _arguments_of(name: str) -> list[str] | None:
@@ -102,7 +103,7 @@ def _arguments_of(name: str) -> list[str] | None:
     """
     inner = name.lower().rpartition("_")[2]  # lookahead_NAME
     signature = inspect.signature(get_optimizer_class(inner, bind_defaults=False)).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.values()):
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
         return None
     own = [key for key in signature if key not in {"self", "params", *_OURS}]
     info = get_optimizer_info(inner)
@@ -127,23 +128,27 @@ def _check_teacher(name: str, key: str) -> None:
                 key, name, f"timm has no pretrained weights of it{near}, and a teacher needs some"
             )
         return
-    place = storage.absolute(name, key)
-    if "/" not in name and not storage.exists(place):
+    location = storage.absolute(name, key)
+    if "/" not in name and not storage.exists(location):
         near = did_you_mean(name, timm.list_models())
         raise InputError(key, name, f"must be dense, a timm model or a checkpoint folder{near}")
-    check_there(place, key=key)
-    if storage.is_local(place):  # what another one holds is looked at where it is fetched
-        with opened(place, key=key):
+    check_there(location, key=key)
+    if storage.is_local(location):  # what another one holds is looked at where it is fetched
+        with opened(location, key=key):
             pass
 
 
-def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collection[str], place: str) -> None:
-    """Whether each pattern of ``freeze`` matches parameters, and none that must recover.
+def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collection[str], prefix: str) -> None:
+    """Check that each pattern of ``freeze`` matches parameters, and none that must recover.
+
+    Args:
+        training: the settings.
+        model: whose parameters are matched.
+        pruned: names of the parameters that are pruned.
+        prefix: goes before the keys of errors, as ``recovery.``.
 
     Raises:
         InputError: one does not.
     """
-    try:
+    with InputError.renamed(lambda error: error.replaced(key=error.key.replace("training.", prefix))):
         matched(model, training.freeze, pruned)
-    except InputError as error:
-        raise InputError(error.key.replace("training.", place), error.value, error.expected) from None

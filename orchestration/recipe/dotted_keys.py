@@ -9,27 +9,36 @@ from pruners.errors import InputError
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c`` in nested dictionaries."""
+    """Set ``a.b.c`` in nested dictionaries; levels that are missing are made.
+
+    Args:
+        content: the dictionary, changed in place.
+        key: the dotted key.
+        value: what is set.
+
+    Raises:
+        InputError: a level above the last holds a value, and no dictionary.
+    """
     *parents, last = key.strip().split(".")
-    place = content
+    level = content
     for parent in parents:
-        below = place.get(parent)
+        below = level.get(parent)
         if below is None:
-            below = place[parent] = {}
+            below = level[parent] = {}
         if not isinstance(below, dict):
             raise InputError("override", key, f"{parent} holds a value and has no keys below it")
-        place = below
-    place[last] = value
+        level = below
+    level[last] = value
 
 
 def get(content: Mapping[str, Any], key: str) -> Any:
     """Read ``a.b.c`` from nested dictionaries; ``None`` if it is not there."""
-    place: Any = content
+    level: Any = content
     for part in key.split("."):
-        if not isinstance(place, Mapping) or part not in place:
+        if not isinstance(level, Mapping) or part not in level:
             return None
-        place = place[part]
-    return place
+        level = level[part]
+    return level
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

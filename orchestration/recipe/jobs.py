@@ -12,7 +12,16 @@ from trainers.config.jobs import TrainJob
 
 
 def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) -> TrainJob:
-    """Training of the dense model."""
+    """Training of the dense model.
+
+    Args:
+        recipe: one that trains its dense model.
+        data: the images, with whole addresses.
+        lineage: what the checkpoints record of where they come from.
+
+    Returns:
+        The job of one worker group.
+    """
     assert recipe.dense is not None, "only a recipe that trains its dense model has this job"
     return TrainJob(
         name=f"{recipe.name}-dense",
@@ -28,7 +37,18 @@ def dense_job(recipe: Recipe, data: DataSettings, lineage: Mapping[str, Any]) ->
 def structured_job(
     recipe: Recipe, data: DataSettings, *, cut: str, dense: str, lineage: Mapping[str, Any]
 ) -> TrainJob:
-    """Recovery of a model that was cut in width, from ``cut``; by ``dense`` as a teacher learns from that."""
+    """Recovery of a model whose channels were cut.
+
+    Args:
+        recipe: one with a structured step and recovery.
+        data: the images, with whole addresses.
+        cut: folder or URI of the model that was cut.
+        dense: folder or URI of the dense model, for a recovery whose teacher is ``dense``.
+        lineage: what the checkpoints record of where they come from.
+
+    Returns:
+        The job of one worker group.
+    """
     assert recipe.structured is not None, "only a recipe with a structured step has this job"
     training = recipe.structured.recovery
     assert training is not None, "only a structured step with recovery has this job"
@@ -60,9 +80,18 @@ def gradual_job(
 
     Args:
         values: recipe keys and values, as ``{"recovery.lr.peak": 1e-3}``.
+        recipe: the recipe without the proposal.
+        method: of pruning.
+        data: the images, with whole addresses.
         checkpoint: folder or URI of the dense model.
         allocation: pruned weights of each layer at the end; ``None``: the method's own.
         lineage: what the checkpoints record of where they come from.
+
+    Returns:
+        The job of one worker group.
+
+    Raises:
+        InputError: values that make no valid recipe.
     """
     chosen = with_values(recipe, recipe.schedule.active(values))
     return TrainJob.model_validate(
@@ -84,7 +113,18 @@ def gradual_job(
 def aware_job(
     recipe: Recipe, method: str, data: DataSettings, checkpoint: str, lineage: Mapping[str, Any]
 ) -> TrainJob:
-    """Training of a pruned model for INT8, its zeros held."""
+    """Training of a pruned model with fake quantisation, its zeros held.
+
+    Args:
+        recipe: one that asks for INT8 by quantisation-aware training.
+        method: that pruned the model.
+        data: the images, with whole addresses.
+        checkpoint: folder or URI of the pruned model.
+        lineage: what the checkpoints record of where they come from.
+
+    Returns:
+        The job of one worker group.
+    """
     settings = recipe.quantize
     assert settings is not None, "only a recipe that asks for INT8 has this job"
     content = {
@@ -92,7 +132,7 @@ def aware_job(
         "seed": recipe.seed,
         "model": ModelSettings(checkpoint=checkpoint, classes=recipe.model.classes),
         "data": data,
-        "training": settings.training and settings.training.model_dump(mode="json"),
+        "training": settings.training,
         "method": method,
         "quantize": settings.calibration,
         "threads": threads(recipe),

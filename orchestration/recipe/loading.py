@@ -35,8 +35,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return validate(content)
 
 
-def part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
+def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
     """A part of a recipe without the rest, from ``key.sub=value`` strings over some defaults.
+
+    Args:
+        kind: the settings that the part is read as.
+        overrides: ``key.sub=value`` strings, the value in YAML.
+        defaults: the values below the overrides.
+
+    Returns:
+        The settings, checked.
 
     Raises:
         InputError: for the first thing that is wrong, its key as it would be within the part.
@@ -61,8 +69,8 @@ def overridden(content: dict[str, Any], overrides: Sequence[str]) -> Recipe:
 
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
-        key, found, value = override.partition("=")
-        if not found:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise InputError("override", override, "must have the form key.sub=value")
         put(content, key, _parse_yaml(value, f"override {key}"))
 
@@ -84,7 +92,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return validate(content)
 
 
-def single(recipe: Recipe, method: str) -> Recipe:
+def single_run(recipe: Recipe, method: str) -> Recipe:
     """The recipe of one run without a search: one method, its own allocation, the recipe's own schedule."""
     content = recipe.model_dump(mode="json")
     content["pruning"]["methods"] = [method]

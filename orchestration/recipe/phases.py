@@ -12,7 +12,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True)
-class Span:
+class PhaseRange:
     """The phases that a command runs; what comes before the first must be known already.
 
     Raises:
@@ -35,10 +35,10 @@ class Span:
         return PHASES.index(phase) < PHASES.index(self.first)
 
     @property
-    def words(self) -> list[str]:
-        """As options of the command."""
+    def options(self) -> list[str]:
+        """The range as options of the command line, ``["--from", "schedule"]``."""
         first = [] if self.first == PHASES[0] else ["--from", self.first]
         return first + ([] if self.last == PHASES[-1] else ["--until", self.last])
 
 
-WHOLE = Span()
+ALL_PHASES = PhaseRange()

@@ -18,8 +18,15 @@ _IDLE = {"checkpoint_minutes"}  # changes no result
 
 
 def check_population(trials: int, sampler: str, space: Mapping[str, Distribution]) -> None:
-    """Raises:
-    ValueError: settings of a search, or a key of its space, that population-based training cannot work with.
+    """Check that population-based training can work with a search's settings.
+
+    Args:
+        trials: how many members the population has.
+        sampler: of the search.
+        space: the searched keys and their distributions.
+
+    Raises:
+        ValueError: settings of the search, or a key of its space, that it cannot work with.
     """
     if trials < 2:
         raise ValueError(f"scheduler: a population needs trials: 2 at least ({trials} given)")
@@ -27,11 +34,11 @@ def check_population(trials: int, sampler: str, space: Mapping[str, Distribution
         raise ValueError(f"scheduler: draws its trials itself; needs sampler: random ({sampler} given)")
     if not space:
         raise ValueError("scheduler: a population needs a space, as {recovery.lr.peak: {log: [5e-5, 1e-3]}}")
-    for key, one in space.items():
-        if one.uniform is None and one.log is None:
-            kind = "choice" if one.choice is not None else "integer"
+    for key, distribution in space.items():
+        if distribution.uniform is None and distribution.log is None:
+            kind = "choice" if distribution.choice is not None else "integer"
             raise ValueError(f"scheduler: searches by uniform and log alone; {key} is searched by {kind}")
-        if one.when:
+        if distribution.when:
             raise ValueError(f"scheduler: searches all values of a run at any time; {key} has a when")
         if not _can_change(key):
             raise ValueError(
@@ -41,7 +48,7 @@ def check_population(trials: int, sampler: str, space: Mapping[str, Distribution
 
 
 def job_key(key: str) -> str:
-    """Where a job has what a recipe calls ``recovery.…``."""
+    """The key of a job for what a recipe calls ``recovery.…``."""
     return f"training.{key.removeprefix(_PREFIX)}"
 
 

@@ -34,13 +34,13 @@ def recipe_keys(part: str = "") -> list[Key]:
         InputError: no recipe has such a key.
     """
     if not part:
-        return list(_of(Recipe, "", {}))
-    known = list(_of(Recipe, "", None))
-    found = [key for key in known if key.name == part or key.name.startswith(f"{part}.")]
-    if not found:
+        return list(_keys_of(Recipe, "", {}))
+    known = list(_keys_of(Recipe, "", None))
+    below = [key for key in known if key.name == part or key.name.startswith(f"{part}.")]
+    if not below:
         names = {key.name for key in known} | {key.name.rpartition(".")[0] for key in known} - {""}
         raise InputError("key", part, f"no recipe has it{did_you_mean(part, sorted(names))}")
-    return found
+    return below
 
 
 def as_table(keys: list[Key]) -> Table:
@@ -52,29 +52,36 @@ def as_table(keys: list[Key]) -> Table:
     return table
 
 
-def _of(settings: type[BaseModel], prefix: str, said: dict[frozenset[str], str] | None) -> Iterator[Key]:
-    """Args:
-    said: settings that need not be said again, by their keys, with the place where they were.
+def _keys_of(
+    settings: type[BaseModel], prefix: str, listed: dict[frozenset[str], str] | None
+) -> Iterator[Key]:
+    """List the keys of settings, parents before what is below them.
+
+    Args:
+        settings: the settings' class.
+        prefix: goes before each key, as ``recovery.``.
+        listed: keys of settings that were listed already -> where that was; those are not listed again.
+            ``None``: all are.
     """
     for name, field in settings.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        inner = next((one for one in _choices(field.annotation) if _is_settings(one)), None)
+        inner = next((kind for kind in _choices(field.annotation) if _is_settings(kind)), None)
         if inner is None:
             yield _key(key, field)
             continue
-        others = [one for one in _choices(field.annotation) if not _is_settings(one)]
-        there = None if said is None else said.setdefault(frozenset(inner.model_fields), key)
-        if there not in (None, key):
-            yield _key(key, field, f"its keys are those of {there}")
+        others = [kind for kind in _choices(field.annotation) if not _is_settings(kind)]
+        first_key = None if listed is None else listed.setdefault(frozenset(inner.model_fields), key)
+        if first_key not in (None, key):
+            yield _key(key, field, f"its keys are those of {first_key}")
             continue
         if field.description or others or field.default is None:
             yield _key(key, field)
-        yield from _of(inner, f"{key}.", said)
+        yield from _keys_of(inner, f"{key}.", listed)
 
 
 def _key(name: str, field: FieldInfo, more: str = "") -> Key:
-    values = " or ".join(dict.fromkeys(map(_said, _choices(field.annotation))))
-    default = None if field.is_required() else _written(field.get_default(call_default_factory=True))
+    values = " or ".join(dict.fromkeys(map(_format_type, _choices(field.annotation))))
+    default = None if field.is_required() else _format_value(field.get_default(call_default_factory=True))
     return Key(name, values, default, "; ".join(filter(None, (field.description, more))))
 
 
@@ -83,7 +90,7 @@ def _choices(annotation: Any) -> list[Any]:
     if hasattr(annotation, "__metadata__"):
         return _choices(annotation.__origin__)
     if get_origin(annotation) in (Union, types.UnionType):
-        return [one for member in get_args(annotation) for one in _choices(member)]
+        return [kind for member in get_args(annotation) for kind in _choices(member)]
     return [annotation]
 
 
@@ -91,29 +98,29 @@ def _is_settings(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _said(annotation: Any) -> str:
+def _format_type(annotation: Any) -> str:
     if _is_settings(annotation):
         return "keys below"
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return ", ".join(map(_written, inner))
+        return ", ".join(map(_format_value, inner))
     if origin is tuple:
-        inner = tuple(one for one in inner if one is not Ellipsis)
-        return f"[{', '.join(dict.fromkeys(_any_of(one) for one in inner))}, …]"
+        inner = tuple(kind for kind in inner if kind is not Ellipsis)
+        return f"[{', '.join(dict.fromkeys(_any_of(kind) for kind in inner))}, …]"
     if origin is not None:
         return f"{{{': '.join(map(_any_of, inner))}, …}}"
     return _NAMES.get(annotation, "any")
 
 
 def _any_of(annotation: Any) -> str:
-    return " or ".join(dict.fromkeys(map(_said, _choices(annotation))))
+    return " or ".join(dict.fromkeys(map(_format_type, _choices(annotation))))
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, BaseModel):
         return "keys below"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_written, value))}]"
+        return f"[{', '.join(map(_format_value, value))}]"
     return str(value)

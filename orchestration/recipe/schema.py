@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from orchestration.common import defaults
 from orchestration.recipe.phases import Phase
 from orchestration.recipe.search import AllocationSearch, ScheduleSearch
 from trainers.config.base import Amount, Name, Seed, Settings, Share, ShortName, Workers
@@ -100,8 +101,8 @@ class Recipe(Settings):
 
     name: ShortName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = Field("", max_length=5000)
-    seed: Seed = 0
-    storage: Name = Field("runs", description="folder or pyarrow URI that every node reaches")
+    seed: Seed = defaults.SEED
+    storage: Name = Field(defaults.STORAGE, description="folder or pyarrow URI that every node reaches")
     model: ModelSettings
     data: DataSettings
     dense: TrainingSettings | None = Field(
@@ -183,9 +184,11 @@ class Recipe(Settings):
         """Those that gradual runs end at, the least and the largest at least."""
         if self.allocation.reach is not None:
             return self.allocation.reach
-        found = self.schedule.space.get("pruning.sparsity")
-        ends = found and (found.uniform or found.log or found.integer or found.choice)
-        numbers = [float(one) for one in ends or () if isinstance(one, int | float)]
+        distribution = self.schedule.space.get("pruning.sparsity")
+        ends = distribution and (
+            distribution.uniform or distribution.log or distribution.integer or distribution.choice
+        )
+        numbers = [float(value) for value in ends or () if isinstance(value, int | float)]
         return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
 
     @property

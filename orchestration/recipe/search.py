@@ -33,7 +33,7 @@ class Distribution(Settings):
     when: dict[str, Any] = Field({}, description="other searched keys -> the value that each must have")
 
     @model_validator(mode="after")
-    def _one(self) -> Distribution:
+    def _exactly_one(self) -> Distribution:
         given = [value for value in (self.uniform, self.log, self.integer, self.choice) if value is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of uniform, log, integer, choice")
@@ -272,11 +272,11 @@ class ScheduleSearch(SearchLimits):
     @property
     def _combinations(self) -> int:
         """Of the space's values, for a grid."""
-        return math.prod(one.size for one in self.space.values())
+        return math.prod(distribution.size for distribution in self.space.values())
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the space's values."""
-        combinations = itertools.product(*(one.values() for one in self.space.values()))
+        combinations = itertools.product(*(distribution.values() for distribution in self.space.values()))
         return [dict(zip(self.space, values, strict=True)) for values in combinations]
 
     @model_validator(mode="after")
@@ -295,15 +295,15 @@ class ScheduleSearch(SearchLimits):
                 f"space: sampler grid takes at most {_MOST_COMBINATIONS:,} combinations; "
                 f"these are {self._combinations:,}"
             )
-        for key, one in self.space.items():
-            if self.sampler == "grid" and one.choice is None and one.integer is None:
+        for key, distribution in self.space.items():
+            if self.sampler == "grid" and distribution.choice is None and distribution.integer is None:
                 raise ValueError(f"space.{key}: sampler grid takes choice and integer only")
-            if self.sampler == "cmaes" and one.choice is not None:
+            if self.sampler == "cmaes" and distribution.choice is not None:
                 raise ValueError(
                     f"space.{key}: sampler cmaes searches numbers and would draw a choice at random; "
                     "take tpe, gp, nsga2 or random"
                 )
-            for other in one.when:
+            for other in distribution.when:
                 if other not in self.space or other == key:
                     raise ValueError(f"space.{key}: when names {other}, which must be another searched key")
         return self

@@ -36,12 +36,16 @@ def _no_branch(errors: Sequence[Any]) -> InputError:
     """A value that has none of the forms that its key allows."""
     path = [str(part) for part in errors[0]["loc"]]
     begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
-    same = [one for one in errors if [str(part) for part in one["loc"]][:begin] == path[:begin]]
-    table = [one for one in same if str(one["loc"][begin]).startswith("dict") and len(one["loc"]) > begin + 1]
-    told = table[:1] or [one for one in same if not str(one["loc"][begin]).startswith("dict")]
-    rest = [str(part) for part in told[0]["loc"][begin + 1 :]]
-    says = dict.fromkeys(one["msg"].replace("Input should be", "must be") for one in told)
-    return InputError(".".join(path[:begin] + rest), told[0].get("input"), ", or ".join(says))
+    same = [mistake for mistake in errors if [str(part) for part in mistake["loc"]][:begin] == path[:begin]]
+    table = [
+        mistake
+        for mistake in same
+        if str(mistake["loc"][begin]).startswith("dict") and len(mistake["loc"]) > begin + 1
+    ]
+    shown = table[:1] or [mistake for mistake in same if not str(mistake["loc"][begin]).startswith("dict")]
+    rest = [str(part) for part in shown[0]["loc"][begin + 1 :]]
+    says = dict.fromkeys(mistake["msg"].replace("Input should be", "must be") for mistake in shown)
+    return InputError(".".join(path[:begin] + rest), shown[0].get("input"), ", or ".join(says))
 
 
 def _one_line(error: ValidationError, kind: type[BaseModel]) -> InputError:
@@ -67,8 +71,8 @@ def _one_mistake(first: Any, whole: type[BaseModel]) -> InputError:
         return InputError(key, given, f"must be {expected}{did_you_mean(str(given), choices)}")
     if kind == "value_error":
         message = first["msg"].removeprefix("Value error, ")
-        inner, found, rest = message.partition(": ")
-        if found and re.fullmatch(r"[a-z_.]+", inner):
+        inner, colon, rest = message.partition(": ")
+        if colon and re.fullmatch(r"[a-z_.]+", inner):
             return InputError(inner if key == "recipe" else f"{key}.{inner}", _shown(given, inner), rest)
         return InputError(key, None if isinstance(given, dict) else given, message)
     message = first["msg"].replace("Input should be", "must be")

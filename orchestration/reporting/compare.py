@@ -1,4 +1,4 @@
-"""``espalier compare``: what sweeps of a storage came to, read from their folders."""
+"""``espalier compare``: the final models of sweeps side by side, read from their folders on the storage."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestration.common.hashing import digest
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from orchestration.common.units import count, megabytes, percent
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.schema import Recipe
-from orchestration.reporting.status import phases, said
-from orchestration.state import heartbeat as journal
+from orchestration.reporting.status import format_state, phases
+from orchestration.state import heartbeat
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, load
 from orchestration.state.trial_log import TrialRecord
 from pruners.errors import InputError
@@ -89,16 +89,16 @@ class Search:
 
     @property
     def finished(self) -> list[TrialRecord]:
-        return [one for one in self.trials if one.state == "finished" and one.score is not None]
+        return [trial for trial in self.trials if trial.state == "finished" and trial.score is not None]
 
     @property
     def best(self) -> TrialRecord | None:
-        return max(self.finished, key=lambda one: one.score or 0.0, default=None)
+        return max(self.finished, key=lambda trial: trial.score or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A sweep as its folder tells of it; ``note`` says what its figures lack."""
+    """A sweep as its folder describes it; ``note`` says which figures are missing."""
 
     name: str
     state: str
@@ -110,29 +110,29 @@ class Compared:
     failures: list[str]
 
 
-def read(place: str, names: Sequence[str]) -> list[Compared]:
+def read(storage_uri: str, names: Sequence[str]) -> list[Compared]:
     """The sweeps of these names, each once.
 
     Raises:
         InputError: no such sweep, or one that has no results yet.
     """
-    return [_read(place, name) for name in dict.fromkeys(names)]
+    return [_read(storage_uri, name) for name in dict.fromkeys(names)]
 
 
-def _read(place: str, name: str) -> Compared:
-    recipe = load(place, name)
-    state = journal.read(place, name)
-    found = phases(place, state) if state else []
-    trials = {phase.label: phase.log.trials for phase in found if phase.log}
+def _read(storage_uri: str, name: str) -> Compared:
+    recipe = load(storage_uri, name)
+    state = heartbeat.read(storage_uri, name)
+    begun = phases(storage_uri, state) if state else []
+    trials = {phase.label: phase.log.trials for phase in begun if phase.log}
     searches = [
         Search(phase.name, match[1], match[2], match[3], trials[phase.label])
-        for phase in found
+        for phase in begun
         if phase.log and (match := _LABEL.fullmatch(phase.label))
     ]
     dense = next(
-        (one.metrics["val_top1"] for one in trials.get("dense", []) if one.state == "finished"), None
+        (trial.metrics["val_top1"] for trial in trials.get("dense", []) if trial.state == "finished"), None
     )
-    file = f"{folder_of(place, name)}/{RESULTS}"
+    file = f"{folder_of(storage_uri, name)}/{RESULTS}"
     ended = storage.exists(file)
     models = [_model(row) for row in storage.read_json(file)] if ended else _so_far(recipe, searches, dense)
     if not models:
@@ -143,16 +143,23 @@ def _read(place: str, name: str) -> Compared:
         note = "was begun again: the table is of its last end"
     else:
         note = None
-    failures = [one for phase in found for one in phase.failures()]
+    failures = [failure for phase in begun for failure in phase.failures()]
     if state is not None and state["reason"]:
         failures.append(state["reason"])
     return Compared(
-        name, said(state) if state else "state not known", note, recipe, models, searches, dense, failures
+        name,
+        format_state(state) if state else "state not known",
+        note,
+        recipe,
+        models,
+        searches,
+        dense,
+        failures,
     )
 
 
 def _model(row: dict[str, Any]) -> Model:
-    return Model(**{one.name: row[one.name] for one in fields(Model) if one.name in row})
+    return Model(**{column.name: row[column.name] for column in fields(Model) if column.name in row})
 
 
 def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> list[Model]:
@@ -160,7 +167,11 @@ def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> 
     goal = (None, f"{100 * recipe.pruning.sparsity:g}")
     rows = []
     for method in recipe.pruning.methods:
-        best = {one.kind: one.best for one in searches if one.method == method and one.level in goal}
+        best = {
+            search.kind: search.best
+            for search in searches
+            if search.method == method and search.level in goal
+        }
         one_shot, recovered = best.get("allocation"), best.get("long_run") or best.get("schedule")
         if last := recovered or one_shot:
             rows.append(
@@ -178,16 +189,16 @@ def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> 
 
 def differences(sweeps: Sequence[Compared]) -> dict[str, list[str]]:
     """Keys of the recipes that are not the same in all sweeps -> the value in each, as others may read it."""
-    recipes = [flatten(content_of(one.recipe)) for one in sweeps]
-    found = {}
-    for key in sorted({key for one in recipes for key in one} - {"name"}):
-        values = [one.get(key) for one in recipes]
+    recipes = [flatten(content_of(sweep.recipe)) for sweep in sweeps]
+    differing = {}
+    for key in sorted({key for recipe in recipes for key in recipe} - {"name"}):
+        values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
-            shown = ["–" if value is None else str(public(value)) for value in values]
+            shown = ["–" if value is None else str(redact(value)) for value in values]
             if len(set(shown)) == 1:  # of the same name in other folders
                 shown = [f"{text} ({digest(value)[:4]})" for text, value in zip(shown, values, strict=True)]
-            found[key] = shown
-    return found
+            differing[key] = shown
+    return differing
 
 
 def tables(sweeps: Sequence[Compared]) -> Group:
@@ -198,14 +209,14 @@ def tables(sweeps: Sequence[Compared]) -> Group:
     for sweep in sweeps:
         for number, model in enumerate(sweep.models):
             models.add_row("" if number else Text(sweep.name), *model.cells)
-    lines = [f"{one.name}: {one.state}" + (f"; {one.note}" if one.note else "") for one in sweeps]
+    lines = [f"{sweep.name}: {sweep.state}" + (f"; {sweep.note}" if sweep.note else "") for sweep in sweeps]
     parts: list[Any] = [models, *map(Text, lines)]
-    if found := differences(sweeps):
-        recipes = Table("key", *(one.name for one in sweeps), title="Recipes", title_justify="left")
-        for key, values in found.items():
+    if differing := differences(sweeps):
+        recipes = Table("key", *(sweep.name for sweep in sweeps), title="Recipes", title_justify="left")
+        for key, values in differing.items():
             recipes.add_row(*map(Text, (key, *values)))
         parts.append(recipes)
     elif len(sweeps) > 1:
         parts.append(Text("the recipes are the same"))
-    parts += [Text(f"{one.name}: {failure}") for one in sweeps for failure in one.failures]
+    parts += [Text(f"{sweep.name}: {failure}") for sweep in sweeps for failure in sweep.failures]
     return Group(*parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from orchestration.common.redaction import without_places
+from orchestration.common.redaction import strip_paths
 from orchestration.reporting import plots
 from orchestration.reporting.compare import HEADINGS, Compared, differences
 from pruners.errors import InputError
@@ -24,15 +24,17 @@ _SHOWN = 40  # trials of an allocation search, before its picture becomes too wi
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a data URI, and the words for who cannot see it."""
+    """A figure as a data URI, and its description in words."""
 
     image: str
     words: str
 
 
 def write(sweeps: Sequence[Compared], target: Path) -> None:
-    """Raises:
-    InputError: the file cannot be written.
+    """Write the page.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     text = page(sweeps)
     try:
@@ -49,7 +51,7 @@ def page(sweeps: Sequence[Compared]) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: without_places(value) if type(value) is str else value,
+        finalize=lambda value: strip_paths(value) if type(value) is str else value,
     )
     return environment.get_template("compare.html").render(
         sweeps=sweeps,
@@ -62,7 +64,7 @@ def page(sweeps: Sequence[Compared]) -> str:
 
 def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
     """The final models by sparsity, then every finished trial by its cost."""
-    prefix = {one.name: f"{one.name}: " if len(sweeps) > 1 else "" for one in sweeps}
+    prefix = {sweep.name: f"{sweep.name}: " if len(sweeps) > 1 else "" for sweep in sweeps}
     final: Points = defaultdict(list)
     trials: Points = defaultdict(list)
     dense: dict[str, float] = {}
@@ -76,9 +78,9 @@ def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
         for search in sweep.searches:
             kind = "one shot" if search.kind == "allocation" else "recovered"
             trials[f"{prefix[sweep.name]}{search.method}, {kind}"] += [
-                (one.metrics["macs_sparse"], one.metrics["val_top1"])
-                for one in search.finished
-                if "macs_sparse" in one.metrics
+                (trial.metrics["macs_sparse"], trial.metrics["val_top1"])
+                for trial in search.finished
+                if "macs_sparse" in trial.metrics
             ]
     if len(dense) == len(sweeps) and len(set(dense.values())) == 1:
         dense = {"dense": next(iter(dense.values()))}
@@ -91,10 +93,10 @@ def _of_all(sweeps: Sequence[Compared]) -> Iterator[Picture]:
 
 def _of_phases(sweep: Compared) -> Iterator[Picture]:
     for search in sweep.searches:
-        if sum("val_top1" in one.metrics for one in search.trials) > 1:
+        if sum("val_top1" in trial.metrics for trial in search.trials) > 1:
             figure = plots.trial_history(search.trials, search.title, sweep.dense)
             yield _picture(figure, f"{search.title}: accuracy of each trial in its order")
-        if sum("shares" in one.metrics for one in search.finished) > 1:
+        if sum("shares" in trial.metrics for trial in search.finished) > 1:
             figure = plots.allocations(search.finished, search.title, most=_SHOWN)
             yield _picture(figure, f"{search.title}: sparsity of stages and modules, best trials to the left")
 

@@ -1,4 +1,4 @@
-"""What is going on, live on a terminal, as plain lines in a pipe."""
+"""Progress of a sweep: a live line on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Display:
         self._began = time.monotonic()
         self._begin_fraction = 0.0
         self._spoke = 0.0
-        self._said: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._begun: list[dict[str, Any]] = []
 
     def __enter__(self) -> Display:
@@ -64,7 +64,7 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        """The live line goes; what was said stays."""
+        """Remove the live line; other lines stay."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -75,7 +75,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._said.append(text)
+        self._lines.append(text)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def snapshot(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Display:
             "phases": [dict(phase) for phase in self._begun],
             "running": len(self._running),
             "left": self._left(),
-            "said": list(self._said),
+            "said": list(self._lines),
         }
 
     def phase(
@@ -99,10 +99,14 @@ class Display:
         label: str = "",
         log: str | None = None,
     ) -> None:
-        """A phase begins; ``done`` of its ``trials`` are known from before.
+        """Begin a phase.
 
         Args:
-            best: what :func:`leading` says of them.
+            name: shown.
+            trials: how many it has in all.
+            done: how many of them are known from before.
+            epochs: of a trial, for its share that is done.
+            best: what :func:`leading` says of the known ones.
             label: what its trials are called by, before their numbers.
             log: where its trials are recorded.
         """
@@ -131,6 +135,17 @@ class Display:
     def trial_started(
         self, trial_id: str, number: int, values: dict[str, Any], before: str | None = None
     ) -> str | None:
+        """Count a trial as running; it has no run in a tracker.
+
+        Args:
+            trial_id: Tune's.
+            number: of the trial in its phase.
+            values: not shown.
+            before: not shown.
+
+        Returns:
+            ``None``.
+        """
         self._running[trial_id] = 0.0
         self._show()
         return None

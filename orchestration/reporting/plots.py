@@ -21,7 +21,16 @@ _COSTS = {
 
 
 def allocations(trials: Sequence[TrialRecord], title: str, most: int | None = None) -> Figure:
-    """Sparsity of each stage and module in every trial (or the ``most`` best), best trials to the left."""
+    """Sparsity of each stage and module in every trial, best trials to the left.
+
+    Args:
+        trials: with ``shares`` among their metrics; others are left out.
+        title: of the figure.
+        most: only so many of the best.
+
+    Returns:
+        The figure.
+    """
     ranked = sorted(
         (trial for trial in trials if trial.score is not None and "shares" in trial.metrics),
         key=lambda trial: -(trial.score or 0.0),
@@ -42,7 +51,16 @@ def allocations(trials: Sequence[TrialRecord], title: str, most: int | None = No
 
 
 def trial_history(trials: Sequence[TrialRecord], title: str, dense_top1: float | None) -> Figure:
-    """Validation top-1 of each trial in the order they ended, and the best so far."""
+    """Validation top-1 of each trial in the order they ended, and the best so far.
+
+    Args:
+        trials: in that order.
+        title: of the figure.
+        dense_top1: of the dense model, in 0…1, drawn as a line.
+
+    Returns:
+        The figure.
+    """
     done = [trial for trial in trials if "val_top1" in trial.metrics]
     points = [100 * trial.metrics["val_top1"] for trial in done]
     best = [max(points[: index + 1]) for index in range(len(points))]
@@ -70,7 +88,12 @@ def schedule(
 
     Args:
         times: at which ``sparsity`` was measured, in ``unit``.
+        sparsity: in 0…1.
         rates: (time, learning rate).
+        unit: of the times, named on the axis.
+
+    Returns:
+        The figure.
     """
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
@@ -88,7 +111,16 @@ def schedule(
 def accuracy_over_sparsity(
     points: Mapping[str, Sequence[tuple[float, float]]], dense: Mapping[str, float], part: str = "validation"
 ) -> Figure:
-    """Top-1 against sparsity, a colour for each series, dense models (by their names) as lines."""
+    """Top-1 against sparsity, a colour for each series, dense models as lines.
+
+    Args:
+        points: (sparsity, top-1), both in 0…1, of the models of each series.
+        dense: top-1 in 0…1 of dense models by name.
+        part: which images top-1 is of.
+
+    Returns:
+        The figure.
+    """
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for name, values in points.items():
@@ -103,7 +135,17 @@ def accuracy_over_sparsity(
 
 
 def search_front(trials: Sequence[TrialRecord], rule: Rule, chosen: TrialRecord, title: str) -> Figure:
-    """Validation top-1 against a cost, the front as a line, the trial that the rule took marked."""
+    """Validation top-1 against a cost, the front as a line, the chosen trial marked.
+
+    Args:
+        trials: of a search with two objectives.
+        rule: what counts as cost.
+        chosen: the trial that the rule took.
+        title: of the figure.
+
+    Returns:
+        The figure.
+    """
     done = [trial for trial in trials if trial.state == "finished"]
     best = front(trials, rule.cost)
     words, scale = _COSTS[rule.against]
@@ -128,7 +170,11 @@ def pareto(
 
     Args:
         points: (cost, top-1 in 0…1) of the models of each series.
-        scale: what costs are multiplied by to be in the unit that ``cost`` names.
+        cost: named on the axis, with its unit.
+        scale: what costs are multiplied by to be in that unit.
+
+    Returns:
+        The figure.
     """
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()

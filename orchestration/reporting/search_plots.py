@@ -1,4 +1,4 @@
-"""Figures of a search: which of its values mattered, and how all of them went together."""
+"""Figures of a search: the importance of each searched value, and the values of all trials as lines."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ _STRONG = 40  # trials whose lines can be told apart
 
 
 def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> dict[str, Figure]:
-    """``importance`` and ``parallel_coordinates`` of the finished trials, as far as they say anything.
+    """``importance`` and ``parallel_coordinates`` of the finished trials.
 
-    None of fewer than two trials or without a space; no importance where all trials are alike.
+    Args:
+        records: the trials.
+        space: that was searched.
+        title: of the figures.
+
+    Returns:
+        The figures by name: none of fewer than two trials or without a space; no importance where all trials
+        are alike.
     """
-    done = [one for one in records if _counts(one) and contains(space, one.values)]
+    done = [record for record in records if _counts(record) and contains(space, record.values)]
     if len(done) < 2 or not space:
         return {}
     shares = importance(done, space)
@@ -38,7 +45,7 @@ def importance(records: Sequence[TrialRecord], space: Space) -> dict[str, float]
 
     The study is built anew from the records: they outlive the one that proposed them.
     """
-    searched = {key: one for key, one in space.items() if not one.single()}
+    searched = {key: distribution for key, distribution in space.items() if not distribution.single()}
     study = optuna.create_study(direction="maximize")
     for record in records:
         values = to_optuna(searched, record.values)
@@ -47,9 +54,9 @@ def importance(records: Sequence[TrialRecord], space: Space) -> dict[str, float]
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        found = optuna.importance.get_param_importances(study, normalize=False)
-    total = sum(found.values())
-    return {key: value / total for key, value in found.items()} if total > 0 else {}
+        importances = optuna.importance.get_param_importances(study, normalize=False)
+    total = sum(importances.values())
+    return {key: value / total for key, value in importances.items()} if total > 0 else {}
 
 
 def _counts(record: TrialRecord) -> bool:
@@ -72,18 +79,20 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
     """A line for each trial through its values, coloured by accuracy; of many the best are strong, on top."""
     figure = Figure((max(_SIZE[0], 0.9 * len(space) + 2), _SIZE[1] + 0.8), layout="constrained")
     axes = figure.add_subplot()
-    ranked = sorted(records, key=lambda one: one.metrics["val_top1"])
-    top1 = [100 * one.metrics["val_top1"] for one in ranked]
+    ranked = sorted(records, key=lambda record: record.metrics["val_top1"])
+    top1 = [100 * record.metrics["val_top1"] for record in ranked]
     colours = ScalarMappable(Normalize(min(top1), max(top1)), "viridis")
     for left, (record, value) in enumerate(zip(ranked, top1, strict=True), start=-len(ranked)):
         values = to_optuna(space, record.values)
-        heights = [_height(one, values[key]) for key, one in space.items()]
+        heights = [_height(distribution, values[key]) for key, distribution in space.items()]
         alpha, width = (0.8, 1.5) if -left <= _STRONG else (0.15, 0.7)
         axes.plot(heights, color=colours.to_rgba(value), alpha=alpha, linewidth=width)
-    for place, distribution in enumerate(space.values()):
-        axes.axvline(place, color="lightgrey", zorder=0)
+    for position, distribution in enumerate(space.values()):
+        axes.axvline(position, color="lightgrey", zorder=0)
         for height, text in _marks(distribution):
-            axes.annotate(text, (place, height), (3, 0), textcoords="offset points", fontsize=7, va="center")
+            axes.annotate(
+                text, (position, height), (3, 0), textcoords="offset points", fontsize=7, va="center"
+            )
     axes.set_xticks(range(len(space)), list(space), rotation=30, ha="right")
     axes.set_yticks([])
     axes.set_title(title)
@@ -103,5 +112,5 @@ def _height(distribution: BaseDistribution, value: Any) -> float:
 
 def _marks(distribution: BaseDistribution) -> list[tuple[float, str]]:
     if isinstance(distribution, CategoricalDistribution):
-        return [(_height(distribution, one), str(one)) for one in distribution.choices]
-    return [(_height(distribution, one), f"{one:.4g}") for one in {distribution.low, distribution.high}]
+        return [(_height(distribution, choice), str(choice)) for choice in distribution.choices]
+    return [(_height(distribution, end), f"{end:.4g}") for end in {distribution.low, distribution.high}]

@@ -1,4 +1,4 @@
-"""How far a sweep's driver is, in the sweep's folder, for whoever looks at it from outside."""
+"""State of a sweep's driver, kept in the sweep's folder for all who look at it from outside."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _STATE, _STOP = "state.json", "stop"
 
 
 class Progress(Protocol):
-    """What can say how far a sweep is: the display."""
+    """Whatever can say how far a sweep is: the display."""
 
     def snapshot(self) -> dict[str, Any]:
         """``phases`` (each with its ``log``, the file of its trials, or ``None``) and what else is known."""
 
 
-class Journal:
-    """Keeps ``state.json`` while a sweep runs: what its display knows, and how it ended.
+class Heartbeat:
+    """Keeps ``state.json`` while a sweep runs: what its display shows, and how it ended.
 
     A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
     was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
     """
 
-    def __init__(self, place: str, name: str, display: Progress, ray_logs: str) -> None:
+    def __init__(self, storage_uri: str, name: str, display: Progress, ray_logs: str) -> None:
         """``ray_logs``: where Ray writes its own on this machine."""
-        self._root, self._display = folder_of(place, name), display
-        self._prefix = f"{storage.absolute(place)}/"
+        self._root, self._display = folder_of(storage_uri, name), display
+        self._prefix = f"{storage.absolute(storage_uri)}/"
         self._ended = threading.Event()
-        self._beat = threading.Thread(target=self._keep, name="journal", daemon=True)
+        self._beat = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
         self._about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -48,7 +48,7 @@ class Journal:
             "ray_logs": ray_logs,
         }
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Heartbeat:
         if storage.exists(f"{self._root}/{_STOP}"):  # meant a run of before
             storage.remove_file(f"{self._root}/{_STOP}")
         self._write("running")
@@ -80,36 +80,36 @@ class Journal:
                 return
 
     def _write(self, state: str, reason: str | None = None) -> None:
-        found = self._display.snapshot()
-        for phase in found["phases"]:
+        progress = self._display.snapshot()
+        for phase in progress["phases"]:
             phase["log"] = phase["log"] and phase["log"].removeprefix(self._prefix)
-        content = self._about | found | {"state": state, "reason": reason, "updated": time.time()}
+        content = self._about | progress | {"state": state, "reason": reason, "updated": time.time()}
         storage.write_json(f"{self._root}/{_STATE}", content)
 
 
-def read(place: str, name: str) -> dict[str, Any] | None:
-    """What the journal of a sweep says; its ``state`` is ``gone`` where the driver ended without a word."""
-    file = f"{folder_of(place, name)}/{_STATE}"
+def read(storage_uri: str, name: str) -> dict[str, Any] | None:
+    """What a sweep's driver wrote last; ``state`` is ``gone`` where the driver ended without a word."""
+    file = f"{folder_of(storage_uri, name)}/{_STATE}"
     if not storage.exists(file):
         return None
-    found: dict[str, Any] = storage.read_json(file)
-    if found["state"] == "running" and not _lives(found):
-        found["state"] = "gone"
-    return found
+    state: dict[str, Any] = storage.read_json(file)
+    if state["state"] == "running" and not _lives(state):
+        state["state"] = "gone"
+    return state
 
 
-def ask_to_stop(place: str, name: str) -> None:
-    """Leave word for the driver of a sweep that it is to end."""
-    storage.write_bytes(f"{folder_of(place, name)}/{_STOP}", b"")
+def ask_to_stop(storage_uri: str, name: str) -> None:
+    """Ask the driver of a sweep to end, by a file that it looks for."""
+    storage.write_bytes(f"{folder_of(storage_uri, name)}/{_STOP}", b"")
 
 
-def _lives(found: dict[str, Any]) -> bool:
-    if time.time() - found["updated"] > _SILENCE_SECONDS:
+def _lives(state: dict[str, Any]) -> bool:
+    if time.time() - state["updated"] > _SILENCE_SECONDS:
         return False
-    if found["host"] != socket.gethostname():
+    if state["host"] != socket.gethostname():
         return True
     try:
-        os.kill(found["pid"], 0)
+        os.kill(state["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:

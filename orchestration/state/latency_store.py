@@ -30,7 +30,7 @@ from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine
 from trainers.engines.registry import Place, check
 from trainers.loop.prune_step import prunable_layers
-from trainers.models import factory as models
+from trainers.models import factory
 
 T = TypeVar("T")
 _SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
@@ -38,12 +38,12 @@ _SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
 
 @dataclass(frozen=True)
 class LatencyJob:
-    """A table that is wanted: of which model, on what, kept below ``place``."""
+    """A table that is wanted: of which model, on what, kept below ``storage_uri``."""
 
     checkpoint: str
     pruning: PruningSettings
     target: LatencyTarget
-    place: str
+    storage_uri: str
 
     def run(self) -> tuple[LatencyTable, bool]:
         """The table of this machine, and whether it had to be measured.
@@ -79,14 +79,14 @@ class LatencyJob:
             yield folder, load_checkpoint(str(folder), layers=self.pruning.layers).model
 
     def _file(self, about: Mapping[str, Any]) -> str:
-        return f"{self.place}/latency/{digest(about)}.json"
+        return f"{self.storage_uri}/latency/{digest(about)}.json"
 
     def _stored(self, about: Mapping[str, Any]) -> LatencyTable | None:
         return _read(self._file(about), about)
 
     def _about(self, model: nn.Module) -> dict[str, Any]:
         """All that the times depend on."""
-        size = models.input_size(model)
+        size = factory.input_size(model)
         costs = cost_model(model, size)
         return {
             **circumstances(self.target),
@@ -103,11 +103,11 @@ class LatencyJob:
 
 def circumstances(target: LatencyTarget) -> dict[str, Any]:
     """What the times of any model depend on: this machine, and how it serves."""
-    found, choice = describe_machine(), target.choice
+    machine, choice = describe_machine(), target.choice
     packages = ("torch", "timm", choice.engine)
     return {
-        "machine": {key: found[key] for key in ("processor", "instructions", "cores", "system")},
-        "versions": {name: found["versions"][name] for name in packages if name in found["versions"]},
+        "machine": {key: machine[key] for key in ("processor", "instructions", "cores", "system")},
+        "versions": {name: machine["versions"][name] for name in packages if name in machine["versions"]},
         "engine": choice.engine,
         "compiled": "for the batch size",  # tables of OpenVINO compiled for any were slower
         "type": choice.kind,
@@ -125,15 +125,24 @@ def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
     """
     run = _runs(target, "structured.target")
     with ExitStack() as stack:
-        folders = [stack.enter_context(storage.local_copy(one)) for one in checkpoints]
+        folders = [stack.enter_context(storage.local_copy(checkpoint)) for checkpoint in checkpoints]
         return measure_models(folders, run)
 
 
 def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) -> T:
-    """What a function returns as a Ray task, on a node with the resources that the target names."""
+    """Run a function as a Ray task, on a node with the resources that the target names.
+
+    Args:
+        target: what serves the model.
+        function: importable on the node.
+        given: its arguments.
+
+    Returns:
+        What the function returns.
+    """
     task = ray.remote(num_cpus=0, resources=target.resources or None)(function)
-    found: T = ray.get(task.remote(*given))
-    return found
+    result: T = ray.get(task.remote(*given))
+    return result
 
 
 def _runs(target: LatencyTarget, key: str) -> Target:
@@ -143,31 +152,40 @@ def _runs(target: LatencyTarget, key: str) -> Target:
         InputError: it cannot.
     """
     check(target.choice, "cpu", key=f"{key}.engine")
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    check_threads(target, there, f"{key}.threads")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    check_threads(target, processors, f"{key}.threads")
     return Target(target.choice, Place(target.threads), target.batch)
 
 
-def told(table: LatencyTable, target: LatencyTarget) -> str:
-    """What a table comes to, in a line; also that zeros gain nothing, where they do not."""
+def format_times(table: LatencyTable, target: LatencyTarget) -> str:
+    """One line about a table: its times for the dense and a sparse model; also that zeros gain nothing."""
     dense, sparse = table.at({}), table.uniform(_SHOWN)
-    fastest = min(table.uniform(one) for curve in table.curves.values() for one in curve.sparsities)
+    fastest = min(table.uniform(sparsity) for curve in table.curves.values() for sparsity in curve.sparsities)
     gain = "" if fastest < dense else "; zeros gain nothing on it"
     times = f"{1e3 * dense:.2f} ms dense, {1e3 * sparse:.2f} ms with {100 * _SHOWN:.0f} % zeros"
     return f"{target}: {times}{gain}"
 
 
-def check_threads(target: LatencyTarget, there: int, key: str) -> None:
-    """Raises:
-    InputError: more threads than processors.
+def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
+    """Check that the machine that serves has a processor for each thread.
+
+    Args:
+        target: what serves the model.
+        processors: how many the machine has.
+        key: names the threads in the error.
+
+    Raises:
+        InputError: more threads than processors.
     """
-    if target.threads > there:
-        raise InputError(key, target.threads, f"the machine that serves has {there} processors")
+    if target.threads > processors:
+        raise InputError(key, target.threads, f"the machine that serves has {processors} processors")
 
 
 def check_linear(model: nn.Module, layers: list[PrunableLayer]) -> None:
-    """Raises:
-    InputError: zeros can gain nothing, as no layer is a linear one.
+    """Check that zeros can gain time at all.
+
+    Raises:
+        InputError: no layer that is pruned is a linear one.
     """
     linear = {f"{name}.weight" for name, part in model.named_modules() if type(part) is nn.Linear}
     if not linear & {layer.name for layer in layers}:

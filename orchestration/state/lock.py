@@ -28,14 +28,14 @@ _LOOK_SECONDS = 1.0
 
 
 class TakenError(Exception):
-    """Somebody else holds it; ``who``: process and host, where they are known."""
+    """Another process holds the lock; ``by`` names its process and host, where they are known."""
 
     def __init__(self, who: dict[str, Any]) -> None:
         self.by = f" (process {who['pid']} on {who['host']})" if who else ""
 
 
 @contextmanager
-def alone_here(place: str, name: str) -> Iterator[None]:
+def local_lock(storage_uri: str, name: str) -> Iterator[None]:
     """Hold the name in a storage on this file system; the system frees it however the process ends.
 
     Raises:
@@ -43,14 +43,14 @@ def alone_here(place: str, name: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(_file_lock(place, name))
+            held.enter_context(_file_lock(storage_uri, name))
         except TakenError as taken:
             raise _refused(name, taken) from None
         yield
 
 
 @contextmanager
-def alone_on_cluster(root: str, name: str) -> Iterator[None]:
+def cluster_lock(root: str, name: str) -> Iterator[None]:
     """Hold the name on the Ray cluster, by an actor that goes with this driver.
 
     Raises:
@@ -65,27 +65,33 @@ def alone_on_cluster(root: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(place: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool) -> Iterator[None]:
-    """Hold what all sweeps of a storage share; who comes second waits, and can be interrupted.
+def artifact_lock(
+    storage_uri: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
+) -> Iterator[None]:
+    """Hold what all sweeps of a storage share; a second holder waits, and can be interrupted.
 
-    Take one at a time: who holds one and waits for another may wait for ever.
+    Hold one artefact at a time: two holders that wait for each other's would wait for ever.
 
     Args:
+        storage_uri: the storage.
         artefact: its folder in the storage (``dense/KEY``).
-        wait: told once, when there is something to wait for, by whom it is held.
+        wait: called once, when there is something to wait for, with the holder's process and host.
         by_cluster: ask the Ray cluster too; without it, only where files cannot be locked.
+
+    Returns:
+        A context manager; it is entered when the artefact is free.
     """
-    told = False
+    waiting = False
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(_file_lock(place, f"shared/{artefact}"))
-                if by_cluster or not storage.is_local(place):
-                    held.enter_context(_actor_lock(f"{storage.absolute(place)}/{artefact}"))
+                held.enter_context(_file_lock(storage_uri, f"shared/{artefact}"))
+                if by_cluster or not storage.is_local(storage_uri):
+                    held.enter_context(_actor_lock(f"{storage.absolute(storage_uri)}/{artefact}"))
             except TakenError as taken:
-                if not told:
+                if not waiting:
                     wait(taken.by)
-                told = True
+                waiting = True
             else:
                 yield
                 return
@@ -93,11 +99,13 @@ def in_turn(place: str, artefact: str, wait: Callable[[str], None], *, by_cluste
 
 
 @contextmanager
-def _file_lock(place: str, name: str) -> Iterator[None]:
-    """Raises:
-    TakenError: another process holds it.
+def _file_lock(storage_uri: str, name: str) -> Iterator[None]:
+    """Lock a file of the storage, where it is a file system that can lock; elsewhere do nothing.
+
+    Raises:
+        TakenError: another process holds it.
     """
-    system, path = storage.resolve(place)
+    system, path = storage.resolve(storage_uri)
     if not isinstance(system, fs.LocalFileSystem):  # where files cannot be locked, the cluster is asked
         yield
         return
@@ -119,8 +127,10 @@ def _file_lock(place: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def _actor_lock(key: str) -> Iterator[None]:
-    """Raises:
-    TakenError: another driver of the cluster holds it.
+    """Take a name on the Ray cluster.
+
+    Raises:
+        TakenError: another driver of the cluster holds it.
     """
     # on the driver's own node: another one may be lost while we go on
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -136,7 +146,7 @@ def _actor_lock(key: str) -> Iterator[None]:
 
 
 class _Holder:
-    """Is there."""
+    """Empty actor: its name on the cluster is the lock."""
 
 
 def _refused(name: str, taken: TakenError) -> InputError:
@@ -146,7 +156,7 @@ def _refused(name: str, taken: TakenError) -> InputError:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        holder: dict[str, Any] = json.loads(path.read_text())
+        return holder
     except (OSError, ValueError):
         return {}

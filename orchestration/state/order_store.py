@@ -30,9 +30,21 @@ class StoredOrder:
 
     @classmethod
     def of(
-        cls, place: str, method: str, pruning: PruningSettings, *, weights: str, data: str, seed: int
+        cls, storage_uri: str, method: str, pruning: PruningSettings, *, weights: str, data: str, seed: int
     ) -> StoredOrder:
-        """Where the order of these weights and this data is kept, below ``place``."""
+        """Find where the order of these weights and this data is kept; it need not be there yet.
+
+        Args:
+            storage_uri: the storage, below which orders lie.
+            method: of pruning.
+            pruning: its settings.
+            weights: hash of the dense model's weights.
+            data: hash of the training images.
+            seed: by which images are drawn.
+
+        Returns:
+            The order's folder and fingerprint.
+        """
         decides: dict[str, Any] = pruning.model_dump(
             mode="json", include={"layers", "pattern", "unfit", "ceiling"}
         )
@@ -43,7 +55,7 @@ class StoredOrder:
         if pruning.tries_damps(method):  # λ is chosen at the sparsity asked for
             decides |= pruning.model_dump(mode="json", include={"sparsity", "scope", "table", "floor"})
         key = digest(weights, decides)
-        return cls(f"{place}/orders/{key}", key)
+        return cls(f"{storage_uri}/orders/{key}", key)
 
     @property
     def known(self) -> bool:
@@ -52,8 +64,8 @@ class StoredOrder:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """How many parts there are, and the λ that was chosen of several."""
-        found: dict[str, Any] = storage.read_json(f"{self.folder}/{FACTS}")
-        return found
+        facts: dict[str, Any] = storage.read_json(f"{self.folder}/{FACTS}")
+        return facts
 
     def open(self, *, device: str = "cpu", updates: bool = True) -> EliminationOrder:
         """The order, mapped from this machine's disk; copied there first from another file system.
@@ -69,9 +81,9 @@ class StoredOrder:
     def _local(self) -> Path:
         if storage.is_local(self.folder):
             return Path(storage.resolve(self.folder)[1])
-        mine = cache_folder() / "orders" / self.fingerprint
-        mine.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{mine}.lock"):
-            if not mine.exists():
-                storage.copy(self.folder, str(mine))
-        return mine
+        cached = cache_folder() / "orders" / self.fingerprint
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cached}.lock"):
+            if not cached.exists():
+                storage.copy(self.folder, str(cached))
+        return cached

@@ -6,17 +6,18 @@ It holds neither the storage, which is where it was found, nor a password.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from pyarrow import fs
 
-from orchestration.common.redaction import without_password
 from orchestration.recipe.dotted_keys import flatten
-from orchestration.recipe.loading import single
+from orchestration.recipe.loading import overridden, single_run
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import LIMITS
 from orchestration.recipe.validation import validate
 from pruners.errors import InputError, did_you_mean
+from pruners.redaction import strip_credentials
 from trainers import storage
 from trainers.remote_calls import look
 
@@ -41,9 +42,9 @@ _FREE = (
 )
 
 
-def folder_of(place: str, name: str) -> str:
-    """Where a sweep of this name keeps its results, in the storage at ``place``."""
-    return f"{storage.absolute(place)}/sweeps/{name}"
+def folder_of(storage_uri: str, name: str) -> str:
+    """The folder of a sweep's results, in the storage at ``storage_uri``."""
+    return f"{storage.absolute(storage_uri)}/sweeps/{name}"
 
 
 def store(recipe: Recipe) -> None:
@@ -51,47 +52,57 @@ def store(recipe: Recipe) -> None:
     storage.write_json(f"{folder_of(recipe.storage, recipe.name)}/{_FILE}", content_of(recipe))
 
 
-def load(place: str, name: str) -> Recipe:
-    """The recipe that the sweep of this name was last started with.
+def load(storage_uri: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe that the sweep of this name was last started with.
+
+    Args:
+        storage_uri: the storage.
+        name: of the sweep.
+        overrides: ``key.sub=value`` strings that replace what is stored.
+
+    Returns:
+        The recipe, with ``storage_uri`` as its storage.
 
     Raises:
-        InputError: no sweep of this name, or one that has stored no recipe.
+        InputError: no sweep of this name, one that has stored no recipe, or an override that is wrong.
     """
-    find(place, name)
-    file = f"{folder_of(place, name)}/{_FILE}"
+    find(storage_uri, name)
+    file = f"{folder_of(storage_uri, name)}/{_FILE}"
     if not storage.exists(file):
         raise InputError("name", name, "has stored no recipe; start it again by 'espalier sweep'")
-    content = storage.read_json(file) | {"storage": place}
+    content = storage.read_json(file) | {"storage": storage_uri}
     login = os.environ.get("MLFLOW_TRACKING_URI")
-    if login is not None and without_password(login) == content["tracking"]["uri"]:
+    if login is not None and strip_credentials(login) == content["tracking"]["uri"]:
         content["tracking"]["uri"] = login
-    return validate(content)
+    return overridden(content, overrides)
 
 
-def names(place: str) -> list[str]:
+def names(storage_uri: str) -> list[str]:
     """The sweeps of a storage.
 
     Raises:
         InputError: there is none.
     """
-    system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
+    system, path = storage.resolve(f"{storage.absolute(storage_uri, '--storage')}/sweeps", key="--storage")
     try:
-        entries = look(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+        entries = look(storage_uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise InputError("--storage", place, f"cannot be read ({error})") from None
-    found = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-    if not found:
-        raise InputError("--storage", place, "no sweep has been run there")
-    return found
+        raise InputError("--storage", storage_uri, f"cannot be read ({error})") from None
+    sweeps = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+    if not sweeps:
+        raise InputError("--storage", storage_uri, "no sweep has been run there")
+    return sweeps
 
 
-def find(place: str, name: str) -> None:
-    """Raises:
-    InputError: no sweep of this name is in the storage at ``place``.
+def find(storage_uri: str, name: str) -> None:
+    """Check that there is a sweep of this name.
+
+    Raises:
+        InputError: none is in the storage at ``storage_uri``.
     """
-    known = names(place)
+    known = names(storage_uri)
     if name not in known:
-        raise InputError("name", name, f"no such sweep in {place}{did_you_mean(name, known)}")
+        raise InputError("name", name, f"no such sweep in {storage_uri}{did_you_mean(name, known)}")
 
 
 def check_unchanged(recipe: Recipe) -> None:
@@ -115,14 +126,14 @@ def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys that differ, each with the old value and the new one, except what a sweep may go on with."""
     # one run without a search is a part of the sweep of the same recipe
     if _is_single(new):
-        old = single(old, new.pruning.methods[0])
+        old = single_run(old, new.pruning.methods[0])
     elif _is_single(old):
-        new = single(new, old.pruning.methods[0])
+        new = single_run(new, old.pruning.methods[0])
     before, after = flatten(content_of(old)), flatten(content_of(new))
     return {
         key: (before.get(key), after.get(key))
         for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{one}." for one in _FREE))
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in _FREE))
     }
 
 
@@ -146,7 +157,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
 def _without_logins(value: Any) -> Any:
     """Of every address that a recipe may hold: data, checkpoint, teachers, MLflow's."""
     if isinstance(value, dict):
-        return {key: _without_logins(one) for key, one in value.items()}
+        return {key: _without_logins(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_logins(one) for one in value]
-    return without_password(value) if isinstance(value, str) else value
+        return [_without_logins(item) for item in value]
+    return strip_credentials(value) if isinstance(value, str) else value

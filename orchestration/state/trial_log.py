@@ -45,8 +45,8 @@ class TrialRecord:
     def __post_init__(self) -> None:
         if self.score is None or math.isfinite(self.score):
             return
-        said = self.error or f"its score is {self.score:g}"
-        for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": said}.items():
+        error = self.error or f"its score is {self.score:g}"
+        for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": error}.items():
             object.__setattr__(self, key, value)
 
     @property
@@ -57,12 +57,16 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a search has heard, or said, about a trial.
+    """A step of a search's conversation with its sampler and scheduler, about one trial.
 
     Attributes:
+        when: the log's count of events at this one.
+        kind: ``asked`` (proposed), ``rung`` (compared with others), ``told`` (ended), in the words of
+            ask-and-tell samplers.
+        number: of the trial; ``values`` is its proposal, and ``given`` whether that was ours.
         ended: of ``told``, the trial's record.
         time: of ``rung``, how far the trial had come, by what trials are compared by; ``score`` is its score.
-        at_end: it had ended by itself.
+        at_end: of ``rung``, whether it had ended by itself.
     """
 
     when: int
@@ -111,12 +115,24 @@ class TrialLog:
         return self.uri.removesuffix(".json") + ".parts"
 
     def ask(self, number: int, values: dict[str, Any], *, given: bool) -> None:
-        """A trial is proposed. It is written down with the next trial that begins or ends."""
+        """Note that a trial is proposed. It is written down with the next trial that begins or ends.
+
+        Args:
+            number: of the trial.
+            values: the proposal, recipe keys and values.
+            given: whether we proposed it (the method's own allocation), and not the sampler.
+        """
         self._running[str(number)] = {"values": values, "asked": self._tick(), "given": given}
         self._begun.add(str(number))
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
-        """A trial has started; until it is added it counts as broken off."""
+        """Note that a trial has started; until it is added it counts as broken off.
+
+        Args:
+            number: of the trial.
+            values: the proposal, recipe keys and values.
+            run_id: its MLflow run, if it has one.
+        """
         if self._cheap:
             return
         before = next((key for key in self._broken if self._running[key]["values"] == values), None)
@@ -126,14 +142,22 @@ class TrialLog:
         self.save()
 
     def compare(self, number: int, time: float, score: float, *, goes_on: bool, at_end: bool = False) -> None:
-        """A running trial was compared with others; one that stops is written down with its end."""
+        """Note that a running trial was compared with others; one that stops is written down with its end.
+
+        Args:
+            number: of the trial.
+            time: how far it has come, by what trials are compared by.
+            score: its score there.
+            goes_on: whether it runs on.
+            at_end: whether it had ended by itself.
+        """
         rungs = self._running[str(number)].setdefault("rungs", [])
         rungs.append([self._tick(), time, score, int(at_end)])
         if goes_on and not self._cheap:
             self.save()
 
     def end(self, record: TrialRecord) -> None:
-        """A trial has ended, and all that is left to do is to say so: it is not to be started again."""
+        """Note that a trial has ended and is not to be started again, before all who watch are informed."""
         if not self._cheap and str(record.number) in self._running:
             self._running[str(record.number)]["end"] = asdict(record)
             self.save()
@@ -142,7 +166,7 @@ class TrialLog:
     def unsaid(self) -> list[tuple[TrialRecord, str | None]]:
         """Trials that had ended when the driver was killed, with their MLflow runs; they are to be added."""
         entries = (self._running[str(number)] for number in self.running)
-        return [(TrialRecord(**one["end"]), one.get("run_id")) for one in entries if "end" in one]
+        return [(TrialRecord(**entry["end"]), entry.get("run_id")) for entry in entries if "end" in entry]
 
     def events(self) -> Iterator[Event]:
         """All that has a count, in order of the trials; :attr:`history` sorts it."""
@@ -155,14 +179,14 @@ class TrialLog:
 
     @property
     def history(self) -> list[Event]:
-        """What the search has heard and said, in that order."""
+        """The events of the search, in the order in which they happened."""
         return sorted(self.events(), key=lambda event: event.when)
 
     @property
     def ordered(self) -> bool:
         """Whether the order of all trials is known, as it is but for those of earlier versions."""
         ends = all(record.asked is not None and record.told is not None for record in self.trials)
-        return ends and all("asked" in one for one in self._running.values())
+        return ends and all("asked" in entry for entry in self._running.values())
 
     @property
     def proposed(self) -> int:
@@ -178,31 +202,37 @@ class TrialLog:
         return self._clock - 1
 
     def note(self, number: int, values: dict[str, Any], member: dict[str, Any]) -> None:
-        """A running trial of a population goes on as something else, with other values."""
+        """Note that a member of a population goes on as something else, with other values.
+
+        Args:
+            number: of the trial.
+            values: its new values.
+            member: what the population keeps of it.
+        """
         self._running[str(number)] |= {"values": values, "member": member}
         self.save()
 
     def member(self, number: int) -> dict[str, Any] | None:
         """What was noted last of a running trial."""
-        found: dict[str, Any] | None = self._running[str(number)].get("member")
-        return found
+        member: dict[str, Any] | None = self._running[str(number)].get("member")
+        return member
 
     @property
     def members(self) -> list[dict[str, Any]]:
         """What is noted of trials that have not ended."""
-        return [one["member"] for one in self._running.values() if "member" in one]
+        return [entry["member"] for entry in self._running.values() if "member" in entry]
 
     def add(self, record: TrialRecord) -> TrialRecord:
         """Write down a trial that has ended; returns the record with its place in the order."""
         entry = self._running.pop(str(record.number), {})
-        place = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
-        record = replace(record, told=self._tick(), **place)
+        order = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
+        record = replace(record, told=self._tick(), **order)
         self.trials.append(record)
         if not self._cheap:
             self.save()
             return record
         part = (len(self.trials) - self._whole - 1) // _PART
-        records = [asdict(one) for one in self.trials[self._whole + part * _PART :]]
+        records = [asdict(trial) for trial in self.trials[self._whole + part * _PART :]]
         records[-1]["beside"] = self._running
         storage.write_json(f"{self._parts}/{part:06d}.json", records)
         return record
@@ -232,8 +262,8 @@ class TrialLog:
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
         """The MLflow run of a proposal's trial that was broken off."""
-        found = (self._running[key] for key in self._broken)
-        return next((one.get("run_id") for one in found if one["values"] == values), None)
+        broken = (self._running[key] for key in self._broken)
+        return next((entry.get("run_id") for entry in broken if entry["values"] == values), None)
 
     @property
     def _broken(self) -> list[str]:

@@ -197,7 +197,7 @@ class _Searches:
         if table is None:
             with sweep.making(f"latency/{file}", f"times of {target}"):
                 table, new = latency.on_server(target, latency.LatencyJob.run, job)
-        sweep.display.say(f"      {'measured' if new else 'known'}: {latency.told(table, target)}")
+        sweep.display.say(f"      {'measured' if new else 'known'}: {latency.format_times(table, target)}")
         return table
 
     @cached_property

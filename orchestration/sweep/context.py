@@ -12,10 +12,10 @@ import ray
 
 from orchestration.cluster.capacity import ClusterSize
 from orchestration.recipe.loading import with_values
-from orchestration.recipe.phases import WHOLE, Phase, Span
+from orchestration.recipe.phases import ALL_PHASES, Phase, PhaseRange
 from orchestration.recipe.schema import Recipe
 from orchestration.reporting.display import Display
-from orchestration.state.lock import in_turn
+from orchestration.state.lock import artifact_lock
 from orchestration.state.stored_recipe import folder_of
 from orchestration.state.trial_log import TrialLog
 from orchestration.sweep.trial_runs import TrialRuns
@@ -40,7 +40,7 @@ class Sweep:
     display: Display
     run: str
     lineage: dict[str, Any] = field(default_factory=dict)
-    span: Span = WHOLE
+    phase_range: PhaseRange = ALL_PHASES
 
     @property
     def storage(self) -> str:
@@ -69,9 +69,9 @@ class Sweep:
         Raises:
             InputError: the command was to start with a later one.
         """
-        if self.span.starts_after(phase):
+        if self.phase_range.starts_after(phase):
             expected = f"the phase before it has no result yet ({title}); run that first, by --until {phase}"
-            raise InputError("--from", self.span.first, expected)
+            raise InputError("--from", self.phase_range.first, expected)
 
     def phase(self, phase: Phase) -> Sweep:
         """The sweep with the phase's own resources."""
@@ -102,7 +102,7 @@ class Sweep:
             self.display.say(f"      {title}: another sweep is making it{by}; waiting for that")
 
         joined = len(self.size.nodes) != 1  # several machines may mean the same file by one lock, or not
-        with in_turn(self.storage, artefact, wait, by_cluster=joined):
+        with artifact_lock(self.storage, artefact, wait, by_cluster=joined):
             yield
 
     @contextmanager

@@ -9,16 +9,16 @@ from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
 from orchestration.cluster.connect import cluster_address, connect, logs_folder
 from orchestration.common.hashing import digest
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from orchestration.common.terminal import Console
 from orchestration.preflight.checks import Prepared
 from orchestration.preflight.training import remarks
 from orchestration.recipe.dotted_keys import flatten
-from orchestration.recipe.phases import PHASES, WHOLE, Span
+from orchestration.recipe.phases import ALL_PHASES, PHASES, PhaseRange
 from orchestration.reporting import plots
 from orchestration.reporting.display import Display
-from orchestration.state.heartbeat import Journal
-from orchestration.state.lock import alone_here, alone_on_cluster
+from orchestration.state.heartbeat import Heartbeat
+from orchestration.state.lock import cluster_lock, local_lock
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
 from orchestration.sweep.allocation import allocation_phase
 from orchestration.sweep.artifacts import Allocated, Results
@@ -43,12 +43,12 @@ def run_sweep(
     *,
     address: str | None,
     recipe_name: str,
-    span: Span = WHOLE,
+    phase_range: PhaseRange = ALL_PHASES,
 ) -> list[Row]:
     """Dense → structured step → allocation, schedules, long run and INT8 of each method → registry → table.
 
     Args:
-        span: the phases to run; without the last one there is no table.
+        phase_range: the phases to run; without the last one there is no table.
 
     Raises:
         InputError: the cluster or MLflow cannot serve the recipe, or a run of its name is at work.
@@ -66,15 +66,15 @@ def run_sweep(
         "long_run": methods * bool(recipe.long_run),
         "quantize": methods * (recipe.quantize is not None),
     }
-    display.plan(sum(phases[phase] for phase in PHASES if span.reaches(phase)))
+    display.plan(sum(phases[phase] for phase in PHASES if phase_range.reaches(phase)))
     folder = tracking_folder(recipe.storage)
     name, root = recipe.name, folder_of(recipe.storage, recipe.name)
     with (
-        alone_here(recipe.storage, name),
+        local_lock(recipe.storage, name),
         server_for(recipe.tracking.uri, folder) as (uri, ready),
         connect(address) as size,
-        alone_on_cluster(root, name),
-        Journal(recipe.storage, name, display, logs_folder()),
+        cluster_lock(root, name),
+        Heartbeat(recipe.storage, name, display, logs_folder()),
     ):
         check_size(recipe, size)
         if cluster_address(address) is not None:
@@ -87,7 +87,7 @@ def run_sweep(
         storage.remove(f"{root}/{SCRATCH}")  # of a run that was killed
         try:
             store(recipe)
-            sweep = _open(prepared, display, tracker, size, span)
+            sweep = _open(prepared, display, tracker, size, phase_range)
             results = _run_phases(sweep)
             rows, decisions = ([], []) if results is None else _finish(sweep, results)
             tracker.close("FINISHED")
@@ -97,7 +97,9 @@ def run_sweep(
     display.close()
     if results is None:
         go_on = f"espalier resume {name} --storage {recipe.storage}"
-        out.print(f"done until {span.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False)
+        out.print(
+            f"done until {phase_range.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False
+        )
     else:
         print_end(out, sweep, rows, decisions, recipe_name)
     return rows
@@ -105,7 +107,7 @@ def run_sweep(
 
 def _run_phases(sweep: Sweep) -> Results | None:
     """Each phase for all methods; nothing where the command ends before the last of them."""
-    recipe, reaches = sweep.recipe, sweep.span.reaches
+    recipe, reaches = sweep.recipe, sweep.phase_range.reaches
     original = dense = dense_phase(sweep)
     structured = None
     if recipe.structured is not None and reaches("structured"):
@@ -180,10 +182,12 @@ def _finish(sweep: Sweep, results: Results) -> tuple[list[Row], list[Decision]]:
     return rows, decisions
 
 
-def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, span: Span) -> Sweep:
+def _open(
+    prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, phase_range: PhaseRange
+) -> Sweep:
     recipe = prepared.recipe
     content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
-    shown = public(content)
+    shown = redact(content)
     lineage = {
         "git_commit": git_commit(),
         "data": prepared.data_hash,
@@ -199,7 +203,7 @@ def _open(prepared: Prepared, display: Display, tracker: Tracker, size: ClusterS
         display=display,
         run="",
         lineage=lineage,
-        span=span,
+        phase_range=phase_range,
     )
     same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
     known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"

@@ -1,29 +1,32 @@
-"""Before anything is logged: does an MLflow answer there, and to us?"""
+"""Check of an MLflow server before anything is logged: it answers, and it lets us in."""
 
 from __future__ import annotations
 
 import os
 
-from orchestration.common.redaction import without_password, without_places
+from orchestration.common.redaction import strip_paths
 from orchestration.tracking.server import answers, quiet_environment
 from pruners.errors import InputError, first_line
+from pruners.redaction import strip_credentials
 from trainers.remote_calls import look
 
 _DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
 
 
 def check_uri(uri: str) -> None:
-    """Raises:
-    InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
+    """Check that MLflow answers at an address, and lets us in.
+
+    Raises:
+        InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
     """
     if uri.startswith(("http://", "https://")):
         if not answers(uri, timeout=5.0):
-            raise InputError("tracking.uri", without_password(uri), "no MLflow server answers there")
+            raise InputError("tracking.uri", strip_credentials(uri), "no MLflow server answers there")
         _check_login(uri)
     elif uri.startswith(_DATABASES):
         _check_login(uri)
     elif "://" not in uri or not uri.startswith(("sqlite:", "file:", "databricks", "postgresql", "mysql")):
-        raise InputError("tracking.uri", without_password(uri), "must be an MLflow URI, as http://host:5000")
+        raise InputError("tracking.uri", strip_credentials(uri), "must be an MLflow URI, as http://host:5000")
 
 
 def _check_login(uri: str) -> None:
@@ -39,13 +42,13 @@ def _check_login(uri: str) -> None:
     try:
         look(uri, ask)
     except TimeoutError as error:
-        raise InputError("tracking.uri", without_password(uri), f"does not answer ({error})") from None
+        raise InputError("tracking.uri", strip_credentials(uri), f"does not answer ({error})") from None
     except ImportError as error:  # of a database's driver
-        raise InputError("tracking.uri", without_password(uri), f"is of no use ({error})") from None
+        raise InputError("tracking.uri", strip_credentials(uri), f"is of no use ({error})") from None
     except MlflowException as error:
         known = "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of who may use it"
         refused = error.get_http_status_code() in {401, 403}  # type: ignore[no-untyped-call]
-        said = without_places(first_line(error))[:200]
+        reason = strip_paths(first_line(error))[:200]
         raise InputError(
-            "tracking.uri", without_password(uri), known if refused else f"is of no use ({said})"
+            "tracking.uri", strip_credentials(uri), known if refused else f"is of no use ({reason})"
         ) from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestration.common.redaction import public
+from orchestration.common.redaction import redact
 from trainers import storage
 from trainers.config.data import DataSettings
 from trainers.sources.files import split_glob
@@ -29,15 +29,20 @@ class Dataset:
     @property
     def source_type(self) -> str:
         """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
-        scheme, found, _ = self.source.partition("://")
-        return scheme if found else "local"
+        scheme, separator, _ = self.source.partition("://")
+        return scheme if separator else "local"
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
-    """Those that a sweep reads; validation images held out of train are counted there.
+    """The parts of the images that a sweep reads; validation images held out of train are counted there.
 
     Args:
+        data: where the images are.
+        data_hash: of the data as a whole.
         name: of the data as a whole, if it is known by one.
+
+    Returns:
+        A data set for each part.
     """
     return list(_datasets(data, data_hash[:12], name))
 
@@ -49,7 +54,7 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
             continue
         stem = known or _stem(uri)
         name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
-        yield Dataset(name, digest, public(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
+        yield Dataset(name, digest, redact(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
 
 
 def _stem(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a registered version comes from, and what that comes from: the chain, as lines."""
+"""The ancestry of a registered version: the versions that it comes from, as lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chain(registry: Registry, reference: str) -> Iterator[Version]:
 
 
 def lines(registry: Registry, reference: str) -> Iterator[str]:
-    """The chain for people, youngest first."""
+    """Format the ancestry of a version, newest first."""
     for version in chain(registry, reference):
         tags = version.tags
         carries = f"  @{', @'.join(version.aliases)}" if version.aliases else ""

@@ -14,11 +14,11 @@ def all_pages(search: Callable[..., Any], *arguments: Any) -> list[Any]:
     Its pages are places in an order: what changes the order (runs deleted, or given another status that the
     search asks for) must wait until all are read.
     """
-    found: list[Any] = []
+    items: list[Any] = []
     token: str | None = None
     while True:
         page = search(*arguments, max_results=PAGE, page_token=token)
-        found += page
+        items += page
         token = page.token
         if not token:
-            return found
+            return items

@@ -1,4 +1,4 @@
-"""Which version carries an alias: by rule, measured on the same data, told in one line."""
+"""The version that carries an alias: decided by rule, on figures of the same data, shown in one line."""
 
 from __future__ import annotations
 
@@ -41,8 +41,19 @@ def level_alias(sparsity: float) -> str:
 
 
 def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> list[Decision]:
-    """The aliases after a sweep that made these versions: ``champion``, then that of each sparsity."""
-    levels = [level_alias(version.sparsity) for version in sorted(versions, key=lambda one: -one.sparsity)]
+    """Move the aliases after a sweep that made these versions: ``champion``, then that of each sparsity.
+
+    Args:
+        registry: that holds the versions.
+        versions: those that the sweep registered.
+        rule: which version may become champion.
+
+    Returns:
+        A decision for each alias that a version is fit for.
+    """
+    levels = [
+        level_alias(version.sparsity) for version in sorted(versions, key=lambda version: -version.sparsity)
+    ]
     decisions = []
     for alias in dict.fromkeys([CHAMPION, *levels]):
         fit = [version for version in versions if _unfit(version, alias, rule) is None]
@@ -53,14 +64,25 @@ def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> 
 
 
 def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Version:
-    """The best version for an alias of those that can be compared with the one that carries it.
+    """The best version for an alias, of those that can be compared with its holder.
+
+    Args:
+        registry: that holds the versions.
+        model: name of the registered model.
+        alias: ``champion``, or one of a sparsity.
+        rule: which version may become champion.
+
+    Returns:
+        The best by validation.
 
     Raises:
         InputError: there is none that the rule lets.
     """
     holder = registry.holder(model, alias)
-    versions = [one for one in registry.versions(model) if holder is None or one.data == holder.data]
-    fit = [one for one in versions if _unfit(one, alias, rule) is None]
+    versions = [
+        version for version in registry.versions(model) if holder is None or version.data == holder.data
+    ]
+    fit = [version for version in versions if _unfit(version, alias, rule) is None]
     if not fit:
         asked = alias if _LEVEL.fullmatch(alias) else f"{100 * (rule.sparsity or 0):g} % zeros"
         raise InputError("NAME", model, f"has no version with {asked} for @{alias}")
@@ -70,17 +92,30 @@ def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Versi
 def promote(
     registry: Registry, candidate: Version, alias: str, rule: Promotion, *, force: bool = False
 ) -> Decision:
-    """Give a version the alias if the rule lets it, or by force; whatever carried it before loses it."""
+    """Give a version the alias if the rule lets it, or by force; its holder loses it.
+
+    Args:
+        registry: that holds the version.
+        candidate: the version.
+        alias: ``champion``, or one of a sparsity.
+        rule: which version may become champion.
+        force: give it whatever the rule says.
+
+    Returns:
+        The decision, with its reason.
+    """
     holder = registry.holder(candidate.model, alias)
     if holder is not None and holder.version == candidate.version:
-        return Decision(alias, candidate, holder, f"{_told(holder)} carries it already")
+        return Decision(alias, candidate, holder, f"{_format_version(holder)} carries it already")
     against = None if force else _unfit(candidate, alias, rule) or _beaten(candidate, holder, alias, rule)
     if against is not None:
         stays = f"stays with version {holder.version}" if holder is not None else "stays free"
         return Decision(alias, candidate, holder, f"{stays}: {against}")
     registry.set_alias(candidate, alias)
-    before = f" takes it over from {_told(holder)}" if holder is not None else " takes it"
-    return Decision(alias, candidate, candidate, f"{_told(candidate)}{before}{', by force' if force else ''}")
+    before = f" takes it over from {_format_version(holder)}" if holder is not None else " takes it"
+    return Decision(
+        alias, candidate, candidate, f"{_format_version(candidate)}{before}{', by force' if force else ''}"
+    )
 
 
 def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
@@ -100,7 +135,7 @@ def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promot
         return None
     if not candidate.data or candidate.data != holder.data:
         ours, theirs = (
-            f"data {one.data}" if one.data else "data not recorded" for one in (candidate, holder)
+            f"data {version.data}" if version.data else "data not recorded" for version in (candidate, holder)
         )
         return f"it was measured on other images ({theirs}) than version {candidate.version} ({ours})"
     if candidate.rank > holder.rank:
@@ -115,7 +150,7 @@ def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promot
     )
 
 
-def _told(version: Version) -> str:
+def _format_version(version: Version) -> str:
     return (
         f"version {version.version} ({_percent(version)} on validation, {100 * version.sparsity:.4g} % zeros)"
     )

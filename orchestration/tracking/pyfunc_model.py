@@ -1,4 +1,4 @@
-"""What makes a folder of weights an MLflow model too: a few small files beside them, and no pickle."""
+"""Files that make a folder of weights an MLflow model too, with no pickle among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of registered models: which there are, what they say of themselves, and which carry an alias."""
+"""Versions of registered models: which there are, their tags and figures, and which carry an alias."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestration.common.redaction import without_password
 from orchestration.recipe.schema import Promotion
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import quiet_environment
 from orchestration.tracking.tracker import Tracker
 from pruners.errors import InputError, did_you_mean, first_line
+from pruners.redaction import strip_credentials
 from trainers.config.structured import words
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ class Version:
 
     def _number(self, tag: str, otherwise: float) -> float:
         try:
-            found = float(self.tags.get(tag, otherwise))
+            number = float(self.tags.get(tag, otherwise))
         except ValueError:
             return otherwise
-        return otherwise if math.isnan(found) else found
+        return otherwise if math.isnan(number) else number
 
 
 class Registry:
@@ -97,7 +97,7 @@ class Registry:
         aliases: dict[str, list[str]] = {}
         for alias, version in dict(registered.aliases).items():
             aliases.setdefault(str(version), []).append(alias)
-        found = [
+        listed = [
             Version(
                 model,
                 str(entry.version),
@@ -107,7 +107,7 @@ class Registry:
             )
             for entry in all_pages(self._client.search_model_versions, f"name='{model}'")
         ]
-        return sorted(found, key=lambda version: -int(version.version))
+        return sorted(listed, key=lambda version: -int(version.version))
 
     def resolve(self, reference: str) -> Version:
         """The version that ``models:/NAME@alias`` or ``models:/NAME/2`` names.
@@ -117,15 +117,17 @@ class Registry:
         """
         name, alias, version = parse(reference)
         versions = self.versions(name)
-        for one in versions:
-            if one.version == version or alias in one.aliases:
-                return one
-        there = [one.version for one in versions] + [f"@{name}" for one in versions for name in one.aliases]
-        raise InputError("model", reference, f"no such version; there is {', '.join(there) or 'none'}")
+        for known in versions:
+            if known.version == version or alias in known.aliases:
+                return known
+        choices = [known.version for known in versions] + [
+            f"@{name}" for known in versions for name in known.aliases
+        ]
+        raise InputError("model", reference, f"no such version; there is {', '.join(choices) or 'none'}")
 
     def holder(self, model: str, alias: str) -> Version | None:
         """The version that carries an alias."""
-        return next((one for one in self.versions(model) if alias in one.aliases), None)
+        return next((version for version in self.versions(model) if alias in version.aliases), None)
 
     def set_alias(self, version: Version, alias: str) -> None:
         """Whatever carried it before loses it."""
@@ -143,19 +145,19 @@ class Registry:
 
     def runs_above(self, run: str) -> list[str]:
         """A version's run and those that it is nested in; the last is the sweep's."""
-        found: list[str] = []
-        while run and run not in found and len(found) < _LEVELS:
-            found.append(run)
+        runs: list[str] = []
+        while run and run not in runs and len(runs) < _LEVELS:
+            runs.append(run)
             run = str(self._client.get_run(run).data.tags.get("mlflow.parentRunId", ""))
-        return found
+        return runs
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[Registry]:
-    """The registry of an MLflow; what it refuses, or does not answer, is one line.
+def open_registry(uri: str) -> Iterator[Registry]:
+    """The registry of an MLflow; whatever it refuses, or does not answer, becomes one line.
 
     Raises:
-        InputError: see above.
+        InputError: MLflow refused something within the block.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -164,17 +166,19 @@ def opened(uri: str) -> Iterator[Registry]:
     try:
         yield Registry(mlflow.MlflowClient(uri))
     except MlflowException as error:
-        raise InputError("MLflow", without_password(uri), f"refuses ({refusal(error, uri)})") from None
+        raise InputError("MLflow", strip_credentials(uri), f"refuses ({refusal(error, uri)})") from None
 
 
 def refusal(error: Exception, uri: str) -> str:
     """What MLflow says, in one line and without the password that its messages repeat."""
-    return first_line(error).replace(uri.rstrip("/"), without_password(uri).rstrip("/"))
+    return first_line(error).replace(uri.rstrip("/"), strip_credentials(uri).rstrip("/"))
 
 
 def check_name(name: str, key: str) -> None:
-    """Raises:
-    InputError: a name that MLflow gives no registered model, or that no ``models:/NAME@alias`` can say.
+    """Check that MLflow takes a name for a registered model.
+
+    Raises:
+        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils.validation import _validate_model_name
@@ -190,8 +194,10 @@ def check_name(name: str, key: str) -> None:
 
 
 def check_alias(alias: str, key: str) -> None:
-    """Raises:
-    InputError: an alias that MLflow does not take.
+    """Check that MLflow takes an alias.
+
+    Raises:
+        InputError: it does not.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.utils import validation
@@ -209,10 +215,10 @@ def parse(reference: str) -> tuple[str, str, str]:
     Raises:
         InputError: neither of the two.
     """
-    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
-    if found is None:
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if match is None:
         raise InputError("model", reference, "must be models:/NAME@alias or models:/NAME/VERSION")
-    return found[1], found[2] or "", found[3] or ""
+    return match[1], match[2] or "", match[3] or ""
 
 
 ARTIFACT = "checkpoint"
@@ -231,9 +237,17 @@ _LINEAGE = {
 def register(
     tracker: Tracker, model: str, run: str, tags: Mapping[str, str], artifact: str = ARTIFACT
 ) -> str:
-    """Make a checkpoint artifact of a run a version of ``model``, once; returns the version.
+    """Make a checkpoint artifact of a run a version of a model, once; an old version gets the tags it lacks.
 
-    A version of before gets the tags that it lacks.
+    Args:
+        tracker: of the MLflow that holds the run.
+        model: name of the registered model.
+        run: the run's id.
+        tags: of the version.
+        artifact: the artifact's name.
+
+    Returns:
+        The version's number.
     """
     from mlflow.exceptions import MlflowException
 
@@ -260,13 +274,13 @@ def register(
 
 def versions(uri: str) -> list[Version]:
     """All registered versions, by model, newest first."""
-    with opened(uri) as registry:
+    with open_registry(uri) as registry:
         return [version for name in sorted(registry.names()) for version in registry.versions(name)]
 
 
 def version_of(reference: str, uri: str) -> str:
     """``models:/NAME/2`` for what an alias names now."""
-    with opened(uri) as registry:
+    with open_registry(uri) as registry:
         return registry.resolve(reference).uri
 
 
@@ -284,14 +298,14 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
     client = mlflow.MlflowClient(uri)
     with TemporaryDirectory(prefix="espalier-") as target:
         try:
-            found = (
+            entry = (
                 client.get_model_version_by_alias(name, alias)
                 if alias
                 else client.get_model_version(name, version)
             )
             # by the client, as mlflow.artifacts goes by a URI that is global to the process
-            artifact = dict(found.tags).get("artifact", ARTIFACT)
-            folder = Path(client.download_artifacts(str(found.run_id), artifact, target))
+            artifact = dict(entry.tags).get("artifact", ARTIFACT)
+            folder = Path(client.download_artifacts(str(entry.run_id), artifact, target))
         except (MlflowException, OSError) as error:
             reason = f"cannot be had from the registry ({refusal(error, uri)})"
             raise InputError("model", reference, reason) from None

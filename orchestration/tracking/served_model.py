@@ -44,13 +44,15 @@ class ServedModel(PythonModel):
 
     @torch.inference_mode()
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """A row for each encoded image (PNG, JPEG, …) of the column ``image``.
+        """Class, label and probabilities of each image.
+
+        Args:
+            context: MLflow's; not used.
+            model_input: a row for each image, its bytes in the column ``image``.
+            params: MLflow's; not used.
 
         Returns:
-            ``class`` (its index), ``label`` (its name, or ``None``) and ``probabilities`` (of all classes).
-
-        Raises:
-            ValueError: an image that cannot be decoded, by its row.
+            A row for each image: ``class``, ``label``, ``probabilities``.
         """
         rows = []
         for begin in range(0, len(model_input), _TOGETHER):

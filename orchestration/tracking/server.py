@@ -22,8 +22,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from orchestration.common import defaults
 from orchestration.common.network import LOOPBACK, reserve
-from orchestration.common.redaction import without_password
+from pruners.redaction import strip_credentials
 from trainers import storage
 
 DEFAULT_PORT = 5000
@@ -47,8 +48,8 @@ class _Files:
 
     def read(self) -> dict[str, Any]:
         """Where the server is, and the ``pid`` of its keeper; of one of before, unless the keeper lives."""
-        found: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
-        return found
+        content: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
+        return content
 
 
 @dataclass
@@ -69,8 +70,10 @@ class Server:
         return self.keeper is None
 
     def wait_ready(self) -> None:
-        """Raises:
-        RuntimeError: it ended, or did not answer in time.
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended, or did not answer in time.
         """
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline:
@@ -83,7 +86,7 @@ class Server:
         raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
 
     def lives(self) -> bool:
-        """Whether it is kept up."""
+        """Whether the server's keeper is there."""
         files = _Files(self.folder)
         with FileLock(files.start):
             held = _locked(files.keeper)
@@ -115,10 +118,10 @@ class Server:
             self.keeper.wait(_END_SECONDS)
 
 
-def tracking_folder(place: str) -> Path:
+def tracking_folder(storage_uri: str) -> Path:
     """Where a server of ours keeps its files: beside the results, or here if those are remote."""
-    where = storage.absolute(place).removeprefix("file://")
-    return Path("runs" if "://" in where else where).absolute() / "mlflow"
+    where = storage.absolute(storage_uri).removeprefix("file://")
+    return Path(defaults.STORAGE if "://" in where else where).absolute() / "mlflow"
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
@@ -172,13 +175,13 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
 
 def _locked(file: Path) -> int | None:
     """The file's lock, or nothing where somebody holds it."""
-    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(found)
+        os.close(descriptor)
         return None
-    return found
+    return descriptor
 
 
 def _shared(file: Path) -> int:
@@ -187,24 +190,24 @@ def _shared(file: Path) -> int:
     Raises:
         RuntimeError: it does not end.
     """
-    found = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + 2 * _END_SECONDS
     while True:
         try:
-            fcntl.flock(found, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(found)
+                os.close(descriptor)
                 raise RuntimeError(f"the MLflow server of {file.parent} is ending, and does not") from None
             time.sleep(0.1)
         else:
-            return found
+            return descriptor
 
 
 def answers(uri: str, timeout: float) -> bool:
     """Whether an HTTP server answers at all (asking for a password is an answer)."""
     try:
-        with urllib.request.urlopen(f"{without_password(uri).rstrip('/')}/health", timeout=timeout):
+        with urllib.request.urlopen(f"{strip_credentials(uri).rstrip('/')}/health", timeout=timeout):
             return True
     except urllib.error.HTTPError as error:
         return error.code in {401, 403}

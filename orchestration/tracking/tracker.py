@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orchestration.common.redaction import public, without_password
+from orchestration.common.redaction import redact
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import answers, quiet_environment, start_server
+from pruners.redaction import strip_credentials
 from trainers.storage import MARKS
 
 if TYPE_CHECKING:
@@ -92,23 +93,33 @@ class Tracker:
         """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             # the kind decides which view the UI opens it in
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
                 return str(self.client.create_experiment(name, tags=tags))
             except MlflowException:
-                found = self.client.get_experiment_by_name(name)
-                if found is None:
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:
                     raise
-        if found.lifecycle_stage == "deleted":  # else another sweep was quicker
-            self.client.restore_experiment(found.experiment_id)
+        if experiment.lifecycle_stage == "deleted":  # else another sweep was quicker
+            self.client.restore_experiment(experiment.experiment_id)
             self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def start(self, name: str, parent: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """A new run, nested under ``parent``; returns its id."""
+        """Begin a run.
+
+        Args:
+            name: shown in the UI.
+            parent: id of the run that it is nested under, if any.
+            params: logged with it.
+            tags: of the run.
+
+        Returns:
+            The run's id.
+        """
         return self._sender.submit(self._start, name, parent, dict(params), dict(tags)).result()
 
     def _start(self, name: str, parent: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
@@ -116,7 +127,7 @@ class Tracker:
 
         tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
         run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        entries = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in params.items()]
+        entries = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in params.items()]
         self._log_all(run, [], entries)
         self._open.add(run)
         return run
@@ -134,7 +145,7 @@ class Tracker:
             if not made:
                 made.append(self.client.create_run(self.experiment, began, tags, run.name).info.run_id)
             points = [Metric(_safe(key), float(value), ended, 0) for key, value in run.metrics.items()]
-            params = [Param(_safe(key), str(public(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
+            params = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in run.params.items()]
             self._log_all(made[0], points, params)
             self.client.set_terminated(made[0], run.status, ended)
             return made[0]
@@ -142,19 +153,27 @@ class Tracker:
         return self._send(send)
 
     def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
-        """Runs below a run that are ``known`` by the value of a tag: value -> id.
+        """Find the runs below a run by the value of a tag; delete those that are not known.
 
-        Others are deleted: those left half said, and those of trials that were logged here and, as the driver
-        or its storage failed, nowhere else; they run again.
+        Deleted are runs left half written, and those of trials that were logged here and nowhere else as the
+        driver or its storage failed: their trials run again.
+
+        Args:
+            run: the parent's id.
+            tag: names the children.
+            known: the tag's values that may stay.
+
+        Returns:
+            The tag's value -> the run's id.
         """
-        found: dict[str, str] = {}
+        children: dict[str, str] = {}
         for child in self._search(f"tags.`mlflow.parentRunId` = '{run}'"):
             value: str | None = child.data.tags.get(tag)
-            if value is None or child.info.end_time is None or value not in known or value in found:
+            if value is None or child.info.end_time is None or value not in known or value in children:
                 self.client.delete_run(child.info.run_id)
             else:
-                found[value] = child.info.run_id
-        return found
+                children[value] = child.info.run_id
+        return children
 
     def _search(self, condition: str) -> list[Run]:
         return all_pages(self.client.search_runs, [self.experiment], condition)
@@ -164,29 +183,33 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self.client.get_run(run)
+            known_run = self.client.get_run(run)
         except MlflowException:
             return False
-        if found.info.lifecycle_stage == "deleted":
+        if known_run.info.lifecycle_stage == "deleted":
             self.client.restore_run(run)
-            self._say(f"the MLflow run {found.info.run_name} had been deleted; it is restored")
+            self._say(f"the MLflow run {known_run.info.run_name} had been deleted; it is restored")
         return True
 
     def has(self, run: str, artifact: str) -> bool:
         """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
         folder = artifact.rpartition("/")[0] or None
-        return any(found.path == artifact for found in self.client.list_artifacts(run, folder))
+        return any(entry.path == artifact for entry in self.client.list_artifacts(run, folder))
 
     def resume(
         self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
     ) -> bool:
-        """Go on with a run of before; ``False`` if this server does not know it.
+        """Go on with a run of before.
 
         Args:
+            run: its id.
             end_below: runs below it that a killed process left open are ended; those that go on are resumed
                 in their turn.
             parent, sweep: of who goes on with it. Where another sweep had begun it, it is nested there from
                 now on: that sweep, when it is resumed, would end it as left open.
+
+        Returns:
+            Whether this server knows the run.
         """
         if not self.knows(run):
             return False
@@ -233,10 +256,19 @@ class Tracker:
             self._send(self.client.set_tag, run, key, value)
 
     def figure(self, run: str, figure: Figure, name: str) -> None:
+        """Log a picture of matplotlib's.
+
+        Args:
+            run, figure, name: the run's id, the picture, the file's name without ``.png``.
+        """
         self._send(self.client.log_figure, run, figure, f"figures/{name}.png")
 
     def table(self, run: str, content: Any, name: str) -> None:
-        """A JSON artifact."""
+        """Log ``content`` as the JSON artifact ``name`` of a run.
+
+        Args:
+            run, content, name: the run's id, what JSON can hold, the file's name.
+        """
         self._send(self.client.log_dict, run, content, name)
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
@@ -249,15 +281,15 @@ class Tracker:
             [
                 entities.DatasetInput(
                     entities.Dataset(
-                        name=one.name,
-                        digest=one.digest,
-                        source_type=one.source_type,
-                        source=json.dumps({"uri": one.source}),
-                        profile=json.dumps({"num_rows": one.rows}),
+                        name=dataset.name,
+                        digest=dataset.digest,
+                        source_type=dataset.source_type,
+                        source=json.dumps({"uri": dataset.source}),
+                        profile=json.dumps({"num_rows": dataset.rows}),
                     ),
-                    [entities.InputTag("mlflow.data.context", one.context)],
+                    [entities.InputTag("mlflow.data.context", dataset.context)],
                 )
-                for one in datasets
+                for dataset in datasets
             ],
         )
 
@@ -275,8 +307,14 @@ class Tracker:
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
     def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
-        """A folder as artifact; returns when it is there. Files named in ``marks`` come last, so that an
-        artifact that has one has all: also where we are killed on the way."""
+        """Log a folder as artifact; returns when it is there.
+
+        Args:
+            run: the run's id.
+            folder: on this machine.
+            name: of the artifact.
+            marks: files that come last: an artifact that has one is whole, also where we were killed.
+        """
 
         def send() -> None:
             for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in marks, entry.name)):
@@ -293,7 +331,7 @@ class Tracker:
 
     def link(self, run: str) -> str:
         """Where the UI shows a run."""
-        return f"{without_password(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
+        return f"{strip_credentials(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
 
     def flush(self) -> None:
         """Wait until everything is sent.

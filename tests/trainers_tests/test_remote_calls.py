@@ -15,7 +15,7 @@ import pytest
 from commands import Run
 
 from pruners.errors import InputError, first_line
-from pruners.redaction import without_secrets
+from pruners.redaction import strip_secrets
 from trainers import remote_calls as looks
 from trainers import storage
 from trainers.sources.files import table_files
@@ -136,7 +136,7 @@ def test_a_device_is_no_table(uri: str) -> None:
     ],
 )
 def test_secrets_are_cut(text: str, shown: str) -> None:
-    assert without_secrets(text) == shown
+    assert strip_secrets(text) == shown
     assert first_line(ValueError(text)) == shown
     error = InputError("data.train", text, f"no such file {text}")
     for secret in ("secret@", "=abc"):

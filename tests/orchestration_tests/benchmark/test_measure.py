@@ -41,10 +41,10 @@ def report(
     return Report(rows, Place(1), 3, loss, None, same_size, machine, 0.1)
 
 
-def said(found: Report) -> str:
+def text_of(benchmark: Report) -> str:
     console = Console(width=150, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    console.print(found.table())
-    return console.export_text() + "\n".join([*found.words(), *found.recommendations()])
+    console.print(benchmark.table())
+    return console.export_text() + "\n".join([*benchmark.words(), *benchmark.recommendations()])
 
 
 # taking turns
@@ -58,7 +58,7 @@ class Timed:
 
     def seconds(self, batch: int, calls: int) -> float:
         self._log.append((self._name, batch, calls))
-        if len([one for one in self._log if one[0] == self._name]) > self._last:
+        if len([entry for entry in self._log if entry[0] == self._name]) > self._last:
             raise EngineError("out of memory\nat some place")
         return self._takes * batch
 
@@ -74,9 +74,11 @@ def test_all_take_turns_in_every_round() -> None:
     }
     rounds = [log[i : i + 4] for i in range(0, len(log), 4)]
     assert len(rounds) == 6
-    for one in rounds:
-        assert {(name, batch) for name, batch, _ in one} == {("a", 1), ("a", 4), ("b", 1), ("b", 4)}
-    assert len({tuple(one) for one in rounds[1:]}) > 1, "always the same order: one always follows the same"
+    for order in rounds:
+        assert {(name, batch) for name, batch, _ in order} == {("a", 1), ("a", 4), ("b", 1), ("b", 4)}
+    assert len({tuple(order) for order in rounds[1:]}) > 1, (
+        "always the same order: one always follows the same"
+    )
     assert {(name, batch): calls for name, batch, calls in log[4:]} == {
         ("a", 1): 50,
         ("a", 4): 12,
@@ -99,8 +101,8 @@ def test_who_breaks_off_is_left_out() -> None:
 def test_what_is_no_answer_agrees_nowhere() -> None:
     expected = np.array([[1.0, 2.0], [3.0, -1.0]], np.float32)
     assert Agreement.of(expected, expected) == Agreement(0.0, 0.0, 1.0)
-    for found in (expected[:1], expected * np.nan, expected * np.inf, np.zeros((2, 3), np.float32)):
-        assert not any(Agreement.of(found, expected).holds(kind) for kind in TOLERANCE)
+    for answers in (expected[:1], expected * np.nan, expected * np.inf, np.zeros((2, 3), np.float32)):
+        assert not any(Agreement.of(answers, expected).holds(kind) for kind in TOLERANCE)
     half = Agreement.of(expected[::-1].copy(), expected)
     assert (half.top1, half.largest) == (0.0, 3.0)
 
@@ -110,8 +112,8 @@ def test_what_is_no_answer_agrees_nowhere() -> None:
 def test_the_difference_is_relative(exponent: float, kind: str) -> None:
     expected = np.random.default_rng(0).normal(0, 10**exponent, (20, 5))
     for share, holds in ((0.9, True), (1.1, False)):
-        found = expected * (1 + share * TOLERANCE[kind])
-        assert Agreement.of(found, expected.astype(np.float64)).holds(kind) is holds  # type: ignore[arg-type]
+        answers = expected * (1 + share * TOLERANCE[kind])
+        assert Agreement.of(answers, expected.astype(np.float64)).holds(kind) is holds  # type: ignore[arg-type]
 
 
 # what is said
@@ -122,16 +124,16 @@ def test_a_wrong_answer_is_never_called_fast() -> None:
         row("pruned", INT8, 0.1, sparsity=0.5, top1=0.9), seconds=(), agreement=Agreement(9.0, 0.5, 0.1)
     )
     noted = replace(wrong, note=f"wrong answers: {wrong.agreement}")
-    found = report(row("dense", TORCH, 5, top1=0.9), row("dense", ORT, 3, top1=0.9), noted)
+    benchmark = report(row("dense", TORCH, 5, top1=0.9), row("dense", ORT, 3, top1=0.9), noted)
     assert wrong.wrong
-    assert not found.right
-    best = found.recommended(1)
+    assert not benchmark.right
+    best = benchmark.recommended(1)
     assert best is not None
     assert (best.model, best.choice) == ("dense", ORT)
-    text = said(found)
+    text = text_of(benchmark)
     assert "pruned on onnxruntime:int8: wrong answers" in text
     assert "wrong" in text.partition("50 % zeros")[2].splitlines()[0]
-    assert json.loads(json.dumps(found.as_json()))["rows"][2]["seconds"] is None
+    assert json.loads(json.dumps(benchmark.as_json()))["rows"][2]["seconds"] is None
 
 
 def test_the_recommendation_keeps_the_accuracy() -> None:
@@ -149,7 +151,7 @@ def test_the_recommendation_keeps_the_accuracy() -> None:
     ]
     assert report(*rows, loss=0.03).recommended(1) is rows[3]
     assert report(*rows, loss=0.0).recommended(1) is rows[1]
-    unknown = [replace(one, top1=None) for one in rows]
+    unknown = [replace(timed, top1=None) for timed in rows]
     assert "without --data" in next(report(*unknown).recommendations())
 
 
@@ -181,7 +183,7 @@ def test_a_gain_is_larger_than_the_noise() -> None:
 
 
 def test_times_are_readable() -> None:
-    assert [milliseconds(one) for one in (0.00012345, 0.0123456, 0.1234, 12.345)] == [
+    assert [milliseconds(seconds) for seconds in (0.00012345, 0.0123456, 0.1234, 12.345)] == [
         "0.123",
         "12.3",
         "123",
@@ -190,9 +192,9 @@ def test_times_are_readable() -> None:
 
 
 def test_a_busy_machine_is_told() -> None:
-    found = report(row("dense", TORCH, 5))
-    assert "busy" not in said(found)
-    assert "busy" in said(replace(found, machine={**found.machine, "load": 3.0}))
+    benchmark = report(row("dense", TORCH, 5))
+    assert "busy" not in text_of(benchmark)
+    assert "busy" in text_of(replace(benchmark, machine={**benchmark.machine, "load": 3.0}))
 
 
 def test_the_picture_shows_the_front() -> None:
@@ -207,8 +209,8 @@ def test_the_picture_shows_the_front() -> None:
 
 
 def test_the_machine_has_no_name() -> None:
-    found = describe_machine()
-    assert found["cores"] == os.cpu_count()
-    assert found["memory"] > 2**28
-    assert found["processor"]
-    assert os.uname().nodename not in json.dumps(found)
+    machine = describe_machine()
+    assert machine["cores"] == os.cpu_count()
+    assert machine["memory"] > 2**28
+    assert machine["processor"]
+    assert os.uname().nodename not in json.dumps(machine)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from orchestration.benchmark import models as variants
+from orchestration.benchmark.models import labels
 from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.config.engines import Choice
-from trainers.engines import registry as engines
+from trainers.engines import registry
 from trainers.engines.registry import ENGINES, Place
 
 
@@ -44,20 +44,22 @@ def test_options_that_cannot_work(options: dict[str, Any], says: tuple[str, ...]
 
 
 def test_what_is_asked_for_is_understood() -> None:
-    found = BenchmarkOptions(
+    options = BenchmarkOptions(
         ("a",), "torch:bfloat16, onnxruntime:int8,torch:bfloat16", batch="64,1,1", loss="2.5%", threads=1
     )
-    assert found.choices == (Choice("torch", "bfloat16"), Choice("onnxruntime", "int8"))
-    assert (found.batches, found.tolerated, found.place) == ((1, 64), 0.025, Place(1))
-    assert replace(found, loss="0.01").tolerated == 0.01
+    assert options.choices == (Choice("torch", "bfloat16"), Choice("onnxruntime", "int8"))
+    assert (options.batches, options.tolerated, options.hardware) == ((1, 64), 0.025, Place(1))
+    assert replace(options, loss="0.01").tolerated == 0.01
     usual = BenchmarkOptions(("a",)).choices
     assert [choice.engine for choice in usual] == [name for name in ENGINES if name != "2:4"]
     assert {choice.kind for choice in usual} == {"float32"}
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "onnxruntime" else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
+    )
     assert "onnxruntime" not in {choice.engine for choice in BenchmarkOptions(("a",)).choices}
     with pytest.raises(InputError, match=r"needs onnxruntime.*pip install 'espalier\[deploy\]'"):
         BenchmarkOptions(("a",), "onnxruntime").check()
@@ -68,19 +70,19 @@ def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> N
         def get_property(self, *_: str) -> list[str]:
             return ["FP32"]
 
-    monkeypatch.setattr(engines, "openvino_core", Core)
+    monkeypatch.setattr(registry, "openvino_core", Core)
     for kind in ("bfloat16", "int8-bfloat16"):
         with pytest.raises(InputError, match="this processor has no bfloat16"):
             BenchmarkOptions(("a",), f"openvino:{kind}", calibration="train.parquet").check()
 
 
 def test_names_tell_models_apart() -> None:
-    assert variants.labels(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
-    assert variants.labels(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
-    assert variants.labels(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
+    assert labels(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
+    assert labels(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
+    assert labels(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
     with pytest.raises(InputError, match="same model twice"):
-        variants.labels(["/a/b", "/a/b"])
+        labels(["/a/b", "/a/b"])
 
 
 def test_places_of_one_processor_are_pinned() -> None:
-    assert BenchmarkOptions(("a",), threads=1).place == Place(1, "cpu")
+    assert BenchmarkOptions(("a",), threads=1).hardware == Place(1, "cpu")

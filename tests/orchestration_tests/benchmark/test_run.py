@@ -35,7 +35,9 @@ def tamper(folder: Path) -> None:
     """One weight of an exported model is another, and its checksum is the new file's."""
     path = folder / "model.onnx"
     model = onnx.load(path)
-    weight = next(one for one in model.graph.initializer if "head" in one.name and len(one.dims) == 2)
+    weight = next(
+        tensor for tensor in model.graph.initializer if "head" in tensor.name and len(tensor.dims) == 2
+    )
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
     onnx.save(model, path)
     edit_json(folder / "export.json", files={"model.onnx": hashlib.sha256(path.read_bytes()).hexdigest()})
@@ -54,10 +56,10 @@ def test_models_on_engines(run: Run, files: Path) -> None:
     assert "dense on csr:float32: no linear layer has 50 % zeros" in out
     assert "batch 1: " in out
     assert "1 thread on 1 processor" in out
-    found = json.loads(Path("found.json").read_text())
+    content = json.loads(Path("found.json").read_text())
     assert str(files) not in Path("found.json").read_text()
-    rows = {(one["model"], one["engine"], one["batch"]): one for one in found["rows"]}
-    timed = {key for key, one in rows.items() if one["seconds"] is not None}
+    rows = {(entry["model"], entry["engine"], entry["batch"]): entry for entry in content["rows"]}
+    timed = {key for key, entry in rows.items() if entry["seconds"] is not None}
     engines = {"dense": ("torch", "onnxruntime"), "pruned": ("torch", "csr", "onnxruntime")}
     assert timed == {
         (model, engine, batch)
@@ -66,17 +68,17 @@ def test_models_on_engines(run: Run, files: Path) -> None:
         for batch in (1, 3)
     }
     for key in timed:
-        one = rows[key]
-        assert len(one["rounds"]) == 3
-        assert one["difference"]["relative"] < 1e-3
-        assert one["memory"] > 2e7
-        assert one["images_per_second"] == pytest.approx(key[2] / one["seconds"])
+        entry = rows[key]
+        assert len(entry["rounds"]) == 3
+        assert entry["difference"]["relative"] < 1e-3
+        assert entry["memory"] > 2e7
+        assert entry["images_per_second"] == pytest.approx(key[2] / entry["seconds"])
         # what an engine computes alike, it gets right alike
-        assert one["top1"] == rows[key[0], "onnxruntime", 1]["top1"]
+        assert entry["top1"] == rows[key[0], "onnxruntime", 1]["top1"]
     assert rows["dense", "onnxruntime", 1]["memory"] < 0.5 * rows["dense", "torch", 1]["memory"]
     assert rows["exported", "onnxruntime", 1]["disk"] == Path("exported/model.onnx").stat().st_size
-    assert found["recommended"]["1"]["model"] in ("dense", "exported", "pruned")
-    assert found["threads"] == 1
+    assert content["recommended"]["1"]["model"] in ("dense", "exported", "pruned")
+    assert content["threads"] == 1
     assert matplotlib.image.imread("found.png").shape[1] > 1000  # two panels
     assert {path.name for path in Path().iterdir()} == {"exported", "changed", "found.json", "found.png"}
 
@@ -121,8 +123,8 @@ def test_torch_compile_and_openvino(run: Run) -> None:
     )
     assert "wrong" not in out
     rows = json.loads(Path("found.json").read_text())["rows"]
-    assert all(one["seconds"] is not None for one in rows)
-    assert {one["engine"] + ":" + one["type"] for one in rows} == set(wanted)
+    assert all(entry["seconds"] is not None for entry in rows)
+    assert {entry["engine"] + ":" + entry["type"] for entry in rows} == set(wanted)
 
 
 @pytest.mark.cluster
@@ -142,11 +144,11 @@ def test_a_benchmark_is_logged(run: Run) -> None:
         client = MlflowClient(server.uri)
         experiment = client.get_experiment_by_name("espalier-benchmarks")
         assert experiment is not None
-        (found,) = client.search_runs([experiment.experiment_id])
-        assert found.info.status == "FINISHED"
-        steps = client.get_metric_history(found.info.run_id, "dense/onnxruntime-float32/milliseconds")
+        (logged,) = client.search_runs([experiment.experiment_id])
+        assert logged.info.status == "FINISHED"
+        steps = client.get_metric_history(logged.info.run_id, "dense/onnxruntime-float32/milliseconds")
         assert [point.step for point in steps] == [1, 2]
-        there = {one.path for one in client.list_artifacts(found.info.run_id)}
-        assert there == {"benchmark.json", "figures"}
+        artifacts = {artifact.path for artifact in client.list_artifacts(logged.info.run_id)}
+        assert artifacts == {"benchmark.json", "figures"}
     finally:
         server.stop()

@@ -18,11 +18,11 @@ import ray
 import yaml
 from image_tables import VIT, VIT_ARGS, dense_folder, edit_json, table, write
 
-from orchestration.cli import app as cli
-from orchestration.cluster import connect as cluster
+from orchestration.cli import app
+from orchestration.cluster import connect
 from orchestration.recipe.loading import load_recipe
 from orchestration.state.stored_recipe import store
-from orchestration.tracking import tracker as tracking
+from orchestration.tracking import tracker
 
 ESPALIER = Path(sys.executable).parent / "espalier"
 CASES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
@@ -103,8 +103,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         raise AssertionError(f"something was started: {arguments}")
 
     monkeypatch.setattr(ray, "init", start)
-    monkeypatch.setattr(cluster.ray, "init", start)
-    monkeypatch.setattr(tracking, "start_server", start)
+    monkeypatch.setattr(connect.ray, "init", start)
+    monkeypatch.setattr(tracker, "start_server", start)
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(kind) for kind in kinds]
     yield tmp_path
@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["espalier", *arguments(name, bad)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     judge(name, end.value.code, capsys.readouterr().err, bad, here)
 
 

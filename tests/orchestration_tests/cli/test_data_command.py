@@ -29,7 +29,7 @@ def espalier(*arguments: object) -> subprocess.CompletedProcess[str]:
 def folder(tmp_path: Path) -> Path:
     """Three classes with 3, 1 and 2 images, one of them deeper down, and what is no image."""
     root = tmp_path / "images"
-    for place, number in (
+    for file, number in (
         ("cat/a.png", 1),
         ("cat/b.PNG", 2),
         ("cat/deep/c.png", 3),
@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
         ("dog/x.png", 5),
         ("dog/y.png", 6),
     ):
-        (root / place).parent.mkdir(parents=True, exist_ok=True)
-        (root / place).write_bytes(png(number))
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(png(number))
     (root / "dog" / "notes.txt").write_text("no image")
     return root
 

@@ -25,8 +25,8 @@ def test_a_cluster_is_checked(cluster: Any, tmp_path: Path) -> None:
 
     (tmp_path / "file").touch()
     wrong = ("resources.cpus_per_worker=2", "resources.workers=1", "tracking.uri=http://127.0.0.1:9")
-    place = ("--storage", str(tmp_path / "file" / "below"))
-    with espalier("cluster", *fits[:4], *wrong, *place, cwd=tmp_path) as command:
+    option = ("--storage", str(tmp_path / "file" / "below"))
+    with espalier("cluster", *fits[:4], *wrong, *option, cwd=tmp_path) as command:
         assert command.wait() == 1, command.err + command.out
         problems = command.out.splitlines()[6:]
         assert len([line for line in problems if "cannot write to the storage" in line]) == 2
@@ -36,13 +36,13 @@ def test_a_cluster_is_checked(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_a_node_that_sees_another_storage(tmp_path: Path) -> None:
-    mine, others = str(tmp_path / "mine"), str(tmp_path / "others")
-    assert node_probe.look(mine, None, "a")["problems"] == []
+    own, others = str(tmp_path / "mine"), str(tmp_path / "others")
+    assert node_probe.look(own, None, "a")["problems"] == []
     assert node_probe.look(others, None, "b")["problems"] == []
-    assert node_probe.see(mine, ["a", "b"]) == ["b"]
+    assert node_probe.see(own, ["a", "b"]) == ["b"]
     (tmp_path / "mine/b").write_text("of another check")
-    assert node_probe.see(mine, ["a", "b"]) == ["b"]
-    assert node_probe.remove(mine) is None
+    assert node_probe.see(own, ["a", "b"]) == ["b"]
+    assert node_probe.remove(own) is None
     assert not (tmp_path / "mine").exists()
 
 

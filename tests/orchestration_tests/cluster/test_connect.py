@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.cluster import connect as cluster
+from orchestration.cluster import connect
 from orchestration.cluster.capacity import ClusterSize
 from orchestration.recipe.schema import Resources
 from orchestration.recipe.search import AllocationSearch
@@ -68,9 +68,9 @@ def test_two_that_start_together_have_dashboards_at_ports_of_their_own(
     def init(**options: Any) -> None:
         taken.append(options["dashboard_port"])
         if len(taken) == 1:
-            cluster._start_at_free_port()
+            connect._start_at_free_port()
 
-    monkeypatch.setattr(cluster.ray, "init", init)
-    monkeypatch.setenv(cluster._STATE_API, "")
-    cluster._start_at_free_port()
+    monkeypatch.setattr(connect.ray, "init", init)
+    monkeypatch.setenv(connect._STATE_API, "")
+    connect._start_at_free_port()
     assert len(set(taken)) == 2

@@ -49,8 +49,8 @@ def test_the_package_runs_on_its_own(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_every_node_reaches_goes_along() -> None:
-    for place in ("s3://bucket/runs", "/mnt/espalier"):
-        assert _for_elsewhere(load_recipe("demo", [f"storage={place}"]))["storage"] == place
+    for storage in ("s3://bucket/runs", "/mnt/espalier"):
+        assert _for_elsewhere(load_recipe("demo", [f"storage={storage}"]))["storage"] == storage
     assert "storage" not in _for_elsewhere(load_recipe("demo", ["storage=runs"]))
 
 
@@ -75,8 +75,8 @@ def test_a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
 
 def test_a_job_names_a_storage_that_others_reach_and_no_password() -> None:
     assert _metadata("mine", "/shared") == {"espalier": "mine", "espalier.storage": "/shared"}
-    for place in (None, "runs", "s3://me:hunter2@bucket/runs"):
-        assert _metadata("mine", place) == {"espalier": "mine"}
+    for storage in (None, "runs", "s3://me:hunter2@bucket/runs"):
+        assert _metadata("mine", storage) == {"espalier": "mine"}
     assert _metadata(None, "/shared") == {}
 
 

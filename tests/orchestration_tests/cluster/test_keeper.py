@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cluster import keeper as cluster_keeper
+from orchestration.cluster import keeper as keeper_module
 
 OTHER = 4_194_305  # no process has so large a number
 
@@ -35,9 +35,9 @@ def process(folder: Path, session: str) -> Iterator[subprocess.Popen[bytes]]:
 def keeper() -> Iterator[subprocess.Popen[bytes]]:
     """A keeper of a driver that lives until its standard input is closed."""
     since = "session_2026-03-01_12-00-00"
-    command = [sys.executable, "-m", cluster_keeper.__name__, str(OTHER), since]
-    places = os.pathsep.join(place for place in sys.path if place)
-    made = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places})
+    command = [sys.executable, "-m", keeper_module.__name__, str(OTHER), since]
+    search_path = os.pathsep.join(folder for folder in sys.path if folder)
+    made = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": search_path})
     yield made
     made.kill()
     made.wait()
@@ -57,8 +57,8 @@ def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess
             )
         )
         time.sleep(1)
-        assert all(one.poll() is None for one in (*left, *others))  # as long as the driver lives
+        assert all(process.poll() is None for process in (*left, *others))  # as long as the driver lives
         keeper.stdin.close()
         assert keeper.wait(20) == 0
-        assert [one.wait(1) for one in left] == [-9]
-        assert all(one.poll() is None for one in others)
+        assert [process.wait(1) for process in left] == [-9]
+        assert all(process.poll() is None for process in others)

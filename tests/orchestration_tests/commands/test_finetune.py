@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 from training_runs import same_files
 
-from orchestration.commands import finetune as finetune_command
-from orchestration.commands import model_source as source
-from orchestration.commands import progress as commands_progress
+from orchestration.commands import finetune, model_source
+from orchestration.commands import progress as progress_module
 from pruners import prune
 from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
 from trainers.loop import gradual
@@ -86,17 +85,17 @@ def test_zeros_stay_and_the_classifier_is_new(
     data = "--train @/train.parquet --validation @/validation.parquet --classes 5"
     out = good(run, f"finetune @/{name} {data} --out result {FAST}")
     assert steps == list(range(15))
-    found = pruned_layers("result")
-    assert found.keys() == zeros.keys()
-    assert all(torch.equal(found[key], zero) for key, zero in zeros.items())
+    layers = pruned_layers("result")
+    assert layers.keys() == zeros.keys()
+    assert all(torch.equal(layers[key], zero) for key, zero in zeros.items())
     model = plain("result")
     assert model.num_classes == 5
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 5)
-    before, after = (load_file(place / "model.safetensors") for place in (files / name, Path("result")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / name, Path("result")))
     changed = {key for key, tensor in after.items() if not torch.equal(tensor, before.get(key, tensor[:0]))}
     assert set(zeros) <= changed
     parent, record = (
-        json.loads((place / "pruning.json").read_text()) for place in (files / name, Path("result"))
+        json.loads((folder / "pruning.json").read_text()) for folder in (files / name, Path("result"))
     )
     assert record["parent"] == {"source": name, "weights": parent["files"]["model.safetensors"]}
     assert record["method"] == "dimap"
@@ -122,7 +121,7 @@ def test_the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> Non
 def test_the_classifier_alone_is_trained(run: Run, files: Path) -> None:
     frozen = "\"freeze=['^(?!head)']\""
     good(run, f"finetune @/swin --train @/train.parquet --classes 5 --out result {FAST} {frozen}")
-    before, after = (load_file(place / "model.safetensors") for place in (files / "swin", Path("result")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (files / "swin", Path("result")))
     assert {key for key in after if not torch.equal(after[key], before[key])} == {
         "head.fc.weight",
         "head.fc.bias",
@@ -133,12 +132,12 @@ def test_the_form_of_the_checkpoint_changes_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compressed, by a URI, or from a hub (there without a record)."""
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     rest = f"--train @/train.parquet --classes 5 {FAST} epochs=1"
     for number, name in enumerate(("@/vit", "@/small", f"file://{files}/vit")):
         good(run, f"finetune {name} {rest} --out out-{number}")
-    one, other, third = (Path(f"out-{number}/model.safetensors").read_bytes() for number in range(3))
-    assert one == other == third
+    first, second, third = (Path(f"out-{number}/model.safetensors").read_bytes() for number in range(3))
+    assert first == second == third
     parents = [json.loads(Path(f"out-{n}/pruning.json").read_text())["parent"]["weights"] for n in range(3)]
     assert set(parents) == {weights_hash(str(files / "vit"))}
     good(run, f"finetune hf-hub:me/tiny {rest} --out hub")
@@ -163,20 +162,20 @@ def test_the_seed_draws_the_classifier(run: Run) -> None:
 @pytest.fixture
 def stops_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """After so many epochs the command is interrupted, as by Ctrl-C; ``None``: never."""
-    report = finetune_command._Report.__call__
+    report = finetune._Report.__call__
 
     def leave(status: int) -> NoReturn:
         raise SystemExit(status)
 
-    monkeypatch.setattr(commands_progress, "leave", leave)
+    monkeypatch.setattr(progress_module, "leave", leave)
 
     def install(epochs: int | None) -> None:
-        def stopping(self: finetune_command._Report, progress: gradual.Progress) -> None:
+        def stopping(self: finetune._Report, progress: gradual.Progress) -> None:
             report(self, progress)
             if progress.metrics.get("epoch") == epochs:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(finetune_command._Report, "__call__", stopping)
+        monkeypatch.setattr(finetune._Report, "__call__", stopping)
 
     return install
 
@@ -279,13 +278,13 @@ BAD: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(text: str, run: Run, files: Path) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(text if "--out" in text else f"{text} --out a/b")
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     missing = [part for part in BAD[text] if part not in error]
     assert not missing, f"{missing} not in: {error}"
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 def test_a_loss_that_is_not_finite(run: Run) -> None:

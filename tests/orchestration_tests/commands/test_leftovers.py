@@ -50,8 +50,8 @@ def test_partial_files_of_the_dead(dead: int, tmp_path: Path) -> None:
 
 def test_a_training_for_int8_that_was_killed(tmp_path: Path) -> None:
     folder, work = tmp_path / ".out.float", tmp_path / "..out.float.finetune"
-    for place in (folder, work):
-        (place / "last").mkdir(parents=True)
+    for path in (folder, work):
+        (path / "last").mkdir(parents=True)
     with FileLock(work / "lock"):
         forget_training(folder)  # another process is at work there
     assert folder.exists()

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import _hub
 from torch import nn
 
-from orchestration.commands import model_source as source
-from orchestration.commands import prune as prune_command
+from orchestration.commands import model_source, prune
 from orchestration.commands.output import whole_folder
 from orchestration.commands.progress import Bars
 from pruners.methods.registry import METHODS
@@ -72,10 +71,10 @@ def _bad_models(folder: Path) -> None:
 def _edited(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     shutil.copytree(folder / "vit", folder / name)
     (folder / name / "pruning.json").unlink()
-    place = folder / name / "model.safetensors"
-    weights = load_file(place)
+    file = folder / name / "model.safetensors"
+    weights = load_file(file)
     change(weights)
-    save_file(weights, place, metadata={"format": "pt"})
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def pruned(folder: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]:
@@ -87,7 +86,7 @@ def pruned(folder: str) -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, A
 
 
 def count(zeros: dict[str, torch.Tensor]) -> int:
-    return sum(int(one.sum()) for one in zeros.values())
+    return sum(int(mask.sum()) for mask in zeros.values())
 
 
 def test_dimap_needs_no_data(run: Run, files: Path) -> None:
@@ -97,7 +96,7 @@ def test_dimap_needs_no_data(run: Run, files: Path) -> None:
     assert torch.isfinite(model(torch.randn(1, 3, 16, 16))).all()
     assert record["method"] == "dimap"
     assert record["sparsity"] == 0.5
-    assert record["allocation"] == {name: int(one.sum()) for name, one in zeros.items()}
+    assert record["allocation"] == {name: int(mask.sum()) for name, mask in zeros.items()}
     assert record["source"] == "vit"
     assert record["options"]["sparsity"] == 0.5
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -134,8 +133,8 @@ def test_ovit_is_exact_and_repeats_itself(run: Run) -> None:
 def test_less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part of the Fisher takes the gradients anew, from the same images."""
     taken = []
-    again = prune_command._Again.__iter__
-    monkeypatch.setattr(prune_command._Again, "__iter__", lambda self: taken.append(1) or again(self))
+    again = prune._Again.__iter__
+    monkeypatch.setattr(prune._Again, "__iter__", lambda self: taken.append(1) or again(self))
     good(run, f"{OVIT} --per-sample --out whole")
     assert len(taken) == 1
     good(run, f"{OVIT} --per-sample --memory 1400KB --out parts")
@@ -147,8 +146,8 @@ def test_less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_two_of_four_brings_its_own_sparsity(run: Run) -> None:
     good(run, "prune @/swin --method magnitude --pattern 2:4 --out pruned")
     _, zeros, _ = pruned("pruned")
-    for one in zeros.values():
-        assert (one.reshape(-1, 4).sum(1) == 2).all()
+    for mask in zeros.values():
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
     out = good(run, "inspect pruned")
     assert "50.00 %" in out
     assert "2:4 and 4:8 in all layers" in out
@@ -157,21 +156,21 @@ def test_two_of_four_brings_its_own_sparsity(run: Run) -> None:
 def test_what_the_pattern_does_not_fit_is_left_dense(run: Run) -> None:
     good(run, "prune @/vit --method dimap --pattern 1x32 --unfit dense --sparsity 0.5 --out pruned")
     _, zeros, _ = pruned("pruned")
-    assert {name for name, one in zeros.items() if one.any()} == {
+    assert {name for name, mask in zeros.items() if mask.any()} == {
         f"blocks.{i}.mlp.fc2.weight" for i in (0, 1)
     }
-    found = json.loads(good(run, "inspect pruned --json"))
-    assert found["layers_left_dense"] == 6
-    assert found["prunable"] == {"weights": 2048, "zeros": 1024, "sparsity": 0.5}
+    inspected = json.loads(good(run, "inspect pruned --json"))
+    assert inspected["layers_left_dense"] == 6
+    assert inspected["prunable"] == {"weights": 2048, "zeros": 1024, "sparsity": 0.5}
 
 
 def test_auto_says_which_damp_and_why(run: Run) -> None:
     out = good(run, f"{OVIT} --damp auto --out pruned")
-    found = pruned("pruned")[2]["damp"]
-    losses = found["held_out_losses"]
+    damp = pruned("pruned")[2]["damp"]
+    losses = damp["held_out_losses"]
     assert len(losses) == 6
-    assert losses[f"{found['chosen']:g}"] == min(loss for loss in losses.values() if loss is not None)
-    assert f"{found['chosen']:g}, by the lowest held-out loss after one shot (0.0001: " in out
+    assert losses[f"{damp['chosen']:g}"] == min(loss for loss in losses.values() if loss is not None)
+    assert f"{damp['chosen']:g}, by the lowest held-out loss after one shot (0.0001: " in out
 
 
 def test_layers_by_patterns_are_remembered(run: Run) -> None:
@@ -179,7 +178,7 @@ def test_layers_by_patterns_are_remembered(run: Run) -> None:
         run, r"prune @/vit --method dimap --sparsity 0.5 --layers 'F=mlp\.fc1' --layers 'F=qkv' --out pruned"
     )
     _, zeros, _ = pruned("pruned")
-    assert {name.split(".", 2)[2] for name, one in zeros.items() if one.any()} <= {
+    assert {name.split(".", 2)[2] for name, mask in zeros.items() if mask.any()} <= {
         "mlp.fc1.weight",
         "attn.qkv.weight",
     }
@@ -190,9 +189,9 @@ def test_layers_by_patterns_are_remembered(run: Run) -> None:
 
 def test_floor_and_ceiling_hold(run: Run) -> None:
     good(run, "prune @/vit --method magnitude_global --sparsity 0.5 --floor 0.45 --ceiling 0.55 --out pruned")
-    found = json.loads(good(run, "inspect pruned --json"))
-    assert all(0.45 <= layer["sparsity"] <= 0.55 for layer in found["layers"])
-    assert found["prunable"]["sparsity"] == 0.5
+    inspected = json.loads(good(run, "inspect pruned --json"))
+    assert all(0.45 <= layer["sparsity"] <= 0.55 for layer in inspected["layers"])
+    assert inspected["prunable"]["sparsity"] == 0.5
 
 
 def test_a_pruned_model_is_pruned_further(run: Run) -> None:
@@ -201,14 +200,14 @@ def test_a_pruned_model_is_pruned_further(run: Run) -> None:
     _, old, _ = pruned("half")
     _, new, _ = pruned("empty/more")
     assert count(new) == 3 * WEIGHTS // 4
-    assert all((new[name] | ~one).all() for name, one in old.items())
+    assert all((new[name] | ~mask).all() for name, mask in old.items())
 
 
 def test_models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A timm folder that espalier did not write, and one of a hub: timm knows how it was built."""
     model, arguments = tiny()
     _hub.save_for_hf(model, "foreign", model_args=arguments, safe_serialization=True)
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     for name in ("foreign", "hf-hub:me/tiny", VIT):
         good(run, f"prune {name} --method lamp --sparsity 0.5 --out out-{len(name)}")
         _, zeros, record = pruned(f"out-{len(name)}")
@@ -228,10 +227,10 @@ def test_an_empty_folder_may_be_there(run: Run) -> None:
 def test_inspect_as_text_and_as_json(run: Run) -> None:
     good(run, "prune @/vit --method dimap --sparsity 0.5 --pattern 1x4 --out pruned")
     _, zeros, record = pruned("pruned")
-    found = json.loads(good(run, "inspect pruned --json"))
-    assert [layer["name"] for layer in found["layers"]] == list(zeros)
-    assert [layer["zeros"] for layer in found["layers"]] == [int(one.sum()) for one in zeros.values()]
-    assert found["layers"][0] == {
+    inspected = json.loads(good(run, "inspect pruned --json"))
+    assert [layer["name"] for layer in inspected["layers"]] == list(zeros)
+    assert [layer["zeros"] for layer in inspected["layers"]] == [int(mask.sum()) for mask in zeros.values()]
+    assert inspected["layers"][0] == {
         "name": "blocks.0.attn.qkv.weight",
         "module": "QKV",
         "stage": 0,
@@ -241,13 +240,13 @@ def test_inspect_as_text_and_as_json(run: Run) -> None:
         "sparsity": record["allocation"]["blocks.0.attn.qkv.weight"] / 768,
     }
     costs = record["costs"]
-    assert found["parameters"] == {"dense": costs["parameters"], "non_zero": costs["parameters_sparse"]}
-    assert found["macs"] == {"dense": costs["macs"], "sparse": costs["macs_sparse"]}
-    assert found["whole_model_sparsity"] == count(zeros) / costs["parameters"]
-    assert found["modules"]["MLP"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "mlp" in n)
-    assert found["stages"]["1"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "blocks.1" in n)
-    assert found["patterns"] == {"2:4": False, "4:8": False, "1x4": True}
-    dense = found["left_dense"]
+    assert inspected["parameters"] == {"dense": costs["parameters"], "non_zero": costs["parameters_sparse"]}
+    assert inspected["macs"] == {"dense": costs["macs"], "sparse": costs["macs_sparse"]}
+    assert inspected["whole_model_sparsity"] == count(zeros) / costs["parameters"]
+    assert inspected["modules"]["MLP"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "mlp" in n)
+    assert inspected["stages"]["1"]["zeros"] == sum(int(z.sum()) for n, z in zeros.items() if "blocks.1" in n)
+    assert inspected["patterns"] == {"2:4": False, "4:8": False, "1x4": True}
+    dense = inspected["left_dense"]
     assert dense["parameters"] == costs["parameters"] - count({n: ~z for n, z in zeros.items()}) - count(
         zeros
     )
@@ -266,10 +265,10 @@ def test_inspect_as_text_and_as_json(run: Run) -> None:
 
 
 def test_inspect_of_an_architecture_has_shapes_and_no_zeros(run: Run) -> None:
-    found = json.loads(good(run, "inspect deit_small_patch16_224 --json"))
-    assert found["prunable"] == {"weights": 12 * 1769472, "zeros": None, "sparsity": None}
-    assert found["parameters"] == {"dense": 22050664, "non_zero": None}
-    assert found["macs"]["dense"] == 4_598_882_304
+    inspected = json.loads(good(run, "inspect deit_small_patch16_224 --json"))
+    assert inspected["prunable"] == {"weights": 12 * 1769472, "zeros": None, "sparsity": None}
+    assert inspected["parameters"] == {"dense": 22050664, "non_zero": None}
+    assert inspected["macs"]["dense"] == 4_598_882_304
     text = good(run, "inspect deit_small_patch16_224")
     assert "22,050,664" in text
     assert "21,233,664 weights in 48 layers" in text
@@ -305,7 +304,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prune_command, "save_checkpoint", save)
+    monkeypatch.setattr(prune, "save_checkpoint", save)
     status, _, error = run("prune @/vit --method dimap --sparsity 0.5 --out a/b")
     assert status == 2
     assert error == "espalier: --out = 'a/b': cannot be written (No space left on device)\n"
@@ -330,8 +329,8 @@ def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_help_is_light_and_names_every_method() -> None:
     code = (
-        "import sys; from orchestration.cli import app as cli\n"
-        "try: cli.cli(['prune', '--help'])\n"
+        "import sys; from orchestration.cli import app\n"
+        "try: app.cli(['prune', '--help'])\n"
         "finally: assert not {'torch', 'ray', 'timm', 'rich'} & set(sys.modules)"
     )
     environment = {**os.environ, "COLUMNS": "300"}
@@ -404,7 +403,7 @@ BAD: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_input_is_one_line_and_leaves_no_folder(text: str, run: Run, files: Path) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(f"prune {text}" if "--out" in text else f"prune {text} --out out")
     assert status == 2, error
     assert out == ""
@@ -413,7 +412,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(text: str, run: Run, files: 
     missing = [part for part in BAD[text] if part not in error]
     assert not missing, f"{missing} not in: {error}"
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

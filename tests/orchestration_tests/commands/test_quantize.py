@@ -11,11 +11,11 @@ from commands import Run, espalier, good
 from image_tables import SWIN, VIT, table, write
 from quantized import pruned
 
-from orchestration.commands import quantize as quantize_command
+from orchestration.commands import quantize
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.export.onnx import FILE
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.quantization.int8_onnx import check_zeros
 
 
@@ -33,7 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path, mode: str) -> None:
-    record = int8.read_record(folder, str(folder), key="model")
+    record = int8_folder.read_record(folder, str(folder), key="model")
     assert record["mode"] == mode
     masks = MaskSet.load(folder / "masks.safetensors")
     assert check_zeros(folder / FILE, masks) == record["zeros"] > 0
@@ -49,12 +49,12 @@ def test_without_training(name: str, mode: str, run: Run, files: Path, tmp_path:
     assert record["options"] == {"mode": mode, "images": 20 if mode == "static" else 0, "seed": 0}
     assert record["source"] == name
     figures = record["figures"]
-    said = f"{100 * figures['float_test_top1']:.2f} % → {100 * figures['test_top1']:.2f} %, by onnxruntime"
-    assert said in out
+    line = f"{100 * figures['float_test_top1']:.2f} % → {100 * figures['test_top1']:.2f} %, by onnxruntime"
+    assert line in out
     assert abs(figures["float_test_top1"] - figures["test_top1"]) <= 2 / 15
     assert lines["zeros"].startswith(f"{record['zeros']:,} pruned weights")
-    found = good(run, "evaluate small --data @/test.parquet")
-    assert f"top-1     {100 * figures['test_top1']:.2f} %, INT8 by onnxruntime" in found
+    output = good(run, "evaluate small --data @/test.parquet")
+    assert f"top-1     {100 * figures['test_top1']:.2f} %, INT8 by onnxruntime" in output
 
 
 def test_training_for_int8(run: Run, files: Path, tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
         with espalier(*command, out, cwd=tmp_path) as again:
             assert again.wait() == 0, again.err
             assert ("going on where it was interrupted" in again.err) is (out == "broken")
-    one, other = ((tmp_path / out / FILE).read_bytes() for out in ("broken", "whole"))
-    assert one == other
+    first, second = ((tmp_path / out / FILE).read_bytes() for out in ("broken", "whole"))
+    assert first == second
 
 
 def test_a_trained_model_of_another_command_is_not_taken(
@@ -100,7 +100,7 @@ def test_a_trained_model_of_another_command_is_not_taken(
 
     typed = "quantize @/vit --mode qat --train @/train.parquet --out small batch_size=8"
     with monkeypatch.context() as patched:
-        patched.setattr(int8, "quantise", broken)
+        patched.setattr(int8_folder, "quantise", broken)
         assert run(f"{typed} epochs=1")[0] == 1
     trained = tmp_path / ".small.float"
     before = (trained / "model.safetensors").read_bytes()
@@ -117,7 +117,7 @@ def test_a_trained_model_of_another_command_is_not_taken(
         assert says in error
         assert (trained / "model.safetensors").read_bytes() == before
         assert not (tmp_path / "small").exists()
-    monkeypatch.setattr(quantize_command.Training, "run", broken)  # it is not trained again
+    monkeypatch.setattr(quantize.Training, "run", broken)  # it is not trained again
     good(run, f"{typed} epochs=1")
     check(tmp_path / "small", "qat")
     assert not trained.exists()
@@ -126,10 +126,10 @@ def test_a_trained_model_of_another_command_is_not_taken(
 def test_a_weight_that_is_not_zero_leaves_nothing(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found(*arguments: object) -> int:
+    def refuse(*arguments: object) -> int:
         raise RuntimeError("blocks.0.mlp.fc1.weight has pruned weights that are not 0 in model.onnx")
 
-    monkeypatch.setattr(int8, "check_zeros", found)
+    monkeypatch.setattr(int8_folder, "check_zeros", refuse)
     status, _, error = run("quantize @/vit --mode dynamic --out small")
     assert status == 1
     assert len(error.splitlines()) == 1
@@ -168,4 +168,4 @@ def test_without_the_libraries(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     status, _, error = run("quantize @/vit --mode dynamic --out small")
     assert status == 2
     assert "pip install 'espalier[deploy]'" in error
-    assert quantize_command.int8.NEEDS[0] in error
+    assert quantize.int8.NEEDS[0] in error

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from orchestration.common import network as ports
+from orchestration.common import network
 from orchestration.common.network import LOOPBACK, check_reachable
 from pruners.errors import InputError
 
@@ -54,7 +54,7 @@ def test_a_jobs_port_that_answers(answer: bytes) -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
 def test_a_jobs_port_that_is_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(network, "_ANSWER_SECONDS", 0.5)
     began = time.monotonic()
     with listening(answer) as port, pytest.raises(InputError, match="no Ray cluster answers there"):
         check_reachable(f"http://{LOOPBACK}:{port}")

@@ -74,7 +74,7 @@ def test_keys_are_shown_with_their_brackets() -> None:
 def test_nothing_of_ours_is_printed_by_another_console() -> None:
     """rich reads markup in what it prints unless every place says otherwise: one console does."""
     wrong = []
-    for path in sorted((ROOT / "orchestration").glob("*.py")):
+    for path in sorted((ROOT / "orchestration").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if path.name != "terminal.py" and re.search(
             r"rich\.console import [^\n]*Console|rich import print", text
@@ -83,9 +83,9 @@ def test_nothing_of_ours_is_printed_by_another_console() -> None:
         if re.search(r"rich\.markup|from_markup", text):
             wrong.append(f"{path.name}: markup")
         wrong += [
-            f"{path.name}: {one}"
-            for one in re.findall(r"TextColumn\([^\n]*\)", text)
-            if "markup=False" not in one
+            f"{path.name}: {column}"
+            for column in re.findall(r"TextColumn\([^\n]*\)", text)
+            if "markup=False" not in column
         ]
     assert wrong == []
 

@@ -14,9 +14,9 @@ from image_tables import dense_folder, table, tiny, write
 from safetensors.torch import load_file
 from torch import nn
 
-from orchestration.commands import model_source as source
+from orchestration.commands import model_source
 from orchestration.common.hashing import content_hash
-from orchestration.export import compress as export_command
+from orchestration.export import compress
 from orchestration.tracking import registry
 from orchestration.tracking.server import Server, start_server
 from orchestration.tracking.tracker import Tracker
@@ -71,14 +71,14 @@ def test_a_compressed_checkpoint_serves_every_command(run: Run, files: Path) -> 
         "pruning.json",
     }
     assert [path.name for path in Path().iterdir()] == ["small"]
-    there = load_checkpoint(str(files / "half")).model.state_dict()
+    expected = load_checkpoint(str(files / "half")).model.state_dict()
     here = load_checkpoint("small").model.state_dict()
-    assert all(torch.equal(tensor, here[name]) for name, tensor in there.items())
+    assert all(torch.equal(tensor, here[name]) for name, tensor in expected.items())
     assert good(run, "evaluate small --data @/test.parquet") == good(
         run, "evaluate @/half --data @/test.parquet"
     )
-    found = [json.loads(good(run, f"inspect {name} --json")) for name in ("small", "@/half")]
-    assert {**found[0], "model": ""} == {**found[1], "model": ""}
+    inspected = [json.loads(good(run, f"inspect {name} --json")) for name in ("small", "@/half")]
+    assert {**inspected[0], "model": ""} == {**inspected[1], "model": ""}
     assert content_hash("small") == content_hash(str(files / "half"))
     data = " ".join(f"data.{part}=@/{part}.parquet" for part in ("train", "validation", "test"))
     plan = good(
@@ -97,16 +97,16 @@ def test_a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> Non
         "prune small --method ovit --sparsity 0.8 --gradients 4 --batch-size 4 "
         "--data @/train.parquet --out more",
     )
-    old, new = (zeros(load_checkpoint(str(place)).model) for place in (files / "half", "more"))
-    assert sum(int(one.sum()) for one in new.values()) == round(0.8 * 6144)
-    assert all((new[name] | ~one).all() for name, one in old.items())
+    old, new = (zeros(load_checkpoint(str(folder)).model) for folder in (files / "half", "more"))
+    assert sum(int(mask.sum()) for mask in new.values()) == round(0.8 * 6144)
+    assert all((new[name] | ~mask).all() for name, mask in old.items())
 
 
 def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
     for name, out in (("hf-hub:me/tiny", "hub"), ("@/dense", "dense")):
-        said = good(run, f"export {name} {out} --format compressed")
-        assert "nothing was gained" in said
+        output = good(run, f"export {name} {out} --format compressed")
+        assert "nothing was gained" in output
         loaded = load_checkpoint(out)
         assert loaded.masks is None
         state = loaded.model.state_dict()
@@ -136,13 +136,13 @@ def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.Mo
 def test_bad_input_is_one_line_and_leaves_nothing(
     text: str, says: tuple[str, ...], run: Run, files: Path
 ) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(text)
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     missing = [part for part in says if part not in error]
     assert not missing, f"{missing} not in: {error}"
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (target / "half").write_text("")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_command, "pack_folder", write_half)
+    monkeypatch.setattr(compress, "pack_folder", write_half)
     status, _, error = run("export @/half a/b --format compressed")
     assert (status, error) == (2, "espalier: OUT = 'a/b': cannot be written (No space left on device)\n")
     assert list(Path().iterdir()) == []

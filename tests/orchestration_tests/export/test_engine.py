@@ -23,22 +23,20 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from orchestration.export import engine as engine_export
-from orchestration.export import formats as export_formats
+from orchestration.export import engine, formats
 from orchestration.export.engine import read_record, torch_answers
 from orchestration.export.formats import FORMATS, Source
 from orchestration.export.sample_images import photographs
 from pruners import find_layers, prune
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.data.preprocessing import pattern_images, preprocessing_of
-from trainers.engines import registry as engines
+from trainers.engines import registry
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Place
 from trainers.export import onnx as onnx_export
-from trainers.export import openvino as openvino_export
-from trainers.export import torch_export
+from trainers.export import openvino, torch_export
 from trainers.optional_imports import openvino_core
 
 README = Path(__file__).parents[3] / "README.md"
@@ -71,15 +69,15 @@ def metadata(folder: Path) -> dict[str, str]:
     path = next(folder.glob("model.*[!n]"))
     if path.suffix == ".onnx":
         return onnx_export.read_metadata(path)
-    reader = torch_export.read_metadata if path.suffix == ".pt2" else openvino_export.read_metadata
+    reader = torch_export.read_metadata if path.suffix == ".pt2" else openvino.read_metadata
     return reader(path, "preprocessing")
 
 
 def matmuls(path: Path) -> list[np.ndarray[Any, Any]]:
     """The INT8 weights of an ONNX file."""
     model = onnx.load(path)
-    found = [numpy_helper.to_array(one) for one in model.graph.initializer]
-    return [one for one in found if one.dtype == np.int8 and one.ndim == 2]
+    arrays = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+    return [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
 
 
 EVERY = [("vit", name) for name in FORMATS] + [
@@ -91,14 +89,14 @@ EVERY = [("vit", name) for name in FORMATS] + [
 def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, files: Path) -> None:
     form = FORMATS[kind]
     images = "--calibration @/images.parquet" if form.calibration == "needed" else ""
-    said = good(run, f"export @/{name} out --format {kind} --data @/images.parquet {images}")
-    assert [line[:12].strip() for line in said.splitlines()] == [
+    output = good(run, f"export @/{name} out --format {kind} --data @/images.parquet {images}")
+    assert [line[:12].strip() for line in output.splitlines()] == [
         "compared",
         *("batch 1", "batch 2", "batch 7", "batch 64"),
         *(("int8",) if form.kind.startswith("int8") else ()),
         *("written to", "run it by"),
     ]
-    assert "on 64 images (the first of images.parquet)" in said
+    assert "on 64 images (the first of images.parquet)" in output
     out = Path("out")
     record = read_record(out, "out")
     assert set(record["files"]) == {path.name for path in out.iterdir()} - {"export.json"}
@@ -106,7 +104,7 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     assert record["source"]["sparsity"] == pytest.approx(0.75)
     # a file of any batch size, by its engine
     model = load_checkpoint(str(files / name)).model.eval()
-    pictures = engine_export._real_images(model, str(files / "images.parquet"))[0][:5]
+    pictures = engine._real_images(model, str(files / "images.parquet"))[0][:5]
     for known in (ANY_BATCH, ENGINES):
         answer = known[form.engine].load(out / form.file, form.kind, Place(1))
         for size in (1, 3, 5, 1):
@@ -151,7 +149,7 @@ def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
             compiled.append(str(model.input().get_partial_shape()))
             return openvino_core().compile_model(model, *how)
 
-    monkeypatch.setattr(engines, "openvino_core", Core)
+    monkeypatch.setattr(registry, "openvino_core", Core)
     answer = known["openvino"].load(Path("out/model.xml"), "float32", Place(1))
     for size in (2, 1, 2):
         assert answer(np.zeros((size, 3, 16, 16), np.float32)).shape == (size, 3)
@@ -169,12 +167,14 @@ def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> No
     layers = [weights[layer.name].detach().numpy() for layer in find_layers(model)]
     quantised = matmuls(Path("out/model.onnx"))
     for layer in layers:
-        same = [one for one in quantised if one.shape == layer.T.shape and not one[layer.T == 0].any()]
+        same = [
+            array for array in quantised if array.shape == layer.T.shape and not array[layer.T == 0].any()
+        ]
         assert same, "no INT8 weight has this layer's zeros"
     points = [
-        numpy_helper.to_array(one)
-        for one in onnx.load("out/model.onnx").graph.initializer
-        if one.name.endswith("zero_point") and one.data_type == onnx.TensorProto.INT8
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load("out/model.onnx").graph.initializer
+        if tensor.name.endswith("zero_point") and tensor.data_type == onnx.TensorProto.INT8
     ]
     assert points
     assert not any(point.any() for point in points)
@@ -183,18 +183,18 @@ def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> No
 def test_an_engine_that_answers_something_else_leaves_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(source: export_formats.Source, folder: Path) -> None:
+    def other(source: formats.Source, folder: Path) -> None:
         """A writer that changes a weight."""
         with torch.no_grad():
             source.model.get_parameter("head.weight").mul_(1.01)
         torch_export.export_torch(source.model, folder / "model.pt2", source.input_size, source.metadata)
 
-    wrong = export_formats.Format("", "model.pt2", "torch", "float32", (), "none", other)
+    wrong = formats.Format("", "model.pt2", "torch", "float32", (), "none", other)
     # the model that answers are compared with is another object
     monkeypatch.setattr(
-        engine_export, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
+        engine, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
     )
-    monkeypatch.setattr(engine_export, "FORMATS", {**FORMATS, "torch-export": wrong})
+    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "torch-export": wrong})
     (Path("mine")).mkdir()
     status, out, error = run("export @/vit out --format torch-export")
     assert status == 1
@@ -210,11 +210,11 @@ def tiny_again(files: Path) -> nn.Module:
 
 
 def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(source: export_formats.Source, folder: Path) -> None:
+    def broken(source: formats.Source, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"no model")
 
-    wrong = export_formats.Format("", "model.onnx", "onnxruntime", "float32", (), "none", broken)
-    monkeypatch.setattr(engine_export, "FORMATS", {**FORMATS, "onnx": wrong})
+    wrong = formats.Format("", "model.onnx", "onnxruntime", "float32", (), "none", broken)
+    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "onnx": wrong})
     status, _, error = run("export @/vit out --format onnx")
     assert (status, len(error.splitlines())) == (1, 1)
     assert "onnxruntime cannot load the file" in error
@@ -238,12 +238,12 @@ def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch
 def test_bad_input_is_one_line_and_leaves_nothing(
     text: str, says: tuple[str, ...], run: Run, files: Path
 ) -> None:
-    there = set(files.rglob("*"))
+    entries = set(files.rglob("*"))
     status, out, error = run(text)
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     assert not [part for part in says if part not in error], error
     assert list(Path().iterdir()) == []
-    assert set(files.rglob("*")) == there
+    assert set(files.rglob("*")) == entries
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_a_library_that_is_missing_is_named(
     kind: str, package: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == package else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
     status, _, error = run(f"export @/none out --format {kind}")
     assert (status, len(error.splitlines())) == (2, 1)
     assert f"needs {package}, which is not installed: pip install 'espalier[deploy]'" in error
@@ -292,8 +294,8 @@ def test_a_batch_size_that_is_built_in_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
-    said = good(run, "export @/vit out --format torch-export")
-    assert "on 64 images (parts of scikit-learn's two photographs)" in said
+    output = good(run, "export @/vit out --format torch-export")
+    assert "on 64 images (parts of scikit-learn's two photographs)" in output
     assert read_record(Path("out"), "out")["engine"] == "torch"
     whole = bytearray(Path("out/model.pt2").read_bytes())
     whole[-9] ^= 1
@@ -310,14 +312,14 @@ def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
 
 def test_photographs_are_the_same_ones_every_time() -> None:
     first, again = photographs(5), photographs(5)
-    assert [one.tobytes() for one in first] == [one.tobytes() for one in again]
-    assert len({one.size for one in first}) > 1
-    assert all(np.asarray(one).std() > 1 for one in first)
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert len({picture.size for picture in first}) > 1
+    assert all(np.asarray(picture).std() > 1 for picture in first)
 
 
 def test_every_format_has_an_engine() -> None:
     for form in FORMATS.values():
-        assert form.kind in engines.ENGINES[form.engine].types
+        assert form.kind in registry.ENGINES[form.engine].types
 
 
 # without espalier
@@ -346,11 +348,13 @@ def example(kind: str) -> str:
     """The lines of README.md that run a format, after those that prepare an image."""
     section = README.read_text(encoding="utf-8").partition("### For engines")[2].partition("\n### ")[0]
     prepare, *blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    found = [block for block in blocks if kind in re.split(r", ", block.splitlines()[0].removeprefix("# "))]
-    assert len(found) == 1, kind
-    statements = [line for line in found[0].splitlines()[1:] if line and not line.startswith("import")]
+    matching = [
+        block for block in blocks if kind in re.split(r", ", block.splitlines()[0].removeprefix("# "))
+    ]
+    assert len(matching) == 1, kind
+    statements = [line for line in matching[0].splitlines()[1:] if line and not line.startswith("import")]
     assert len(statements) <= 5
-    return f"{prepare}\n{found[0]}"
+    return f"{prepare}\n{matching[0]}"
 
 
 @pytest.mark.long
@@ -371,8 +375,8 @@ def test_the_examples_of_the_readme_run_where_espalier_is_not(
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     with torch.no_grad():
         expected = model(transform(Image.open("cat.jpg").convert("RGB"))[None]).numpy()
-    found = np.array(json.loads(done.stdout), np.float32)
-    apart = Agreement.of(found, expected)
+    logits = np.array(json.loads(done.stdout), np.float32)
+    apart = Agreement.of(logits, expected)
     # Pillow's and torchvision's sizes after scaling may differ by a pixel before the cut
     assert apart.relative < (0.1 if form.kind == "int8" else 0.05), apart
 
@@ -380,7 +384,7 @@ def test_the_examples_of_the_readme_run_where_espalier_is_not(
 def test_checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
     """A dense folder without classes has no labels in its metadata."""
     dense_folder(tmp_path / "dense")
-    source = engine_export.source_of(tiny()[0], tmp_path / "dense", None)
+    source = engine.source_of(tiny()[0], tmp_path / "dense", None)
     assert "labels" not in source.preprocessing
 
 

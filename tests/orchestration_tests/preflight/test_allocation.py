@@ -16,7 +16,7 @@ from orchestration.recipe.loading import load_recipe
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.validation import validate
 from orchestration.state.trial_log import TrialRecord
-from orchestration.sweep import gradual as gradual_phase
+from orchestration.sweep import gradual
 from orchestration.sweep.artifacts import Allocated, Dense, Study
 from orchestration.sweep.context import Sweep
 from pruners.errors import InputError
@@ -50,19 +50,19 @@ def test_gradual_runs_end_at_the_sparsity_that_was_chosen(
     search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = MagicMock()
-    monkeypatch.setattr(gradual_phase, "_runs", runs)
+    monkeypatch.setattr(gradual, "_runs", runs)
     given = recipe(allocation={"sampler": "nsga2", **search})
     assert given.pruning.sparsity == 0.75
-    gradual_phase.schedule_phase(swept(given), "lamp", Dense("dense", 0.9, "w"), allocated(0.6125))
+    gradual.schedule_phase(swept(given), "lamp", Dense("dense", 0.9, "w"), allocated(0.6125))
     sweep, phase, *_ = runs.call_args.args
     assert (phase, sweep.recipe.pruning.sparsity) == ("schedule", 0.6125)
 
 
 def test_without_a_range_they_end_at_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = MagicMock()
-    monkeypatch.setattr(gradual_phase, "_runs", runs)
+    monkeypatch.setattr(gradual, "_runs", runs)
     given = recipe(allocation={"pareto": {"against": "macs", "tolerance": 0.05}})
-    gradual_phase.schedule_phase(swept(given), "lamp", Dense("dense", 0.9, "w"), allocated(0.7501))
+    gradual.schedule_phase(swept(given), "lamp", Dense("dense", 0.9, "w"), allocated(0.7501))
     assert runs.call_args.args[0].recipe.pruning.sparsity == 0.75
 
 
@@ -73,8 +73,8 @@ def test_the_final_row_is_of_the_sparsity_that_the_best_run_had(searched: bool, 
     values = {"pruning.sparsity": 0.82, "recovery.lr.peak": 2e-4} if searched else {}
     best = TrialRecord(0, values, "finished", 0.9, {"val_top1": 0.9}, checkpoint="there", run_id="run")
     runs = MagicMock(**{"register.return_value": "1"})
-    found = gradual_phase.Gradual(swept(given), best, [best], str(tmp_path), runs).register()
-    assert found.sparsity == (0.82 if searched else 0.75)
+    registered = gradual.Gradual(swept(given), best, [best], str(tmp_path), runs).register()
+    assert registered.sparsity == (0.82 if searched else 0.75)
 
 
 @pytest.mark.parametrize(

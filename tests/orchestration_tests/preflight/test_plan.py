@@ -65,7 +65,7 @@ def test_every_recipe_is_planned(name: str) -> None:
 def test_a_structured_step_is_planned_from_shapes() -> None:
     """Its widths and counts; the layers, budget and costs after it are those of the smaller model."""
     cut = "structured={mlp: 0.75, heads: 0.5, recovery: {epochs: 7}}"
-    whole, prepared = (prepare(load_recipe("demo", some), dry_run=True) for some in ([], [cut]))
+    whole, prepared = (prepare(load_recipe("demo", overrides), dry_run=True) for overrides in ([], [cut]))
     assert whole.costs is not None
     assert prepared.costs is not None
     lines = dict(_lines(prepared))

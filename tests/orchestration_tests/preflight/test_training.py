@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from orchestration.preflight import training as check_training
+from orchestration.preflight import training
 from orchestration.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_on_a_processor_without_it_is_remarked(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_training, "_fast_in_bfloat16", lambda: fast)
+    monkeypatch.setattr(training, "_fast_in_bfloat16", lambda: fast)
     recipe = load_recipe("demo", ["recovery.precision=bfloat16"])
-    assert [line.split(":")[0] for line in check_training.remarks(recipe)] == (
+    assert [line.split(":")[0] for line in training.remarks(recipe)] == (
         [] if fast else ["recovery.precision = bfloat16"]
     )
     gpus = load_recipe("demo", ["recovery.precision=bfloat16", "resources.gpus_per_worker=1"])
-    assert check_training.remarks(gpus) == []
-    assert check_training.remarks(load_recipe("demo", [])) == []
+    assert training.remarks(gpus) == []
+    assert training.remarks(load_recipe("demo", [])) == []

@@ -82,13 +82,13 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def drawn(chance: random.Random, keys: list[tuple[str, str]]) -> list[str]:
     """One to three overrides as they are typed."""
-    found = []
+    leaves = []
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         key, values = chance.choice(keys)
         words = [word.strip() for word in values.replace(" or ", ", ").split(",")]
         kind = chance.choice((*KINDS, words) if "," in values else KINDS)
-        found.append(f"{key}={chance.choice(kind)}")
-    return found
+        leaves.append(f"{key}={chance.choice(kind)}")
+    return leaves
 
 
 def outcome(recipe: str, overrides: list[str]) -> str:
@@ -122,20 +122,20 @@ def test_recipes_without_traceback_hang_or_memory(
             overrides = drawn(chance, keys)
             signal.alarm(SECONDS)
             try:
-                said = outcome(own, overrides)
+                raised = outcome(own, overrides)
             except Exception as error:
                 raise AssertionError(f"espalier sweep own.yaml --dry-run {overrides}") from error
             finally:
                 signal.alarm(0)
-            assert len(said.splitlines()) <= 1, overrides
-            assert len(said) < 2000, overrides
-            ends["refused" if said else "shown"] += 1
+            assert len(raised.splitlines()) <= 1, overrides
+            assert len(raised) < 2000, overrides
+            ends["refused" if raised else "shown"] += 1
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MEMORY
     assert ends["refused"] > cases / 2
     assert ends["shown"] > cases / 50  # or nothing but the reading of recipes would be tried
-    assert sorted(one.name for one in Path(own).parent.iterdir()) == [
+    assert sorted(path.name for path in Path(own).parent.iterdir()) == [
         "own.yaml",
         "test.parquet",
         "train.parquet",

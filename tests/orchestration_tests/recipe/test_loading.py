@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestration.recipe.dotted_keys import flatten, get, put
-from orchestration.recipe.loading import describe_shipped, load_recipe, shipped, single, with_values
+from orchestration.recipe.loading import describe_shipped, load_recipe, shipped, single_run, with_values
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.validation import validate
 from pruners.errors import InputError
@@ -42,12 +42,12 @@ def recipe(folder: Path, name: str, text: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_recipe_is_valid(name: str) -> None:
-    found = load_recipe(name)
-    assert found.description
-    assert load_recipe(str(shipped()[name])) == found
-    assert validate(yaml.safe_load(yaml.safe_dump(found.model_dump(mode="json")))) == found
-    for method in found.pruning.methods:
-        assert single(found, method).pruning.methods == (method,)
+    recipe_read = load_recipe(name)
+    assert recipe_read.description
+    assert load_recipe(str(shipped()[name])) == recipe_read
+    assert validate(yaml.safe_load(yaml.safe_dump(recipe_read.model_dump(mode="json")))) == recipe_read
+    for method in recipe_read.pruning.methods:
+        assert single_run(recipe_read, method).pruning.methods == (method,)
 
 
 def test_shipped_recipes_are_described() -> None:
@@ -65,19 +65,23 @@ def test_a_name_comes_from_the_file(tmp_path: Path) -> None:
 def test_extends(tmp_path: Path) -> None:
     recipe(tmp_path, "bases/base", MINIMAL + "seed: 1\npruning: {sparsity: 0.5, floor: 0.1}\n")
     recipe(tmp_path, "middle", "extends: bases/base.yaml\npruning: {sparsity: 0.6}\nname: middle\n")
-    found = load_recipe(
+    recipe_read = load_recipe(
         recipe(tmp_path, "top", "extends: middle.yaml\nseed: 2\npruning: {methods: [ovit]}\n")
     )
-    assert (found.seed, found.name) == (2, "middle")
-    assert (found.pruning.sparsity, found.pruning.floor, found.pruning.methods) == (0.6, 0.1, ("ovit",))
+    assert (recipe_read.seed, recipe_read.name) == (2, "middle")
+    assert (recipe_read.pruning.sparsity, recipe_read.pruning.floor, recipe_read.pruning.methods) == (
+        0.6,
+        0.1,
+        ("ovit",),
+    )
 
 
 def test_extends_a_shipped_recipe(tmp_path: Path) -> None:
-    found = load_recipe(recipe(tmp_path, "mine", "extends: demo\nrecovery: {lr: {peak: 2e-4}}\n"))
+    recipe_read = load_recipe(recipe(tmp_path, "mine", "extends: demo\nrecovery: {lr: {peak: 2e-4}}\n"))
     demo = load_recipe("demo")
-    assert found.recovery.lr.peak == 2e-4
-    assert found.recovery.lr.floor == demo.recovery.lr.floor
-    assert found.model == demo.model
+    assert recipe_read.recovery.lr.peak == 2e-4
+    assert recipe_read.recovery.lr.floor == demo.recovery.lr.floor
+    assert recipe_read.model == demo.model
 
 
 @pytest.mark.parametrize("length", [1, 3])
@@ -116,11 +120,11 @@ def test_numbers(text: str, value: float, tmp_path: Path) -> None:
 
 def test_numbers_where_any_type_will_do() -> None:
     """Where the schema would not turn text into a number, YAML must."""
-    found = load_recipe(
+    recipe_read = load_recipe(
         "demo", ["model.args.drop_rate=1e-4", "schedule.space={recovery.lr.peak: {choice: [1e-3]}}"]
     )
-    assert found.model.args["drop_rate"] == 1e-4
-    assert found.schedule.space["recovery.lr.peak"].choice == (1e-3,)
+    assert recipe_read.model.args["drop_rate"] == 1e-4
+    assert recipe_read.schedule.space["recovery.lr.peak"].choice == (1e-3,)
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
 
 
 def test_overrides() -> None:
-    found = load_recipe(
+    recipe_read = load_recipe(
         "demo",
         [
             "pruning.methods=[ovit]",
@@ -138,18 +142,18 @@ def test_overrides() -> None:
             "schedule.space={}",
         ],
     )
-    assert found.pruning.methods == ("ovit",)
-    assert found.pruning.sparsity == 0.9
-    assert found.tracking.uri == "http://host:5000/a=b"
-    assert found.recovery.clip_grad is None
-    assert found.schedule.space == {}
+    assert recipe_read.pruning.methods == ("ovit",)
+    assert recipe_read.pruning.sparsity == 0.9
+    assert recipe_read.tracking.uri == "http://host:5000/a=b"
+    assert recipe_read.recovery.clip_grad is None
+    assert recipe_read.schedule.space == {}
 
 
 def test_storage_and_tracking_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_STORAGE", "s3://bucket/runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    found = load_recipe("demo")
-    assert (found.storage, found.tracking.uri) == ("s3://bucket/runs", "http://host:5000")
+    recipe_read = load_recipe("demo")
+    assert (recipe_read.storage, recipe_read.tracking.uri) == ("s3://bucket/runs", "http://host:5000")
     assert load_recipe("demo", ["storage=here"]).storage == "here"
 
 
@@ -216,11 +220,11 @@ def outcome(call: Callable[[], Recipe]) -> str:
     ],
 )
 def test_yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
-    said = [
+    lines = [
         outcome(lambda: load_recipe("demo", [f"pruning.sparsity={value}"])),
         outcome(lambda: load_recipe(recipe(tmp_path, "r", MINIMAL + f"seed: {value}\n"))),
     ]
-    assert all(text and "\n" not in text for text in said)
+    assert all(text and "\n" not in text for text in lines)
 
 
 def test_names_that_no_file_can_have() -> None:
@@ -254,9 +258,9 @@ def test_values_in_place_of_the_recipe_s() -> None:
 
 
 def test_a_single_run() -> None:
-    found = single(load_recipe("demo"), "ovit")
-    assert found.pruning.methods == ("ovit",)
-    assert (found.allocation.trials, found.schedule.trials, found.schedule.space) == (0, 1, {})
+    single = single_run(load_recipe("demo"), "ovit")
+    assert single.pruning.methods == ("ovit",)
+    assert (single.allocation.trials, single.schedule.trials, single.schedule.space) == (0, 1, {})
 
 
 FLAT = sorted(flatten(load_recipe("demo").model_dump(mode="json")))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestration.recipe.loading import load_recipe, single
+from orchestration.recipe.loading import load_recipe, single_run
 from orchestration.recipe.population import job_key
 from orchestration.recipe.search import ScheduleSearch
 
@@ -92,8 +92,8 @@ def test_one_run_of_such_a_recipe_is_no_population() -> None:
     space = "schedule.space={recovery.lr.peak: {log: [1e-5, 1e-3]}}"
     recipe = load_recipe("demo", ["schedule.scheduler=pbt", "schedule.sampler=random", space])
     assert recipe.schedule.scheduler == "pbt"
-    one = single(recipe, "dimap").schedule
-    assert (one.trials, one.space, one.scheduler) == (1, {}, "none")
+    schedule = single_run(recipe, "dimap").schedule
+    assert (schedule.trials, schedule.space, schedule.scheduler) == (1, {}, "none")
     assert load_recipe("demo").schedule.alone == {"trials": 1, "space": {}}
 
 

@@ -20,20 +20,20 @@ MINIMAL = {
 
 
 def everything(key: str) -> set[str]:
-    return {one.name for one in recipe_keys(key)}
+    return {key_below.name for key_below in recipe_keys(key)}
 
 
 def test_what_shipped_recipes_say_is_listed() -> None:
-    parts = {one.name.partition(".")[0] for one in recipe_keys()}
+    parts = {known.name.partition(".")[0] for known in recipe_keys()}
     known = set.union(*map(everything, parts))
     for name, _ in describe_shipped():
         for key in flatten(load_recipe(name, []).model_dump(mode="json")):
             # of an open part (space, args) the recipe's own words come after a listed key
-            assert any(key == one or key.startswith(f"{one}.") for one in known), (name, key)
+            assert any(key == listed or key.startswith(f"{listed}.") for listed in known), (name, key)
 
 
 def test_the_defaults_are_those_of_a_recipe() -> None:
-    found = flatten(Recipe.model_validate(MINIMAL).model_dump(mode="json"))
+    defaults = flatten(Recipe.model_validate(MINIMAL).model_dump(mode="json"))
     given = {
         "name",
         "model.architecture",
@@ -42,19 +42,19 @@ def test_the_defaults_are_those_of_a_recipe() -> None:
         "data.train",
         "pruning.sparsity",
     }
-    said = {one.name: one.default for one in recipe_keys()}
+    listed = {known.name: known.default for known in recipe_keys()}
     written = {True: "true", False: "false", None: "null"}
-    for key in (found.keys() & said.keys()) - given:
-        value = found[key]
+    for key in (defaults.keys() & listed.keys()) - given:
+        value = defaults[key]
         if isinstance(value, bool | None):
-            assert said[key] == written[value], key
+            assert listed[key] == written[value], key
         elif isinstance(value, int | float | str):
-            assert said[key] == str(value), key
-    assert said["name"] is None
+            assert listed[key] == str(value), key
+    assert listed["name"] is None
 
 
 def test_a_key_that_is_not_listed_is_refused() -> None:
-    listed = {one.name for one in recipe_keys()}
+    listed = {known.name for known in recipe_keys()}
     assert "recovery.epocs" not in listed
     with pytest.raises(ValidationError, match="epocs"):
         Recipe.model_validate({**MINIMAL, "recovery": {"epocs": 3}})
@@ -68,7 +68,7 @@ def test_a_key_that_is_not_listed_is_refused() -> None:
 def test_what_was_said_is_not_said_again() -> None:
     names = everything("")
     assert "recovery.lr.peak" not in names
-    (short,) = (one for one in recipe_keys() if one.name == "recovery")
+    (short,) = (known for known in recipe_keys() if known.name == "recovery")
     assert short.text.endswith("its keys are those of dense")
     assert "recovery.lr.peak" in everything("recovery")
     assert everything("recovery.lr") == {name for name in everything("recovery") if ".lr." in name}

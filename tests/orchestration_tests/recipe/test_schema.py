@@ -113,13 +113,13 @@ def test_values_never_change_after_reading() -> None:
 
 def parts(kind: type[BaseModel]) -> set[type[BaseModel]]:
     """Every pydantic model below one."""
-    found = {kind}
+    kinds = {kind}
     for field in kind.model_fields.values():
         text = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for inner in text:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
-                found |= parts(inner)
-    return found
+                kinds |= parts(inner)
+    return kinds
 
 
 def test_no_part_takes_unknown_keys() -> None:

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from orchestration.cli.app import cli
-from orchestration.common.redaction import without_places
+from orchestration.common.redaction import strip_paths
 from orchestration.recipe.loading import load_recipe
 from orchestration.reporting import compare
 from orchestration.reporting.compare_page import page
 from orchestration.reporting.display import Display
-from orchestration.state import heartbeat as journal
+from orchestration.state import heartbeat
 from orchestration.state.stored_recipe import folder_of, store
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
@@ -41,7 +41,7 @@ def row(method: str, **changes: Any) -> dict[str, Any]:
 
 
 def sweep(
-    place: Path,
+    runs: Path,
     name: str,
     *overrides: str,
     rows: list[dict[str, Any]] | None = None,
@@ -49,8 +49,8 @@ def sweep(
     error: BaseException | None = None,
 ) -> None:
     """The folder of a sweep of one method that ran so far."""
-    store(load_recipe("demo", [f"storage={place}", f"name={name}", "pruning.methods=[ovit]", *overrides]))
-    root = folder_of(str(place), name)
+    store(load_recipe("demo", [f"storage={runs}", f"name={name}", "pruning.methods=[ovit]", *overrides]))
+    root = folder_of(str(runs), name)
     display = Display(Console(file=io.StringIO()))
     searches = {"allocation": TrialLog(f"{root}/allocation-ovit-a/trials.json", cheap=True)}
     searches |= {"schedule": TrialLog(f"{root}/schedule-ovit-b/trials.json")} if gradual else {}
@@ -63,7 +63,7 @@ def sweep(
         why = "FileNotFoundError: [Errno 2] No such file: '/home/me/secret place/x.parquet'"
         searches["schedule"].add(TrialRecord(3, {}, "failed", None, error=why))
     try:
-        with journal.Journal(str(place), name, display, "/ray/session/logs"):
+        with heartbeat.Heartbeat(str(runs), name, display, "/ray/session/logs"):
             for kind, log in searches.items():
                 display.phase(f"ovit: {kind} search", trials=3, label=f"ovit-{kind}", log=log.uri)
                 display.finished("done")
@@ -76,7 +76,7 @@ def sweep(
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def runs(tmp_path: Path) -> Path:
     """Two sweeps: one finished, one interrupted in its schedule search."""
     data = "data={train: /data/mine/train.parquet, test: 's3://key:hunter2@bucket/test.parquet'}"
     sweep(tmp_path, "first", data, rows=[row("ovit"), row("ovit", sparsity=0.5, kept=True)])
@@ -85,9 +85,9 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shown(place: Path, *names: str) -> str:
+def shown(runs: Path, *names: str) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(compare.tables(compare.read(str(place), names)))
+    console.print(compare.tables(compare.read(str(runs), names)))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -95,10 +95,10 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("│")[1:-1]]
 
 
-def test_the_tables(place: Path) -> None:
-    lines = shown(place, "first", "second", "first").splitlines()
+def test_the_tables(runs: Path) -> None:
+    lines = shown(runs, "first", "second", "first").splitlines()
     models = [cells(line) for line in lines if " M → " in line]
-    assert [one[:2] for one in models] == [["first", "ovit"], ["", "ovit"], ["second", "ovit"]]
+    assert [row[:2] for row in models] == [["first", "ovit"], ["", "ovit"], ["second", "ovit"]]
     assert models[0][2:8] == ["searched", "test", "90.00 %", "70.00 %", "88.00 %", "75.00 %"]
     assert models[0][8:] == ["1.00 M → 400.00 k", "9.00 M → 3.00 M", "5.23 MB", "4"]
     assert models[2][2:8] == ["–", "validation", "–", "62.00 %", "82.00 %", "75.00 %"]
@@ -111,21 +111,21 @@ def test_the_tables(place: Path) -> None:
     assert any("second: ovit-schedule-003 failed: FileNotFoundError" in line for line in lines)
 
 
-def test_what_differs_shows_no_place_and_no_password(place: Path) -> None:
-    found = compare.differences(compare.read(str(place), ["first", "second"]))
-    assert set(found) == {"data.train", "seed"}
-    assert all(re.fullmatch(r"train\.parquet \([0-9a-f]{4}\)", text) for text in found["data.train"])
-    assert len(set(found["data.train"])) == 2
-    assert compare.differences(compare.read(str(place), ["first"])) == {}
+def test_what_differs_shows_no_place_and_no_password(runs: Path) -> None:
+    differing = compare.differences(compare.read(str(runs), ["first", "second"]))
+    assert set(differing) == {"data.train", "seed"}
+    assert all(re.fullmatch(r"train\.parquet \([0-9a-f]{4}\)", text) for text in differing["data.train"])
+    assert len(set(differing["data.train"])) == 2
+    assert compare.differences(compare.read(str(runs), ["first"])) == {}
 
 
 def test_a_sweep_that_has_only_one_shot_trials(tmp_path: Path) -> None:
     sweep(tmp_path, "early", gradual=False, error=RuntimeError("no trial ran to its end"))
-    (found,) = compare.read(str(tmp_path), ["early"])
-    (model,) = found.models
+    (compared,) = compare.read(str(tmp_path), ["early"])
+    (model,) = compared.models
     assert (model.one_shot, model.recovered) == (0.62, None)
-    assert found.failures == ["no trial ran to its end"]
-    assert "validation" in page([found])
+    assert compared.failures == ["no trial ran to its end"]
+    assert "validation" in page([compared])
 
 
 def test_a_sweep_that_was_begun_again_says_so(tmp_path: Path) -> None:
@@ -170,23 +170,25 @@ class Seen(HTMLParser):
         self.words += data
 
 
-def test_the_page_needs_nothing_and_tells_nothing_of_this_machine(place: Path) -> None:
+def test_the_page_needs_nothing_and_tells_nothing_of_this_machine(runs: Path) -> None:
     result = CliRunner().invoke(
-        cli, ["compare", "first", "second", "--storage", str(place), "--html", str(place / "page.html")]
+        cli, ["compare", "first", "second", "--storage", str(runs), "--html", str(runs / "page.html")]
     )
     assert (result.exit_code, result.exception) == (0, None)
-    assert result.output == f"page: {place}/page.html\n"
-    text = (place / "page.html").read_text(encoding="utf-8")
+    assert result.output == f"page: {runs}/page.html\n"
+    text = (runs / "page.html").read_text(encoding="utf-8")
     seen = Seen(text)
     assert seen.fetched == []
     assert not {"script", "link", "iframe", "object", "base"} & set(seen.tags)
     assert "default-src 'none'" in text
     drawn = [base64.b64decode(image.partition(",")[2]).decode() for image, _ in seen.pictures]
     for content in (re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "", text), *drawn):
-        told = re.sub(r'(xmlns(:\w+)?|xlink:href)="[^"]*"|<!DOCTYPE.*?>', "", content, flags=re.DOTALL)
-        told = re.sub(r'rdf:\w+="[^"]*"', "", told)
-        for secret in ("http:", "https:", "url(http", str(place), "/home", "/data/", "hunter2", "127.0.0.1"):
-            assert secret not in told, secret
+        content_only = re.sub(
+            r'(xmlns(:\w+)?|xlink:href)="[^"]*"|<!DOCTYPE.*?>', "", content, flags=re.DOTALL
+        )
+        content_only = re.sub(r'rdf:\w+="[^"]*"', "", content_only)
+        for secret in ("http:", "https:", "url(http", str(runs), "/home", "/data/", "hunter2", "127.0.0.1"):
+            assert secret not in content_only, secret
     assert "FileNotFoundError" in seen.words
     # accuracy and cost of all; of each sweep a history and a heat map of one search, a history of the other
     assert len(seen.pictures) == 2 + 2 * (2 + 1)
@@ -201,7 +203,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("No such file: '/home/me/x.parquet'", "No such file: 'x.parquet'"),
         ('File "/a/b/c.py", line 3', 'File "c.py", line 3'),
@@ -213,5 +215,5 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         ("http://h:1,s3://key:secret@bucket/a", "http://h:1,s3://bucket/a"),
     ],
 )
-def test_a_text_for_others(text: str, told: str) -> None:
-    assert without_places(text) == told
+def test_a_text_for_others(text: str, expected: str) -> None:
+    assert strip_paths(text) == expected

@@ -81,12 +81,12 @@ def test_too_little_gives_no_figure() -> None:
     two = records(2)
     assert search_figures(records(1), SPACE, "") == {}
     assert search_figures(two, {}, "") == {}
-    failed = [TrialRecord(one.number, one.values, "failed", None) for one in two]
-    stopped = [TrialRecord(one.number, one.values, "stopped", 0.1, one.metrics) for one in two]
+    failed = [TrialRecord(trial.number, trial.values, "failed", None) for trial in two]
+    stopped = [TrialRecord(trial.number, trial.values, "stopped", 0.1, trial.metrics) for trial in two]
     elsewhere = [TrialRecord(5, {"another": 1}, "finished", 0.5, {"val_top1": 0.5})]
     assert search_figures([*failed, *stopped, two[0], *elsewhere], SPACE, "") == {}
 
 
 def test_trials_that_are_alike_have_no_importance() -> None:
-    one = records(1)[0]
-    assert set(search_figures([one, one], SPACE, "")) == {"parallel_coordinates"}
+    trial = records(1)[0]
+    assert set(search_figures([trial, trial], SPACE, "")) == {"parallel_coordinates"}

@@ -19,7 +19,7 @@ from rich.console import Console
 from orchestration.cli.app import cli
 from orchestration.reporting.display import Display
 from orchestration.reporting.status import log_lines, overview
-from orchestration.state import heartbeat as journal
+from orchestration.state import heartbeat
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
 
@@ -47,32 +47,32 @@ def at_work(tmp_path: Path, display: Display) -> Iterator[Path]:
     """A sweep in its second phase: one trial finished, one failed, one running."""
     log = TrialLog(f"{tmp_path}/sweeps/mine/schedule-ovit-abc/trials.json")
     display.plan(3)
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         display.phase("dense model")
         display.finished("reused, 90.0 % on validation")
         display.phase("ovit: gradual pruning", trials=4, epochs=10, label="ovit-schedule", log=log.uri)
         for number in range(3):
             log.begin(number, {"recovery.lr.peak": 10.0**-number}, None)
             display.trial_started(f"t{number}", number, {})
-        for one in (record(0, "finished", 0.875), record(1, "failed", None, "RuntimeError: out of memory")):
-            log.add(TrialRecord(**{**one.__dict__, "values": {"recovery.lr.peak": 10.0**-one.number}}))
-            display.trial_ended(f"t{one.number}", one)
+        for ended in (record(0, "finished", 0.875), record(1, "failed", None, "RuntimeError: out of memory")):
+            log.add(TrialRecord(**{**ended.__dict__, "values": {"recovery.lr.peak": 10.0**-ended.number}}))
+            display.trial_ended(f"t{ended.number}", ended)
         display.say("a line of the driver")
         wait_for_beat(tmp_path)
         yield tmp_path
 
 
-def wait_for_beat(place: Path) -> None:
-    file = place / "sweeps/mine/state.json"
+def wait_for_beat(folder: Path) -> None:
+    file = folder / "sweeps/mine/state.json"
     deadline = time.monotonic() + 30
     while "a line of the driver" not in file.read_text(encoding="utf-8"):
         assert time.monotonic() < deadline, "the journal is not kept"
         time.sleep(0.1)
 
 
-def shown(place: Path, name: str | None = None) -> str:
+def shown(folder: Path, name: str | None = None) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(overview(str(place), name))
+    console.print(overview(str(folder), name))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -94,10 +94,10 @@ def test_the_folder_moves_with_its_logs(at_work: Path) -> None:
 
 
 def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
-    told = "\n".join(log_lines(str(at_work), "mine", "ovit-schedule-1"))
-    assert "ovit-schedule-001: failed after 12 s" in told
-    assert "  file.py, line 3\nRuntimeError: out of memory" in told
-    assert ":/ray/session/logs" in told
+    text = "\n".join(log_lines(str(at_work), "mine", "ovit-schedule-1"))
+    assert "ovit-schedule-001: failed after 12 s" in text
+    assert "  file.py, line 3\nRuntimeError: out of memory" in text
+    assert ":/ray/session/logs" in text
     assert "has not ended" in log_lines(str(at_work), "mine", "ovit-schedule-002")[0]
     assert "has not ended" in log_lines(str(at_work), "mine", "002 ovit-schedule")[0]  # as MLflow has it
     with pytest.raises(InputError, match="did you mean 'ovit-schedule-001'"):
@@ -105,10 +105,10 @@ def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
 
 
 def test_the_driver_is_told_by_its_last_lines(at_work: Path) -> None:
-    told = log_lines(str(at_work), "mine", None)
-    assert f"process {os.getpid()}" in told[0]
-    assert "a line of the driver" in told
-    assert "more of a failed trial: espalier logs mine ovit-schedule-001" in told
+    lines = log_lines(str(at_work), "mine", None)
+    assert f"process {os.getpid()}" in lines[0]
+    assert "a line of the driver" in lines
+    assert "more of a failed trial: espalier logs mine ovit-schedule-001" in lines
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_how_a_sweep_ended(
     tmp_path: Path, display: Display, error: BaseException | None, state: str, reason: str | None
 ) -> None:
     def body() -> None:
-        with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+        with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
             display.say("a line of the driver")
             if error is not None:
                 raise error
@@ -133,25 +133,25 @@ def test_how_a_sweep_ended(
     else:
         with pytest.raises(type(error)):
             body()
-    found = journal.read(str(tmp_path), "mine")
-    assert found is not None
-    assert (found["state"], found["reason"]) == (state, reason)
+    seen_state = heartbeat.read(str(tmp_path), "mine")
+    assert seen_state is not None
+    assert (seen_state["state"], seen_state["reason"]) == (state, reason)
     assert (reason or state) in shown(tmp_path)
-    assert found["said"] == ["a line of the driver"]
+    assert seen_state["said"] == ["a line of the driver"]
 
 
-def edited(place: Path, **changes: Any) -> str:
+def edited(folder: Path, **changes: Any) -> str:
     """The state that is read after the file was changed."""
-    file = place / "sweeps/mine/state.json"
+    file = folder / "sweeps/mine/state.json"
     content = json.loads(file.read_text(encoding="utf-8")) | {"state": "running"} | changes
     file.write_text(json.dumps(content), encoding="utf-8")
-    found = journal.read(str(place), "mine")
-    assert found is not None
-    return str(found["state"])
+    state = heartbeat.read(str(folder), "mine")
+    assert state is not None
+    return str(state["state"])
 
 
 def test_a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Display) -> None:
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         pass
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -170,11 +170,11 @@ STOPPED = """
 import io, signal, sys, time
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray starts a job
 from rich.console import Console
-from orchestration.cli import app as cli
-from orchestration.state import heartbeat as journal
+from orchestration.cli import app
+from orchestration.state import heartbeat
 from orchestration.reporting.display import Display
-cli._end_in_order()
-with journal.Journal(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):
+app._end_in_order()
+with heartbeat.Heartbeat(sys.argv[1], "mine", Display(Console(file=io.StringIO())), "/"):
     print("at work", flush=True)
     time.sleep(300)
 """
@@ -202,13 +202,13 @@ def test_stop_ends_the_driver_as_ctrl_c_does(tmp_path: Path) -> None:
 def test_a_word_for_the_run_before_stops_nothing(
     tmp_path: Path, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_BEAT_SECONDS", 0.05)
-    journal.ask_to_stop(str(tmp_path), "mine")
-    with journal.Journal(str(tmp_path), "mine", display, "/ray/session/logs"):
+    monkeypatch.setattr(heartbeat, "_BEAT_SECONDS", 0.05)
+    heartbeat.ask_to_stop(str(tmp_path), "mine")
+    with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         time.sleep(0.5)
-    found = journal.read(str(tmp_path), "mine")
-    assert found is not None
-    assert found["state"] == "finished"
+    state = heartbeat.read(str(tmp_path), "mine")
+    assert state is not None
+    assert state["state"] == "finished"
 
 
 def test_status_without_a_terminal_is_printed_once(at_work: Path) -> None:

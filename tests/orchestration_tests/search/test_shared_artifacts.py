@@ -20,7 +20,7 @@ import pytest
 
 from orchestration.recipe.validation import validate
 from orchestration.search.training_trial import RunNames
-from orchestration.state.lock import TakenError, _actor_lock, in_turn
+from orchestration.state.lock import TakenError, _actor_lock, artifact_lock
 from orchestration.sweep import allocation as allocation_phase
 from orchestration.sweep import dense as dense_phase
 from orchestration.sweep import structured as structured_phase
@@ -31,9 +31,9 @@ from trainers.checkpoint.folder import RECORD
 
 HOLD = """
 import signal, sys, time
-from orchestration.state.lock import in_turn
+from orchestration.state.lock import artifact_lock
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
-with in_turn(sys.argv[1], "dense/a", print, by_cluster=False):
+with artifact_lock(sys.argv[1], "dense/a", print, by_cluster=False):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -52,16 +52,16 @@ def test_the_second_waits_and_takes_over_when_the_first_is_killed(tmp_path: Path
     killer = threading.Timer(2.0, first.kill)
     killer.start()
     began = time.monotonic()
-    with in_turn(str(tmp_path), "dense/b", told.append, by_cluster=False):
+    with artifact_lock(str(tmp_path), "dense/b", told.append, by_cluster=False):
         assert time.monotonic() - began < 1  # something else is nobody's
-    with in_turn(str(tmp_path), "dense/a", told.append, by_cluster=False):
+    with artifact_lock(str(tmp_path), "dense/a", told.append, by_cluster=False):
         assert 1.5 < time.monotonic() - began < 10
     assert told == [f" (process {first.pid} on {os.uname().nodename})"]
     first.wait(10)
 
 
 def test_who_waits_can_be_interrupted(tmp_path: Path) -> None:
-    with in_turn(str(tmp_path), "dense/a", str, by_cluster=False):
+    with artifact_lock(str(tmp_path), "dense/a", str, by_cluster=False):
         second = holder(tmp_path)
         assert second.stdout is not None
         assert str(os.getpid()) in second.stdout.readline()  # it says that it waits

@@ -22,13 +22,13 @@ from orchestration.recipe.validation import validate
 from orchestration.reporting import plots
 from orchestration.search.one_shot_trial import Speed
 from orchestration.search.pareto import fastest, front
-from orchestration.state import latency_store as latency
-from orchestration.state.latency_store import LatencyJob, told
+from orchestration.state import latency_store
+from orchestration.state.latency_store import LatencyJob, format_times
 from orchestration.state.trial_log import TrialRecord
 from orchestration.sweep.tasks import measure
 from pruners import find_layers
 from pruners.errors import InputError
-from trainers import optional_imports as optional
+from trainers import optional_imports
 from trainers.config.latency import LatencyTarget
 from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import linear_shapes
@@ -59,8 +59,8 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.processor, self.measured = "one", 0
-        monkeypatch.setattr(latency, "describe_machine", self._describe)
-        monkeypatch.setattr(latency, "measure", self._measure)
+        monkeypatch.setattr(latency_store, "describe_machine", self._describe)
+        monkeypatch.setattr(latency_store, "measure", self._measure)
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -75,8 +75,8 @@ class Machine:
 
     def _measure(self, *_: Any) -> tuple[Curve, dict[LinearShape, Curve]]:
         self.measured += 1
-        found = linear_table()
-        return found.whole, dict(found.curves)
+        table = linear_table()
+        return table.whole, dict(table.curves)
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(dense_folder(tmp_path_factory.mktemp("model") / "dense"))
 
 
-def job(dense: str, place: Path, pruning: dict[str, Any] | None = None, **target: Any) -> LatencyJob:
+def job(dense: str, folder: Path, pruning: dict[str, Any] | None = None, **target: Any) -> LatencyJob:
     settings = PruningSettings.model_validate(pruning or {})
-    return LatencyJob(dense, settings, LatencyTarget.model_validate(target), str(place))
+    return LatencyJob(dense, settings, LatencyTarget.model_validate(target), str(folder))
 
 
 def test_a_table_is_measured_once_for_a_machine_and_a_target(
@@ -116,8 +116,8 @@ def test_a_table_is_measured_once_for_a_machine_and_a_target(
         assert other.run()[1]
         assert machine.measured == number
     machine.processor = "two"
-    found, new = job(dense, tmp_path).run()
-    assert (found.about["machine"]["processor"], new) == ("two", True)
+    table, new = job(dense, tmp_path).run()
+    assert (table.about["machine"]["processor"], new) == ("two", True)
     machine.processor = "one"
     assert job(dense, tmp_path).run() == (first, False)
 
@@ -151,10 +151,10 @@ def test_more_threads_than_the_machine_has(machine: Machine, dense: str, tmp_pat
 
 
 def test_a_table_is_told_in_a_line_even_if_zeros_gain_nothing() -> None:
-    line = told(linear_table(), LatencyTarget())
+    line = format_times(linear_table(), LatencyTarget())
     assert line == "csr:float32 (batch 1, threads 1): 10.00 ms dense, 6.40 ms with 90 % zeros"
-    assert told(linear_table(0.0), LatencyTarget()).endswith("; zeros gain nothing on it")
-    assert "17.20 ms with 90 % zeros; zeros gain nothing" in told(linear_table(-1.0), LatencyTarget())
+    assert format_times(linear_table(0.0), LatencyTarget()).endswith("; zeros gain nothing on it")
+    assert "17.20 ms with 90 % zeros; zeros gain nothing" in format_times(linear_table(-1.0), LatencyTarget())
 
 
 def test_the_short_form_and_its_defaults() -> None:
@@ -248,8 +248,10 @@ def test_sparsities_that_the_pattern_does_not_allow() -> None:
 def test_an_engine_that_is_not_installed_is_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    there = optional.find_spec
-    monkeypatch.setattr(optional, "find_spec", lambda name: None if name == "openvino" else there(name))
+    find_spec = optional_imports.find_spec
+    monkeypatch.setattr(
+        optional_imports, "find_spec", lambda name: None if name == "openvino" else find_spec(name)
+    )
     wanted = recipe({**FAST, "target": {"engine": "openvino"}})
     with pytest.raises(
         InputError, match=r"allocation\.target\.engine = .*needs openvino, which is not installed"
@@ -301,14 +303,14 @@ def test_nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: f
     trials = [trial(number, top1 / 100, took / 10) for number, (top1, took) in enumerate(points)]
     rule = Fastest(loss, (0.5, 0.9), RULE.target)
     least = 0.8 * (1 - loss) - 1e-9
-    within = [one for one in trials if one.metrics["val_top1"] >= least]
+    within = [trial for trial in trials if trial.metrics["val_top1"] >= least]
     if not within:
         with pytest.raises(RuntimeError, match=r"allocation\.loss"):
             fastest(trials, rule)
         return
     best = fastest(trials, rule)
     assert best in within
-    assert best.metrics["latency"] == min(one.metrics["latency"] for one in within)
+    assert best.metrics["latency"] == min(trial.metrics["latency"] for trial in within)
     assert best in front(trials, "latency")
 
 
@@ -338,6 +340,6 @@ def test_a_trial_reports_what_its_model_will_take(dense: str, tmp_path: Path) ->
     assert sparser["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert sparser["latency"] < own["latency"]
     trial.reset_config({**space.own_values(), "sparsity": 0.5})
-    found = trial.step()
-    assert found["dense_top1"] == speed.dense_top1 == own["dense_top1"]
-    assert 0 <= found["dense_top1"] <= 1
+    result = trial.step()
+    assert result["dense_top1"] == speed.dense_top1 == own["dense_top1"]
+    assert 0 <= result["dense_top1"] <= 1

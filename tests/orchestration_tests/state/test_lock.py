@@ -9,24 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.state.lock import alone_here
+from orchestration.state.lock import local_lock
 from pruners.errors import InputError
 
 SECOND = """
 import sys
-from orchestration.state.lock import alone_here
-with alone_here(sys.argv[1], sys.argv[2]):
+from orchestration.state.lock import local_lock
+with local_lock(sys.argv[1], sys.argv[2]):
     print("held")
 """
 
 
-def second(place: Path, name: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SECOND, str(place), name]
+def second(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SECOND, str(folder), name]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    with alone_here(str(tmp_path), "mine"):
+    with local_lock(str(tmp_path), "mine"):
         refused = second(tmp_path, "mine")
         assert f"process {os.getpid()} on" in refused.stderr
         assert "name = 'mine'" in refused.stderr
@@ -41,13 +41,13 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_an_error_inside_frees_the_name(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), alone_here(str(tmp_path), "mine"):
+    with pytest.raises(ZeroDivisionError), local_lock(str(tmp_path), "mine"):
         raise ZeroDivisionError
-    with alone_here(str(tmp_path), "mine"):
+    with local_lock(str(tmp_path), "mine"):
         pass
     with (
-        alone_here(str(tmp_path), "mine"),
+        local_lock(str(tmp_path), "mine"),
         pytest.raises(InputError, match="is at work"),
-        alone_here(str(tmp_path), "mine"),
+        local_lock(str(tmp_path), "mine"),
     ):
         pass

@@ -43,13 +43,15 @@ def job(made: dict[str, Any], order: StoredOrder) -> OrderJob:
     return OrderJob(**made, folder=order.folder, fingerprint=order.fingerprint)
 
 
-def place(folder: Path, settings: PruningSettings, method: str = "ovit", **changes: Any) -> StoredOrder:
+def stored_order(
+    folder: Path, settings: PruningSettings, method: str = "ovit", **changes: Any
+) -> StoredOrder:
     facts: dict[str, Any] = {"weights": "w", "data": "d", "seed": 0, **changes}
     return StoredOrder.of(str(folder), method, settings, **facts)
 
 
 def test_an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
-    known = place(tmp_path, pruning()).fingerprint
+    known = stored_order(tmp_path, pruning()).fingerprint
     for same in (
         pruning(sparsity=0.8),
         pruning(floor=0.1),
@@ -57,7 +59,7 @@ def test_an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
         pruning(schedule={"steps": 2}),
         pruning(fisher={**FISHER, "memory": "1GiB"}),
     ):
-        assert place(tmp_path, same).fingerprint == known
+        assert stored_order(tmp_path, same).fingerprint == known
     for other in (
         pruning(fisher={**FISHER, "damp": 1e-5}),
         pruning(fisher={**FISHER, "batch_size": 5}),
@@ -65,21 +67,21 @@ def test_an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
         pruning(ceiling=0.9),
         pruning(fisher={**FISHER, "damp": "auto"}),
     ):
-        assert place(tmp_path, other).fingerprint != known
-    assert place(tmp_path, pruning(), "woodfisher").fingerprint != known
-    assert place(tmp_path, pruning(), weights="v").fingerprint != known
-    assert place(tmp_path, pruning(), data="e").fingerprint != known
-    assert place(tmp_path, pruning(), seed=1).fingerprint != known
+        assert stored_order(tmp_path, other).fingerprint != known
+    assert stored_order(tmp_path, pruning(), "woodfisher").fingerprint != known
+    assert stored_order(tmp_path, pruning(), weights="v").fingerprint != known
+    assert stored_order(tmp_path, pruning(), data="e").fingerprint != known
+    assert stored_order(tmp_path, pruning(), seed=1).fingerprint != known
 
 
 def test_weights_alone_decide_a_first_order_method(tmp_path: Path) -> None:
-    known = place(tmp_path, pruning(), "dimap").fingerprint
-    assert place(tmp_path, pruning(fisher={}), "dimap", data="e", seed=3).fingerprint == known
+    known = stored_order(tmp_path, pruning(), "dimap").fingerprint
+    assert stored_order(tmp_path, pruning(fisher={}), "dimap", data="e", seed=3).fingerprint == known
 
 
 def test_lambda_is_tried_at_a_sparsity(tmp_path: Path) -> None:
     tried = {**FISHER, "damp": "auto"}
-    orders = [place(tmp_path, pruning(fisher=tried, sparsity=one)) for one in (0.5, 0.6)]
+    orders = [stored_order(tmp_path, pruning(fisher=tried, sparsity=sparsity)) for sparsity in (0.5, 0.6)]
     assert orders[0].fingerprint != orders[1].fingerprint
 
 
@@ -99,12 +101,12 @@ def test_parts_of_several_workers_are_one_order(made: dict[str, Any], tmp_path: 
     arguments = (2, str(tmp_path), job(made, shared).model_dump(mode="json"))
     torch.multiprocessing.spawn(order_as_worker, arguments, nprocs=2)
     assert (alone.facts["parts"], shared.facts["parts"]) == (1, 2)
-    one, two = alone.open(), shared.open()
-    assert set(one) == set(two)
-    for name in one:
-        assert torch.allclose(one[name].losses, two[name].losses, rtol=1e-3, atol=1e-9)
+    by_one, by_two = alone.open(), shared.open()
+    assert set(by_one) == set(by_two)
+    for name in by_one:
+        assert torch.allclose(by_one[name].losses, by_two[name].losses, rtol=1e-3, atol=1e-9)
     own = order_facts(made["checkpoint"], made["pruning"], "ovit", alone, [0.5, 0.6]).own
-    total = sum(len(order.losses) for order in one.values())
+    total = sum(len(order.losses) for order in by_one.values())
     assert [round(sum(own[sparsity].values()) / total, 3) for sparsity in (0.5, 0.6)] == [0.5, 0.6]
 
 

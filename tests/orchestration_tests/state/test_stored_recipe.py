@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.recipe.loading import load_recipe, single
+from orchestration.recipe.loading import load_recipe, single_run
 from orchestration.recipe.schema import Recipe
 from orchestration.state.stored_recipe import changes, check_unchanged, load, names, store
 from pruners.errors import InputError
@@ -16,8 +16,8 @@ from pruners.errors import InputError
 DATA = ("data={train: some/train.parquet, test: 's3://key:secret@bucket/test.parquet'}", "model.classes=3")
 
 
-def recipe(place: Path | str, *overrides: str) -> Recipe:
-    return load_recipe("demo", [f"storage={place}", *overrides])
+def recipe(folder: Path | str, *overrides: str) -> Recipe:
+    return load_recipe("demo", [f"storage={folder}", *overrides])
 
 
 def test_what_is_stored_runs_again(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 def test_one_run_is_a_part_of_its_sweep(tmp_path: Path) -> None:
     whole = recipe(tmp_path)
-    one = single(whole, "ovit")
-    assert changes(whole, one) == {}
-    assert changes(one, whole) == {}
-    assert changes(one, single(whole, "dimap")) == {}
-    other = single(recipe(tmp_path, "pruning.sparsity=0.8"), "ovit")
+    single = single_run(whole, "ovit")
+    assert changes(whole, single) == {}
+    assert changes(single, whole) == {}
+    assert changes(single, single_run(whole, "dimap")) == {}
+    other = single_run(recipe(tmp_path, "pruning.sparsity=0.8"), "ovit")
     assert changes(whole, other) == {"pruning.sparsity": (0.75, 0.8)}
 
 

@@ -36,7 +36,7 @@ def test_parts_by_name_number_and_place_for_others(data: DataSettings) -> None:
 
 
 def test_data_of_our_own_bear_their_name(data: DataSettings) -> None:
-    assert [one.name for one in datasets(data, HASH, "digits")] == ["digits-train", "digits-test"]
+    assert [dataset.name for dataset in datasets(data, HASH, "digits")] == ["digits-train", "digits-test"]
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_what_kind_of_place_it_is(source: str, kind: str) -> None:
 def hash_of(folder: Path, **changes: Any) -> str:
     """Of the data of a recipe for the images of ``data``, with other values of some keys."""
     files = {"data.train": f"{folder}/train", "data.test": f"{folder}/cats.parquet"} | changes
-    said = [f"{key}={value}" for key, value in files.items()]
-    recipe = load_recipe("demo", ["data={}", "model.classes=3", f"storage={folder}/runs", *said])
+    overrides = [f"{key}={value}" for key, value in files.items()]
+    recipe = load_recipe("demo", ["data={}", "model.classes=3", f"storage={folder}/runs", *overrides])
     return prepare(recipe).data_hash
 
 
 def test_the_hash_says_which_images_are_held_out(data: DataSettings, tmp_path: Path) -> None:
     assert hash_of(tmp_path) == hash_of(tmp_path, **{"pruning.sparsity": 0.5})
     other = [{"seed": 1}, {"data.holdout": 0.3}, {"data.bad_images": "skip"}, {"data.train": data.test}]
-    assert len({hash_of(tmp_path), *(hash_of(tmp_path, **one) for one in other)}) == 5
+    assert len({hash_of(tmp_path), *(hash_of(tmp_path, **changes) for changes in other)}) == 5
 
 
 def test_images_of_a_file_of_their_own_are_the_same_for_each_seed(data: DataSettings, tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> N
         datasets(data, HASH)
 
 
-@pytest.mark.parametrize(("done", "told"), [(False, [["digits-train"]]), (True, [])])
+@pytest.mark.parametrize(("done", "expected"), [(False, [["digits-train"]]), (True, [])])
 def test_a_phase_reads_no_test_images(
-    data: DataSettings, tmp_path: Path, done: bool, told: list[list[str]]
+    data: DataSettings, tmp_path: Path, done: bool, expected: list[list[str]]
 ) -> None:
     heard: list[list[str]] = []
 
-    class Told:
-        def inputs(self, run: str, found: list[Dataset]) -> None:
-            heard.append([one.name for one in found])
+    class Recorder:
+        def inputs(self, run: str, inputs: list[Dataset]) -> None:
+            heard.append([dataset.name for dataset in inputs])
 
     class Runs:
         run = "phase"
@@ -89,9 +89,9 @@ def test_a_phase_reads_no_test_images(
 
     recipe = load_recipe("demo", [f"storage={tmp_path}"])
     size = ClusterSize(cpus=1.0, gpus=0.0)
-    told_to: Any = Told()
+    tracker: Any = Recorder()
     nobody: Any = None
-    sweep = Sweep(recipe, data, HASH, size, told_to, nobody, "run")
+    sweep = Sweep(recipe, data, HASH, size, tracker, nobody, "run")
     kind: Any = Runs
     sweep.runs(TrialLog(f"{tmp_path}/trials.json"), "schedule", {}, kind=kind, done=done)
-    assert heard == told
+    assert heard == expected

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration.tracking import paging as pages
+from orchestration.tracking import paging
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.registry import Registry
 from orchestration.tracking.tracker import EndedRun, Tracker
@@ -21,7 +21,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def tracker(uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
     """A database whose pages hold two."""
-    monkeypatch.setattr(pages, "PAGE", 2)
+    monkeypatch.setattr(paging, "PAGE", 2)
     made = Tracker(uri, "tests")
     yield made
     made.abandon("KILLED")
@@ -33,7 +33,7 @@ def ended(number: int, parent: str, **more: int) -> EndedRun:
 
 def below(tracker: Tracker, run: str) -> list[str]:
     runs = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{run}'")
-    return sorted(one.data.tags["number"] for one in runs)
+    return sorted(run.data.tags["number"] for run in runs)
 
 
 def test_runs_are_deleted_when_all_pages_are_read(tracker: Tracker) -> None:
@@ -58,10 +58,10 @@ def test_an_ended_run_keeps_all_its_parameters_and_figures(tracker: Tracker) -> 
     params = {f"key.{number}": number for number in range(230)}
     figures = {f"sparsity.{number}": 0.5 for number in range(1850)}
     sent = tracker.log(EndedRun("trial", run, params, figures, {}, "FINISHED", 1.0))
-    found = tracker.client.get_run(sent.result())
-    assert len(found.data.params) == 230
-    assert len(found.data.metrics) == 1850
-    assert found.info.status == "FINISHED"
+    logged = tracker.client.get_run(sent.result())
+    assert len(logged.data.params) == 230
+    assert len(logged.data.metrics) == 1850
+    assert logged.info.status == "FINISHED"
 
 
 def test_models_and_versions_beyond_a_page_are_found(tracker: Tracker) -> None:
@@ -71,7 +71,7 @@ def test_models_and_versions_beyond_a_page_are_found(tracker: Tracker) -> None:
     for _ in range(5):
         tracker.client.create_model_version("model-4", "there")
     assert registry.names() == [f"model-{number}" for number in range(5)]
-    assert [one.version for one in registry.versions("model-4")] == ["5", "4", "3", "2", "1"]
+    assert [version.version for version in registry.versions("model-4")] == ["5", "4", "3", "2", "1"]
     assert registry.resolve("models:/model-4/1").version == "1"
     with pytest.raises(
         InputError, match=r"model = 'modl-4': no such registered model \(did you mean 'model-4'\?"

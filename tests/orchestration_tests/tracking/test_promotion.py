@@ -14,12 +14,12 @@ import pytest
 from mlflow import MlflowClient
 from results import ROW
 
-from orchestration.cli import app as cli
+from orchestration.cli import app
 from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import alias_lines
 from orchestration.tracking import lineage
 from orchestration.tracking.promotion import choose, level_alias, promote, settle
-from orchestration.tracking.registry import Registry, Version, check_alias, check_name, opened
+from orchestration.tracking.registry import Registry, Version, check_alias, check_name, open_registry
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)
@@ -66,8 +66,8 @@ def carries(client: MlflowClient, alias: str = "champion") -> str | None:
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:
-    found = dict(client.get_registered_model("m").aliases)
-    return {alias: str(version) for alias, version in found.items()}
+    aliases = dict(client.get_registered_model("m").aliases)
+    return {alias: str(version) for alias, version in aliases.items()}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_sweep_settles_champion_and_sparsities(client: MlflowClient, registry:
     assert aliases(client) == before
 
     next_sweep = [*made(client, 0.91), *made(client, 0.98, sparsity="0.6000")]
-    refused = {one.alias for one in settle(registry, next_sweep, RULE) if one.refused}
+    refused = {decision.alias for decision in settle(registry, next_sweep, RULE) if decision.refused}
     assert refused == {"sparsity-75"}, "equal is enough for a champion, not for a sparsity"
     assert aliases(client) == {"champion": "5", "sparsity-75": "4", "sparsity-60": "6"}
 
@@ -199,9 +199,9 @@ def test_a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Regis
     made(client, 0.8, method="dimap", recipe="abc", git_commit="c0ffee", dense="d0")
     made(client, 0.7, method="ovit", dense="d1", parent="models:/m/1")
     made(client, 0.6, parent="models:/m/2")
-    assert [one.version for one in lineage.chain(registry, "models:/m/3")] == ["3", "2", "1"]
-    said = "\n".join(lineage.lines(registry, "models:/m/2"))
-    assert said.startswith("models:/m/2\n")
+    assert [version.version for version in lineage.chain(registry, "models:/m/3")] == ["3", "2", "1"]
+    text = "\n".join(lineage.lines(registry, "models:/m/2"))
+    assert text.startswith("models:/m/2\n")
     for fact in (
         "ovit",
         "75.00 %",
@@ -211,27 +211,27 @@ def test_a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Regis
         "abc",
         "not recorded",
     ):
-        assert fact in said
+        assert fact in text
     client.delete_model_version("m", "1")
-    assert [one.version for one in lineage.chain(registry, "models:/m/3")] == ["3", "2"]
+    assert [version.version for version in lineage.chain(registry, "models:/m/3")] == ["3", "2"]
 
 
 def test_a_sweep_ends_with_what_became_of_the_aliases(client: MlflowClient, registry: Registry) -> None:
-    def told(made: Sequence[Version]) -> list[str]:
-        rows = [replace(ROW, version=one.version, sparsity=one.sparsity) for one in made]
+    def decided(made: Sequence[Version]) -> list[str]:
+        rows = [replace(ROW, version=version.version, sparsity=version.sparsity) for version in made]
         return list(alias_lines("m", rows, settle(registry, made, RULE)))
 
-    assert told(made(client, 0.8)) == [
+    assert decided(made(client, 0.8)) == [
         "champion: ovit (version 1, models:/m@champion)",
         "load the champion: timm.create_model('local-dir:/runs/recovered', pretrained=True)",
         "aliases: @champion version 1, @sparsity-75 version 1",
     ]
-    assert told(made(client, 0.7)) == [
+    assert decided(made(client, 0.7)) == [
         "champion: stays with version 1: version 2 has 70.00 % on validation, and it has 80.00 %",
         "make it champion:  espalier promote m --version 2 --force",
         "sparsity-75: stays with version 1: version 2 has 70.00 % on validation, and it has 80.00 %",
     ]
-    assert told(made(client, 0.9, sparsity="0.5000")) == [
+    assert decided(made(client, 0.9, sparsity="0.5000")) == [
         "champion: none of these, as none is sparse enough (tracking.promotion.sparsity)",
         "aliases: @sparsity-50 version 3",
     ]
@@ -262,13 +262,13 @@ def _run(
     before = [signal.getsignal(kind) for kind in kinds]
     try:
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            app.main()
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert isinstance(end.value.code, int)
-    return end.value.code, said.out, said.err
+    return end.value.code, output.out, output.err
 
 
 def test_promotion_by_hand(
@@ -352,7 +352,7 @@ def test_an_mlflow_that_goes_away_is_one_line_within_seconds() -> None:
     began = time.monotonic()
     with (
         pytest.raises(InputError, match=r"MLflow = 'http://127\.0\.0\.1:9'") as refused,
-        opened("http://user:secret@127.0.0.1:9") as registry,
+        open_registry("http://user:secret@127.0.0.1:9") as registry,
     ):
         registry.names()
     assert time.monotonic() - began < 60

@@ -22,7 +22,7 @@ from PIL import Image
 from orchestration.tracking import served_model
 from orchestration.tracking.pyfunc_model import CODE, classes_of, model_files
 from trainers.checkpoint.folder import load_checkpoint
-from trainers.quantization import int8_folder as int8
+from trainers.quantization import int8_folder
 from trainers.sources.parquet import decode
 
 CLASSES = {"ash": 1, "birch": 0, "cedar": 2}
@@ -47,22 +47,22 @@ def model(folder: Path) -> Iterator[mlflow.pyfunc.PyFuncModel]:
 
 def plain_timm(folder: Path, content: bytes) -> torch.Tensor:
     """Shares of the classes, by timm alone."""
-    found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(found), is_training=False)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
     with torch.no_grad():
-        logits = found(transform(Image.open(io.BytesIO(content)).convert("RGB"))[None])
+        logits = loaded(transform(Image.open(io.BytesIO(content)).convert("RGB"))[None])
     shares: torch.Tensor = logits.softmax(1)[0]
     return shares
 
 
 def test_it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
     pictures = [png(number) for number in range(70)]  # more than fit into one pass
-    found = model.predict(pd.DataFrame({"image": pictures}))
-    assert len(found) == len(pictures)
+    answers = model.predict(pd.DataFrame({"image": pictures}))
+    assert len(answers) == len(pictures)
     names = {label: name for name, label in CLASSES.items()}
     for number in (0, 1, 64, 69):
         expected = plain_timm(folder, pictures[number])
-        row = found.iloc[number]
+        row = answers.iloc[number]
         assert row["probabilities"] == pytest.approx(expected.tolist(), abs=1e-5)
         assert row["class"] == int(expected.argmax())
         assert row["label"] == names[row["class"]]
@@ -70,9 +70,9 @@ def test_it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFunc
 
 def test_it_is_still_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     dense_folder(tmp_path)
-    found = load_checkpoint(str(folder)).model
+    loaded = load_checkpoint(str(folder)).model
     for name, weight in load_checkpoint(str(tmp_path)).model.state_dict().items():
-        assert torch.equal(weight, found.state_dict()[name])
+        assert torch.equal(weight, loaded.state_dict()[name])
 
 
 def test_labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_a_bad_image_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
 def test_the_example_is_an_image_that_it_answers(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
     example = model.input_example
     assert Image.open(io.BytesIO(example["image"].iloc[0])).size == (32, 32)
-    found = model.predict(example).iloc[0]
-    assert sum(found["probabilities"]) == pytest.approx(1.0)
+    answer = model.predict(example).iloc[0]
+    assert sum(answer["probabilities"]) == pytest.approx(1.0)
     schema = model.metadata.signature
-    assert [(one.name, one.type.name) for one in schema.inputs.inputs] == [("image", "binary")]
+    assert [(column.name, column.type.name) for column in schema.inputs.inputs] == [("image", "binary")]
     assert schema.outputs.input_names() == ["class", "label", "probabilities"]
 
 
@@ -108,21 +108,21 @@ def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> 
     parent = dense_folder(tmp_path / "parent")
     served = tmp_path / "int8"
     served.mkdir()
-    int8.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
-    with model_files(reader=int8.ENGINE) as files:
+    int8_folder.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
+    with model_files(reader=int8_folder.ENGINE) as files:
         assert not {path.name for path in files.iterdir()} & {path.name for path in served.iterdir()}
         copytree(files, served, dirs_exist_ok=True)
-    assert int8.read_record(served, "served", key="model")["mode"] == "dynamic"
+    assert int8_folder.read_record(served, "served", key="model")["mode"] == "dynamic"
     needs = {line.split("==")[0] for line in (served / "requirements.txt").read_text().splitlines()}
     assert needs == {"mlflow", "torch", "torchvision", "timm", "pillow", "onnxruntime"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
         patch.setattr(timm, "create_model", None)
-        found = mlflow.pyfunc.load_model(str(served)).predict(
+        answers = mlflow.pyfunc.load_model(str(served)).predict(
             pd.DataFrame({"image": [png(number) for number in range(70)]})
         )
     for number in (0, 69):
-        row = found.iloc[number]
+        row = answers.iloc[number]
         assert row["probabilities"] == pytest.approx(plain_timm(parent, png(number)).tolist(), abs=0.05)
         assert row["label"] == "xyz"[row["class"]]
 
@@ -144,8 +144,8 @@ def test_nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:
 def test_requirements_are_what_is_installed(folder: Path) -> None:
     pinned = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
     assert set(pinned) == {"mlflow", "torch", "torchvision", "timm", "safetensors", "pillow"}
-    for name, one in pinned.items():
-        assert version(name).partition("+")[0] == one
+    for name, pinned_version in pinned.items():
+        assert version(name).partition("+")[0] == pinned_version
 
 
 def test_the_users_project_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from orchestration.tracking import registry
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import Dataset
-from orchestration.tracking.registry import opened
+from orchestration.tracking.registry import open_registry
 from orchestration.tracking.server import answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
@@ -44,8 +44,8 @@ def proxy(port: int) -> ThreadingHTTPServer:
                 wanted["Host"] = f"127.0.0.1:{port}"
                 server = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 server.request(self.command, self.path.removeprefix(PREFIX), body, wanted)
-                found = server.getresponse()
-                self.answer(found.status, dict(found.getheaders()), found.read())
+                response = server.getresponse()
+                self.answer(response.status, dict(response.getheaders()), response.read())
                 server.close()
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = hand_on  # noqa: N815  # as http.server calls them
@@ -117,23 +117,23 @@ def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
     tracker.close("FINISHED")
 
     client = MlflowClient(remote)
-    found = client.get_run(run)
-    assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 0.5)
-    assert found.data.params["tracking.uri"] == remote
-    assert [one.dataset.name for one in found.inputs.dataset_inputs] == ["train"]
+    logged = client.get_run(run)
+    assert (logged.info.status, logged.data.metrics["loss"]) == ("FINISHED", 0.5)
+    assert logged.data.params["tracking.uri"] == remote
+    assert [entry.dataset.name for entry in logged.inputs.dataset_inputs] == ["train"]
     assert {file.path for file in client.list_artifacts(run)} == {"figures", "results.json", "checkpoint"}
     assert tracker.link(run).startswith(f"{remote}/#/experiments/")
     with registry.pulled(f"models:/espalier-remote/{version}", remote) as pulled:
         assert (pulled / "config.json").read_text() == '"ovit"'
         assert (pulled / "model.safetensors").stat().st_size == 2 << 20
-    with opened(remote) as versions:
+    with open_registry(remote) as versions:
         assert versions.names() == ["espalier-remote"]
 
     written = b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())
-    said = "".join(capfd.readouterr())
+    output = "".join(capfd.readouterr())
     for secret in (PASSWORD, TOKEN):
         assert secret.encode() not in written
-        assert secret not in said
+        assert secret not in output
 
 
 @pytest.mark.cluster

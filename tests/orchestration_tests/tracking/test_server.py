@@ -15,7 +15,7 @@ import pytest
 from commands import Family
 
 from orchestration.common.network import reserve
-from orchestration.tracking import server as mlflow_server
+from orchestration.tracking import server as server_module
 from orchestration.tracking.server import answers, start_server
 
 USER = """
@@ -72,15 +72,15 @@ def test_two_that_start_together_share_a_server_that_outlives_the_first(tmp_path
 
 
 def everybody() -> dict[int, str]:
-    found = {}
+    processes = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
-    return found
+            processes[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
+    return processes
 
 
 def parent_of(pid: int) -> int:
@@ -96,7 +96,7 @@ def alive(pid: int) -> bool:
 
 def keeper(users: Path, code: str) -> subprocess.Popen[bytes]:
     """The keeper over a server that is a line of Python."""
-    command = [sys.executable, "-I", str(mlflow_server._KEEPER), str(users), sys.executable, "-c", code]
+    command = [sys.executable, "-I", str(server_module._KEEPER), str(users), sys.executable, "-c", code]
     return subprocess.Popen(command, start_new_session=True)
 
 

@@ -17,14 +17,15 @@ from commands import Family
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from orchestration.common.redaction import public, without_password
+from orchestration.common.redaction import redact
 from orchestration.tracking import registry
-from orchestration.tracking import tracker as tracking
+from orchestration.tracking import tracker as tracker_module
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import datasets
 from orchestration.tracking.server import Server, answers, start_server
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError
+from pruners.redaction import strip_credentials
 from trainers.config.data import DataSettings
 
 
@@ -53,8 +54,8 @@ def tracker(running: Running) -> Iterator[Tracker]:
 
 
 def below(tracker: Tracker, run: str) -> list[str]:
-    found = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{run}'")
-    return [entry.info.run_id for entry in found]
+    runs = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{run}'")
+    return [entry.info.run_id for entry in runs]
 
 
 # the server
@@ -112,7 +113,7 @@ def test_a_given_server_is_left_alone(
     def start(*arguments: object, **options: object) -> Server:
         raise AssertionError("a server was started")
 
-    monkeypatch.setattr(tracking, "start_server", start)
+    monkeypatch.setattr(tracker_module, "start_server", start)
     with server_for(running.server.uri, tmp_path / "mlflow") as (uri, ready):
         ready()
         assert uri == running.server.uri
@@ -157,7 +158,7 @@ def test_a_uri_that_cannot_serve_is_refused(uri: str) -> None:
     ],
 )
 def test_a_password_is_never_shown(uri: str, shown: str) -> None:
-    assert without_password(uri) == shown
+    assert strip_credentials(uri) == shown
     with pytest.raises(InputError) as refused:
         check_uri(uri.replace("http", "hxxp").replace("sqlite", "sqlyte"))
     assert "secret" not in str(refused.value)
@@ -180,7 +181,7 @@ def test_a_password_is_never_shown(uri: str, shown: str) -> None:
     ],
 )
 def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
-    assert without_password(uri) == uri
+    assert strip_credentials(uri) == uri
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
     ],
 )
 def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
-    assert without_password(uri) == kept
+    assert strip_credentials(uri) == kept
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
     ],
 )
 def test_others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
-    assert public(value) == shown
+    assert redact(value) == shown
 
 
 # the tracker
@@ -232,15 +233,15 @@ def test_runs_are_logged_in_order_and_nested(tracker: Tracker) -> None:
     tracker.tags(child, {"espalier.state": "finished"})
     tracker.finish(child)
     tracker.flush()
-    found = tracker.client.get_run(child)
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["mlflow.parentRunId"] == parent
-    assert found.data.tags["espalier.state"] == "finished"
+    logged = tracker.client.get_run(child)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.tags["mlflow.parentRunId"] == parent
+    assert logged.data.tags["espalier.state"] == "finished"
     history = tracker.client.get_metric_history(child, "loss")
     assert sorted((point.step, point.value) for point in history) == [
         (step, 1.0 / (step + 1)) for step in range(30)
     ]
-    assert found.data.metrics["top1_5"] == 0.5
+    assert logged.data.metrics["top1_5"] == 0.5
     names = {file.path for file in tracker.client.list_artifacts(child)}
     assert names == {"figures", "results.json"}
     assert tracker.client.get_run(parent).data.params == {"a.b": "1", "list": "[1, 2]"}
@@ -256,9 +257,9 @@ def test_many_points_and_params_go_in_batches(tracker: Tracker) -> None:
     tracker.metrics(run, {"loss": [(step, float(step)) for step in range(2000)]})
     tracker.finish(run)
     tracker.flush()
-    found = tracker.client.get_run(run)
-    assert len(found.data.params) == len(params)
-    assert found.data.metrics["loss"] == 1999.0
+    logged = tracker.client.get_run(run)
+    assert len(logged.data.params) == len(params)
+    assert logged.data.metrics["loss"] == 1999.0
     assert len(tracker.client.get_metric_history(run, "loss")) == 2000
 
 
@@ -291,24 +292,24 @@ def test_what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Runnin
     before.client.delete_run(phase)
     before.client.delete_experiment(before.experiment)
 
-    said: list[str] = []
-    tracker = Tracker(running.server.uri, "deleted", said.append)
+    lines: list[str] = []
+    tracker = Tracker(running.server.uri, "deleted", lines.append)
     assert tracker.experiment == before.experiment
     assert tracker.resume(sweep)
     assert tracker.resume(phase)
     tracker.metrics(phase, {"loss": [(0, 1.0)]})
     tracker.close("FINISHED")
-    assert said[0] == "the MLflow experiment deleted had been deleted; it is restored, with its runs"
+    assert lines[0] == "the MLflow experiment deleted had been deleted; it is restored, with its runs"
     client = MlflowClient(running.server.uri)
     assert client.get_run(phase).data.metrics == {"loss": 1.0}
     assert [client.get_run(run).info.lifecycle_stage for run in (sweep, phase)] == ["active"] * 2
 
     client.delete_run(phase)
-    again = Tracker(running.server.uri, "deleted", said.append)
+    again = Tracker(running.server.uri, "deleted", lines.append)
     assert again.knows(phase)
     again.finish(phase)
     again.close("FINISHED")
-    assert said[-1] == "the MLflow run dense had been deleted; it is restored"
+    assert lines[-1] == "the MLflow run dense had been deleted; it is restored"
     assert client.get_run(phase).info.lifecycle_stage == "active"
 
 
@@ -330,23 +331,23 @@ def test_two_may_make_an_experiment_at_once(running: Running, monkeypatch: pytes
 def test_a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) -> None:
     """The sweep that had begun it would end it as left open, when it is resumed itself."""
     killed = Tracker(running.server.uri, "tests")
-    one = killed.start("one", None, {}, {"espalier.sweep": "one"})
-    phase = killed.start("dense", one, {}, {"espalier.sweep": "one"})
+    first = killed.start("one", None, {}, {"espalier.sweep": "one"})
+    phase = killed.start("dense", first, {}, {"espalier.sweep": "one"})
     killed.flush()
 
     taking = Tracker(running.server.uri, "tests")
     two = taking.start("two", None, {}, {"espalier.sweep": "two"})
     assert taking.resume(phase, parent=two, sweep="two")
-    assert below(taking, one) == []
+    assert below(taking, first) == []
     assert below(taking, two) == [phase]
     back = Tracker(running.server.uri, "tests")
-    assert back.resume(one, sweep="one")
+    assert back.resume(first, sweep="one")
     assert taking.client.get_run(phase).info.status == "RUNNING"
     back.abandon("KILLED")
     assert taking.client.get_run(phase).info.status == "RUNNING"
     taking.close("FINISHED")
     assert taking.client.get_run(phase).info.status == "FINISHED"
-    assert taking.client.get_run(one).info.status == "KILLED"
+    assert taking.client.get_run(first).info.status == "KILLED"
 
 
 @pytest.mark.cluster
@@ -378,7 +379,7 @@ def test_an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path)
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("status", ["KILLED", "FAILED"])
-def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracking.Status) -> None:
+def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracker_module.Status) -> None:
     tracker = Tracker(running.server.uri, "tests")
     run = tracker.start("broken off", None, {}, {})
     tracker.abandon(status)
@@ -401,15 +402,15 @@ DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@buc
 def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
     run = tracker.start("inputs", None, {}, {})
-    found = datasets(DATA, "0123456789abcdef")
-    for part in (found[:1], found):  # a phase, then one that was resumed
+    read = datasets(DATA, "0123456789abcdef")
+    for part in (read[:1], read):  # a phase, then one that was resumed
         tracker.inputs(run, part)
     tracker.finish(run)
     tracker.flush()
     inputs = tracker.client.get_run(run).inputs.dataset_inputs
     assert len(inputs) == 2
-    told = {one.tags[0].value: one.dataset for one in inputs}
-    train, test = told["train"], told["test"]
+    by_context = {entry.tags[0].value: entry.dataset for entry in inputs}
+    train, test = by_context["train"], by_context["test"]
     assert (train.name, train.digest, train.source_type) == ("train", "0123456789ab", "local")
     assert (test.name, test.digest, test.source_type) == ("cats-test", "0123456789ab", "s3")
     assert (train.source, test.source) == ('{"uri": "train.parquet"}', '{"uri": "s3://bucket/cats.parquet"}')
@@ -417,14 +418,14 @@ def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest
 
 
 def watchers() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "SystemMetricsMonitor"]
+    return [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
 
 
 @pytest.mark.cluster
 def test_the_machine_is_watched_until_the_run_ends(
     running: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tracking, "_MONITOR_SECONDS", 0.2)
+    monkeypatch.setattr(tracker_module, "_MONITOR_SECONDS", 0.2)
     tracker = Tracker(running.server.uri, "tests")
     run = tracker.start("watched", None, {}, {})
     tracker.monitor(run)
@@ -508,7 +509,9 @@ def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_
         assert not folder.exists()
     with registry.pulled("models:/espalier-test/1", tracker.uri) as folder:
         assert (folder / "config.json").read_text() == '"dimap"'
-    newest, oldest = [found for found in registry.versions(tracker.uri) if found.model == "espalier-test"]
+    newest, oldest = [
+        version for version in registry.versions(tracker.uri) if version.model == "espalier-test"
+    ]
     assert (newest.uri, newest.aliases) == ("models:/espalier-test/2", ("champion",))
     assert (oldest.uri, oldest.aliases) == ("models:/espalier-test/1", ())
     assert oldest.tags == {"method": "dimap", "sparsity": "0.7500", "validation_top1": "0.900000"}

@@ -15,7 +15,7 @@ from image_tables import SWIN, VIT, edit_json, images
 from onnx import numpy_helper
 from quantized import SIZE, pruned
 
-from orchestration.benchmark import models as variants
+from orchestration.benchmark.models import load_variants
 from orchestration.export.compress import compress
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
@@ -232,7 +232,7 @@ def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path
     compress(str(packed), str(tmp_path / "again"), None, "runs")
     for name in (int8.PACKED, int8.RECORD):
         assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes()
-    with variants.opened([str(packed)], None, None, "runs") as (variant,):
+    with load_variants([str(packed)], None, None, "runs") as (variant,):
         file = variant.file(Choice.parse("onnxruntime:int8"), tmp_path)
         assert (file.path.read_bytes(), file.size) == (content, (packed / int8.PACKED).stat().st_size)
 
