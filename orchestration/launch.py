@@ -145,8 +145,7 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
         run_through_client(content, address=address, recipe_name=name, span=span)
         return
     from orchestration.state.stored_recipe import check_unchanged
-    from trainers import remote_calls as looks
-    from trainers import storage
+    from trainers import remote_calls, storage
 
     storage.info(recipe.storage)  # does it answer at all?
     check_unchanged(recipe)
@@ -160,5 +159,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, span: Span
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = Console() if Console().is_terminal else Console(width=180)
-        with looks.limited(None):  # a place that has answered may be away for a while
+        with remote_calls.time_limit(None):  # a place that has answered may be away for a while
             run_sweep(prepared, display, out, address=address, recipe_name=name, span=span)

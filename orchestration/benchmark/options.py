@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestration.commands.output import free_file
 from pruners.errors import InputError
 from trainers.config.engines import Choice
-from trainers.engines.registry import ENGINES, Place, check
+from trainers.engines.registry import ENGINES, Placement, check
 from trainers.sources.columns import ColumnOptions
 
 
@@ -53,9 +53,9 @@ class BenchmarkOptions(ColumnOptions):
                 free_file(place, key)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Placement:
         """By default all processors that this process may use."""
-        return Place(self.threads or len(os.sched_getaffinity(0)), self.device)
+        return Placement(self.threads or len(os.sched_getaffinity(0)), self.device)
 
     @property
     def batches(self) -> tuple[int, ...]:

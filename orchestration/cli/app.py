@@ -24,7 +24,7 @@ from orchestration.cli import (
 from orchestration.common.environment import INTERRUPTED
 from pruners.errors import InputError, did_you_mean
 from pruners.redaction import without_secrets
-from trainers import remote_calls as looks
+from trainers import remote_calls
 
 
 class _Commands(click.Group):
@@ -76,9 +76,9 @@ def _end_in_order() -> None:
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
     _end_in_order()
-    with looks.limited(looks.SECONDS):
+    with remote_calls.time_limit(remote_calls.LIMIT_SECONDS):
         status = _status()
-    if looks.abandoned():  # its client is waited for at an ordinary end, for minutes
+    if remote_calls.any_abandoned():  # its client is waited for at an ordinary end, for minutes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.recipe.loading import part
 from pruners.errors import InputError
-from trainers.checkpoint.folder import save_foreign, size_on_disk
+from trainers.checkpoint.folder import save_imported, size_on_disk
 from trainers.config.base import is_weights_file
 from trainers.config.data import ModelSettings
 from trainers.models import factory as models
@@ -42,7 +42,7 @@ def import_weights(
         )
         raise InputError(names.get(error.key, error.key), error.value, hint) from None
     with whole_folder(target, out, "--out") as folder:
-        save_foreign(folder, model, file, chosen, model_args={})
+        save_imported(folder, model, file, chosen, model_args={})
     height, width = models.input_size(model)[1:]
     config, about = models.data_config(model), cast(dict[str, Any], model.pretrained_cfg)
     yield f"model       {about['architecture']}, {models.classes(model)} classes"

@@ -25,7 +25,7 @@ from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method
 from trainers.config.quantization import Mode
 from trainers.data import datasets as data
-from trainers.export.onnx import FILE
+from trainers.export.onnx import ONNX_FILE
 from trainers.loop.evaluation import evaluate
 from trainers.models import factory as models
 from trainers.optional_imports import require
@@ -131,7 +131,7 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
         "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
     }
     with whole_folder(target, options.out, "--out") as folder:
-        made = int8.quantise(
+        made = int8.quantize_folder(
             source,
             folder,
             mode,
@@ -176,7 +176,7 @@ def _summary(
         f"{before / 1e6:.2f} MB → {made['bytes'] / 1e6:.2f} MB ({100 * made['bytes'] / before:.0f} %)",
     )
     yield "written to", options.out
-    yield "run it by", f"onnxruntime.InferenceSession({str(target / FILE)!r})"
+    yield "run it by", f"onnxruntime.InferenceSession({str(target / ONNX_FILE)!r})"
 
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:

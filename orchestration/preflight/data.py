@@ -10,8 +10,7 @@ from pyarrow import fs
 from orchestration.common.hashing import digest
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError
-from trainers import remote_calls as looks
-from trainers import storage
+from trainers import remote_calls, storage
 from trainers.config.data import DataSettings
 from trainers.data import digits
 from trainers.sources.classes import Names, check_alike, names_of
@@ -77,10 +76,12 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             continue
         tolerant = data.bad_images == "skip"
         place, key, wanted = places[part], f"data.{part}", data.columns
-        hashes[part] = looks.heard(
+        hashes[part] = remote_calls.call_interruptible(
             uri, check_table, place, classes, key=key, tolerant=tolerant, columns=wanted
         )
-        names[part] = looks.heard(uri, names_of, place, key=key, columns=wanted, every=True)
+        names[part] = remote_calls.call_interruptible(
+            uri, names_of, place, key=key, columns=wanted, every=True
+        )
     check_alike(names, key="data")
     found: Mapping[str, Any] = data.model_dump() | places
     # what the columns hold is in the hashes

@@ -15,9 +15,9 @@ from torch import nn
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers import storage
-from trainers.checkpoint.folder import check_there, opened
+from trainers.checkpoint.folder import check_exists, open_verified
 from trainers.config.training import TrainingSettings
-from trainers.loop.optimization import matched
+from trainers.loop.optimization import matching_parameters
 
 # arguments of timm's factory that are ours, or that nobody can write in a recipe
 _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay", "param_group_fn", "kwargs"})
@@ -131,9 +131,9 @@ def _check_teacher(name: str, key: str) -> None:
     if "/" not in name and not storage.exists(place):
         near = did_you_mean(name, timm.list_models())
         raise InputError(key, name, f"must be dense, a timm model or a checkpoint folder{near}")
-    check_there(place, key=key)
+    check_exists(place, key=key)
     if storage.is_local(place):  # what another one holds is looked at where it is fetched
-        with opened(place, key=key):
+        with open_verified(place, key=key):
             pass
 
 
@@ -144,6 +144,6 @@ def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collectio
         InputError: one does not.
     """
     try:
-        matched(model, training.freeze, pruned)
+        matching_parameters(model, training.freeze, pruned)
     except InputError as error:
         raise InputError(error.key.replace("training.", place), error.value, error.expected) from None

@@ -18,7 +18,7 @@ from orchestration.recipe.search import LIMITS
 from orchestration.recipe.validation import validate
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
-from trainers.remote_calls import look
+from trainers.remote_calls import call_limited
 
 RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
@@ -76,7 +76,7 @@ def names(place: str) -> list[str]:
     """
     system, path = storage.resolve(f"{storage.absolute(place, '--storage')}/sweeps", key="--storage")
     try:
-        entries = look(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+        entries = call_limited(place, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
         raise InputError("--storage", place, f"cannot be read ({error})") from None
     found = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)

@@ -7,7 +7,7 @@ import os
 from orchestration.common.redaction import without_password, without_places
 from orchestration.tracking.server import answers, quiet_environment
 from pruners.errors import InputError, first_line
-from trainers.remote_calls import look
+from trainers.remote_calls import call_limited
 
 _DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
 
@@ -37,7 +37,7 @@ def _check_login(uri: str) -> None:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
 
     try:
-        look(uri, ask)
+        call_limited(uri, ask)
     except TimeoutError as error:
         raise InputError("tracking.uri", without_password(uri), f"does not answer ({error})") from None
     except ImportError as error:  # of a database's driver

@@ -18,7 +18,7 @@ from orchestration.common.redaction import public, without_password
 from orchestration.tracking.check import check_uri
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import answers, quiet_environment, start_server
-from trainers.storage import MARKS
+from trainers.storage import RECORDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -274,7 +274,7 @@ class Tracker:
         except Exception as error:  # a machine that cannot be measured can still prune
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
-    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
+    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = RECORDS) -> None:
         """A folder as artifact; returns when it is there. Files named in ``marks`` come last, so that an
         artifact that has one has all: also where we are killed on the way."""
 

@@ -21,7 +21,13 @@ from orchestration.commands import finetune as finetune_command
 from orchestration.commands import model_source as source
 from orchestration.commands import progress as commands_progress
 from pruners import prune
-from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
+from trainers.checkpoint.folder import (
+    load_checkpoint,
+    open_verified,
+    pack_folder,
+    save_checkpoint,
+    weights_hash,
+)
 from trainers.loop import gradual
 from trainers.loop.session import Session
 
@@ -37,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sparse(folder / "swin", SWIN, "2:4")
     dense_folder(folder / "dense")
     (folder / "small").mkdir()
-    with opened(str(folder / "vit")) as (source_folder, record):
+    with open_verified(str(folder / "vit")) as (source_folder, record):
         pack_folder(source_folder, folder / "small", record)
     write(folder / "train.parquet", table(FIVE))
     write(folder / "validation.parquet", table(FIVE[:15], first=100))
