@@ -168,5 +168,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = output_console(180)
-        with remote_calls.limited(None):  # a place that has answered may be away for a while
+        with remote_calls.time_limit(None):  # a place that has answered may be away for a while
             run_sweep(prepared, display, out, address=address, recipe_name=name, phase_range=phase_range)

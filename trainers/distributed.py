@@ -31,13 +31,13 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def reduce_to(tensor: Tensor, owner: int) -> None:
+def reduce(tensor: Tensor, owner: int) -> None:
     """The sum of every worker's tensor, in place, on ``owner`` alone."""
     if active():
         dist.reduce(tensor, dst=owner)
 
 
-def share_from(tensor: Tensor, owner: int) -> Tensor:
+def broadcast(tensor: Tensor, owner: int) -> Tensor:
     """``owner``'s tensor, in place, on all workers."""
     if active():
         whole = tensor.contiguous()  # others may have laid theirs out in another way
@@ -47,7 +47,7 @@ def share_from(tensor: Tensor, owner: int) -> Tensor:
     return tensor
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every worker's value, on all of them."""
     if not active():
         return [value]
@@ -56,9 +56,9 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def agree(text: str) -> bool:
+def all_equal(text: str) -> bool:
     """Whether all workers have the same text."""
-    return len(set(gather(text))) == 1
+    return len(set(all_gather(text))) == 1
 
 
 def mean_over_workers(tensor: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def mean_over_workers(tensor: Tensor) -> Tensor:
     return torch.stack(parts).sum(0) / world_size()
 
 
-def first_says(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """The first worker's answer, on all of them; devices are not waited for."""
     if not active():
         return value
@@ -87,6 +87,6 @@ def _host_group() -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
-def bool_from(mask: Tensor, owner: int) -> Tensor:
+def broadcast_bool(mask: Tensor, owner: int) -> Tensor:
     """A boolean tensor of ``owner`` on all workers (not every backend moves booleans)."""
-    return share_from(mask.to(torch.uint8), owner).bool()
+    return broadcast(mask.to(torch.uint8), owner).bool()

@@ -1,7 +1,7 @@
-"""Looks at remote places: each has a limit of seconds where one is set, and Ctrl-C is heard in its middle.
+"""Calls to remote file systems, within a time limit where one is set, that Ctrl-C can interrupt.
 
-What object stores' clients do is done in compiled code, which tries for minutes and hears no signal; so it is
-done in a thread of its own, which is left to itself when its time is up.
+The clients of object stores run compiled code, which retries for minutes and does not react to signals. A
+call therefore runs in a thread of its own; when its time is up, the thread is left behind and not waited for.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-SECONDS = 20.0
+LIMIT_SECONDS = 20.0
+"""How long a command waits for a remote file system before it gives up."""
 
 
 class _State:
-    """Of this process."""
+    """What this process knows of its remote calls.
+
+    Attributes:
+        limit: seconds that a call may take; ``None``: as many as it needs.
+        silent: schemes with hosts or buckets (``s3://bucket``) that have not answered in time.
+        abandoned: whether a thread may still wait for an answer.
+    """
 
     limit: float | None = None
-    silent: set[str]  # places that have not answered
-    left: bool = False  # whether a thread still waits for an answer
+    silent: set[str]
+    abandoned: bool = False
 
     def __init__(self) -> None:
         self.silent = set()
@@ -32,8 +39,8 @@ _state = _State()
 
 
 @contextmanager
-def limited(seconds: float | None) -> Iterator[None]:
-    """Looks have so many seconds meanwhile; ``None``: as many as they need, as in a sweep that is at work."""
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Limit the seconds of :func:`call_limited` in a ``with`` block; ``None``: no limit, as in a sweep."""
     before, _state.limit = _state.limit, seconds
     try:
         yield
@@ -41,43 +48,61 @@ def limited(seconds: float | None) -> Iterator[None]:
         _state.limit = before
 
 
-def look(place: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """What a function answers that asks a remote ``place``; a local one is asked without more ado.
+def call_limited(uri: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Call a function that asks a remote file system, within the limit of :func:`time_limit`.
+
+    Args:
+        uri: what is asked; for a local path the function is called directly.
+        function: called with ``args`` and ``options``.
+
+    Returns:
+        What the function returns.
 
     Raises:
-        TimeoutError: it did not answer in time, or had not when it was asked before; an ``OSError``.
+        TimeoutError: no answer in time, now or at an earlier call to the same host or bucket.
+        OSError: whatever the function raises.
     """
-    if not is_remote(place) or _state.limit is None:
+    if not is_remote(uri) or _state.limit is None:
         return function(*args, **options)
-    name = _authority(place)
-    if name in _state.silent:
+    authority = _authority(uri)
+    if authority in _state.silent:
         raise TimeoutError("did not answer before")
-    return _wait(name, _state.limit, lambda: function(*args, **options))
+    return _wait(authority, _state.limit, lambda: function(*args, **options))
 
 
-def heard(place: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """The same without a limit, for what reads much of a place that has answered: Ctrl-C is heard."""
-    if not is_remote(place) or threading.current_thread() is not threading.main_thread():
+def call_interruptible(uri: str, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Call a function without a time limit, so that Ctrl-C interrupts it: for reading much from ``uri``.
+
+    Args:
+        uri: what is read; for a local path, or outside the main thread, the function is called directly.
+        function: called with ``args`` and ``options``.
+
+    Returns:
+        What the function returns.
+    """
+    if not is_remote(uri) or threading.current_thread() is not threading.main_thread():
         return function(*args, **options)
-    return _wait(_authority(place), None, lambda: function(*args, **options))
+    return _wait(_authority(uri), None, lambda: function(*args, **options))
 
 
-def abandoned() -> bool:
-    """Whether a look was given up whose thread may still wait: an ordinary end would wait for it too."""
-    return _state.left
+def any_abandoned() -> bool:
+    """Whether the thread of an abandoned call may still run: an ordinary exit of Python would wait for it."""
+    return _state.abandoned
 
 
-def is_remote(place: str) -> bool:
-    return "://" in place and not place.startswith("file://")
+def is_remote(uri: str) -> bool:
+    """Whether a path or URI lies on another machine."""
+    return "://" in uri and not uri.startswith("file://")
 
 
-def _authority(place: str) -> str:
-    scheme, _, rest = place.partition("://")
+def _authority(uri: str) -> str:
+    """Scheme and host or bucket of a URI: ``s3://bucket``."""
+    scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}"
 
 
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """What ``work`` comes to, in a thread of its own, which cannot be ended and is not waited for."""
+def run_in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run ``work`` in a daemon thread, for which an exit of Python does not wait."""
     result: Future[T] = Future()
 
     def body() -> None:
@@ -90,16 +115,16 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
     return result
 
 
-def _wait(name: str, seconds: float | None, work: Callable[[], T]) -> T:
-    result = in_thread(work)
+def _wait(authority: str, seconds: float | None, work: Callable[[], T]) -> T:
+    result = run_in_thread(work)
     try:
         return result.result(seconds)
     except TimeoutError:
-        if result.done():  # the function's own
+        if result.done():  # raised by the function itself
             raise
-        _state.left = True
-        _state.silent.add(name)
+        _state.abandoned = True
+        _state.silent.add(authority)
         raise TimeoutError(f"no answer in {seconds:g} seconds") from None
     except KeyboardInterrupt:
-        _state.left = True
+        _state.abandoned = True
         raise

@@ -15,9 +15,9 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
-from trainers.remote_calls import heard, is_remote, look
+from trainers.remote_calls import call_interruptible, call_limited, is_remote
 
-MARKS = ("pruning.json", "quantization.json")
+RECORDS = ("pruning.json", "quantization.json")
 """What says of a checkpoint folder, by being there, that it is whole."""
 
 
@@ -31,7 +31,7 @@ def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), absolute(uri, key)
     try:
-        system, path = look(uri, fs.FileSystem.from_uri, uri)
+        system, path = call_limited(uri, fs.FileSystem.from_uri, uri)
     except OSError as error:  # to know a bucket's region, it is asked
         raise UnreachableError(key, uri, f"cannot be reached ({first_line(error)})") from None
     except (pa.ArrowException, ValueError) as error:
@@ -68,7 +68,7 @@ def info(uri: str, key: str = "storage") -> fs.FileInfo:
     """
     system, path = resolve(uri, key)
     try:
-        return look(uri, system.get_file_info, path)
+        return call_limited(uri, system.get_file_info, path)
     except OSError as error:
         kind = UnreachableError if is_remote(uri) else InputError
         raise kind(key, uri, f"cannot be reached ({first_line(error)})") from None
@@ -76,13 +76,13 @@ def info(uri: str, key: str = "storage") -> fs.FileInfo:
 
 def exists(uri: str) -> bool:
     system, path = resolve(uri)
-    return bool(look(uri, system.get_file_info, path).type != fs.FileType.NotFound)
+    return bool(call_limited(uri, system.get_file_info, path).type != fs.FileType.NotFound)
 
 
 def names(uri: str) -> list[str]:
     """What lies in a folder, sorted; nothing where there is none."""
     system, path = resolve(uri)
-    entries = look(uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+    entries = call_limited(uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(".partial"))
 
 
@@ -93,13 +93,13 @@ def read_bytes(uri: str) -> bytes:
         with system.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    return heard(uri, read)
+    return call_interruptible(uri, read)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file whole or not at all."""
     system, path = resolve(uri)
-    look(uri, _write, system, path, content)
+    call_limited(uri, _write, system, path, content)
 
 
 def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
@@ -156,7 +156,7 @@ def writing(uri: str) -> Iterator[Path]:
 def upload(folder: Path, uri: str) -> None:
     """Copy a local folder there in place of what was, whole or not at all.
 
-    A local target takes its name only when it is whole. Elsewhere the files of :data:`MARKS` tell: they go
+    A local target takes its name only when it is whole. Elsewhere the files of :data:`RECORDS` tell: they go
     first and come last, so that a folder that holds one holds all.
     """
     system, path = resolve(uri)
@@ -164,14 +164,14 @@ def upload(folder: Path, uri: str) -> None:
         with writing(uri) as partial:
             fs.copy_files(str(folder), str(partial), destination_filesystem=system)
         return
-    for name in MARKS:
+    for name in RECORDS:
         if system.get_file_info(f"{path}/{name}").type == fs.FileType.File:
             system.delete_file(f"{path}/{name}")
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
     system.create_dir(path, recursive=True)
     systems = {"source_filesystem": fs.LocalFileSystem(), "destination_filesystem": system}
-    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in MARKS, entry.name)):
+    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name in RECORDS, entry.name)):
         fs.copy_files(str(entry), f"{path}/{entry.name}", **systems)
 
 
@@ -184,7 +184,9 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     here = fs.LocalFileSystem()
     with tempfile.TemporaryDirectory(prefix="espalier-") as target:
-        heard(uri, fs.copy_files, path, target, source_filesystem=system, destination_filesystem=here)
+        call_interruptible(
+            uri, fs.copy_files, path, target, source_filesystem=system, destination_filesystem=here
+        )
         yield Path(target)
 
 
@@ -203,7 +205,7 @@ def remove(uri: str) -> None:
 
 def remove_file(uri: str) -> None:
     system, path = resolve(uri)
-    look(uri, system.delete_file, path)
+    call_limited(uri, system.delete_file, path)
 
 
 def size(uri: str) -> int:

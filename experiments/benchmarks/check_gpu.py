@@ -159,13 +159,13 @@ def zeros_stay(table: Table, device: torch.device, args: argparse.Namespace) -> 
             batch = next(iter(session.train))
             for _ in range(args.steps):
                 train_step(session, batch)
-            session.meter.settle()
+            session.metrics.settle()
             loose = 0
             for model in (session.model, session.shown):
                 weights = dict(model.named_parameters())
                 loose += sum(int((weights[name][~mask] != 0).sum()) for name, mask in session.masks.items())
             table.add(f"{precision}: pruned weights that are not zero after {args.steps} steps", loose, 0)
-            losses = session.meter.losses
+            losses = session.metrics.losses
             table.add(f"{precision}: last loss over first", losses[-1] / losses[0], 1.0)
 
 

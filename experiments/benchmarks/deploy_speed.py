@@ -32,7 +32,7 @@ from orchestration.benchmark.report import Report
 from orchestration.benchmark.run import run
 from trainers.config.engines import Choice
 from trainers.engines.registry import ENGINES
-from trainers.quantization.int8_folder import PACKED, pack, read_record
+from trainers.quantization.int8_folder import PACKED_MODEL, pack, read_record
 
 WANTED = ["torch", "compile", "csr", "onnxruntime", "onnxruntime:int8", "openvino", "openvino:int8"]
 MIXED = Choice("openvino", "int8-bfloat16")  # where the processor has bfloat16
@@ -75,7 +75,7 @@ def packed_size(int8: Path) -> int:
     """Bytes of the file of an INT8 folder as ``espalier export --format compressed`` writes it."""
     with tempfile.TemporaryDirectory() as folder:
         pack(int8, Path(folder), read_record(int8, str(int8), key="--int8"))
-        return Path(folder, PACKED).stat().st_size
+        return Path(folder, PACKED_MODEL).stat().st_size
 
 
 def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:

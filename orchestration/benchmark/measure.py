@@ -25,7 +25,7 @@ from orchestration.commands.progress import Bars
 from pruners.errors import InputError, first_line
 from trainers.config.engines import Choice
 from trainers.engines.agreement import Agreement
-from trainers.engines.interleave import in_turns
+from trainers.engines.interleave import time_interleaved
 from trainers.engines.process import EngineError, EngineProcess
 from trainers.engines.registry import check
 
@@ -126,7 +126,7 @@ def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) 
             _start(case, options, images[case.variant.name], variants, scratch=scratch, stack=stack)
             bars("engines", number + 1, len(cases))
         workers = {key: case.process for key, case in enumerate(cases) if case.process is not None}
-        times, failed = in_turns(workers, options.batches, options.repetitions, bars)
+        times, failed = time_interleaved(workers, options.batches, options.repetitions, bars)
         for key, note in failed.items():
             cases[key].fails(f"fails: {note}")
         if tests is not None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orchestration.commands.model_source import as_checkpoint_folder, resolved
-from orchestration.export.engine import RECORD, read_record, source_of, torch_answers
+from orchestration.export.engine import EXPORT_RECORD, read_record, source_of, torch_answers
 from orchestration.export.formats import FORMATS, Source
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
-from trainers.export.onnx import FILE, read_preprocessing
+from trainers.export.onnx import ONNX_FILE, read_preprocessing
 from trainers.quantization import int8_folder
 from trainers.sources.columns import Columns
 from trainers.storage import absolute
@@ -191,7 +191,7 @@ def _open(
     columns: Columns | None,
 ) -> Variant:
     local = Path(absolute(location))
-    if "://" not in location and (local / RECORD).is_file():
+    if "://" not in location and (local / EXPORT_RECORD).is_file():
         record = read_record(local, name)
         about = record.get("source", {})
         sparsity = float(about.get("sparsity", 0.0))
@@ -209,7 +209,7 @@ def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
     about = int8_folder.read_record(folder, name, key="model")
     path = stack.enter_context(int8_folder.engine_file(folder, about))
-    file = FILE if FILE in about["files"] else int8_folder.PACKED
+    file = ONNX_FILE if ONNX_FILE in about["files"] else int8_folder.PACKED_MODEL
     record = {"engine": int8_folder.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [file]}
     record["probe"] = about["probe"]
     preprocessing = read_preprocessing(path)

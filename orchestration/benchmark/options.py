@@ -9,7 +9,7 @@ from orchestration.commands.output import free_file
 from orchestration.common import defaults
 from pruners.errors import InputError
 from trainers.config.engines import Choice
-from trainers.engines.registry import ENGINES, Place, check
+from trainers.engines.registry import ENGINES, Placement, check
 from trainers.sources.columns import ColumnOptions
 
 
@@ -56,9 +56,9 @@ class BenchmarkOptions(ColumnOptions):
                 free_file(path, key)
 
     @property
-    def hardware(self) -> Place:
+    def hardware(self) -> Placement:
         """Threads and device; by default all processors that this process may use."""
-        return Place(self.threads or len(os.sched_getaffinity(0)), self.device)
+        return Placement(self.threads or len(os.sched_getaffinity(0)), self.device)
 
     @property
     def batches(self) -> tuple[int, ...]:

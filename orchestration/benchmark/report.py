@@ -10,7 +10,7 @@ from rich.table import Table
 
 from orchestration.benchmark.measure import Row
 from trainers.config.engines import Choice
-from trainers.engines.registry import Place
+from trainers.engines.registry import Placement
 
 FORMAT = "espalier-benchmark-1"
 GAIN = 1.05
@@ -29,7 +29,7 @@ class Report:
     """
 
     rows: Sequence[Row]
-    hardware: Place
+    hardware: Placement
     rounds: int
     loss: float
     images: str | None

@@ -76,9 +76,9 @@ def _end_in_order() -> None:
 def main() -> None:
     """Entry point: an input error is one line and status 2."""
     _end_in_order()
-    with remote_calls.limited(remote_calls.SECONDS):
+    with remote_calls.time_limit(remote_calls.LIMIT_SECONDS):
         status = _status()
-    if remote_calls.abandoned():  # its client is waited for at an ordinary end, for minutes
+    if remote_calls.any_abandoned():  # its client is waited for at an ordinary end, for minutes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

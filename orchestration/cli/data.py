@@ -74,15 +74,15 @@ def convert(
     from trainers.sources.classes import read_map
     from trainers.sources.convert import convert as write
     from trainers.sources.convert import plan
-    from trainers.sources.folders import Reading
+    from trainers.sources.folders import SourceOptions
 
     names = () if classes is None else read_map(Path(classes), "--classes")
     files = {
         key: None if options_of_reading[key] is None else Path(options_of_reading.pop(key))
         for key in ("labels", "ids")
     }
-    conversion = plan(Path(imagefolder), Reading(classes=names, **options_of_reading | files))
-    for line in conversion.said:
+    conversion = plan(Path(imagefolder), SourceOptions(classes=names, **options_of_reading | files))
+    for line in conversion.notes:
         click.echo(line, err=True)
     images = skipped = 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -125,12 +125,12 @@ def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
     from rich.progress import Progress
 
     from orchestration.common.terminal import Console
-    from trainers.sources.audit import Survey, survey
+    from trainers.sources.audit import DatasetAudit, audit_dataset
 
-    whole = Survey()
+    whole = DatasetAudit()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("row groups", total=None)
-        for done, parts, survey_so_far in survey(path, processes, wanted):
+        for done, parts, survey_so_far in audit_dataset(path, processes, wanted):
             progress.update(task, completed=done, total=parts)
             whole = survey_so_far
     for line in whole.bad[:20]:

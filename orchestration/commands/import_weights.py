@@ -9,7 +9,7 @@ from typing import Any, cast
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.recipe.loading import load_part
 from pruners.errors import InputError
-from trainers.checkpoint.folder import save_foreign, size_on_disk
+from trainers.checkpoint.folder import save_imported, size_on_disk
 from trainers.config.base import is_weights_file
 from trainers.config.data import ModelSettings
 from trainers.models import factory
@@ -46,7 +46,7 @@ def import_weights(
         settings = load_part(ModelSettings, [f"args.{argument}" for argument in arguments], defaults)
         model, chosen = load_weights(absolute(file), architecture, settings.args, average=average, key="FILE")
     with whole_folder(target, out, "--out") as folder:
-        save_foreign(folder, model, file, chosen, model_args={})
+        save_imported(folder, model, file, chosen, model_args={})
     height, width = factory.input_size(model)[1:]
     config, about = factory.data_config(model), cast(dict[str, Any], model.pretrained_cfg)
     yield f"model       {about['architecture']}, {factory.classes(model)} classes"

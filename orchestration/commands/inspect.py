@@ -16,7 +16,7 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import Checkpoint
-from trainers.config.structured import words
+from trainers.config.structured import format_cut
 from trainers.models import factory
 
 PATTERNS = ("2:4", "4:8", "1x4")
@@ -110,7 +110,7 @@ class Description:
             yield "method", self.method
         if self.cut is not None:
             before = f"of {self.cut['dense_parameters']:,} parameters and {self.cut['dense_macs']:,} MACs"
-            yield "structured", f"{words(self.cut['cut'])}, {before}"
+            yield "structured", f"{format_cut(self.cut['cut'])}, {before}"
         whole = f"{100 * self.share_of_all:.2f} % of the whole model"
         yield "sparsity", f"{_share(zeros, self.weights)} ({zeros:,} zeros), {whole}"
         for heading, groups in self._groups():

@@ -16,7 +16,7 @@ from torch import nn
 
 from pruners.errors import InputError, did_you_mean, first_line
 from pruners.model.layers import PrunableLayer, find_layers
-from trainers.checkpoint.folder import Checkpoint, load_checkpoint, opened, save_checkpoint
+from trainers.checkpoint.folder import Checkpoint, load_checkpoint, open_verified, save_checkpoint
 from trainers.config.data import ModelSettings
 from trainers.models import factory
 from trainers.sources.classes import check_known, names_of
@@ -89,7 +89,7 @@ def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         InputError: as :func:`load`.
     """
     if not name.startswith(_HUB):
-        with opened(absolute(name), key="model") as folder_and_record:
+        with open_verified(absolute(name), key="model") as folder_and_record:
             yield folder_and_record
         return
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:

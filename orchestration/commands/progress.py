@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from orchestration.common.terminal import Console
-from trainers.remote_calls import in_thread
+from trainers.remote_calls import run_in_thread
 
 _PLAIN_SECONDS = 10.0
 
@@ -112,7 +112,7 @@ def interruptible(work: Callable[[], T]) -> T:
     Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
     who catches the interrupt must :func:`leave` without waiting for it.
     """
-    return in_thread(work).result()
+    return run_in_thread(work).result()
 
 
 def leave(status: int) -> NoReturn:

@@ -25,7 +25,7 @@ from trainers.config.jobs import TrainJob
 from trainers.config.pruning import Method
 from trainers.config.quantization import Calibration, Mode
 from trainers.data import datasets
-from trainers.export.onnx import FILE
+from trainers.export.onnx import ONNX_FILE
 from trainers.loop.evaluation import evaluate
 from trainers.models import factory
 from trainers.optional_imports import require
@@ -132,7 +132,7 @@ def _write(options: QuantizeOptions, source: Path, target: Path, images: Images)
         "options": {"mode": mode, "images": sum(map(len, images.calibration)), "seed": options.seed},
     }
     with whole_folder(target, options.out, "--out") as folder:
-        made = int8_folder.quantise(
+        made = int8_folder.quantize_folder(
             source,
             folder,
             mode,
@@ -177,7 +177,7 @@ def _summary(
         f"{before / 1e6:.2f} MB → {made['bytes'] / 1e6:.2f} MB ({100 * made['bytes'] / before:.0f} %)",
     )
     yield "written to", options.out
-    yield "run it by", f"onnxruntime.InferenceSession({str(target / FILE)!r})"
+    yield "run it by", f"onnxruntime.InferenceSession({str(target / ONNX_FILE)!r})"
 
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:

@@ -11,8 +11,8 @@ from orchestration.commands.model_source import as_checkpoint_folder, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from pruners.errors import InputError
 from trainers.checkpoint.folder import is_packed, pack_folder, size_on_disk, verify
-from trainers.export.onnx import FILE
-from trainers.quantization.int8_folder import ENGINE, PACKED, is_int8, pack, read_record
+from trainers.export.onnx import ONNX_FILE
+from trainers.quantization.int8_folder import ENGINE, PACKED_MODEL, is_int8, pack, read_record
 from trainers.storage import absolute
 
 
@@ -42,7 +42,7 @@ def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Ite
     record = read_record(source, checkpoint, key="model")
     with whole_folder(target, out, "OUT") as folder:
         pack(source, folder, record)
-    after = (target / PACKED).stat().st_size
+    after = (target / PACKED_MODEL).stat().st_size
     yield f"{'packed':<12}the file of {ENGINE}"
     yield f"{'size':<12}{_gained(record['bytes'], after)}"
     yield f"{'written to':<12}{out} ({after / 1e6:.2f} MB, INT8)"
@@ -97,7 +97,7 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
 
 def _end_of_int8(target: Path, path_text: str, record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'written to':<12}{path_text} ({record['bytes'] / 1e6:.2f} MB, INT8)"
-    yield f"{'run it by':<12}onnxruntime.InferenceSession({str(target / FILE)!r})"
+    yield f"{'run it by':<12}onnxruntime.InferenceSession({str(target / ONNX_FILE)!r})"
 
 
 def _end(target: Path, path_text: str) -> Iterator[str]:

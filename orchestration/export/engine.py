@@ -1,7 +1,7 @@
 """``espalier export`` to a format that an engine reads: written, run by that engine, compared, then kept.
 
-The folder OUT holds the engine's file and ``export.json`` (:data:`RECORD`): where it came from, how it was
-checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
+The folder OUT holds the engine's file and ``export.json`` (:data:`EXPORT_RECORD`): where it came from, how it
+was checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
 anybody can tell later and elsewhere whether an engine still answers so.
 """
 
@@ -24,18 +24,18 @@ from orchestration.export import sample_images
 from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
 from pruners.errors import InputError, first_line
-from trainers.checkpoint.checksums import as_json, read_sealed, sums
+from trainers.checkpoint.checksums import as_json, read_verified, sums
 from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
 from trainers.data import datasets
 from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.engines.agreement import TOLERANCE, Agreement
-from trainers.engines.registry import ANY_BATCH, Place, Run
+from trainers.engines.registry import ANY_BATCH, Placement, Run
 from trainers.models import factory
 from trainers.optional_imports import installed
 from trainers.quantization.checks import check_mode, share_of
 from trainers.sources.columns import ColumnOptions, Columns
 
-RECORD = "export.json"
+EXPORT_RECORD = "export.json"
 FORMAT = "espalier-export-1"
 BATCHES = (1, 2, 7, 64)
 """Sizes of the batches that a file has to answer before it is kept."""
@@ -104,7 +104,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
             content["source"] = _provenance(location, checkpoint, record)
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
-            (folder / RECORD).write_text(as_json(content), encoding="utf-8")
+            (folder / EXPORT_RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
                 path.chmod(0o644)  # some libraries give their files to their owner alone
     for line in _end(target, wanted):
@@ -147,9 +147,9 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: it is none, or a file is missing or not what the record says.
     """
-    return read_sealed(
+    return read_verified(
         folder,
-        RECORD,
+        EXPORT_RECORD,
         name,
         key="model",
         writer="espalier export",
@@ -185,7 +185,7 @@ def _calibration(model: nn.Module, uri: str, columns: Columns | None) -> Images:
 
 def _loaded(form: Format, folder: Path) -> Run:
     try:
-        return ANY_BATCH[form.engine].load(folder / form.file, form.kind, Place(torch.get_num_threads()))
+        return ANY_BATCH[form.engine].load(folder / form.file, form.kind, Placement(torch.get_num_threads()))
     except Exception as error:  # whatever an engine raises
         raise CheckError(
             f"{form.engine} cannot load the file ({first_line(error)}); nothing is kept"
@@ -235,6 +235,6 @@ def _content(
 
 
 def _end(target: Path, wanted: Wanted) -> Iterator[str]:
-    size = sum(path.stat().st_size for path in target.iterdir() if path.name != RECORD)
+    size = sum(path.stat().st_size for path in target.iterdir() if path.name != EXPORT_RECORD)
     yield f"{'written to':<12}{wanted.out} ({size / 1e6:.2f} MB)"
     yield f"{'run it by':<12}the example for {wanted.kind} in README.md"

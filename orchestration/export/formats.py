@@ -80,26 +80,26 @@ class Format:
 def _onnx(source: Source, folder: Path) -> None:
     from trainers.export import onnx
 
-    onnx.export_onnx(source.model, folder / onnx.FILE, source.input_size, source.metadata)
+    onnx.export_onnx(source.model, folder / onnx.ONNX_FILE, source.input_size, source.metadata)
 
 
 def _onnx_int8(source: Source, folder: Path) -> None:
-    from trainers.export.onnx import FILE, quantise_onnx
+    from trainers.export.onnx import ONNX_FILE, quantize_onnx
     from trainers.quantization.checks import check_mode, check_share
 
     if source.calibration is None:
         check_mode(source.model, "dynamic", (), "--calibration")
     _onnx(source, folder)
-    plain = (folder / FILE).rename(folder / f"float-{FILE}")
-    quantise_onnx(plain, folder / FILE, source.calibration)
+    plain = (folder / ONNX_FILE).rename(folder / f"float-{ONNX_FILE}")
+    quantize_onnx(plain, folder / ONNX_FILE, source.calibration)
     plain.unlink()
     check_share(_onnx_values(folder), source.model)
 
 
 def _onnx_values(folder: Path) -> int:
-    from trainers.export.onnx import FILE, int8_values
+    from trainers.export.onnx import ONNX_FILE, int8_values
 
-    return int8_values(folder / FILE)
+    return int8_values(folder / ONNX_FILE)
 
 
 def _openvino(source: Source, folder: Path, images: Images | None = None) -> None:
@@ -107,9 +107,9 @@ def _openvino(source: Source, folder: Path, images: Images | None = None) -> Non
     from trainers.export import onnx, openvino
 
     _onnx(source, folder)
-    plain = folder / onnx.FILE
+    plain = folder / onnx.ONNX_FILE
     attention = has_attention(source.model)
-    path = folder / openvino.FILE
+    path = folder / openvino.OPENVINO_FILE
     openvino.export_openvino(plain, path, source.metadata, images, attention=attention)
     plain.unlink()
 
@@ -122,15 +122,17 @@ def _openvino_int8(source: Source, folder: Path) -> None:
 
 
 def _openvino_values(folder: Path) -> int:
-    from trainers.export.openvino import FILE, int8_values
+    from trainers.export.openvino import OPENVINO_FILE, int8_values
 
-    return int8_values(folder / FILE)
+    return int8_values(folder / OPENVINO_FILE)
 
 
 def _torch(source: Source, folder: Path) -> None:
     from trainers.export import torch_export
 
-    torch_export.export_torch(source.model, folder / torch_export.FILE, source.input_size, source.metadata)
+    torch_export.export_torch(
+        source.model, folder / torch_export.TORCH_FILE, source.input_size, source.metadata
+    )
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")

@@ -84,10 +84,12 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             continue
         tolerant = data.bad_images == "skip"
         location, key, wanted = places[part], f"data.{part}", data.columns
-        hashes[part] = remote_calls.heard(
+        hashes[part] = remote_calls.call_interruptible(
             uri, check_table, location, classes, key=key, tolerant=tolerant, columns=wanted
         )
-        names[part] = remote_calls.heard(uri, names_of, location, key=key, columns=wanted, every=True)
+        names[part] = remote_calls.call_interruptible(
+            uri, names_of, location, key=key, columns=wanted, every=True
+        )
     check_alike(names, key="data")
     # what the columns hold is in the hashes
     rest = data.model_dump(exclude={*places, *_COLUMNS})

@@ -15,9 +15,9 @@ from torch import nn
 from orchestration.recipe.schema import Recipe
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers import storage
-from trainers.checkpoint.folder import check_there, opened
+from trainers.checkpoint.folder import check_exists, open_verified
 from trainers.config.training import TrainingSettings
-from trainers.loop.optimization import matched
+from trainers.loop.optimization import matching_parameters
 
 # arguments of timm's factory that are ours, or that nobody can write in a recipe
 _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay", "param_group_fn", "kwargs"})
@@ -132,9 +132,9 @@ def _check_teacher(name: str, key: str) -> None:
     if "/" not in name and not storage.exists(location):
         near = did_you_mean(name, timm.list_models())
         raise InputError(key, name, f"must be dense, a timm model or a checkpoint folder{near}")
-    check_there(location, key=key)
+    check_exists(location, key=key)
     if storage.is_local(location):  # what another one holds is looked at where it is fetched
-        with opened(location, key=key):
+        with open_verified(location, key=key):
             pass
 
 
@@ -151,4 +151,4 @@ def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collectio
         InputError: one does not.
     """
     with InputError.renamed(lambda error: error.replaced(key=error.key.replace("training.", prefix))):
-        matched(model, training.freeze, pruned)
+        matching_parameters(model, training.freeze, pruned)

@@ -28,7 +28,7 @@ from trainers.config.pruning import PruningSettings
 from trainers.engines.latency import Target, linear_shapes, measure, measure_models
 from trainers.engines.latency_table import LatencyTable
 from trainers.engines.machine import describe_machine
-from trainers.engines.registry import Place, check
+from trainers.engines.registry import Placement, check
 from trainers.loop.prune_step import prunable_layers
 from trainers.models import factory
 
@@ -154,7 +154,7 @@ def _runs(target: LatencyTarget, key: str) -> Target:
     check(target.choice, "cpu", key=f"{key}.engine")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check_threads(target, processors, f"{key}.threads")
-    return Target(target.choice, Place(target.threads), target.batch)
+    return Target(target.choice, Placement(target.threads), target.batch)
 
 
 def format_times(table: LatencyTable, target: LatencyTarget) -> str:

@@ -18,7 +18,7 @@ from pruners.elimination.order import EliminationOrder, merge
 from trainers import storage
 from trainers.config.pruning import SECOND_ORDER, PruningSettings
 from trainers.data.arrow_store import cache_folder
-from trainers.loop.elimination import FACTS
+from trainers.loop.elimination import ORDER_FACTS
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class StoredOrder:
 
     @property
     def known(self) -> bool:
-        return storage.exists(f"{self.folder}/{FACTS}")
+        return storage.exists(f"{self.folder}/{ORDER_FACTS}")
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """How many parts there are, and the λ that was chosen of several."""
-        facts: dict[str, Any] = storage.read_json(f"{self.folder}/{FACTS}")
+        facts: dict[str, Any] = storage.read_json(f"{self.folder}/{ORDER_FACTS}")
         return facts
 
     def open(self, *, device: str = "cpu", updates: bool = True) -> EliminationOrder:

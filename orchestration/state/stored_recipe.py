@@ -19,7 +19,7 @@ from orchestration.recipe.validation import validate
 from pruners.errors import InputError, did_you_mean
 from pruners.redaction import strip_credentials
 from trainers import storage
-from trainers.remote_calls import look
+from trainers.remote_calls import call_limited
 
 RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
 _FILE = "recipe.json"
@@ -85,7 +85,7 @@ def names(storage_uri: str) -> list[str]:
     """
     system, path = storage.resolve(f"{storage.absolute(storage_uri, '--storage')}/sweeps", key="--storage")
     try:
-        entries = look(storage_uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
+        entries = call_limited(storage_uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
         raise InputError("--storage", storage_uri, f"cannot be read ({error})") from None
     sweeps = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)

@@ -34,7 +34,7 @@ from orchestration.sweep.tasks import OrderFacts
 from orchestration.sweep.trial_runs import OneShotRuns
 from pruners.allocation.projection import budget
 from trainers import storage
-from trainers.checkpoint.folder import RECORD
+from trainers.checkpoint.folder import PRUNING_RECORD
 from trainers.config.jobs import OrderJob
 from trainers.config.pruning import PruningSettings
 from trainers.engines.latency_table import LatencyTable
@@ -89,7 +89,7 @@ class _Searches:
         )
         so_far = leading(log.trials)
         sweep.display.phase(title, trials=trials, done=ended, best=so_far, label=label, log=log.uri)
-        if ended >= trials and storage.exists(f"{one_shot}/{RECORD}"):
+        if ended >= trials and storage.exists(f"{one_shot}/{PRUNING_RECORD}"):
             study = Study(self._best(log), one_shot, log.ended)
             sweep.display.finished(f"known, {study.best.percent} one-shot on validation")
             return study

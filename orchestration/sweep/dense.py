@@ -21,7 +21,7 @@ from orchestration.sweep.training import run_training
 from orchestration.sweep.trial_runs import without_trainer_state
 from orchestration.tracking import registry
 from trainers import storage
-from trainers.checkpoint.folder import RECORD
+from trainers.checkpoint.folder import PRUNING_RECORD
 
 PARENT = "parent.json"  # which registered version a dense model was; beside it, and in the sweep's folder
 
@@ -46,7 +46,7 @@ def dense_phase(sweep: Sweep) -> Dense:
     )
     folder = f"{sweep.storage}/dense/{key}"
     checkpoint = f"{folder}/model"
-    if storage.exists(f"{checkpoint}/{RECORD}"):
+    if storage.exists(f"{checkpoint}/{PRUNING_RECORD}"):
         sweep.display.phase("dense model")
         return _measured(sweep, checkpoint, "reused")
     log = f"{folder}/trials.json"
@@ -55,7 +55,7 @@ def dense_phase(sweep: Sweep) -> Dense:
     )
     sweep.display.phase("dense model", **shown)
     with sweep.making(f"dense/{key}", "dense model"):
-        if storage.exists(f"{checkpoint}/{RECORD}"):
+        if storage.exists(f"{checkpoint}/{PRUNING_RECORD}"):
             how = "made by another sweep"
         elif recipe.dense is None:
             _save(sweep, version, checkpoint)
@@ -110,7 +110,7 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
 
 def validation_top1(sweep: Sweep, checkpoint: str) -> float:
     """Of a model: from its record if that tells of the same data, else measured."""
-    file = f"{checkpoint}/{RECORD}"
+    file = f"{checkpoint}/{PRUNING_RECORD}"
     record = storage.read_json(file) if storage.exists(file) else {}
     top1 = record.get("figures", {}).get("val_top1")
     if top1 is None or record.get("data") != sweep.data_hash:

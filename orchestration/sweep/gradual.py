@@ -32,7 +32,7 @@ from orchestration.sweep.training import PopulationState, training_search
 from orchestration.sweep.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of
 from trainers import storage
-from trainers.checkpoint.folder import RECORD
+from trainers.checkpoint.folder import PRUNING_RECORD
 
 _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long run"}
 
@@ -96,7 +96,7 @@ class Gradual:
             if self.best.checkpoint is None or figures["checkpoint"] == self.best.checkpoint:
                 continue
             target = f"{self.folder}/kept/{level}"
-            if not storage.exists(f"{target}/{RECORD}"):
+            if not storage.exists(f"{target}/{PRUNING_RECORD}"):
                 storage.copy(figures["checkpoint"], target)
             version = register(target, name=f"kept-{level}")
             kept[level] = Kept(target, figures["val_top1"], version)
@@ -126,7 +126,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     sweep.display.phase(
         title, trials=trials, done=ended, epochs=epochs, best=so_far, label=label, log=log.uri
     )
-    known = ended >= trials and storage.exists(f"{recovered}/{RECORD}")
+    known = ended >= trials and storage.exists(f"{recovered}/{PRUNING_RECORD}")
     if not known:
         sweep.begin(phase, title)
     runs = sweep.runs(log, phase, _params(recipe), method, done=known)

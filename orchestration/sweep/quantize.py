@@ -22,7 +22,7 @@ from orchestration.sweep.trial_runs import TrialRuns
 from orchestration.tracking import registry
 from orchestration.tracking.pyfunc_model import MARK, classes_of, labels_of, model_files
 from trainers import storage
-from trainers.checkpoint.folder import QUANTISED
+from trainers.checkpoint.folder import QUANTIZATION_RECORD
 from trainers.quantization.int8_folder import ENGINE
 
 ARTIFACT = "int8"
@@ -50,7 +50,7 @@ def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized
     title, epochs = f"{method}: INT8, {settings.mode}", training.epochs if training else 1
     label = f"{method}-quantize"
     sweep.display.phase(title, done=len(log.ended), epochs=epochs, label=label, log=log.uri)
-    known = storage.exists(f"{sweep.root}/{name}/{ARTIFACT}/{QUANTISED}")
+    known = storage.exists(f"{sweep.root}/{name}/{ARTIFACT}/{QUANTIZATION_RECORD}")
     if not known:
         sweep.begin("quantize", title)
     params = flatten({"quantize": settings.model_dump(mode="json"), "seed": recipe.seed})
@@ -58,7 +58,7 @@ def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized
     work = _Work(sweep, method, recovered, name, log, runs)
     if not known:
         work.write(settings, work.trained() if training else recovered.end.checkpoint)
-    record = storage.read_json(f"{work.target}/{QUANTISED}")
+    record = storage.read_json(f"{work.target}/{QUANTIZATION_RECORD}")
     version, reached = work.register(record), record["figures"]["val_top1"]
     sweep.display.finished(
         f"{'known, ' if known else ''}{100 * recovered.end.validation:.1f} % → {100 * reached:.1f} % "
@@ -120,7 +120,7 @@ class _Work:
         """Log the folder on the phase's run, once, and make it a version with tags of its own."""
         tracker, run = self.sweep.tracker, self.runs.run
         tracker.flush()
-        if not tracker.has(run, f"{ARTIFACT}/{QUANTISED}"):
+        if not tracker.has(run, f"{ARTIFACT}/{QUANTIZATION_RECORD}"):
             with storage.local_copy(self.target) as local:
                 tracker.folder(run, local, ARTIFACT)
             figures = {**record["figures"], "bytes": record["bytes"], "zeros": record["zeros"]}

@@ -18,7 +18,7 @@ from orchestration.sweep.context import Sweep
 from orchestration.tracking.promotion import Decision
 from orchestration.tracking.registry import CHAMPION
 from trainers import storage
-from trainers.checkpoint.folder import CONFIG, MASKS, RECORD, WEIGHTS
+from trainers.checkpoint.folder import CONFIG, MASKS, PRUNING_RECORD, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
     rows = []
     for method, level in ((method, level) for method, by_level in models.items() for level in by_level):
         model, study = models[method][level], studies[method].get(level)
-        record = storage.read_json(f"{model.checkpoint}/{RECORD}")
+        record = storage.read_json(f"{model.checkpoint}/{PRUNING_RECORD}")
         goal = recovered[method].sparsity
         of_goal = studies[method].get(goal)
         quantized = results.quantized.get(method) if level == goal else None

@@ -24,8 +24,8 @@ from orchestration.sweep.training import run_training
 from orchestration.sweep.trial_runs import without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of
 from trainers import storage
-from trainers.checkpoint.folder import RECORD
-from trainers.config.structured import StructuredSettings, words
+from trainers.checkpoint.folder import PRUNING_RECORD
+from trainers.config.structured import StructuredSettings, format_cut
 
 REGISTERED = "registered.json"  # beside the model: its version in the registry
 _TITLE = "structured pruning"
@@ -70,7 +70,7 @@ def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1
         nearest = min(range(len(losses)), key=lambda number: losses[number])
         raise RuntimeError(
             f"no candidate is within structured.loss ({loss:g} of the dense model's top-1); the nearest, "
-            f"{words(candidates[nearest]['cut'])}, loses {losses[nearest]:.3f} before recovery"
+            f"{format_cut(candidates[nearest]['cut'])}, loses {losses[nearest]:.3f} before recovery"
         )
     return min(within, key=lambda number: candidates[number]["latency"])
 
@@ -94,7 +94,7 @@ class _Step:
     def known(self) -> bool:
         registered = storage.exists(f"{self._folder}/{REGISTERED}")
         recovered = self._settings.recovery is None or registered
-        return recovered and storage.exists(f"{self.model}/{RECORD}")
+        return recovered and storage.exists(f"{self.model}/{PRUNING_RECORD}")
 
     @property
     def _log(self) -> str:
@@ -116,18 +116,18 @@ class _Step:
 
     def result(self) -> tuple[Dense, dict[str, Any]]:
         """The model as the following phases take it, and the facts of the step."""
-        facts = storage.read_json(f"{self.model}/{RECORD}")["structured"]
+        facts = storage.read_json(f"{self.model}/{PRUNING_RECORD}")["structured"]
         top1 = validation_top1(self._sweep, self.model)
         file = f"{self._folder}/{REGISTERED}"
         version = storage.read_json(file)["version"] if storage.exists(file) else self._dense.version
         how = "" if self._made else "known, "
-        self._sweep.display.finished(f"{how}{words(facts['cut'])}: {100 * top1:.1f} % on validation")
+        self._sweep.display.finished(f"{how}{format_cut(facts['cut'])}: {100 * top1:.1f} % on validation")
         return Dense(self.model, top1, content_hash(self.model), version), facts
 
     def _cut_now(self) -> dict[str, Any]:
         """Cut the dense model unless that was done before; what is recorded of it."""
         sweep, dense = self._sweep, self._dense
-        if not storage.exists(f"{self._cut}/{RECORD}"):
+        if not storage.exists(f"{self._cut}/{PRUNING_RECORD}"):
             facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
             settings = self._settings
             if settings.objective == "latency":
@@ -137,10 +137,10 @@ class _Step:
                     facts | {"candidates": candidates, "taken": taken},
                 )
             self._save(settings, facts, self._cut)
-        facts = storage.read_json(f"{self._cut}/{RECORD}")["structured"]
+        facts = storage.read_json(f"{self._cut}/{PRUNING_RECORD}")["structured"]
         top1 = validation_top1(sweep, self._cut)
         sweep.display.say(
-            f"      {words(facts['cut'])}: {100 * dense.top1:.1f} → {100 * top1:.1f} % on validation"
+            f"      {format_cut(facts['cut'])}: {100 * dense.top1:.1f} → {100 * top1:.1f} % on validation"
         )
         return facts | {"cut_top1": top1}
 
@@ -164,7 +164,9 @@ class _Step:
             *times, dense = latency.on_server(
                 target, latency.times_of, [*folders, self._dense.checkpoint], target
             )
-            cuts = [storage.read_json(f"{folder}/{RECORD}")["structured"]["cut"] for folder in folders]
+            cuts = [
+                storage.read_json(f"{folder}/{PRUNING_RECORD}")["structured"]["cut"] for folder in folders
+            ]
         candidates = [
             {"cut": cut, "top1": top["top1"], "latency": took}
             for cut, top, took in zip(cuts, tops, times, strict=True)
@@ -173,7 +175,8 @@ class _Step:
         for candidate in candidates:
             milliseconds = 1e3 * candidate["latency"]
             sweep.display.say(
-                f"      {words(candidate['cut'])}: {100 * candidate['top1']:.1f} %, {milliseconds:.2f} ms"
+                f"      {format_cut(candidate['cut'])}: "
+                f"{100 * candidate['top1']:.1f} %, {milliseconds:.2f} ms"
             )
         assert self._settings.loss is not None, "checked when it was read"
         return candidates, fastest_cut(candidates, self._settings.loss, self._dense.top1)

@@ -187,7 +187,7 @@ def quantise(job: Int8Job) -> None:
         batches: list[torch.Tensor] = []
         if job.mode == "static":
             batches = data.chosen(data.split(job.data, "train", transform, job.seed), job.images, job.seed)
-        int8.quantise(
+        int8.quantize_folder(
             source,
             Path(made),
             job.mode,

@@ -21,7 +21,7 @@ from orchestration.tracking import registry
 from orchestration.tracking.pyfunc_model import MARK, model_files
 from orchestration.tracking.tracker import EndedRun, Status, Tracker
 from trainers import storage
-from trainers.checkpoint.folder import RECORD, TRAINER_FILES
+from trainers.checkpoint.folder import PRUNING_RECORD, TRAINER_FILES
 
 SERIES = (
     "train_loss",
@@ -170,7 +170,7 @@ class TrialRuns:
         missing = run is None or not self._tracker.knows(run)  # another MLflow than the sweep began with
         if run is None or missing:
             run = self._start(best.number, best.values)
-        if missing or not self._tracker.has(run, f"{name}/{RECORD}"):  # which comes last
+        if missing or not self._tracker.has(run, f"{name}/{PRUNING_RECORD}"):  # which comes last
             with storage.local_copy(folder) as local:
                 self._tracker.folder(run, local, name)
             if missing:

@@ -8,7 +8,7 @@ from orchestration.common.redaction import strip_paths
 from orchestration.tracking.server import answers, quiet_environment
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_credentials
-from trainers.remote_calls import look
+from trainers.remote_calls import call_limited
 
 _DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
 
@@ -40,7 +40,7 @@ def _check_login(uri: str) -> None:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
 
     try:
-        look(uri, ask)
+        call_limited(uri, ask)
     except TimeoutError as error:
         raise InputError("tracking.uri", strip_credentials(uri), f"does not answer ({error})") from None
     except ImportError as error:  # of a database's driver

@@ -18,7 +18,7 @@ from orchestration.tracking.server import quiet_environment
 from orchestration.tracking.tracker import Tracker
 from pruners.errors import InputError, did_you_mean, first_line
 from pruners.redaction import strip_credentials
-from trainers.config.structured import words
+from trainers.config.structured import format_cut
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -324,5 +324,5 @@ def describe(record: Mapping[str, Any]) -> dict[str, str]:
         tags["validation_loss"] = f"{figures['val_loss']:.6f}"
     cut = (record.get("structured") or {}).get("cut")
     if cut:
-        tags["structured"] = words(cut)
+        tags["structured"] = format_cut(cut)
     return tags | {tag: str(record[key]) for tag, key in _LINEAGE.items() if record.get(key)}

@@ -19,7 +19,7 @@ from orchestration.tracking.check import check_uri
 from orchestration.tracking.paging import all_pages
 from orchestration.tracking.server import answers, quiet_environment, start_server
 from pruners.redaction import strip_credentials
-from trainers.storage import MARKS
+from trainers.storage import RECORDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -306,7 +306,7 @@ class Tracker:
         except Exception as error:  # a machine that cannot be measured can still prune
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
-    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = MARKS) -> None:
+    def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = RECORDS) -> None:
         """Log a folder as artifact; returns when it is there.
 
         Args:

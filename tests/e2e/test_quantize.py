@@ -15,7 +15,7 @@ from training_runs import make_files, make_job
 
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
-from trainers.export.onnx import FILE
+from trainers.export.onnx import ONNX_FILE
 from trainers.quantization.int8_folder import read_record
 from trainers.quantization.int8_onnx import check_zeros, read_weights
 
@@ -92,8 +92,8 @@ def test_from_recipe_to_registry(tmp_path: Path) -> None:
     (folder,) = int8_folders(tmp_path)
     record = read_record(folder, str(folder), key="model")
     masks = MaskSet.load(folder / "masks.safetensors")
-    assert check_zeros(folder / FILE, masks) == sum(masks.pruned().values()) == record["zeros"] > 0
-    assert set(masks) <= set(read_weights(folder / FILE))
+    assert check_zeros(folder / ONNX_FILE, masks) == sum(masks.pruned().values()) == record["zeros"] > 0
+    assert set(masks) <= set(read_weights(folder / ONNX_FILE))
     assert abs(record["sparsity"] - 0.75) < 1e-3
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow/mlflow.db")
@@ -120,7 +120,7 @@ def test_from_recipe_to_registry(tmp_path: Path) -> None:
 
     (row,) = json.loads((tmp_path / "runs/sweeps/int8/results.json").read_text())
     assert row["int8_version"] == str(int8.version)
-    assert row["int8_bytes"] == (folder / FILE).stat().st_size
+    assert row["int8_bytes"] == (folder / ONNX_FILE).stat().st_size
     assert f"{plain.version}, {int8.version}" in first.out
     said = run(
         "evaluate", f"models:/espalier-int8/{int8.version}", "--data", _test_images(tmp_path), cwd=tmp_path

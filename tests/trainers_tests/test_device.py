@@ -30,7 +30,7 @@ from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.structured import StructuredSettings
 from trainers.loop.evaluation import evaluate
 from trainers.loop.gradual import run
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.structured.cut import cut_model, plan_cut
 
 CPU = torch.device("cpu")
@@ -257,7 +257,7 @@ def test_cut_model(importance: str, tmp_path: Path) -> None:
         model = load_checkpoint(str(dense_folder(tmp_path / str(device.type)))).model
         images = [
             (
-                torch.randn(4, 3, *models.input_size(model)[1:], generator=torch.Generator().manual_seed(1)),
+                torch.randn(4, 3, *factory.input_size(model)[1:], generator=torch.Generator().manual_seed(1)),
                 torch.arange(4) % 3,
             )
         ]

@@ -22,8 +22,7 @@ from trainers.checkpoint.checksums import sums
 from trainers.checkpoint.finite import not_finite
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.checkpoint.trainer_state import _seal, damage
-from trainers.loop import gradual
-from trainers.loop import train_step as step
+from trainers.loop import gradual, train_step
 from trainers.loop.evaluation import evaluate
 from trainers.loop.gradual import run
 from trainers.loop.session import Session
@@ -66,7 +65,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's numbers are looked at as where a look makes the host wait: every tenth step."""
-    monkeypatch.setattr(step, "_at_once", lambda session: False)
+    monkeypatch.setattr(train_step, "_at_once", lambda session: False)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -16,18 +16,19 @@ from commands import Run
 
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_secrets
-from trainers import remote_calls as looks
-from trainers import storage
+from trainers import remote_calls, storage
 from trainers.sources.files import table_files
 
 # as the command does, with less patience
-COMMAND = "import trainers.remote_calls as l; l.SECONDS = {}; from orchestration.cli.app import main; main()"
+COMMAND = (
+    "import trainers.remote_calls as l; l.LIMIT_SECONDS = {}; from orchestration.cli.app import main; main()"
+)
 
 
 @pytest.fixture(autouse=True)
 def of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is given up here is forgotten: the command would not wait for the end of this process."""
-    monkeypatch.setattr(looks, "_state", looks._State())
+    monkeypatch.setattr(remote_calls, "_state", remote_calls._State())
 
 
 @pytest.fixture
@@ -95,15 +96,15 @@ def test_a_look_is_given_up_and_not_repeated() -> None:
         asked.append(1)
         time.sleep(3)
 
-    with looks.limited(0.2):
+    with remote_calls.time_limit(0.2):
         for place in ("s3://silent.test/a", "s3://silent.test/b"):
             with pytest.raises(TimeoutError):
-                looks.look(place, never)
+                remote_calls.call_limited(place, never)
         assert len(asked) == 1  # the same bucket
-        assert looks.look("s3://other.test/a", lambda: "there") == "there"
+        assert remote_calls.call_limited("s3://other.test/a", lambda: "there") == "there"
         with pytest.raises(FileNotFoundError):
-            looks.look("s3://other.test/a", lambda: open("/none/x"))  # noqa: SIM115, PTH123
-    assert looks.look("s3://silent.test/a", lambda: "patient") == "patient"
+            remote_calls.call_limited("s3://other.test/a", lambda: open("/none/x"))  # noqa: SIM115, PTH123
+    assert remote_calls.call_limited("s3://silent.test/a", lambda: "patient") == "patient"
 
 
 @pytest.mark.parametrize("uri", ["s3://", "gs://", "~nobody_of_ours/x", "s3:///x", "nowhere://x"])

@@ -36,7 +36,7 @@ def sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: sha256(folder / name) for name in names}
 
 
-def read_sealed(
+def read_verified(
     folder: Path,
     record: str,
     place: str,

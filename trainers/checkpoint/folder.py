@@ -34,7 +34,7 @@ from pruners.errors import InputError
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers import storage
-from trainers.checkpoint.checksums import as_json, read_sealed, sha256, sums
+from trainers.checkpoint.checksums import as_json, read_verified, sha256, sums
 from trainers.checkpoint.finite import check_finite, describe, not_finite
 from trainers.checkpoint.packed import read_packed, write_packed
 from trainers.config.base import is_weights_file
@@ -46,15 +46,15 @@ from trainers.optional_imports import installed
 from trainers.storage import info, local_copy
 
 WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
-PACKED = "model.safetensors.packed"
-RECORD, QUANTISED = storage.MARKS
+PACKED_WEIGHTS = "model.safetensors.packed"
+PRUNING_RECORD, QUANTIZATION_RECORD = storage.RECORDS
 """What marks a folder of ours, and one of :mod:`trainers.quantization.int8_folder`, which has no weights
 that timm could load."""
 RANGES = "ranges.safetensors"
 """Of a model trained for INT8: what its int8 values stand for (:mod:`trainers.quantization.fake_quant`)."""
 TRAINER_FILES = ("trainer.safetensors", "trainer.json")
 """What only the run that wrote it could go on from (:mod:`trainers.checkpoint.trainer_state`)."""
-FORMAT = "espalier-checkpoint-1"
+CHECKPOINT_FORMAT = "espalier-checkpoint-1"
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ def save_checkpoint(
     for name in files:
         (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
     content = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         **record,
         "versions": versions(),
         "files": sums(folder, files),
     }
-    (folder / RECORD).write_text(as_json(content))
+    (folder / PRUNING_RECORD).write_text(as_json(content))
 
 
 def _named_parts(model: nn.Module) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def load_folder(
         shapes = {name: weight.shape for name, weight in model.named_parameters()}
         for name, mask in masks.items():
             if shapes.get(name) != mask.shape:
-                file = PACKED if is_packed(folder) else MASKS
+                file = PACKED_WEIGHTS if is_packed(folder) else MASKS
                 raise InputError(key, uri, f"{file} does not fit the model ({name})")
         return Checkpoint(model, masks, record, model_args(folder))
     return replace(_with_zeros(model, record, layers), arguments=model_args(folder))
@@ -188,7 +188,7 @@ def _with_zeros(model: nn.Module, record: Mapping[str, Any], layers: Mapping[str
     return Checkpoint(model, found if found.sparsity > 0 else None, record)
 
 
-def save_foreign(
+def save_imported(
     folder: Path, model: nn.Module, uri: str, chosen: str, *, model_args: Mapping[str, Any]
 ) -> None:
     """Write the folder of a model whose weights came from the file ``uri``, of which they are ``chosen``."""
@@ -198,7 +198,7 @@ def save_foreign(
 
 
 @contextmanager
-def opened(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[str, Any]]]:
+def open_verified(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder as :func:`fetched`, checked, and its record.
 
     Raises:
@@ -223,10 +223,10 @@ def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
     if is_weights_file(uri):
         with tempfile.TemporaryDirectory(prefix="espalier-") as made:
             model, chosen = load_weights(uri, key=key)
-            save_foreign(Path(made), model, uri, chosen, model_args={})
+            save_imported(Path(made), model, uri, chosen, model_args={})
             yield Path(made)
         return
-    check_there(uri, key=key)
+    check_exists(uri, key=key)
     if shared:
         yield node_copy(uri)
         return
@@ -234,7 +234,7 @@ def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
         yield folder
 
 
-def check_there(uri: str, *, key: str) -> None:
+def check_exists(uri: str, *, key: str) -> None:
     """Raises:
     InputError: no folder (or file of weights) is there, or it cannot be reached.
     """
@@ -261,27 +261,27 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
         weights = load_file(source / WEIGHTS)
         masks = MaskSet.load(source / MASKS) if (source / MASKS).exists() else None
         kept["packed_from"] = sha256(source / WEIGHTS)
-    names = write_packed(target / PACKED, weights, masks)
-    files = [PACKED, CONFIG] + ([RANGES] if (source / RANGES).exists() else [])
+    names = write_packed(target / PACKED_WEIGHTS, weights, masks)
+    files = [PACKED_WEIGHTS, CONFIG] + ([RANGES] if (source / RANGES).exists() else [])
     for name in files[1:]:
         shutil.copyfile(source / name, target / name)
     for name in files:
         (target / name).chmod(0o644)
-    content = {"format": FORMAT, "versions": versions(), **kept, "files": sums(target, files)}
-    (target / RECORD).write_text(as_json(content))
+    content = {"format": CHECKPOINT_FORMAT, "versions": versions(), **kept, "files": sums(target, files)}
+    (target / PRUNING_RECORD).write_text(as_json(content))
     return names
 
 
 def is_packed(folder: Path) -> bool:
     """Whether a folder is a compressed one."""
-    return (folder / PACKED).is_file() and not (folder / WEIGHTS).exists()
+    return (folder / PACKED_WEIGHTS).is_file() and not (folder / WEIGHTS).exists()
 
 
 def _packed(folder: Path, uri: str, key: str) -> tuple[dict[str, Tensor], MaskSet | None]:
     try:
-        return read_packed(folder / PACKED)
+        return read_packed(folder / PACKED_WEIGHTS)
     except ValueError as error:
-        raise InputError(key, uri, f"{PACKED} holds no packed weights ({error})") from None
+        raise InputError(key, uri, f"{PACKED_WEIGHTS} holds no packed weights ({error})") from None
 
 
 def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]:
@@ -292,9 +292,9 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     """
     if not folder.is_dir():
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
-    if (folder / QUANTISED).is_file():
+    if (folder / QUANTIZATION_RECORD).is_file():
         raise InputError(key, uri, "is quantised already: an INT8 model, which ONNX Runtime alone runs")
-    weights = PACKED if is_packed(folder) else WEIGHTS
+    weights = PACKED_WEIGHTS if is_packed(folder) else WEIGHTS
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(key, uri, f"{name} is missing; must be a timm checkpoint folder")
@@ -309,9 +309,9 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
             file.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(key, uri, f"{weights} is truncated or no safetensors file ({error})") from None
-    if not (folder / RECORD).exists():
+    if not (folder / PRUNING_RECORD).exists():
         return {}
-    return {"architecture": architecture, **read_sealed(folder, RECORD, uri, key=key)}
+    return {"architecture": architecture, **read_verified(folder, PRUNING_RECORD, uri, key=key)}
 
 
 def _refuse_transformers(folder: Path, uri: str, key: str) -> None:
@@ -336,7 +336,7 @@ def model_args(folder: Path) -> dict[str, Any]:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of the weights and masks."""
-    files = (WEIGHTS, MASKS, PACKED)
+    files = (WEIGHTS, MASKS, PACKED_WEIGHTS)
     return sum((folder / name).stat().st_size for name in files if (folder / name).exists())
 
 
@@ -349,11 +349,11 @@ def weights_hash(uri: str) -> str:
         return storage.sha256(uri)
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
-    if storage.exists(f"{uri}/{QUANTISED}"):
-        about = storage.read_json(f"{uri}/{QUANTISED}")
+    if storage.exists(f"{uri}/{QUANTIZATION_RECORD}"):
+        about = storage.read_json(f"{uri}/{QUANTIZATION_RECORD}")
         return str(about.get("packed_from") or about["files"]["model.onnx"])
-    record = storage.read_json(f"{uri}/{RECORD}") if storage.exists(f"{uri}/{RECORD}") else {}
-    return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED}"))
+    record = storage.read_json(f"{uri}/{PRUNING_RECORD}") if storage.exists(f"{uri}/{PRUNING_RECORD}") else {}
+    return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED_WEIGHTS}"))
 
 
 def versions() -> dict[str, str]:

@@ -6,8 +6,8 @@ of the first byte; the last byte is filled up with zeros; 1 is a weight that is 
 the stored weights in the same order: the first byte of each (as they lie in memory, least significant first),
 then the second of each, and so on, deflated by zlib. The last bytes hold sign and exponent, of which a layer
 has few: they take a quarter of their space. All other tensors are as they were. The one metadata entry,
-:data:`FORMAT`, is JSON: ``packed``, type and shape of the packed tensors, and ``masks``, the names of the
-pruned layers. A layer's mask is its ``NAME.mask``, or ``NAME.kept`` (packed alike) where the two differ.
+:data:`PACKED_FORMAT`, is JSON: ``packed``, type and shape of the packed tensors, and ``masks``, the names of
+the pruned layers. A layer's mask is its ``NAME.mask``, or ``NAME.kept`` (packed alike) where the two differ.
 
 Zero is what has no bit set: -0.0 is stored. Nothing is computed with the values, so every bit comes back.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pruners.model.masks import MaskSet
 
-FORMAT = "espalier-packed-2"
+PACKED_FORMAT = "espalier-packed-2"
 _ENTRY = 256  # bytes that a packed tensor costs in the header
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -54,7 +54,7 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor], masks: MaskSet | Non
             stored[f"{name}.kept"] = bits
     about = {"packed": packed, "masks": sorted(masks or {})}
     # a single entry: safetensors writes several in any order, and equal weights shall be equal files
-    save_file(stored, path, metadata={FORMAT: json.dumps(about, sort_keys=True)})
+    save_file(stored, path, metadata={PACKED_FORMAT: json.dumps(about, sort_keys=True)})
     return list(packed)
 
 
@@ -66,7 +66,7 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], MaskSet | None]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
+            about = json.loads((file.metadata() or {})[PACKED_FORMAT])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         packed: dict[str, tuple[str, list[int]]] = about["packed"]
         bits = {name: stored.pop(f"{name}.mask") for name in packed}

@@ -22,39 +22,41 @@ from trainers.checkpoint.finite import describe, not_finite
 from trainers.checkpoint.folder import TRAINER_FILES, WEIGHTS
 from trainers.config.jobs import TrainJob
 
-TENSORS, PROGRESS = TRAINER_FILES
+STATE_TENSORS, STATE_PROGRESS = TRAINER_FILES
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
     """Add a run's state to a checkpoint folder; comes last, as it seals the others."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-    files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != PROGRESS))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS)
+    files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != STATE_PROGRESS))
     content = {"files": files, **progress}
-    (folder / PROGRESS).write_text(json.dumps({"seal": _seal(content), "state": content}, sort_keys=True))
+    (folder / STATE_PROGRESS).write_text(
+        json.dumps({"seal": _seal(content), "state": content}, sort_keys=True)
+    )
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the rest, of a folder that :func:`damage` finds nothing in."""
-    content: dict[str, Any] = json.loads((folder / PROGRESS).read_text())["state"]
-    return load_file(folder / TENSORS), content
+    content: dict[str, Any] = json.loads((folder / STATE_PROGRESS).read_text())["state"]
+    return load_file(folder / STATE_TENSORS), content
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder: a file missing, truncated or changed, or weights that are not
     finite, as earlier versions could leave; ``None`` if nothing."""
     try:
-        sealed = json.loads((folder / PROGRESS).read_text())
+        sealed = json.loads((folder / STATE_PROGRESS).read_text())
         if _seal(sealed["state"]) != sealed["seal"]:
-            return f"{PROGRESS} is not as it was written"
+            return f"{STATE_PROGRESS} is not as it was written"
         files: dict[str, str] = sealed["state"]["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{PROGRESS} is missing or cannot be read"
+        return f"{STATE_PROGRESS} is missing or cannot be read"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if sha256(folder / name) != expected:
             return f"{name} is not as it was written"
-    for name in (WEIGHTS, TENSORS):
+    for name in (WEIGHTS, STATE_TENSORS):
         broken = not_finite(load_file(folder / name)) if name in files else []
         if broken:
             return f"{name} holds values to go on from that are none: {describe(broken)}"
@@ -134,7 +136,7 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
 
 
 # what the settings of a recipe, and no step, have put into an optimizer's groups
-SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay")
+GROUP_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay")
 
 
 def unflatten_optimizer(

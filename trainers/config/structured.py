@@ -41,7 +41,7 @@ class Widths(Settings):
 
     @property
     def cuts(self) -> bool:
-        return any(asked(one) for one in (self.mlp, self.embed, self.heads, self.head_dim))
+        return any(is_reduced(one) for one in (self.mlp, self.embed, self.heads, self.head_dim))
 
 
 class StructuredSettings(Widths):
@@ -83,7 +83,7 @@ class StructuredSettings(Widths):
 
     def _check_candidates(self) -> None:
         for key in Widths.model_fields:
-            if asked(getattr(self, key)):
+            if is_reduced(getattr(self, key)):
                 raise ValueError(f"{key}: with objective: latency widths belong in candidates")
         if not self.candidates:
             raise ValueError("candidates: needed, as [{mlp: 0.75}, {mlp: 0.5}]: widths to choose from")
@@ -116,14 +116,14 @@ class StructuredSettings(Widths):
 _OF_LATENCY = ("candidates", "loss", "target")
 
 
-def asked(value: Width | tuple[Width, ...]) -> bool:
+def is_reduced(value: Width | tuple[Width, ...]) -> bool:
     """Whether a recipe asks for less than the whole."""
     if isinstance(value, tuple):
-        return any(asked(one) for one in value)
+        return any(is_reduced(one) for one in value)
     return isinstance(value, int) or value < 1.0
 
 
-def words(cut: Mapping[str, Sequence[Any]]) -> str:
+def format_cut(cut: Mapping[str, Sequence[Any]]) -> str:
     """``mlp 768 → 576, heads 2/4/8 → 1/2/4`` for what was cut, kind -> [before, after]."""
     return ", ".join(
         f"{kind} {' → '.join('/'.join(map(str, one)) if isinstance(one, list) else str(one) for one in ends)}"

@@ -27,12 +27,12 @@ def preprocessing_of(model: Any, labels: Sequence[str] | None = None) -> dict[st
     Args:
         labels: names of the classes, in their order; default those of timm's configuration, if it has any.
     """
-    from trainers.models import factory as models
+    from trainers.models import factory
 
-    config = models.data_config(model)
+    config = factory.data_config(model)
     found = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEPT}
-    names = labels or models.label_names(model)
-    return found | {"classes": models.classes(model)} | ({"labels": list(names)} if names else {})
+    names = labels or factory.label_names(model)
+    return found | {"classes": factory.classes(model)} | ({"labels": list(names)} if names else {})
 
 
 def metadata_of(preprocessing: Mapping[str, Any]) -> dict[str, str]:

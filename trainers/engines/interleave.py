@@ -19,7 +19,7 @@ class Worker(Protocol):
     def seconds(self, batch: int, calls: int) -> float: ...
 
 
-def in_turns(
+def time_interleaved(
     workers: Mapping[K, Worker],
     batches: Sequence[int],
     rounds: int,

@@ -25,15 +25,15 @@ from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import load_checkpoint, model_args, save_checkpoint
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import pattern_images, preprocessing_of
-from trainers.engines.interleave import K, in_turns
+from trainers.engines.interleave import K, time_interleaved
 from trainers.engines.latency_table import Curve, LinearShape
 from trainers.engines.process import EngineError, EngineProcess
-from trainers.engines.registry import SPARSE_ENOUGH, Place
-from trainers.models import factory as models
+from trainers.engines.registry import SPARSE_ENOUGH, Placement
+from trainers.models import factory
 
-GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+LAYER_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Sparsities at which a layer is timed, where the pattern leaves them free."""
-WHOLE = (0.0, 0.5, 0.9)
+MODEL_SPARSITIES = (0.0, 0.5, 0.9)
 """Those at which the whole model is: none, as many as make a layer sparse for an engine, and many."""
 _ROUNDS = 9
 _OPSET, _IR = 18, 10  # of ONNX; what every release of this year's engines reads
@@ -44,7 +44,7 @@ class Target:
     """On what a model is to be fast."""
 
     choice: Choice
-    place: Place
+    place: Placement
     batch: int
 
 
@@ -56,7 +56,7 @@ def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str
         for layer in layers
         if layer.name.endswith(".weight") and type(modules[layer.name.removesuffix(".weight")]) is nn.Linear
     ]
-    macs = cost_model(model, models.input_size(model)).weight_macs
+    macs = cost_model(model, factory.input_size(model)).weight_macs
     shapes = {name: model.get_parameter(name).shape for name in linear}
     return {
         name: LinearShape(outputs, inputs, round(macs[name] / (outputs * inputs)))
@@ -64,7 +64,7 @@ def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str
     }
 
 
-def sparsities(pattern: Pattern, free: tuple[float, ...] = GRID) -> tuple[float, ...]:
+def sparsities(pattern: Pattern, free: tuple[float, ...] = LAYER_SPARSITIES) -> tuple[float, ...]:
     """At which a layer with this pattern is timed: those that are given, or the one that N:M leads to."""
     return free if pattern.forced is None else (0.0, pattern.forced)
 
@@ -91,7 +91,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="espalier-") as made:
         scratch = Path(made)
         files: dict[tuple[LinearShape | None, float], _File] = {}
-        for sparsity in sparsities(pattern, WHOLE):
+        for sparsity in sparsities(pattern, MODEL_SPARSITIES):
             place = scratch / f"whole-{sparsity}"
             place.mkdir()
             source = folder
@@ -159,7 +159,7 @@ def _medians(files: Mapping[K, _File], target: Target, rounds: int) -> dict[K, f
         with EngineProcess(target.choice, files[first][0], target.place, files[first][1]) as process:
             timed = {first: _Part(process, 0)}
             timed |= {key: _Part(process, process.add(*files[key])) for key in others}
-            times, failed = in_turns(timed, [target.batch], rounds)
+            times, failed = time_interleaved(timed, [target.batch], rounds)
     except EngineError as error:
         raise RuntimeError(f"{target.choice} cannot be timed: {first_line(error)}") from None
     if failed:
@@ -216,10 +216,10 @@ def _whole(folder: Path, target: Target, scratch: Path) -> _File:
     np.save(images, pattern_images(preprocessing_of(model), target.batch), allow_pickle=False)
     if target.choice.engine in ("csr", "torch"):
         return folder, images
-    from trainers.export.onnx import FILE, export_onnx
+    from trainers.export.onnx import ONNX_FILE, export_onnx
 
-    export_onnx(model, scratch / FILE, models.input_size(model), {})
-    return scratch / FILE, images
+    export_onnx(model, scratch / ONNX_FILE, factory.input_size(model), {})
+    return scratch / ONNX_FILE, images
 
 
 def _layer_file(weight: NDArray[np.float32], choice: Choice, path: Path) -> Path:

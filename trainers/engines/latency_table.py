@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = "espalier-latency-1"
+LATENCY_FORMAT = "espalier-latency-1"
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +89,7 @@ class LatencyTable:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": LATENCY_FORMAT,
             "about": dict(self.about),
             "whole": _points(self.whole),
             "layers": {name: _numbers(shape) for name, shape in self.layers.items()},
@@ -101,8 +101,8 @@ class LatencyTable:
         """Raises:
         ValueError, KeyError, TypeError: it is no such table.
         """
-        if content["format"] != FORMAT:
-            raise ValueError(f"is no {FORMAT}")
+        if content["format"] != LATENCY_FORMAT:
+            raise ValueError(f"is no {LATENCY_FORMAT}")
         curves = {LinearShape(*one["shape"]): _curve(one) for one in content["curves"]}
         layers = {name: LinearShape(*shape) for name, shape in content["layers"].items()}
         if not set(layers.values()) <= curves.keys():

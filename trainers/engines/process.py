@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images
-from trainers.engines.registry import Place, Run, load
+from trainers.engines.registry import Placement, Run, load
 
 _STATUS = Path("/proc/self/status")
 
@@ -44,7 +44,7 @@ class EngineProcess:
         images: a ``.npy`` file, (N, channels, height, width), normalised; batches are its first ones.
     """
 
-    def __init__(self, choice: Choice, path: Path, place: Place, images: Path) -> None:
+    def __init__(self, choice: Choice, path: Path, place: Placement, images: Path) -> None:
         root = str(Path(__file__).parents[2])
         paths = filter(None, (root, os.environ.get("PYTHONPATH")))
         environment = {
@@ -190,7 +190,7 @@ def _serve() -> None:
 
 
 def _load(question: dict[str, Any]) -> tuple[Run, Images]:
-    place = Place(int(question["threads"]), question["device"])
+    place = Placement(int(question["threads"]), question["device"])
     if place.device == "cpu" and hasattr(os, "sched_setaffinity"):
         # the last ones: the first serves most of the interrupts
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-place.threads :])

@@ -33,7 +33,7 @@ SPARSE_ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an engine works: so many threads of the processor, or ``cuda``."""
 
     threads: int
@@ -55,7 +55,7 @@ class Engine(Protocol):
     def lacking(self, kind: str, device: str) -> str | None:
         """Why it cannot compute here in a data type; ``None`` if it can."""
 
-    def load(self, path: Path, kind: str, place: Place) -> Run:
+    def load(self, path: Path, kind: str, place: Placement) -> Run:
         """Take a model's file (or folder) to run."""
 
 
@@ -74,7 +74,7 @@ class Torch:
     def lacking(self, kind: str, device: str) -> str | None:
         return self.needs(device)
 
-    def load(self, path: Path, kind: str, place: Place) -> Run:
+    def load(self, path: Path, kind: str, place: Placement) -> Run:
         import torch
 
         torch.set_num_threads(place.threads)
@@ -110,7 +110,7 @@ class OnnxRuntime:
     def lacking(self, kind: str, device: str) -> str | None:
         return missing("onnxruntime", "onnx", "onnxscript")
 
-    def load(self, path: Path, kind: str, place: Place) -> Run:
+    def load(self, path: Path, kind: str, place: Placement) -> Run:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -140,7 +140,7 @@ class OpenVino:
         able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return None if "BF16" in able else "this processor has no bfloat16"
 
-    def load(self, path: Path, kind: str, place: Place) -> Run:
+    def load(self, path: Path, kind: str, place: Placement) -> Run:
         settings = {
             "INFERENCE_NUM_THREADS": place.threads,
             "NUM_STREAMS": 1,
@@ -258,6 +258,6 @@ def check(choice: Choice, device: str, key: str = "--engines") -> None:
         raise InputError(key, str(choice), lacking)
 
 
-def load(choice: Choice, path: Path, place: Place) -> Run:
+def load(choice: Choice, path: Path, place: Placement) -> Run:
     """A model's file (or folder), as an engine runs it."""
     return ENGINES[choice.engine].load(path, choice.kind, place)

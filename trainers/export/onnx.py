@@ -16,7 +16,7 @@ from trainers.data.preprocessing import PREPROCESSING, Images
 from trainers.export.torch_export import captured
 from trainers.optional_imports import quietly, require
 
-FILE = "model.onnx"
+ONNX_FILE = "model.onnx"
 INPUT, OUTPUT = "images", "logits"
 _LINEAR = ["MatMul", "Gemm"]
 _CALIBRATION_BATCH = 32
@@ -63,7 +63,7 @@ def export_onnx(
     path.write_bytes(proto.SerializeToString())
 
 
-def quantise_onnx(source: Path, target: Path, images: Images | None = None) -> None:
+def quantize_onnx(source: Path, target: Path, images: Images | None = None) -> None:
     """Write the INT8 form of a float32 file that :func:`export_onnx` wrote; zeros stay exact zeros.
 
     Weights are symmetric (zero point 0) with a scale for each output channel. Without ``images`` activations

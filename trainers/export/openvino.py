@@ -9,7 +9,7 @@ from pathlib import Path
 from trainers.data.preprocessing import Images
 from trainers.optional_imports import import_openvino, openvino_core, quietly, require
 
-FILE = "model.xml"
+OPENVINO_FILE = "model.xml"
 _BATCH = 32
 
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from pruners.errors import InputError, first_line
 
-FILE = "model.pt2"
+TORCH_FILE = "model.pt2"
 
 
 def captured(model: nn.Module, input_size: tuple[int, int, int]) -> ExportedProgram:

@@ -15,14 +15,14 @@ from pruners.errors import InputError, first_line
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
 from trainers import distributed
-from trainers.checkpoint import folder as folder_format
+from trainers.checkpoint import folder
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import TrainJob
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.loop.losses import Distillation, Loss
 from trainers.loop.optimization import Precision
 from trainers.loop.schedules import pruning_plan
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.models.weights_file import from_file
 from trainers.quantization.fake_quant import Prepared
 from trainers.sources.classes import check_known
@@ -34,10 +34,10 @@ def name_classes(job: TrainJob, model: nn.Module) -> None:
     Raises:
         InputError: the checkpoint that it comes from calls them otherwise.
     """
-    names = data.class_names(job.data)
+    names = datasets.class_names(job.data)
     if job.model.checkpoint is not None:
-        check_known(models.label_names(model), names, key="data.train", uri=str(job.data.train))
-    models.name_classes(model, names)
+        check_known(factory.label_names(model), names, key="data.train", uri=str(job.data.train))
+    factory.name_classes(model, names)
 
 
 def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
@@ -55,7 +55,7 @@ def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def prepared(
-    job: TrainJob, model: nn.Module, images: data.ImageTable, resume: Path | None
+    job: TrainJob, model: nn.Module, images: datasets.ImageTable, resume: Path | None
 ) -> Prepared | None:
     """The model with fake quantisation, if the job trains for INT8; its parameters are the model's own.
 
@@ -63,13 +63,13 @@ def prepared(
     """
     if job.quantize is None:
         return None
-    made = Prepared(model, models.input_size(model), aware=True)
-    known = folder_format.read_ranges(resume) if resume is not None else None
+    made = Prepared(model, factory.input_size(model), aware=True)
+    known = folder.read_ranges(resume) if resume is not None else None
     if known is not None:
         made.set_ranges(known)
         return made
     device = next(model.parameters()).device
-    made.calibrate(batch.to(device) for batch in data.chosen(images, job.quantize.images, job.seed))
+    made.calibrate(batch.to(device) for batch in datasets.chosen(images, job.quantize.images, job.seed))
     return made
 
 
@@ -145,7 +145,7 @@ def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any],
         settings = job.model
         if drop_path is not None:
             settings = settings.model_copy(update={"args": {**settings.args, "drop_path_rate": drop_path}})
-        build = models.build_model if source is None else from_file
+        build = factory.build_model if source is None else from_file
         return build(settings, job.data), dict(job.model.args), None
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     try:

@@ -10,11 +10,11 @@ from pruners.one_shot import pattern_budget
 from trainers import distributed, storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import OrderJob
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.loop.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers, sharing_of
-from trainers.models import factory as models
+from trainers.models import factory
 
-FACTS = "facts.json"
+ORDER_FACTS = "facts.json"
 
 
 def write_order(job: OrderJob, device: torch.device) -> None:
@@ -31,7 +31,7 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     pruner = create_pruner(job.method, **pruning.options(job.method))
     masks = MaskSet.from_zeros(model, layers)
     source = gradient_source(
-        data.split(job.data, "train", data.eval_transform(models.data_config(model)), job.seed),
+        datasets.split(job.data, "train", datasets.eval_transform(factory.data_config(model)), job.seed),
         pruning.fisher,
         pruner,
         tries_damps=pruning.tries_damps(job.method),
@@ -43,7 +43,7 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     order, damp = order_share(ordering(model, layers, masks, pruner, source), source, goal)
     with storage.writing(f"{job.folder}/part-{rank}") as folder:
         order.save(folder, job.fingerprint)
-    distributed.gather(rank)  # until all have written
+    distributed.all_gather(rank)  # until all have written
     if rank == 0:
         facts = {"parts": world} | ({} if damp is None else {"damp": damp.damp, "why": damp.why})
-        storage.write_json(f"{job.folder}/{FACTS}", facts)
+        storage.write_json(f"{job.folder}/{ORDER_FACTS}", facts)

@@ -109,10 +109,10 @@ def end_epoch(session: Session) -> Metrics:
     Raises:
         FloatingPointError: losses, weights or answers that are not finite: nothing is kept, or said, of them.
     """
-    job, meter = session.job, session.meter
+    job, measured = session.job, session.metrics
     settle(session)
-    meter.check(job.data.bad_limit)
-    finite = [loss for loss in meter.losses if math.isfinite(loss)]
+    measured.check(job.data.bad_limit)
+    finite = [loss for loss in measured.losses if math.isfinite(loss)]
     session.check_finite()
     result = evaluate(session.evaluated, session.validation)
     at_target = job.pruning is None or session.target == job.pruning.sparsity
@@ -123,15 +123,15 @@ def end_epoch(session: Session) -> Metrics:
         "val_loss": result.loss,
         "val_top1": result.top1,
         "sparsity": session.sparsity,
-        "lr": meter.rates[-1],
+        "lr": measured.rates[-1],
         "score": result.score if at_target else -1.0,  # only at the final sparsity trials compare
         "recovery_epochs": session.recovery_epochs if at_target else 0,
         **session.costs.at(session.pruned_weights).as_dict(),
-        "step_loss": meter.losses,
-        "step_lr": meter.rates,
-        **meter.facts,
+        "step_loss": measured.losses,
+        "step_lr": measured.rates,
+        **measured.facts,
     }
-    meter.next_epoch()
+    measured.next_epoch()
     _keep(session, metrics, result)
     return metrics | {"kept": dict(session.kept)}
 
@@ -155,7 +155,7 @@ def _due(session: Session, leaving: Callable[[], str | None]) -> bool:
     wish = _ASK if now - session.asked_at > _ASK_SECONDS else 0
     if minutes is not None and now - session.saved_at > 60 * minutes:
         wish = _SAVE
-    agreed = distributed.first_says(wish)
+    agreed = distributed.broadcast_int(wish)
     if agreed == _ASK:
         session.asked_at = now
         before, session.notice = session.notice, leaving()
@@ -206,7 +206,7 @@ def _prune(session: Session, sparsity: float) -> None:
     work = ordering(session.model, session.layers, masks, pruner, source)
     report = prune_step(work, source, Goal(total, target))
     session.pruned(report.masks)
-    session.meter.facts |= _damp_facts(report)
+    session.metrics.facts |= _damp_facts(report)
 
 
 def _check_allocation(allocation: Mapping[str, int], budget: int, sparsity: float) -> None:

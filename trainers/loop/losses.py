@@ -14,7 +14,7 @@ from torch.nn import functional
 from pruners.errors import InputError
 from trainers.config.training import DistillSettings, TrainingSettings
 from trainers.loop.optimization import Precision
-from trainers.models import factory as models
+from trainers.models import factory
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -58,13 +58,13 @@ class Distillation:
     def __init__(
         self, settings: DistillSettings, teacher: nn.Module, student: nn.Module, precision: Precision
     ) -> None:
-        if models.classes(teacher) != models.classes(student):
-            expected = f"has {models.classes(teacher)} classes, and the model {models.classes(student)}"
+        if factory.classes(teacher) != factory.classes(student):
+            expected = f"has {factory.classes(teacher)} classes, and the model {factory.classes(student)}"
             raise InputError("training.distill.teacher", settings.teacher, expected)
         self._settings, self._precision = settings, precision
         self._teacher = teacher.eval().requires_grad_(False)
         self._teacher.to(precision.device)
-        ours, theirs = models.data_config(student), models.data_config(teacher)
+        ours, theirs = factory.data_config(student), factory.data_config(teacher)
         self._size = tuple(theirs["input_size"][1:])
         scale = [mine / other for mine, other in zip(ours["std"], theirs["std"], strict=True)]
         shift = [

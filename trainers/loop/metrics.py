@@ -25,7 +25,7 @@ def numbers(metrics: Metrics) -> Metrics:
 
 
 @dataclass
-class Meter:
+class MetricsAccumulator:
     """Losses and rates of the epoch so far, and of the whole run what went wrong.
 
     What a step gives stays on the device until :meth:`look` and :meth:`settle`; all workers call the latter
@@ -102,5 +102,5 @@ class Meter:
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     @classmethod
-    def restored(cls, state: dict[str, Any]) -> Meter:
+    def restored(cls, state: dict[str, Any]) -> MetricsAccumulator:
         return cls(**state)

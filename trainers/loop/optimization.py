@@ -47,13 +47,13 @@ def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableL
     """Parameters that a pattern matches are not trained.
 
     Raises:
-        InputError: as :func:`matched`.
+        InputError: as :func:`matching_parameters`.
     """
-    for name in matched(model, patterns, {layer.name for layer in layers}):
+    for name in matching_parameters(model, patterns, {layer.name for layer in layers}):
         model.get_parameter(name).requires_grad_(False)
 
 
-def matched(model: nn.Module, patterns: Sequence[str], pruned: Collection[str]) -> list[str]:
+def matching_parameters(model: nn.Module, patterns: Sequence[str], pruned: Collection[str]) -> list[str]:
     """The parameters that some pattern matches.
 
     Raises:
@@ -115,7 +115,7 @@ class Moved:
             buffer.copy_(torch.where(unless, buffer, before))
 
 
-class Held:
+class MaskEnforcer:
     """Keeps pruned weights at exactly zero, its look-ups done once.
 
     Their gradients are zeroed too: what was pruned has no part in the norm, and gathers no moments.

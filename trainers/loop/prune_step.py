@@ -160,7 +160,7 @@ def _budget(device: torch.device) -> int:
     The processes of one machine share its memory.
     """
     host = socket.gethostname()
-    everywhere = distributed.gather((host, free_bytes(device)))
+    everywhere = distributed.all_gather((host, free_bytes(device)))
     sharing = Counter(name for name, _ in everywhere) if device.type == "cpu" else Counter()
     return min(free // max(sharing[name], 1) for name, free in everywhere)
 
@@ -173,7 +173,7 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
     """
     order, choice = order_share(work, source, goal)
     result = _apply(work, order, goal)
-    if not distributed.agree(result.fingerprint()):
+    if not distributed.all_equal(result.fingerprint()):
         raise RuntimeError("the workers ended a pruning step with different masks")
     return StepReport(result, choice)
 
@@ -235,8 +235,8 @@ def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
         if layer.name in order:
             found, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
             weight.copy_(found)
-        distributed.share_from(weight, owner[layer.name])
-        new[layer.name] = distributed.bool_from(mask, owner[layer.name])
+        distributed.broadcast(weight, owner[layer.name])
+        new[layer.name] = distributed.broadcast_bool(mask, owner[layer.name])
     return MaskSet(new)
 
 
@@ -256,7 +256,7 @@ def _gather_fisher(
     """Sum each layer's Fisher blocks on its owner, and drop them elsewhere."""
     for layer in layers:
         for part in fisher.parts(layer, device):
-            distributed.reduce_to(part, owner[layer.name])
+            distributed.reduce(part, owner[layer.name])
         if owner[layer.name] != distributed.rank():
             fisher.discard(layer.name)
     count = torch.tensor(fisher.count, device=device)
@@ -274,8 +274,8 @@ def _gather_losses(
     for layer in layers:
         mine = found[layer.name].double().contiguous() if layer.name in found else None
         reach = torch.tensor(0 if mine is None else len(mine), device=device)
-        reach = distributed.share_from(reach, owner[layer.name])  # a pattern may leave less than the layer
+        reach = distributed.broadcast(reach, owner[layer.name])  # a pattern may leave less than the layer
         if mine is None:
             mine = torch.empty(int(reach), dtype=torch.float64, device=device)
-        losses[layer.name] = distributed.share_from(mine, owner[layer.name])
+        losses[layer.name] = distributed.broadcast(mine, owner[layer.name])
     return losses

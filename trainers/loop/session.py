@@ -19,19 +19,19 @@ from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from trainers import distributed
-from trainers.checkpoint import trainer_state as state
+from trainers.checkpoint import trainer_state
 from trainers.checkpoint.finite import check_finite
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.config.jobs import TrainJob
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.augment import Augment, Normalise
 from trainers.data.sampler import EpochBatches
-from trainers.loop import builders as building
+from trainers.loop import builders
 from trainers.loop.losses import Targets
-from trainers.loop.metrics import Meter, Metrics, numbers
-from trainers.loop.optimization import Held, Moved, Precision, freeze, make_optimizer, moving_average
+from trainers.loop.metrics import Metrics, MetricsAccumulator, numbers
+from trainers.loop.optimization import MaskEnforcer, Moved, Precision, freeze, make_optimizer, moving_average
 from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.quantization.fake_quant import Prepared
 
 
@@ -45,7 +45,7 @@ class Session:
         prepared: the model with fake quantisation around its weights, where it is trained for INT8.
         plan: steps that begin with a pruning step, and the sparsity it reaches.
         held: what keeps pruned weights at zero; ``moved`` what a forward pass moves besides them.
-        meter: the losses of the epoch so far.
+        metrics: what is measured of the epoch so far.
         step: optimizer steps done.
         notice: the machines that were about to be taken away when the cluster was asked last.
         kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
@@ -64,16 +64,16 @@ class Session:
     average: ModelEmaV3 | None
     targets: Targets
     loss: Callable[[Any, Tensor, Tensor], Tensor]
-    train: data.Batches
+    train: datasets.Batches
     normalise: Normalise
     sampler: EpochBatches
-    images: data.ImageTable
-    validation: data.Batches
+    images: datasets.ImageTable
+    validation: datasets.Batches
     plan: dict[int, float]
-    held: Held
+    held: MaskEnforcer
     moved: Moved
     prepared: Prepared | None = None
-    meter: Meter = field(default_factory=Meter)
+    metrics: MetricsAccumulator = field(default_factory=MetricsAccumulator)
     step: int = 0
     kept: dict[str, Metrics] = field(default_factory=dict)
     last: Metrics = field(default_factory=dict)
@@ -101,11 +101,11 @@ class Session:
         training = job.training
         seed_everything(job.seed)
         source = resume or branch
-        model, args, masks = building.load(job, source)
-        building.name_classes(job, model)
+        model, args, masks = builders.load(job, source)
+        builders.name_classes(job, model)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
         if job.pruning is not None:
-            masks = building.all_masks(model, layers, masks)
+            masks = builders.all_masks(model, layers, masks)
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])
         model.to(device)
@@ -113,13 +113,13 @@ class Session:
         if training.channels_last:
             model.to(memory_format=torch.channels_last)
         precision = Precision(training.precision, device)
-        targets = Targets(training, models.classes(model))
-        loss = building.loss(job, model, targets.loss, precision)
-        config = models.data_config(model)
-        plain = data.eval_transform(config)
+        targets = Targets(training, factory.classes(model))
+        loss = builders.loss(job, model, targets.loss, precision)
+        config = factory.data_config(model)
+        plain = datasets.eval_transform(config)
         world, rank = distributed.world_size(), distributed.rank()
-        images = data.split(job.data, "train", plain, job.seed)
-        train, sampler = data.train_loader(
+        images = datasets.split(job.data, "train", plain, job.seed)
+        train, sampler = datasets.train_loader(
             images,
             Augment(config, training.augment),
             training.batch_size,
@@ -128,17 +128,17 @@ class Session:
             seed=job.seed,
             processes=training.data_workers,
             pin=device.type == "cuda",
-            normed=models.batch_normed(model),
+            normed=factory.batch_normed(model),
         )
-        prepared = building.prepared(job, model, images, source)
+        prepared = builders.prepared(job, model, images, source)
         session = cls(
             job=job,
             device=device,
             model=model,
-            network=building.network(job, model if prepared is None else prepared, device),
+            network=builders.network(job, model if prepared is None else prepared, device),
             model_args=args,
             layers=layers,
-            costs=cost_model(model, models.input_size(model)),
+            costs=cost_model(model, factory.input_size(model)),
             masks=masks,
             optimizer=make_optimizer(training, model),
             precision=precision,
@@ -149,11 +149,11 @@ class Session:
             normalise=Normalise(config, training.augment, device),
             sampler=sampler,
             images=images,
-            validation=data.eval_loader(
-                data.split(job.data, "validation", plain, job.seed), 128, rank, world
+            validation=datasets.eval_loader(
+                datasets.split(job.data, "validation", plain, job.seed), 128, rank, world
             ),
-            plan=building.pruning_steps(job, masks and masks.of(layers), len(sampler)),
-            held=Held(model, masks),
+            plan=builders.pruning_steps(job, masks and masks.of(layers), len(sampler)),
+            held=MaskEnforcer(model, masks),
             moved=Moved(model if prepared is None else prepared),
             prepared=prepared,
         )
@@ -236,7 +236,7 @@ class Session:
     def pruned(self, masks: MaskSet) -> None:
         """After a pruning step: the optimizer forgets what fell, or all; the average begins anew."""
         self.masks = masks = masks.over(self.masks)  # zeros of layers that this job leaves alone stay too
-        self.held = Held(self.model, masks)
+        self.held = MaskEnforcer(self.model, masks)
         if self.job.training.moments == "reset":
             self.optimizer.state.clear()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -280,7 +280,7 @@ class Session:
         )
         if not whole:
             return
-        tensors, optimizer = state.flatten_optimizer(self.optimizer.state_dict())
+        tensors, optimizer = trainer_state.flatten_optimizer(self.optimizer.state_dict())
         tensors = {f"optimizer/{key}": tensor for key, tensor in tensors.items()}
         if self.average is not None:
             tensors |= {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
@@ -288,18 +288,18 @@ class Session:
             "step": self.step,
             "optimizer": optimizer,
             "scaler": self.precision.scaler.state_dict(),
-            "meter": self.meter.state(),
+            "meter": self.metrics.state(),
             "kept": self.kept,
             "last": self.last,
-            "job": state.identity(self.job),
+            "job": trainer_state.identity(self.job),
         }
-        state.write_state(folder, tensors, progress)
+        trainer_state.write_state(folder, tensors, progress)
 
     def _restore(self, folder: Path, *, branches: bool) -> None:
         """Go on from a checkpoint; who branches off has settings of its own, and its own best to keep."""
-        tensors, progress = state.read_state(folder)
+        tensors, progress = trainer_state.read_state(folder)
         differs = self.job.origin.differs if branches and self.job.origin else ()
-        state.check_identity(self.job, progress["job"], differs)
+        trainer_state.check_identity(self.job, progress["job"], differs)
         if self.average is not None:
             # the folder's weights are the average's
             trained = {
@@ -314,10 +314,12 @@ class Session:
             if key.startswith("optimizer/")
         }
         groups = self.optimizer.state_dict()["param_groups"]
-        own = state.SETTINGS if branches else ()
-        self.optimizer.load_state_dict(state.unflatten_optimizer(moments, progress["optimizer"], groups, own))
+        own = trainer_state.GROUP_SETTINGS if branches else ()
+        self.optimizer.load_state_dict(
+            trainer_state.unflatten_optimizer(moments, progress["optimizer"], groups, own)
+        )
         self.precision.scaler.load_state_dict(progress["scaler"])
-        self.meter = Meter.restored(progress["meter"])
+        self.metrics = MetricsAccumulator.restored(progress["meter"])
         self.step, self.kept, self.last = progress["step"], progress["kept"], progress["last"]
         if branches:  # what was kept lies in the other run's folder
             self.kept, self.last = {}, self.last | {"kept": {}}

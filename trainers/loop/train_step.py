@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainers import distributed
 from trainers.loop.schedules import learning_rate
 from trainers.loop.session import Session, seed_everything
-from trainers.models import factory as models
+from trainers.models import factory
 
 _PATIENCE = 10  # steps of a run that may be left out because they were not finite
 _LOOK = 10  # on a GPU, steps between two looks at whether they were
@@ -42,7 +42,7 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     optimizer.zero_grad(set_to_none=True)
     if _goes_on(session):
         session.moved.remember()
-    least = 2 if models.batch_normed(session.model) else 1
+    least = 2 if factory.batch_normed(session.model) else 1
     for some, theirs, last in _parts(images, labels, min(training.accumulate, len(images) // least)):
         mixed, targets = session.targets(some, theirs)
         with _together(session.network, last), session.precision():
@@ -67,7 +67,7 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
         if session.average is not None:
             session.average.update(session.model)
     scaler.update()
-    session.meter.record(loss, rate, skipped, norm)
+    session.metrics.record(loss, rate, skipped, norm)
     if not _at_once(session) and session.step % _LOOK == 0:
         _look(session, session.step)
 
@@ -79,22 +79,22 @@ def settle(session: Session) -> None:
         FloatingPointError: a loss or gradients that are not finite, by the step; more such steps than may be
             left out; a run of which no step was made.
     """
-    training, meter = session.job.training, session.meter
+    training, metrics = session.job.training, session.metrics
     _look(session, session.step - 1)
-    new = meter.settle()
+    new = metrics.settle()
     for step, (loss, sound) in enumerate(new, session.step - len(new)):
         if not math.isfinite(loss):
             if training.on_nan == "stop":
                 raise FloatingPointError(f"the loss is {loss:g} in {_where(session, step)}")
             # others that were left out are counted already
-            meter.left_out += training.precision == "float16" or sound
+            metrics.left_out += training.precision == "float16" or sound
         elif training.precision == "float16":
-            meter.overflows += not sound
-    if meter.left_out > _PATIENCE:
+            metrics.overflows += not sound
+    if metrics.left_out > _PATIENCE:
         raise FloatingPointError(
-            f"{meter.left_out} steps were not finite up to {_where(session, session.step - 1)}"
+            f"{metrics.left_out} steps were not finite up to {_where(session, session.step - 1)}"
         )
-    if meter.idle >= session.step == session.steps:
+    if metrics.idle >= session.step == session.steps:
         raise FloatingPointError(f"each of the run's {session.steps} steps was left out: none was finite")
 
 
@@ -142,12 +142,12 @@ def _look(session: Session, last: int) -> None:
     Raises:
         FloatingPointError: they were not finite; in float16, too often one after the other.
     """
-    training, meter = session.job.training, session.meter
-    sound = meter.look()
+    training, metrics = session.job.training, session.metrics
+    sound = metrics.look()
     if training.precision == "float16":
-        if meter.idle >= _OVERFLOWS:
+        if metrics.idle >= _OVERFLOWS:
             raise FloatingPointError(
-                f"the last {meter.idle} steps up to {_where(session, last)} were left out: their gradients "
+                f"the last {metrics.idle} steps up to {_where(session, last)} were left out: their gradients "
                 "are not finite in float16, at any scale; take bfloat16 or float32"
             )
     elif training.on_nan == "stop" and not all(sound):
@@ -163,15 +163,15 @@ def _where(session: Session, step: int) -> str:
 
 def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
     """Leave the step out, or end the run and say where it went wrong."""
-    meter = session.meter
-    meter.left_out += 1
-    if session.job.training.on_nan == "skip" and meter.left_out <= _PATIENCE:
+    metrics = session.metrics
+    metrics.left_out += 1
+    if session.job.training.on_nan == "skip" and metrics.left_out <= _PATIENCE:
         return
-    where = [text for text in distributed.gather(_culprit(session, images)) if text]
+    where = [text for text in distributed.all_gather(_culprit(session, images)) if text]
     value = float(distributed.mean_over_workers(loss))
     raise FloatingPointError(
         f"the loss is {value:g} in {_where(session, session.step)}"
-        + (f", after {meter.left_out - 1} steps left out" if meter.left_out > 1 else "")
+        + (f", after {metrics.left_out - 1} steps left out" if metrics.left_out > 1 else "")
         + f"; {where[0] if where else 'gradients alone are not finite'}"
     )
 

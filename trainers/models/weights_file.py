@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config.data import DataSettings, ModelSettings
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.models.transformers_names import is_of_transformers
 from trainers.storage import resolve
 
@@ -110,7 +110,7 @@ def load_weights(
         raise InputError("model.architecture", name, f"no timm model{did_you_mean(name, timm.list_models())}")
     overlay, given = _described(name, found.settings)
     given |= arguments or {}
-    overlay |= models.normalisation(data)
+    overlay |= factory.normalisation(data)
     tensors, chosen = _of_model(found, name, given, uri, key, average=average)
     there = _classes(name, tensors)
     overlay |= {"source": "", "state_dict": tensors, "num_classes": there, "label_offset": 0}
@@ -122,11 +122,11 @@ def load_weights(
         raise InputError(key, uri, f"does not fit {name} ({_reason(error, tensors)})") from None
     config: Any = model.pretrained_cfg
     config.pop("state_dict", None)  # they are the model's now
-    models.as_built(model, given.get("img_size"), given.get("in_chans"))
+    factory.as_built(model, given.get("img_size"), given.get("in_chans"))
     if "img_size" not in given:
         _refuse_resampled(model, tensors, uri, key)
     if classes is not None and classes != there:
-        models.replace_head(model, classes)
+        factory.replace_head(model, classes)
     return model, chosen
 
 

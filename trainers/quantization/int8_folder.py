@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
-from trainers.checkpoint.checksums import as_json, read_sealed, sums
+from trainers.checkpoint.checksums import as_json, read_verified, sums
 from trainers.checkpoint.folder import (
     CONFIG,
     MASKS,
-    QUANTISED,
+    QUANTIZATION_RECORD,
     RANGES,
     Checkpoint,
     fetched,
@@ -48,16 +48,16 @@ from trainers.checkpoint.folder import (
 from trainers.config.quantization import Mode
 from trainers.data.preprocessing import PROBES, pattern_images, preprocessing_of, transform_settings
 from trainers.engines.agreement import Agreement
-from trainers.engines.registry import ENGINES, Place
-from trainers.export.onnx import FILE, int8_values, read_preprocessing
-from trainers.models import factory as models
+from trainers.engines.registry import ENGINES, Placement
+from trainers.export.onnx import ONNX_FILE, int8_values, read_preprocessing
+from trainers.models import factory
 from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode, check_share, share_of
 from trainers.quantization.fake_quant import Prepared
 from trainers.quantization.int8_onnx import check_zeros, write_dynamic, write_static
 
-RECORD = QUANTISED
-PACKED = "model.onnx.zst"
+PRUNING_RECORD = QUANTIZATION_RECORD
+PACKED_MODEL = "model.onnx.zst"
 _LEVEL = 19  # of zstd; it takes seconds, once
 NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
 """Packages, all of the extra ``deploy``."""
@@ -65,7 +65,7 @@ _APART: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
 """Relative, of the answers: held against torch's own INT8 model; ``dynamic`` against the one in float32, from
 which models of 16 channels come to 0.09, those of use to 0.01."""
 _COMPARED = 128  # images on which classes are compared with the float model's
-FORMAT = "espalier-int8-1"
+INT8_FORMAT = "espalier-int8-1"
 ENGINE = "onnxruntime"
 _KEPT = (
     "method",
@@ -80,7 +80,7 @@ _KEPT = (
 )
 
 
-def quantise(
+def quantize_folder(
     source: Path,
     folder: Path,
     mode: Mode,
@@ -114,24 +114,24 @@ def quantise(
     pictures = torch.from_numpy(pattern_images(preprocessing_of(model), PROBES))
     expected = _answers(model, pictures)
     if mode == "dynamic":
-        write_dynamic(folder / FILE, model, labels)
+        write_dynamic(folder / ONNX_FILE, model, labels)
     else:
-        prepared = Prepared(model, models.input_size(model), aware=mode == "qat")
+        prepared = Prepared(model, factory.input_size(model), aware=mode == "qat")
         if mode == "qat":
             prepared.set_ranges(_ranges_of(source, key))
         else:
             prepared.calibrate(batches)
         converted = prepared.convert()
         expected = _answers(converted, pictures)  # such pictures may lie outside the ranges, for both alike
-        write_static(folder / FILE, converted, model, labels)
-    engine = Int8Model(folder / FILE)
+        write_static(folder / ONNX_FILE, converted, model, labels)
+    engine = Int8Model(folder / ONNX_FILE)
     answers = _answers(engine, pictures)
     found = Agreement.of(answers, expected)
     if not found.relative <= _APART[mode]:
         raise RuntimeError(f"{ENGINE} does not answer what torch answers (differences: {found})")
-    int8 = int8_values(folder / FILE)
+    int8 = int8_values(folder / ONNX_FILE)
     check_share(int8, model)
-    held = 0 if loaded.masks is None else check_zeros(folder / FILE, loaded.masks)
+    held = 0 if loaded.masks is None else check_zeros(folder / ONNX_FILE, loaded.masks)
     kept = {name: parent[name] for name in _KEPT if name in parent}
     content = {
         "method": "dense",
@@ -147,26 +147,26 @@ def quantise(
         "probe": {"images": PROBES, "logits": answers.tolist(), "agreement": found.as_dict()},
     }
     shutil.copyfile(source / CONFIG, folder / CONFIG)
-    return seal(folder, loaded.masks, content)
+    return write_record(folder, loaded.masks, content)
 
 
-def seal(folder: Path, masks: MaskSet | None, record: Mapping[str, Any]) -> dict[str, Any]:
+def write_record(folder: Path, masks: MaskSet | None, record: Mapping[str, Any]) -> dict[str, Any]:
     """Add masks and record to a folder that holds the model and its configuration; returns the record."""
-    files = [FILE, CONFIG]
+    files = [ONNX_FILE, CONFIG]
     if masks is not None:
         masks.save(folder / MASKS)
         files.append(MASKS)
     for name in files:
         (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
     content = {
-        "format": FORMAT,
+        "format": INT8_FORMAT,
         "engine": f"{ENGINE} {version(ENGINE)}",
         **record,
-        "bytes": (folder / FILE).stat().st_size,
+        "bytes": (folder / ONNX_FILE).stat().st_size,
         "versions": versions() | {name: version(name) for name in ("torchao", "onnx", ENGINE)},
         "files": sums(folder, files),
     }
-    (folder / RECORD).write_text(as_json(content))
+    (folder / PRUNING_RECORD).write_text(as_json(content))
     return content
 
 
@@ -200,9 +200,9 @@ def read_record(folder: Path, place: str, *, key: str) -> dict[str, Any]:
     Raises:
         InputError: a file that is missing or changed.
     """
-    names = {FILE, PACKED}
-    return read_sealed(
-        folder, RECORD, place, key=key, fits=lambda content: len(names & set(content["files"])) == 1
+    names = {ONNX_FILE, PACKED_MODEL}
+    return read_verified(
+        folder, PRUNING_RECORD, place, key=key, fits=lambda content: len(names & set(content["files"])) == 1
     )
 
 
@@ -210,11 +210,11 @@ def pack(source: Path, target: Path, record: Mapping[str, Any]) -> None:
     """Fill ``target`` with the compressed form of an INT8 folder; ``record`` is its checked one."""
     with engine_file(source, record) as path:
         content = pyarrow.Codec("zstd", compression_level=_LEVEL).compress(path.read_bytes(), asbytes=True)
-    (target / PACKED).write_bytes(content)
+    (target / PACKED_MODEL).write_bytes(content)
     shutil.copyfile(source / CONFIG, target / CONFIG)
-    about = {**record, "packed_from": record["files"].get(FILE) or record["packed_from"]}
-    about["files"] = sums(target, (PACKED, CONFIG))
-    (target / RECORD).write_text(as_json(about))
+    about = {**record, "packed_from": record["files"].get(ONNX_FILE) or record["packed_from"]}
+    about["files"] = sums(target, (PACKED_MODEL, CONFIG))
+    (target / PRUNING_RECORD).write_text(as_json(about))
 
 
 @contextmanager
@@ -224,25 +224,27 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         InputError: it does not inflate to as many bytes as the record says.
     """
-    if FILE in record["files"]:
-        yield folder / FILE
+    if ONNX_FILE in record["files"]:
+        yield folder / ONNX_FILE
         return
     with tempfile.TemporaryDirectory(prefix="espalier-") as place:
         try:
-            with pyarrow.input_stream(str(folder / PACKED), compression="zstd") as stream:
+            with pyarrow.input_stream(str(folder / PACKED_MODEL), compression="zstd") as stream:
                 content = stream.read(record["bytes"] + 1)
         except OSError:
             content = b""
         if len(content) != record["bytes"]:
-            raise InputError("model", str(folder), f"{PACKED} does not inflate to {record['bytes']} bytes")
-        path = Path(place, FILE)
+            raise InputError(
+                "model", str(folder), f"{PACKED_MODEL} does not inflate to {record['bytes']} bytes"
+            )
+        path = Path(place, ONNX_FILE)
         path.write_bytes(content)
         yield path
 
 
 def is_int8(folder: Path) -> bool:
     """Whether a folder is an INT8 one."""
-    return (folder / RECORD).is_file()
+    return (folder / PRUNING_RECORD).is_file()
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,8 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
 def _of_torch(loaded: Checkpoint) -> Runnable:
     sparsity = 0.0 if loaded.masks is None else loaded.masks.sparsity
     model = loaded.model
-    config, labels = models.data_config(model), models.label_names(model)
-    return Runnable(model, config, models.classes(model), sparsity, labels=labels)
+    config, labels = factory.data_config(model), factory.label_names(model)
+    return Runnable(model, config, factory.classes(model), sparsity, labels=labels)
 
 
 class Int8Model(nn.Module):
@@ -296,7 +298,7 @@ class Int8Model(nn.Module):
     def __init__(self, path: Path, threads: int | None = None) -> None:
         super().__init__()
         require("quantize", "int8", "onnxruntime")
-        self._run = ENGINES[ENGINE].load(path, "int8", Place(threads or torch.get_num_threads()))
+        self._run = ENGINES[ENGINE].load(path, "int8", Placement(threads or torch.get_num_threads()))
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self._run(images.contiguous().numpy()))

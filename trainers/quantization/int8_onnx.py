@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pruners.model.masks import MaskSet
 from trainers.data.preprocessing import metadata_of, preprocessing_of
-from trainers.export.onnx import FILE, export_onnx, quantise_onnx
-from trainers.models import factory as models
+from trainers.export.onnx import ONNX_FILE, export_onnx, quantize_onnx
+from trainers.models import factory
 from trainers.optional_imports import require
 from trainers.quantization.fake_quant import Converted
 
@@ -39,7 +39,7 @@ def write_static(path: Path, converted: Converted, model: nn.Module, labels: lis
     import onnx
 
     metadata = metadata_of(preprocessing_of(model, labels))
-    export_onnx(converted, path, models.input_size(model), metadata)
+    export_onnx(converted, path, factory.input_size(model), metadata)
     written = onnx.load(path)
     _part(written)
     names = {known: converted.weights[buffer] for known, buffer in _buffers(written, converted).items()}
@@ -54,12 +54,12 @@ def write_dynamic(path: Path, model: nn.Module, labels: list[str] | None = None)
 
     metadata = metadata_of(preprocessing_of(model, labels))
     with tempfile.TemporaryDirectory(prefix="espalier-") as place:
-        plain = Path(place) / FILE
-        export_onnx(model, plain, models.input_size(model), metadata)
+        plain = Path(place) / ONNX_FILE
+        export_onnx(model, plain, factory.input_size(model), metadata)
         graph = onnx.load(plain)
         _part(graph)
         onnx.save(graph, plain)
-        quantise_onnx(plain, path)
+        quantize_onnx(plain, path)
         names = _by_content(graph, dict(model.named_parameters()))
     written = onnx.load(path)
     # as ONNX Runtime names what it makes of a weight

@@ -1,4 +1,4 @@
-"""Every image of a Parquet file or folder decoded, labels counted, bad rows listed."""
+"""Audit of a Parquet data set: decode every image, count the labels, list the rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ from trainers.sources.files import split_glob, table_files
 from trainers.sources.parquet import decode, image_batches, open_parquet
 from trainers.storage import resolve
 
-_NAMED = 1000  # bad rows of a part that are kept by name
+_MOST_BAD_ROWS = 1000  # of a row group that are listed
 
 
 @dataclass
-class Survey:
-    """What was found; sizes are (width, height)."""
+class DatasetAudit:
+    """What a data set, or a part of it, holds.
+
+    Attributes:
+        images: number of rows.
+        labels: images of each label.
+        smallest, largest: (width, height) in pixels of the images with the least and the largest area.
+        bad: a line for each row that cannot be used, with file and row.
+    """
 
     images: int = 0
     labels: Counter[int] = field(default_factory=Counter)
@@ -30,7 +37,8 @@ class Survey:
     largest: tuple[int, int] | None = None
     bad: list[str] = field(default_factory=list)
 
-    def add(self, other: Survey) -> None:
+    def add(self, other: DatasetAudit) -> None:
+        """Take up the figures of another part."""
         self.images += other.images
         self.labels += other.labels
         self.bad = sorted(self.bad + other.bad)
@@ -58,11 +66,18 @@ class Survey:
             self.largest = size
 
 
-def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator[tuple[int, int, Survey]]:
-    """Look at everything; gives (parts done, parts, what they hold) after each part.
+def audit_dataset(
+    uri: str, processes: int, columns: Columns | None = None
+) -> Iterator[tuple[int, int, DatasetAudit]]:
+    """Decode all images and read all labels of a data set, in several processes.
 
     Args:
-        columns: those that the user named.
+        uri: a Parquet file, a folder or a glob.
+        processes: how many row groups are read at once, each by a process of its own.
+        columns: the columns that the user named; default: found in the schema.
+
+    Yields:
+        After each row group: row groups done, row groups in all, and what was found so far.
 
     Raises:
         InputError: no such file or folder, or a table without such columns.
@@ -70,7 +85,7 @@ def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator
     system, files = table_files(uri, "PATH")
     wanted = columns or Columns()
     parts: list[tuple[str, str, int, tuple[str, str]]] = []
-    whole = Survey()
+    whole = DatasetAudit()
     for file in files:
         try:
             with system.open_input_file(file) as source:
@@ -82,7 +97,7 @@ def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator
     if not parts:
         yield 0, 0, whole
     with process_pool(processes) as pool:
-        jobs = [pool.submit(_look, *part) for part in parts]
+        jobs = [pool.submit(_audit_row_group, *part) for part in parts]
         try:
             for done, job in enumerate(as_completed(jobs), start=1):
                 whole.add(job.result())
@@ -91,10 +106,10 @@ def survey(uri: str, processes: int, columns: Columns | None = None) -> Iterator
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look(uri: str, file: str, group: int, columns: tuple[str, str]) -> Survey:
-    """One row group of a file, by its columns of images and labels."""
+def _audit_row_group(uri: str, file: str, group: int, columns: tuple[str, str]) -> DatasetAudit:
+    """Audit one row group of a file; ``columns`` are those of images and labels."""
     system, _ = resolve(split_glob(uri)[0], "PATH")
-    found, name = Survey(), Path(file).name
+    audit, name = DatasetAudit(), Path(file).name
     try:
         with system.open_input_file(file) as source:
             parquet = open_parquet(source)
@@ -102,9 +117,9 @@ def _look(uri: str, file: str, group: int, columns: tuple[str, str]) -> Survey:
             for batch in image_batches(parquet, group, *columns):
                 images, labels = batch["image"], batch["label"]
                 for image, label in zip(images, labels, strict=True):
-                    found._count(f"{name}, row {row}", image.as_py(), label.as_py())
+                    audit._count(f"{name}, row {row}", image.as_py(), label.as_py())
                     row += 1
     except (pa.ArrowException, OSError, KeyError) as error:
-        found.bad.append(f"{name}, row group {group}: cannot be read ({first_line(error)})")
-    found.bad = found.bad[:_NAMED]
-    return found
+        audit.bad.append(f"{name}, row group {group}: cannot be read ({first_line(error)})")
+    audit.bad = audit.bad[:_MOST_BAD_ROWS]
+    return audit

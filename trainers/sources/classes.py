@@ -1,4 +1,4 @@
-"""The names of classes: those of a table, those of a file, and whether several agree."""
+"""Names of classes: read from a table's metadata or from a file, and compared with each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ Names = tuple[str, ...]
 
 
 def read_map(file: Path, key: str) -> Names:
-    """A class map: JSON (label by name, or a list), or a text file with a name a line.
+    """Read a class map: JSON (label by name, or a list of names), or text with one name on each line.
+
+    Args:
+        file: the class map.
+        key: the option or recipe key that named it, for error messages.
 
     Raises:
         InputError: no such file, or labels that are not 0…N-1, each once.
@@ -62,39 +66,44 @@ def _ordered(content: Any) -> list[str]:
 
 
 def names_of(uri: str, *, key: str = "data", columns: Columns | None = None, every: bool = False) -> Names:
-    """What a table calls its classes, in its metadata or in ``classes.json`` beside it; ``()`` if unknown.
+    """Read what a table calls its classes, from its metadata or from ``classes.json`` beside it.
 
     Args:
-        columns: those that the user named.
-        every: look at all files, and not at the first alone.
+        uri: a Parquet file, a folder or a glob.
+        key: the recipe key that named it, for error messages.
+        columns: the columns that the user named.
+        every: read the metadata of all files, not of the first one alone.
+
+    Returns:
+        The names in the order of their labels; ``()`` where they are not known.
 
     Raises:
         InputError: no such table, or one whose files, or whose ``classes.json``, call the classes otherwise.
     """
     system, files = table_files(uri, key)
     wanted = columns or Columns()
-    found: dict[str, Names] = {}
+    names_by_file: dict[str, Names] = {}
     for file in files if every else files[:1]:
         try:
             schema = pq.read_schema(file, filesystem=system)
         except (pa.ArrowException, OSError):
             continue  # whoever reads the table will say so
         if names := class_names(schema, wanted.find_label(schema, uri, key)):
-            found[Path(file).name] = names
+            names_by_file[Path(file).name] = names
     if beside := names_beside(uri):
-        found[CLASSES] = beside
-    check_alike(found, key=key, uri=uri)
-    return max(found.values(), key=len, default=())
+        names_by_file[CLASSES] = beside
+    check_alike(names_by_file, key=key, uri=uri)
+    return max(names_by_file.values(), key=len, default=())
 
 
 def names_beside(uri: str) -> Names:
-    """Those that ``espalier data convert`` left in the folder of a table (or in that of a glob)."""
+    """Read the names that ``espalier data convert`` wrote into the folder of a table (or of a glob)."""
     base, _ = split_glob(uri)
     system, path = storage.resolve(base)
-    place = f"{path}/{CLASSES}"
-    if system.get_file_info([place])[0].type != fs.FileType.File:
+    map_path = f"{path}/{CLASSES}"
+    if system.get_file_info([map_path])[0].type != fs.FileType.File:
         return ()
-    with system.open_input_stream(place) as stream:
+    with system.open_input_stream(map_path) as stream:
         content = bytes(stream.read())
     try:
         return tuple(_ordered(json.loads(content)))
@@ -103,36 +112,44 @@ def names_beside(uri: str) -> Names:
 
 
 def check_alike(names: Mapping[str, Sequence[str]], *, key: str, uri: str | None = None) -> None:
-    """Whether several lists call each label the same; a list may be shorter than another, or empty.
+    """Check that several lists give each label the same name; a list may be shorter than another, or empty.
 
     Args:
-        names: by what they are the names of (a part of the data, a file).
+        names: lists of names, each by what it belongs to (a part of the data, a file).
+        key: the recipe key that named the data, for error messages.
+        uri: the data, for error messages.
 
     Raises:
-        InputError: naming the first label that has two names.
+        InputError: two lists contradict each other; names the first label that has two names.
     """
     known: dict[int, tuple[str, str]] = {}
     for source, ours in names.items():
         for label, name in enumerate(ours):
             other, before = known.setdefault(label, (source, name))
             if before != name:
-                said = f"label {label} is {before!r} in {other} and {name!r} in {source}"
+                conflict = f"label {label} is {before!r} in {other} and {name!r} in {source}"
                 hint = "convert them with one class map: --classes"
-                raise InputError(key, uri, f"classes contradict each other: {said}; {hint}")
+                raise InputError(key, uri, f"classes contradict each other: {conflict}; {hint}")
 
 
 def check_known(model: Sequence[str], images: Sequence[str], *, key: str, uri: str) -> None:
-    """Whether a model's classes are those of the images, as far as both use the same names.
+    """Check that a model's classes are those of the images, as far as both use the same names.
 
-    Of names that only one of them knows (``n01440764``, ``tench``) nothing can be told.
+    Names that only one of them uses (``n01440764`` and ``tench`` for the same class) are not compared.
+
+    Args:
+        model: names of the model's classes, in the order of their labels.
+        images: names of the images' classes, in the order of their labels.
+        key: the recipe key that named the images, for error messages.
+        uri: the images, for error messages.
 
     Raises:
         InputError: a name that is another label for the model than in the images.
     """
     labels = {name: label for label, name in enumerate(model)}
     if len(labels) < len(model):
-        return  # two classes of one name
+        return  # two classes have the same name
     for label, name in enumerate(images):
         if labels.get(name, label) != label:
-            said = f"{name!r} is label {label} of the images and {labels[name]} of the model"
-            raise InputError(key, uri, f"its classes contradict the model's: {said}")
+            conflict = f"{name!r} is label {label} of the images and {labels[name]} of the model"
+            raise InputError(key, uri, f"its classes contradict the model's: {conflict}")

@@ -24,10 +24,19 @@ class Columns:
 
     @property
     def named(self) -> bool:
+        """Whether the user named a column."""
         return self != Columns()
 
     def find(self, schema: pa.Schema, uri: str, key: str) -> tuple[str, str]:
-        """The image column and the label column of a table.
+        """Find the image column and the label column of a table.
+
+        Args:
+            schema: the table's schema.
+            uri: the table, for error messages.
+            key: the recipe key that named it, for error messages.
+
+        Returns:
+            Names of the image column and of the label column.
 
         Raises:
             InputError: there is none, or there are several and none is named.
@@ -35,28 +44,48 @@ class Columns:
         return self.find_image(schema, uri, key), self.find_label(schema, uri, key)
 
     def find_image(self, schema: pa.Schema, uri: str, key: str) -> str:
-        """The column that is named, else the one ``Image`` of the metadata, ``image``, or the one struct
-        with ``bytes``.
+        """Find the image column.
+
+        It is the column that the user named, else the only ``Image`` of the metadata, else ``image``, else
+        the only struct with a field ``bytes``.
+
+        Args:
+            schema: the table's schema.
+            uri: the table, for error messages.
+            key: the recipe key that named it, for error messages.
+
+        Returns:
+            The column's name.
 
         Raises:
-            InputError: none of these.
+            InputError: there is none of these, or there are several.
         """
         typed = _of_kind(schema, "Image") or [field.name for field in schema if _holds_bytes(field.type)]
-        found, why = _choose("image", self.image, typed, schema.names)
-        if found is None:
+        column, why = _choose("image", self.image, typed, schema.names)
+        if column is None:
             raise InputError(key, uri, why)
-        return found
+        return column
 
     def find_label(self, schema: pa.Schema, uri: str, key: str) -> str:
-        """The column that is named, else the one ``ClassLabel`` of the metadata, or ``label``.
+        """Find the label column.
+
+        It is the column that the user named, else the only ``ClassLabel`` of the metadata, else ``label``.
+
+        Args:
+            schema: the table's schema.
+            uri: the table, for error messages.
+            key: the recipe key that named it, for error messages.
+
+        Returns:
+            The column's name.
 
         Raises:
-            InputError: none of these.
+            InputError: there is none of these, or there are several.
         """
-        found, why = _choose("label", self.label, _of_kind(schema, "ClassLabel"), schema.names)
-        if found is None:
+        column, why = _choose("label", self.label, _of_kind(schema, "ClassLabel"), schema.names)
+        if column is None:
             raise InputError(key, uri, why)
-        return found
+        return column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +97,7 @@ class ColumnOptions:
 
     @property
     def columns(self) -> Columns:
+        """The columns that the command's user named."""
         return Columns(self.image_column, self.label_column)
 
 
@@ -80,25 +110,25 @@ def class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _choose(what: str, named: str | None, typed: list[str], there: list[str]) -> tuple[str | None, str]:
+def _choose(what: str, named: str | None, typed: list[str], columns: list[str]) -> tuple[str | None, str]:
     """The column of images or labels, or ``None`` and why not."""
-    has = f"it has {', '.join(there)}"
+    has = f"it has {', '.join(columns)}"
     if named is not None:
-        return (named, "") if named in there else (None, f"needs a column {named!r}; {has}")
-    if what in there and (what in typed or not typed):
+        return (named, "") if named in columns else (None, f"needs a column {named!r}; {has}")
+    if what in columns and (what in typed or not typed):
         return what, ""
-    choices = typed + [what] * (what in there)
+    choices = typed + [what] * (what in columns)
     if len(choices) > 1:
         several = f"has several columns that may hold {what}s ({', '.join(choices)})"
         return None, f"{several}: name one of them by {what}_column"
     if choices:
         return choices[0], ""
-    hint = f" (name the one with {what}s by {what}_column)" if len(there) > 1 else ""
+    hint = f" (name the one with {what}s by {what}_column)" if len(columns) > 1 else ""
     return None, f"needs a column {what!r}; {has}{hint}"
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What ``datasets`` and the hub write of the columns."""
+    """The description of the columns that ``datasets`` and the hub write into a schema."""
     try:
         content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = content["info"]["features"]
@@ -117,5 +147,5 @@ def _of_kind(schema: pa.Schema, kind: str) -> list[str]:
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    find = getattr(kind, "get_field_index", None)  # structs alone have it
+    find = getattr(kind, "get_field_index", None)  # only structs have it
     return find is not None and find("bytes") >= 0

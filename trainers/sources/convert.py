@@ -1,7 +1,7 @@
-"""Folders of images and WebDataset tars as Parquet shards in the Hugging Face layout.
+"""Convert folders of images and WebDataset tars to Parquet shards in the Hugging Face layout.
 
-The bytes of each image are copied as they are. A shard takes its name when it is whole, so that a conversion
-that was broken off goes on with the shards that are missing.
+The bytes of each image are copied as they are. A shard gets its name when it is complete, so that a
+conversion that was interrupted continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pruners.errors import InputError
 from trainers.process_pool import process_pool
 from trainers.sources.classes import CLASSES, Names
 from trainers.sources.files import parts_of, split_glob
-from trainers.sources.folders import Labelled, Reading, class_folders, labelled_folder
+from trainers.sources.folders import Labelled, SourceOptions, class_folders, labelled_folder
 from trainers.sources.webdataset import is_tar, read_tar, stem
 
 PLAN, _LOCK = "conversion.json", ".lock"
@@ -35,7 +35,7 @@ _SKIPPED = b"espalier.skipped"
 
 @dataclass(frozen=True)
 class Shard:
-    """What one Parquet file is made of: image files with their labels, or one tar."""
+    """The source of one Parquet file: image files with their labels, or one tar."""
 
     name: str
     files: tuple[tuple[str, int], ...] = ()
@@ -44,7 +44,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Written:
-    """A shard that is there: its images, and the samples of its tar that were left out."""
+    """A shard that exists: its number of images, and how many samples of its tar were left out."""
 
     name: str
     images: int
@@ -53,49 +53,61 @@ class Written:
 
 @dataclass(frozen=True)
 class Conversion:
-    """All shards; ``classes`` are in the order of their labels (none where there are labels alone).
+    """A planned conversion.
 
     Attributes:
-        said: what the user must know of it.
+        source: what is converted, as the user named it.
+        shards: the Parquet files to write.
+        classes: names in the order of their labels; empty where the source has numbers alone.
+        options: how the source is read.
+        notes: lines to show to the user.
     """
 
     source: str
     shards: tuple[Shard, ...]
     classes: Names
-    reading: Reading = field(default_factory=Reading)
-    said: tuple[str, ...] = ()
+    options: SourceOptions = field(default_factory=SourceOptions)
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
+        """SHA-256 of all that decides the content of the shards, as hexadecimal digits."""
         content: list[Any] = [[(shard.name, shard.files, shard.tar) for shard in self.shards], self.classes]
-        if any(shard.tar for shard in self.shards) and self.reading != Reading():
-            content.append(asdict(self.reading))
+        if any(shard.tar for shard in self.shards) and self.options != SourceOptions():
+            content.append(asdict(self.options))
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
-def plan(source: Path, reading: Reading | None = None, *, shard_bytes: int = _SHARD_BYTES) -> Conversion:
-    """What a folder of class folders (as torchvision's ImageFolder), or of tars (WebDataset), turns into.
+def plan(
+    source: Path, options: SourceOptions | None = None, *, shard_bytes: int = _SHARD_BYTES
+) -> Conversion:
+    """Plan the conversion of class folders (as torchvision's ImageFolder) or of tars (WebDataset).
 
     Args:
-        source: a folder, a tar, or a glob of tars.
-        reading: what the user said of it.
+        source: a folder of class folders, a folder of images with a file of labels, a tar, a folder of tars,
+            or a glob of tars.
+        options: how to read the source.
+        shard_bytes: largest size of a shard, by the sizes of its image files.
+
+    Returns:
+        The shards to write; nothing is written yet.
 
     Raises:
         InputError: no such folder, or neither of the two.
     """
-    given, reading = str(source), reading or Reading()
+    given, options = str(source), options or SourceOptions()
     base, pattern = split_glob(given)
     if pattern is None and not source.exists():
         raise InputError(_KEY, given, "no such folder")
     tars = _tars(Path(base), pattern)
     if tars:
-        return _of_tars(given, tars, reading)
+        return _of_tars(given, tars, options)
     if pattern is not None:
         raise InputError(_KEY, given, "no .tar file matches")
     if not source.is_dir():
         raise InputError(_KEY, given, "must be a folder of class folders, a .tar, or a folder of them")
-    read = class_folders if reading.labels is None else labelled_folder
-    classes, files, said = read(source, reading)
-    return Conversion(given, _shards(files, shard_bytes), classes, reading, tuple(said))
+    read = class_folders if options.labels is None else labelled_folder
+    classes, files, notes = read(source, options)
+    return Conversion(given, _shards(files, shard_bytes), classes, options, tuple(notes))
 
 
 def _tars(base: Path, pattern: str | None) -> list[Path]:
@@ -106,8 +118,8 @@ def _tars(base: Path, pattern: str | None) -> list[Path]:
     return [base] if is_tar(base.name) else []
 
 
-def _of_tars(given: str, tars: list[Path], reading: Reading) -> Conversion:
-    for option, value in (("--labels", reading.labels), ("--ids", reading.ids), ("--order", reading.order)):
+def _of_tars(given: str, tars: list[Path], options: SourceOptions) -> Conversion:
+    for option, value in (("--labels", options.labels), ("--ids", options.ids), ("--order", options.order)):
         if value is not None:
             raise InputError(option, str(value), "goes with folders; tars hold their labels")
     parts = parts_of([tar.name for tar in tars])
@@ -120,30 +132,39 @@ def _of_tars(given: str, tars: list[Path], reading: Reading) -> Conversion:
     if len(set(names)) < len(names):
         raise InputError(_KEY, given, "holds two tars of the same name")
     shards = tuple(Shard(name, tar=str(tar)) for name, tar in zip(names, tars, strict=True))
-    return Conversion(given, shards, reading.classes, reading)
+    return Conversion(given, shards, options.classes, options)
 
 
 def _shards(files: Labelled, shard_bytes: int) -> tuple[Shard, ...]:
-    found: list[list[tuple[str, int]]] = [[]]
+    groups: list[list[tuple[str, int]]] = [[]]
     taken = 0
     for path, label in files:
         size = path.stat().st_size
-        if found[-1] and taken + size > shard_bytes:
-            found.append([])
+        if groups[-1] and taken + size > shard_bytes:
+            groups.append([])
             taken = 0
-        found[-1].append((str(path), label))
+        groups[-1].append((str(path), label))
         taken += size
-    count = len(found)
+    count = len(groups)
     return tuple(
-        Shard(f"{number:05d}-of-{count:05d}.parquet", files=tuple(part)) for number, part in enumerate(found)
+        Shard(f"{number:05d}-of-{count:05d}.parquet", files=tuple(part)) for number, part in enumerate(groups)
     )
 
 
 def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Written]:
-    """Write the shards that are missing; gives each shard as it is there.
+    """Write the missing shards of a conversion, in several processes.
+
+    Args:
+        conversion: as :func:`plan` made it.
+        target: the folder to write to; made if need be.
+        processes: how many shards are written at once, each by a process of its own.
+
+    Yields:
+        Each shard as soon as it exists, those of an earlier call first.
 
     Raises:
-        InputError: the target holds another conversion, one to it is at work, or a shard cannot be made.
+        InputError: the target holds another conversion, another process is writing to it, or a shard cannot
+            be made.
     """
     target.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target / _LOCK)
@@ -159,16 +180,16 @@ def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Wr
 
 
 def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Written]:
-    known = target / PLAN
-    mark = conversion.fingerprint()
-    if known.exists():
-        if json.loads(known.read_text()).get("fingerprint") != mark:
+    record = target / PLAN
+    fingerprint = conversion.fingerprint()
+    if record.exists():
+        if json.loads(record.read_text()).get("fingerprint") != fingerprint:
             raise InputError("OUT", str(target), f"holds a conversion of something else ({PLAN})")
     elif any(path.name != _LOCK for path in target.iterdir()):
         raise InputError("OUT", str(target), "must be an empty folder, or a conversion that was broken off")
     for partial in target.glob(".*.partial"):  # of a conversion that was killed
         partial.unlink()
-    known.write_text(json.dumps({"source": conversion.source, "fingerprint": mark}, indent=1))
+    record.write_text(json.dumps({"source": conversion.source, "fingerprint": fingerprint}, indent=1))
     if conversion.classes:
         names = {name: label for label, name in enumerate(conversion.classes)}
         (target / CLASSES).write_text(json.dumps(names, indent=1))
@@ -182,7 +203,8 @@ def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[W
     if not missing:
         return
     with process_pool(processes) as pool:
-        jobs = [pool.submit(_write, one, conversion.classes, target, conversion.reading) for one in missing]
+        classes, options = conversion.classes, conversion.options
+        jobs = [pool.submit(_write, shard, classes, target, options) for shard in missing]
         try:
             for job in as_completed(jobs):
                 yield job.result()
@@ -190,14 +212,14 @@ def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[W
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _write(shard: Shard, classes: Sequence[str], target: Path, reading: Reading) -> Written:
-    """One Parquet file."""
+def _write(shard: Shard, classes: Sequence[str], target: Path, options: SourceOptions) -> Written:
+    """Write one Parquet file."""
     schema = pa.schema([("image", _IMAGE), ("label", pa.int64())], metadata=_features(classes))
     partial = target / f".{shard.name}.partial"
     count = skipped = 0
     try:
         with pq.ParquetWriter(partial, schema, compression="none") as writer:
-            for batch in _batches(_rows(shard, reading)):
+            for batch in _batches(_rows(shard, options)):
                 rows = [row for row in batch if row is not None]
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 count += len(rows)
@@ -211,11 +233,11 @@ def _write(shard: Shard, classes: Sequence[str], target: Path, reading: Reading)
     return Written(shard.name, count, skipped)
 
 
-def _rows(shard: Shard, reading: Reading) -> Iterator[dict[str, Any] | None]:
+def _rows(shard: Shard, options: SourceOptions) -> Iterator[dict[str, Any] | None]:
     if shard.tar is not None:
-        for one in read_tar(Path(shard.tar), reading):
-            image = None if one is None else {"bytes": one.content, "path": one.name}
-            yield None if one is None else {"image": image, "label": one.label}
+        for sample in read_tar(Path(shard.tar), options):
+            image = None if sample is None else {"bytes": sample.content, "path": sample.name}
+            yield None if sample is None else {"image": image, "label": sample.label}
         return
     for file, label in shard.files:
         path = Path(file)

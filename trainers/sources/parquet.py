@@ -1,4 +1,4 @@
-"""Parquet tables of images: found, checked and read, without torch."""
+"""Read and check Parquet tables of images, without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pruners.errors import InputError, first_line
 from trainers.sources.columns import Columns
 from trainers.sources.files import table_files
 
-# what Pillow's decoders raise on broken bytes, besides OSError
+# what Pillow's decoders raise for broken bytes, besides OSError
 _BROKEN = (
     SyntaxError,
     ValueError,
@@ -30,23 +30,30 @@ _BROKEN = (
 )
 
 
-# cameras leave the pixels as they came, and note here how they held it
-_TURNED = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
+# a camera stores the pixels as its sensor gave them, and notes here how it was held
+_ORIENTATION_KEYS = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 
 
 _ROWS = (256, 16, 1)
-"""Rows that are read at once; Arrow's arrays of a struct cannot hold more than 2 GB."""
-_MUCH = 256 << 20  # bytes of the first of them: what is larger is read in smaller ones
-_BUFFER = 8 << 20  # of a column that is read piece by piece
+"""Rows of a batch, largest first: Arrow's arrays of a struct hold at most 2 GB, so large images need smaller
+batches."""
+_LARGE_BATCH = 256 << 20  # bytes; where the first size of a batch would take more, the second is used
+_BUFFER = 8 << 20  # bytes of a column that are read at once
 
 
 def read_table(
     uri: str, columns: list[str] | None = None, *, key: str = "data", wanted: Columns | None = None
 ) -> pa.Table:
-    """Read a Parquet file, or those of a folder or glob in the order of their names: ``image`` and ``label``.
+    """Read a Parquet file, or those of a folder or glob in the order of their names.
 
     Args:
-        columns: of these two; default both.
+        uri: a path or any pyarrow URI of a file, a folder or a glob.
+        columns: ``image``, ``label`` or both; default: both.
+        key: the recipe key that named the data, for error messages.
+        wanted: the columns that the user named.
+
+    Returns:
+        A table with the columns ``image`` and ``label``, or those of ``columns``.
 
     Raises:
         InputError: missing, unreadable, or without such columns.
@@ -70,23 +77,31 @@ def read_table(
 def image_batches(
     file: pq.ParquetFile, group: int, image: str, label: str | None = None
 ) -> Iterator[pa.Table]:
-    """Some rows of a row group at once: ``image`` (encoded, ``large_binary``), and ``label`` as it is stored.
+    """Read a row group in batches, however large it is and whichever of Arrow's types its images have.
 
-    However large a row group and whichever of Arrow's types its images have.
+    Args:
+        file: an open Parquet file.
+        group: number of the row group.
+        image: name of the image column.
+        label: name of the label column; ``None``: labels are not read.
+
+    Yields:
+        Tables with the columns ``image`` (encoded, ``large_binary``) and ``label`` (as it is stored).
 
     Raises:
-        pyarrow.ArrowException, OSError: what cannot be read.
+        pyarrow.ArrowException: a file that cannot be decoded.
+        OSError: a file that cannot be read.
     """
     facts = file.metadata.row_group(group)
     done, columns = 0, [image] if label is None else [image, label]
-    large = facts.total_byte_size / max(facts.num_rows, 1) * _ROWS[0] > _MUCH
+    large = facts.total_byte_size / max(facts.num_rows, 1) * _ROWS[0] > _LARGE_BATCH
     for rows in _ROWS[large:]:
         first = 0
         try:
             for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                 if first >= done:
-                    found = {"image": encoded(batch[image])}
-                    yield pa.table(found if label is None else found | {"label": batch[label]})
+                    table = {"image": encoded(batch[image])}
+                    yield pa.table(table if label is None else table | {"label": batch[label]})
                     done = first + len(batch)
                 first += len(batch)
             return
@@ -98,8 +113,8 @@ def image_batches(
 def encoded(cells: pa.Array) -> pa.Array:
     """The encoded images of a column of bytes, or of ``{bytes, path}``; what is neither is null."""
     if pa.types.is_struct(cells.type):
-        place = cells.type.get_field_index("bytes")
-        cells = pc.struct_field(cells, place) if place >= 0 else pa.nulls(len(cells))
+        index = cells.type.get_field_index("bytes")
+        cells = pc.struct_field(cells, index) if index >= 0 else pa.nulls(len(cells))
     try:
         return cells.cast(pa.large_binary())
     except pa.ArrowNotImplementedError:
@@ -114,14 +129,20 @@ def open_parquet(source: pa.NativeFile) -> pq.ParquetFile:
 def check_table(
     uri: str, classes: int, *, key: str, tolerant: bool = False, columns: Columns | None = None
 ) -> str:
-    """Look at the labels and some images before anything starts; returns the table's fingerprint.
+    """Check the labels and one image before a run starts, and compute the table's fingerprint.
 
     The fingerprint covers all labels, the files' sizes, and the images of each file's first row group
     (every image of a small set), so that it takes seconds for a large one.
 
     Args:
-        tolerant: rows without a label are no fault, nor is an image that cannot be decoded.
-        columns: those that the user named.
+        uri: a Parquet file, a folder or a glob.
+        classes: number of classes of the model.
+        key: the recipe key that named the data, for error messages.
+        tolerant: accept rows without a label and images that cannot be decoded.
+        columns: the columns that the user named.
+
+    Returns:
+        SHA-256 as hexadecimal digits.
 
     Raises:
         InputError: labels missing, of another type or outside 0…classes-1; an image that cannot be decoded.
@@ -170,7 +191,7 @@ def _checked_labels(
 
 
 def count_rows(uri: str, *, key: str = "data") -> int:
-    """Rows of a Parquet file, or of all of a folder or glob, as their footers say.
+    """Count the rows of a Parquet file, or of all files of a folder or glob, by their footers.
 
     Raises:
         InputError: there is none.
@@ -192,18 +213,21 @@ def _content(cell: object) -> bytes | None:
 
 
 def decode(cell: object) -> Image.Image:
-    """An image in RGB, upright, from its cell: ``{bytes, path}`` or plain bytes; of several frames the first.
+    """Decode an image to RGB, turned upright by its EXIF data; of several frames the first is taken.
+
+    Args:
+        cell: ``{bytes, path}``, or the encoded bytes.
 
     Raises:
-        TypeError: no bytes.
-        OSError: bytes that are no image, or a broken one.
+        TypeError: the cell holds no bytes.
+        OSError: the bytes are no image, or a broken one.
     """
     content = _content(cell)
     if content is None:
         raise TypeError("no bytes")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
-        if image.format in ("JPEG", "MPO") and not _TURNED.isdisjoint(image.info):
+        if image.format in ("JPEG", "MPO") and not _ORIENTATION_KEYS.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "RGB":
             image.load()
@@ -215,7 +239,7 @@ def decode(cell: object) -> Image.Image:
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert("RGB")
-    except UnidentifiedImageError:  # Pillow would name a place in memory
+    except UnidentifiedImageError:  # Pillow's message has an address in memory
         raise OSError("no image of a known format") from None
     except _BROKEN as error:
         raise OSError(str(error) or type(error).__name__) from None

@@ -1,7 +1,7 @@
-"""Samples of WebDataset tars, as the webdataset library and timm's reader group them.
+"""Read samples from WebDataset tars, grouped as the webdataset library and timm's reader group them.
 
-A sample is the files in a row whose names are alike up to the first dot (``a/n01.jpg``, ``a/n01.cls``); it is
-complete when the next name begins.
+A sample is a run of files whose names are equal up to the first dot (``a/n01.jpg``, ``a/n01.cls``); it is
+complete when a file of another name follows.
 """
 
 from __future__ import annotations
@@ -16,29 +16,24 @@ from lzma import LZMAError
 from pathlib import Path
 
 from pruners.errors import InputError, first_line
-from trainers.sources.folders import EXTENSIONS, Reading, checked_label, is_hidden
+from trainers.sources.folders import EXTENSIONS, SourceOptions, checked_label, is_hidden
 
 _KEY = "IMAGEFOLDER"
 _SUFFIX = re.compile(r"(\.tar)(\.(gz|bz2|xz))?$|\.t(gz|bz2|xz)$", re.IGNORECASE)
 _BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 _FIELDS = ("label", "cls", "target")
-_MAIN = (
-    "",
-    "input",
-    "image",
-    "target",
-)  # what a file of a sample may be called besides its kind: n01.input.jpg
+_MAIN = ("", "input", "image", "target")  # what may stand before the extension: n01.input.jpg
 
 
 class _Member(tarfile.TarInfo):
-    """A member; a damaged or cut header is an error, which tarfile would take for the end of the archive."""
+    """A member of a tar whose damaged or truncated header is an error: tarfile would take it for the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the block of zeros that ends an archive
+            raise  # the block of zeros that ends a tar
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or cut at byte {tar.offset:,}: {error}") from None
 
@@ -53,29 +48,33 @@ class TarImage:
 
 
 def is_tar(name: str) -> bool:
+    """Whether a file's name is that of a tar, compressed or not."""
     return not is_hidden(name) and _SUFFIX.search(name) is not None
 
 
 def stem(tar: Path) -> str:
-    """The name without ``.tar``, ``.tar.gz``, ``.tgz``."""
+    """The name of a tar without ``.tar``, ``.tar.gz``, ``.tgz``."""
     return _SUFFIX.sub("", tar.name)
 
 
-def read_tar(path: Path, reading: Reading) -> Iterator[TarImage | None]:
-    """The samples of a tar; ``None`` for each that is left out as it has no image or no label.
+def read_tar(path: Path, options: SourceOptions) -> Iterator[TarImage | None]:
+    """Read the samples of a tar.
+
+    Yields:
+        The images; ``None`` for each sample that is left out because it has no image or no label.
 
     Raises:
         InputError: a tar that cannot be read, or a sample that cannot be used, by its name.
     """
     for name, files in _samples(path):
         pictures = [kind for kind in files if f".{kind.rpartition('.')[2]}" in EXTENSIONS]
-        images, label = _of_kind(files, EXTENSIONS), _label(name, files, path, reading)
+        images, label = _of_kind(files, EXTENSIONS), _label(name, files, path, options)
         if images is None and len(pictures) > 1:
             raise InputError(_KEY, str(path), f"{name} has several images: {', '.join(pictures)}")
         if images is None or label is None:
             if label is None and not pictures and "cls" not in files:
-                continue  # a list of files, a licence
-            if reading.unlabelled == "skip":
+                continue  # not a sample: a list of files, a licence
+            if options.unlabelled == "skip":
                 yield None
                 continue
             held = ", ".join(files)
@@ -87,12 +86,12 @@ def read_tar(path: Path, reading: Reading) -> Iterator[TarImage | None]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The names of samples with their files, by what follows the first dot (in lower case)."""
+    """The names of samples, each with the content of its files by extension (in lower case)."""
     current, files = "", dict[str, bytes]()
     try:
         with tarfile.open(path, "r|*", tarinfo=_Member) as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
                 folder, _, name = member.name.removeprefix("./").rpartition("/")
                 begin, _, kind = name.partition(".")
                 if not member.isfile() or not kind or any(map(is_hidden, (*folder.split("/"), name))):
@@ -114,34 +113,34 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _of_kind(files: dict[str, bytes], endings: tuple[str, ...]) -> str | None:
-    """The file of some kinds: the plain one, or that of the input; of others there must be one alone."""
-    found = [kind for kind in files if f".{kind.rpartition('.')[2]}" in endings]
+    """The file with one of these endings: the plain one, else the one of :data:`_MAIN`, else the only one."""
+    kinds = [kind for kind in files if f".{kind.rpartition('.')[2]}" in endings]
     for main in _MAIN:
-        chosen = [kind for kind in found if kind.rpartition(".")[0] == main]
+        chosen = [kind for kind in kinds if kind.rpartition(".")[0] == main]
         if chosen:
             return chosen[0] if len(chosen) == 1 else None
-    return found[0] if len(found) == 1 else None
+    return kinds[0] if len(kinds) == 1 else None
 
 
-def _label(name: str, files: dict[str, bytes], path: Path, reading: Reading) -> int | None:
-    """The label: of ``.cls``, else of the field ``label``, ``cls`` or ``target`` of ``.json``."""
+def _label(name: str, files: dict[str, bytes], path: Path, options: SourceOptions) -> int | None:
+    """The label: from ``.cls``, else from the field ``label``, ``cls`` or ``target`` of ``.json``."""
     plain, described = _of_kind(files, (".cls",)), _of_kind(files, (".json",))
-    found: object = None
+    label: object = None
     try:
         if plain is not None:
-            found = files[plain].decode().strip()
+            label = files[plain].decode().strip()
         elif described is not None:
             content = json.loads(files[described])
             fields = content if isinstance(content, dict) else {"label": content}
-            found = next((fields[field] for field in _FIELDS if fields.get(field) is not None), None)
+            label = next((fields[field] for field in _FIELDS if fields.get(field) is not None), None)
     except ValueError:
         raise InputError(_KEY, str(path), f"{name} has a label that cannot be read") from None
-    if isinstance(found, str) and found in reading.classes:
-        return reading.classes.index(found)
-    if isinstance(found, str) and re.fullmatch(r"-?\d+", found):
-        found = int(found)
-    if found is None or (type(found) is int and found < 0):  # -1 marks what nobody has labelled
+    if isinstance(label, str) and label in options.classes:
+        return options.classes.index(label)
+    if isinstance(label, str) and re.fullmatch(r"-?\d+", label):
+        label = int(label)
+    if label is None or (type(label) is int and label < 0):  # -1 marks what nobody has labelled
         return None
-    if type(found) is not int:
-        raise InputError(_KEY, str(path), f"{name} has a label that is no number: {found!r}")
-    return checked_label(found, reading, _KEY, f"{path}, {name}")
+    if type(label) is not int:
+        raise InputError(_KEY, str(path), f"{name} has a label that is no number: {label!r}")
+    return checked_label(label, options, _KEY, f"{path}, {name}")

@@ -20,8 +20,8 @@ from pruners.model.masks import MaskSet
 from pruners.structured.channels import WITH_GRADIENTS, Channels, Cut, Member, best, saliencies
 from pruners.structured.dependency import Couplings
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.config.structured import StructuredSettings, words
-from trainers.models import factory as models
+from trainers.config.structured import StructuredSettings, format_cut
+from trainers.models import factory
 from trainers.structured.shapes import Shape, wanted
 from trainers.structured.verify import check_cut, check_reloaded, noise
 
@@ -52,7 +52,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        return words(self.cut)
+        return format_cut(self.cut)
 
 
 def plan_cut(model: nn.Module, arguments: Mapping[str, Any], settings: StructuredSettings) -> Plan:
@@ -68,8 +68,8 @@ def plan_cut(model: nn.Module, arguments: Mapping[str, Any], settings: Structure
     after = wanted(before, settings)
     built = after.arguments(arguments)
     with torch.device("meta"):
-        skeleton = models.build_like(model, built)
-    size = models.input_size(model)
+        skeleton = factory.build_like(model, built)
+    size = factory.input_size(model)
     return Plan(before, after, built, skeleton, cost_model(model, size), cost_model(skeleton, size))
 
 
@@ -87,7 +87,7 @@ def cut_model(
     channels = _Channels(model, plan)
     cut = _choose(model, channels, plan, _saliency(model, channels.parameters, settings, batches))
     dense = copy.deepcopy(model).cpu().double().eval()
-    made = models.build_like(model, plan.arguments).double().eval()
+    made = factory.build_like(model, plan.arguments).double().eval()
     state = cut.sliced(dense.state_dict())
     _keep_scale(state, plan)
     try:

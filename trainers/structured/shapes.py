@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pruners.errors import InputError
-from trainers.config.structured import StructuredSettings, Width, asked
+from trainers.config.structured import StructuredSettings, Width, is_reduced
 
 _KEY = "structured"
 _PART = 0.01  # of a head that a share like 0.667 may be beside a whole number
@@ -132,9 +132,9 @@ def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
     most, dim = shape.heads[0], shape.head_dim[0]
     heads = _of_blocks("heads", settings.heads, most, shape.depths[0], dim)
     each = _of_blocks("head_dim", settings.head_dim, dim, shape.depths[0])
-    if not asked(settings.embed):
+    if not is_reduced(settings.embed):
         if heads * each != shape.embed:
-            key = "heads" if asked(settings.heads) else "head_dim"
+            key = "heads" if is_reduced(settings.heads) else "head_dim"
             expected = (
                 f"timm's ViT has an embedding of heads × head_dim channels, here {shape.embed}; the nearest "
                 f"shape that it can hold: embed: {heads * each} too ({heads} heads of {each})"
@@ -143,11 +143,11 @@ def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
         embed = shape.embed
     else:
         embed = _size("embed", settings.embed, shape.embed)
-        if asked(settings.head_dim) and not asked(settings.heads) and embed % each == 0:
+        if is_reduced(settings.head_dim) and not is_reduced(settings.heads) and embed % each == 0:
             heads = embed // each
         if embed % heads or embed // heads > dim or heads > most:
             raise InputError(f"{_KEY}.embed", settings.embed, _nearest_embed(embed, heads, shape))
-        if asked(settings.head_dim) and each != embed // heads:
+        if is_reduced(settings.head_dim) and each != embed // heads:
             expected = (
                 f"{heads} heads of {each} make an embedding of {heads * each}, not of {embed}; nearest: "
             )

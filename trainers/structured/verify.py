@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pruners.structured.channels import Cut
-from trainers.models import factory as models
+from trainers.models import factory
 
 _TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale is above it by far
 
@@ -84,7 +84,7 @@ def reference(dense: nn.Module, cut: Cut) -> nn.Module:
 
 def noise(model: nn.Module) -> Tensor:
     """Two images of noise, the same at each call."""
-    return torch.randn(2, *models.input_size(model), generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, *factory.input_size(model), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from orchestration.benchmark.plot import accuracy_over_latency
 from orchestration.benchmark.report import Report, gain, milliseconds
 from trainers.config.engines import Choice
 from trainers.engines.agreement import TOLERANCE, Agreement
-from trainers.engines.interleave import in_turns
+from trainers.engines.interleave import time_interleaved
 from trainers.engines.machine import describe_machine
 from trainers.engines.process import EngineError
-from trainers.engines.registry import Place
+from trainers.engines.registry import Placement
 
 GOOD = Agreement(1e-6, 1e-7, 1.0)
 TORCH, ORT, INT8 = Choice("torch", "float32"), Choice("onnxruntime", "float32"), Choice("onnxruntime", "int8")
@@ -38,7 +38,7 @@ def report(
     *rows: Row, loss: float = 0.01, same_size: frozenset[str] = frozenset({"dense", "pruned"})
 ) -> Report:
     machine = {"processor": "a processor", "load": 0.1, "cores": 2}
-    return Report(rows, Place(1), 3, loss, None, same_size, machine, 0.1)
+    return Report(rows, Placement(1), 3, loss, None, same_size, machine, 0.1)
 
 
 def text_of(benchmark: Report) -> str:
@@ -66,7 +66,7 @@ class Timed:
 def test_all_take_turns_in_every_round() -> None:
     log: list[tuple[str, int, int]] = []
     workers = {name: Timed(name, takes, log) for name, takes in (("a", 0.001), ("b", 0.1))}
-    times, failed = in_turns(workers, (1, 4), 5)
+    times, failed = time_interleaved(workers, (1, 4), 5)
     assert failed == {}
     assert times == {
         "a": {1: (0.001,) * 5, 4: (0.004,) * 5},
@@ -90,7 +90,7 @@ def test_all_take_turns_in_every_round() -> None:
 def test_who_breaks_off_is_left_out() -> None:
     log: list[tuple[str, int, int]] = []
     workers = {"a": Timed("a", 0.1, log), "b": Timed("b", 0.1, log, last=3)}
-    times, failed = in_turns(workers, (1,), 4)
+    times, failed = time_interleaved(workers, (1,), 4)
     assert times == {"a": {1: (0.1,) * 4}}
     assert failed == {"b": "out of memory"}
 

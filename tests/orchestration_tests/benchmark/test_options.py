@@ -13,7 +13,7 @@ from pruners.errors import InputError
 from trainers import optional_imports
 from trainers.config.engines import Choice
 from trainers.engines import registry
-from trainers.engines.registry import ENGINES, Place
+from trainers.engines.registry import ENGINES, Placement
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_what_is_asked_for_is_understood() -> None:
         ("a",), "torch:bfloat16, onnxruntime:int8,torch:bfloat16", batch="64,1,1", loss="2.5%", threads=1
     )
     assert options.choices == (Choice("torch", "bfloat16"), Choice("onnxruntime", "int8"))
-    assert (options.batches, options.tolerated, options.hardware) == ((1, 64), 0.025, Place(1))
+    assert (options.batches, options.tolerated, options.hardware) == ((1, 64), 0.025, Placement(1))
     assert replace(options, loss="0.01").tolerated == 0.01
     usual = BenchmarkOptions(("a",)).choices
     assert [choice.engine for choice in usual] == [name for name in ENGINES if name != "2:4"]
@@ -85,4 +85,4 @@ def test_names_tell_models_apart() -> None:
 
 
 def test_places_of_one_processor_are_pinned() -> None:
-    assert BenchmarkOptions(("a",), threads=1).hardware == Place(1, "cpu")
+    assert BenchmarkOptions(("a",), threads=1).hardware == Placement(1, "cpu")

@@ -20,7 +20,13 @@ from training_runs import same_files
 from orchestration.commands import finetune, model_source
 from orchestration.commands import progress as progress_module
 from pruners import prune
-from trainers.checkpoint.folder import load_checkpoint, opened, pack_folder, save_checkpoint, weights_hash
+from trainers.checkpoint.folder import (
+    load_checkpoint,
+    open_verified,
+    pack_folder,
+    save_checkpoint,
+    weights_hash,
+)
 from trainers.loop import gradual
 from trainers.loop.session import Session
 
@@ -36,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sparse(folder / "swin", SWIN, "2:4")
     dense_folder(folder / "dense")
     (folder / "small").mkdir()
-    with opened(str(folder / "vit")) as (source_folder, record):
+    with open_verified(str(folder / "vit")) as (source_folder, record):
         pack_folder(source_folder, folder / "small", record)
     write(folder / "train.parquet", table(FIVE))
     write(folder / "validation.parquet", table(FIVE[:15], first=100))

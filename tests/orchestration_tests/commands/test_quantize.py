@@ -14,7 +14,7 @@ from quantized import pruned
 from orchestration.commands import quantize
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
-from trainers.export.onnx import FILE
+from trainers.export.onnx import ONNX_FILE
 from trainers.quantization import int8_folder
 from trainers.quantization.int8_onnx import check_zeros
 
@@ -36,7 +36,7 @@ def check(folder: Path, mode: str) -> None:
     record = int8_folder.read_record(folder, str(folder), key="model")
     assert record["mode"] == mode
     masks = MaskSet.load(folder / "masks.safetensors")
-    assert check_zeros(folder / FILE, masks) == record["zeros"] > 0
+    assert check_zeros(folder / ONNX_FILE, masks) == record["zeros"] > 0
 
 
 @pytest.mark.parametrize(("name", "mode"), [("vit", "dynamic"), ("swin", "static")])
@@ -86,7 +86,7 @@ def test_a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
         with espalier(*command, out, cwd=tmp_path) as again:
             assert again.wait() == 0, again.err
             assert ("going on where it was interrupted" in again.err) is (out == "broken")
-    first, second = ((tmp_path / out / FILE).read_bytes() for out in ("broken", "whole"))
+    first, second = ((tmp_path / out / ONNX_FILE).read_bytes() for out in ("broken", "whole"))
     assert first == second
 
 

@@ -34,7 +34,7 @@ from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.data.preprocessing import pattern_images, preprocessing_of
 from trainers.engines import registry
 from trainers.engines.agreement import Agreement
-from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Place
+from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Placement
 from trainers.export import onnx as onnx_export
 from trainers.export import openvino, torch_export
 from trainers.optional_imports import openvino_core
@@ -106,7 +106,7 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
     model = load_checkpoint(str(files / name)).model.eval()
     pictures = engine._real_images(model, str(files / "images.parquet"))[0][:5]
     for known in (ANY_BATCH, ENGINES):
-        answer = known[form.engine].load(out / form.file, form.kind, Place(1))
+        answer = known[form.engine].load(out / form.file, form.kind, Placement(1))
         for size in (1, 3, 5, 1):
             apart = Agreement.of(answer(pictures[:size]), torch_answers(model, pictures[:size]))
             assert apart.holds(form.kind), apart
@@ -150,7 +150,7 @@ def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
             return openvino_core().compile_model(model, *how)
 
     monkeypatch.setattr(registry, "openvino_core", Core)
-    answer = known["openvino"].load(Path("out/model.xml"), "float32", Place(1))
+    answer = known["openvino"].load(Path("out/model.xml"), "float32", Placement(1))
     for size in (2, 1, 2):
         assert answer(np.zeros((size, 3, 16, 16), np.float32)).shape == (size, 3)
     assert compiled == shapes

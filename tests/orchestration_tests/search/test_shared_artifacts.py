@@ -27,7 +27,7 @@ from orchestration.sweep import structured as structured_phase
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from trainers import storage
-from trainers.checkpoint.folder import RECORD
+from trainers.checkpoint.folder import PRUNING_RECORD
 
 HOLD = """
 import signal, sys, time
@@ -145,7 +145,7 @@ def test_a_dense_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monke
     def train(one: Sweep, key: str, folder: str) -> float:
         trained.append(one.recipe.name)
         time.sleep(1.5)
-        storage.write_json(f"{folder}/model/{RECORD}", {"figures": {"val_top1": 0.5}, "data": "d"})
+        storage.write_json(f"{folder}/model/{PRUNING_RECORD}", {"figures": {"val_top1": 0.5}, "data": "d"})
         return 1.5
 
     monkeypatch.setattr(dense_phase, "_train", train)
@@ -171,7 +171,7 @@ def test_a_model_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def make(self) -> None:
             made.append(self._sweep.recipe.name)
             time.sleep(1.5)
-            storage.write_json(f"{self.model}/{RECORD}", {})
+            storage.write_json(f"{self.model}/{PRUNING_RECORD}", {})
             storage.write_json(f"{self._folder}/{structured_phase.REGISTERED}", {})
 
         def result(self) -> Any:

@@ -29,7 +29,7 @@ from trainers.config.data import DataSettings
 from trainers.config.engines import Choice
 from trainers.config.structured import StructuredSettings
 from trainers.engines.latency import Target, measure_models
-from trainers.engines.registry import Place
+from trainers.engines.registry import Placement
 
 FAST: dict[str, Any] = {
     "objective": "latency",
@@ -179,7 +179,7 @@ def test_the_fastest_candidate_is_cut_and_all_are_recorded(
 
 def test_whole_models_are_timed_in_their_order(tmp_path: Path) -> None:
     files = make_files(tmp_path / "files")
-    target = Target(Choice.parse("torch"), Place(1), 2)
+    target = Target(Choice.parse("torch"), Placement(1), 2)
     found = measure_models([Path(files["dense"])] * 2, target, rounds=1)
     assert len(found) == 2
     assert min(found) > 0

@@ -108,7 +108,7 @@ def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> 
     parent = dense_folder(tmp_path / "parent")
     served = tmp_path / "int8"
     served.mkdir()
-    int8_folder.quantise(parent, served, "dynamic", labels=["x", "y", "z"])
+    int8_folder.quantize_folder(parent, served, "dynamic", labels=["x", "y", "z"])
     with model_files(reader=int8_folder.ENGINE) as files:
         assert not {path.name for path in files.iterdir()} & {path.name for path in served.iterdir()}
         copytree(files, served, dirs_exist_ok=True)

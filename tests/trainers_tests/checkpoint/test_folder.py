@@ -16,7 +16,7 @@ from safetensors import safe_open
 from pruners import MaskSet, find_layers, prune
 from pruners.errors import InputError
 from trainers.checkpoint.folder import (
-    FORMAT,
+    CHECKPOINT_FORMAT,
     load_checkpoint,
     model_args,
     save_checkpoint,
@@ -73,7 +73,7 @@ def test_a_dense_folder_has_no_masks(tmp_path: Path) -> None:
 def test_the_record(tmp_path: Path) -> None:
     folder, _, masks = pruned_folder(tmp_path / "m")
     record = json.loads((folder / "pruning.json").read_text())
-    assert record["format"] == FORMAT
+    assert record["format"] == CHECKPOINT_FORMAT
     assert record["allocation"] == masks.pruned()
     assert record["sparsity"] == pytest.approx(0.6, abs=1e-4)
     assert set(record["files"]) == {"model.safetensors", "config.json", "masks.safetensors"}

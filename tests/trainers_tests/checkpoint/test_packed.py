@@ -21,13 +21,13 @@ from pruners import MaskSet, prune
 from pruners.errors import InputError
 from trainers.checkpoint.folder import (
     load_checkpoint,
-    opened,
+    open_verified,
     pack_folder,
     save_checkpoint,
     size_on_disk,
     weights_hash,
 )
-from trainers.checkpoint.packed import FORMAT, read_packed, write_packed
+from trainers.checkpoint.packed import PACKED_FORMAT, read_packed, write_packed
 from trainers.models.factory import load_timm_folder
 
 README = Path(__file__).parents[3] / "README.md"
@@ -47,7 +47,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def packed(source: Path, target: Path) -> list[str]:
     target.mkdir()
-    with opened(str(source)) as (folder, record):
+    with open_verified(str(source)) as (folder, record):
         return pack_folder(folder, target, record)
 
 
@@ -233,7 +233,7 @@ def edited(change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> Cal
             "masks": [],
         }
         change(stored, about)
-        save_file(stored, path, metadata={FORMAT: json.dumps(about)})
+        save_file(stored, path, metadata={PACKED_FORMAT: json.dumps(about)})
 
     return damage
 

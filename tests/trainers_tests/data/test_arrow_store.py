@@ -15,7 +15,7 @@ from pictures import BROKEN, CONFIG, GRADIENT, PICTURES, cells, grey16, rotated
 from pruners.errors import InputError
 from trainers.config.data import DataSettings
 from trainers.config.training import AugmentSettings
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.arrow_store import Store
 from trainers.data.augment import Augment
 from trainers.data.sampler import Sample
@@ -28,7 +28,7 @@ def test_every_kind_of_picture_goes_through(kind: str, tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", cells([made()], [0]))
     image = decode(Store.open(uri).cell(0))
     assert (image.mode, image.size) == ("RGB", size)
-    pixels, label = data.images(uri, data.eval_transform(CONFIG), key="data")[0]
+    pixels, label = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")[0]
     assert pixels.shape == (3, 16, 16)
     assert torch.isfinite(pixels).all()
     assert label == 0
@@ -94,7 +94,7 @@ def test_a_row_without_a_label_is_named(faulty: str) -> None:
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", cells([png(0), BROKEN, None], [0, 1, 2]))
-    images = data.images(uri, data.eval_transform(CONFIG), key="data")
+    images = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")
     for row in (1, 2):
         with pytest.raises(InputError, match=rf"a\.parquet, row {row} cannot be decoded"):
             images[row]
@@ -102,10 +102,10 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 
 def test_skipped_the_next_takes_its_place(faulty: str) -> None:
     settings = DataSettings(train=faulty, validation=faulty, bad_images="skip")
-    images = data.split(settings, "train", data.eval_transform(CONFIG), 0)
+    images = datasets.split(settings, "train", datasets.eval_transform(CONFIG), 0)
     assert images.store.left_out == ["a.parquet, row 4: no label"]
     assert [images[i][1] for i in range(5)] == [0, 2, 2, 2, 2]
-    training = data.TrainingImages(images, Augment(CONFIG, AugmentSettings()), seed=0)
+    training = datasets.TrainingImages(images, Augment(CONFIG, AugmentSettings()), seed=0)
     assert [training[Sample(i, 0)][2:] for i in range(5)] == [(0, 0), (2, 1), (2, 0), (2, 1), (2, 0)]
 
 

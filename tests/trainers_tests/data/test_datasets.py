@@ -21,7 +21,7 @@ from torchvision import transforms
 from pruners.errors import InputError
 from trainers.config.data import DataSettings
 from trainers.config.training import AugmentSettings
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.augment import Augment, Normalise
 
 COUNT = 23
@@ -54,7 +54,7 @@ def labels(dataset: Dataset[tuple[torch.Tensor, int]]) -> list[int]:
 
 
 def part(settings: DataSettings, name: str, seed: int = 0) -> list[int]:
-    return labels(data.split(settings, name, data.eval_transform(CONFIG), seed))
+    return labels(datasets.split(settings, name, datasets.eval_transform(CONFIG), seed))
 
 
 def test_a_part_of_train_is_held_out(files: DataSettings) -> None:
@@ -86,8 +86,10 @@ def test_no_test_images(tmp_path: Path) -> None:
 
 def test_pixels_are_those_of_the_image(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([1]))
-    image, label = data.images(uri, data.eval_transform(CONFIG), key="data")[0]
-    expected = torch.tensor(list(data.decode(png(0, shade=50)).tobytes())).view(16, 16, 3).permute(2, 0, 1)
+    image, label = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")[0]
+    expected = (
+        torch.tensor(list(datasets.decode(png(0, shade=50)).tobytes())).view(16, 16, 3).permute(2, 0, 1)
+    )
     assert torch.allclose(image, expected / 255 * 2 - 1, atol=1e-6)
     assert label == 1
 
@@ -102,8 +104,8 @@ def training_pixels(
 
 
 def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> None:
-    image = data.decode(png(0))
-    assert torch.equal(training_pixels(image, AugmentSettings())[0], data.eval_transform(CONFIG)(image))
+    image = datasets.decode(png(0))
+    assert torch.equal(training_pixels(image, AugmentSettings())[0], datasets.eval_transform(CONFIG)(image))
 
 
 @pytest.mark.parametrize(
@@ -117,21 +119,21 @@ def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> N
     ],
 )
 def test_augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]) -> None:
-    image = data.decode(png(0))
+    image = datasets.decode(png(0))
 
     def seen(seed: int) -> torch.Tensor:
         return training_pixels(image, AugmentSettings.model_validate(augment), 8, seed)
 
     assert seen(0).shape == (8, 3, 16, 16)
     assert torch.equal(seen(0), seen(0))
-    plain = data.eval_transform(CONFIG)(image)
+    plain = datasets.eval_transform(CONFIG)(image)
     assert any(not torch.allclose(one, plain, atol=1e-6) for one in seen(0))
 
 
 def test_pixels_are_erased_as_torchvision_does() -> None:
     """The same draws, the same rectangle: on normalised images, after all else."""
-    image = data.decode(png(0))
-    theirs = transforms.Compose([data.eval_transform(CONFIG), transforms.RandomErasing(0.7)])
+    image = datasets.decode(png(0))
+    theirs = transforms.Compose([datasets.eval_transform(CONFIG), transforms.RandomErasing(0.7)])
     expected = []
     for seed in range(20):
         torch.manual_seed(seed)
@@ -145,7 +147,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     content["image"][1] = {"bytes": b"nothing", "path": "x"}
     broken = pa.table({"image": pa.array(content["image"], IMAGES), "label": content["label"]})
     uri = write(tmp_path / "a.parquet", broken)
-    images = data.images(uri, data.eval_transform(CONFIG), key="data")
+    images = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")
     with pytest.raises(InputError, match=r"a\.parquet.*row 1 cannot be decoded \(no image of a known"):
         images[1]
 
@@ -153,7 +155,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 @quick(60)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
 def test_together_the_workers_see_each_image_once(count: int, batch: int, world: int) -> None:
-    loaders = [data.eval_loader(Numbers(count), batch, rank, world) for rank in range(world)]
+    loaders = [datasets.eval_loader(Numbers(count), batch, rank, world) for rank in range(world)]
     seen = [label for loader in loaders for _, batch_of in loader for label in batch_of.tolist()]
     assert Counter(seen) == Counter(range(count))
 
@@ -164,7 +166,7 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     size: int, batch: int, count: int, world: int, seed: int
 ) -> None:
     def batches(rank: int, world: int) -> list[list[int]]:
-        found = data.fixed_batches(Numbers(size), batch, 0, count, rank=rank, world=world, seed=seed)
+        found = datasets.fixed_batches(Numbers(size), batch, 0, count, rank=rank, world=world, seed=seed)
         return [chosen.tolist() for _, chosen in found]
 
     alone = batches(0, 1)
@@ -179,16 +181,16 @@ def test_shared_memory_that_is_too_small_is_told_before_training(
     files: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three processes hold two batches of eight images of 16×16 each: 36,864 bytes; Docker gives little."""
-    images = data.split(files, "train", data.eval_transform(CONFIG), 0)
+    images = datasets.split(files, "train", datasets.eval_transform(CONFIG), 0)
     augment = Augment(CONFIG, AugmentSettings())
 
     class Room:
         f_bavail, f_frsize = 9, 4096
 
     monkeypatch.setattr("trainers.data.datasets.os.statvfs", lambda place: Room)
-    data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
+    datasets.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
     Room.f_bavail = 8
     expected = r"training\.data_workers = 3: /dev/shm has 0 MB free.*--shm-size=4g"
     with pytest.raises(InputError, match=expected):
-        data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
-    data.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=0)
+        datasets.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
+    datasets.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=0)

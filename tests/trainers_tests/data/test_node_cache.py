@@ -17,11 +17,11 @@ from orchestration.recipe.search import AllocationSearch
 from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, pack_folder, read_ranges, save_checkpoint, verify
 from trainers.config.data import DataSettings
-from trainers.data import datasets as data
+from trainers.data import datasets
 from trainers.data.node_cache import Pixels, node_copy
 from trainers.loop import gradual
 from trainers.loop.gradual import run
-from trainers.models import factory as models
+from trainers.models import factory
 from trainers.sources.parquet import decode
 
 
@@ -90,22 +90,22 @@ def test_local_folders_are_used_where_they_are(tmp_path: Path, cache: Path) -> N
     assert not cache.exists()
 
 
-def held_out(folder: Path, side: int = 16) -> tuple[data.ImageTable, dict[str, Any]]:
+def held_out(folder: Path, side: int = 16) -> tuple[datasets.ImageTable, dict[str, Any]]:
     content = table([i % 3 for i in range(20)]).to_pydict()
     for number, cell in enumerate(content["image"]):
         cell["bytes"] = png(number, side=side)
     labels = table([i % 3 for i in range(20)])
     whole = labels.set_column(0, "image", [content["image"]])
     settings = DataSettings(train=write(folder / "train.parquet", whole), holdout=0.5)
-    config = models.data_config(tiny()[0])
-    return data.split(settings, "validation", data.eval_transform(config), 3), config
+    config = factory.data_config(tiny()[0])
+    return datasets.split(settings, "validation", datasets.eval_transform(config), 3), config
 
 
 @pytest.mark.parametrize("side", [16, 23])  # as it is, and resized and cropped
 def test_pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
     images, config = held_out(tmp_path, side)
     config |= {"crop_pct": 0.9}
-    images = data.ImageTable(images.store, data.eval_transform(config), images._rows)
+    images = datasets.ImageTable(images.store, datasets.eval_transform(config), images._rows)
     pixels = Pixels.of(images, 7, config)
     assert pixels.images.dtype == torch.uint8
     batches = list(pixels.batches(0, 7, 4))
@@ -118,7 +118,7 @@ def test_pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
 
 def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    monkeypatch.setattr(data, "decode", lambda cell: decoded.append(1) or decode(cell))
+    monkeypatch.setattr(datasets, "decode", lambda cell: decoded.append(1) or decode(cell))
     images, config = held_out(tmp_path)
     one, other = (Pixels.of(images, 6, config) for _ in range(2))
     assert len(decoded) == 6
@@ -126,7 +126,7 @@ def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (file,) = (tmp_path / "cache/pixels").glob("*/images.npy")
     assert np.array_equal(np.load(file), one.images.numpy())
     # other images, sizes or crops are other files
-    Pixels.of(data.ImageTable(images.store, images._transform, images._rows[::-1]), 6, config)
+    Pixels.of(datasets.ImageTable(images.store, images._transform, images._rows[::-1]), 6, config)
     Pixels.of(images, 6, config | {"crop_pct": 0.5})
     assert len(decoded) == 18
     assert len(list((tmp_path / "cache/pixels").glob("*/images.npy"))) == 3

@@ -21,17 +21,17 @@ from trainers.checkpoint.folder import save_checkpoint
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import pattern_images, preprocessing_of
 from trainers.engines import latency
-from trainers.engines.latency import GRID, Target, linear_shapes, measure, pruned_at, sparsities
+from trainers.engines.latency import LAYER_SPARSITIES, Target, linear_shapes, measure, pruned_at, sparsities
 from trainers.engines.latency_table import LatencyTable, LinearShape
 from trainers.engines.process import EngineProcess
-from trainers.engines.registry import Place, load
+from trainers.engines.registry import Placement, load
 
 UNSTRUCTURED = Pattern()
 WIDE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 2, "num_heads": 3}
 
 
 def target(engine: str, batch: int = 1) -> Target:
-    return Target(Choice.parse(engine), Place(1), batch)
+    return Target(Choice.parse(engine), Placement(1), batch)
 
 
 def test_layers_are_known_by_what_they_multiply() -> None:
@@ -75,7 +75,7 @@ def test_zeros_are_as_many_as_asked_and_keep_the_pattern(
 
 def test_a_pattern_that_leads_to_one_sparsity_is_timed_there() -> None:
     assert sparsities(Pattern.parse("2:4")) == (0.0, 0.5)
-    assert sparsities(Pattern.parse("1x4")) == GRID
+    assert sparsities(Pattern.parse("1x4")) == LAYER_SPARSITIES
 
 
 @pytest.mark.parametrize("engine", ["csr", "torch", "onnxruntime", "openvino"])
@@ -83,7 +83,7 @@ def test_a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path
     shape = LinearShape(12, 8, 5)
     weight = pruned_at(shape, 0.9, UNSTRUCTURED, np.random.default_rng(0))
     choice = Choice.parse(engine)
-    run = load(choice, latency._layer_file(weight, choice, tmp_path / "layer"), Place(1))
+    run = load(choice, latency._layer_file(weight, choice, tmp_path / "layer"), Placement(1))
     for batch in (1, 3):
         inputs = np.random.default_rng(1).standard_normal((batch, 1, 5, 8), np.float32)
         assert np.allclose(run(inputs), inputs @ weight.T, atol=1e-5)
@@ -105,7 +105,7 @@ def test_engines_that_read_files(engine: str, tmp_path: Path, monkeypatch: pytes
 
 def test_an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "dense")
-    broken = Target(Choice("csr", "nothing"), Place(1), 1)
+    broken = Target(Choice("csr", "nothing"), Placement(1), 1)
     with pytest.raises(RuntimeError, match="csr:nothing cannot be timed") as raised:
         measure(folder, {}, broken, UNSTRUCTURED, 1)
     assert len(str(raised.value).splitlines()) == 1

@@ -16,13 +16,13 @@ from torch import nn
 from pruners import prune
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images, preprocessing_of
-from trainers.engines import process as engine_process
+from trainers.engines import process
 from trainers.engines.process import EngineError, EngineProcess, peak_memory
-from trainers.engines.registry import Place, keeps_2_of_4, load
+from trainers.engines.registry import Placement, keeps_2_of_4, load
 from trainers.engines.sparse_linear import SparseRows
 
 TORCH, CSR = Choice("torch", "float32"), Choice("csr", "float32")
-ALONE = Place(1)
+ALONE = Placement(1)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_an_engine_that_dies_says_how(
         f"#!{sys.executable}\nimport os, sys\nsys.stderr.write('{said}\\nlast words\\n')\nos.abort()\n"
     )
     script.chmod(0o755)
-    monkeypatch.setattr(engine_process.sys, "executable", str(script))
+    monkeypatch.setattr(process.sys, "executable", str(script))
     with pytest.raises(EngineError, match=r"its process ended \(signal 6\): last words"):
         EngineProcess(TORCH, folder, ALONE, images)
 
@@ -154,7 +154,7 @@ def test_csr_runs_a_pruned_model(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "set_submodule", noted)
-        run = load(CSR, tmp_path / "pruned", Place(torch.get_num_threads()))
+        run = load(CSR, tmp_path / "pruned", Placement(torch.get_num_threads()))
     assert len(changed) == 8
     assert np.allclose(run(pictures), expected, atol=1e-5)
 

@@ -20,7 +20,7 @@ from pruners.errors import InputError
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
-from trainers.checkpoint.trainer_state import TENSORS as STATE
+from trainers.checkpoint.trainer_state import STATE_TENSORS
 from trainers.config.jobs import TrainJob
 from trainers.loop import gradual
 from trainers.loop.gradual import Progress, run
@@ -217,7 +217,7 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
     run(job(files, checkpoint, method), whole, CPU)
     run(job(files, checkpoint, method), rest, CPU, resume=whole.saved[at])
     assert rest.metrics == whole.metrics[at:]
-    names = ["model.safetensors", STATE] + (["masks.safetensors"] if method else [])
+    names = ["model.safetensors", STATE_TENSORS] + (["masks.safetensors"] if method else [])
     for name in names:
         one, other = (load_file(log.saved[EPOCHS] / name) for log in (whole, rest))
         assert set(one) == set(other)

@@ -15,10 +15,10 @@ from pruners import InputError, MaskSet, Sharing, create_pruner, find_layers, pr
 from pruners.methods.ovit import OViT
 from pruners.model.layers import PrunableLayer
 from trainers.config.pruning import FisherSettings, PruningSettings
-from trainers.loop import prune_step as step_of
 from trainers.loop.prune_step import (
     Goal,
     Gradients,
+    _budget,
     gradient_source,
     ordering,
     owners,
@@ -72,7 +72,7 @@ def test_layers_are_shared_out_evenly(world: int) -> None:
 
 
 def test_workers_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.distributed.agree", lambda text: False)
+    monkeypatch.setattr("trainers.distributed.all_equal", lambda text: False)
     model = tiny_swin()
     layers = find_layers(model)
     source = given_batches(0)
@@ -173,8 +173,8 @@ def test_the_layers_of_a_recipe() -> None:
 def test_all_workers_have_the_least_that_any_of_them_may_take(
     everywhere: list[tuple[str, int]], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainers.distributed.gather", lambda mine: everywhere)
-    assert step_of._budget(torch.device("cpu")) == expected
+    monkeypatch.setattr("trainers.distributed.all_gather", lambda mine: everywhere)
+    assert _budget(torch.device("cpu")) == expected
     model = tiny_swin()
     layers = find_layers(model)
     masks = MaskSet.dense(model, layers)

@@ -38,7 +38,7 @@ def test_a_step_reads_nothing_back(session: Session) -> None:
         train_step(session, batch)
         session.step += 1
     assert session.step == 8
-    assert len(session.meter.rates) == 7
+    assert len(session.metrics.rates) == 7
 
 
 @pytest.mark.parametrize("session", ["plain"], indirect=True)

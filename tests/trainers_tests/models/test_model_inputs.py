@@ -23,7 +23,7 @@ from trainers.config.data import ModelSettings
 from trainers.data.sampler import EpochBatches
 from trainers.loop.gradual import run as train
 from trainers.loop.train_step import _parts
-from trainers.models import factory as models
+from trainers.models import factory
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_another_size_than_that_of_the_pretrained_weights(tmp_path: Path) -> Non
     """timm resamples the position embeddings, and leaves its preprocessing as it was."""
     args = VIT_ARGS | {"img_size": 32}
     settings = ModelSettings(architecture=VIT, pretrained=True, classes=3, args=args)
-    model = models.build_model(settings)
-    assert models.input_size(model) == (3, 32, 32)
-    assert models.data_config(model)["crop_pct"] == 0.9  # of the pretrained weights
-    assert model(torch.zeros(1, *models.input_size(model))).shape == (1, 3)
+    model = factory.build_model(settings)
+    assert factory.input_size(model) == (3, 32, 32)
+    assert factory.data_config(model)["crop_pct"] == 0.9  # of the pretrained weights
+    assert model(torch.zeros(1, *factory.input_size(model))).shape == (1, 3)
     save_checkpoint(tmp_path / "saved", model, model_args=args, masks=None, record={})
     plain = timm.models.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
     assert plain.pretrained_cfg["input_size"] == (3, 32, 32)
@@ -66,7 +66,7 @@ def test_a_folder_whose_configuration_says_another_size(tmp_path: Path) -> None:
     assert model.pretrained_cfg["input_size"] == (3, 224, 224)
     save_checkpoint(tmp_path, model, model_args=VIT_ARGS, masks=None, record={})
     found = load_checkpoint(str(tmp_path)).model
-    assert models.input_size(found) == (3, 16, 16)
+    assert factory.input_size(found) == (3, 16, 16)
 
 
 def test_one_class_is_refused(run: Run) -> None:

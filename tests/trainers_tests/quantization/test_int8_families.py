@@ -24,10 +24,10 @@ from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.data.preprocessing import preprocessing_of
 from trainers.engines.agreement import Agreement
-from trainers.engines.registry import ANY_BATCH, Place
-from trainers.export.onnx import quantise_onnx
-from trainers.models import factory as models
-from trainers.quantization import int8_folder as int8
+from trainers.engines.registry import ANY_BATCH, Placement
+from trainers.export.onnx import quantize_onnx
+from trainers.models import factory
+from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode, check_share
 from trainers.quantization.int8_onnx import _by_content, _part, _rename, read_weights
 
@@ -78,11 +78,11 @@ def test_static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
         tmp_path / "float", model, model_args=FAMILIES[name], masks=masks, record={"method": "magnitude"}
     )
     (tmp_path / "int8").mkdir()
-    batch = images(64, side=models.input_size(model)[1])
-    record = int8.quantise(tmp_path / "float", tmp_path / "int8", "static", batch.split(16))
+    batch = images(64, side=factory.input_size(model)[1])
+    record = int8_folder.quantize_folder(tmp_path / "float", tmp_path / "int8", "static", batch.split(16))
     assert record["zeros"] == sum(masks.pruned().values()) > 0
     assert record["int8_share"] > 0.6
-    engine = int8.Int8Model(tmp_path / "int8" / "model.onnx", threads=1)
+    engine = int8_folder.Int8Model(tmp_path / "int8" / "model.onnx", threads=1)
     answers = engine(batch)
     apart = Agreement.of(answers.numpy(), torch_answers(model, batch.numpy()))
     # that the engine answers as torch's own INT8 does is checked where the file is written; this is what INT8
@@ -107,11 +107,11 @@ def test_a_cnn_exports_to_int8(form: str, tmp_path: Path) -> None:
 
 def _exports(name: str, kind: str, folder: Path) -> None:
     model, form = small(name), FORMATS[kind]
-    batch = images(32, side=models.input_size(model)[1]).numpy()
+    batch = images(32, side=factory.input_size(model)[1]).numpy()
     form.write(Source(model, preprocessing_of(model), batch), folder)
     if form.int8_values is not None:
         assert form.int8_values(folder) > 0.6 * sum(one.numel() for one in model.parameters())
-    run = ANY_BATCH[form.engine].load(folder / form.file, form.kind, Place(1))
+    run = ANY_BATCH[form.engine].load(folder / form.file, form.kind, Placement(1))
     expected = torch_answers(model, batch)
     for count in (1, 2, 7):
         apart = Agreement.of(run(batch[:count].copy()), expected[:count])
@@ -187,7 +187,7 @@ def test_weights_that_are_equal(mode: Any, tmp_path: Path) -> None:
     masks = MaskSet.from_zeros(model, find_layers(model))
     save_checkpoint(tmp_path / "float", model, model_args=arguments, masks=masks, record={"method": "lamp"})
     (tmp_path / "int8").mkdir()
-    record = int8.quantise(tmp_path / "float", tmp_path / "int8", mode, [images(16)])
+    record = int8_folder.quantize_folder(tmp_path / "float", tmp_path / "int8", mode, [images(16)])
     assert record["zeros"] == sum(masks.pruned().values())
     assert set(names) <= read_weights(tmp_path / "int8" / "model.onnx").keys()
 
@@ -207,7 +207,7 @@ def test_a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(tmp_pat
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     _part(model)
     onnx.save(model, tmp_path / "float.onnx")
-    quantise_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
     names = _by_content(model, {"layer.weight": torch.from_numpy(weight)})
     written = onnx.load(tmp_path / "int8.onnx")
     _rename(written, {f"{old}_quantized": new for old, new in names.items()})

@@ -23,8 +23,8 @@ from trainers.checkpoint.folder import load_checkpoint, save_checkpoint, weights
 from trainers.config.engines import Choice
 from trainers.config.quantization import Mode
 from trainers.data.preprocessing import PREPROCESSING
-from trainers.export.onnx import FILE
-from trainers.quantization import int8_folder as int8
+from trainers.export.onnx import ONNX_FILE
+from trainers.quantization import int8_folder
 from trainers.quantization.fake_quant import Prepared
 from trainers.quantization.int8_onnx import check_zeros, read_weights
 
@@ -43,7 +43,7 @@ def written(way: Mode, architecture: str, folder: Path) -> Path:
     record = {"method": "dimap", "sparsity": masks.sparsity}
     save_checkpoint(folder / "parent", model, model_args=arguments, masks=masks, record=record, ranges=ranges)
     (folder / "int8").mkdir()
-    int8.quantise(folder / "parent", folder / "int8", way, batches, labels=LABELS)
+    int8_folder.quantize_folder(folder / "parent", folder / "int8", way, batches, labels=LABELS)
     return folder / "int8"
 
 
@@ -64,7 +64,7 @@ CASES = pytest.mark.parametrize("case", [(way, name) for way in WAYS for name in
 def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str, str], Path]) -> None:
     """Read from the file by onnx alone: int8 initialisers by their names, and their zero points."""
     _, _, masks = pruned(case[1])
-    model = onnx.load(folders[case] / FILE)
+    model = onnx.load(folders[case] / ONNX_FILE)
     tensors = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
     zero_points = {}
     for node in model.graph.node:
@@ -79,7 +79,7 @@ def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str
         assert not values[~mask.numpy()].any()
         assert values[mask.numpy()].any()
         assert not zero_points[stored].any()
-    assert check_zeros(folders[case] / FILE, masks) == sum(masks.pruned().values())
+    assert check_zeros(folders[case] / ONNX_FILE, masks) == sum(masks.pruned().values())
 
 
 @CASES
@@ -87,7 +87,7 @@ def test_no_pair_of_products_overflows_16_bits(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     """255 · 64 · 2 fits; processors without VNNI cut off what does not."""
-    for weight in read_weights(folders[case] / FILE).values():
+    for weight in read_weights(folders[case] / ONNX_FILE).values():
         assert np.abs(weight.values.astype(int)).max() <= 64
 
 
@@ -99,7 +99,7 @@ def test_answers_are_close_at_every_batch_size(
     batch = images(8)
     with torch.no_grad():
         expected = model(batch)
-    engine = int8.Int8Model(folders[case] / FILE, threads=1)
+    engine = int8_folder.Int8Model(folders[case] / ONNX_FILE, threads=1)
     for count in range(1, 9):
         found = engine(batch[:count])
         assert found.shape == (count, 3)
@@ -113,8 +113,8 @@ def test_the_record_says_how_often_the_class_is_that_of_float32(
     model, _, _ = pruned(case[1])
     batch = images(32)
     with torch.no_grad():
-        same = int8.Int8Model(folders[case] / FILE)(batch).argmax(1) == model(batch).argmax(1)
-    record = json.loads((folders[case] / int8.RECORD).read_text())
+        same = int8_folder.Int8Model(folders[case] / ONNX_FILE)(batch).argmax(1) == model(batch).argmax(1)
+    record = json.loads((folders[case] / int8_folder.QUANTIZATION_RECORD).read_text())
     assert record["same_class"] == {"images": 32, "share": float(same.double().mean())}
 
 
@@ -123,17 +123,17 @@ def test_the_folder_says_all_and_nothing_of_this_machine(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     folder = folders[case]
-    record = int8.read_record(folder, "x", key="model")
+    record = int8_folder.read_record(folder, "x", key="model")
     assert record["mode"] == case[0]
     assert record["method"] == "dimap"
     assert record["zeros"] == sum(pruned(case[1])[2].pruned().values())
-    assert len(record["probe"]["logits"]) == int8.PROBES
+    assert len(record["probe"]["logits"]) == int8_folder.PROBES
     assert record["probe"]["agreement"]["relative"] < 0.15
     assert record["float"] == weights_hash(str(folder.parent / "parent"))
     assert record["engine"].startswith("onnxruntime ")
-    assert {path.name for path in folder.iterdir()} == {*record["files"], int8.RECORD}
+    assert {path.name for path in folder.iterdir()} == {*record["files"], int8_folder.QUANTIZATION_RECORD}
     assert MaskSet.load(folder / "masks.safetensors").fingerprint() == pruned(case[1])[2].fingerprint()
-    metadata = {one.key: one.value for one in onnx.load(folder / FILE).metadata_props}
+    metadata = {one.key: one.value for one in onnx.load(folder / ONNX_FILE).metadata_props}
     about = json.loads(metadata[PREPROCESSING])
     assert about["input_size"] == [3, 16, 16]
     assert about["labels"] == LABELS
@@ -146,7 +146,7 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
     """The check can fail: one pruned weight of one layer is set, and so is a zero point."""
     name, (_, _, masks) = "blocks.1.mlp.fc1.weight", pruned(VIT)
     for way, stored in (("static", name), ("dynamic", f"{name}.T")):
-        model = onnx.load(folders[way, VIT] / FILE)
+        model = onnx.load(folders[way, VIT] / ONNX_FILE)
         tensor = next(one for one in model.graph.initializer if one.name == stored)
         values = numpy_helper.to_array(tensor).copy()
         pruned_at = (~masks[name].numpy() if way == "static" else ~masks[name].numpy().T).nonzero()
@@ -155,7 +155,7 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
         onnx.save(model, tmp_path / "changed.onnx")
         with pytest.raises(RuntimeError, match=rf"{name} has pruned weights that are not 0"):
             check_zeros(tmp_path / "changed.onnx", masks)
-    model = onnx.load(folders["static", VIT] / FILE)
+    model = onnx.load(folders["static", VIT] / ONNX_FILE)
     node = next(one for one in model.graph.node if one.op_type == "DequantizeLinear" and one.input[0] == name)
     node.input[2] = "shifted"
     model.graph.initializer.append(numpy_helper.from_array(np.full(64, 1, np.int8), "shifted"))
@@ -163,55 +163,55 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
     with pytest.raises(RuntimeError, match="zero points that are not 0"):
         check_zeros(tmp_path / "changed.onnx", masks)
     with pytest.raises(RuntimeError, match="has no int8 weight"):
-        check_zeros(folders["static", VIT] / FILE, pruned(SWIN)[2])
+        check_zeros(folders["static", VIT] / ONNX_FILE, pruned(SWIN)[2])
 
 
 def test_an_engine_that_answers_otherwise_is_noticed(
     folders: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(int8.Int8Model):
+    class Wrong(int8_folder.Int8Model):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return 1.3 * super().forward(images)
 
-    monkeypatch.setattr(int8, "Int8Model", Wrong)
+    monkeypatch.setattr(int8_folder, "Int8Model", Wrong)
     with pytest.raises(RuntimeError, match=r"onnxruntime does not answer what torch answers"):
-        int8.quantise(folders["static", VIT].parent / "parent", tmp_path, "dynamic")
+        int8_folder.quantize_folder(folders["static", VIT].parent / "parent", tmp_path, "dynamic")
 
 
 def test_what_is_quantised_is_not_quantised_again(
     folders: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"model = .*is quantised already"):
-        int8.quantise(folders["static", VIT], tmp_path, "dynamic", key="model")
+        int8_folder.quantize_folder(folders["static", VIT], tmp_path, "dynamic", key="model")
     with pytest.raises(InputError, match="is quantised already"):
         load_checkpoint(str(folders["static", VIT]))
     with pytest.raises(InputError, match="was not trained for INT8"):
-        int8.quantise(folders["static", VIT].parent / "parent", tmp_path, "qat")
+        int8_folder.quantize_folder(folders["static", VIT].parent / "parent", tmp_path, "qat")
     assert not list(tmp_path.iterdir())
 
 
 def test_images_of_another_shape(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     parent = folders["static", VIT].parent / "parent"
     with pytest.raises(InputError, match=r"\(3, 32, 32\).*the model takes \(3, 16, 16\)"):
-        int8.quantise(parent, tmp_path, "static", [images(4, side=32)])
+        int8_folder.quantize_folder(parent, tmp_path, "static", [images(4, side=32)])
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path
-    for name in (FILE, "config.json"):
+    for name in (ONNX_FILE, "config.json"):
         (folder / name).write_text("{}")
-    int8.seal(folder, pruned(VIT)[2], {})
-    assert int8.is_int8(folder)
-    int8.read_record(folder, "x", key="model")
-    (folder / FILE).write_text("{ }")
+    int8_folder.write_record(folder, pruned(VIT)[2], {})
+    assert int8_folder.is_int8(folder)
+    int8_folder.read_record(folder, "x", key="model")
+    (folder / ONNX_FILE).write_text("{ }")
     with pytest.raises(InputError, match=r"model = 'x': model\.onnx is not the file"):
-        int8.read_record(folder, "x", key="model")
-    (folder / FILE).unlink()
+        int8_folder.read_record(folder, "x", key="model")
+    (folder / ONNX_FILE).unlink()
     with pytest.raises(InputError, match=r"model\.onnx is missing"):
-        int8.read_record(folder, "x", key="model")
-    edit_json(folder / int8.RECORD, files={"../x": ""})
+        int8_folder.read_record(folder, "x", key="model")
+    edit_json(folder / int8_folder.QUANTIZATION_RECORD, files={"../x": ""})
     with pytest.raises(InputError, match="must be a record written by espalier"):
-        int8.read_record(folder, "x", key="model")
+        int8_folder.read_record(folder, "x", key="model")
 
 
 def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
@@ -219,37 +219,44 @@ def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path
     source = folders["static", VIT]
     packed = tmp_path / "packed"
     lines = compress(str(source), str(packed), None, "runs")
-    assert f"{(source / FILE).stat().st_size / 1e6:.2f} MB → " in lines[1]
-    assert {path.name for path in packed.iterdir()} == {int8.PACKED, "config.json", int8.RECORD}
-    content = pyarrow.input_stream(str(packed / int8.PACKED)).read()
-    assert content == (source / FILE).read_bytes()
+    assert f"{(source / ONNX_FILE).stat().st_size / 1e6:.2f} MB → " in lines[1]
+    assert {path.name for path in packed.iterdir()} == {
+        int8_folder.PACKED_MODEL,
+        "config.json",
+        int8_folder.QUANTIZATION_RECORD,
+    }
+    content = pyarrow.input_stream(str(packed / int8_folder.PACKED_MODEL)).read()
+    assert content == (source / ONNX_FILE).read_bytes()
     assert onnxruntime.InferenceSession(content).get_inputs()[0].name == "images"
-    there, here = (int8.load_runnable(str(one), key="model") for one in (packed, source))
+    there, here = (int8_folder.load_runnable(str(one), key="model") for one in (packed, source))
     pictures = images(4)
     assert torch.equal(there.model(pictures), here.model(pictures))
     assert (there.config, there.classes, there.sparsity) == (here.config, here.classes, here.sparsity)
     assert weights_hash(str(packed)) == weights_hash(str(source))
     compress(str(packed), str(tmp_path / "again"), None, "runs")
-    for name in (int8.PACKED, int8.RECORD):
+    for name in (int8_folder.PACKED_MODEL, int8_folder.QUANTIZATION_RECORD):
         assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes()
     with load_variants([str(packed)], None, None, "runs") as (variant,):
         file = variant.file(Choice.parse("onnxruntime:int8"), tmp_path)
-        assert (file.path.read_bytes(), file.size) == (content, (packed / int8.PACKED).stat().st_size)
+        assert (file.path.read_bytes(), file.size) == (
+            content,
+            (packed / int8_folder.PACKED_MODEL).stat().st_size,
+        )
 
 
 def test_a_compressed_file_that_is_no_such_one(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """Also one that would inflate to more than its record says is refused, and not read whole."""
     source = folders["static", VIT]
-    int8.pack(source, tmp_path, int8.read_record(source, "x", key="model"))
-    record = int8.read_record(tmp_path, "x", key="model")
+    int8_folder.pack(source, tmp_path, int8_folder.read_record(source, "x", key="model"))
+    record = int8_folder.read_record(tmp_path, "x", key="model")
     for size in (record["bytes"] - 1, record["bytes"] + 1):
         with (
             pytest.raises(InputError, match=rf"does not inflate to {size} bytes"),
-            int8.engine_file(tmp_path, record | {"bytes": size}),
+            int8_folder.engine_file(tmp_path, record | {"bytes": size}),
         ):
             pass
-    (tmp_path / int8.PACKED).write_bytes(b"none")
+    (tmp_path / int8_folder.PACKED_MODEL).write_bytes(b"none")
     with pytest.raises(InputError, match=r"model\.onnx\.zst is not the file that"):
-        int8.load_runnable(str(tmp_path), key="model")
-    with pytest.raises(InputError, match="does not inflate"), int8.engine_file(tmp_path, record):
+        int8_folder.load_runnable(str(tmp_path), key="model")
+    with pytest.raises(InputError, match="does not inflate"), int8_folder.engine_file(tmp_path, record):
         pass

@@ -22,8 +22,8 @@ from trainers.config.jobs import TrainJob
 from trainers.data.arrow_store import Store
 from trainers.data.datasets import split
 from trainers.data.preprocessing import preprocessing_of
-from trainers.loop import builders as building
-from trainers.models import factory as models
+from trainers.loop import builders
+from trainers.models import factory
 from trainers.sources.classes import check_alike, check_known, names_of, read_map
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table, decode, image_batches, open_parquet
@@ -191,7 +191,7 @@ def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
     assert prepare(load_recipe(str(recipe), (both,)), dry_run=True).data_hash
     # a checkpoint that learned other classes
     model, arguments = tiny()
-    models.name_classes(model, ["cedar", "birch", "ash"])
+    factory.name_classes(model, ["cedar", "birch", "ash"])
     save_checkpoint(tmp_path / "dense", model, model_args=arguments, masks=None, record={})
     given = (both, "dense=null", "model={checkpoint: %s, classes: 3}" % (tmp_path / "dense"))
     with pytest.raises(InputError, match="'ash' is label 0 of the images and 2 of the model"):
@@ -203,20 +203,20 @@ def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
     from orchestration.tracking.served_model import _checkpoint
 
     model = load_checkpoint(str(dense_folder(tmp_path / "a"))).model
-    models.name_classes(model, ["two", "names"])  # which are not those of three classes
-    assert models.label_names(model) == ()
-    models.name_classes(model, NAMES)
+    factory.name_classes(model, ["two", "names"])  # which are not those of three classes
+    assert factory.label_names(model) == ()
+    factory.name_classes(model, NAMES)
     save_checkpoint(tmp_path / "b", model, model_args=tiny()[1], masks=None, record={})
     again = load_checkpoint(str(tmp_path / "b")).model
-    assert models.label_names(again) == tuple(NAMES)
+    assert factory.label_names(again) == tuple(NAMES)
     assert preprocessing_of(again)["labels"] == NAMES
-    models.replace_head(again, 3)
-    assert models.label_names(again) == ()
+    factory.replace_head(again, 3)
+    assert factory.label_names(again) == ()
     # as some folders of the hub have them
     edit_json(tmp_path / "b/config.json", label_names={"2": "cedar", "0": "ash", "1": "birch"})
     edit_json(tmp_path / "b/config.json", pretrained_cfg=tiny()[0].pretrained_cfg | {"num_classes": 3})
     (tmp_path / "b/pruning.json").unlink()
-    assert models.label_names(load_checkpoint(str(tmp_path / "b")).model) == tuple(NAMES)
+    assert factory.label_names(load_checkpoint(str(tmp_path / "b")).model) == tuple(NAMES)
     assert list(_checkpoint(tmp_path / "b")[2]) == NAMES
 
 
@@ -260,7 +260,7 @@ def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
         status, _, error = run(f"{command} --label-column fine_label")
         assert status == 0, error
     # what it learned by is what it is measured by
-    assert models.label_names(load_checkpoint(str(tmp_path / "tuned")).model) == tuple(NAMES)
+    assert factory.label_names(load_checkpoint(str(tmp_path / "tuned")).model) == tuple(NAMES)
     write(tmp_path / "b.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}, names=NAMES[::-1]))
     status, _, error = run("evaluate tuned --data b.parquet")
     assert status == 2
@@ -285,12 +285,12 @@ def test_a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) ->
     made = {"name": "x", "seed": 0, "data": {"train": uri}, "training": {"epochs": 1}}
     job = TrainJob.model_validate({**made, "model": {"checkpoint": "dense", "classes": 3}})
     model, _ = tiny()
-    models.name_classes(model, NAMES[::-1])
+    factory.name_classes(model, NAMES[::-1])
     with pytest.raises(InputError, match="'ash' is label 0 of the images and 2 of the model"):
-        building.name_classes(job, model)
+        builders.name_classes(job, model)
     model, _ = tiny()
-    building.name_classes(job, model)
-    assert models.label_names(model) == tuple(NAMES)
+    builders.name_classes(job, model)
+    assert factory.label_names(model) == tuple(NAMES)
 
 
 def test_what_mlflow_is_told_of_classes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from image_tables import png
 from pruners.errors import InputError
 from trainers.sources.classes import names_of
 from trainers.sources.convert import convert, plan
-from trainers.sources.folders import Reading, class_folders, images_below, labelled_folder, natural_key
+from trainers.sources.folders import SourceOptions, class_folders, images_below, labelled_folder, natural_key
 from trainers.sources.webdataset import read_tar, stem
 
 Files = list[tuple[str, bytes]]
@@ -34,7 +34,7 @@ def tar(path: Path, files: Files) -> Path:
 
 
 def rows(path: Path, **reading: Any) -> list[tuple[str, int]]:
-    found = list(read_tar(path, Reading(**reading)))
+    found = list(read_tar(path, SourceOptions(**reading)))
     return [("", -1) if one is None else (one.name, one.label) for one in found]
 
 
@@ -128,7 +128,7 @@ def test_unlabelled_samples_are_left_out_if_wanted(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", files)
     assert rows(path, unlabelled="skip") == [("", -1), ("b.jpg", 1), ("", -1)]
     for _ in range(2):  # also of a shard that was there
-        (shard,) = convert(plan(path, Reading(unlabelled="skip")), tmp_path / "out", 1)
+        (shard,) = convert(plan(path, SourceOptions(unlabelled="skip")), tmp_path / "out", 1)
         assert (shard.images, shard.skipped) == (1, 2)
 
 
@@ -160,7 +160,7 @@ def images(root: Path, *places: str) -> Path:
 def test_what_a_system_leaves_is_no_class_and_no_image(tmp_path: Path) -> None:
     root = images(tmp_path / "x", "ant/a.png", "ant/@eaDir/thumb.jpg", "ant/._a.png", "bee/b.png")
     images(root, ".ipynb_checkpoints/b.png", "__MACOSX/ant/a.png", "@eaDir/x.jpg", "bee/.trash/c.png")
-    classes, found, said = class_folders(root, Reading())
+    classes, found, said = class_folders(root, SourceOptions())
     assert classes == ("ant", "bee")
     assert [(path.relative_to(root).as_posix(), label) for path, label in found] == [
         ("ant/a.png", 0),
@@ -178,14 +178,14 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
 
     names = [str(number) for number in range(12)]
     root = images(tmp_path, *(f"{name}/a.png" for name in names))
-    classes, _, said = class_folders(root, Reading())
+    classes, _, said = class_folders(root, SourceOptions())
     assert list(classes) == ImageFolder(str(root)).classes
     assert said == [
         "label 2 is '10', as in torchvision; timm would take '2' "
         "(--order timm; --order torchvision says that this is meant)"
     ]
-    assert class_folders(root, Reading(order="torchvision"))[2] == []
-    assert class_folders(root, Reading(order="timm"))[0] == tuple(names)
+    assert class_folders(root, SourceOptions(order="torchvision"))[2] == []
+    assert class_folders(root, SourceOptions(order="timm"))[0] == tuple(names)
     mixed = ["b10", "B2", "a", "C"]
     assert sorted(mixed, key=natural_key) == sorted(mixed, key=timms)
 
@@ -202,7 +202,7 @@ def test_a_level_too_high(places: tuple[str, ...], says: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=says):
         plan(images(tmp_path, *places))
     named = tuple(sorted({place.partition("/")[0] for place in places}))
-    assert plan(tmp_path, Reading(classes=named)).classes == named  # it may be meant
+    assert plan(tmp_path, SourceOptions(classes=named)).classes == named  # it may be meant
 
 
 def test_one_class_map_for_all_parts(tmp_path: Path) -> None:
@@ -210,13 +210,13 @@ def test_one_class_map_for_all_parts(tmp_path: Path) -> None:
     part = images(tmp_path / "v", "ant/a.png", "cat/b.png")
     names = ("ant", "bee", "cat", "dog")
     (part / "dog").mkdir()
-    made = plan(part, Reading(classes=names))
+    made = plan(part, SourceOptions(classes=names))
     list(convert(made, tmp_path / "out", 1))
     assert [label for shard in made.shards for _, label in shard.files] == [0, 2]
     assert names_of(str(tmp_path / "out"), every=True) == names
     assert json.loads((tmp_path / "out" / "classes.json").read_text())["cat"] == 2
     with pytest.raises(InputError, match="class folder 'cat' is not among the 1 given"):
-        plan(part, Reading(classes=("ant",)))
+        plan(part, SourceOptions(classes=("ant",)))
 
 
 def flat(root: Path) -> Path:
@@ -277,7 +277,9 @@ def test_one_folder_and_a_file_of_labels(
     if "ids" in reading:
         (tmp_path / "ids.txt").write_text(reading["ids"])
         reading = reading | {"ids": tmp_path / "ids.txt"}
-    names, found, _ = labelled_folder(flat(tmp_path / "val"), Reading(labels=tmp_path / file, **reading))
+    names, found, _ = labelled_folder(
+        flat(tmp_path / "val"), SourceOptions(labels=tmp_path / file, **reading)
+    )
     assert names == classes
     assert [label for _, label in found] == labels
 
@@ -300,7 +302,7 @@ def test_one_folder_and_a_file_of_labels(
 def test_a_file_of_labels_that_does_not_fit(file: str, content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=says):
-        plan(flat(tmp_path / "val"), Reading(labels=tmp_path / file))
+        plan(flat(tmp_path / "val"), SourceOptions(labels=tmp_path / file))
 
 
 def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
@@ -311,12 +313,12 @@ def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
     synsets = [(1, "n00000003", 0), (2, "n00000001", 0), (3, "n00000002", 0), (4, "n00000000", 3)]
     savemat(tmp_path / "meta.mat", {"synsets": np.array(synsets, kind)})
     root = images(tmp_path / "val", "1/a.png", "2/b.png", "3/c.png")
-    classes, found, said = class_folders(root, Reading(ids=tmp_path / "meta.mat"))
+    classes, found, said = class_folders(root, SourceOptions(ids=tmp_path / "meta.mat"))
     assert classes == ("n00000001", "n00000002", "n00000003")
     assert sorted((path.parent.name, label) for path, label in found) == [("1", 2), ("2", 0), ("3", 1)]
     assert not said
     with pytest.raises(InputError, match="says of no class that it is '4'"):
-        class_folders(images(root, "4/d.png"), Reading(ids=tmp_path / "meta.mat"))
+        class_folders(images(root, "4/d.png"), SourceOptions(ids=tmp_path / "meta.mat"))
 
 
 def test_one_conversion_at_a_time(tmp_path: Path) -> None:

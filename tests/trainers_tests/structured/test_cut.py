@@ -19,9 +19,8 @@ from pruners.structured.channels import Channels, Member
 from pruners.structured.dependency import Couplings
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.structured import StructuredSettings
-from trainers.models import factory as models
-from trainers.structured import cut as structured
-from trainers.structured import verify as structured_checks
+from trainers.models import factory
+from trainers.structured import verify
 from trainers.structured.cut import Plan, cut_model, plan_cut, save_cut
 from trainers.structured.shapes import Shape
 
@@ -168,12 +167,12 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def _no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "_keep_scale", lambda state, plan: None)
+    monkeypatch.setattr("trainers.structured.cut._keep_scale", lambda state, plan: None)
 
 
 def _stale_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch-pruning leaves ``scale`` as it was: seen only where attention is not fused."""
-    build = models.build_like
+    build = factory.build_like
 
     def stale(model: nn.Module, arguments: Any) -> nn.Module:
         made = build(model, arguments)
@@ -182,7 +181,7 @@ def _stale_scale(monkeypatch: pytest.MonkeyPatch) -> None:
                 part.scale = model.get_submodule(name).scale
         return made
 
-    monkeypatch.setattr(models, "build_like", stale)
+    monkeypatch.setattr(factory, "build_like", stale)
 
 
 def _merging_as_counted_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +220,7 @@ def _queries_and_keys_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _norms_that_see_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm that takes the channels which went for part of its mean."""
-    monkeypatch.setattr(structured_checks, "_NormOfKept", lambda norm, kept: norm)
+    monkeypatch.setattr(verify, "_NormOfKept", lambda norm, kept: norm)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,8 @@ def test_what_is_wrong_is_noticed(
 
 def test_another_number_of_parameters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        structured, "cost_model", lambda model, size: type("Wrong", (), {"parameters": 7, "macs": 1})
+        "trainers.structured.cut.cost_model",
+        lambda model, size: type("Wrong", (), {"parameters": 7, "macs": 1}),
     )
     with pytest.raises(RuntimeError, match="parameters are left, and 7 were planned"):
         cut(VIT, {"mlp": 0.5})
@@ -263,7 +263,7 @@ def test_another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytes
             loaded.model.get_parameter("norm.weight")[0] *= 1 + 1e-5
         return loaded
 
-    monkeypatch.setattr(structured, "load_checkpoint", altered)
+    monkeypatch.setattr("trainers.structured.cut.load_checkpoint", altered)
     with pytest.raises(RuntimeError, match="reloaded, timm's model differs"):
         save_cut(tmp_path / "cut", made, plan, {}, sparse=False)
 
@@ -272,6 +272,6 @@ def test_other_weights_than_timm_takes_are_noticed(monkeypatch: pytest.MonkeyPat
     def lose(state: dict[str, Tensor], plan: Plan) -> None:
         del state["norm.bias"]
 
-    monkeypatch.setattr(structured, "_keep_scale", lose)
+    monkeypatch.setattr("trainers.structured.cut._keep_scale", lose)
     with pytest.raises(RuntimeError, match="takes other weights"):
         cut(VIT, {"mlp": 0.5})

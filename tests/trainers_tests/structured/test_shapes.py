@@ -14,7 +14,7 @@ from image_tables import SWIN, SWIN_ARGS, VIT, VIT_ARGS
 from torch import nn
 
 from pruners.errors import InputError
-from trainers.config.structured import StructuredSettings, words
+from trainers.config.structured import StructuredSettings, format_cut
 from trainers.structured.shapes import Shape, wanted
 
 A_VIT = Shape("vit", 192, (3,), (64,), (768,), (6,))
@@ -157,4 +157,4 @@ def test_a_swin_is_built_as_it_was_planned(
 
 def test_a_cut_in_words() -> None:
     shape = wanted(A_SWIN, StructuredSettings(heads=0.5, mlp=(0.5, 1, 1)))
-    assert words(shape.differences(A_SWIN)) == "heads 2/4/8 → 1/2/4, mlp 192/384/768 → 96/384/768"
+    assert format_cut(shape.differences(A_SWIN)) == "heads 2/4/8 → 1/2/4, mlp 192/384/768 → 96/384/768"
