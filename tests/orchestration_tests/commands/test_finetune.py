@@ -138,7 +138,7 @@ def test_the_form_of_the_checkpoint_changes_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compressed, by a URI, or from a hub (there without a record)."""
-    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.factory, "load_hub", lambda name: tiny()[0])
     rest = f"--train @/train.parquet --classes 5 {FAST} epochs=1"
     for number, name in enumerate(("@/vit", "@/small", f"file://{files}/vit")):
         good(run, f"finetune {name} {rest} --out out-{number}")

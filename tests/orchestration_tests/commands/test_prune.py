@@ -207,7 +207,7 @@ def test_models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A timm folder that espalier did not write, and one of a hub: timm knows how it was built."""
     model, arguments = tiny()
     _hub.save_for_hf(model, "foreign", model_args=arguments, safe_serialization=True)
-    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.factory, "load_hub", lambda name: tiny()[0])
     for name in ("foreign", "hf-hub:me/tiny", VIT):
         good(run, f"prune {name} --method lamp --sparsity 0.5 --out out-{len(name)}")
         _, zeros, record = pruned(f"out-{len(name)}")

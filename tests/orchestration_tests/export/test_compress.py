@@ -103,7 +103,7 @@ def test_a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> Non
 
 
 def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_source.models, "load_hub", lambda name: tiny()[0])
+    monkeypatch.setattr(model_source.factory, "load_hub", lambda name: tiny()[0])
     for name, out in (("hf-hub:me/tiny", "hub"), ("@/dense", "dense")):
         output = good(run, f"export {name} {out} --format compressed")
         assert "nothing was gained" in output
