@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,7 +23,7 @@ from trainers.storage import MARKS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, Run
+    from mlflow.entities import DatasetInput, Metric, Param, Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from orchestration.datasets import Dataset
@@ -33,6 +33,7 @@ T = TypeVar("T")
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
+_INPUT_TRIES = 3
 _WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
 _MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
@@ -243,23 +244,31 @@ class Tracker:
         """The images that a run reads; those that it is known to read stay."""
         from mlflow import entities
 
-        self._send(
-            self.client.log_inputs,
-            run,
-            [
-                entities.DatasetInput(
-                    entities.Dataset(
-                        name=one.name,
-                        digest=one.digest,
-                        source_type=one.source_type,
-                        source=json.dumps({"uri": one.source}),
-                        profile=json.dumps({"num_rows": one.rows}),
-                    ),
-                    [entities.InputTag("mlflow.data.context", one.context)],
-                )
-                for one in datasets
-            ],
-        )
+        found = [
+            entities.DatasetInput(
+                entities.Dataset(
+                    name=one.name,
+                    digest=one.digest,
+                    source_type=one.source_type,
+                    source=json.dumps({"uri": one.source}),
+                    profile=json.dumps({"num_rows": one.rows}),
+                ),
+                [entities.InputTag("mlflow.data.context", one.context)],
+            )
+            for one in datasets
+        ]
+        self._send(self._inputs, run, found)
+
+    def _inputs(self, run: str, found: list[DatasetInput]) -> None:
+        """MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
+        refused, with nothing done, and finds them there when it asks again."""
+        from mlflow.exceptions import MlflowException
+
+        for _ in range(_INPUT_TRIES - 1):
+            with suppress(MlflowException):
+                self.client.log_inputs(run, found)
+                return
+        self.client.log_inputs(run, found)
 
     def monitor(self, run: str) -> None:
         """Log how busy this machine is on a run, until the tracker is closed."""
