@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,14 +42,28 @@ def _belongs(process: psutil.Process, driver: int, since: str) -> bool:
     return False
 
 
-def _written(process: psutil.Process) -> list[str]:
-    """Where standard output and error of a process go, or all of its files where there is no ``/proc``."""
-    descriptors = Path(f"/proc/{process.pid}/fd")
-    with suppress(OSError, psutil.Error):
-        if Path("/proc/self/fd").exists():
-            return [str((descriptors / number).readlink()) for number in ("1", "2")]
-        return [file.path for file in process.open_files()]
-    return []
+def _written(process: psutil.Process) -> Iterator[str]:
+    """Files that a process has open to write, or all of its files where there is no ``/proc``.
+
+    Standard output and error alone do not tell: an agent's are pipes to itself, from which it writes its log.
+    """
+    if not Path("/proc/self/fd").exists():
+        with suppress(psutil.Error):
+            yield from [file.path for file in process.open_files()]
+        return
+    folder = Path(f"/proc/{process.pid}")
+    with suppress(OSError):  # it has ended, or is somebody else's
+        for descriptor in (folder / "fd").iterdir():
+            with suppress(OSError):  # this file was closed meanwhile
+                place = str(descriptor.readlink())
+                if _SESSION.search(place) and _is_for_writing(folder / "fdinfo" / descriptor.name):
+                    yield place
+
+
+def _is_for_writing(information: Path) -> bool:
+    """Whoever looks at a log only has it open too."""
+    found = re.search(r"^flags:\s*([0-7]+)$", information.read_text(), re.MULTILINE)
+    return found is None or int(found[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def end(driver: int, since: str) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from trainers.storage import RECORDS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, Run
+    from mlflow.entities import DatasetInput, Metric, Param, Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from orchestration.tracking.datasets import Dataset
@@ -34,6 +34,7 @@ T = TypeVar("T")
 _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
+_INPUT_TRIES = 3
 _WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
 _MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
@@ -275,23 +276,31 @@ class Tracker:
         """The images that a run reads; those that it is known to read stay."""
         from mlflow import entities
 
-        self._send(
-            self.client.log_inputs,
-            run,
-            [
-                entities.DatasetInput(
-                    entities.Dataset(
-                        name=dataset.name,
-                        digest=dataset.digest,
-                        source_type=dataset.source_type,
-                        source=json.dumps({"uri": dataset.source}),
-                        profile=json.dumps({"num_rows": dataset.rows}),
-                    ),
-                    [entities.InputTag("mlflow.data.context", dataset.context)],
-                )
-                for dataset in datasets
-            ],
-        )
+        inputs = [
+            entities.DatasetInput(
+                entities.Dataset(
+                    name=dataset.name,
+                    digest=dataset.digest,
+                    source_type=dataset.source_type,
+                    source=json.dumps({"uri": dataset.source}),
+                    profile=json.dumps({"num_rows": dataset.rows}),
+                ),
+                [entities.InputTag("mlflow.data.context", dataset.context)],
+            )
+            for dataset in datasets
+        ]
+        self._send(self._log_inputs, run, inputs)
+
+    def _log_inputs(self, run: str, inputs: list[DatasetInput]) -> None:
+        """MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
+        refused, with nothing done, and finds them there when it asks again."""
+        from mlflow.exceptions import MlflowException
+
+        for _ in range(_INPUT_TRIES - 1):
+            with suppress(MlflowException):
+                self.client.log_inputs(run, inputs)
+                return
+        self.client.log_inputs(run, inputs)
 
     def monitor(self, run: str) -> None:
         """Log how busy this machine is on a run, until the tracker is closed."""

@@ -88,7 +88,7 @@ def test_a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: 
     sweep = ("sweep", str(SMALL), *overrides, f"storage={shared}", *there)
 
     with espalier("status", *there, cwd=laptop, RAY_AUTH_TOKEN="another-token-0123456789") as wrong:
-        assert wrong.wait() == 2
+        assert wrong.wait() == 2, wrong.err
         assert "token" in wrong.err
         assert len(wrong.err.splitlines()) == 1
     said = ask(laptop, "sweep", str(SMALL), *there, status=2)

@@ -43,7 +43,7 @@ def rows(command: Command) -> list[list[str]]:
 
 def test_phase_by_phase(tmp_path: Path) -> None:
     with espalier(*SWEEP, "--from", "schedule", cwd=tmp_path) as command:
-        assert command.wait() == 2
+        assert command.wait() == 2, command.err
         assert "--from = 'schedule'" in command.err
         assert "run that first, by --until dense" in command.err
 

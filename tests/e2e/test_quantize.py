@@ -84,7 +84,7 @@ def known(command: Command) -> int:
 
 def test_from_recipe_to_registry(tmp_path: Path) -> None:
     with espalier(*SWEEP, AWARE, "--from", "quantize", cwd=tmp_path) as command:
-        assert command.wait() == 2
+        assert command.wait() == 2, command.err
         assert "run that first, by --until dense" in command.err
 
     first = run(*SWEEP, AWARE, cwd=tmp_path)

@@ -18,12 +18,18 @@ OTHER = 4_194_305  # no process has so large a number
 
 
 @contextmanager
-def process(folder: Path, session: str) -> Iterator[subprocess.Popen[bytes]]:
-    """One that writes into the logs of a session, under another name, as Ray's do."""
+def process(folder: Path, session: str, how: str = "output") -> Iterator[subprocess.Popen[bytes]]:
+    """One that has a log of a session open, under another name, as Ray's do.
+
+    Args:
+        how: as its ``output``, by a descriptor ``beside`` that, as Ray's agents, or to be ``read`` alone.
+    """
     logs = folder / session / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    with (logs / "agent.out").open("wb") as log:
-        made = subprocess.Popen(["sleep", "60"], stdout=log, stderr=log, start_new_session=True)
+    (logs / "agent.out").touch()
+    with (logs / "agent.out").open("rb" if how == "read" else "ab") as log:
+        files = {"stdout": log, "stderr": log} if how == "output" else {"pass_fds": [log.fileno()]}
+        made = subprocess.Popen(["sleep", "60"], start_new_session=True, **files)
     try:
         yield made
     finally:
@@ -47,12 +53,13 @@ def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess
     assert keeper.stdin is not None
     with ExitStack() as stack:
         left, others = (
-            [stack.enter_context(process(tmp_path, session)) for session in sessions]
-            for sessions in (
-                [f"session_2026-03-01_12-00-03_123456_{OTHER}"],
+            [stack.enter_context(process(tmp_path, *one)) for one in processes]
+            for processes in (
+                [(f"session_2026-03-01_12-00-03_123456_{OTHER}", how) for how in ("output", "beside")],
                 [
-                    f"session_2026-03-01_12-00-03_123456_{OTHER + 1}",  # of another driver
-                    f"session_2026-02-28_12-00-03_123456_{OTHER}",  # of one before it, with its number
+                    (f"session_2026-03-01_12-00-03_123456_{OTHER + 1}",),  # of another driver
+                    (f"session_2026-02-28_12-00-03_123456_{OTHER}",),  # of one before it, with its number
+                    (f"session_2026-03-01_12-00-03_123456_{OTHER}", "read"),  # somebody looks at a log
                 ],
             )
         )
@@ -60,5 +67,5 @@ def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess
         assert all(process.poll() is None for process in (*left, *others))  # as long as the driver lives
         keeper.stdin.close()
         assert keeper.wait(20) == 0
-        assert [process.wait(1) for process in left] == [-9]
+        assert [process.wait(1) for process in left] == [-9, -9]
         assert all(process.poll() is None for process in others)
