@@ -33,6 +33,7 @@ def recipe_keys(part: str = "") -> list[Key]:
     Raises:
         InputError: no recipe has such a key.
     """
+    Recipe.model_rebuild(force=True)  # a class that stands below Recipe is only a name in it before
     if not part:
         return list(_of(Recipe, "", {}))
     known = list(_of(Recipe, "", None))
@@ -50,6 +51,43 @@ def as_table(keys: list[Key]) -> Table:
         default = "must be given" if key.default is None else key.default
         table.add_row(key.name, default, key.values, key.text)
     return table
+
+
+def as_markdown(keys: list[Key]) -> str:
+    """A section for each part of a recipe, with a table that has a row for each of its keys.
+
+    Keys that have no others below them come first, together.
+
+    Example:
+        >>> print(as_markdown(recipe_keys("data.holdout")))
+        ## `data`
+        <BLANKLINE>
+        | key | default | values | meaning |
+        |---|---|---|---|
+        | `data.holdout` | `0.1` | number | part of train held out without validation |
+    """
+    parts: dict[str, list[Key]] = {"": []}
+    names = {key.name for key in keys}
+    for key in keys:
+        part = key.name.partition(".")[0]
+        alone = part == key.name and not any(name.startswith(f"{part}.") for name in names)
+        parts.setdefault("" if alone else part, []).append(key)
+    return "\n\n".join(
+        f"## {f'`{part}`' if part else 'Keys without others below them'}\n\n{_markdown_table(rows)}"
+        for part, rows in parts.items()
+        if rows
+    )
+
+
+def _markdown_table(keys: list[Key]) -> str:
+    rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        default = {None: "must be given", "": "empty", "keys below": "keys below"}.get(
+            key.default, f"`{key.default}`"
+        )
+        text = key.text.replace("|", "\\|")
+        rows.append(f"| `{key.name}` | {default} | {key.values} | {text} |")
+    return "\n".join(rows)
 
 
 def _of(settings: type[BaseModel], prefix: str, said: dict[frozenset[str], str] | None) -> Iterator[Key]:
