@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint check-gpu clean
+.PHONY: demo test test-all lint docs check-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/espalier sweep experiments/demo.yaml
@@ -25,6 +25,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the site, in docs/_build; a warning is an error
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 # the exact versions of constraints.txt; the marker is written last, so that a broken install is repeated
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,4 +37,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build

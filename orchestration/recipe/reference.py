@@ -52,6 +52,43 @@ def as_table(keys: list[Key]) -> Table:
     return table
 
 
+def as_markdown(keys: list[Key]) -> str:
+    """A section for each part of a recipe, with a table that has a row for each of its keys.
+
+    Keys that have no others below them come first, together.
+
+    Example:
+        >>> print(as_markdown(recipe_keys("data.holdout")))
+        ## `data`
+        <BLANKLINE>
+        | key | default | values | meaning |
+        |---|---|---|---|
+        | `data.holdout` | `0.1` | number | part of train held out without validation |
+    """
+    parts: dict[str, list[Key]] = {"": []}
+    names = {key.name for key in keys}
+    for key in keys:
+        part = key.name.partition(".")[0]
+        alone = part == key.name and not any(name.startswith(f"{part}.") for name in names)
+        parts.setdefault("" if alone else part, []).append(key)
+    return "\n\n".join(
+        f"## {f'`{part}`' if part else 'Keys without others below them'}\n\n{_markdown_table(rows)}"
+        for part, rows in parts.items()
+        if rows
+    )
+
+
+def _markdown_table(keys: list[Key]) -> str:
+    rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        default = {None: "must be given", "": "empty", "keys below": "keys below"}.get(
+            key.default, f"`{key.default}`"
+        )
+        text = key.text.replace("|", "\\|")
+        rows.append(f"| `{key.name}` | {default} | {key.values} | {text} |")
+    return "\n".join(rows)
+
+
 def _keys_of(
     settings: type[BaseModel], prefix: str, listed: dict[frozenset[str], str] | None
 ) -> Iterator[Key]:

@@ -1,0 +1,184 @@
+"""Writes the generated reference: the recipe from its schema, the command line from click, the API's pages.
+
+    python docs/generate.py            # writes what has changed below docs/reference
+
+``make docs`` runs it first; tests/repo/test_docs.py fails while a page is not what it would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+# package: title of its page
+API = {
+    "pruners": "pruners",
+    "trainers.checkpoint": "trainers.checkpoint",
+    "trainers.export": "trainers.export",
+    "trainers.engines": "trainers.engines",
+    "trainers.quantization": "trainers.quantization",
+    "trainers.structured": "trainers.structured",
+    "orchestration.recipe": "orchestration.recipe",
+}
+GENERATED = "<!-- Written by docs/generate.py from {}; do not edit it here. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Path below docs/ → text of every generated page."""
+    return {
+        "reference/recipe.md": recipe_page(),
+        "reference/cli.md": cli_page(),
+        **{f"reference/api/{name}.md": api_page(name, title) for name, title in API.items()},
+    }
+
+
+def recipe_page() -> str:
+    from orchestration.recipe.reference import as_markdown, recipe_keys
+
+    return (
+        GENERATED.format("the recipe's schema")
+        + "# Keys of a recipe\n\n"
+        + "`espalier keys` prints this list in a terminal, `espalier keys recovery.lr` the keys below one. "
+        + "Any key can be changed on the command line: `espalier sweep my.yaml pruning.sparsity=0.9`. "
+        + "A key that is not here is refused before anything starts.\n\n"
+        + as_markdown(recipe_keys())
+        + "\n"
+    )
+
+
+def cli_page() -> str:
+    from orchestration.cli.app import cli
+
+    parts = [
+        GENERATED.format("the command line") + "# Command line\n",
+        "`espalier COMMAND --help` says the same in a terminal. An input error is one line and status 2; "
+        "Ctrl-C ends with status 130.\n",
+    ]
+    for path, command in commands(cli, "espalier"):
+        parts.append(command_section(path, command))
+    return "\n".join(parts)
+
+
+def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command below a group, by its full name, in the order of the alphabet."""
+    for name in sorted(group.commands):
+        command = group.commands[name]
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def command_section(path: str, command: click.Command) -> str:
+    """Usage, help and options of one command."""
+    context = click.Context(command, info_name=path)
+    usage = " ".join(command.collect_usage_pieces(context))
+    rows = [option_row(option) for option in command.params if isinstance(option, click.Option)]
+    text = "\n\n".join(paragraphs(command.help or ""))
+    table = "\n".join(["| option | meaning |", "|---|---|", *rows, ""]) if rows else ""
+    return f"## `{path}`\n\n```text\n{path} {usage}\n```\n\n{text}\n\n{table}"
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Of a help text; one that click leaves as it is (``\\b``) becomes a block."""
+    for paragraph in "\n".join(line.rstrip() for line in text.splitlines()).strip().split("\n\n"):
+        if paragraph.lstrip().startswith("\b"):
+            lines = paragraph.replace("\b", "").strip("\n")
+            yield f"```text\n{lines}\n```"
+        else:
+            yield escaped(" ".join(paragraph.split()))
+
+
+def option_row(option: click.Option) -> str:
+    """A row of the table of options: its names, values, meaning, default and variable."""
+    names = ", ".join((*option.opts, *option.secondary_opts))
+    context = click.Context(click.Command(""))
+    value = "" if option.is_flag or option.count else f" {option.make_metavar(context)}"
+    said = [escaped(" ".join((option.help or "").split()))]
+    default = option.to_info_dict().get("default")
+    if isinstance(option.show_default, str):
+        said.append(f"Default: {option.show_default}.")
+    elif option.show_default and default is not None:
+        said.append(f"Default: `{default}`.")
+    if option.required:
+        said.append("Must be given.")
+    if option.multiple:
+        said.append("May be given several times.")
+    if option.envvar:
+        said.append(f"Variable: `{option.envvar}`.")
+    option_text = f"{names}{value}".replace("|", "\\|")
+    return f"| `{option_text}` | {' '.join(filter(None, said))} |"
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown that shows the same."""
+    for sign in ("|", "*", "_", "<", "[", "`"):
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def api_page(package: str, title: str) -> str:
+    """Docstrings of a package: of the names that it offers, or of each of its modules."""
+    module = importlib.import_module(package)
+    names = list(module.__all__)
+    parts = [GENERATED.format(f"{package}.__all__") + f"# `{title}`\n", directive("automodule", package, [])]
+    if package == "pruners":
+        parts += [of_name(f"{package}.{name}") for name in names]
+    else:
+        for name in names:
+            parts.append(f"## `{package}.{name}`\n")
+            parts.append(directive("automodule", f"{package}.{name}", ["members"]))
+    return "\n".join(parts)
+
+
+def of_name(path: str) -> str:
+    """The directive for a class, a function or a value."""
+    package, _, name = path.rpartition(".")
+    thing = getattr(importlib.import_module(package), name)
+    if isinstance(thing, type):
+        return directive("autoclass", path, ["members"])
+    if hasattr(thing, "__code__"):
+        return directive("autofunction", path, [])
+    return directive("py:data", path, [], comment(package, name))
+
+
+def comment(package: str, name: str) -> str:
+    """What a value's own module says below it: its class has a docstring, but not the value."""
+    home = importlib.import_module(package)._HOME[name]
+    source = DOCS.parent.joinpath(*package.split("."), *home.split(".")).with_suffix(".py")
+    statements = ast.parse(source.read_text(encoding="utf-8")).body
+    for statement, after in itertools.pairwise(statements):
+        targets = [statement.target] if isinstance(statement, ast.AnnAssign) else []
+        targets = statement.targets if isinstance(statement, ast.Assign) else targets
+        named = [target.id for target in targets if isinstance(target, ast.Name)]
+        if named == [name] and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            return str(after.value.value)
+    return ""
+
+
+def directive(name: str, argument: str, options: list[str], text: str = "") -> str:
+    """A directive of reStructuredText in a page of Markdown."""
+    lines = [f".. {name}:: {argument}", *(f"   :{option}:" for option in options)]
+    lines += ["", *(f"   {line}" for line in text.splitlines())] if text else []
+    return "\n".join(["```{eval-rst}", *lines, "```", ""])
+
+
+def main() -> None:
+    for path, text in pages().items():
+        target = DOCS / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
