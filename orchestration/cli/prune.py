@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from orchestration.cli import options
+from pruners.methods.registry import METHODS, SECOND_ORDER
 
 _INTERRUPTED = 130
 
@@ -19,8 +20,8 @@ _INTERRUPTED = 130
     "--method",
     default="ovit",
     show_default=True,
-    help="dimap, lamp, magnitude, magnitude_global (from the weights alone); "
-    "ovit, ovit_fast, dimap+ovit, woodfisher (need --data).",
+    help=f"{', '.join(name for name in METHODS if name not in SECOND_ORDER)} (from the weights alone); "
+    f"{', '.join(name for name in METHODS if name in SECOND_ORDER)} (need --data).",
 )
 @click.option("--sparsity", type=float, help="Share of the prunable weights; N:M patterns bring their own.")
 @click.option("--data", metavar="PARQUET", help="Training images, for methods that follow gradients.")
