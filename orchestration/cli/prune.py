@@ -10,6 +10,7 @@ import click
 from orchestration.cli import options
 from orchestration.common import defaults
 from orchestration.common.environment import INTERRUPTED
+from pruners.methods.registry import METHODS, SECOND_ORDER
 
 
 @click.command()
@@ -19,8 +20,8 @@ from orchestration.common.environment import INTERRUPTED
     "--method",
     default=defaults.METHOD,
     show_default=True,
-    help="dimap, lamp, magnitude, magnitude_global (from the weights alone); "
-    "ovit, ovit_fast, dimap+ovit, woodfisher (need --data).",
+    help=f"{', '.join(name for name in METHODS if name not in SECOND_ORDER)} (from the weights alone); "
+    f"{', '.join(name for name in METHODS if name in SECOND_ORDER)} (need --data).",
 )
 @click.option("--sparsity", type=float, help="Share of the prunable weights; N:M patterns bring their own.")
 @click.option("--data", metavar="PARQUET", help="Training images, for methods that follow gradients.")

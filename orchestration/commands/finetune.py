@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,13 +34,14 @@ from orchestration.commands.prune_options import layer_patterns
 from orchestration.commands.training_options import FinetuneOptions
 from orchestration.preflight.training import check_training
 from pruners.errors import InputError, first_line
+from pruners.methods.registry import METHODS
 from pruners.model.masks import MaskSet
 from trainers import storage
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk, verify, weights_hash
 from trainers.checkpoint.trainer_state import damage
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.jobs import TrainJob
-from trainers.config.pruning import Method, PruningSettings
+from trainers.config.pruning import PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
 from trainers.models import factory
@@ -176,7 +177,7 @@ class Finetuning:
         options, method = self.options, self.lineage["method"]
         schedule = {"kind": "constant"}
         pruning: dict[str, Any] = {"sparsity": self.sparsity, "layers": self.patterns, "schedule": schedule}
-        if method in get_args(Method):
+        if method in tuple(METHODS):
             pruning["methods"] = (method,)
         validation = options.validation
         return TrainJob(

@@ -25,7 +25,7 @@ from pruners.elimination.damping import LADDER
 from pruners.elimination.gradients import Batch
 from pruners.errors import InputError
 from pruners.methods.base import Pruner
-from pruners.methods.registry import create_pruner
+from pruners.methods.registry import SECOND_ORDER, create_pruner
 from pruners.methods.second_order import SecondOrder
 from pruners.model.costs import Costs, count_costs
 from pruners.model.layers import PrunableLayer
@@ -34,7 +34,6 @@ from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import fitting
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
-from trainers.config.pruning import SECOND_ORDER
 from trainers.data import datasets
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source

@@ -12,8 +12,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from orchestration.common import defaults
 from pruners.errors import InputError, did_you_mean
+from pruners.methods.registry import METHODS, SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
-from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, ScopeName
+from trainers.config.pruning import FisherSettings, ScopeName
 from trainers.sources.columns import ColumnOptions
 
 # what says how gradients are taken: nothing to a method that takes none
@@ -52,7 +53,7 @@ class PruneOptions(ColumnOptions):
         Raises:
             InputError: the first thing that cannot work, by its option and value.
         """
-        one_of("--method", self.method, get_args(Method))
+        one_of("--method", self.method, sorted(METHODS))
         one_of("--unfit", self.unfit, ("refuse", "dense"))
         if self.scope is not None:
             one_of("--scope", self.scope, get_args(ScopeName))

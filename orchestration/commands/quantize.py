@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from rich.status import Status
@@ -19,10 +19,10 @@ from orchestration.commands.training_options import AwareOptions, FinetuneOption
 from orchestration.common import defaults
 from orchestration.tracking.pyfunc_model import labels_of
 from pruners.errors import InputError
+from pruners.methods.registry import METHODS
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, verify
 from trainers.checkpoint.trainer_state import check_recorded
 from trainers.config.jobs import TrainJob
-from trainers.config.pruning import Method
 from trainers.config.quantization import Calibration, Mode
 from trainers.data import datasets
 from trainers.export.onnx import ONNX_FILE
@@ -66,7 +66,7 @@ class Training(Finetuning):
         method = self.lineage["method"]
         changes = {
             "pruning": None,
-            "method": method if method in get_args(Method) else None,
+            "method": method if method in tuple(METHODS) else None,
             "quantize": Calibration(images=self.options.images),
         }
         return super()._job(start, work).model_copy(update=changes)

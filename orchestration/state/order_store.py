@@ -15,8 +15,9 @@ from filelock import FileLock
 
 from orchestration.common.hashing import digest
 from pruners.elimination.order import EliminationOrder, merge
+from pruners.methods.registry import SECOND_ORDER
 from trainers import storage
-from trainers.config.pruning import SECOND_ORDER, PruningSettings
+from trainers.config.pruning import PruningSettings
 from trainers.data.arrow_store import cache_folder
 from trainers.loop.elimination import ORDER_FACTS
 

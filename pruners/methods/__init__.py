@@ -1,4 +1,4 @@
-"""The pruning methods, one file each, and the table that they are registered in."""
+"""The pruning methods, one module each, and the table that registers them."""
 
 __all__ = [
     "base",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from pruners.errors import InputError
+from pruners.methods.registry import METHODS, SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
 from trainers.config.base import (
     Count,
@@ -21,12 +22,10 @@ from trainers.config.schedules import PruningSchedule
 PerLayer = Share | dict[str, Share]
 
 
-Method = Literal[
-    "dimap", "dimap+ovit", "lamp", "magnitude", "magnitude_global", "ovit", "ovit_fast", "woodfisher"
-]
-
-
-SECOND_ORDER = frozenset({"dimap+ovit", "ovit", "ovit_fast", "woodfisher"})
+if TYPE_CHECKING:
+    Method = str  # a type checker cannot read the names out of a table
+else:
+    Method = Literal[tuple(sorted(METHODS))]
 
 
 ScopeName = Literal["layer", "module", "stage", "global"]

@@ -15,8 +15,9 @@ from pruners import InputError, create_pruner, find_layers, prune
 from pruners.elimination.damping import LADDER, choose_damp
 from pruners.elimination.gradients import mean_loss
 from pruners.elimination.memory import fisher_bytes
+from pruners.methods.registry import SECOND_ORDER
 
-METHODS = ("dimap+ovit", "ovit", "ovit_fast", "woodfisher")
+METHODS = sorted(SECOND_ORDER)
 OPTIONS = {"block_size": 32, "damp": "auto", "gradients": 4}
 LOSS = nn.functional.cross_entropy
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pruners import InputError, MaskSet, create_pruner
 from pruners.elimination.fisher import BlockFisher
+from pruners.methods.registry import SECOND_ORDER
 
 LAYERS = [lone_layer(5, 7, name="a.weight"), lone_layer(20, 30, name="b.weight")]
 SIZES = {"compiled": 8, "LAPACK": 300}  # larger than what is compiled
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-METHODS = ("dimap+ovit", "ovit", "ovit_fast", "woodfisher")
+METHODS = sorted(SECOND_ORDER)
 
 
 def filled(count: int, size: int, scale: float = 1.0, **options: object) -> BlockFisher:

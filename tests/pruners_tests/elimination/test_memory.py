@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pruners import EliminationOrder, InputError, MaskSet, PruneReport, find_layers, prune
 from pruners.elimination.fisher import BlockFisher
 from pruners.elimination.memory import fisher_bytes, free_bytes, layer_groups
-from pruners.methods.registry import create_pruner
+from pruners.methods.registry import SECOND_ORDER, create_pruner
 from pruners.methods.second_order import SecondOrder
 from pruners.order_builder import Ordering, again
 
-METHODS = ("dimap+ovit", "ovit", "ovit_fast", "woodfisher")
+METHODS = sorted(SECOND_ORDER)
 SIZE = 32
 LARGEST = fisher_bytes(lone_layer(32, 8), SIZE)  # of a tiny ViT's layers
 LOSS = nn.functional.cross_entropy

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from pruners import METHODS, InputError, create_pruner
+from pruners.methods.registry import SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
-from trainers.config.pruning import SECOND_ORDER, FisherSettings, Method, PruningSettings
+from trainers.config.pruning import FisherSettings, Method, PruningSettings
 
 
 def settings(**values: Any) -> PruningSettings:
