@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
-LONGEST = 400
+LONGEST = 500  # about 400 is usual; a concept is not cut in pieces for a few lines more
 MOST_FILES = 12
 
 # package: what no module of it imports
@@ -222,7 +222,7 @@ def folders(package: Path) -> set[str]:
         ("orchestration/commands/tracking.py", "import mlflow"),
         ("experiments/a.py", "import pruners"),
         ("experiments/benchmarks/a.py", "import ray.train"),
-        ("pruners/a.py", "\n" * 401),
+        ("pruners/a.py", "\n" * 501),
     ],
 )
 def test_a_violation_is_seen(path: str, source: str) -> None:
@@ -241,7 +241,7 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("orchestration/tracking/registry_models.py", "from mlflow import MlflowClient"),
         ("orchestration/search/space.py", "import optuna"),
         ("orchestration/search/training_trial.py", "import optuna"),
-        ("pruners/a.py", "\n" * 400),
+        ("pruners/a.py", "\n" * 500),
     ],
 )
 def test_what_is_allowed_is_not_refused(path: str, source: str) -> None:
