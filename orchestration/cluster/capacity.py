@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from orchestration.cluster.ray_internals import resources_with_autoscaling
 from orchestration.recipe.schema import Recipe, Resources
 from orchestration.recipe.search import AllocationSearch
 from pruners.errors import InputError
@@ -84,7 +85,7 @@ def cluster_size() -> ClusterSize:
     """The capacity of the cluster that is joined, with what autoscaling may add."""
     resources = dict(ray.cluster_resources())
     # an autoscaling cluster can give more than it has now
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    possible = resources_with_autoscaling()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(
         cpus=max(resources.get("CPU", 0.0), possible.get("CPU", 0.0)),

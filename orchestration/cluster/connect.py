@@ -198,11 +198,6 @@ def _impatient() -> Iterator[None]:
             del os.environ[_JOIN_SECONDS]
 
 
-def logs_folder() -> str:
-    """Where the cluster that is joined keeps its logs on this machine."""
-    return str(ray._private.worker._global_node.get_logs_dir_path())
-
-
 def _is_refused(error: BaseException | None) -> bool:
     """Whether a token was missing or wrong, which Ray says at the bottom of its errors only."""
     while error is not None:

@@ -21,6 +21,7 @@ import click
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from orchestration.cluster.ray_internals import PACKAGING_LOGGER
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.common.network import check_reachable
 from orchestration.recipe.schema import Recipe
@@ -45,7 +46,7 @@ def open_jobs(address: str) -> JobSubmissionClient:
     check_reachable(address)
     for name in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
+    logging.getLogger(PACKAGING_LOGGER).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, OSError, ValueError) as error:

@@ -117,7 +117,7 @@ def interruptible(work: Callable[[], T]) -> T:
 
 def leave(status: int) -> NoReturn:
     """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # private; checked with CPython 3.11
     sys.stderr.write("interrupted\n")  # the last word: the thread may speak until now
     sys.stderr.flush()
     os._exit(status)

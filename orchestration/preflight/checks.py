@@ -23,8 +23,7 @@ from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import Distribution, Fastest
 from orchestration.state.latency_store import check_linear, check_threads
-from orchestration.tracking.check import check_uri
-from orchestration.tracking.registry import check_name
+from orchestration.tracking.check import check_name, check_uri
 from pruners.allocation.bounds import bounds
 from pruners.allocation.projection import budget, check_feasible
 from pruners.allocation.sharing import by_table

@@ -174,41 +174,6 @@ def refusal(error: Exception, uri: str) -> str:
     return first_line(error).replace(uri.rstrip("/"), strip_credentials(uri).rstrip("/"))
 
 
-def check_name(name: str, key: str) -> None:
-    """Check that MLflow takes a name for a registered model.
-
-    Raises:
-        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import _validate_model_name
-
-    try:
-        _validate_model_name(name)
-    except MlflowException as error:
-        raise InputError(key, name, f"must be a name that MLflow takes ({first_line(error)})") from None
-    if "@" in name or "'" in name:
-        raise InputError(
-            key, name, "must be a name without @ and quotes, so that models:/NAME@alias finds it"
-        )
-
-
-def check_alias(alias: str, key: str) -> None:
-    """Check that MLflow takes an alias.
-
-    Raises:
-        InputError: it does not.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils import validation
-
-    try:
-        validation._validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
-        validation._validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
-    except MlflowException as error:
-        raise InputError(key, alias, f"must be an alias that MLflow takes ({first_line(error)})") from None
-
-
 def parse(reference: str) -> tuple[str, str, str]:
     """(name, alias, version) of ``models:/NAME@alias`` or ``models:/NAME/VERSION``.
 
