@@ -152,7 +152,7 @@ def _cases(variants: Sequence[Variant], options: BenchmarkOptions) -> list[_Case
             if options.engines is not None:
                 asked = ", ".join(map(str, options.choices))
                 raise InputError("--engines", asked, f"none runs {variant.name}, which is a file for {own}")
-            check(own, options.device)
+            check(own, options.device, key="--engines")
             cases.append(_Case(variant, own, Row(variant.name, own, 0, variant.sparsity)))
     return cases
 
