@@ -1,4 +1,4 @@
-"""A recipe as the command line runs it: shown, or started here, on a cluster's head, or from a laptop."""
+"""Start of a recipe from the command line: shown, run here or on a cluster's head, or from a laptop."""
 
 from __future__ import annotations
 

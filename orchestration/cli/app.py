@@ -28,7 +28,7 @@ from trainers import remote_calls
 
 
 class _Commands(click.Group):
-    """Unknown commands are met with the nearest known one."""
+    """A group that meets an unknown command with the nearest known one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -61,7 +61,7 @@ for command in (
 
 
 def _end_in_order() -> None:
-    """Ctrl-C and SIGTERM become one KeyboardInterrupt, also where a shell started us with them ignored."""
+    """Turn Ctrl-C and SIGTERM into one KeyboardInterrupt, also where a shell started us with them ignored."""
 
     def interrupt(number: int, frame: Any) -> None:
         # once is enough: a second one would break off the clean end

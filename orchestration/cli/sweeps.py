@@ -1,4 +1,4 @@
-"""Sweeps that are at work or were, here or on a cluster, and the cluster itself: ``espalier status`` …"""
+"""``espalier status``, ``logs``, ``stop`` …: commands about sweeps, here or on a cluster, and the cluster."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def _where(storage: str | None) -> list[str]:
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
-    """The storage that is given, or that in which a job put the sweep."""
+    """The storage that is given, or that of the sweep's last job."""
     if storage != defaults.STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of

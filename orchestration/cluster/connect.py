@@ -1,4 +1,4 @@
-"""The Ray cluster: joined where an address says so, else started on this machine for as long as we run."""
+"""The Ray cluster of a command: joined at an address, or started on this machine for as long as we run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKE
 
 
 def cluster_address(given: str | None) -> str | None:
-    """Where the cluster is: as given, or as ``ray job submit`` says; ``None`` is this machine."""
+    """The cluster's address: as given, or as ``ray job submit`` says; ``None`` is this machine."""
     return given or os.environ.get("RAY_ADDRESS") or None
 
 
@@ -94,7 +94,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray, as it starts, makes SIGTERM its own; here it stays what it was, and ends what has begun."""
+    """Keep our handler of SIGTERM while Ray starts, as Ray replaces it; SIGTERM then ends what has begun."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,7 +115,7 @@ _keeper_processes: list[subprocess.Popen[bytes]] = []
 
 
 def _keep() -> None:
-    """A process that outlives us, and ends what is left of the cluster then."""
+    """Start a process that outlives us, and then ends what is left of the cluster."""
     began = time.strftime(keeper.NAME)  # before Ray does
     command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
     search_path = os.pathsep.join(folder for folder in sys.path if folder)  # also where we are not installed
@@ -132,7 +132,7 @@ def _keep() -> None:
 
 
 def _dismiss(process: subprocess.Popen[bytes]) -> None:
-    """Let it look once more, and end."""
+    """Let the keeper look once more, and end."""
     assert process.stdin is not None, "made with a pipe"
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -140,7 +140,7 @@ def _dismiss(process: subprocess.Popen[bytes]) -> None:
 
 
 def _start_local() -> None:
-    """A cluster on this machine; another port is tried where somebody else was quicker to take the one."""
+    """Start a cluster on this machine; try another port if another process took the first one meanwhile."""
     _keep()
     for left in range(_STARTS - 1, -1, -1):
         try:
@@ -153,7 +153,7 @@ def _start_local() -> None:
 
 
 def _start_at_free_port() -> None:
-    """All of this machine's processors, the dashboard on loopback, other ports behind a token."""
+    """Start it with all processors; its dashboard is on loopback, other ports ask for a token."""
     port, lock = reserve(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
@@ -171,7 +171,7 @@ def _start_at_free_port() -> None:
 
 
 def _join(address: str) -> None:
-    """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
+    """Join an existing cluster; the job's environment tells its processes where the dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _impatient():
         dashboard = ray.init(address=address, **quiet).dashboard_url
@@ -182,7 +182,7 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Ray tries for some seconds to join, not for twenty, and its lines about it are not seen."""
+    """Let Ray try for 5 seconds to join, instead of twenty, and hide its lines about it."""
     given = os.environ.get(_JOIN_SECONDS)
     os.environ[_JOIN_SECONDS] = given or "5"
     sys.stderr.flush()
@@ -199,7 +199,7 @@ def _impatient() -> Iterator[None]:
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether a token was missing or wrong, which Ray says at the bottom of its errors only."""
+    """Whether a token was missing or wrong; Ray says so only in the innermost of its errors."""
     while error is not None:
         if any(word in str(error) for word in ("Unauthenticated", "AuthToken", "authentication")):
             return True
@@ -209,7 +209,7 @@ def _is_refused(error: BaseException | None) -> bool:
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """Ray's client at ``address``, left at the end.
+    """Join a cluster through Ray's client at ``address``, and leave it at the end.
 
     Raises:
         InputError: no cluster answers there.

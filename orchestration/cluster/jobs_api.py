@@ -1,4 +1,4 @@
-"""A command as a job on a cluster, by Ray's Jobs API: submitted with our source, followed, found again."""
+"""Commands as jobs on a cluster, by Ray's Jobs API: submitted with our source, followed, found again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def submit(
 
 
 def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
-    """What a job says of itself on Ray's dashboard; no password, and no place of this machine's own."""
+    """Metadata of a job on Ray's dashboard: no password, and no path of this machine."""
     if sweep is None:
         return {}
     if storage is None or not _travels(storage) or strip_credentials(storage) != storage:
@@ -139,7 +139,7 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
 
 
 def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
-    """Where the last job put a sweep (or any: ``None``); nothing where no job has said so."""
+    """The storage of the last job of a sweep (``None``: of any); nothing where no job recorded one."""
     by_sweep = _jobs(client)
     jobs = [job for name, jobs in by_sweep.items() if sweep in (None, name) for job in jobs]
     jobs.sort(key=lambda job: job.start_time or 0)
@@ -193,12 +193,12 @@ def _packed(recipe: Recipe | None) -> Iterator[Path]:
 
 
 def _travels(storage: str) -> bool:
-    """Whether a place means the same on another machine."""
+    """Whether a storage means the same on another machine."""
     return "://" in storage or Path(storage).is_absolute()
 
 
 def _for_elsewhere(recipe: Recipe) -> Mapping[str, Any]:
-    """A recipe without what only this machine knows: the cluster's own environment gives the rest."""
+    """A recipe without what holds on this machine only; the cluster's own environment gives the rest."""
     content = content_of(recipe)
     if _travels(recipe.storage):
         content["storage"] = recipe.storage

@@ -46,7 +46,7 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
 
 
 def check_named(name: str) -> None:
-    """Whether a model is named at all: an empty name would be the current folder.
+    """Check that a model is named at all: an empty name would be the current folder.
 
     Raises:
         InputError: it is empty.
@@ -83,7 +83,7 @@ def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]
 
 @contextmanager
 def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
+    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, with its record.
 
     Raises:
         InputError: as :func:`load`.

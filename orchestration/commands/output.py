@@ -86,7 +86,7 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
 
 
 def forget_killed(target: Path) -> None:
-    """Delete what processes that were killed left of a file or folder, now that it is there whole."""
+    """Delete what killed processes left of a file or folder, now that it is there whole."""
     for partial in target.parent.glob(f".{escape(target.name)}.partial-*"):
         number = partial.name.rpartition("-")[2]
         if not number.isdecimal() or _lives(int(number)):

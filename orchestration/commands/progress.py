@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 
 class Bars:
-    """Kinds of work and how far each one is: bars on a terminal, a line now and then in a pipe.
+    """Progress of kinds of work: bars on a terminal, a line now and then in a pipe.
 
     An instance is a :data:`pruners.order_builder.Progress`; a kind may begin again (several λ, several
     passes).
     """
 
     def __init__(self, console: Console | None = None, heading: str = "") -> None:
-        """``heading``: said before the first bar or line, so that a mistake found at once is a line alone."""
+        """Prepare the bars; ``heading`` is printed before the first one: an early mistake is a line alone."""
         self.console = console or Console(file=sys.stderr)
         self._heading = heading
         self._live = self.console.is_terminal
@@ -61,7 +61,7 @@ class Bars:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         for line in filter(None, (self._heading, text)):
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         self._heading = ""
@@ -107,10 +107,10 @@ def _clock(seconds: float) -> str:
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own.
+    """Do ``work`` in a thread of its own, and return its result.
 
     Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
-    who catches the interrupt must :func:`leave` without waiting for it.
+    a caller that catches the interrupt must :func:`leave` without waiting for it.
     """
     return run_in_thread(work).result()
 

@@ -44,7 +44,7 @@ from trainers.sources.columns import Columns
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that pruning needs, loaded and checked; nothing is written yet.
+    """A pruning, loaded and checked; nothing is written yet.
 
     ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
     """
@@ -81,7 +81,7 @@ class Job:
             return cls(options, target, model, layers, pruner, gradients, tests, loaded.masks)
 
     def run(self) -> list[str]:
-        """Prune, write the folder, and say what was done."""
+        """Prune, write the folder, and return lines about it."""
         # torch, about the attention of single images: nothing that one could do about it
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         with _renamed(self.options):
@@ -138,7 +138,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Again:
-    """Batches that begin afresh whenever they are asked for: a Fisher in several parts reads them again."""
+    """Batches that begin afresh at each iteration: a Fisher in several parts reads them again."""
 
     batches: Callable[[], Iterable[Batch]]
 
@@ -175,7 +175,7 @@ def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> datasets.
 def _check_budget(
     options: PruneOptions, model: nn.Module, layers: list[PrunableLayer], pruner: Pruner
 ) -> None:
-    """What :func:`prune` would find out at the end of the work: limits that the budget cannot meet."""
+    """Check what :func:`prune` would find out only at the end: limits that the budget cannot meet."""
     masks = MaskSet.from_zeros(model, layers)
     total = pattern_budget(layers, options.target, pruner.form, masks)
     if sum(masks.pruned().values()) > total:
@@ -231,7 +231,7 @@ class Outcome:
     tests: tuple[Evaluation, Evaluation] | None
 
     def record(self) -> dict[str, Any]:
-        """What ``pruning.json`` says besides versions and checksums."""
+        """The record for ``pruning.json``, without versions and checksums."""
         options, report = self.options, self.report
         source = options.model
         record = {
@@ -291,7 +291,7 @@ class Outcome:
             yield f"{module} {100 * pruned[module] / count:.2f} %"
 
     def _resolved(self) -> dict[str, Any]:
-        """What the method takes where nothing was said."""
+        """The method's own values for options that were not given."""
         if not isinstance(self.pruner, SecondOrder):
             return {}
         names = ("gradients", "block_size") if self.options.tries_damps else _FISHER
@@ -299,6 +299,6 @@ class Outcome:
 
 
 def gradients_taken(options: PruneOptions, pruner: Pruner) -> str:
-    """How many, and of what."""
+    """How many gradients are taken, and of what."""
     of = "single images" if options.per_sample else f"{options.batch_size} images each"
     return f"{pruner.gradients:,} gradients of {of}"

@@ -74,7 +74,7 @@ class Training(Finetuning):
 
 @dataclass(frozen=True)
 class Images:
-    """Those that ranges are taken from, and those on which the model is measured.
+    """Images for the ranges of activations, and images on which the model is measured.
 
     Attributes:
         before: the float model's top-1 on ``tests``.
@@ -181,7 +181,7 @@ def _summary(
 
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:
-    """Checked too where it is the training that takes them."""
+    """Read and check the images, also where only the training takes them."""
     transform, calibration = datasets.eval_transform(factory.data_config(model)), []
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)

@@ -49,7 +49,7 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wanted(ColumnOptions):
-    """What ``espalier export`` was asked for."""
+    """Options of ``espalier export`` to a format that an engine reads."""
 
     checkpoint: str
     out: str
@@ -193,9 +193,9 @@ def _loaded(form: Format, folder: Path) -> Run:
 
 
 def _probes(source: Source) -> Images:
-    """Made-up pictures, whose answers by the checked file tell later and elsewhere whether it is still right.
+    """Made-up pictures; the checked file's answers to them are recorded, for checks later and elsewhere.
 
-    By the file and not by torch: they may lie outside of what INT8 was calibrated for.
+    The file's answers and not torch's: the pictures may lie outside of what INT8 was calibrated for.
     """
     return pattern_images(source.preprocessing, PROBES)
 

@@ -54,7 +54,7 @@ _CORNERS = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that can run: its data by place and hash, its layers, its budget."""
+    """A recipe that can run: its data by address and hash, its layers, its budget."""
 
     recipe: Recipe
     data: DataSettings
@@ -173,7 +173,7 @@ def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
 
 
 def _arguments(recipe: Recipe) -> Mapping[str, Any]:
-    """With which timm builds the dense model."""
+    """The arguments that timm builds the dense model with."""
     if recipe.model.checkpoint is None or recipe.model.is_file:
         return recipe.model.args
     with storage.local_copy(recipe.model.checkpoint) as folder:
@@ -181,7 +181,7 @@ def _arguments(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _check_head(recipe: Recipe) -> None:
-    """Pretrained weights for other classes come with a new head, which nobody would have trained."""
+    """Refuse pretrained weights for other classes without training: they come with a new, untrained head."""
     if not recipe.model.pretrained or recipe.dense is not None or recipe.model.architecture is None:
         return
     known = timm.get_pretrained_cfg(recipe.model.architecture)
@@ -230,7 +230,7 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
 def _check_latency(
     recipe: Recipe, model: torch.nn.Module | None, layers: list[PrunableLayer], *, local: bool
 ) -> None:
-    """Whether there can be a table: the engine is installed, and zeros change some layer's time."""
+    """Check that there can be a table: the engine is installed, and zeros change some layer's time."""
     rule, step = recipe.allocation.rule, recipe.structured
     wanted: dict[str, LatencyTarget] = {}
     if step is not None and step.objective == "latency":
@@ -246,7 +246,7 @@ def _check_latency(
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    """Steps that fit into the run, and sparsities to keep that are among theirs."""
+    """Check that steps fit into the run, and that sparsities to keep are among theirs."""
     pruning = recipe.pruning
     if pruning.schedule.unit == "steps":
         return  # known when the images are counted
@@ -260,7 +260,7 @@ def _check_schedule(recipe: Recipe) -> None:
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Every end of the space must be a recipe that could run, and so must every corner."""
+    """Check that every end of the space makes a recipe that could run, and so does every corner."""
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
     for key, values in ends.items():
         for value in values:
@@ -280,7 +280,7 @@ def _below(key: str, value: object, error: InputError) -> InputError:
 
 
 def _check_long_run(recipe: Recipe) -> None:
-    """Its values must make a recipe that could run."""
+    """Check that the long run's values make a recipe that could run."""
     changes = recipe.long_run
     with InputError.renamed(lambda error: _below("long_run", changes.get(error.key, changes), error)):
         _check_values(recipe, changes)

@@ -1,4 +1,4 @@
-"""What ``--dry-run`` shows: the layers matched, the budget, the trials, the resources."""
+"""The plan of a recipe, shown by ``--dry-run``: layers, budget, trials, resources."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def terminal(recipe: Recipe, width: int) -> str:
 
 
 def png(recipe: Recipe, path: Path) -> Path:
-    """The same as a PNG file."""
+    """Write sparsity and learning rate over the epochs as a PNG file."""
     epochs, sparsities, rates = curves(recipe)
     figure: Figure = plots.schedule(epochs, sparsities, list(zip(epochs, rates, strict=True)), unit="epoch")
     figure.savefig(path)

@@ -24,7 +24,7 @@ _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay"
 
 
 def trainings(recipe: Recipe) -> dict[str, TrainingSettings]:
-    """The trainings of a recipe by their keys, but that for INT8."""
+    """The trainings of a recipe by their keys, without the training for INT8."""
     structured = recipe.structured
     by_key = {
         "dense": recipe.dense,
@@ -101,7 +101,7 @@ def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
 
 
 def _arguments_of(name: str) -> list[str] | None:
-    """The arguments of a timm optimizer by name, as its signature says; ``None`` where any is taken.
+    """Names of the arguments of a timm optimizer; ``None`` where it takes any.
 
     timm's factory drops some that an optimizer does not take (``betas`` of SGD), without a word.
     """

@@ -36,7 +36,7 @@ class Heartbeat:
     """
 
     def __init__(self, storage_uri: str, name: str, display: Progress, ray_logs: str) -> None:
-        """``ray_logs``: where Ray writes its own on this machine."""
+        """Prepare the state file of the sweep ``name``; ``ray_logs`` is where Ray writes its own logs."""
         self._root, self._display = folder_of(storage_uri, name), display
         self._prefix = f"{storage.absolute(storage_uri)}/"
         self._ended = threading.Event()

@@ -1,6 +1,6 @@
-"""The trials of a phase on the shared storage: what a resumed sweep goes by, whatever else was lost.
+"""The trials of a phase on the shared storage: all that a resumed sweep needs, whatever else was lost.
 
-What a search goes by next depends on the order in which its trials were proposed, compared and ended. The log
+What a search does next depends on the order in which its trials were proposed, compared and ended. The log
 counts these events: each has its ``when``, so that a resumed search can go through them once more.
 """
 
@@ -51,7 +51,7 @@ class TrialRecord:
 
     @property
     def percent(self) -> str:
-        """Top-1 on validation, to be read."""
+        """Top-1 on validation as text."""
         return f"{100 * self.metrics['val_top1']:.1f} %"
 
 
@@ -169,7 +169,7 @@ class TrialLog:
         return [(TrialRecord(**entry["end"]), entry.get("run_id")) for entry in entries if "end" in entry]
 
     def events(self) -> Iterator[Event]:
-        """All that has a count, in order of the trials; :attr:`history` sorts it."""
+        """All events of the log, trial by trial; :attr:`history` sorts them."""
         for record in self.trials:
             yield from _events(record.number, vars(record))
             if record.told is not None:
@@ -184,7 +184,7 @@ class TrialLog:
 
     @property
     def ordered(self) -> bool:
-        """Whether the order of all trials is known, as it is but for those of earlier versions."""
+        """Whether the order of all trials is known; logs of earlier versions lack it."""
         ends = all(record.asked is not None and record.told is not None for record in self.trials)
         return ends and all("asked" in entry for entry in self._running.values())
 
@@ -213,13 +213,13 @@ class TrialLog:
         self.save()
 
     def member(self, number: int) -> dict[str, Any] | None:
-        """What was noted last of a running trial."""
+        """What was noted last about a running trial."""
         member: dict[str, Any] | None = self._running[str(number)].get("member")
         return member
 
     @property
     def members(self) -> list[dict[str, Any]]:
-        """What is noted of trials that have not ended."""
+        """What is noted about trials that have not ended."""
         return [entry["member"] for entry in self._running.values() if "member" in entry]
 
     def add(self, record: TrialRecord) -> TrialRecord:
@@ -257,7 +257,7 @@ class TrialLog:
 
     @property
     def broken(self) -> dict[int, dict[str, Any]]:
-        """The same by the trials' numbers, ascending."""
+        """Proposals whose trials were broken off, by the trials' numbers, ascending."""
         return {number: dict(self._running[str(number)]["values"]) for number in self.running}
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
@@ -291,7 +291,7 @@ class TrialLog:
 
 
 def _events(number: int, entry: dict[str, Any]) -> Iterator[Event]:
-    """Of a record or of a running trial, all but its end."""
+    """The events of a record or of a running trial, except its end."""
     about = number, entry["values"], entry.get("given", False)
     if entry.get("asked") is not None:
         yield Event(entry["asked"], "asked", *about)

@@ -30,7 +30,7 @@ def check_uri(uri: str) -> None:
 
 
 def _check_login(uri: str) -> None:
-    """Ask for something that a server shows to those alone whom it knows."""
+    """Ask for something that a server shows only to users that it knows."""
     import mlflow
     from mlflow.exceptions import MlflowException
 

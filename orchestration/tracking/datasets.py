@@ -1,4 +1,4 @@
-"""A sweep's images as MLflow knows them: what they are called, how many there are, and where."""
+"""A sweep's images as data sets of MLflow: name, number of rows, source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Dataset:
 
     @property
     def source_type(self) -> str:
-        """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
+        """The kind of source in MLflow's words: ``s3``, ``gs``, …; files of a machine are ``local``."""
         scheme, separator, _ = self.source.partition("://")
         return scheme if separator else "local"
 
@@ -58,6 +58,6 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
 
 
 def _stem(uri: str) -> str:
-    """What a file, a folder or a glob is called: ``train`` of ``train-*.parquet``."""
+    """The name of a file, a folder or a glob: ``train`` for ``train-*.parquet``."""
     base, pattern = split_glob(uri)
     return PurePosixPath(base).stem if pattern is None else re.split(r"[-_.]*[*?\[]", pattern)[0] or base

@@ -16,10 +16,11 @@ _LEVEL = re.compile(r"sparsity-\d+(_\d)?")
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of an alias that ``candidate`` could have had.
+    """The outcome for an alias that ``candidate`` could have had.
 
-    Args:
+    Attributes:
         holder: the version that carries it now; ``None``: none.
+        why: the reason, as text.
     """
 
     alias: str

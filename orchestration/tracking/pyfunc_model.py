@@ -66,7 +66,7 @@ def model_files(classes: Mapping[str, int] | None = None, reader: str = "safeten
 
 
 def classes_of(train: str | None, columns: Columns | None = None) -> dict[str, int] | None:
-    """The label of each class by its name, where the images, or ``classes.json`` beside them, say it."""
+    """The label of each class by its name, where the images or ``classes.json`` beside them name classes."""
     names = labels_of(train, columns) or []
     # a name that two classes have (a crane is a bird, and a machine) is in the model's own configuration
     return {name: label for label, name in enumerate(names)} if 0 < len(names) == len(set(names)) else None
@@ -95,7 +95,7 @@ def requirements(reader: str) -> list[str]:
 
 
 def _example() -> bytes:
-    """A real image that is small enough for a JSON file."""
+    """A real image, small enough for a JSON file."""
     from sklearn.datasets import load_digits
 
     sink = io.BytesIO()

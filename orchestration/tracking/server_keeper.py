@@ -39,7 +39,7 @@ def keep(users: str, command: list[str]) -> int:
 
 
 def unused(file: int) -> bool:
-    """Whether nobody holds it; from then on nobody can, until we have ended."""
+    """Whether no process holds it; from then on none can, until we have ended."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

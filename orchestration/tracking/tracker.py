@@ -1,4 +1,4 @@
-"""MLflow: the server to log to, and runs nested under the right parents."""
+"""The MLflow server to log to, and runs nested under the right parents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 @contextmanager
 def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The tracking URI and what waits for it: the given one left alone, else a server of ours while we run.
+    """The tracking URI and a function that waits for it: the given URI, or a server of ours while we run.
 
     Raises:
         InputError: the given URI does not answer.
@@ -78,7 +78,7 @@ class Tracker:
     """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
-        """``say`` is told what of the experiment or its runs had been deleted and is restored."""
+        """Connect to ``uri``; ``say`` gets a line where a deleted experiment or run is restored."""
         import mlflow
 
         self.uri, self._say = uri, say
@@ -134,7 +134,7 @@ class Tracker:
         return run
 
     def log(self, run: EndedRun) -> Future[str]:
-        """A run that is over, in three requests (more of very many figures); its id comes later."""
+        """Log a run that is over, in three requests (more for very many figures); its id comes later."""
         from mlflow.entities import Metric, Param
 
         ended = int(time.time() * 1000)
@@ -247,7 +247,7 @@ class Tracker:
         self._log_all(run, entries, [])
 
     def _log_all(self, run: str, metrics: Sequence[Metric], params: Sequence[Param]) -> None:
-        """In as many requests as the server's limits ask for."""
+        """Log them, in as many requests as the server's limits ask for."""
         while metrics or params:
             self.client.log_batch(run, metrics=metrics[:_BATCH], params=params[:_PARAMS])
             metrics, params = metrics[_BATCH:], params[_PARAMS:]
@@ -273,7 +273,7 @@ class Tracker:
         self._send(self.client.log_dict, run, content, name)
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
-        """The images that a run reads; those that it is known to read stay."""
+        """Log the data sets that a run reads, beside those that it is known to read."""
         from mlflow import entities
 
         inputs = [
@@ -339,7 +339,7 @@ class Tracker:
         self._send(self.client.set_terminated, run, status)
 
     def link(self, run: str) -> str:
-        """Where the UI shows a run."""
+        """Address of a run in the UI."""
         return f"{strip_credentials(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
 
     def flush(self) -> None:
@@ -403,5 +403,5 @@ class Tracker:
 
 
 def _safe(key: str) -> str:
-    """MLflow takes letters, digits and ``_-. /`` in keys."""
+    """A key in MLflow's letters: it takes letters, digits and ``_-. /``."""
     return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)
