@@ -29,7 +29,7 @@ from trainers.engines.interleave import time_interleaved
 from trainers.engines.process import EngineError, EngineProcess
 from trainers.engines.registry import check
 
-_CHUNK = 64  # images of one pass where accuracy is measured
+_CHUNK = 64  # images of one pass when accuracy is measured
 
 
 @dataclass(frozen=True)

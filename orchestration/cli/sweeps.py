@@ -104,7 +104,7 @@ def resume(
     detach: bool,
 ) -> None:
     """Go on with the sweep NAME by the recipe stored with it; finished trials are not repeated."""
-    if address is not None and is_jobs_api(address):  # the recipe is there, where the storage is
+    if address is not None and is_jobs_api(address):  # the recipe is on the cluster's storage
         storage = _put(storage, address, name)
         where = _where(storage)
         words = ["resume", name, *overrides, *(["--as", new] if new else []), *where]

@@ -84,7 +84,7 @@ class ClusterSize:
 def cluster_size() -> ClusterSize:
     """The capacity of the cluster that is joined, with what autoscaling may add."""
     resources = dict(ray.cluster_resources())
-    # an autoscaling cluster can give more than it has now
+    # autoscaling adds nodes when they are asked for
     possible = resources_with_autoscaling()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(

@@ -104,7 +104,7 @@ def _exchange(folder: str, nodes: list[Offer]) -> None:
             node.problems.append(f"does not share the storage with {head.address}")
     if head.id in unseen:
         head.problems.append("cannot read back what it wrote to the storage")
-    for node in nodes:  # what is not shared, each has of its own
+    for node in nodes:  # a storage that is not shared has a folder on each node
         if wrong := _answer(node, _ask(node, node_probe.remove, folder)):
             node.problems.append(f"cannot remove a file from the storage ({wrong})")
 

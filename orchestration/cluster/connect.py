@@ -22,7 +22,7 @@ from orchestration.cluster.capacity import ClusterSize, cluster_size
 from orchestration.common.network import LOOPBACK, check_reachable, reserve
 from pruners.errors import InputError, first_line
 
-# Our own display shows progress; Ray's would print a line a report and worker over it.
+# Our own display shows progress; Ray's would print a line for each report and worker over it.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it must end in seconds
@@ -64,8 +64,8 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is our own line
-    if ray.is_initialized():  # a driver that runs as a task on the cluster
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we print a line for a failed trial
+    if ray.is_initialized():  # the driver runs as a task on the cluster
         yield cluster_size()
         return
     joined = cluster_address(address)
@@ -101,7 +101,7 @@ def _own_signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # Ray's handler
+    except SystemExit:  # raised by Ray's handler of SIGTERM
         ray.shutdown()
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
@@ -116,9 +116,11 @@ _keeper_processes: list[subprocess.Popen[bytes]] = []
 
 def _keep() -> None:
     """Start a process that outlives us, and then ends what is left of the cluster."""
-    began = time.strftime(keeper.NAME)  # before Ray does
+    began = time.strftime(keeper.NAME)  # before Ray begins
     command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
-    search_path = os.pathsep.join(folder for folder in sys.path if folder)  # also where we are not installed
+    search_path = os.pathsep.join(
+        folder for folder in sys.path if folder
+    )  # the keeper must find us where we are not installed
     _keeper_processes.append(
         subprocess.Popen(
             command,
@@ -146,7 +148,7 @@ def _start_local() -> None:
         try:
             _start_at_free_port()
             return
-        except Exception as error:  # Ray raises its own log as a plain one
+        except Exception as error:  # Ray raises a plain Exception with its log
             if not left or "address already in use" not in str(error):
                 raise
             ray.shutdown()
@@ -188,7 +190,7 @@ def _impatient() -> Iterator[None]:
     sys.stderr.flush()
     seen = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # they come from compiled code
+        os.dup2(nowhere.fileno(), 2)  # Ray's lines come from compiled code
     try:
         yield
     finally:
@@ -216,7 +218,7 @@ def joined(address: str) -> Iterator[None]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is raised as well
+            warnings.simplefilter("ignore")  # Ray raises what it warns of
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = first_line(error)

@@ -31,9 +31,9 @@ from pruners.redaction import strip_credentials
 
 _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
-_PLACE = "espalier.storage"  # and where that lies
+_PLACE = "espalier.storage"  # and its storage
 _END_SECONDS = 30.0
-# what the job's supervisor says of itself, before ours
+# lines of the job's supervisor, before ours
 _SUPERVISOR = re.compile(r"\S+ \S+\s+INFO job_\w+\.py|Running entrypoint for job ")
 
 
@@ -44,7 +44,7 @@ def open_jobs(address: str) -> JobSubmissionClient:
         InputError: nobody answers there, or not to our token.
     """
     check_reachable(address)
-    for name in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
+    for name in ("dashboard_sdk", "job.sdk"):  # both set their own levels
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     logging.getLogger(PACKAGING_LOGGER).setLevel(logging.ERROR)
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-_GRACE_SECONDS = 3.0  # in which they may end by themselves
+_GRACE_SECONDS = 3.0  # for processes to end by themselves
 _SECONDS = 15.0
 _SESSION = re.compile(r"/(session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)_\d+_(\d+)/logs/")
 NAME = "session_%Y-%m-%d_%H-%M-%S"
@@ -82,7 +82,7 @@ def end(driver: int, since: str) -> None:
 
 def main() -> None:
     """Wait for the driver's end, and then for that of its cluster."""
-    for kind in (signal.SIGINT, signal.SIGTERM):  # it is the driver that ends by them
+    for kind in (signal.SIGINT, signal.SIGTERM):  # these signals end the driver, not its keeper
         signal.signal(kind, signal.SIG_IGN)
     sys.stdin.buffer.read()
     end(int(sys.argv[1]), sys.argv[2])

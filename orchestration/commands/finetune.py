@@ -162,7 +162,7 @@ class Finetuning:
         start = work / "start"
         if not start.exists():
             with whole_folder(start, self.options.out, "--out") as folder:
-                # the arguments that built the model: timm knows them itself
+                # timm knows the arguments that built the model
                 save_checkpoint(folder, self.model, model_args={}, masks=self.masks, record=self.lineage)
         self._check_lineage(work, verify(start, str(start)))
         return start

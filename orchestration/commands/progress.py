@@ -19,7 +19,7 @@ from trainers.remote_calls import run_in_thread
 _PLAIN_SECONDS = 10.0
 
 
-_PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
+_PLAIN_SHARE = 0.05  # share of the time so far: work of hours needs no line every ten seconds
 
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Bars:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if done <= self._done.get(what, done):
-            self._began[what] = self._last  # it began when the work before it ended
+            self._began[what] = self._last  # this kind began when the one before it ended
             self._rounds[what] = self._rounds.get(what, 0) + 1
         self._done[what], self._last = done, now
         took = now - self._began[what]
@@ -118,6 +118,6 @@ def interruptible(work: Callable[[], T]) -> T:
 def leave(status: int) -> NoReturn:
     """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
     atexit._run_exitfuncs()  # private; checked with CPython 3.11
-    sys.stderr.write("interrupted\n")  # the last word: the thread may speak until now
+    sys.stderr.write("interrupted\n")  # last, as the thread may print until now
     sys.stderr.flush()
     os._exit(status)

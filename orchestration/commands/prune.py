@@ -82,7 +82,7 @@ class Job:
 
     def run(self) -> list[str]:
         """Prune, write the folder, and return lines about it."""
-        # torch, about the attention of single images: nothing that one could do about it
+        # torch warns about the attention of single images; no setting avoids it
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         with _renamed(self.options):
             with Bars(heading=self._plan()) as bars:
@@ -122,7 +122,7 @@ class Job:
     def _write(self, outcome: Outcome) -> None:
         masks, record = outcome.report.masks.over(self.masks), outcome.record()
         with whole_folder(self.target, self.options.out, "--out") as folder:
-            # the arguments that built the model: timm knows them itself
+            # timm knows the arguments that built the model
             save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
 
     def _plan(self) -> str:
@@ -240,7 +240,9 @@ class Outcome:
             "allocation": report.allocation,
             "costs": self.costs.as_dict(),
             "seed": options.seed,
-            "source": Path(source).name if Path(source).expanduser().exists() else source,  # no path of ours
+            "source": Path(source).name
+            if Path(source).expanduser().exists()
+            else source,  # without a path of this machine
             "options": options.as_record() | self._resolved(),
         }
         if report.damp is not None:

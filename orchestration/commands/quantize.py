@@ -34,13 +34,13 @@ from trainers.quantization.checks import check_mode
 
 _OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
 """Keys of the layers below -> what this command's user wrote."""
-_ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
+_ALIKE = 0.9  # share of images with float32's class, below which the summary warns
 
 
 class Training(Finetuning):
     """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
 
-    level = "0"  # what is kept is the best model, at no sparsity of its own
+    level = "0"  # one best model is kept, at no sparsity of its own
 
     @classmethod
     def result_folder(cls, options: FinetuneOptions) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 def content_hash(checkpoint: str) -> str:
     """Hash of a checkpoint's configuration and weights, the same wherever the checkpoint lies."""
-    from trainers import storage  # trials' processes need the other function only, and are to start fast
+    from trainers import storage  # trial processes use digest() alone, and must start fast
     from trainers.checkpoint.folder import weights_hash
 
     config = storage.read_bytes(f"{checkpoint}/config.json")

@@ -106,7 +106,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
             (folder / EXPORT_RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
-                path.chmod(0o644)  # some libraries give their files to their owner alone
+                path.chmod(0o644)  # some libraries make files that only their owner can read
     for line in _end(target, wanted):
         say(line)
 

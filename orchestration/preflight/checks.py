@@ -131,7 +131,7 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     patterns = recipe.pruning.layers
     source = recipe.model.checkpoint
     if source is not None and source.startswith(("hf-hub:", "models:/")):
-        return None, [], None  # known when it is fetched
+        return None, [], None  # known when the model is fetched
     if source is not None and recipe.model.is_file:
         model, known = _from_file(recipe)
         if known != recipe.model.classes and recipe.dense is None:
@@ -206,7 +206,7 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
         return total
 
     def by_recipe_key(error: InputError) -> InputError:
-        if error.key == "budget":  # in the recipe's keys, not in counts of weights
+        if error.key == "budget":  # by the recipe's key, not as a count of weights
             return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}")
         parent = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
         return error.replaced(key=f"{parent}.{error.key}")
@@ -249,8 +249,8 @@ def _check_schedule(recipe: Recipe) -> None:
     """Check that steps fit into the run, and that sparsities to keep are among theirs."""
     pruning = recipe.pruning
     if pruning.schedule.unit == "steps":
-        return  # known when the images are counted
-    for target in recipe.allocation.reach or (pruning.sparsity,):  # wherever a search may end
+        return  # checked when the images are counted
+    for target in recipe.allocation.reach or (pruning.sparsity,):  # at either end of a search's range
         plan = pruning_plan(pruning.schedule, target, recipe.recovery.epochs)
         for sparsity in pruning.keep:
             if not any(abs(sparsity - stop) < 1e-6 for stop in plan.values()):

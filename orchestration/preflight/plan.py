@@ -190,7 +190,7 @@ def curves(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     pruning, training = recipe.pruning, recipe.recovery
     epochs = [number * training.epochs / _POINTS for number in range(_POINTS + 1)]
     plan = {}
-    if pruning.schedule.unit == "epochs":  # steps are counted when the images are
+    if pruning.schedule.unit == "epochs":  # steps are known when the images are counted
         plan = pruning_plan(pruning.schedule, pruning.sparsity, training.epochs)
     held = pruning.sparsity if pruning.schedule.kind == "constant" else 0.0
     sparsities = [max((s for at, s in plan.items() if at <= epoch), default=held) for epoch in epochs]

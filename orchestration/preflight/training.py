@@ -19,7 +19,7 @@ from trainers.checkpoint.folder import check_exists, open_verified
 from trainers.config.training import TrainingSettings
 from trainers.loop.optimization import matching_parameters
 
-# arguments of timm's factory that are ours, or that nobody can write in a recipe
+# arguments of timm's factory that we set ourselves, or that no recipe can hold
 _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay", "param_group_fn", "kwargs"})
 
 
@@ -84,7 +84,9 @@ def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
     settings = {"lr": training.lr.peak, "weight_decay": training.weight_decay}
     try:
         create_optimizer_v2([weight], name, **settings).step()
-    except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
+    except (
+        Exception
+    ) as error:  # optimizers raise errors of all kinds; some need closures, or packages that are missing
         known = list_optimizers()
         reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else first_line(error)
         raise InputError(f"{prefix}optimizer", name, f"must be one that works here ({reason})") from None
@@ -137,7 +139,7 @@ def _check_teacher(name: str, key: str) -> None:
         near = did_you_mean(name, timm.list_models())
         raise InputError(key, name, f"must be dense, a timm model or a checkpoint folder{near}")
     check_exists(location, key=key)
-    if storage.is_local(location):  # what another one holds is looked at where it is fetched
+    if storage.is_local(location):  # a remote folder is checked when it is fetched
         with open_verified(location, key=key):
             pass
 

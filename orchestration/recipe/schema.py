@@ -17,7 +17,7 @@ from trainers.config.quantization import Calibration, Mode, check_training
 from trainers.config.structured import StructuredSettings
 from trainers.config.training import TrainingSettings
 
-# the search before it was for models of one kind: methods, layers and patterns stay
+# keys that a long run may change: methods, layers and patterns stay those of the search before it
 _OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
 
 
@@ -234,7 +234,7 @@ class Recipe(Settings):
             distribution.uniform or distribution.log or distribution.integer or distribution.choice
         )
         numbers = [float(value) for value in ends or () if isinstance(value, int | float)]
-        return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
+        return tuple(numbers or (self.pruning.sparsity,))  # a value that is no number is refused elsewhere
 
     @property
     def promotion(self) -> Promotion:

@@ -43,7 +43,7 @@ class Distribution(Settings):
         if self.log is not None and self.log[0] <= 0:
             raise ValueError("log needs positive bounds")
         for number, value in enumerate(self.choice or ()):
-            if value in (self.choice or ())[:number]:  # also false beside 0, which Python takes for the same
+            if value in (self.choice or ())[:number]:  # false beside 0 too: Python takes them for equal
                 raise ValueError(f"choice: {json.dumps(value)} stands there twice")
         return self
 
@@ -72,7 +72,7 @@ class SearchLimits(Settings):
     )
 
 
-LIMITS = set(SearchLimits.model_fields)  # they decide nothing about a trial's result
+LIMITS = set(SearchLimits.model_fields)  # no trial's result depends on them
 
 
 class Pareto(Settings):

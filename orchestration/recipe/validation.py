@@ -28,7 +28,7 @@ def validate(content: Mapping[str, Any]) -> Recipe:
         raise _one_line(error, Recipe) from None
 
 
-# what pydantic calls the forms that a value of several may have
+# pydantic's names for the members of a union
 _BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
 
 

@@ -19,7 +19,7 @@ from pruners.errors import InputError
 
 Points = dict[str, list[tuple[float, float]]]
 
-_SHOWN = 40  # trials of an allocation search, before its picture becomes too wide
+_SHOWN = 40  # trials of an allocation search; with more its picture is too wide
 
 
 @dataclass(frozen=True)

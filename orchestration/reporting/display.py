@@ -154,7 +154,7 @@ class Display:
         for note in metrics.get("notes", []):
             self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
-        # a cheap trial says itself whether it has seen all images; below its last sparsity a dear one has -1
+        # a one-shot trial reports whether it saw all images; a gradual run has -1 before its last sparsity
         if metrics.get("complete", metrics["score"] >= 0):
             self._best = _better(self._best, metrics["score"], metrics["val_top1"])
         self._show()

@@ -33,7 +33,7 @@ from trainers.loop.prune_step import prunable_layers
 from trainers.models import factory
 
 T = TypeVar("T")
-_SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
+_SHOWN = 0.9  # the sparsity whose time is shown beside the dense time
 
 
 @dataclass(frozen=True)

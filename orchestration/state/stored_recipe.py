@@ -21,12 +21,12 @@ from pruners.redaction import strip_credentials
 from trainers import storage
 from trainers.remote_calls import call_limited
 
-RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
+RESULTS = "results.json"  # beside it once the sweep has ended: its table of final models
 _FILE = "recipe.json"
 _SHOWN = 6
-# What a sweep may go on with: more or fewer trials and other limits of them, another share of the cluster,
-# other methods and sparsities beside those that are done, a longer run or INT8 after them, another place to
-# log to. None of it makes what is known wrong.
+# Keys that may change while a sweep goes on: number and limits of trials, share of the cluster, methods and
+# sparsities beside those that are done, a long run or INT8 after them, storage and tracking. Results that
+# are known stay right.
 _FREE = (
     *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
     "allocation.cpus_per_trial",

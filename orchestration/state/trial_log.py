@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainers import storage
 
-_PART = 32  # cheap trials in a file
+_PART = 32  # one-shot trials in a file
 State = Literal["finished", "stopped", "failed"]
 
 
@@ -33,11 +33,13 @@ class TrialRecord:
     run_id: str | None = None
     seconds: float = 0.0
     error: str | None = None
-    trace: str | None = None  # the last lines of what a failed trial wrote down
-    given: bool = False  # proposed by us (the method's own allocation), not by the sampler
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
-    asked: int | None = None  # when it was proposed, by the log's count; logs of earlier versions do not say
-    told: int | None = None  # when it ended
+    trace: str | None = None  # the last lines of a failed trial's traceback
+    given: bool = False  # an enqueued trial (the method's own allocation), not the sampler's
+    kept: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # the best model at each sparsity that is kept
+    asked: int | None = None  # the log's count when it was proposed; unknown in logs of earlier versions
+    told: int | None = None  # the log's count when it ended
     rungs: list[list[float]] = field(
         default_factory=list
     )  # (when, time, score, at its end) of each comparison
@@ -98,15 +100,15 @@ class TrialLog:
         self.settings: dict[str, Any] = content.get("settings", {})
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
-        self._begun: set[str] = set()  # of them by this driver; the others are broken off
-        self._whole = len(self.trials)  # of them are in the first file
+        self._begun: set[str] = set()  # running trials of this driver; the others are broken off
+        self._whole = len(self.trials)  # trials in the first file
         known = {record.number for record in self.trials}
         for name in storage.names(self._parts):
             part = storage.read_json(f"{self._parts}/{name}")
             beside = part[-1].pop("beside", {}) if part else {}
             new = [TrialRecord(**record) for record in part if record["number"] not in known]
             self.trials += new
-            if new:  # else it was joined already, and is left over from a killed driver
+            if new:  # else its trials are in the first file: it is left over from a killed driver
                 self._running = beside
         self._clock = max((event.when for event in self.events()), default=-1) + 1
 

@@ -10,7 +10,7 @@ from pruners.errors import InputError, first_line
 from pruners.redaction import strip_credentials
 from trainers.remote_calls import call_limited
 
-_DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
+_DATABASES = ("postgresql", "mysql", "mssql")  # databases with a server of their own
 
 
 def check_uri(uri: str) -> None:
@@ -43,7 +43,7 @@ def _check_login(uri: str) -> None:
         call_limited(uri, ask)
     except TimeoutError as error:
         raise InputError("tracking.uri", strip_credentials(uri), f"does not answer ({error})") from None
-    except ImportError as error:  # of a database's driver
+    except ImportError as error:  # the database's driver is missing
         raise InputError("tracking.uri", strip_credentials(uri), f"is of no use ({error})") from None
     except MlflowException as error:
         known = "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of who may use it"

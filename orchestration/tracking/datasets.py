@@ -53,7 +53,7 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
         if uri is None:
             continue
         stem = known or _stem(uri)
-        name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
+        name = part if stem == part else f"{stem}-{part}"  # MLflow identifies data sets by name and digest
         yield Dataset(name, digest, redact(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
 
 

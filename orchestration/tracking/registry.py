@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 _RULE = "promotion."  # tags of a registered model: the rule of the last sweep that registered in it
-_LEVELS = 20  # runs above a run
+_LEVELS = 20  # most levels of nested runs
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,7 @@ def register(
     try:
         client.get_registered_model(model)
     except MlflowException:
-        with suppress(
-            MlflowException
-        ):  # another sweep may be quicker; what else is wrong, the next line meets
+        with suppress(MlflowException):  # another sweep may be quicker; other errors come up in the next line
             client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
         client.get_registered_model(model)
     if artifact != ARTIFACT:
@@ -268,7 +266,7 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
                 if alias
                 else client.get_model_version(name, version)
             )
-            # by the client, as mlflow.artifacts goes by a URI that is global to the process
+            # by the client: mlflow.artifacts uses a URI that is global to the process
             artifact = dict(entry.tags).get("artifact", ARTIFACT)
             folder = Path(client.download_artifacts(str(entry.run_id), artifact, target))
         except (MlflowException, OSError) as error:

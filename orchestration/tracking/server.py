@@ -29,7 +29,7 @@ from trainers import storage
 
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
-_END_SECONDS = 12.0  # the keeper gives the server five
+_END_SECONDS = 12.0  # the keeper gives the server five of them
 _KEEPER = Path(__file__).with_name("server_keeper.py")
 
 
@@ -108,7 +108,7 @@ class Server:
     def _end(self) -> None:
         pid = _Files(self.folder).read().get("pid")
         for kind in (signal.SIGTERM, signal.SIGKILL):
-            if pid is None or not self.lives():  # while the keeper lives, the number is its own
+            if pid is None or not self.lives():  # while the keeper lives, no other process has its number
                 break
             os.killpg(pid, kind)
             deadline = time.monotonic() + _END_SECONDS
@@ -145,7 +145,7 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
             try:
                 return _start(folder, files, port, users, keeper)
             finally:
-                os.close(keeper)  # the one that was started holds it on
+                os.close(keeper)  # the keeper inherited it
     except BaseException:
         os.close(users)
         raise
@@ -168,7 +168,7 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
                 stdout=log,
                 stderr=log,
                 pass_fds=(keeper, port_lock),
-                start_new_session=True,  # Ctrl-C reaches us first; we end it in order
+                start_new_session=True,  # Ctrl-C reaches only us; we end the server in order
                 env={**os.environ, **quiet_environment()},
             )
     finally:
@@ -223,7 +223,7 @@ def quiet_environment() -> dict[str, str]:
     """Variables that turn off telemetry and progress bars, and make MLflow fail within seconds."""
     wanted = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner costs ten processes
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # MLflow's job runner would start ten processes
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",

@@ -37,7 +37,7 @@ _TAG_LIMIT = 5000
 _INPUT_TRIES = 3
 _WAITING = 1000  # requests, before those who log more have to wait
 _PATIENCE_SECONDS = 3600.0
-_MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
+_MONITOR_SECONDS = 30.0  # long: a dozen metrics each time, for days
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -88,7 +88,7 @@ class Tracker:
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
         self._monitor: SystemMetricsMonitor | None = None
-        self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
+        self._hurry = threading.Event()  # set to stop trying again while the server is away
 
     def _experiment(self, name: str) -> str:
         """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
@@ -96,7 +96,7 @@ class Tracker:
 
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            # the kind decides which view the UI opens it in
+            # the UI chooses its view by the kind
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
                 return str(self.client.create_experiment(name, tags=tags))
@@ -104,7 +104,9 @@ class Tracker:
                 experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
-        if experiment.lifecycle_stage == "deleted":  # else another sweep was quicker
+        if (
+            experiment.lifecycle_stage == "deleted"
+        ):  # deleted earlier; otherwise another sweep has just made it
             self.client.restore_experiment(experiment.experiment_id)
             self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
         return str(experiment.experiment_id)
@@ -140,7 +142,7 @@ class Tracker:
         ended = int(time.time() * 1000)
         began = ended - int(1000 * run.seconds)
         tags = {**run.tags, "mlflow.parentRunId": run.parent}
-        made: list[str] = []  # what goes on when a request is tried again
+        made: list[str] = []  # the run's id, kept when a request is tried again
 
         def send() -> str:
             if not made:
@@ -233,7 +235,7 @@ class Tracker:
 
     def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
         """Log (step, value) points of some metrics."""
-        now = int(time.time() * 1000)  # a point that is sent twice is one point, as its time is the same
+        now = int(time.time() * 1000)  # sent again with the same time, a point is not doubled
         self._send(self._metrics, run, {key: list(values) for key, values in points.items()}, now)
 
     def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]], now: int) -> None:
@@ -306,7 +308,7 @@ class Tracker:
         """Log how busy this machine is on a run, until the tracker is closed."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it speaks of each start and end
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it logs each start and end
         try:
             self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
                 run, sampling_interval=_MONITOR_SECONDS, resume_logging=True, tracking_uri=self.uri
@@ -358,7 +360,9 @@ class Tracker:
 
         self._hurry.set()
         if self.uri.startswith("http") and not answers(self.uri, timeout=2.0):
-            self._sender.shutdown(wait=False, cancel_futures=True)  # each request would be tried for long
+            self._sender.shutdown(
+                wait=False, cancel_futures=True
+            )  # the client would try each request for minutes
             return
         try:
             self.close(status)
@@ -370,7 +374,7 @@ class Tracker:
         if self._monitor is not None:
             self._monitor.finish()  # type: ignore[no-untyped-call]
             self._monitor = None
-        # by the sender, after what waits: a run that an interrupt caught at its start is open by then
+        # in the queue, after all requests: a run that was interrupted at its start is open by then
         self._send(self._finish_open, status)
         self.flush()
         self._sender.shutdown()
@@ -381,7 +385,7 @@ class Tracker:
         self._open.clear()
 
     def _send(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
-        if len(self._sent) > _WAITING:  # who logs faster than MLflow takes it waits here
+        if len(self._sent) > _WAITING:  # logging faster than MLflow takes it waits here
             self._sent.pop(0).result()
         self._sent.append(future := self._sender.submit(self._patiently, call, *arguments))
         return future
