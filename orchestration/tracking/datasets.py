@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from orchestration.common.redaction import redact
 from trainers import storage
 from trainers.config.data import DataSettings
 from trainers.sources.files import split_glob
 from trainers.sources.parquet import count_rows
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 _PARTS = ("train", "validation", "test")
 
@@ -31,6 +36,19 @@ class Dataset:
         """The kind of source in MLflow's words: ``s3``, ``gs``, …; files of a machine are ``local``."""
         scheme, separator, _ = self.source.partition("://")
         return scheme if separator else "local"
+
+    def as_input(self) -> DatasetInput:
+        """The data set in MLflow's types, as an input of a run."""
+        from mlflow import entities
+
+        dataset = entities.Dataset(
+            name=self.name,
+            digest=self.digest,
+            source_type=self.source_type,
+            source=json.dumps({"uri": self.source}),
+            profile=json.dumps({"num_rows": self.rows}),
+        )
+        return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", self.context)])
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:

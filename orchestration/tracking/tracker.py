@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -35,7 +34,7 @@ _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
 _INPUT_TRIES = 3
-_WAITING = 1000  # requests, before those who log more have to wait
+_WAITING = 1000  # requests in the queue, before logging waits
 _PATIENCE_SECONDS = 3600.0
 _MONITOR_SECONDS = 30.0  # long: a dozen metrics each time, for days
 
@@ -104,9 +103,7 @@ class Tracker:
                 experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
-        if (
-            experiment.lifecycle_stage == "deleted"
-        ):  # deleted earlier; otherwise another sweep has just made it
+        if experiment.lifecycle_stage == "deleted":  # otherwise another sweep has just made it
             self.client.restore_experiment(experiment.experiment_id)
             self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
         return str(experiment.experiment_id)
@@ -276,26 +273,14 @@ class Tracker:
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
         """Log the data sets that a run reads, beside those that it is known to read."""
-        from mlflow import entities
-
-        inputs = [
-            entities.DatasetInput(
-                entities.Dataset(
-                    name=dataset.name,
-                    digest=dataset.digest,
-                    source_type=dataset.source_type,
-                    source=json.dumps({"uri": dataset.source}),
-                    profile=json.dumps({"num_rows": dataset.rows}),
-                ),
-                [entities.InputTag("mlflow.data.context", dataset.context)],
-            )
-            for dataset in datasets
-        ]
-        self._send(self._log_inputs, run, inputs)
+        self._send(self._log_inputs, run, [dataset.as_input() for dataset in datasets])
 
     def _log_inputs(self, run: str, inputs: list[DatasetInput]) -> None:
-        """MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
-        refused, with nothing done, and finds them there when it asks again."""
+        """Log data sets, again where MLflow refuses.
+
+        MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
+        refused, with nothing done, and finds them there when it asks again.
+        """
         from mlflow.exceptions import MlflowException
 
         for _ in range(_INPUT_TRIES - 1):
