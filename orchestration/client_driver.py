@@ -1,4 +1,4 @@
-"""From a laptop through Ray's client port (``ray://``): the sweep's driver runs as a task on the cluster.
+"""The driver of a sweep as a task on the cluster, started from a laptop through Ray's client port.
 
 Tune's callbacks, the display and the tracker all belong to the driver, which must sit where the cluster is.
 Its lines come back through a queue, and Ctrl-C here cancels it there.

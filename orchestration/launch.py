@@ -1,4 +1,4 @@
-"""A recipe as the command line runs it: shown, or started here, on a cluster's head, or from a laptop."""
+"""Start of a recipe from the command line: shown, run here or on a cluster's head, or from a laptop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestration.recipe.phases import ALL_PHASES, PhaseRange
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_secrets
 
-ERROR = "error.txt"  # of a sweep that broke off
+ERROR = "error.txt"  # trace of a sweep that broke off
 
 
 def launch(
@@ -54,20 +54,20 @@ def launch(
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
     again = strip_secrets(shlex.join(["espalier", *command, *(["--address", address] if address else [])]))
-    if JOB in os.environ:  # the laptop that submitted it knows where it did
+    if JOB in os.environ:  # the user is at the laptop that submitted the job
         again = f"espalier resume {recipe.name} --address http://HOST:8265"
     try:
         _start(command[0], recipe, name, address, phase_range)
     except InputError:
         raise
-    except Exception as error:  # whatever it was: one line, and the whole where it does not hide the line
+    except Exception as error:  # one line here, and the whole trace in a file
         click.echo(f"espalier: {recipe.name} broke off: {first_line(error)}", err=True)
         click.echo(f"finished trials are kept; to go on: {again}; {_trace(recipe)}", err=True)
         raise click.exceptions.Exit(1) from None
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted; finished trials are kept. To go on: {again}", err=True)
         sys.stderr.flush()
-        os._exit(INTERRUPTED)  # Ray's and MLflow's threads have nothing left to do
+        os._exit(INTERRUPTED)  # without waiting for Ray's and MLflow's threads
 
 
 def _trace(recipe: Any) -> str:
@@ -79,7 +79,7 @@ def _trace(recipe: Any) -> str:
     trace = strip_secrets(traceback.format_exc())
     try:
         storage.write_bytes(file, trace.encode())
-    except OSError:  # the storage itself may be what is wrong
+    except OSError:  # the storage itself may be the cause
         return f"the trace:\n{trace}"
     return f"the trace is in {strip_secrets(file)}"
 
@@ -156,9 +156,9 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
     from orchestration.state.stored_recipe import check_unchanged
     from trainers import remote_calls, storage
 
-    storage.info(recipe.storage)  # does it answer at all?
+    storage.info(recipe.storage)  # raises where the storage does not answer
     check_unchanged(recipe)
-    # a mistake is one line alone: what goes on is said on a terminal, and gone when it is found
+    # the status line is gone when a mistake is found: the error is one line alone
     with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
         from orchestration.preflight.checks import prepare
         from orchestration.reporting.display import Display
@@ -168,5 +168,5 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
     with Display() as display:
         display.say(f"espalier {command} {name}: starting Ray and MLflow")
         out = output_console(180)
-        with remote_calls.time_limit(None):  # a place that has answered may be away for a while
+        with remote_calls.time_limit(None):  # from here on a storage may be away for a while
             run_sweep(prepared, display, out, address=address, recipe_name=name, phase_range=phase_range)

@@ -29,7 +29,7 @@ from trainers.engines.interleave import time_interleaved
 from trainers.engines.process import EngineError, EngineProcess
 from trainers.engines.registry import check
 
-_CHUNK = 64  # images of one pass where accuracy is measured
+_CHUNK = 64  # images of one pass when accuracy is measured
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def measure(variants: Sequence[Variant], options: BenchmarkOptions, bars: Bars) 
 
 
 def _cases(variants: Sequence[Variant], options: BenchmarkOptions) -> list[_Case]:
-    """All pairs; an exported folder with its own engine alone, whichever others were asked for."""
+    """All pairs of models and engines; an exported folder only with its own engine."""
     cases = []
     for variant in variants:
         for choice in options.choices:
@@ -152,7 +152,7 @@ def _cases(variants: Sequence[Variant], options: BenchmarkOptions) -> list[_Case
             if options.engines is not None:
                 asked = ", ".join(map(str, options.choices))
                 raise InputError("--engines", asked, f"none runs {variant.name}, which is a file for {own}")
-            check(own, options.device)
+            check(own, options.device, key="--engines")
             cases.append(_Case(variant, own, Row(variant.name, own, 0, variant.sparsity)))
     return cases
 
@@ -201,7 +201,7 @@ def _start(
 
 
 def _accuracy(cases: Sequence[_Case], tests: Tests, scratch: Path, bars: Bars) -> None:
-    """Top-1 of each model by each engine, some images at a time: decoded once for all that see them alike."""
+    """Top-1 of each model by each engine; images are decoded once for all models that take them alike."""
     right = dict.fromkeys(map(id, cases), 0)
     for done, (labels, pixels) in enumerate(tests.chunks([case.variant for case in cases]), start=1):
         for case in cases:

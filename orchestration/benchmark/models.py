@@ -70,11 +70,11 @@ class Variant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What models that are compared must have in common: classes, channels, height, width."""
+        """Classes, channels, height, width: what models that are compared must have in common."""
         return (self.preprocessing["classes"], *self.preprocessing["input_size"])
 
     def refuses(self, choice: Choice) -> str | None:
-        """Why an engine has nothing to do with it, in words; ``None`` if it runs it."""
+        """Why an engine cannot run the model, as text; ``None`` if it can."""
         if self.model is None:
             own = Choice(self.record["engine"], self.record["type"])
             fits = (choice.engine, choice.stored) == (own.engine, own.stored)

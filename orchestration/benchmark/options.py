@@ -88,9 +88,9 @@ class BenchmarkOptions(ColumnOptions):
                 for name, engine in ENGINES.items()
                 if self.device in engine.devices and engine.lacking(engine.types[0], self.device) is None
             )
-        choices = [Choice.parse(part.strip()) for part in self.engines.split(",")]
+        choices = [Choice.parse(part.strip(), key="--engines") for part in self.engines.split(",")]
         for choice in choices:
-            check(choice, self.device)
+            check(choice, self.device, key="--engines")
             if (choice.engine, choice.stored) == ("openvino", "int8") and self.calibration is None:
                 wanted = (
                     f"{choice} fixes the ranges of activations: give training images (Parquet: image, label)"

@@ -1,4 +1,4 @@
-"""What was measured, as a table, in words, as JSON, and which model on which engine it recommends."""
+"""The report of a benchmark as a table, lines and JSON, with the model and engine that it recommends."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Report:
         return next((r for r in self.rows if (r.model, r.choice, r.batch) == wanted and r.timed), None)
 
     def best_dense(self, batch: int) -> Row | None:
-        """The first model on its fastest engine in float32: what a gain has to be a gain over."""
+        """The first model on its fastest engine in float32, which all gains are gains over."""
         timed = [r for r in self.rows if r.model == self.first and r.batch == batch and r.timed]
         plain = [row for row in timed if row.choice.kind == "float32"]
         return min(plain or timed, key=lambda row: row.latency, default=None)
@@ -133,7 +133,7 @@ class Report:
         return min(candidates, key=lambda row: row.latency, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; no path of this machine."""
+        """The whole report, without any path of this machine."""
         return {
             "format": FORMAT,
             "machine": self.machine | {"load_after": self.load_after},
@@ -216,7 +216,7 @@ def gain(row: Row, over: Row) -> bool:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, and all those before the point."""
+    """A time with three digits, or with all those before the point."""
     value = 1e3 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -242,5 +242,5 @@ def _as_dict(row: Row) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity."""
+    """Values with ``None`` for infinity, which JSON does not have."""
     return {key: value if abs(value) < float("inf") else None for key, value in values.items()}

@@ -28,7 +28,7 @@ from trainers import remote_calls
 
 
 class _Commands(click.Group):
-    """Unknown commands are met with the nearest known one."""
+    """A group that meets an unknown command with the nearest known one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -61,10 +61,10 @@ for command in (
 
 
 def _end_in_order() -> None:
-    """Ctrl-C and SIGTERM become one KeyboardInterrupt, also where a shell started us with them ignored."""
+    """Turn Ctrl-C and SIGTERM into one KeyboardInterrupt, also where a shell started us with them ignored."""
 
     def interrupt(number: int, frame: Any) -> None:
-        # once is enough: a second one would break off the clean end
+        # a second signal would break off the clean end
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def main() -> None:
     _end_in_order()
     with remote_calls.time_limit(remote_calls.LIMIT_SECONDS):
         status = _status()
-    if remote_calls.any_abandoned():  # its client is waited for at an ordinary end, for minutes
+    if remote_calls.any_abandoned():  # an ordinary end would wait for its client, for minutes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -9,10 +9,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestration.cli import options
+from pruners.errors import InputError
 
 if TYPE_CHECKING:
     from trainers.sources.classes import Names
     from trainers.sources.columns import Columns
+
+_OPTIONS = {
+    "source": "IMAGEFOLDER",
+    "target": "OUT",
+    "labels": "--labels",
+    "ids": "--ids",
+    "order": "--order",
+}
+"""Parameters of :mod:`trainers.sources` -> what the user of ``espalier data convert`` wrote."""
+_PHRASES = {
+    "by ids": "by --ids",
+    "by first ": "by --first-label ",
+    "by classes": "by --classes",
+    "unlabelled: skip": "--unlabelled skip",
+}
 
 _processes = click.option(
     "--processes",
@@ -81,16 +97,17 @@ def convert(
         key: None if options_of_reading[key] is None else Path(options_of_reading.pop(key))
         for key in ("labels", "ids")
     }
-    conversion = plan(Path(imagefolder), SourceOptions(classes=names, **options_of_reading | files))
-    for line in conversion.notes:
-        click.echo(line, err=True)
     images = skipped = 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("shards", total=len(conversion.shards))
-        for shard in write(conversion, Path(out), processes):
-            images += shard.images
-            skipped += shard.skipped
-            progress.advance(task)
+    with InputError.renamed(_OPTIONS, _PHRASES):
+        conversion = plan(Path(imagefolder), SourceOptions(classes=names, **options_of_reading | files))
+        for line in conversion.notes:
+            click.echo(line.replace("(order: timm; order: ", "(--order timm; --order "), err=True)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("shards", total=len(conversion.shards))
+            for shard in write(conversion, Path(out), processes):
+                images += shard.images
+                skipped += shard.skipped
+                progress.advance(task)
     known = f" of {len(conversion.classes)} classes" if conversion.classes else ""
     click.echo(f"{images:,} images{known} in {len(conversion.shards)} files in {out}")
     if skipped:
@@ -128,7 +145,10 @@ def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
     from trainers.sources.audit import DatasetAudit, audit_dataset
 
     whole = DatasetAudit()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with (
+        InputError.renamed({"uri": "PATH"}),
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
         task = progress.add_task("row groups", total=None)
         for done, parts, survey_so_far in audit_dataset(path, processes, wanted):
             progress.update(task, completed=done, total=parts)

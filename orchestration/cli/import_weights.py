@@ -1,4 +1,4 @@
-"""``espalier import``, as it is typed."""
+"""``espalier import``: a file of weights into a checkpoint folder."""
 
 from __future__ import annotations
 

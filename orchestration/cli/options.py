@@ -36,7 +36,7 @@ def columns(command: F) -> F:
 
 
 def named(options: dict[str, Any]) -> Columns:
-    """What :func:`columns` was given, taken out of a command's options."""
+    """The columns that :func:`columns` was given, taken out of a command's options."""
     from trainers.sources.columns import Columns
 
     return Columns(options.pop("image_column"), options.pop("label_column"))

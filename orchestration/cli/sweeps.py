@@ -1,4 +1,4 @@
-"""Sweeps that are at work or were, here or on a cluster, and the cluster itself: ``espalier status`` …"""
+"""``espalier status``, ``logs``, ``stop`` …: commands about sweeps, here or on a cluster, and the cluster."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def resume(
     detach: bool,
 ) -> None:
     """Go on with the sweep NAME by the recipe stored with it; finished trials are not repeated."""
-    if address is not None and is_jobs_api(address):  # the recipe is there, where the storage is
+    if address is not None and is_jobs_api(address):  # the recipe is on the cluster's storage
         storage = _put(storage, address, name)
         where = _where(storage)
         words = ["resume", name, *overrides, *(["--as", new] if new else []), *where]
@@ -184,7 +184,7 @@ def _where(storage: str | None) -> list[str]:
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
-    """The storage that is given, or that in which a job put the sweep."""
+    """The storage that is given, or that of the sweep's last job."""
     if storage != defaults.STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of

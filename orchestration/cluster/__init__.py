@@ -7,4 +7,5 @@ __all__ = [
     "jobs_api",
     "keeper",
     "node_probe",
+    "ray_internals",
 ]

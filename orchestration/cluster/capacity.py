@@ -1,4 +1,4 @@
-"""What a cluster has to give: processors, memory and accelerators, and whether a recipe fits in it."""
+"""Capacity of a cluster: processors, memory and accelerators, and whether a recipe fits in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from orchestration.cluster.ray_internals import resources_with_autoscaling
 from orchestration.recipe.schema import Recipe, Resources
 from orchestration.recipe.search import AllocationSearch
 from pruners.errors import InputError
@@ -16,7 +17,7 @@ from pruners.errors import InputError
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What the cluster can give: CPUs and GPUs, counting what autoscaling may add.
+    """CPUs and GPUs of a cluster, counting what autoscaling may add.
 
     ``nodes`` holds the CPUs and GPUs of each node, or nothing where more of them may come.
     """
@@ -26,7 +27,7 @@ class ClusterSize:
     nodes: tuple[tuple[float, float], ...] = ()
 
     def _pieces(self, cpus: float, gpus: float) -> int:
-        """How many pieces of so much the nodes hold; a piece is not shared out over two."""
+        """How many workers of this size the nodes hold; a worker lies on one node."""
         return sum(
             int(min(node[0] / cpus, node[1] / gpus if gpus else math.inf) + 1e-6) for node in self.nodes
         )
@@ -83,8 +84,8 @@ class ClusterSize:
 def cluster_size() -> ClusterSize:
     """The capacity of the cluster that is joined, with what autoscaling may add."""
     resources = dict(ray.cluster_resources())
-    # an autoscaling cluster can give more than it has now
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    # autoscaling adds nodes when they are asked for
+    possible = resources_with_autoscaling()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return ClusterSize(
         cpus=max(resources.get("CPU", 0.0), possible.get("CPU", 0.0)),
@@ -94,9 +95,9 @@ def cluster_size() -> ClusterSize:
 
 
 def check_local(recipe: Recipe) -> None:
-    """Whether this machine alone can ever run the recipe; asked before a local cluster is started.
+    """Check that this machine alone can run the recipe, before a local cluster is started.
 
-    Where ``RAY_ADDRESS`` is set (as inside a Ray job) a cluster is joined, and it is the one to ask.
+    Where ``RAY_ADDRESS`` is set (as inside a Ray job) a cluster is joined, and its capacity counts instead.
 
     Raises:
         InputError: more workers than it has processors.

@@ -57,7 +57,7 @@ def check_cluster(
 
 
 def check_storage(storage_uri: str) -> None:
-    """Whether every node of the cluster that is joined writes to the storage and sees what others wrote.
+    """Check that every node of the cluster that is joined writes to the storage and sees what others wrote.
 
     Raises:
         InputError: one does not.
@@ -69,7 +69,7 @@ def check_storage(storage_uri: str) -> None:
 
 
 def probe(storage_uri: str | None, uri: str | None) -> list[Offer]:
-    """Every node of the cluster that is joined, asked by a task of its own."""
+    """Ask every node of the cluster that is joined, by a task of its own."""
     cloudpickle.register_pickle_by_value(node_probe)
     nodes = [
         Offer(node["NodeID"], node["NodeManagerAddress"], dict(node["Resources"]))
@@ -93,7 +93,7 @@ def probe(storage_uri: str | None, uri: str | None) -> list[Offer]:
 
 
 def _exchange(folder: str, nodes: list[Offer]) -> None:
-    """The first node reads what all have written, each other one what the first has; then it is removed."""
+    """Have the first node read what all have written, and the others what it has; then remove it."""
     if not nodes:
         return
     head, others = nodes[0], nodes[1:]
@@ -104,7 +104,7 @@ def _exchange(folder: str, nodes: list[Offer]) -> None:
             node.problems.append(f"does not share the storage with {head.address}")
     if head.id in unseen:
         head.problems.append("cannot read back what it wrote to the storage")
-    for node in nodes:  # what is not shared, each has of its own
+    for node in nodes:  # a storage that is not shared has a folder on each node
         if wrong := _answer(node, _ask(node, node_probe.remove, folder)):
             node.problems.append(f"cannot remove a file from the storage ({wrong})")
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: joined where an address says so, else started on this machine for as long as we run."""
+"""The Ray cluster of a command: joined at an address, or started on this machine for as long as we run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestration.cluster.capacity import ClusterSize, cluster_size
 from orchestration.common.network import LOOPBACK, check_reachable, reserve
 from pruners.errors import InputError, first_line
 
-# Our own display shows progress; Ray's would print a line a report and worker over it.
+# Our own display shows progress; Ray's would print a line for each report and worker over it.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it must end in seconds
@@ -48,7 +48,7 @@ _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKE
 
 
 def cluster_address(given: str | None) -> str | None:
-    """Where the cluster is: as given, or as ``ray job submit`` says; ``None`` is this machine."""
+    """The cluster's address: as given, or as ``ray job submit`` says; ``None`` is this machine."""
     return given or os.environ.get("RAY_ADDRESS") or None
 
 
@@ -64,8 +64,8 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in _QUIET.items()})
     logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is our own line
-    if ray.is_initialized():  # a driver that runs as a task on the cluster
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we print a line for a failed trial
+    if ray.is_initialized():  # the driver runs as a task on the cluster
         yield cluster_size()
         return
     joined = cluster_address(address)
@@ -94,14 +94,14 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Ray, as it starts, makes SIGTERM its own; here it stays what it was, and ends what has begun."""
+    """Keep our handler of SIGTERM while Ray starts, as Ray replaces it; SIGTERM then ends what has begun."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # Ray's handler
+    except SystemExit:  # raised by Ray's handler of SIGTERM
         ray.shutdown()
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:
@@ -115,10 +115,12 @@ _keeper_processes: list[subprocess.Popen[bytes]] = []
 
 
 def _keep() -> None:
-    """A process that outlives us, and ends what is left of the cluster then."""
-    began = time.strftime(keeper.NAME)  # before Ray does
+    """Start a process that outlives us, and then ends what is left of the cluster."""
+    began = time.strftime(keeper.NAME)  # before Ray begins
     command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
-    search_path = os.pathsep.join(folder for folder in sys.path if folder)  # also where we are not installed
+    search_path = os.pathsep.join(
+        folder for folder in sys.path if folder
+    )  # the keeper must find us where we are not installed
     _keeper_processes.append(
         subprocess.Popen(
             command,
@@ -132,7 +134,7 @@ def _keep() -> None:
 
 
 def _dismiss(process: subprocess.Popen[bytes]) -> None:
-    """Let it look once more, and end."""
+    """Let the keeper look once more, and end."""
     assert process.stdin is not None, "made with a pipe"
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -140,20 +142,20 @@ def _dismiss(process: subprocess.Popen[bytes]) -> None:
 
 
 def _start_local() -> None:
-    """A cluster on this machine; another port is tried where somebody else was quicker to take the one."""
+    """Start a cluster on this machine; try another port if another process took the first one meanwhile."""
     _keep()
     for left in range(_STARTS - 1, -1, -1):
         try:
             _start_at_free_port()
             return
-        except Exception as error:  # Ray raises its own log as a plain one
+        except Exception as error:  # Ray raises a plain Exception with its log
             if not left or "address already in use" not in str(error):
                 raise
             ray.shutdown()
 
 
 def _start_at_free_port() -> None:
-    """All of this machine's processors, the dashboard on loopback, other ports behind a token."""
+    """Start it with all processors; its dashboard is on loopback, other ports ask for a token."""
     port, lock = reserve(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
@@ -171,7 +173,7 @@ def _start_at_free_port() -> None:
 
 
 def _join(address: str) -> None:
-    """An existing cluster, whose processes learn from the job's environment where its dashboard is."""
+    """Join an existing cluster; the job's environment tells its processes where the dashboard is."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _impatient():
         dashboard = ray.init(address=address, **quiet).dashboard_url
@@ -182,13 +184,13 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Ray tries for some seconds to join, not for twenty, and its lines about it are not seen."""
+    """Let Ray try for 5 seconds to join, instead of twenty, and hide its lines about it."""
     given = os.environ.get(_JOIN_SECONDS)
     os.environ[_JOIN_SECONDS] = given or "5"
     sys.stderr.flush()
     seen = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # they come from compiled code
+        os.dup2(nowhere.fileno(), 2)  # Ray's lines come from compiled code
     try:
         yield
     finally:
@@ -198,13 +200,8 @@ def _impatient() -> Iterator[None]:
             del os.environ[_JOIN_SECONDS]
 
 
-def logs_folder() -> str:
-    """Where the cluster that is joined keeps its logs on this machine."""
-    return str(ray._private.worker._global_node.get_logs_dir_path())
-
-
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether a token was missing or wrong, which Ray says at the bottom of its errors only."""
+    """Whether a token was missing or wrong; Ray says so only in the innermost of its errors."""
     while error is not None:
         if any(word in str(error) for word in ("Unauthenticated", "AuthToken", "authentication")):
             return True
@@ -214,14 +211,14 @@ def _is_refused(error: BaseException | None) -> bool:
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """Ray's client at ``address``, left at the end.
+    """Join a cluster through Ray's client at ``address``, and leave it at the end.
 
     Raises:
         InputError: no cluster answers there.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is raised as well
+            warnings.simplefilter("ignore")  # Ray raises what it warns of
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = first_line(error)

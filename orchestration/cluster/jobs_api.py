@@ -1,4 +1,4 @@
-"""A command as a job on a cluster, by Ray's Jobs API: submitted with our source, followed, found again."""
+"""Commands as jobs on a cluster, by Ray's Jobs API: submitted with our source, followed, found again."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import click
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from orchestration.cluster.ray_internals import PACKAGING_LOGGER
 from orchestration.common.environment import INTERRUPTED, JOB, JOB_RECIPE
 from orchestration.common.network import check_reachable
 from orchestration.recipe.schema import Recipe
@@ -30,9 +31,9 @@ from pruners.redaction import strip_credentials
 
 _PACKAGES = ("pruners", "trainers", "orchestration", "experiments")
 _TAG = "espalier"  # of a job's metadata: the sweep that it runs
-_PLACE = "espalier.storage"  # and where that lies
+_PLACE = "espalier.storage"  # and its storage
 _END_SECONDS = 30.0
-# what the job's supervisor says of itself, before ours
+# lines of the job's supervisor, before ours
 _SUPERVISOR = re.compile(r"\S+ \S+\s+INFO job_\w+\.py|Running entrypoint for job ")
 
 
@@ -43,9 +44,9 @@ def open_jobs(address: str) -> JobSubmissionClient:
         InputError: nobody answers there, or not to our token.
     """
     check_reachable(address)
-    for name in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
+    for name in ("dashboard_sdk", "job.sdk"):  # both set their own levels
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
+    logging.getLogger(PACKAGING_LOGGER).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (AuthenticationError, ConnectionError, RuntimeError, OSError, ValueError) as error:
@@ -91,7 +92,7 @@ def submit(
 
 
 def _metadata(sweep: str | None, storage: str | None) -> dict[str, str]:
-    """What a job says of itself on Ray's dashboard; no password, and no place of this machine's own."""
+    """Metadata of a job on Ray's dashboard: no password, and no path of this machine."""
     if sweep is None:
         return {}
     if storage is None or not _travels(storage) or strip_credentials(storage) != storage:
@@ -138,7 +139,7 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
 
 
 def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
-    """Where the last job put a sweep (or any: ``None``); nothing where no job has said so."""
+    """The storage of the last job of a sweep (``None``: of any); nothing where no job recorded one."""
     by_sweep = _jobs(client)
     jobs = [job for name, jobs in by_sweep.items() if sweep in (None, name) for job in jobs]
     jobs.sort(key=lambda job: job.start_time or 0)
@@ -192,12 +193,12 @@ def _packed(recipe: Recipe | None) -> Iterator[Path]:
 
 
 def _travels(storage: str) -> bool:
-    """Whether a place means the same on another machine."""
+    """Whether a storage means the same on another machine."""
     return "://" in storage or Path(storage).is_absolute()
 
 
 def _for_elsewhere(recipe: Recipe) -> Mapping[str, Any]:
-    """A recipe without what only this machine knows: the cluster's own environment gives the rest."""
+    """A recipe without what holds on this machine only; the cluster's own environment gives the rest."""
     content = content_of(recipe)
     if _travels(recipe.storage):
         content["storage"] = recipe.storage

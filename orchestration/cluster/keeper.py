@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-_GRACE_SECONDS = 3.0  # in which they may end by themselves
+_GRACE_SECONDS = 3.0  # for processes to end by themselves
 _SECONDS = 15.0
 _SESSION = re.compile(r"/(session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)_\d+_(\d+)/logs/")
 NAME = "session_%Y-%m-%d_%H-%M-%S"
@@ -52,22 +52,22 @@ def _written(process: psutil.Process) -> Iterator[str]:
             yield from [file.path for file in process.open_files()]
         return
     folder = Path(f"/proc/{process.pid}")
-    with suppress(OSError):  # it has ended, or is somebody else's
+    with suppress(OSError):  # the process has ended, or belongs to another user
         for descriptor in (folder / "fd").iterdir():
             with suppress(OSError):  # this file was closed meanwhile
-                place = str(descriptor.readlink())
-                if _SESSION.search(place) and _is_for_writing(folder / "fdinfo" / descriptor.name):
-                    yield place
+                path = str(descriptor.readlink())
+                if _SESSION.search(path) and _is_for_writing(folder / "fdinfo" / descriptor.name):
+                    yield path
 
 
 def _is_for_writing(information: Path) -> bool:
-    """Whoever looks at a log only has it open too."""
-    found = re.search(r"^flags:\s*([0-7]+)$", information.read_text(), re.MULTILINE)
-    return found is None or int(found[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    """Whether a process has a file open to write: others have a log open too, to read it."""
+    flags = re.search(r"^flags:\s*([0-7]+)$", information.read_text(), re.MULTILINE)
+    return flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def end(driver: int, since: str) -> None:
-    """Wait for them, and kill those that are still there."""
+    """Wait for processes, and kill those that are still there."""
     began = time.monotonic()
     while processes := left(driver, since):
         waited = time.monotonic() - began
@@ -82,7 +82,7 @@ def end(driver: int, since: str) -> None:
 
 def main() -> None:
     """Wait for the driver's end, and then for that of its cluster."""
-    for kind in (signal.SIGINT, signal.SIGTERM):  # it is the driver that ends by them
+    for kind in (signal.SIGINT, signal.SIGTERM):  # these signals end the driver, not its keeper
         signal.signal(kind, signal.SIG_IGN)
     sys.stdin.buffer.read()
     end(int(sys.argv[1]), sys.argv[2])

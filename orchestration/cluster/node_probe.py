@@ -77,7 +77,7 @@ def remove(storage_uri: str) -> str | None:
 
 
 def _source() -> str:
-    """Digits of Espalier's source: a version number does not tell two checkouts apart."""
+    """Hash of Espalier's source: two checkouts can have the same version number."""
     content = hashlib.sha256()
     for name in _OURS:
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""``espalier evaluate``: a model on a table of images, and its figures."""
+"""``espalier evaluate``: the accuracy of a model on a table of images."""
 
 from __future__ import annotations
 

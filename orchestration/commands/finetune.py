@@ -1,4 +1,4 @@
-"""``espalier finetune``: trained by :mod:`trainers.loop.gradual` with a schedule that prunes nothing more.
+"""``espalier finetune``: trains by :mod:`trainers.loop.gradual` with a schedule that prunes nothing more.
 
 Beside the result, until it is there, lies a hidden folder: ``start`` is the checkpoint with its new
 classifier, ``last`` what an interrupted run goes on from, ``kept`` the best model so far.
@@ -49,11 +49,11 @@ from trainers.models import factory
 
 @dataclass(frozen=True)
 class Finetuning:
-    """Everything that is needed, loaded and checked; nothing is written yet.
+    """A fine-tuning, loaded and checked; nothing is written yet.
 
     Attributes:
         model: with the classifier that the images need; ``classes`` are those before and now.
-        lineage: what ``pruning.json`` says of where the model comes from.
+        lineage: what ``pruning.json`` records of where the model comes from.
     """
 
     options: FinetuneOptions
@@ -113,7 +113,7 @@ class Finetuning:
         return 0.0 if self.masks is None else self.masks.sparsity
 
     def run(self) -> list[str]:
-        """Train, write the folder, and say what was done."""
+        """Train, write the folder, and return lines about it."""
         with self._workplace() as work, self._renamed():
             job = self._job(self._start(work), work)
             with Bars(heading=self._plan(job)) as bars:
@@ -163,13 +163,13 @@ class Finetuning:
         start = work / "start"
         if not start.exists():
             with whole_folder(start, self.options.out, "--out") as folder:
-                # the arguments that built the model: timm knows them itself
+                # timm knows the arguments that built the model
                 save_checkpoint(folder, self.model, model_args={}, masks=self.masks, record=self.lineage)
         self._check_lineage(work, verify(start, str(start)))
         return start
 
     def _check_lineage(self, work: Path, record: Mapping[str, Any]) -> None:
-        """Whether what lies in a folder comes from this checkpoint and these images."""
+        """Check that what lies in a folder comes from this checkpoint and these images."""
         if any(record.get(key) != value for key, value in self.lineage.items()):
             raise _of_another(self.options.out, work, "its checkpoint or its images differ")
 
@@ -269,14 +269,14 @@ class _Report:
         new.replace(last)
 
     def stepped(self, done: int, total: int) -> None:
-        """The steps of this process: those before it was started tell nothing of the time that is left."""
+        """Show the steps of this process; those of a process before it tell nothing of the time left."""
         if self.first is None:
             self.first = done - 1
         self.bars("training", done - self.first, total - self.first)
 
 
 def _parent(name: str, location: str) -> dict[str, str]:
-    """Which model this was: a name that others know too, and the hash of its weights."""
+    """The model's name as others know it, and the hash of its weights."""
     if not is_file(location):
         return {"source": name}
     known = name if ":/" in name else Path(name).name
@@ -284,7 +284,7 @@ def _parent(name: str, location: str) -> dict[str, str]:
 
 
 def _fitting(masks: MaskSet | None, model: nn.Module) -> MaskSet | None:
-    """The masks without that of a classifier that is new."""
+    """The masks that fit the model: not that of a classifier that is new."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     fitting = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
     return MaskSet(fitting) if fitting else None

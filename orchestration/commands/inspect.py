@@ -147,7 +147,7 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
         return Description(name, None, shapes, 0, None, {}, _costs(model, {}), LeftDense.of(model, shapes))
     loaded = load(name, patterns)
     prunable = layers_of(loaded, patterns)
-    # what was left dense on purpose counts as little here as it did when the model was pruned
+    # layers that were left dense on purpose count neither here nor when the model was pruned
     masks = loaded.masks
     layers = [layer for layer in prunable if masks is None or layer.name in masks]
     parameters = dict(loaded.model.named_parameters())

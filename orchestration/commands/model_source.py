@@ -38,15 +38,15 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
     if is_file(name):
         with InputError.renamed(_by_option):
             return load_checkpoint(absolute(name), key="model", layers=patterns)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs a line for each retry
     try:
         return Checkpoint(factory.load_hub(name), None)
-    except Exception as error:  # timm, the hub's client and what they stand on have kinds of their own
+    except Exception as error:  # timm, the hub's client and their libraries raise errors of many kinds
         raise InputError("model", name, f"cannot be fetched ({first_line(error)})") from None
 
 
 def check_named(name: str) -> None:
-    """Whether a model is named at all: an empty name would be the current folder.
+    """Check that a model is named at all: an empty name would be the current folder.
 
     Raises:
         InputError: it is empty.
@@ -83,7 +83,7 @@ def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]
 
 @contextmanager
 def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, and its record.
+    """A folder (any pyarrow URI) or ``hf-hub:NAME`` as a local folder, checked, with its record.
 
     Raises:
         InputError: as :func:`load`.
@@ -115,7 +115,10 @@ def skeleton(name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return factory.build_model(settings)
-    except (InputError, NotImplementedError):  # a constructor that computes with its weights
+    except (
+        InputError,
+        NotImplementedError,
+    ):  # the constructor computes with its weights, which the meta device lacks
         return factory.build_model(settings)
 
 

@@ -48,7 +48,7 @@ def free_folder(path_text: str, key: str) -> Path:
         parent = next(folder for folder in target.parents if os.path.lexists(folder))
         Path(
             tempfile.mkdtemp(dir=parent, prefix=".espalier-")
-        ).rmdir()  # what may be written, only this tells
+        ).rmdir()  # only trying shows whether it can be written
     except OSError as error:
         raise InputError(key, path_text, f"cannot be written ({error.strerror or error})") from None
     return target
@@ -70,7 +70,7 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
         InputError: it cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process of this number that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process of the same number
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     try:
         partial.mkdir(parents=True)
@@ -86,7 +86,7 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
 
 
 def forget_killed(target: Path) -> None:
-    """Delete what processes that were killed left of a file or folder, now that it is there whole."""
+    """Delete what killed processes left of a file or folder, now that it is there whole."""
     for partial in target.parent.glob(f".{escape(target.name)}.partial-*"):
         number = partial.name.rpartition("-")[2]
         if not number.isdecimal() or _lives(int(number)):
@@ -102,7 +102,7 @@ def _lives(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         return True
     return True
 

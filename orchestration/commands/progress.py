@@ -19,21 +19,21 @@ from trainers.remote_calls import run_in_thread
 _PLAIN_SECONDS = 10.0
 
 
-_PLAIN_SHARE = 0.05  # of the time so far: work of hours needs no line every ten seconds
+_PLAIN_SHARE = 0.05  # share of the time so far: work of hours needs no line every ten seconds
 
 
 T = TypeVar("T")
 
 
 class Bars:
-    """Kinds of work and how far each one is: bars on a terminal, a line now and then in a pipe.
+    """Progress of kinds of work: bars on a terminal, a line now and then in a pipe.
 
     An instance is a :data:`pruners.order_builder.Progress`; a kind may begin again (several λ, several
     passes).
     """
 
     def __init__(self, console: Console | None = None, heading: str = "") -> None:
-        """``heading``: said before the first bar or line, so that a mistake found at once is a line alone."""
+        """Prepare the bars; ``heading`` is printed before the first one: an early mistake is a line alone."""
         self.console = console or Console(file=sys.stderr)
         self._heading = heading
         self._live = self.console.is_terminal
@@ -61,7 +61,7 @@ class Bars:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         for line in filter(None, (self._heading, text)):
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
         self._heading = ""
@@ -69,7 +69,7 @@ class Bars:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if done <= self._done.get(what, done):
-            self._began[what] = self._last  # it began when the work before it ended
+            self._began[what] = self._last  # this kind began when the one before it ended
             self._rounds[what] = self._rounds.get(what, 0) + 1
         self._done[what], self._last = done, now
         took = now - self._began[what]
@@ -107,17 +107,17 @@ def _clock(seconds: float) -> str:
 
 
 def interruptible(work: Callable[[], T]) -> T:
-    """The result of ``work``, done in a thread of its own.
+    """Do ``work`` in a thread of its own, and return its result.
 
     Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
-    who catches the interrupt must :func:`leave` without waiting for it.
+    a caller that catches the interrupt must :func:`leave` without waiting for it.
     """
     return run_in_thread(work).result()
 
 
 def leave(status: int) -> NoReturn:
     """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
-    atexit._run_exitfuncs()
-    sys.stderr.write("interrupted\n")  # the last word: the thread may speak until now
+    atexit._run_exitfuncs()  # private; checked with CPython 3.11
+    sys.stderr.write("interrupted\n")  # last, as the thread may print until now
     sys.stderr.flush()
     os._exit(status)

@@ -43,7 +43,7 @@ from trainers.sources.columns import Columns
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that pruning needs, loaded and checked; nothing is written yet.
+    """A pruning, loaded and checked; nothing is written yet.
 
     ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
     """
@@ -80,8 +80,8 @@ class Job:
             return cls(options, target, model, layers, pruner, gradients, tests, loaded.masks)
 
     def run(self) -> list[str]:
-        """Prune, write the folder, and say what was done."""
-        # torch, about the attention of single images: nothing that one could do about it
+        """Prune, write the folder, and return lines about it."""
+        # torch warns about the attention of single images; no setting avoids it
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         with _renamed(self.options):
             with Bars(heading=self._plan()) as bars:
@@ -121,7 +121,7 @@ class Job:
     def _write(self, outcome: Outcome) -> None:
         masks, record = outcome.report.masks.over(self.masks), outcome.record()
         with whole_folder(self.target, self.options.out, "--out") as folder:
-            # the arguments that built the model: timm knows them itself
+            # timm knows the arguments that built the model
             save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
 
     def _plan(self) -> str:
@@ -137,7 +137,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Again:
-    """Batches that begin afresh whenever they are asked for: a Fisher in several parts reads them again."""
+    """Batches that begin afresh at each iteration: a Fisher in several parts reads them again."""
 
     batches: Callable[[], Iterable[Batch]]
 
@@ -174,7 +174,7 @@ def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> datasets.
 def _check_budget(
     options: PruneOptions, model: nn.Module, layers: list[PrunableLayer], pruner: Pruner
 ) -> None:
-    """What :func:`prune` would find out at the end of the work: limits that the budget cannot meet."""
+    """Check what :func:`prune` would find out only at the end: limits that the budget cannot meet."""
     masks = MaskSet.from_zeros(model, layers)
     total = pattern_budget(layers, options.target, pruner.form, masks)
     if sum(masks.pruned().values()) > total:
@@ -230,7 +230,7 @@ class Outcome:
     tests: tuple[Evaluation, Evaluation] | None
 
     def record(self) -> dict[str, Any]:
-        """What ``pruning.json`` says besides versions and checksums."""
+        """The record for ``pruning.json``, without versions and checksums."""
         options, report = self.options, self.report
         source = options.model
         record = {
@@ -239,7 +239,9 @@ class Outcome:
             "allocation": report.allocation,
             "costs": self.costs.as_dict(),
             "seed": options.seed,
-            "source": Path(source).name if Path(source).expanduser().exists() else source,  # no path of ours
+            "source": Path(source).name
+            if Path(source).expanduser().exists()
+            else source,  # without a path of this machine
             "options": options.as_record() | self._resolved(),
         }
         if report.damp is not None:
@@ -290,7 +292,7 @@ class Outcome:
             yield f"{module} {100 * pruned[module] / count:.2f} %"
 
     def _resolved(self) -> dict[str, Any]:
-        """What the method takes where nothing was said."""
+        """The method's own values for options that were not given."""
         if not isinstance(self.pruner, SecondOrder):
             return {}
         names = ("gradients", "block_size") if self.options.tries_damps else _FISHER
@@ -298,6 +300,6 @@ class Outcome:
 
 
 def gradients_taken(options: PruneOptions, pruner: Pruner) -> str:
-    """How many, and of what."""
+    """How many gradients are taken, and of what."""
     of = "single images" if options.per_sample else f"{options.batch_size} images each"
     return f"{pruner.gradients:,} gradients of {of}"

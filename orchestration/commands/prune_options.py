@@ -17,7 +17,7 @@ from pruners.model.sparsity_pattern import Pattern
 from trainers.config.pruning import FisherSettings, ScopeName
 from trainers.sources.columns import ColumnOptions
 
-# what says how gradients are taken: nothing to a method that takes none
+# options of gradients: refused for a method that takes none
 _OF_GRADIENTS = ("gradients", "per_sample", "block_size", "damp", "relative", "memory")
 
 
@@ -91,7 +91,7 @@ class PruneOptions(ColumnOptions):
         arguments |= {"gradients": self.gradients, "block_size": self.block_size, "damp": self._damp()}
         arguments["relative"] = self.relative
         if isinstance(arguments["damp"], float) and self.relative is None:
-            arguments["relative"] = False  # a λ that is given is meant as it stands
+            arguments["relative"] = False  # a given λ is absolute
         return {key: value for key, value in arguments.items() if value is not None}
 
     @property
@@ -113,7 +113,7 @@ class PruneOptions(ColumnOptions):
         elsewhere = ("model", "method", "seed", "out", "device")
         kept = {key: value for key, value in asdict(self).items() if key not in elsewhere}
         if self.data is not None:
-            kept["data"] = PurePath(self.data).name  # where it lies on this machine helps nobody else
+            kept["data"] = PurePath(self.data).name  # the path on this machine is of no use to others
         return kept | {"sparsity": self.target, "layers": layer_patterns(self.layers)}
 
     def _check_sparsity(self) -> None:

@@ -34,13 +34,13 @@ from trainers.quantization.checks import check_mode
 
 _OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
 """Keys of the layers below -> what this command's user wrote."""
-_ALIKE = 0.9  # the share of images with the class of float32 below which an INT8 model needs a look
+_ALIKE = 0.9  # share of images with float32's class, below which the summary warns
 
 
 class Training(Finetuning):
     """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
 
-    level = "0"  # what is kept is the best model, at no sparsity of its own
+    level = "0"  # one best model is kept, at no sparsity of its own
 
     @classmethod
     def result_folder(cls, options: FinetuneOptions) -> Path:
@@ -74,7 +74,7 @@ class Training(Finetuning):
 
 @dataclass(frozen=True)
 class Images:
-    """Those that ranges are taken from, and those on which the model is measured.
+    """Images for the ranges of activations, and images on which the model is measured.
 
     Attributes:
         before: the float model's top-1 on ``tests``.
@@ -181,7 +181,7 @@ def _summary(
 
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:
-    """Checked too where it is the training that takes them."""
+    """Read and check the images, also where only the training takes them."""
     transform, calibration = datasets.eval_transform(factory.data_config(model)), []
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)

@@ -89,7 +89,8 @@ def promote_version(
         InputError: no such model or version, or names that MLflow does not take.
     """
     from orchestration.tracking import promotion
-    from orchestration.tracking.registry import check_alias, check_name, open_registry
+    from orchestration.tracking.check import check_alias, check_name
+    from orchestration.tracking.registry import open_registry
 
     check_alias(alias, "--alias")
     if name is not None:

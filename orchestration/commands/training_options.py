@@ -17,7 +17,7 @@ from trainers.config.training import TrainingSettings
 from trainers.sources.columns import ColumnOptions
 from trainers.storage import absolute
 
-# gentler than training from the start, and each epoch can be gone on from
+# a lower rate than for training from the start; a run can go on from each epoch
 _DEFAULTS = {"epochs": 10, "lr": {"peak": 1e-4}, "checkpoint_every": 1}
 
 

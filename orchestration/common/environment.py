@@ -5,7 +5,7 @@ from __future__ import annotations
 INTERRUPTED = 130
 
 
-JOB = "ESPALIER_JOB"  # set where we run as a job that we submitted
+JOB = "ESPALIER_JOB"  # set in a job that we submitted
 
 
 JOB_RECIPE = "recipe.json"

@@ -1,4 +1,4 @@
-"""Digests that tell whether a result is of the same inputs."""
+"""Digests of inputs: results with the same digest come from the same inputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def content_hash(checkpoint: str) -> str:
-    """A hash of a checkpoint's weights: the same model is the same wherever it lies."""
-    from trainers import storage  # trials' processes need the other function only, and are to start fast
+    """Hash of a checkpoint's configuration and weights, the same wherever the checkpoint lies."""
+    from trainers import storage  # trial processes use digest() alone, and must start fast
     from trainers.checkpoint.folder import weights_hash
 
     config = storage.read_bytes(f"{checkpoint}/config.json")

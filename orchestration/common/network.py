@@ -1,4 +1,4 @@
-"""Ports for the servers that we start: on loopback only."""
+"""Addresses and ports: whether a cluster answers, and free ports of loopback for servers that we start."""
 
 from __future__ import annotations
 

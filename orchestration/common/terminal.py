@@ -1,4 +1,4 @@
-"""The terminal that everything of ours is printed on, as it stands."""
+"""The console that everything of ours is printed on; it shows text as it stands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.text import Text
 
 
 class Console(AnyConsole):
-    """rich's, on which text is text.
+    """rich's console without markup and emoji.
 
-    What others write (errors, paths, names of layers) may hold ``[x]``, ``[/x]`` or ``:key:``, which rich
-    would drop, stumble over, or draw as a picture. A column of a progress bar needs ``markup=False`` too.
+    Text from elsewhere (errors, paths, names of layers) may hold ``[x]``, ``[/x]`` or ``:key:``, which rich
+    would drop, fail at, or draw as a picture. A column of a progress bar needs ``markup=False`` too.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers with their units, as people read them."""
 
 from __future__ import annotations
 

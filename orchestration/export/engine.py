@@ -49,7 +49,7 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wanted(ColumnOptions):
-    """What ``espalier export`` was asked for."""
+    """Options of ``espalier export`` to a format that an engine reads."""
 
     checkpoint: str
     out: str
@@ -106,7 +106,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
             (folder / EXPORT_RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
-                path.chmod(0o644)  # some libraries give their files to their owner alone
+                path.chmod(0o644)  # some libraries make files that only their owner can read
     for line in _end(target, wanted):
         say(line)
 
@@ -193,9 +193,9 @@ def _loaded(form: Format, folder: Path) -> Run:
 
 
 def _probes(source: Source) -> Images:
-    """Made-up pictures, whose answers by the checked file tell later and elsewhere whether it is still right.
+    """Made-up pictures; the checked file's answers to them are recorded, for checks later and elsewhere.
 
-    By the file and not by torch: they may lie outside of what INT8 was calibrated for.
+    The file's answers and not torch's: the pictures may lie outside of what INT8 was calibrated for.
     """
     return pattern_images(source.preprocessing, PROBES)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be written: a model, how its images are prepared, and images for calibration, if any."""
+    """A model to be written, how its images are prepared, and images for calibration, if any."""
 
     model: nn.Module
     preprocessing: Mapping[str, Any]

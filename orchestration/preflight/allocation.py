@@ -14,7 +14,7 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern
 
-# how a budget is shared out among which layers: gradual runs take that as the search has found it
+# keys that share a budget out among layers: gradual runs take the search's result for them
 _DECIDED = ("sparsity", "scope", "table", "floor", "ceiling", "layers", "pattern", "unfit")
 
 
@@ -77,7 +77,9 @@ def check_sparsities(recipe: Recipe, model: nn.Module | None, layers: Sequence[P
     pattern, gone = Pattern.parse(pruning.pattern), dict.fromkeys((layer.name for layer in layers), 0)
     if model is not None and recipe.model.checkpoint is not None and recipe.structured is None:
         gone = MaskSet.from_zeros(model, layers).pruned()
-    holds = pruning.schedule.kind == "constant" and not search.trials  # it says what the checkpoint has
+    holds = (
+        pruning.schedule.kind == "constant" and not search.trials
+    )  # then the sparsity is that of the checkpoint
     if pattern.forced is not None or holds or not layers:
         return
     limits = bounds(layers, pruning.floor, pruning.ceiling, gone, unit=pattern.unit)

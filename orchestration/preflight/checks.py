@@ -23,8 +23,7 @@ from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import Distribution, Fastest
 from orchestration.state.latency_store import check_linear, check_threads
-from orchestration.tracking.check import check_uri
-from orchestration.tracking.registry import check_name
+from orchestration.tracking.check import check_name, check_uri
 from pruners.allocation.bounds import bounds
 from pruners.allocation.projection import budget, check_feasible
 from pruners.allocation.sharing import by_table
@@ -55,7 +54,7 @@ _CORNERS = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that can run: its data by place and hash, its layers, its budget."""
+    """A recipe that can run: its data by address and hash, its layers, its budget."""
 
     recipe: Recipe
     data: DataSettings
@@ -132,7 +131,7 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     patterns = recipe.pruning.layers
     source = recipe.model.checkpoint
     if source is not None and source.startswith(("hf-hub:", "models:/")):
-        return None, [], None  # known when it is fetched
+        return None, [], None  # known when the model is fetched
     if source is not None and recipe.model.is_file:
         model, known = _from_file(recipe)
         if known != recipe.model.classes and recipe.dense is None:
@@ -174,7 +173,7 @@ def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
 
 
 def _arguments(recipe: Recipe) -> Mapping[str, Any]:
-    """With which timm builds the dense model."""
+    """The arguments that timm builds the dense model with."""
     if recipe.model.checkpoint is None or recipe.model.is_file:
         return recipe.model.args
     with storage.local_copy(recipe.model.checkpoint) as folder:
@@ -182,7 +181,7 @@ def _arguments(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def _check_head(recipe: Recipe) -> None:
-    """Pretrained weights for other classes come with a new head, which nobody would have trained."""
+    """Refuse pretrained weights for other classes without training: they come with a new, untrained head."""
     if not recipe.model.pretrained or recipe.dense is not None or recipe.model.architecture is None:
         return
     known = timm.get_pretrained_cfg(recipe.model.architecture)
@@ -207,7 +206,7 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
         return total
 
     def by_recipe_key(error: InputError) -> InputError:
-        if error.key == "budget":  # in the recipe's keys, not in counts of weights
+        if error.key == "budget":  # by the recipe's key, not as a count of weights
             return InputError("pruning.sparsity", pruning.sparsity, f"{total:,} weights {error.expected}")
         parent = "pruning.fisher" if error.key in ("block_size", "damp") else "pruning"
         return error.replaced(key=f"{parent}.{error.key}")
@@ -231,7 +230,7 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
 def _check_latency(
     recipe: Recipe, model: torch.nn.Module | None, layers: list[PrunableLayer], *, local: bool
 ) -> None:
-    """Whether there can be a table: the engine is installed, and zeros change some layer's time."""
+    """Check that there can be a table: the engine is installed, and zeros change some layer's time."""
     rule, step = recipe.allocation.rule, recipe.structured
     wanted: dict[str, LatencyTarget] = {}
     if step is not None and step.objective == "latency":
@@ -247,11 +246,11 @@ def _check_latency(
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    """Steps that fit into the run, and sparsities to keep that are among theirs."""
+    """Check that steps fit into the run, and that sparsities to keep are among theirs."""
     pruning = recipe.pruning
     if pruning.schedule.unit == "steps":
-        return  # known when the images are counted
-    for target in recipe.allocation.reach or (pruning.sparsity,):  # wherever a search may end
+        return  # checked when the images are counted
+    for target in recipe.allocation.reach or (pruning.sparsity,):  # at either end of a search's range
         plan = pruning_plan(pruning.schedule, target, recipe.recovery.epochs)
         for sparsity in pruning.keep:
             if not any(abs(sparsity - stop) < 1e-6 for stop in plan.values()):
@@ -261,7 +260,7 @@ def _check_schedule(recipe: Recipe) -> None:
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Every end of the space must be a recipe that could run, and so must every corner."""
+    """Check that every end of the space makes a recipe that could run, and so does every corner."""
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
     for key, values in ends.items():
         for value in values:
@@ -281,7 +280,7 @@ def _below(key: str, value: object, error: InputError) -> InputError:
 
 
 def _check_long_run(recipe: Recipe) -> None:
-    """Its values must make a recipe that could run."""
+    """Check that the long run's values make a recipe that could run."""
     changes = recipe.long_run
     with InputError.renamed(lambda error: _below("long_run", changes.get(error.key, changes), error)):
         _check_values(recipe, changes)

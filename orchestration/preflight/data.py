@@ -91,8 +91,8 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             uri, names_of, location, key=key, columns=wanted, every=True
         )
     check_alike(names, key="data")
-    # what the columns hold is in the hashes
+    # the columns' content is in the hashes
     rest = data.model_dump(exclude={*places, *_COLUMNS})
-    # held out of train, the validation images are drawn by the seed; files of their own are what they are
+    # the seed draws validation images that are held out of train; others do not depend on it
     drawn = () if data.validation is not None else ({"seed": recipe.seed},)
     return data.model_copy(update=places), digest(hashes, rest, *drawn), missing

@@ -1,4 +1,4 @@
-"""What ``--dry-run`` shows: the layers matched, the budget, the trials, the resources."""
+"""The plan of a recipe, shown by ``--dry-run``: layers, budget, trials, resources."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def curves(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     pruning, training = recipe.pruning, recipe.recovery
     epochs = [number * training.epochs / _POINTS for number in range(_POINTS + 1)]
     plan = {}
-    if pruning.schedule.unit == "epochs":  # steps are counted when the images are
+    if pruning.schedule.unit == "epochs":  # steps are known when the images are counted
         plan = pruning_plan(pruning.schedule, pruning.sparsity, training.epochs)
     held = pruning.sparsity if pruning.schedule.kind == "constant" else 0.0
     sparsities = [max((s for at, s in plan.items() if at <= epoch), default=held) for epoch in epochs]
@@ -221,7 +221,7 @@ def terminal(recipe: Recipe, width: int) -> str:
 
 
 def png(recipe: Recipe, path: Path) -> Path:
-    """The same as a PNG file."""
+    """Write sparsity and learning rate over the epochs as a PNG file."""
     epochs, sparsities, rates = curves(recipe)
     figure: Figure = plots.schedule(epochs, sparsities, list(zip(epochs, rates, strict=True)), unit="epoch")
     figure.savefig(path)

@@ -19,12 +19,12 @@ from trainers.checkpoint.folder import check_exists, open_verified
 from trainers.config.training import TrainingSettings
 from trainers.loop.optimization import matching_parameters
 
-# arguments of timm's factory that are ours, or that nobody can write in a recipe
+# arguments of timm's factory that we set ourselves, or that no recipe can hold
 _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay", "param_group_fn", "kwargs"})
 
 
 def trainings(recipe: Recipe) -> dict[str, TrainingSettings]:
-    """The trainings of a recipe by their keys, but that for INT8."""
+    """The trainings of a recipe by their keys, without the training for INT8."""
     structured = recipe.structured
     by_key = {
         "dense": recipe.dense,
@@ -46,7 +46,11 @@ def remarks(recipe: Recipe) -> list[str]:
 
 
 def _fast_in_bfloat16() -> bool:
-    """Measured where it is not (AVX2): a step of a small ViT took 13 times as long as in float32."""
+    """Whether the processor has instructions for bfloat16.
+
+    Measured where it has none (AVX2): a step of a small ViT took 13 times as long as in float32. The call is
+    private; checked with torch 2.15.0.
+    """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -80,7 +84,9 @@ def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
     settings = {"lr": training.lr.peak, "weight_decay": training.weight_decay}
     try:
         create_optimizer_v2([weight], name, **settings).step()
-    except Exception as error:  # each raises its own kinds; some want closures, or packages that are not here
+    except (
+        Exception
+    ) as error:  # optimizers raise errors of all kinds; some need closures, or packages that are missing
         known = list_optimizers()
         reason = f"no timm optimizer{did_you_mean(name, known)}" if name not in known else first_line(error)
         raise InputError(f"{prefix}optimizer", name, f"must be one that works here ({reason})") from None
@@ -97,7 +103,7 @@ def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
 
 
 def _arguments_of(name: str) -> list[str] | None:
-    """The arguments of a timm optimizer by name, as its signature says; ``None`` where any is taken.
+    """Names of the arguments of a timm optimizer; ``None`` where it takes any.
 
     timm's factory drops some that an optimizer does not take (``betas`` of SGD), without a word.
     """
@@ -133,7 +139,7 @@ def _check_teacher(name: str, key: str) -> None:
         near = did_you_mean(name, timm.list_models())
         raise InputError(key, name, f"must be dense, a timm model or a checkpoint folder{near}")
     check_exists(location, key=key)
-    if storage.is_local(location):  # what another one holds is looked at where it is fetched
+    if storage.is_local(location):  # a remote folder is checked when it is fetched
         with open_verified(location, key=key):
             pass
 

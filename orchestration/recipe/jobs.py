@@ -1,4 +1,4 @@
-"""From a recipe to what one worker group is asked to do."""
+"""Jobs of worker groups, made from a recipe."""
 
 from __future__ import annotations
 

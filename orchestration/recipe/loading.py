@@ -58,7 +58,7 @@ def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, An
 
 
 def overridden(content: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    """The recipe of a content that is whole, with ``key.sub=value`` strings over it.
+    """The recipe of a whole content, with ``key.sub=value`` strings over it.
 
     Raises:
         InputError: whatever is wrong, by key and value.
@@ -76,7 +76,7 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def _from_environment(content: dict[str, Any]) -> None:
-    """Where a cluster's nodes are told the storage and the MLflow server, a recipe need not repeat them."""
+    """Take storage and MLflow from the environment of a cluster's nodes, where the recipe names none."""
     if "ESPALIER_STORAGE" in os.environ:
         content.setdefault("storage", os.environ["ESPALIER_STORAGE"])
     tracking = content.setdefault("tracking", {})
@@ -167,7 +167,7 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _NumberLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people mean a number."""
+    """A loader that reads 1e-4 as a number; YAML 1.1 takes it for a string."""
 
 
 _NumberLoader.add_implicit_resolver(

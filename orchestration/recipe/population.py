@@ -1,4 +1,4 @@
-"""What a population may search: values that can change in the middle of a run, the model being what it is."""
+"""Checks of a population's search space: only values that can change in the middle of a run are searched."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def job_key(key: str) -> str:
 
 
 def _can_change(key: str) -> bool:
-    """Whether a key is a float of ``recovery``; one that is not known at all is refused by others."""
+    """Whether a key is a float of ``recovery``; unknown keys count as such, as other checks refuse them."""
     if not key.startswith(_PREFIX):
         return False
     model: type[BaseModel] = TrainingSettings
@@ -71,7 +71,7 @@ def _can_change(key: str) -> bool:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that a field can have, without what is said about them beside."""
+    """The types that a field can have, without their limits."""
     if hasattr(annotation, "__metadata__"):
         annotation = annotation.__origin__
     inner = get_args(annotation)

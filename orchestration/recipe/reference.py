@@ -1,4 +1,4 @@
-"""Every key of a recipe, with its values, default and meaning, as the settings themselves say them."""
+"""Reference of a recipe's keys: values, default and meaning, read from the settings themselves."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from trainers.config.quantization import Calibration, Mode, check_training
 from trainers.config.structured import StructuredSettings
 from trainers.config.training import TrainingSettings
 
-# the search before it was for models of one kind: methods, layers and patterns stay
+# keys that a long run may change: methods, layers and patterns stay those of the search before it
 _OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
 
 
@@ -54,7 +54,7 @@ class Resources(Settings):
 
 
 class PhaseResources(Resources):
-    """What training runs take; a phase of its own takes what it does not say from the rest."""
+    """What training runs take from the cluster; keys that a phase leaves out are those of all other runs."""
 
     dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
     structured: Resources | None = Field(
@@ -131,7 +131,7 @@ class Quantization(Calibration):
 
     @property
     def training(self) -> TrainingSettings | None:
-        """Of ``qat``; nothing of the others."""
+        """The training of ``qat``; ``None`` for other modes."""
         if self.mode != "qat":
             return None
         return self.recovery or AwareTraining.model_validate(AWARE)
@@ -226,7 +226,7 @@ class Recipe(Settings):
 
     @property
     def _sparsities(self) -> tuple[float, ...]:
-        """Those that gradual runs end at, the least and the largest at least."""
+        """Sparsities at which gradual runs end; of a range, its ends."""
         if self.allocation.reach is not None:
             return self.allocation.reach
         distribution = self.schedule.space.get("pruning.sparsity")
@@ -234,7 +234,7 @@ class Recipe(Settings):
             distribution.uniform or distribution.log or distribution.integer or distribution.choice
         )
         numbers = [float(value) for value in ends or () if isinstance(value, int | float)]
-        return tuple(numbers or (self.pruning.sparsity,))  # what is no number is refused as a sparsity
+        return tuple(numbers or (self.pruning.sparsity,))  # a value that is no number is refused elsewhere
 
     @property
     def promotion(self) -> Promotion:
@@ -245,7 +245,7 @@ class Recipe(Settings):
 
     @property
     def allocated_sparsities(self) -> list[float]:
-        """Those that an allocation is searched for, ascending."""
+        """Sparsities that an allocation is searched for, ascending."""
         if not self.allocation.trials:
             return []
         return sorted({self.pruning.sparsity, *self.allocation.sparsities})

@@ -1,4 +1,4 @@
-"""The part of a recipe that says what is searched, how, and when a trial or the search is given up."""
+"""The part of a recipe about searches: space, sampler, scheduler, objectives and limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_COMBINATIONS = 100_000
 
 
 class Distribution(Settings):
-    """Where a searched value comes from; exactly one of the four, and ``when`` it is searched at all."""
+    """Distribution of a searched value: exactly one of the four, and ``when`` it is searched at all."""
 
     uniform: tuple[float, float] | None = None
     log: tuple[float, float] | None = Field(None, description="log-uniform")
@@ -43,26 +43,26 @@ class Distribution(Settings):
         if self.log is not None and self.log[0] <= 0:
             raise ValueError("log needs positive bounds")
         for number, value in enumerate(self.choice or ()):
-            if value in (self.choice or ())[:number]:  # also false beside 0, which Python takes for the same
+            if value in (self.choice or ())[:number]:  # false beside 0 too: Python takes them for equal
                 raise ValueError(f"choice: {json.dumps(value)} stands there twice")
         return self
 
     @property
     def size(self) -> int:
-        """How many values a choice or an integer can have; 0 of others."""
+        """How many values a choice or an integer can have; 0 for other distributions."""
         if self.integer is not None:
             return self.integer[1] - self.integer[0] + 1
         return len(self.choice or ())
 
     def values(self) -> tuple[Any, ...]:
-        """Of a choice or an integer: all that it can be."""
+        """All values of a choice or an integer."""
         if self.integer is not None:
             return tuple(range(self.integer[0], self.integer[1] + 1))
         return self.choice or ()
 
 
 class SearchLimits(Settings):
-    """When a search is given up; what has ended so far stays, and counts when it is started again."""
+    """Limits at which a search is given up; trials that ended stay, and count when it is started again."""
 
     failures: float = Field(
         0.5, ge=0.0, le=1.0, description="share of the trials that may fail; one more ends the search"
@@ -72,7 +72,7 @@ class SearchLimits(Settings):
     )
 
 
-LIMITS = set(SearchLimits.model_fields)  # they decide nothing about a trial's result
+LIMITS = set(SearchLimits.model_fields)  # no trial's result depends on them
 
 
 class Pareto(Settings):
@@ -221,7 +221,7 @@ class AllocationSearch(SearchLimits):
         return None if self.rule is None or not self.trials else self.rule.between
 
     def decides(self) -> dict[str, Any]:
-        """What a study's trials depend on, for its hash."""
+        """The settings that a study's trials depend on, for its hash."""
         rest = {"trials", "sparsities", *LIMITS}
         if self.objective != "latency":
             rest |= {"loss", "between", "target"}
@@ -240,7 +240,7 @@ class AllocationSearch(SearchLimits):
 
 
 class ScheduleSearch(SearchLimits):
-    """Dear trials: gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
+    """Gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
 
     trials: Count = 4
     space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
@@ -266,12 +266,12 @@ class ScheduleSearch(SearchLimits):
 
     @property
     def alone(self) -> dict[str, Any]:
-        """What makes one run of it."""
+        """The values that make one run of the search."""
         return {"trials": 1, "space": {}} | ({"scheduler": "none"} if self.scheduler == "pbt" else {})
 
     @property
     def _combinations(self) -> int:
-        """Of the space's values, for a grid."""
+        """How many combinations the space's values have, for a grid."""
         return math.prod(distribution.size for distribution in self.space.values())
 
     def grid(self) -> list[dict[str, Any]]:
@@ -309,7 +309,7 @@ class ScheduleSearch(SearchLimits):
         return self
 
     def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a proposal is meant: keys whose conditions are not met keep the recipe's value."""
+        """The values of a proposal whose conditions are met; other keys keep the recipe's value."""
         return {
             key: value
             for key, value in values.items()

@@ -17,7 +17,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def validate(content: Mapping[str, Any]) -> Recipe:
-    """A typed recipe.
+    """Read a content as a typed recipe.
 
     Raises:
         InputError: for the first thing that is wrong.
@@ -28,12 +28,12 @@ def validate(content: Mapping[str, Any]) -> Recipe:
         raise _one_line(error, Recipe) from None
 
 
-# what pydantic calls the forms that a value of several may have
+# pydantic's names for the members of a union
 _BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
 
 
 def _no_branch(errors: Sequence[Any]) -> InputError:
-    """A value that has none of the forms that its key allows."""
+    """The error for a value that has none of the forms that its key allows."""
     path = [str(part) for part in errors[0]["loc"]]
     begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
     same = [mistake for mistake in errors if [str(part) for part in mistake["loc"]][:begin] == path[:begin]]
@@ -86,7 +86,7 @@ def _shown(given: Any, key: str) -> Any:
 
 
 def _fields_at(whole: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Names of the keys that are known at a place of a recipe, or of a part of one."""
+    """Names of the keys that are known at some level of a recipe, or of a part of a recipe."""
     model: Any = whole
     for part in location:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:

@@ -1,4 +1,4 @@
-"""What people look at: progress, status, plots, comparison of sweeps."""
+"""Reports for people: progress, status, plots, comparison of sweeps."""
 
 __all__ = [
     "compare",

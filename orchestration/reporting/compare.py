@@ -195,7 +195,7 @@ def differences(sweeps: Sequence[Compared]) -> dict[str, list[str]]:
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
             shown = ["–" if value is None else str(redact(value)) for value in values]
-            if len(set(shown)) == 1:  # of the same name in other folders
+            if len(set(shown)) == 1:  # equal names in different folders
                 shown = [f"{text} ({digest(value)[:4]})" for text, value in zip(shown, values, strict=True)]
             differing[key] = shown
     return differing

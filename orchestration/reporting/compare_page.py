@@ -1,4 +1,4 @@
-"""The comparison as one HTML page: for whoever has neither the tool nor the storage, and no network."""
+"""The comparison as one HTML page, for readers without the tool, the storage and a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pruners.errors import InputError
 
 Points = dict[str, list[tuple[float, float]]]
 
-_SHOWN = 40  # trials of an allocation search, before its picture becomes too wide
+_SHOWN = 40  # trials of an allocation search; with more its picture is too wide
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def write(sweeps: Sequence[Compared], target: Path) -> None:
 
 
 def page(sweeps: Sequence[Compared]) -> str:
-    """The page's HTML: what it shows is within it, and says nothing of this machine."""
+    """The page's HTML; it needs nothing else, and shows nothing of this machine."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("orchestration.reporting"),
         autoescape=True,

@@ -70,11 +70,11 @@ class Display:
             self._progress = None
 
     def plan(self, phases: int) -> None:
-        """How many phases there will be."""
+        """Set how many phases there will be."""
         self._phases = phases
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._lines.append(text)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -128,7 +128,7 @@ class Display:
         self._show()
 
     def finished(self, summary: str) -> None:
-        """A phase ends: one line that stays."""
+        """End a phase with one line that stays."""
         self._begun[-1]["summary"] = summary
         self.say(f"  ✓ {self._phase}: {summary}" if self.live else f"      {summary}")
 
@@ -154,7 +154,7 @@ class Display:
         for note in metrics.get("notes", []):
             self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)
-        # a cheap trial says itself whether it has seen all images; below its last sparsity a dear one has -1
+        # a one-shot trial reports whether it saw all images; a gradual run has -1 before its last sparsity
         if metrics.get("complete", metrics["score"] >= 0):
             self._best = _better(self._best, metrics["score"], metrics["val_top1"])
         self._show()
@@ -206,7 +206,7 @@ def leading(trials: Iterable[TrialRecord]) -> tuple[float, float] | None:
 
 
 def _better(best: tuple[float, float] | None, score: float, top1: float) -> tuple[float, float] | None:
-    """The higher score leads, whatever it counts (of a loss it is below 0); none that is no number."""
+    """The higher score of two, whatever it counts (of a loss it is below 0); NaN and infinity never lead."""
     if not math.isfinite(score) or (best is not None and score <= best[0]):
         return best
     return score, top1

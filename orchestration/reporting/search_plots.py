@@ -41,9 +41,12 @@ def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> 
 
 
 def importance(records: Sequence[TrialRecord], space: Space) -> dict[str, float]:
-    """The share of each searched value in how the scores differ, by Optuna (PED-ANOVA); none where none does.
+    """The share of each searched value in how the scores differ, by Optuna (PED-ANOVA).
 
     The study is built anew from the records: they outlive the one that proposed them.
+
+    Returns:
+        The shares by key; empty where no value matters, or all trials are alike.
     """
     searched = {key: distribution for key, distribution in space.items() if not distribution.single()}
     study = optuna.create_study(direction="maximize")

@@ -36,7 +36,7 @@ class Heartbeat:
     """
 
     def __init__(self, storage_uri: str, name: str, display: Progress, ray_logs: str) -> None:
-        """``ray_logs``: where Ray writes its own on this machine."""
+        """Prepare the state file of the sweep ``name``; ``ray_logs`` is where Ray writes its own logs."""
         self._root, self._display = folder_of(storage_uri, name), display
         self._prefix = f"{storage.absolute(storage_uri)}/"
         self._ended = threading.Event()
@@ -49,11 +49,11 @@ class Heartbeat:
         }
 
     def __enter__(self) -> Heartbeat:
-        if storage.exists(f"{self._root}/{_STOP}"):  # meant a run of before
+        if storage.exists(f"{self._root}/{_STOP}"):  # it was meant for an earlier run
             storage.remove_file(f"{self._root}/{_STOP}")
         self._write("running")
         self._beat.start()
-        # Ray starts jobs and tasks with it blocked; only what the thread sends to this one is meant
+        # Ray starts jobs and tasks with SIGINT blocked; the thread sends it to this one
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return self
 
@@ -71,7 +71,7 @@ class Heartbeat:
             try:
                 self._write("running")
                 asked = storage.exists(f"{self._root}/{_STOP}")
-            except OSError:  # a storage that is away for a moment; what depends on it will say so
+            except OSError:  # the storage is away for a moment; whoever needs it raises
                 continue
             if asked:
                 main = threading.main_thread().ident

@@ -33,7 +33,7 @@ from trainers.loop.prune_step import prunable_layers
 from trainers.models import factory
 
 T = TypeVar("T")
-_SHOWN = 0.9  # the sparsity of which the time is told beside the dense one's
+_SHOWN = 0.9  # the sparsity whose time is shown beside the dense time
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LatencyJob:
 
     @contextmanager
     def _model(self) -> Iterator[tuple[Path, nn.Module]]:
-        """With a local copy of its folder."""
+        """A local copy of the model's folder, and the model."""
         with storage.local_copy(self.checkpoint) as folder:
             yield folder, load_checkpoint(str(folder), layers=self.pruning.layers).model
 
@@ -102,7 +102,7 @@ class LatencyJob:
 
 
 def circumstances(target: LatencyTarget) -> dict[str, Any]:
-    """What the times of any model depend on: this machine, and how it serves."""
+    """What the times of every model depend on: this machine, and how it serves."""
     machine, choice = describe_machine(), target.choice
     packages = ("torch", "timm", choice.engine)
     return {

@@ -1,7 +1,7 @@
-"""What one run does at a time: a run of a name, and whatever all sweeps of a storage share.
+"""Locks: one run of a name at a time, and one maker of whatever all sweeps of a storage share.
 
 A second run of a name is refused before it touches anything; a second sweep that wants what another one is
-making waits for it. What is held is free as soon as its holder has ended, however that ends.
+making waits for it. A lock is free as soon as its holder has ended, however that ends.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class StoredOrder:
         if method in SECOND_ORDER:
             decides["fisher"] = pruning.fisher.model_dump(mode="json", exclude={"memory"})
             decides |= {"data": data, "seed": seed}
-        if pruning.tries_damps(method):  # λ is chosen at the sparsity asked for
+        if pruning.tries_damps(method):  # λ is chosen at the recipe's sparsity
             decides |= pruning.model_dump(mode="json", include={"sparsity", "scope", "table", "floor"})
         key = digest(weights, decides)
         return cls(f"{storage_uri}/orders/{key}", key)

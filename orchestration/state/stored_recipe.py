@@ -1,4 +1,4 @@
-"""The recipe that a sweep was started with, in its folder: what ``resume`` runs, and others are held against.
+"""The recipe that a sweep was started with, in its folder: ``resume`` runs it, and a new start must match it.
 
 It holds neither the storage, which is where it was found, nor a password.
 """
@@ -21,12 +21,12 @@ from pruners.redaction import strip_credentials
 from trainers import storage
 from trainers.remote_calls import call_limited
 
-RESULTS = "results.json"  # beside it, once the sweep has ended: its last table
+RESULTS = "results.json"  # beside it once the sweep has ended: its table of final models
 _FILE = "recipe.json"
 _SHOWN = 6
-# What a sweep may go on with: more or fewer trials and other limits of them, another share of the cluster,
-# other methods and sparsities beside those that are done, a longer run or INT8 after them, another place to
-# log to. None of it makes what is known wrong.
+# Keys that may change while a sweep goes on: number and limits of trials, share of the cluster, methods and
+# sparsities beside those that are done, a long run or INT8 after them, storage and tracking. Results that
+# are known stay right.
 _FREE = (
     *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
     "allocation.cpus_per_trial",
@@ -106,7 +106,7 @@ def find(storage_uri: str, name: str) -> None:
 
 
 def check_unchanged(recipe: Recipe) -> None:
-    """Whether a sweep of the recipe's name was started with the same recipe, or there is none yet.
+    """Check that a sweep of the recipe's name, if there is one, was started with the same recipe.
 
     Raises:
         InputError: it was another one; says what differs.
@@ -142,7 +142,7 @@ def _is_single(recipe: Recipe) -> bool:
 
 
 def content_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON, without its storage: places by their absolute names, addresses without a login."""
+    """A recipe as JSON, without its storage: paths in full, addresses without a login."""
     content = recipe.model_dump(mode="json", exclude={"storage"})
     for part in ("train", "validation", "test"):
         if content["data"][part] is not None:
@@ -155,7 +155,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _without_logins(value: Any) -> Any:
-    """Of every address that a recipe may hold: data, checkpoint, teachers, MLflow's."""
+    """The same without the login of any address: of data, checkpoint, teachers, MLflow."""
     if isinstance(value, dict):
         return {key: _without_logins(item) for key, item in value.items()}
     if isinstance(value, list):

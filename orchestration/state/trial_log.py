@@ -1,6 +1,6 @@
-"""The trials of a phase on the shared storage: what a resumed sweep goes by, whatever else was lost.
+"""The trials of a phase on the shared storage: all that a resumed sweep needs, whatever else was lost.
 
-What a search goes by next depends on the order in which its trials were proposed, compared and ended. The log
+What a search does next depends on the order in which its trials were proposed, compared and ended. The log
 counts these events: each has its ``when``, so that a resumed search can go through them once more.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainers import storage
 
-_PART = 32  # cheap trials in a file
+_PART = 32  # one-shot trials in a file
 State = Literal["finished", "stopped", "failed"]
 
 
@@ -33,11 +33,13 @@ class TrialRecord:
     run_id: str | None = None
     seconds: float = 0.0
     error: str | None = None
-    trace: str | None = None  # the last lines of what a failed trial wrote down
-    given: bool = False  # proposed by us (the method's own allocation), not by the sampler
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # best at each sparsity that is kept
-    asked: int | None = None  # when it was proposed, by the log's count; logs of earlier versions do not say
-    told: int | None = None  # when it ended
+    trace: str | None = None  # the last lines of a failed trial's traceback
+    given: bool = False  # an enqueued trial (the method's own allocation), not the sampler's
+    kept: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # the best model at each sparsity that is kept
+    asked: int | None = None  # the log's count when it was proposed; unknown in logs of earlier versions
+    told: int | None = None  # the log's count when it ended
     rungs: list[list[float]] = field(
         default_factory=list
     )  # (when, time, score, at its end) of each comparison
@@ -51,7 +53,7 @@ class TrialRecord:
 
     @property
     def percent(self) -> str:
-        """Top-1 on validation, to be read."""
+        """Top-1 on validation as text."""
         return f"{100 * self.metrics['val_top1']:.1f} %"
 
 
@@ -98,15 +100,15 @@ class TrialLog:
         self.settings: dict[str, Any] = content.get("settings", {})
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
-        self._begun: set[str] = set()  # of them by this driver; the others are broken off
-        self._whole = len(self.trials)  # of them are in the first file
+        self._begun: set[str] = set()  # running trials of this driver; the others are broken off
+        self._whole = len(self.trials)  # trials in the first file
         known = {record.number for record in self.trials}
         for name in storage.names(self._parts):
             part = storage.read_json(f"{self._parts}/{name}")
             beside = part[-1].pop("beside", {}) if part else {}
             new = [TrialRecord(**record) for record in part if record["number"] not in known]
             self.trials += new
-            if new:  # else it was joined already, and is left over from a killed driver
+            if new:  # else its trials are in the first file: it is left over from a killed driver
                 self._running = beside
         self._clock = max((event.when for event in self.events()), default=-1) + 1
 
@@ -169,7 +171,7 @@ class TrialLog:
         return [(TrialRecord(**entry["end"]), entry.get("run_id")) for entry in entries if "end" in entry]
 
     def events(self) -> Iterator[Event]:
-        """All that has a count, in order of the trials; :attr:`history` sorts it."""
+        """All events of the log, trial by trial; :attr:`history` sorts them."""
         for record in self.trials:
             yield from _events(record.number, vars(record))
             if record.told is not None:
@@ -184,7 +186,7 @@ class TrialLog:
 
     @property
     def ordered(self) -> bool:
-        """Whether the order of all trials is known, as it is but for those of earlier versions."""
+        """Whether the order of all trials is known; logs of earlier versions lack it."""
         ends = all(record.asked is not None and record.told is not None for record in self.trials)
         return ends and all("asked" in entry for entry in self._running.values())
 
@@ -213,13 +215,13 @@ class TrialLog:
         self.save()
 
     def member(self, number: int) -> dict[str, Any] | None:
-        """What was noted last of a running trial."""
+        """What was noted last about a running trial."""
         member: dict[str, Any] | None = self._running[str(number)].get("member")
         return member
 
     @property
     def members(self) -> list[dict[str, Any]]:
-        """What is noted of trials that have not ended."""
+        """What is noted about trials that have not ended."""
         return [entry["member"] for entry in self._running.values() if "member" in entry]
 
     def add(self, record: TrialRecord) -> TrialRecord:
@@ -257,7 +259,7 @@ class TrialLog:
 
     @property
     def broken(self) -> dict[int, dict[str, Any]]:
-        """The same by the trials' numbers, ascending."""
+        """Proposals whose trials were broken off, by the trials' numbers, ascending."""
         return {number: dict(self._running[str(number)]["values"]) for number in self.running}
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
@@ -291,7 +293,7 @@ class TrialLog:
 
 
 def _events(number: int, entry: dict[str, Any]) -> Iterator[Event]:
-    """Of a record or of a running trial, all but its end."""
+    """The events of a record or of a running trial, except its end."""
     about = number, entry["values"], entry.get("given", False)
     if entry.get("asked") is not None:
         yield Event(entry["asked"], "asked", *about)

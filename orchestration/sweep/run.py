@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
-from orchestration.cluster.connect import cluster_address, connect, logs_folder
+from orchestration.cluster.connect import cluster_address, connect
+from orchestration.cluster.ray_internals import logs_folder
 from orchestration.common.hashing import digest
 from orchestration.common.redaction import redact
 from orchestration.common.terminal import Console

@@ -1,4 +1,4 @@
-"""Check of an MLflow server before anything is logged: it answers, and it lets us in."""
+"""Checks before anything is logged: an MLflow server answers and lets us in, and it takes our names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pruners.errors import InputError, first_line
 from pruners.redaction import strip_credentials
 from trainers.remote_calls import call_limited
 
-_DATABASES = ("postgresql", "mysql", "mssql")  # on another machine
+_DATABASES = ("postgresql", "mysql", "mssql")  # databases with a server of their own
 
 
 def check_uri(uri: str) -> None:
@@ -30,7 +30,7 @@ def check_uri(uri: str) -> None:
 
 
 def _check_login(uri: str) -> None:
-    """Ask for something that a server shows to those alone whom it knows."""
+    """Ask for something that a server shows only to users that it knows."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -43,7 +43,7 @@ def _check_login(uri: str) -> None:
         call_limited(uri, ask)
     except TimeoutError as error:
         raise InputError("tracking.uri", strip_credentials(uri), f"does not answer ({error})") from None
-    except ImportError as error:  # of a database's driver
+    except ImportError as error:  # the database's driver is missing
         raise InputError("tracking.uri", strip_credentials(uri), f"is of no use ({error})") from None
     except MlflowException as error:
         known = "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of who may use it"
@@ -52,3 +52,42 @@ def _check_login(uri: str) -> None:
         raise InputError(
             "tracking.uri", strip_credentials(uri), known if refused else f"is of no use ({reason})"
         ) from None
+
+
+# Names are checked by MLflow's own validators before a sweep begins: the public API refuses a name only when
+# a model is registered, hours later. They are private; checked with MLflow 3.17.2.
+
+
+def check_name(name: str, key: str) -> None:
+    """Check that MLflow takes a name for a registered model.
+
+    Raises:
+        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils import validation
+
+    try:
+        validation._validate_model_name(name)
+    except MlflowException as error:
+        raise InputError(key, name, f"must be a name that MLflow takes ({first_line(error)})") from None
+    if "@" in name or "'" in name:
+        raise InputError(
+            key, name, "must be a name without @ and quotes, so that models:/NAME@alias finds it"
+        )
+
+
+def check_alias(alias: str, key: str) -> None:
+    """Check that MLflow takes an alias.
+
+    Raises:
+        InputError: it does not.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils import validation
+
+    try:
+        validation._validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
+        validation._validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
+    except MlflowException as error:
+        raise InputError(key, alias, f"must be an alias that MLflow takes ({first_line(error)})") from None

@@ -1,17 +1,22 @@
-"""A sweep's images as MLflow knows them: what they are called, how many there are, and where."""
+"""A sweep's images as data sets of MLflow: name, number of rows, source."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from orchestration.common.redaction import redact
 from trainers import storage
 from trainers.config.data import DataSettings
 from trainers.sources.files import split_glob
 from trainers.sources.parquet import count_rows
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 _PARTS = ("train", "validation", "test")
 
@@ -28,9 +33,22 @@ class Dataset:
 
     @property
     def source_type(self) -> str:
-        """As MLflow calls it: ``s3``, ``gs``, …; files of a machine are ``local``."""
+        """The kind of source in MLflow's words: ``s3``, ``gs``, …; files of a machine are ``local``."""
         scheme, separator, _ = self.source.partition("://")
         return scheme if separator else "local"
+
+    def as_input(self) -> DatasetInput:
+        """The data set in MLflow's types, as an input of a run."""
+        from mlflow import entities
+
+        dataset = entities.Dataset(
+            name=self.name,
+            digest=self.digest,
+            source_type=self.source_type,
+            source=json.dumps({"uri": self.source}),
+            profile=json.dumps({"num_rows": self.rows}),
+        )
+        return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", self.context)])
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
@@ -53,11 +71,11 @@ def _datasets(data: DataSettings, digest: str, known: str | None) -> Iterator[Da
         if uri is None:
             continue
         stem = known or _stem(uri)
-        name = part if stem == part else f"{stem}-{part}"  # MLflow tells them apart by name and digest
+        name = part if stem == part else f"{stem}-{part}"  # MLflow identifies data sets by name and digest
         yield Dataset(name, digest, redact(storage.absolute(uri)), count_rows(uri, key=f"data.{part}"), part)
 
 
 def _stem(uri: str) -> str:
-    """What a file, a folder or a glob is called: ``train`` of ``train-*.parquet``."""
+    """The name of a file, a folder or a glob: ``train`` for ``train-*.parquet``."""
     base, pattern = split_glob(uri)
     return PurePosixPath(base).stem if pattern is None else re.split(r"[-_.]*[*?\[]", pattern)[0] or base

@@ -1,4 +1,4 @@
-"""Answers that MLflow gives page by page."""
+"""Searches of MLflow's client, which answers page by page."""
 
 from __future__ import annotations
 

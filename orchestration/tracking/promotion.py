@@ -10,16 +10,17 @@ from orchestration.recipe.schema import Promotion
 from orchestration.tracking.registry import CHAMPION, Registry, Version
 from pruners.errors import InputError
 
-_SLACK = 5e-4  # a budget of whole weights, blocks or groups lies a little beside the sparsity asked for
+_SLACK = 5e-4  # whole weights, blocks or groups miss the requested sparsity by a little
 _LEVEL = re.compile(r"sparsity-\d+(_\d)?")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of an alias that ``candidate`` could have had.
+    """The outcome for an alias that ``candidate`` could have had.
 
-    Args:
+    Attributes:
         holder: the version that carries it now; ``None``: none.
+        why: the reason, as text.
     """
 
     alias: str
@@ -120,7 +121,7 @@ def promote(
 
 def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
     """Why a version alone cannot have an alias, if there is a reason."""
-    if "espalier.precision" in version.tags:  # who loads an alias expects a checkpoint of timm's
+    if "espalier.precision" in version.tags:  # an alias stands for a checkpoint that timm loads
         return f"version {version.version} is {version.tags['espalier.precision']}"
     has = f"version {version.version} has {100 * version.sparsity:.4g} % zeros"
     if _LEVEL.fullmatch(alias):
@@ -140,7 +141,7 @@ def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promot
         return f"it was measured on other images ({theirs}) than version {candidate.version} ({ours})"
     if candidate.rank > holder.rank:
         return None
-    # an old version within the tolerance would take turns with the new one
+    # else an old version within the tolerance and the new one would alternate
     newer = int(candidate.version) > int(holder.version)
     tolerance = None if _LEVEL.fullmatch(alias) else rule.tolerance
     if newer and tolerance is not None and candidate.top1 >= holder.top1 - tolerance - 1e-9:

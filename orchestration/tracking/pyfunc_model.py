@@ -57,7 +57,7 @@ def model_files(classes: Mapping[str, int] | None = None, reader: str = "safeten
             pip_requirements=requirements(reader),
         )
         model = Model.load(folder)
-        # as it is found beside MLmodel, and not on the machine that wrote it
+        # relative: the file lies beside MLmodel wherever that is
         model.flavors[pyfunc.FLAVOR_NAME][pyfunc.MODEL_CODE_PATH] = CODE.name
         model.save(folder / MARK)
         if classes is not None:
@@ -66,9 +66,9 @@ def model_files(classes: Mapping[str, int] | None = None, reader: str = "safeten
 
 
 def classes_of(train: str | None, columns: Columns | None = None) -> dict[str, int] | None:
-    """The label of each class by its name, where the images, or ``classes.json`` beside them, say it."""
+    """The label of each class by its name, where the images or ``classes.json`` beside them name classes."""
     names = labels_of(train, columns) or []
-    # a name that two classes have (a crane is a bird, and a machine) is in the model's own configuration
+    # two classes may share a name (a crane is a bird, and a machine): the model's configuration has both
     return {name: label for label, name in enumerate(names)} if 0 < len(names) == len(set(names)) else None
 
 
@@ -80,7 +80,7 @@ def labels_of(train: str | None, columns: Columns | None = None) -> list[str] | 
         return None
     try:
         return list(names_of(train, key="data.train", columns=columns)) or None
-    except InputError:  # images that are gone since; what was wrong with them was said before the work
+    except InputError:  # the images were checked before the work, and are gone since
         return list(names_beside(train)) or None
 
 
@@ -95,7 +95,7 @@ def requirements(reader: str) -> list[str]:
 
 
 def _example() -> bytes:
-    """A real image that is small enough for a JSON file."""
+    """A real image, small enough for a JSON file."""
     from sklearn.datasets import load_digits
 
     sink = io.BytesIO()

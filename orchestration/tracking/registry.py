@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 _RULE = "promotion."  # tags of a registered model: the rule of the last sweep that registered in it
-_LEVELS = 20  # runs above a run
+_LEVELS = 20  # most levels of nested runs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Version:
 
     @property
     def data(self) -> str:
-        """The hash of the images that it was measured on; empty in versions of before."""
+        """Hash of the images that it was measured on; empty in versions of before."""
         return self.tags.get("data", "")
 
     @property
@@ -53,12 +53,12 @@ class Version:
 
     @property
     def top1(self) -> float:
-        """On validation, in 0…1; -1: unknown."""
+        """Top-1 on validation, in 0…1; -1: unknown."""
         return self._number("validation_top1", -1.0)
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What is better on validation is greater: by top-1 and, where that is equal, by loss."""
+        """Sort key of quality on validation, the greater the better: top-1, then the loss."""
         return self.top1, -self._number("validation_loss", math.inf)
 
     def _number(self, tag: str, otherwise: float) -> float:
@@ -70,17 +70,17 @@ class Version:
 
 
 class Registry:
-    """What sweeps and commands ask of one registry."""
+    """Questions of sweeps and commands to one registry."""
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
 
     def names(self) -> list[str]:
-        """Of all registered models."""
+        """Names of all registered models."""
         return [model.name for model in all_pages(self._client.search_registered_models)]
 
     def versions(self, model: str) -> list[Version]:
-        """Newest first.
+        """Versions of a model, newest first.
 
         Raises:
             InputError: no such model.
@@ -130,7 +130,7 @@ class Registry:
         return next((version for version in self.versions(model) if alias in version.aliases), None)
 
     def set_alias(self, version: Version, alias: str) -> None:
-        """Whatever carried it before loses it."""
+        """Give a version an alias; the version that carried it before loses it."""
         self._client.set_registered_model_alias(version.model, alias, version.version)
 
     def rule(self, model: str) -> Promotion:
@@ -170,43 +170,8 @@ def open_registry(uri: str) -> Iterator[Registry]:
 
 
 def refusal(error: Exception, uri: str) -> str:
-    """What MLflow says, in one line and without the password that its messages repeat."""
+    """MLflow's message in one line, without the password that its messages repeat."""
     return first_line(error).replace(uri.rstrip("/"), strip_credentials(uri).rstrip("/"))
-
-
-def check_name(name: str, key: str) -> None:
-    """Check that MLflow takes a name for a registered model.
-
-    Raises:
-        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import _validate_model_name
-
-    try:
-        _validate_model_name(name)
-    except MlflowException as error:
-        raise InputError(key, name, f"must be a name that MLflow takes ({first_line(error)})") from None
-    if "@" in name or "'" in name:
-        raise InputError(
-            key, name, "must be a name without @ and quotes, so that models:/NAME@alias finds it"
-        )
-
-
-def check_alias(alias: str, key: str) -> None:
-    """Check that MLflow takes an alias.
-
-    Raises:
-        InputError: it does not.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils import validation
-
-    try:
-        validation._validate_model_alias_name(alias)  # type: ignore[no-untyped-call]
-        validation._validate_model_alias_name_reserved(alias)  # type: ignore[no-untyped-call]
-    except MlflowException as error:
-        raise InputError(key, alias, f"must be an alias that MLflow takes ({first_line(error)})") from None
 
 
 def parse(reference: str) -> tuple[str, str, str]:
@@ -255,9 +220,7 @@ def register(
     try:
         client.get_registered_model(model)
     except MlflowException:
-        with suppress(
-            MlflowException
-        ):  # another sweep may be quicker; what else is wrong, the next line meets
+        with suppress(MlflowException):  # another sweep may be quicker; other errors come up in the next line
             client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
         client.get_registered_model(model)
     if artifact != ARTIFACT:
@@ -279,7 +242,7 @@ def versions(uri: str) -> list[Version]:
 
 
 def version_of(reference: str, uri: str) -> str:
-    """``models:/NAME/2`` for what an alias names now."""
+    """``models:/NAME/2`` for the version that an alias names now."""
     with open_registry(uri) as registry:
         return registry.resolve(reference).uri
 
@@ -303,7 +266,7 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
                 if alias
                 else client.get_model_version(name, version)
             )
-            # by the client, as mlflow.artifacts goes by a URI that is global to the process
+            # by the client: mlflow.artifacts uses a URI that is global to the process
             artifact = dict(entry.tags).get("artifact", ARTIFACT)
             folder = Path(client.download_artifacts(str(entry.run_id), artifact, target))
         except (MlflowException, OSError) as error:
@@ -313,7 +276,7 @@ def pulled(reference: str, uri: str) -> Iterator[Path]:
 
 
 def describe(record: Mapping[str, Any]) -> dict[str, str]:
-    """Tags of a version, from the record of its checkpoint: what it is, and what it comes from."""
+    """Tags of a version, from the record of its checkpoint: its method and figures, and its ancestry."""
     figures = record.get("figures", {})
     tags = {
         "method": str(record.get("method")),

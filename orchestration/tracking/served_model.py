@@ -89,7 +89,7 @@ def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
 
 
 def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
-    """The same of an INT8 model, whose file says it all."""
+    """The same for an INT8 model, whose file holds preprocessing and labels."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / _INT8), providers=["CPUExecutionProvider"])

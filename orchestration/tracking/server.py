@@ -1,7 +1,7 @@
-"""An MLflow server of ours on loopback, and whether one answers at all; it is run, not imported.
+"""An MLflow server of ours on loopback, started as a process of its own.
 
 All processes of this machine that log to a folder share one server, as two that make its database at once
-break each other. Who comes first starts it; it ends with the last who uses it, however that ends.
+break each other. The first one starts it; it ends with the last that uses it, however that ends.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from trainers import storage
 
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
-_END_SECONDS = 12.0  # the keeper gives the server five
+_END_SECONDS = 12.0  # the keeper gives the server five of them
 _KEEPER = Path(__file__).with_name("server_keeper.py")
 
 
 class _Files:
-    """What lies beside the database, for the processes of this machine: others do not reach its loopback."""
+    """Lock files beside the database, for the processes of this machine: others do not reach its loopback."""
 
     def __init__(self, folder: Path) -> None:
         host = socket.gethostname()
@@ -47,7 +47,7 @@ class _Files:
         self._about.write_text(json.dumps(about), encoding="utf-8")
 
     def read(self) -> dict[str, Any]:
-        """Where the server is, and the ``pid`` of its keeper; of one of before, unless the keeper lives."""
+        """Where the server is, and the ``pid`` of its keeper; outdated unless the keeper lives."""
         content: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
         return content
 
@@ -95,7 +95,7 @@ class Server:
         return held is None
 
     def stop(self) -> None:
-        """Use it no more; if nobody else does, it ends, with its workers, before this returns."""
+        """Stop using it; without other users it ends, with its workers, before this returns."""
         try:
             fcntl.flock(self.users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,7 +108,7 @@ class Server:
     def _end(self) -> None:
         pid = _Files(self.folder).read().get("pid")
         for kind in (signal.SIGTERM, signal.SIGKILL):
-            if pid is None or not self.lives():  # while the keeper lives, the number is its own
+            if pid is None or not self.lives():  # while the keeper lives, no other process has its number
                 break
             os.killpg(pid, kind)
             deadline = time.monotonic() + _END_SECONDS
@@ -119,16 +119,20 @@ class Server:
 
 
 def tracking_folder(storage_uri: str) -> Path:
-    """Where a server of ours keeps its files: beside the results, or here if those are remote."""
+    """The folder of our own server's files: beside the results, or here if those are remote."""
     where = storage.absolute(storage_uri).removeprefix("file://")
     return Path(defaults.STORAGE if "://" in where else where).absolute() / "mlflow"
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
-    """The server over ``folder``: the one that is there, else a new one; :meth:`Server.wait_ready` waits.
+    """The server over ``folder``, started if there is none yet; :meth:`Server.wait_ready` waits for it.
 
     Args:
-        port: of a new one, or the next that is free.
+        folder: of the database and the artifacts.
+        port: of a new server, or the next that is free.
+
+    Returns:
+        The server, of which we are a user now.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _Files(folder)
@@ -141,14 +145,14 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
             try:
                 return _start(folder, files, port, users, keeper)
             finally:
-                os.close(keeper)  # the one that was started holds it on
+                os.close(keeper)  # the keeper inherited it
     except BaseException:
         os.close(users)
         raise
 
 
 def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> Server:
-    """Start a keeper, which takes its lock and that of its port along, and write down where it is."""
+    """Start a keeper, which inherits its lock and that of its port, and write down where it is."""
     free, port_lock = reserve(port)
     uri = f"http://{LOOPBACK}:{free}"
     command = [sys.executable, "-I", str(_KEEPER), str(files.users), sys.executable, "-m", "mlflow", "server"]
@@ -164,7 +168,7 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
                 stdout=log,
                 stderr=log,
                 pass_fds=(keeper, port_lock),
-                start_new_session=True,  # Ctrl-C reaches us first; we end it in order
+                start_new_session=True,  # Ctrl-C reaches only us; we end the server in order
                 env={**os.environ, **quiet_environment()},
             )
     finally:
@@ -174,7 +178,7 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
 
 
 def _locked(file: Path) -> int | None:
-    """The file's lock, or nothing where somebody holds it."""
+    """Lock a file; ``None`` where another process holds it."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +189,7 @@ def _locked(file: Path) -> int | None:
 
 
 def _shared(file: Path) -> int:
-    """The file's lock, shared; a server that is about to end is waited for.
+    """Lock a file as one of several users; waits for a server that is about to end.
 
     Raises:
         RuntimeError: it does not end.
@@ -216,10 +220,10 @@ def answers(uri: str, timeout: float) -> bool:
 
 
 def quiet_environment() -> dict[str, str]:
-    """No telemetry, no progress bars, and failures in seconds rather than minutes."""
+    """Variables that turn off telemetry and progress bars, and make MLflow fail within seconds."""
     wanted = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # its job runner costs ten processes
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # MLflow's job runner would start ten processes
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",

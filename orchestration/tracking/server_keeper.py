@@ -22,7 +22,7 @@ _START_SECONDS = 20.0
 def keep(users: str, command: list[str]) -> int:
     """Run ``command`` until nobody holds ``users``; returns its status where it cannot start."""
     file = os.open(users, os.O_RDWR)
-    asked: list[int] = []  # to end, by the last user
+    asked: list[int] = []  # the last user asks it to end
     signal.signal(signal.SIGTERM, lambda kind, frame: asked.append(kind))
     while True:
         began = time.monotonic()
@@ -33,13 +33,13 @@ def keep(users: str, command: list[str]) -> int:
             time.sleep(_LOOK_SECONDS)
         if asked or status is None:
             end(server)
-        if status > 0 and time.monotonic() - began < _START_SECONDS:  # a signal has a negative one
+        if status > 0 and time.monotonic() - began < _START_SECONDS:  # negative after a signal
             return status
         time.sleep(2 * _LOOK_SECONDS)
 
 
 def unused(file: int) -> bool:
-    """Whether nobody holds it; from then on nobody can, until we have ended."""
+    """Whether no process holds it; from then on none can, until we have ended."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,8 +1,7 @@
-"""MLflow: the server to log to, and runs nested under the right parents."""
+"""The MLflow server to log to, and runs nested under the right parents."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -35,16 +34,16 @@ _BATCH = 900  # MLflow takes up to 1,000 metrics in one request
 _PARAMS = 100  # and up to 100 parameters
 _TAG_LIMIT = 5000
 _INPUT_TRIES = 3
-_WAITING = 1000  # requests, before those who log more have to wait
+_WAITING = 1000  # requests in the queue, before logging waits
 _PATIENCE_SECONDS = 3600.0
-_MONITOR_SECONDS = 30.0  # for days, too: a dozen metrics each time
+_MONITOR_SECONDS = 30.0  # long: a dozen metrics each time, for days
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @contextmanager
 def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The tracking URI and what waits for it: the given one left alone, else a server of ours while we run.
+    """The tracking URI and a function that waits for it: the given URI, or a server of ours while we run.
 
     Raises:
         InputError: the given URI does not answer.
@@ -78,7 +77,7 @@ class Tracker:
     """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
-        """``say`` is told what of the experiment or its runs had been deleted and is restored."""
+        """Connect to ``uri``; ``say`` gets a line where a deleted experiment or run is restored."""
         import mlflow
 
         self.uri, self._say = uri, say
@@ -88,7 +87,7 @@ class Tracker:
         self._sent: list[Future[Any]] = []
         self._open: set[str] = set()
         self._monitor: SystemMetricsMonitor | None = None
-        self._hurry = threading.Event()  # set when nobody waits any more for a server that is away
+        self._hurry = threading.Event()  # set to stop trying again while the server is away
 
     def _experiment(self, name: str) -> str:
         """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
@@ -96,7 +95,7 @@ class Tracker:
 
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            # the kind decides which view the UI opens it in
+            # the UI chooses its view by the kind
             tags = {"mlflow.experimentKind": "custom_model_development"}
             try:
                 return str(self.client.create_experiment(name, tags=tags))
@@ -104,7 +103,7 @@ class Tracker:
                 experiment = self.client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
-        if experiment.lifecycle_stage == "deleted":  # else another sweep was quicker
+        if experiment.lifecycle_stage == "deleted":  # otherwise another sweep has just made it
             self.client.restore_experiment(experiment.experiment_id)
             self._say(f"the MLflow experiment {name} had been deleted; it is restored, with its runs")
         return str(experiment.experiment_id)
@@ -134,13 +133,13 @@ class Tracker:
         return run
 
     def log(self, run: EndedRun) -> Future[str]:
-        """A run that is over, in three requests (more of very many figures); its id comes later."""
+        """Log a run that is over, in three requests (more for very many figures); its id comes later."""
         from mlflow.entities import Metric, Param
 
         ended = int(time.time() * 1000)
         began = ended - int(1000 * run.seconds)
         tags = {**run.tags, "mlflow.parentRunId": run.parent}
-        made: list[str] = []  # what goes on when a request is tried again
+        made: list[str] = []  # the run's id, kept when a request is tried again
 
         def send() -> str:
             if not made:
@@ -233,7 +232,7 @@ class Tracker:
 
     def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
         """Log (step, value) points of some metrics."""
-        now = int(time.time() * 1000)  # a point that is sent twice is one point, as its time is the same
+        now = int(time.time() * 1000)  # sent again with the same time, a point is not doubled
         self._send(self._metrics, run, {key: list(values) for key, values in points.items()}, now)
 
     def _metrics(self, run: str, points: dict[str, list[tuple[int, float]]], now: int) -> None:
@@ -247,7 +246,7 @@ class Tracker:
         self._log_all(run, entries, [])
 
     def _log_all(self, run: str, metrics: Sequence[Metric], params: Sequence[Param]) -> None:
-        """In as many requests as the server's limits ask for."""
+        """Log them, in as many requests as the server's limits ask for."""
         while metrics or params:
             self.client.log_batch(run, metrics=metrics[:_BATCH], params=params[:_PARAMS])
             metrics, params = metrics[_BATCH:], params[_PARAMS:]
@@ -273,27 +272,15 @@ class Tracker:
         self._send(self.client.log_dict, run, content, name)
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
-        """The images that a run reads; those that it is known to read stay."""
-        from mlflow import entities
-
-        inputs = [
-            entities.DatasetInput(
-                entities.Dataset(
-                    name=dataset.name,
-                    digest=dataset.digest,
-                    source_type=dataset.source_type,
-                    source=json.dumps({"uri": dataset.source}),
-                    profile=json.dumps({"num_rows": dataset.rows}),
-                ),
-                [entities.InputTag("mlflow.data.context", dataset.context)],
-            )
-            for dataset in datasets
-        ]
-        self._send(self._log_inputs, run, inputs)
+        """Log the data sets that a run reads, beside those that it is known to read."""
+        self._send(self._log_inputs, run, [dataset.as_input() for dataset in datasets])
 
     def _log_inputs(self, run: str, inputs: list[DatasetInput]) -> None:
-        """MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
-        refused, with nothing done, and finds them there when it asks again."""
+        """Log data sets, again where MLflow refuses.
+
+        MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
+        refused, with nothing done, and finds them there when it asks again.
+        """
         from mlflow.exceptions import MlflowException
 
         for _ in range(_INPUT_TRIES - 1):
@@ -306,7 +293,7 @@ class Tracker:
         """Log how busy this machine is on a run, until the tracker is closed."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it speaks of each start and end
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it logs each start and end
         try:
             self._monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
                 run, sampling_interval=_MONITOR_SECONDS, resume_logging=True, tracking_uri=self.uri
@@ -339,7 +326,7 @@ class Tracker:
         self._send(self.client.set_terminated, run, status)
 
     def link(self, run: str) -> str:
-        """Where the UI shows a run."""
+        """Address of a run in the UI."""
         return f"{strip_credentials(self.uri)}/#/experiments/{self.experiment}/runs/{run}"
 
     def flush(self) -> None:
@@ -358,7 +345,9 @@ class Tracker:
 
         self._hurry.set()
         if self.uri.startswith("http") and not answers(self.uri, timeout=2.0):
-            self._sender.shutdown(wait=False, cancel_futures=True)  # each request would be tried for long
+            self._sender.shutdown(
+                wait=False, cancel_futures=True
+            )  # the client would try each request for minutes
             return
         try:
             self.close(status)
@@ -370,7 +359,7 @@ class Tracker:
         if self._monitor is not None:
             self._monitor.finish()  # type: ignore[no-untyped-call]
             self._monitor = None
-        # by the sender, after what waits: a run that an interrupt caught at its start is open by then
+        # in the queue, after all requests: a run that was interrupted at its start is open by then
         self._send(self._finish_open, status)
         self.flush()
         self._sender.shutdown()
@@ -381,7 +370,7 @@ class Tracker:
         self._open.clear()
 
     def _send(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
-        if len(self._sent) > _WAITING:  # who logs faster than MLflow takes it waits here
+        if len(self._sent) > _WAITING:  # logging faster than MLflow takes it waits here
             self._sent.pop(0).result()
         self._sent.append(future := self._sender.submit(self._patiently, call, *arguments))
         return future
@@ -403,5 +392,5 @@ class Tracker:
 
 
 def _safe(key: str) -> str:
-    """MLflow takes letters, digits and ``_-. /`` in keys."""
+    """A key in MLflow's letters: it takes letters, digits and ``_-. /``."""
     return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)

@@ -34,7 +34,7 @@ class Choice:
     kind: str
 
     @classmethod
-    def parse(cls, text: str, key: str = "--engines") -> Choice:
+    def parse(cls, text: str, key: str = "engine") -> Choice:
         """``ENGINE`` or ``ENGINE:TYPE``.
 
         Raises:

@@ -242,7 +242,7 @@ ANY_BATCH: Mapping[str, Engine] = MappingProxyType({**ENGINES, "openvino": OpenV
 """The same, none of which is told the batch size before it compiles a file."""
 
 
-def check(choice: Choice, device: str, key: str = "--engines") -> None:
+def check(choice: Choice, device: str, key: str = "engine") -> None:
     """Whether an engine can run here.
 
     Raises:

@@ -82,7 +82,7 @@ def audit_dataset(
     Raises:
         InputError: no such file or folder, or a table without such columns.
     """
-    system, files = table_files(uri, "PATH")
+    system, files = table_files(uri, "uri")
     wanted = columns or Columns()
     parts: list[tuple[str, str, int, tuple[str, str]]] = []
     whole = DatasetAudit()
@@ -90,7 +90,7 @@ def audit_dataset(
         try:
             with system.open_input_file(file) as source:
                 parquet = open_parquet(source)
-                names = wanted.find(parquet.schema_arrow, uri, "PATH")
+                names = wanted.find(parquet.schema_arrow, uri, "uri")
                 parts += [(uri, file, group, names) for group in range(parquet.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             whole.bad.append(f"{Path(file).name}: cannot be read ({first_line(error)})")
@@ -108,7 +108,7 @@ def audit_dataset(
 
 def _audit_row_group(uri: str, file: str, group: int, columns: tuple[str, str]) -> DatasetAudit:
     """Audit one row group of a file; ``columns`` are those of images and labels."""
-    system, _ = resolve(split_glob(uri)[0], "PATH")
+    system, _ = resolve(split_glob(uri)[0], "uri")
     audit, name = DatasetAudit(), Path(file).name
     try:
         with system.open_input_file(file) as source:

@@ -26,7 +26,7 @@ from trainers.sources.folders import Labelled, SourceOptions, class_folders, lab
 from trainers.sources.webdataset import is_tar, read_tar, stem
 
 PLAN, _LOCK = "conversion.json", ".lock"
-_KEY = "IMAGEFOLDER"
+_KEY = "source"
 _SHARD_BYTES = 256 << 20
 _GROUP = 256  # images of a Parquet row group
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -119,7 +119,7 @@ def _tars(base: Path, pattern: str | None) -> list[Path]:
 
 
 def _of_tars(given: str, tars: list[Path], options: SourceOptions) -> Conversion:
-    for option, value in (("--labels", options.labels), ("--ids", options.ids), ("--order", options.order)):
+    for option, value in (("labels", options.labels), ("ids", options.ids), ("order", options.order)):
         if value is not None:
             raise InputError(option, str(value), "goes with folders; tars hold their labels")
     parts = parts_of([tar.name for tar in tars])
@@ -171,7 +171,7 @@ def convert(conversion: Conversion, target: Path, processes: int) -> Iterator[Wr
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError("OUT", str(target), "another conversion to it is at work") from None
+        raise InputError("target", str(target), "another conversion to it is at work") from None
     try:
         yield from _convert(conversion, target, processes)
     finally:
@@ -184,9 +184,10 @@ def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[W
     fingerprint = conversion.fingerprint()
     if record.exists():
         if json.loads(record.read_text()).get("fingerprint") != fingerprint:
-            raise InputError("OUT", str(target), f"holds a conversion of something else ({PLAN})")
+            raise InputError("target", str(target), f"holds a conversion of something else ({PLAN})")
     elif any(path.name != _LOCK for path in target.iterdir()):
-        raise InputError("OUT", str(target), "must be an empty folder, or a conversion that was broken off")
+        expected = "must be an empty folder, or a conversion that was broken off"
+        raise InputError("target", str(target), expected)
     for partial in target.glob(".*.partial"):  # of a conversion that was killed
         partial.unlink()
     record.write_text(json.dumps({"source": conversion.source, "fingerprint": fingerprint}, indent=1))

@@ -17,7 +17,7 @@ from trainers.sources.files import PARTS
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 Order = Literal["torchvision", "timm"]
 Labelled = list[tuple[Path, int]]
-_KEY = "IMAGEFOLDER"
+_KEY = "source"
 _SYSTEM = frozenset(
     {
         "__macosx",
@@ -120,7 +120,7 @@ def class_folders(source: Path, options: SourceOptions) -> tuple[Names, Labelled
             )
         images = images_below(source / folder)
         if not images and not options.classes:
-            expected = f"class folder {folder!r} holds no image; delete it, or name all classes by --classes"
+            expected = f"class folder {folder!r} holds no image; delete it, or name all classes by classes"
             raise InputError(_KEY, given, expected)
         labelled += [(path, labels[named[folder]]) for path in images]
     return classes, labelled, notes
@@ -133,7 +133,7 @@ def _check_level(source: Path, folders: list[str]) -> None:
         which = " and ".join(parts)
         expected = (
             f"holds {which}, which are parts and no classes; convert each by itself ({source}/{parts[0]}), "
-            "or name the classes by --classes"
+            "or name the classes by classes"
         )
         raise InputError(_KEY, str(source), expected)
     if len(folders) == 1:
@@ -153,7 +153,7 @@ def _ordered(names: Sequence[str], options: SourceOptions) -> tuple[Names, list[
     if options.order is None and ours != theirs:
         first = next(i for i, (own, natural) in enumerate(zip(ours, theirs, strict=True)) if own != natural)
         order = f"label {first} is {ours[first]!r}, as in torchvision; timm would take {theirs[first]!r}"
-        return tuple(ours), [f"{order} (--order timm; --order torchvision says that this is meant)"]
+        return tuple(ours), [f"{order} (order: timm; order: torchvision says that this is meant)"]
     return tuple(ours), []
 
 
@@ -182,7 +182,7 @@ def labelled_folder(source: Path, options: SourceOptions) -> tuple[Names, Labell
     missing = [path for path in images if path not in pairs]
     if missing and options.unlabelled == "stop":
         name = missing[0].relative_to(source)
-        raise InputError("--labels", shown, f"has no label for {name} ({len(missing):,} images have none)")
+        raise InputError("labels", shown, f"has no label for {name} ({len(missing):,} images have none)")
     notes = [f"{len(missing):,} images without a label are left out"] if missing else []
     labelled = [path for path in images if path in pairs]
     classes = options.classes
@@ -200,7 +200,7 @@ def labelled_folder(source: Path, options: SourceOptions) -> tuple[Names, Labell
     known = {name: label for label, name in enumerate(classes)}
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise InputError("--labels", shown, f"{unknown!r} is not among the {len(classes)} given classes")
+        raise InputError("labels", shown, f"{unknown!r} is not among the {len(classes)} given classes")
     return classes, [(path, known[name]) for path, name in zip(labelled, names, strict=True)], notes
 
 
@@ -209,8 +209,8 @@ def _counted(labels: list[int], options: SourceOptions) -> list[int]:
     shown, least, most = str(options.labels), min(labels), max(labels)
     if "ilsvrc" in shown.lower() and "ground_truth" in shown.lower():
         expected = "counts as ILSVRC's development kit does, which is not the order of sorted class folders"
-        raise InputError("--labels", shown, f"{expected}: give its meta.mat by --ids")
-    return [checked_label(label, options, "--labels", shown, (least, most)) for label in labels]
+        raise InputError("labels", shown, f"{expected}: give its meta.mat by ids")
+    return [checked_label(label, options, "labels", shown, (least, most)) for label in labels]
 
 
 def checked_label(
@@ -234,7 +234,7 @@ def checked_label(
     """
     if options.first is None and extremes is not None and extremes[0] != 0:
         least, most = extremes
-        expected = f"labels go from {least} to {most}: say by --first-label what they begin with (0 or 1)"
+        expected = f"labels go from {least} to {most}: say by first what they begin with (0 or 1)"
         raise InputError(key, value, expected)
     shifted = label - (options.first or 0)
     if shifted < 0 or (options.classes and shifted >= len(options.classes)):
@@ -249,17 +249,17 @@ def _pairs(file: Path, images: list[Path]) -> Iterator[tuple[Path, str]]:
     if lines and all(len(row) == 1 for row in lines):
         if len(lines) != len(images):
             expected = f"must hold a line for each image; it holds {len(lines):,} for {len(images):,} images"
-            raise InputError("--labels", str(file), expected)
+            raise InputError("labels", str(file), expected)
         yield from zip(images, (row[0] for row in lines), strict=True)
         return
     by_name = {name: path for path in images for name in (path.stem, path.name)}
     if len({path.stem for path in images}) < len(images):
-        raise InputError("--labels", str(file), "two images of the folder have the same name")
+        raise InputError("labels", str(file), "two images of the folder have the same name")
     column, lines = _label_column(file, lines, by_name)
     for row in lines:
         name = Path(row[0]).name
         if name not in by_name:
-            raise InputError("--labels", str(file), f"names {row[0]}, and there is no such image")
+            raise InputError("labels", str(file), f"names {row[0]}, and there is no such image")
         box = _BOX.match(row[column]) if len(row) > column else None
         yield by_name[name], box[1] if box else row[column].strip() if len(row) > column else ""
 
@@ -269,7 +269,7 @@ def _rows(file: Path) -> list[list[str]]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError("--labels", str(file), f"cannot be read ({reason})") from None
+        raise InputError("labels", str(file), f"cannot be read ({reason})") from None
     separator = _SEPARATED.get(file.suffix.lower())
     if separator is not None:
         return list(csv.reader(text.splitlines(), delimiter=separator))
@@ -282,14 +282,14 @@ def _label_column(file: Path, lines: list[list[str]], images: dict[str, Path]) -
     heading = file.suffix.lower() in _SEPARATED and Path(first[0]).name not in images
     named = [column for column, cell in enumerate(first) if cell.strip().lower() in _LABEL_COLUMNS and column]
     if wide and not (heading and len(named) == 1):
-        raise InputError("--labels", str(file), "must have two columns, or one with the heading 'label'")
+        raise InputError("labels", str(file), "must have two columns, or one with the heading 'label'")
     return named[0] if heading and len(named) == 1 else 1, lines[heading:]
 
 
 def _of_number(text: str, numbers: dict[int, str], file: Path) -> str:
     name = numbers.get(int(text)) if text.isdecimal() else None
     if name is None:
-        raise InputError("--ids", str(file), f"says of no class that it is {text!r}")
+        raise InputError("ids", str(file), f"says of no class that it is {text!r}")
     return name
 
 
@@ -308,5 +308,5 @@ def _numbers(file: Path) -> dict[int, str]:
         return {int(number): name.strip() for number, name in pairs}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
-            "--ids", str(file), f"must be meta.mat, or numbers with names ({first_line(error)})"
+            "ids", str(file), f"must be meta.mat, or numbers with names ({first_line(error)})"
         ) from None

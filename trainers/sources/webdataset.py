@@ -18,7 +18,7 @@ from pathlib import Path
 from pruners.errors import InputError, first_line
 from trainers.sources.folders import EXTENSIONS, SourceOptions, checked_label, is_hidden
 
-_KEY = "IMAGEFOLDER"
+_KEY = "source"
 _SUFFIX = re.compile(r"(\.tar)(\.(gz|bz2|xz))?$|\.t(gz|bz2|xz)$", re.IGNORECASE)
 _BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 _FIELDS = ("label", "cls", "target")
@@ -78,7 +78,7 @@ def read_tar(path: Path, options: SourceOptions) -> Iterator[TarImage | None]:
                 yield None
                 continue
             held = ", ".join(files)
-            hint = "--unlabelled skip leaves such samples out"
+            hint = "unlabelled: skip leaves such samples out"
             raise InputError(
                 _KEY, str(path), f"{name} has no image or no label (.cls); it has {held}; {hint}"
             )

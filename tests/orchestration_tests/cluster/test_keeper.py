@@ -53,7 +53,7 @@ def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess
     assert keeper.stdin is not None
     with ExitStack() as stack:
         left, others = (
-            [stack.enter_context(process(tmp_path, *one)) for one in processes]
+            [stack.enter_context(process(tmp_path, *arguments)) for arguments in processes]
             for processes in (
                 [(f"session_2026-03-01_12-00-03_123456_{OTHER}", how) for how in ("output", "beside")],
                 [

@@ -18,8 +18,9 @@ from orchestration.cli import app
 from orchestration.recipe.schema import Promotion
 from orchestration.sweep.report import alias_lines
 from orchestration.tracking import lineage
+from orchestration.tracking.check import check_alias, check_name
 from orchestration.tracking.promotion import choose, level_alias, promote, settle
-from orchestration.tracking.registry import Registry, Version, check_alias, check_name, open_registry
+from orchestration.tracking.registry import Registry, Version, open_registry
 from pruners.errors import InputError
 
 RULE = Promotion(sparsity=0.75)

@@ -420,13 +420,13 @@ def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest
 @pytest.mark.cluster
 def test_two_may_log_the_same_images_at_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """As sweeps do that start together. One try each is refused about once in four times."""
-    monkeypatch.setattr("orchestration.datasets.count_rows", lambda uri, key: len(uri))
+    monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
     trackers = [Tracker(running.server.uri, "inputs at once") for _ in range(2)]
     runs = [tracker.start("inputs", None, {}, {}) for tracker in trackers]
     for number in range(24):
-        found = datasets(DataSettings(train=f"/data/{number}/train.parquet"), f"{number:012d}")
+        inputs = datasets(DataSettings(train=f"/data/{number}/train.parquet"), f"{number:012d}")
         for tracker, run in zip(trackers, runs, strict=True):
-            tracker.inputs(run, found)  # by a thread each
+            tracker.inputs(run, inputs)  # by a thread each
         for tracker in trackers:
             tracker.flush()
     for tracker, run in zip(trackers, runs, strict=True):

@@ -182,7 +182,7 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
     assert list(classes) == ImageFolder(str(root)).classes
     assert said == [
         "label 2 is '10', as in torchvision; timm would take '2' "
-        "(--order timm; --order torchvision says that this is meant)"
+        "(order: timm; order: torchvision says that this is meant)"
     ]
     assert class_folders(root, SourceOptions(order="torchvision"))[2] == []
     assert class_folders(root, SourceOptions(order="timm"))[0] == tuple(names)
@@ -287,9 +287,9 @@ def test_one_folder_and_a_file_of_labels(
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("labels.txt", "3\n1\n2\n", "labels go from 1 to 3: say by --first-label"),
+        ("labels.txt", "3\n1\n2\n", "labels go from 1 to 3: say by first"),
         ("labels.txt", "1\n0\n", "holds 2 for 3 images"),
-        ("ILSVRC2012_validation_ground_truth.txt", "1\n2\n3\n", r"meta\.mat by --ids"),
+        ("ILSVRC2012_validation_ground_truth.txt", "1\n2\n3\n", r"meta\.mat by ids"),
         (
             "val.txt",
             "ILSVRC2012_val_00000009.JPEG 0\n",
