@@ -46,7 +46,7 @@ def _compress_int8(source: Path, checkpoint: str, target: Path, out: str) -> Ite
     yield f"{'packed':<12}the file of {ENGINE}"
     yield f"{'size':<12}{_gained(record['bytes'], after)}"
     yield f"{'written to':<12}{out} ({after / 1e6:.2f} MB, INT8)"
-    yield f"{'run it by':<12}the example under INT8 in README.md; espalier takes it as it is"
+    yield f"{'run it by':<12}the example in docs/guides/quantization.md; espalier takes it as it is"
 
 
 def _compress(location: str, target: Path, out: str) -> Iterator[str]:
@@ -103,6 +103,7 @@ def _end_of_int8(target: Path, path_text: str, record: Mapping[str, Any]) -> Ite
 def _end(target: Path, path_text: str) -> Iterator[str]:
     yield f"{'written to':<12}{path_text} ({size_on_disk(target) / 1e6:.2f} MB)"
     if is_packed(target):
-        yield f"{'load it by':<12}load_packed({str(target)!r}) of README.md; espalier takes it as it is"
+        reader = f"load_packed({str(target)!r}) of docs/guides/export.md"
+        yield f"{'load it by':<12}{reader}; espalier takes it as it is"
     else:
         yield f"{'load it by':<12}timm.create_model({f'local-dir:{target}'!r}, pretrained=True)"

@@ -237,4 +237,4 @@ def _content(
 def _end(target: Path, wanted: Wanted) -> Iterator[str]:
     size = sum(path.stat().st_size for path in target.iterdir() if path.name != EXPORT_RECORD)
     yield f"{'written to':<12}{wanted.out} ({size / 1e6:.2f} MB)"
-    yield f"{'run it by':<12}the example for {wanted.kind} in README.md"
+    yield f"{'run it by':<12}the example for {wanted.kind} in docs/guides/export.md"

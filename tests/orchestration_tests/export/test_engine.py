@@ -39,7 +39,7 @@ from trainers.export import onnx as onnx_export
 from trainers.export import openvino, torch_export
 from trainers.optional_imports import openvino_core
 
-README = Path(__file__).parents[3] / "README.md"
+GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
 PLACES = re.compile(rb"/(?:work|tmp|root|home|usr|opt|var|build)/[ -~]{0,60}|site-packages")
 
 
@@ -345,8 +345,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def example(kind: str) -> str:
-    """The lines of README.md that run a format, after those that prepare an image."""
-    section = README.read_text(encoding="utf-8").partition("### For engines")[2].partition("\n### ")[0]
+    """The lines of the guide that run a format, after those that prepare an image."""
+    section = GUIDE.read_text(encoding="utf-8").partition("## For engines")[2].partition("\n## ")[0]
     prepare, *blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     matching = [
         block for block in blocks if kind in re.split(r", ", block.splitlines()[0].removeprefix("# "))
@@ -359,7 +359,7 @@ def example(kind: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_examples_of_the_readme_run_where_espalier_is_not(
+def test_the_examples_of_the_guide_run_where_espalier_is_not(
     kind: str, run: Run, files: Path, elsewhere: Path
 ) -> None:
     form = FORMATS[kind]

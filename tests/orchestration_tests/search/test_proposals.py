@@ -204,7 +204,7 @@ def generations(made: Proposals) -> list[int]:
 
 
 def test_nsga2_breeds_generations_within_few_trials(tmp_path: Path) -> None:
-    """README's example: 30 trials; Optuna's own first generation is 50 random ones."""
+    """The guide's example: 30 trials; Optuna's own first generation is 50 random ones."""
     assert [population(trials) for trials in (2, 4, 30, 100, 625, 10**5)] == [2, 4, 10, 20, 50, 50]
     made = played(TrialLog(f"{tmp_path}/trials.json"), "nsga2", 30, cost="macs_sparse")
     assert generations(made) == [0] * 10 + [1] * 10 + [2] * 10

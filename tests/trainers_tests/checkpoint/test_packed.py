@@ -1,4 +1,4 @@
-"""Compressed weights: every bit comes back, by our reader and by the few lines of README.md. How small."""
+"""Compressed weights: every bit comes back, by our reader and by the few lines of the guide. How small."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainers.checkpoint.folder import (
 from trainers.checkpoint.packed import PACKED_FORMAT, read_packed, write_packed
 from trainers.models.factory import load_timm_folder
 
-README = Path(__file__).parents[3] / "README.md"
+GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -61,8 +61,8 @@ def pruned(folder: Path, architecture: str = VIT, pattern: str = "unstructured")
 
 @pytest.fixture(scope="module")
 def load_packed() -> Callable[[str], nn.Module]:
-    """The function of README.md, as it stands there."""
-    section = README.read_text(encoding="utf-8").partition("### Smaller files")[2]
+    """The function of the guide, as it stands there."""
+    section = GUIDE.read_text(encoding="utf-8").partition("## Smaller files")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     assert len([line for line in found[1].splitlines() if line.strip()]) <= 20

@@ -215,7 +215,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    """By plain pyarrow and ONNX Runtime, as the README says, and by us; packed twice it is the same."""
+    """By plain pyarrow and ONNX Runtime, as the guide says, and by us; packed twice it is the same."""
     source = folders["static", VIT]
     packed = tmp_path / "packed"
     lines = compress(str(source), str(packed), None, "runs")

@@ -1,4 +1,4 @@
-"""README's ``prepared()``: the very pixels of timm's evaluation transform."""
+"""``prepared()`` of docs/guides/export.md: the very pixels of timm's evaluation transform."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
-README = Path(__file__).parents[2] / "README.md"
+GUIDE = Path(__file__).parents[2] / "docs/guides/export.md"
 
 
 @pytest.fixture(scope="module")
 def prepared() -> Any:
     block = next(
         code
-        for code in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+        for code in re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
         if "def prepared(" in code
     )
     names: dict[str, Any] = {}
