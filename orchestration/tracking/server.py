@@ -13,10 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from filelock import FileLock
 
 from orchestration.common import defaults
 from orchestration.common.network import LOOPBACK, reserve
+from pruners.errors import InputError
 from pruners.redaction import strip_credentials
 from trainers import storage
 
 DEFAULT_PORT = 5000
 _READY_SECONDS = 90.0
 _END_SECONDS = 12.0  # the keeper gives the server five of them
+_LOOK_SECONDS = 2.0
 _KEEPER = Path(__file__).with_name("server_keeper.py")
 
 
@@ -64,6 +68,8 @@ class Server:
     folder: Path
     users: int
     keeper: subprocess.Popen[bytes] | None
+    _left: threading.Event = field(default_factory=threading.Event)
+    _guard: threading.Thread | None = None
 
     @property
     def shared(self) -> bool:
@@ -94,8 +100,40 @@ class Server:
             os.close(held)
         return held is None
 
+    def guard(self) -> None:
+        """From now on, start it again at its place when its keeper was killed: what is sent waits for it."""
+        self._guard = threading.Thread(target=self._look_after, name="mlflow-guard", daemon=True)
+        self._guard.start()
+
+    def _look_after(self) -> None:
+        while not self._left.wait(_LOOK_SECONDS):
+            # no room, no port: at the next look, perhaps
+            with suppress(OSError, InputError, subprocess.SubprocessError):
+                if not self.lives():
+                    self._start_again()
+
+    def _start_again(self) -> None:
+        files = _Files(self.folder)
+        with FileLock(files.start):
+            keeper = _locked(files.keeper)
+            if keeper is None:  # another user of it was quicker
+                return
+            try:
+                if self.keeper is not None:
+                    self.keeper.wait(_END_SECONDS)
+                _end_rest(files)
+                made = _start(self.folder, files, int(self.uri.rpartition(":")[2]), self.users, keeper)
+            finally:
+                os.close(keeper)
+            self.keeper = made.keeper
+            if made.uri != self.uri and made.keeper is not None:  # where nobody would look for it
+                os.killpg(made.keeper.pid, signal.SIGKILL)
+
     def stop(self) -> None:
         """Stop using it; without other users it ends, with its workers, before this returns."""
+        self._left.set()
+        if self._guard is not None:
+            self._guard.join()
         try:
             fcntl.flock(self.users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,6 +154,7 @@ class Server:
                 time.sleep(0.05)
         if self.keeper is not None:
             self.keeper.wait(_END_SECONDS)
+        _end_rest(_Files(self.folder))
 
 
 def tracking_folder(storage_uri: str) -> Path:
@@ -143,6 +182,7 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
             if keeper is None:
                 return Server(files.read()["uri"], folder, users, None)
             try:
+                _end_rest(files)
                 return _start(folder, files, port, users, keeper)
             finally:
                 os.close(keeper)  # the keeper inherited it
@@ -175,6 +215,22 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
         os.close(port_lock)
     files.write(uri=uri, pid=process.pid)
     return Server(uri, folder, users, process)
+
+
+def _end_rest(files: _Files) -> None:
+    """End the servers that a keeper left which was killed: they hold the port and the database."""
+    import psutil
+
+    try:
+        group = files.read().get("pid")
+    except (OSError, ValueError):  # there was none
+        return
+    if group is None or psutil.pid_exists(group):  # its number is somebody else's by now
+        return
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and "mlflow" in " ".join(process.cmdline()):
+                process.kill()
 
 
 def _locked(file: Path) -> int | None:

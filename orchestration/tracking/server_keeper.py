@@ -35,7 +35,15 @@ def keep(users: str, command: list[str]) -> int:
             end(server)
         if status > 0 and time.monotonic() - began < _START_SECONDS:  # negative after a signal
             return status
+        end_rest()
         time.sleep(2 * _LOOK_SECONDS)
+
+
+def end_rest() -> None:
+    """End what a server that was killed has left: its worker holds the port."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
 
 
 def unused(file: int) -> bool:

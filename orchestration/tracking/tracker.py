@@ -54,8 +54,13 @@ def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[]
         yield uri, lambda: None
         return
     server = start_server(folder)
+
+    def ready() -> None:
+        server.wait_ready()
+        server.guard()
+
     try:
-        yield server.uri, server.wait_ready
+        yield server.uri, ready
     finally:
         server.stop()
 

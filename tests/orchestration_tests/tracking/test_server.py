@@ -17,6 +17,7 @@ from commands import Family
 from orchestration.common.network import reserve
 from orchestration.tracking import server as server_module
 from orchestration.tracking.server import answers, start_server
+from orchestration.tracking.tracker import server_for
 
 USER = """
 import sys, time
@@ -71,6 +72,42 @@ def test_two_that_start_together_share_a_server_that_outlives_the_first(tmp_path
         family.end()
 
 
+def keeper_of(folder: Path) -> int:
+    (keeper,) = [pid for pid, line in everybody().items() if f"{folder}/users" in line]
+    return keeper
+
+
+@pytest.mark.cluster
+def test_a_server_whose_keeper_is_killed_is_started_again_at_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "mlflow"
+    with server_for(None, folder) as (uri, ready):
+        ready()
+        old = keeper_of(folder)
+        family = Family(old, tmp_path, "none")
+        assert len(family.look()) > 1
+        os.kill(old, signal.SIGKILL)
+        until(lambda: not answers(uri, 1.0))  # what it left is not built upon
+        until(lambda: answers(uri, 1.0), 90.0)
+        assert keeper_of(folder) != old
+        assert family.look() == {}
+        family = Family(keeper_of(folder), tmp_path, "none")
+        assert len(family.look()) > 1
+    assert not answers(uri, 1.0)
+    until(lambda: family.look() == {}, 5.0)
+
+
+@pytest.mark.cluster
+def test_a_server_whose_keeper_was_killed_ends_with_its_last_user(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "mlflow")
+    server.wait_ready()
+    family = Family(keeper_of(server.folder), tmp_path, "none")
+    assert len(family.look()) > 1
+    os.kill(keeper_of(server.folder), signal.SIGKILL)
+    server.stop()
+    assert not answers(server.uri, 1.0)
+    until(lambda: family.look() == {}, 5.0)
+
+
 def everybody() -> dict[int, str]:
     processes = {}
     for entry in Path("/proc").iterdir():
@@ -122,6 +159,29 @@ def test_a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_what_a_killed_server_leaves_is_ended_before_it_is_started_again(tmp_path: Path) -> None:
+    """MLflow's server has a worker of its own, which holds the port."""
+    lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    started = tmp_path / "started"
+    worker = "subprocess.Popen(['sleep', '60'])"
+    note = f"open({str(started)!r}, 'a').write(f'{{os.getpid()}} {{worker.pid}}\\n')"
+    code = f"import os, subprocess, time; worker = {worker}; {note}; time.sleep(60)"
+    process = keeper(tmp_path / "users", code)
+    try:
+        until(lambda: started.exists() and started.read_text().count("\n") == 1)
+        server, its_worker = map(int, started.read_text().split())
+        os.kill(server, signal.SIGKILL)
+        until(lambda: started.read_text().count("\n") == 2)
+        assert not alive(its_worker)
+        assert process.poll() is None
+        assert all(alive(int(pid)) for pid in started.read_text().split()[2:])
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        os.close(lock)
 
 
 def test_a_keeper_that_is_asked_to_end_does_so_at_once(tmp_path: Path) -> None:
