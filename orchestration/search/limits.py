@@ -15,20 +15,20 @@ from orchestration.recipe.search import SearchLimits
 
 @dataclass(frozen=True)
 class Limits:
-    """The recipe's limits of one search, and where it says them."""
+    """The recipe's limits of one search, and the key they stand under."""
 
     settings: SearchLimits
     key: str
 
     def overdue(self, since: float) -> str | None:
-        """Why a trial that began at ``since`` (monotonic) has to end; nothing while it has time."""
+        """Reason why a trial that began at ``since`` (monotonic seconds) must end; ``None`` while it has time."""
         minutes = self.settings.trial_minutes
         if minutes is None or time.monotonic() - since < 60 * minutes:
             return None
         return f"no end after {minutes:g} minutes ({self.key}.trial_minutes)"
 
 
-class GivenUp(Stopper):  # type: ignore[misc]
+class FailureStopper(Stopper):  # type: ignore[misc]
     """Ends a search when more of its trials have failed than the recipe allows."""
 
     def __init__(self, limits: Limits, trials: int) -> None:
@@ -48,12 +48,14 @@ class GivenUp(Stopper):  # type: ignore[misc]
         return self._limits.settings.failures * self._trials < self.failed < self._trials
 
     def note(self, error: str) -> None:
-        """A trial has failed."""
+        """Count a failed trial."""
         self.failed, self.last = self.failed + 1, error
 
     def check(self) -> None:
-        """Raises:
-        RuntimeError: the search was given up.
+        """Check that the search was not given up.
+
+        Raises:
+            RuntimeError: it was, as too many trials failed.
         """
         if self.stop_all():
             count = f"{self.failed} of {self._trials} trials failed"

@@ -1,4 +1,4 @@
-"""A cheap trial: set the weights of a proposed allocation, evaluate, report; its actor is reused."""
+"""A one-shot trial: set the weights of a proposed allocation, evaluate, report; its actor is reused."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Speed:
-    """What a search for the fastest model goes by: the table, and the dense model's top-1 on its images."""
+    """A latency table, and the dense model's top-1 on the trials' images: for a search for speed."""
 
     table: LatencyTable
     dense_top1: float
 
     def at(self, pruned: Mapping[str, int]) -> dict[str, float]:
-        """What a trial reports; seconds, as the table foretells them."""
+        """Seconds of an image batch by the latency table, as a trial reports them."""
         times = {"latency": self.table.at(pruned), "latency_dense": self.table.at({})}
         return {**times, "dense_top1": self.dense_top1}
 

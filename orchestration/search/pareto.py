@@ -1,4 +1,4 @@
-"""Two objectives: which trials nobody beats in both, and which of them the recipe's rule takes."""
+"""Two objectives: the Pareto front of the trials, and the one that the recipe's rule chooses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROUNDING = 1e-9
 
 
 def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
-    """The items that no other one beats: none is cheaper without being worth less (the first of equals).
+    """The Pareto front: items that no other is both cheaper and better than; of equals the first.
 
     Returns:
         By ascending cost, and so by ascending worth.
@@ -26,7 +26,7 @@ def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[
 
 
 def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
-    """The finished trials that no other one beats, by ascending cost.
+    """The finished trials on the Pareto front, by ascending cost.
 
     Args:
         cost: the metric that is to be small.
@@ -36,7 +36,7 @@ def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
 
 
 def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = None) -> TrialRecord:
-    """The front's trial that the rule takes.
+    """The trial on the front that the rule chooses.
 
     Args:
         whole: what the dense model costs, where the trials prune one that was cut in width before.

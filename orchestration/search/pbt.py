@@ -25,7 +25,7 @@ from trainers import storage
 
 
 class Population(PopulationBasedTraining):  # type: ignore[misc]
-    """Ray's scheduler, which also keeps to a number of trials at once, and holds on to what is taken over.
+    """Ray's scheduler, with a limit of trials at once and copies of checkpoints that others continue from.
 
     Tune starts whatever waits: so trials wait as paused ones, which are the scheduler's to start.
 
@@ -58,7 +58,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         self._runs, self._epochs, self._slots = runs, epochs, slots
 
     def set_max_concurrency(self, slots: int) -> None:
-        """As nodes come and go; what runs is not stopped."""
+        """Set how many trials run at once; running ones are not stopped."""
         self._slots = slots
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
@@ -66,7 +66,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         trial.set_status(Trial.PAUSED)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The one that has come least far of those that wait, if there is room for it."""
+        """The waiting trial with the fewest epochs, if there is room for one."""
         trials = tune_controller.get_trials()
         busy = sum(trial.status in (Trial.PENDING, Trial.RUNNING) for trial in trials)
         waiting = [trial for trial in trials if trial.status == Trial.PAUSED]
@@ -87,7 +87,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         return str(decision)
 
     def _hold(self, trial: Trial) -> None:
-        """Copy what a trial is to go on from: the other one goes on too, and keeps its newest alone.
+        """Copy the checkpoint that a trial continues from: its owner keeps only its newest ones.
 
         A copy that fails costs the trial, which then finds nothing to begin from.
         """
@@ -115,7 +115,7 @@ def within(space: Space, values: Mapping[str, Any]) -> dict[str, float]:
 def draws(
     space: Space, log: TrialLog, first: Sequence[dict[str, Any]], trials: int, seed: int
 ) -> BasicVariantGenerator:
-    """Random proposals; what was broken off comes first, or in a new search what is given.
+    """Random proposals. Interrupted trials come first; in a new search the given proposals do.
 
     Of two that had come to the same values one begins anew: they are told apart by nothing else.
     """
@@ -127,7 +127,7 @@ def draws(
 
 
 def history(member: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says of where a trial's model came from; nothing of one that is in no population."""
+    """The figures that record where a trial's model came from; empty outside of a population."""
     taken = member.get("taken")
     return {} if taken is None else {"pbt.exploits": len(taken), "pbt.taken": taken}
 
@@ -135,7 +135,7 @@ def history(member: Mapping[str, Any]) -> dict[str, Any]:
 def take_note(
     log: TrialLog, number: int, result: Mapping[str, Any], numbers: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What a trial is by a result; written down where it is the first since it became that.
+    """The member that a result reports; logged when it is the first result of that member.
 
     Args:
         numbers: of trials by Tune's names, to call those by that it took from.

@@ -1,4 +1,4 @@
-"""The Tune function of a trial that may go on as another one; around a Ray Train run, as ``training_trial``.
+"""The Tune function of a member of a population, around a Ray Train run as ``training_trial``.
 
 Ray tells Tune the place of a Train checkpoint as a figure; population-based training wants checkpoints of
 Tune's own. So what the run reports is reported again, with each Train checkpoint a folder of one JSON file
@@ -36,7 +36,7 @@ _AHEAD = 4
 
 @dataclass(frozen=True)
 class Member:
-    """What a trial is at a time.
+    """A trial's state in a population, from one exploit step to the next.
 
     Attributes:
         trial: Tune's name of it.
@@ -65,7 +65,7 @@ class Member:
         checkpoint: Mapping[str, Any] | None,
         known: Mapping[str, Mapping[str, Any]],
     ) -> Member:
-        """What a trial is that starts.
+        """The member that a starting trial is.
 
         Args:
             checkpoint: the Tune checkpoint it is given: its own where it was paused, another's to go on from.
@@ -93,12 +93,12 @@ class Member:
 
 
 def origin_of(runs: str, trial: str) -> str:
-    """Where a copy lies of the checkpoint that a trial is to go on from."""
+    """Path of the copied checkpoint that a trial continues from."""
     return f"{runs}/origins/{trial}"
 
 
 def read_told(checkpoint: tune.Checkpoint) -> dict[str, Any]:
-    """What a Tune checkpoint of ours says: the ``checkpoint`` of Train, its ``epoch``, the ``member``."""
+    """Content of our Tune checkpoint: path of the Train ``checkpoint``, its ``epoch``, the ``member``."""
     with checkpoint.as_directory() as folder:
         content: dict[str, Any] = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
     return content
@@ -113,7 +113,7 @@ def population_trial(
     known: Mapping[str, Mapping[str, Any]],
     every: int,
 ) -> None:
-    """A Tune function around a Ray Train run of what the trial is when it starts.
+    """A Tune function around the Ray Train run of the member that the trial starts as.
 
     Args:
         config: its values, recipe keys and numbers.
@@ -148,7 +148,7 @@ class Forward(UserCallback):  # type: ignore[misc]
 
 
 class Relay(Thread):
-    """Reports to Tune what comes out of a queue, until that is nothing.
+    """Reports to Tune what it reads from a queue, until it reads ``None``.
 
     After an ``error`` it only empties the queue, as the run would else wait for ever.
     """

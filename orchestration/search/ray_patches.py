@@ -11,7 +11,7 @@ from pruners.errors import first_line
 
 
 def one_trial_pays() -> None:
-    """Have Tune take such an end for the death of an actor, which it is.
+    """Make Tune treat an out-of-memory kill as the death of an actor, which it is.
 
     Tune knows two failures of a call to a trial's actor, the actor's death and an error in the call, and ends
     the whole experiment at any other. Ray tells a kill by its memory monitor by an error that is neither.

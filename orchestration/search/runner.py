@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
-from orchestration.search.limits import GivenUp, end_by_force
+from orchestration.search.limits import FailureStopper, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
 from orchestration.search.ray_patches import one_trial_pays
 from orchestration.search.samplers import ROUND, Proposals, limited
@@ -46,7 +46,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
     missing = search.trials - len(log.ended)
     if missing <= 0:
         return
-    given_up = GivenUp(search.limits, search.trials)
+    given_up = FailureStopper(search.limits, search.trials)
     scheduler = search.scheduler()
     proposals = None
     if search.space and not isinstance(scheduler, Population):
@@ -118,7 +118,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         search: Search,
         log: TrialLog,
         observer: Observer,
-        given_up: GivenUp,
+        given_up: FailureStopper,
         proposals: Proposals | None,
     ) -> None:
         self._search = search
@@ -136,14 +136,14 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     @property
     def limiter(self) -> ConcurrencyLimiter | None:
-        """The proposals for a round of Tune's; nothing where there is no space."""
+        """The proposals for one round of Tune, limited in number at once; ``None`` without a space."""
         if self._proposals is None:
             return None
         self._proposals.begin_round()
         return limited(self._proposals, self._search.concurrent)
 
     def _number(self, trial: Trial, trials: list[Trial]) -> int:
-        """In the order of the proposals, not of the starts."""
+        """A trial's number, in the order of the proposals and not of the starts."""
         if self._proposals is not None:
             return self._proposals.numbers[trial.trial_id]
         return self._first + trials.index(trial)
@@ -245,14 +245,14 @@ _KEPT = (
 
 
 def _reason(lines: Sequence[str]) -> str:
-    """The line that names an error, or the last one. Ray puts advice below, or gives it alone."""
+    """The line that names the error, else the last one: Ray may add advice below, or give advice alone."""
     lines = [line.strip() for line in lines]
     named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
     return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
 
 
 def _last_words(trial: Trial) -> list[str]:
-    """The last lines of what a failed trial wrote down."""
+    """The last lines of a failed trial's error file."""
     name = trial.run_metadata.error_filename
     file = Path(trial.local_path or "", name or "")
     text = file.read_text(errors="replace") if name is not None and file.is_file() else ""

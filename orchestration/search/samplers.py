@@ -1,4 +1,4 @@
-"""What a search tries next: Optuna's samplers, which know of a trial what its log says.
+"""What a search tries next: Optuna's samplers, fed from the trial log.
 
 A search that was broken off goes on as if it had not been, once its sampler knows all that it knew:
 
@@ -77,7 +77,7 @@ class Proposals:
             self._tell_results()
 
     def _not_tried(self) -> list[dict[str, Any]]:
-        """What is given and has neither ended nor is at work; what is given twice counts twice."""
+        """Given proposals that were not tried yet; one that is given twice counts twice."""
         known = [(record.values, record.given) for record in self._log.ended]
         known += [(values, self._log.is_given(number)) for number, values in self._broken.items()]
         untried: list[dict[str, Any]] = []
@@ -90,23 +90,23 @@ class Proposals:
         return untried
 
     def _comes_of(self, wanted: dict[str, Any], values: dict[str, Any], given: bool) -> bool:
-        """Whether a proposal was given: what of that lies outside the space was left to the sampler."""
+        """Whether ``values`` stem from the given proposal ``wanted``, as far as that lies in the space."""
         part = inside(self._space, wanted)
         same = all(values.get(key) == value for key, value in part.items())
         return same and (given or len(part) == len(self._space))
 
     def begin_round(self) -> None:
-        """Before a round of trials: a sampler that goes by all results forgets some of very many."""
+        """Begin a round of trials: of very many results a sampler is told the best and the newest again."""
         if self._search.sampler not in _BY_GENERATIONS and self._log.proposed > _MOST_TOLD:
             self._tell_results()
 
     @property
     def room(self) -> int:
-        """How many trials there are to the end of a round, those that go on included."""
+        """How many trials are left in the round, interrupted ones included."""
         return (-self._log.proposed) % ROUND + len(self._waiting) or ROUND
 
     def ask(self, trial_id: str) -> dict[str, Any]:
-        """A proposal for a trial of Tune's; what was broken off goes on first."""
+        """The proposal of one of Tune's trials; interrupted ones come first."""
         if self._waiting:
             number, values = self._waiting.popleft()
         else:
@@ -118,7 +118,7 @@ class Proposals:
         return values
 
     def tell(self, record: TrialRecord) -> None:
-        """A trial has ended."""
+        """Tell the sampler the results of a trial that has ended."""
         self._broken.pop(record.number, None)
         position = self._places.pop(record.number, None)
         if position is None:
@@ -130,8 +130,10 @@ class Proposals:
             self.study.tell(position, results)
 
     def _propose(self, number: int, given: dict[str, Any] | None) -> dict[str, Any]:
-        """Args:
-        given: values to try; what of them lies outside the space is left to the sampler.
+        """Propose the values of a trial.
+
+        Args:
+            given: values to try; the sampler chooses those of them that lie outside the space.
 
         Returns:
             What was not tried before, if the sampler comes upon it in a few attempts: it would only give the
@@ -161,7 +163,7 @@ class Proposals:
         return optuna.create_study(directions=directions, sampler=self._sampler())
 
     def _results(self, record: TrialRecord) -> list[float] | None:
-        """What a sampler is told of a trial; nothing of one that failed."""
+        """The objectives that a sampler is told; ``None`` for a failed trial."""
         figures = {**record.metrics, "score": record.score}
         goals = ["score"] + ([self._search.cost] if self._search.cost else [])
         values = [figures.get(goal) for goal in goals]
@@ -169,7 +171,7 @@ class Proposals:
         return finite if record.state != "failed" and len(finite) == len(goals) else None
 
     def _tell_results(self) -> None:
-        """A new study of what has ended, and of what was broken off as at work."""
+        """Make a new study of all ended trials, and of the interrupted ones as running."""
         self.study, self._places = self._new_study(), {}
         self._tried = {_key(record.values) for record in self._log.trials} | set(
             map(_key, self._broken.values())
@@ -191,7 +193,7 @@ class Proposals:
         self.study.add_trial(optuna.create_trial(params=params, distributions=self._space, **more))
 
     def _again(self) -> bool:
-        """Propose and tell all once more; whether the proposals were those of the log."""
+        """Replay the log in a new study; returns whether it made the same proposals."""
         if not self._log.ordered:
             return False
         for event in self._log.history:
@@ -214,7 +216,7 @@ def _key(values: dict[str, Any]) -> str:
 
 
 class _Asking(Searcher):  # type: ignore[misc]
-    """Proposals as Tune asks for them; they are told of results by what is recorded of those."""
+    """Tune's searcher interface to the proposals; results reach them through the trial log."""
 
     def __init__(self, proposals: Proposals) -> None:
         super().__init__(metric="score", mode="max")
@@ -243,7 +245,7 @@ def limited(proposals: Proposals, most: int) -> ConcurrencyLimiter:
 
 
 def population(trials: int) -> int:
-    """Of NSGA-II, for a search of so many trials: 2·√trials, so that it has √trials / 2 generations.
+    """NSGA-II's population size for a search of so many trials: 2·√trials, hence √trials / 2 generations.
 
     Optuna's own is 50, which a search of fewer trials draws all at random.
     """
@@ -251,7 +253,7 @@ def population(trials: int) -> int:
 
 
 def telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """All, or of very many the best and the newest: TPE goes through all each time."""
+    """At most 1,000 records, the best 100 and the newest 900: TPE's cost grows with the number of trials."""
     if len(known) <= _MOST_TOLD:
         return list(known)
     ranked = sorted(known, key=lambda record: math.inf if record.score is None else -record.score)

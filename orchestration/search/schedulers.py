@@ -1,4 +1,4 @@
-"""What stops trials early: Ray's rules, which know of a trial what its log says.
+"""Early stopping: Ray's schedulers, fed from the trial log.
 
 Whether a trial goes on depends on those that came as far before it. A search that was broken off has its rule
 go through all comparisons of the log once more, so that it decides as if it had not been.
@@ -25,7 +25,7 @@ _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given o
 
 
 def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
-    """What stops trials early, by the metric ``time``: of those that come as far, the better ones go on.
+    """The early-stopping rule of a search: at equal values of the metric ``time`` the better trials continue.
 
     ``time`` counts where trials can be compared (``recovery_epochs``: epochs at the final sparsity).
     """
@@ -40,20 +40,20 @@ def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> 
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A trial as a rule knows it: Tune's own names are others after every start."""
+    """A trial by its number: Tune's own names change with every start."""
 
     trial_id: str
 
 
 class _NoOthers:
-    """In place of Tune's controller, where there is none yet: what a rule that pauses trials asks."""
+    """Stands for Tune's controller during the replay, when there are no live trials."""
 
     def get_live_trials(self) -> list[Trial]:
         return []
 
 
 class Remembered(FIFOScheduler):  # type: ignore[misc]
-    """Mixed into a rule of Ray's: it looks at a trial when that has come farther, and the log keeps it.
+    """Mixin for Ray's schedulers that logs every comparison, and can replay them.
 
     A trial that goes on from its last checkpoint says once more what it had said since.
     """
@@ -66,7 +66,7 @@ class Remembered(FIFOScheduler):  # type: ignore[misc]
         return FIFOScheduler, ()
 
     def remember(self, log: TrialLog, numbers: Mapping[str, int], seed: int) -> None:
-        """Go through what the log holds.
+        """Replay the comparisons that the log holds.
 
         Args:
             numbers: of trials, by Tune's names of them; filled as they are proposed.
@@ -133,7 +133,7 @@ class Remembered(FIFOScheduler):  # type: ignore[misc]
 
 @contextmanager
 def _drawing(seed: int, number: int) -> Iterator[None]:
-    """NumPy's own generator, by which Ray draws a trial's bracket, at the trial's own state for a while."""
+    """Seed NumPy's global generator for one trial: Ray draws a trial's bracket from it."""
     before = np.random.get_state()
     np.random.seed(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     try:
@@ -149,14 +149,14 @@ class RememberedHalving(Remembered, AsyncHyperBandScheduler):  # type: ignore[mi
 
 
 class RememberedMedian(Remembered, MedianStoppingRule):  # type: ignore[misc]
-    """The rule as it is, remembered."""
+    """Median stopping whose comparisons are logged and replayed."""
 
 
 _LOOK_SECONDS = 10.0
 
 
 class Limiter(Protocol):
-    """What a number of trials at once is told."""
+    """Takes the number of trials that may run at once."""
 
     def set_max_concurrency(self, most: int, /) -> Any: ...
 

@@ -90,7 +90,7 @@ class AllocationSpace:
 
     @property
     def _reach(self) -> tuple[float, float] | None:
-        """The sparsities of the whole to propose; none below what the model has already."""
+        """The range of the whole model's sparsity to propose from; never below what it has already."""
         if self.between is None:
             return None
         low, high = self.between
@@ -126,11 +126,11 @@ class AllocationSpace:
         return {layer.name: allocation[layer.name] for layer in self.layers}
 
     def _group(self, layer: PrunableLayer) -> tuple[Any, ...]:
-        """What shares one threshold: no more than a proposal may move apart."""
+        """The group of a layer: its layers share one threshold."""
         return (layer.name,) if "layer" in self.by else (layer.stage, layer.module)
 
     def moved(self, moves: Mapping[str, float]) -> dict[str, float]:
-        """A proposal as far from the own allocation as what was best at another sparsity."""
+        """The proposal that differs from the own allocation as the best one did at another sparsity."""
         limits = self.distributions()
         return {
             key: min(max(own + moves[key], limits[key].low), limits[key].high)
@@ -162,18 +162,18 @@ def contains(space: Space, values: Mapping[str, Any]) -> bool:
 
 
 def inside(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some values that their distributions could give."""
+    """The values that lie in the space."""
     return {
         key: values[key] for key, domain in space.items() if key in values and _holds(domain, values[key])
     }
 
 
 class WrittenChoice(optuna.distributions.CategoricalDistribution):  # type: ignore[misc]
-    """A choice among mappings or lists: Optuna's values are plain ones, so it is given them as JSON."""
+    """A choice among mappings or lists, given to Optuna as JSON, as its values are plain ones."""
 
 
 def to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some values of a space as Optuna knows them."""
+    """Values in the form that Optuna takes."""
     return {key: _written(space[key], value) for key, value in values.items() if key in space}
 
 

@@ -1,4 +1,4 @@
-"""What a search is told: its space, trials, resources, and who watches it."""
+"""The specification of a search: its space, trials and resources; the protocol of its observers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestration.state.trial_log import TrialRecord
 
 
 class Observer(Protocol):
-    """Who wants to hear of trials: the display, the tracker."""
+    """Is called when trials start, report and end: the display and the tracker are such."""
 
     def trial_started(
         self, trial_id: str, number: int, values: dict[str, Any], before: str | None

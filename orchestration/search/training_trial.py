@@ -23,7 +23,7 @@ from trainers.storage import resolve
 
 
 class RunNames:
-    """What the trials of a search are called, and their Train runs: by their proposals.
+    """Names the trials of a search and their Train runs by the digest of their proposals.
 
     A proposal that was broken off is found again so, and one that is made again after its run has come to its
     end takes over what that run reported. Of trials proposed alike that are at work at once, or one while the
@@ -32,7 +32,7 @@ class RunNames:
     """
 
     def __init__(self, complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: False) -> None:
-        """``complete``: whether these are the last figures of a run."""
+        """Begin without any trial; ``complete`` tells whether metrics are the last ones of a run."""
         self._complete = complete
         self._trials: dict[str, list[Trial]] = {}
 

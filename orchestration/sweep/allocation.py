@@ -1,4 +1,4 @@
-"""The allocation search of a method: one elimination, then cheap trials that read it, by sparsities."""
+"""The allocation search of a method: one elimination, then for each sparsity one-shot trials that read it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
 
 
 class _Searches:
-    """The studies of one method; the order is made, and looked at, when the first of them needs it."""
+    """The studies of one method. The order of elimination is made when the first study needs it."""
 
     def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
         self._sweep, self._method, self._dense = sweep, method, dense
@@ -186,7 +186,7 @@ class _Searches:
 
     @cached_property
     def _table(self) -> LatencyTable | None:
-        """Of the machine that is to serve; nothing where the recipe does not ask for speed."""
+        """Latency table of the serving machine; ``None`` where the recipe does not ask for speed."""
         sweep = self._sweep
         if not isinstance(self._rule, Fastest):
             return None
@@ -202,7 +202,7 @@ class _Searches:
 
     @cached_property
     def _speed(self) -> Speed | None:
-        """With the top-1, on the trials' own images, of the model that loss is told against."""
+        """The table with the top-1, on the trials' images, of the model that the loss is relative to."""
         sweep, table = self._sweep, self._table
         if table is None:
             return None
@@ -244,7 +244,7 @@ class _Searches:
         return self._known_order
 
     def _make(self, order: StoredOrder) -> None:
-        """By a worker group where there are GPUs or nodes for it, each with its share of the layers.
+        """Make the order: by a worker group where there are GPUs or several nodes, each with some layers.
 
         One process has all processors of a node to itself otherwise.
         """
@@ -268,7 +268,7 @@ class _Searches:
 
 
 def _times(metrics: Mapping[str, Any]) -> str:
-    """How fast the chosen model is, where the search was for that."""
+    """Latency of the chosen model for the log line; empty unless the search was for speed."""
     if "latency" not in metrics:
         return ""
     return f", {1e3 * metrics['latency_dense']:.2f} → {1e3 * metrics['latency']:.2f} ms by the table"

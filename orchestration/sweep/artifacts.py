@@ -42,7 +42,7 @@ class Study:
 
     @property
     def sparsity(self) -> float:
-        """Of the model that was chosen."""
+        """Sparsity of the chosen model."""
         sparsity: float = self.best.metrics["sparsity"]
         return sparsity
 

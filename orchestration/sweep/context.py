@@ -1,4 +1,4 @@
-"""What the phases of a sweep share, and what each hands to the next."""
+"""What the phases of a sweep share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sweep:
         return datasets(self.data, self.data_hash, self.recipe.data.source)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
-        """A function as a Ray task of the sweep's own, and the device that it gets.
+        """Make a Ray task of a function; returns the task and the device it will have.
 
         It takes no processor, as nothing else of the sweep runs meanwhile, and a GPU where training has one.
         """
@@ -64,7 +64,7 @@ class Sweep:
         return remote, "cuda" if gpus else "cpu"
 
     def begin(self, phase: Phase, title: str) -> None:
-        """Work of a phase is about to start.
+        """Announce that work of a phase starts.
 
         Raises:
             InputError: the command was to start with a later one.
@@ -84,12 +84,12 @@ class Sweep:
         return replace(self, recipe=with_values(self.recipe, values)) if values else self
 
     def descending(self, facts: Mapping[str, Any]) -> Sweep:
-        """The same sweep, whose models are said to come from others by ``facts``."""
+        """Copy of the sweep with ``facts`` added to the lineage recorded in checkpoints."""
         return replace(self, lineage={**self.lineage, **facts})
 
     @contextmanager
     def making(self, artefact: str, title: str) -> Iterator[None]:
-        """Make something that all sweeps of the storage share, alone; look again whether it is there.
+        """Hold the lock of an artefact that all sweeps of the storage share; check again whether it exists.
 
         A sweep that is at it is waited for, which is said. Hold one at a time.
 
@@ -107,7 +107,7 @@ class Sweep:
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
-        """Where Tune and Train keep their own state while they run; nobody reads it again.
+        """Folder of Tune's and Train's own state while they run; it is removed at the end.
 
         It is the sweep's own, as two that make the same would delete each other's.
         """

@@ -90,7 +90,7 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
 
 
 def _version(sweep: Sweep, given: str | None) -> str | None:
-    """The registered version that the recipe named when the sweep began: its alias may have moved on."""
+    """The registered version that the recipe's alias meant when the sweep began; it may have moved since."""
     if given is None or not given.startswith("models:/"):
         return None
     file = f"{sweep.root}/{PARENT}"
@@ -109,7 +109,7 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
 
 
 def validation_top1(sweep: Sweep, checkpoint: str) -> float:
-    """Of a model: from its record if that tells of the same data, else measured."""
+    """Validation top-1 of a checkpoint: from its record if that is of the same data, else measured."""
     file = f"{checkpoint}/{PRUNING_RECORD}"
     record = storage.read_json(file) if storage.exists(file) else {}
     top1 = record.get("figures", {}).get("val_top1")

@@ -57,7 +57,7 @@ def long_run_phase(
 
 @dataclass(frozen=True)
 class Gradual:
-    """Gradual runs that have ended: the best of them, with all that registering it takes."""
+    """Ended gradual runs: the best of them, and what is needed to register it."""
 
     sweep: Sweep
     best: TrialRecord
@@ -83,7 +83,7 @@ class Gradual:
 
     @property
     def _sparsity(self) -> float:
-        """What the best run was to end at, where that is searched too."""
+        """The best run's target sparsity, which may have been searched too."""
         recipe = self.sweep.recipe
         sparsity: float = recipe.schedule.active(self.best.values).get(
             "pruning.sparsity", recipe.pruning.sparsity
@@ -194,7 +194,7 @@ def _of_several_runs(search: Search, sweep: Sweep, log: TrialLog, folder: str) -
 
 
 def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:
-    """What trials need that make a population; nothing where the recipe asks for none."""
+    """State for the members of a population; ``None`` where the recipe asks for none."""
     if recipe.schedule.scheduler != "pbt":
         return None
     known = {digest(member["values"]): member for member in log.members}
@@ -202,14 +202,14 @@ def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:
 
 
 def _first(recipe: Recipe) -> list[dict[str, Any]]:
-    """What is tried before the sampler proposes: the recipe's own values, and all of a grid."""
+    """Proposals before those of the sampler: the recipe's own values, or all points of a grid."""
     search, content = recipe.schedule, recipe.model_dump(mode="json")
     own = {name: get(content, name) for name in search.space}
     return search.grid()[: search.runs] if search.sampler == "grid" else [own]
 
 
 def _stopping(recipe: Recipe, log: TrialLog, folder: str, *, slots: int) -> Callable[[], TrialScheduler]:
-    """What stops trials early, or makes them a population.
+    """The scheduler that stops trials early, or makes them a population.
 
     Args:
         folder: of the Train runs.

@@ -1,4 +1,4 @@
-"""The last table: test images are read here, once, for the models that validation chose."""
+"""The final table. Only here are test images read, once, for the models chosen on validation."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def print_end(
 
 
 def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
-    """The champion, if it is of this sweep, and how to load it, else why not; and who carries which alias."""
+    """Lines about the registry's aliases: the champion and how to load it, or why it is not of this sweep."""
     row_of = {row.version: row for row in rows}
     for decision in decisions:
         row = row_of[decision.candidate.version]
@@ -213,5 +213,5 @@ def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) 
 
 
 def as_json(rows: Sequence[Row], root: str) -> list[dict[str, Any]]:
-    """The table for MLflow; places of checkpoints are said from the storage on, not of this machine."""
+    """The table for MLflow; paths of checkpoints are relative to the storage."""
     return [asdict(row) | {"checkpoint": row.checkpoint.removeprefix(f"{root}/")} for row in rows]

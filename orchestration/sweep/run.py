@@ -107,7 +107,7 @@ def run_sweep(
 
 
 def _run_phases(sweep: Sweep) -> Results | None:
-    """Each phase for all methods; nothing where the command ends before the last of them."""
+    """Run each phase for all methods; ``None`` where the command ends before the last phase."""
     recipe, reaches = sweep.recipe, sweep.phase_range.reaches
     original = dense = dense_phase(sweep)
     structured = None
@@ -139,7 +139,7 @@ def _run_phases(sweep: Sweep) -> Results | None:
 
 
 def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
-    """The registry's aliases after the sweep; validation alone decides, test images have no say."""
+    """Set the registry's aliases. They are decided on validation metrics only."""
     recipe, registry = sweep.recipe, Registry(sweep.tracker.client)
     registry.set_rule(recipe.registered_model, recipe.promotion)
     ours = {row.version for row in rows}

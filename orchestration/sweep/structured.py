@@ -101,7 +101,7 @@ class _Step:
         return f"{self._folder}/trials.json"
 
     def show(self) -> None:
-        """The phase begins."""
+        """Show the phase on the display."""
         training = self._settings.recovery
         shown: dict[str, Any] = {} if training is None else {"label": "structured", "log": self._log}
         self._sweep.display.phase(_TITLE, epochs=training.epochs if training else 1, **shown)
@@ -125,7 +125,7 @@ class _Step:
         return Dense(self.model, top1, content_hash(self.model), version), facts
 
     def _cut_now(self) -> dict[str, Any]:
-        """Cut the dense model unless that was done before; what is recorded of it."""
+        """Cut the dense model unless that was done before; returns what is recorded of the cut."""
         sweep, dense = self._sweep, self._dense
         if not storage.exists(f"{self._cut}/{PRUNING_RECORD}"):
             facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
@@ -152,7 +152,7 @@ class _Step:
         ray.get(task.remote(self._dense.checkpoint, settings, sweep.data, folder, **given))
 
     def _candidates(self, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """What each candidate comes to without recovery, and which one is taken."""
+        """Measure each candidate without recovery; returns all, and the index of the chosen one."""
         sweep, target = self._sweep, self._settings.serves
         choices = self._settings.choices()
         with sweep.scratch(f"structured-{self._key}") as scratch:
@@ -204,7 +204,7 @@ class _Step:
         runs.close(best)
 
     def _lineage(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What a record of this step says; its method is in the place of a pruner's name."""
+        """Lineage recorded with the model; ``structured`` stands where a pruner's name is."""
         return {
             **self._sweep.lineage,
             "method": "structured",

@@ -40,7 +40,7 @@ from trainers.structured.cut import cut_model, plan_cut, save_cut
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """What trials need to know of an order: its layers, their costs, the method's own allocations.
+    """Facts of an order that trials need: its layers, their costs, the method's own allocations.
 
     ``pruned`` are the weights that each layer had lost before.
     """
@@ -221,6 +221,6 @@ def measure(
 
 
 def _use_all_processors(device: str) -> None:
-    """Nothing else of the sweep runs meanwhile."""
+    """Let torch use all processors, as nothing else of the sweep runs meanwhile."""
     if device == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)

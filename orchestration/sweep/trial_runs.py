@@ -1,4 +1,4 @@
-"""A phase and its trials in MLflow: the phase's run, a child for each trial, what they report and leave."""
+"""A phase in MLflow: its run, a child run for each trial, their metrics and artifacts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class TrialRuns:
         self._tracker.metrics(self._runs[trial_id], points)
 
     def _look_back(self, trial_id: str, first: int, member: str | None) -> None:
-        """A trial of a population may have gone back to where another one was: what it says next is new."""
+        """Forget later steps of a member that continues from another's earlier checkpoint."""
         before = self._members.get(trial_id)
         if member is not None:
             self._members[trial_id] = member
@@ -205,7 +205,7 @@ class TrialRuns:
 
 
 def _history(record: TrialRecord) -> dict[str, str]:
-    """Of a trial of a population: the values that it ended with, and where its model was taken over."""
+    """Tags of a population's member: its final values, and the trials that its weights came from."""
     taken = record.metrics.get("pbt.taken")
     if taken is None:
         return {}
@@ -219,7 +219,7 @@ def _history(record: TrialRecord) -> dict[str, str]:
 
 @contextmanager
 def without_trainer_state(uri: str) -> Iterator[Path]:
-    """A local copy of a checkpoint folder as others may use it."""
+    """A local copy of a checkpoint folder without the training state."""
     with TemporaryDirectory(prefix="espalier-") as target, storage.local_copy(uri) as source:
         for file in source.iterdir():
             if file.is_file() and not file.name.startswith(".") and file.name not in TRAINER_FILES:
@@ -231,7 +231,7 @@ _NUMBER = "espalier.number"
 
 
 class OneShotRuns(TrialRuns):
-    """:class:`TrialRuns` whose trials have runs of their own only once they are over.
+    """:class:`TrialRuns` that logs a trial's run only when the trial has ended.
 
     The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
     log has, and loses what it has not and what was left half said.
