@@ -21,7 +21,7 @@ class Limits:
     key: str
 
     def overdue(self, since: float) -> str | None:
-        """Reason why a trial that began at ``since`` (monotonic seconds) must end; ``None`` while it has time."""
+        """Why a trial that began at ``since`` (monotonic seconds) must end; ``None`` while it has time."""
         minutes = self.settings.trial_minutes
         if minutes is None or time.monotonic() - since < 60 * minutes:
             return None
