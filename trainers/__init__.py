@@ -7,6 +7,7 @@ __all__ = [
     "distributed",
     "engines",
     "export",
+    "host_memory",
     "loop",
     "models",
     "optional_imports",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainers.distributed import sum_over_workers
+from trainers.host_memory import keep_freed_memory
 
 _LOSS_CAP = 20.0
 
@@ -44,6 +45,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Eval
         FloatingPointError: answers that are not finite, on every worker (class 0 would be the largest).
         ValueError: no images.
     """
+    keep_freed_memory()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()

@@ -17,6 +17,7 @@ from pruners.methods.registry import create_pruner
 from pruners.one_shot import pattern_budget
 from trainers import distributed, storage
 from trainers.config.jobs import TrainJob
+from trainers.host_memory import keep_freed_memory
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.metrics import Metrics, numbers
 from trainers.loop.prune_step import Goal, StepReport, ordering, prune_step, sharing_of
@@ -69,6 +70,7 @@ def run(
         notes: what the user should hear of, said with the first report.
         repeat: a run that goes on begins with its last report, which nobody may have lived to hear.
     """
+    keep_freed_memory()
     session = Session.open(job, device, resume, branch)
     place: Metrics = {"kept_at": job.keep_folder}
     told: Metrics = {"notes": list(notes)} if notes else {}
