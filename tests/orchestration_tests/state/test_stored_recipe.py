@@ -26,6 +26,14 @@ def test_what_is_stored_runs_again(tmp_path: Path) -> None:
     assert load(str(tmp_path), "demo") == first
 
 
+def test_load__overrides_go_before_what_is_stored(tmp_path: Path) -> None:
+    store(recipe(tmp_path, "pruning.sparsity=0.6", "recovery.lr.peak=1e-5"))
+    again = load(str(tmp_path), "demo", ["recovery.lr.peak=2e-5", "name=other"])
+    assert again == recipe(tmp_path, "pruning.sparsity=0.6", "recovery.lr.peak=2e-5", "name=other")
+    with pytest.raises(InputError, match=r"recovery\.lr\.peek"):
+        load(str(tmp_path), "demo", ["recovery.lr.peek=2e-5"])
+
+
 def test_it_holds_no_login_and_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     uri = "http://me:hunter2@mlflow.example:5000"
