@@ -77,13 +77,13 @@ def _drive(recipe: Recipe, recipe_name: str, phase_range: PhaseRange, lines: Que
     """The driver's task: the same steps as on a cluster's head."""
     from orchestration.common.terminal import Console
     from orchestration.preflight.checks import prepare
+    from orchestration.preflight.start import check_start
     from orchestration.reporting.display import Display
-    from orchestration.state.stored_recipe import check_unchanged
     from orchestration.sweep.run import run_sweep
 
     console = Console(file=cast(IO[str], _Sender(lines)), width=160)
     with Display(console) as display:
-        check_unchanged(recipe)
+        check_start(recipe)
         run_sweep(
             prepare(recipe),
             display,

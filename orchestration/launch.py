@@ -153,11 +153,10 @@ def _start(command: str, recipe: Any, name: str, address: str | None, phase_rang
 
         run_through_client(recipe, address=address, recipe_name=name, phase_range=phase_range)
         return
-    from orchestration.state.stored_recipe import check_unchanged
-    from trainers import remote_calls, storage
+    from orchestration.preflight.start import check_start
+    from trainers import remote_calls
 
-    storage.info(recipe.storage)  # raises where the storage does not answer
-    check_unchanged(recipe)
+    check_start(recipe)
     # the status line is gone when a mistake is found: the error is one line alone
     with Console(stderr=True).status(f"espalier {command} {name}: checking the recipe"):
         from orchestration.preflight.checks import prepare

@@ -164,14 +164,14 @@ def load_variants(
     """
     with ExitStack() as stack:
         variants: list[Variant] = []
-        for name, label in zip(names, labels(names), strict=True):
+        for name, label in zip(names, short_names(names), strict=True):
             location = stack.enter_context(resolved(name, tracking_uri, storage))
             variants.append(_open(stack, location, name, label, calibration=calibration, columns=columns))
             _check_alike(variants[0], variants[-1], name)
         yield variants
 
 
-def labels(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Short names that tell models apart: the last parts of their places, as many as it takes."""
     parts = [PurePath(name.partition("://")[2] or name).parts for name in names]
     for count in range(1, max(map(len, parts), default=1) + 1):

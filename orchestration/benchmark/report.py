@@ -86,7 +86,7 @@ class Report:
             table.add_row(*self._cells(row), style=style)
         return table
 
-    def words(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         """Lines that the table has no place for: why there is no time, what zeros gave on each engine."""
         yield (
             f"× {self.first}: over {self.first} on its fastest engine in float32, at the same batch size; "
@@ -144,7 +144,7 @@ class Report:
             "loss": self.loss,
             "images": self.images,
             "rows": [_as_dict(row) for row in self.rows],
-            "words": list(self.words()),
+            "words": list(self.notes()),
             "recommended": {
                 str(batch): None if best is None else {"model": best.model, "engine": str(best.choice)}
                 for batch in self.batches

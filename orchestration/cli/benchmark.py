@@ -74,7 +74,7 @@ def benchmark(**typed: Any) -> None:
 
         leave(INTERRUPTED)
     output_console(150).print(report.table())
-    for line in (*report.words(), *report.recommendations()):
+    for line in (*report.notes(), *report.recommendations()):
         click.echo(line)
     if not report.right:
         sys.exit(1)

@@ -83,11 +83,11 @@ def export(
     if kind != COMPRESSED:
         formats.FORMATS[kind].check(kind, calibration)
         with console.status(f"espalier export: {checkpoint}"):
-            from orchestration.export.engine import CheckError, Wanted, export
+            from orchestration.export.engine import CheckError, ExportOptions, export
 
-            wanted = Wanted(checkpoint, out, kind, data, calibration, tracking_uri, storage, **named)
+            asked = ExportOptions(checkpoint, out, kind, data, calibration, tracking_uri, storage, **named)
             try:
-                export(wanted, click.echo)
+                export(asked, click.echo)
             except CheckError as error:
                 click.echo(f"espalier: {error}", err=True)
                 sys.exit(1)

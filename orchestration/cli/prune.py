@@ -70,9 +70,9 @@ def prune(**typed: Any) -> None:
     options.check()
     try:
         with Console(stderr=True).status(f"espalier prune: loading {options.model}"):
-            from orchestration.commands.prune import Job
+            from orchestration.commands.prune import PruneJob
 
-            job = Job.of(options)
+            job = PruneJob.of(options)
         lines = job.run()
     except KeyboardInterrupt:
         from orchestration.commands.progress import leave

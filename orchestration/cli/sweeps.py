@@ -71,9 +71,9 @@ def stop(name: str, storage: str, address: str | None) -> None:
     """End the sweep NAME as Ctrl-C would, wherever its driver runs: what is finished is kept."""
     _run_on_cluster(address, ["stop", name], storage)
     from orchestration.state import heartbeat
-    from orchestration.state.stored_recipe import find
+    from orchestration.state.stored_recipe import check_exists
 
-    find(storage, name)
+    check_exists(storage, name)
     state = heartbeat.read(storage, name)
     if state is None or state["state"] != "running":
         raise InputError("name", name, f"is not at work ({state['state'] if state else 'no journal'})")

@@ -26,7 +26,7 @@ NAME = "session_%Y-%m-%d_%H-%M-%S"
 """How Ray names a session: by when it began, and after that by microseconds and the driver."""
 
 
-def left(driver: int, since: str) -> list[psutil.Process]:
+def leftover_processes(driver: int, since: str) -> list[psutil.Process]:
     """Processes of the sessions that a driver began at ``since`` (a :data:`NAME`) or later."""
     return [
         process
@@ -69,7 +69,7 @@ def _is_for_writing(information: Path) -> bool:
 def end(driver: int, since: str) -> None:
     """Wait for processes, and kill those that are still there."""
     began = time.monotonic()
-    while processes := left(driver, since):
+    while processes := leftover_processes(driver, since):
         waited = time.monotonic() - began
         if waited > _SECONDS:
             return

@@ -42,7 +42,7 @@ from trainers.sources.columns import Columns
 
 
 @dataclass(frozen=True)
-class Job:
+class PruneJob:
     """A pruning, loaded and checked; nothing is written yet.
 
     ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
@@ -58,7 +58,7 @@ class Job:
     masks: MaskSet | None = None
 
     @classmethod
-    def of(cls, options: PruneOptions) -> Job:
+    def of(cls, options: PruneOptions) -> PruneJob:
         """Load and check all that the options name.
 
         Raises:

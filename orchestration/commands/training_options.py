@@ -46,7 +46,7 @@ class FinetuneOptions(ColumnOptions):
         if self.device is not None:
             one_of("--device", self.device, ("cpu", "cuda"))
         layer_patterns(self.layers)
-        assert self.training is not None, "it is read, and what is wrong in it told"
+        _ = self.training  # raises where a setting is wrong
 
     @property
     def training(self) -> TrainingSettings:
@@ -109,7 +109,7 @@ class QuantizeOptions(ColumnOptions):
             wanted = f"{self.mode} takes ranges from training images: give some (Parquet: image, label)"
             raise InputError("--train", None, wanted)
         if self.mode == "qat":
-            assert self.aware.training is not None, "it is read, and what is wrong in it told"
+            _ = self.aware.training  # raises where a setting is wrong
 
     @property
     def hidden(self) -> Path:

@@ -48,7 +48,7 @@ class CheckError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Wanted(ColumnOptions):
+class ExportOptions(ColumnOptions):
     """Options of ``espalier export`` to a format that an engine reads."""
 
     checkpoint: str
@@ -64,26 +64,26 @@ class Wanted(ColumnOptions):
         return FORMATS[self.kind]
 
 
-def export(wanted: Wanted, say: Callable[[str], None]) -> None:
-    """Write the folder ``wanted.out``, whole and checked, or nothing.
+def export(options: ExportOptions, say: Callable[[str], None]) -> None:
+    """Write the folder ``options.out``, whole and checked, or nothing.
 
     Raises:
         InputError: whatever can be known to fail before anything is written.
         CheckError: the engine's answers differ from the model's; ``say`` has said by how much.
     """
-    form = wanted.form
-    form.check(wanted.kind, wanted.calibration)
-    target = free_folder(wanted.out, "OUT")
+    form = options.form
+    form.check(options.kind, options.calibration)
+    target = free_folder(options.out, "OUT")
     with (
-        resolved(wanted.checkpoint, wanted.tracking_uri, wanted.storage) as location,
+        resolved(options.checkpoint, options.tracking_uri, options.storage) as location,
         as_checkpoint_folder(location) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
-        if form.kind == "int8" and wanted.calibration is None:
+        if form.kind == "int8" and options.calibration is None:
             check_mode(model, "dynamic", (), "--format onnx-int8 without --calibration")
-        images, name = _real_images(model, wanted.data, wanted.columns)
-        source = source_of(model, checkpoint, wanted.calibration, wanted.columns)
-        with whole_folder(target, wanted.out, "OUT") as folder:
+        images, name = _real_images(model, options.data, options.columns)
+        source = source_of(model, checkpoint, options.calibration, options.columns)
+        with whole_folder(target, options.out, "OUT") as folder:
             form.write(source, folder)
             run = _loaded(form, folder)
             check = _check(run, form, model, images)
@@ -93,11 +93,11 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             worst = max(check.values(), key=lambda agreement: agreement.relative)
             if not worst.holds(form.kind):
                 raise CheckError(
-                    f"{wanted.kind}: {form.engine} does not answer what the model answers (relative "
+                    f"{options.kind}: {form.engine} does not answer what the model answers (relative "
                     f"difference {worst.relative:.2g}, and {form.kind} allows {TOLERANCE[form.kind]:g}); "
                     "nothing is kept"
                 )
-            content = _content(wanted, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
+            content = _content(options, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
             if form.int8_values is not None:
                 content["int8_share"] = share_of(form.int8_values(folder), model)
                 say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
@@ -107,7 +107,7 @@ def export(wanted: Wanted, say: Callable[[str], None]) -> None:
             (folder / EXPORT_RECORD).write_text(as_json(content), encoding="utf-8")
             for path in folder.iterdir():
                 path.chmod(0o644)  # some libraries make files that only their owner can read
-    for line in _end(target, wanted):
+    for line in _end(target, options):
         say(line)
 
 
@@ -218,12 +218,12 @@ def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> d
 
 
 def _content(
-    wanted: Wanted, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
+    options: ExportOptions, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
 ) -> dict[str, Any]:
-    form = wanted.form
+    form = options.form
     return {
         "format": FORMAT,
-        "kind": wanted.kind,
+        "kind": options.kind,
         "engine": form.engine,
         "type": form.kind,
         "file": form.file,
@@ -234,7 +234,7 @@ def _content(
     }
 
 
-def _end(target: Path, wanted: Wanted) -> Iterator[str]:
+def _end(target: Path, options: ExportOptions) -> Iterator[str]:
     size = sum(path.stat().st_size for path in target.iterdir() if path.name != EXPORT_RECORD)
-    yield f"{'written to':<12}{wanted.out} ({size / 1e6:.2f} MB)"
-    yield f"{'run it by':<12}the example for {wanted.kind} in docs/guides/export.md"
+    yield f"{'written to':<12}{options.out} ({size / 1e6:.2f} MB)"
+    yield f"{'run it by':<12}the example for {options.kind} in docs/guides/export.md"

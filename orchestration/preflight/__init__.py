@@ -5,5 +5,6 @@ __all__ = [
     "checks",
     "data",
     "plan",
+    "start",
     "training",
 ]

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruners.errors import InputError
+from trainers.config.base import flatten
+
+__all__ = ["flatten", "get", "put"]
 
 
 def put(content: dict[str, Any], key: str, value: Any) -> None:
@@ -39,14 +42,3 @@ def get(content: Mapping[str, Any], key: str) -> Any:
             return None
         level = level[part]
     return level
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as ``a.b.c`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -27,7 +27,7 @@ class Picture:
     """A figure as a data URI, and its description in words."""
 
     image: str
-    words: str
+    description: str
 
 
 def write(sweeps: Sequence[Compared], target: Path) -> None:
@@ -101,7 +101,7 @@ def _of_phases(sweep: Compared) -> Iterator[Picture]:
             yield _picture(figure, f"{search.title}: sparsity of stages and modules, best trials to the left")
 
 
-def _picture(figure: Figure, words: str) -> Picture:
+def _picture(figure: Figure, description: str) -> Picture:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}", words)
+    return Picture(f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}", description)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from orchestration.reporting.display import leading
 from orchestration.state import heartbeat
-from orchestration.state.stored_recipe import find, names
+from orchestration.state.stored_recipe import check_exists, sweep_names
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
@@ -30,7 +30,7 @@ _IN_MLFLOW = re.compile(r"(?P<number>\d+) (?P<label>.+)")
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseStatus:
     """A phase that has begun: its recorded trials, how many it is to have, its ``folder`` on the storage."""
 
     name: str
@@ -52,16 +52,15 @@ class Phase:
         ]
 
 
-def phases(storage_uri: str, state: dict[str, Any]) -> list[Phase]:
+def phases(storage_uri: str, state: dict[str, Any]) -> list[PhaseStatus]:
     """The phases of a sweep's last run that have begun."""
     begun = []
     for entry in state["phases"]:
         uri = entry["log"] and f"{storage.absolute(storage_uri)}/{entry['log']}"
         log = TrialLog(uri) if uri else None
         folder = uri.rpartition("/")[0] if uri else ""
-        begun.append(
-            Phase(entry["name"], entry["label"], entry["trials"], log, folder, entry["summary"] is not None)
-        )
+        ended = entry["summary"] is not None
+        begun.append(PhaseStatus(entry["name"], entry["label"], entry["trials"], log, folder, ended))
     return begun
 
 
@@ -79,12 +78,12 @@ def overview(storage_uri: str, name: str | None) -> Group:
         InputError: no such sweep, or none at all.
     """
     if name is not None:
-        find(storage_uri, name)
+        check_exists(storage_uri, name)
     table = Table("sweep", "state", "phase", "trials", "running", "failed", "best", "left")
     for column in table.columns[3:]:
         column.justify = "right"
     failures: list[str] = []
-    for sweep in [name] if name is not None else names(storage_uri):
+    for sweep in [name] if name is not None else sweep_names(storage_uri):
         state = heartbeat.read(storage_uri, sweep)
         if state is None:
             table.add_row(sweep, "not known: begun by an earlier version, or not yet")
@@ -137,7 +136,7 @@ def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:
     Raises:
         InputError: no such sweep or trial.
     """
-    find(storage_uri, name)
+    check_exists(storage_uri, name)
     state = heartbeat.read(storage_uri, name)
     if state is None:
         raise InputError("name", name, "has written no journal yet, or was run by an earlier version")
@@ -156,7 +155,7 @@ def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:
     return [*lines, _ray_logs(state)]
 
 
-def _trial(begun: list[Phase], wanted: str, state: dict[str, Any]) -> list[str]:
+def _trial(begun: list[PhaseStatus], wanted: str, state: dict[str, Any]) -> list[str]:
     known = {key: (phase, record) for phase in begun for key, record in phase.trials()}
     running = {
         f"{phase.label}-{number:03d}": phase for phase in begun if phase.log for number in phase.log.running

@@ -52,7 +52,7 @@ class LatencyJob:
             InputError: an engine that is not here, too few processors, or no layer whose time zeros change.
             RuntimeError: the engine fails.
         """
-        run = _runs(self.target, "allocation.target")
+        run = _target_here(self.target, "allocation.target")
         with self._model() as (folder, model):
             layers = prunable_layers(model, self.pruning)
             check_linear(model, layers)
@@ -123,7 +123,7 @@ def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
         InputError: an engine that is not here, or too few processors.
         RuntimeError: the engine fails.
     """
-    run = _runs(target, "structured.target")
+    run = _target_here(target, "structured.target")
     with ExitStack() as stack:
         folders = [stack.enter_context(storage.local_copy(checkpoint)) for checkpoint in checkpoints]
         return measure_models(folders, run)
@@ -145,7 +145,7 @@ def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) ->
     return result
 
 
-def _runs(target: LatencyTarget, key: str) -> Target:
+def _target_here(target: LatencyTarget, key: str) -> Target:
     """The target as this machine runs it.
 
     Raises:

@@ -25,6 +25,7 @@ from pruners.errors import InputError
 from trainers import storage
 
 _LOOK_SECONDS = 1.0
+_HOLDER_SECONDS = 0.5
 
 
 class TakenError(Exception):
@@ -155,8 +156,13 @@ def _refused(name: str, taken: TakenError) -> InputError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-        return holder
-    except (OSError, ValueError):
-        return {}
+    """Process and host of a holder; its file follows the lock within a moment."""
+    deadline = time.monotonic() + _HOLDER_SECONDS
+    while True:
+        try:
+            holder: dict[str, Any] = json.loads(path.read_text())
+            return holder
+        except (OSError, ValueError):
+            if time.monotonic() > deadline:
+                return {}
+        time.sleep(0.05)

@@ -66,7 +66,7 @@ def load(storage_uri: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no sweep of this name, one that has stored no recipe, or an override that is wrong.
     """
-    find(storage_uri, name)
+    check_exists(storage_uri, name)
     file = f"{folder_of(storage_uri, name)}/{_FILE}"
     if not storage.exists(file):
         raise InputError("name", name, "has stored no recipe; start it again by 'espalier sweep'")
@@ -77,7 +77,7 @@ def load(storage_uri: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     return overridden(content, overrides)
 
 
-def names(storage_uri: str) -> list[str]:
+def sweep_names(storage_uri: str) -> list[str]:
     """The sweeps of a storage.
 
     Raises:
@@ -94,13 +94,13 @@ def names(storage_uri: str) -> list[str]:
     return sweeps
 
 
-def find(storage_uri: str, name: str) -> None:
+def check_exists(storage_uri: str, name: str) -> None:
     """Check that there is a sweep of this name.
 
     Raises:
         InputError: none is in the storage at ``storage_uri``.
     """
-    known = names(storage_uri)
+    known = sweep_names(storage_uri)
     if name not in known:
         raise InputError("name", name, f"no such sweep in {storage_uri}{did_you_mean(name, known)}")
 

@@ -20,6 +20,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.checksums import sha256, sums
 from trainers.checkpoint.finite import describe, not_finite
 from trainers.checkpoint.folder import TRAINER_FILES, WEIGHTS
+from trainers.config.base import flatten
 from trainers.config.jobs import TrainJob
 
 STATE_TENSORS, STATE_PROGRESS = TRAINER_FILES
@@ -110,14 +111,13 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], but: Collec
     return ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in differ[:3])
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
+def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted keys; an empty mapping counts as one that is not there, as in older checkpoints."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in flatten(content).items()
+        if value != {}
+    }
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -44,7 +44,7 @@ def report(
 def text_of(benchmark: Report) -> str:
     console = Console(width=150, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
     console.print(benchmark.table())
-    return console.export_text() + "\n".join([*benchmark.words(), *benchmark.recommendations()])
+    return console.export_text() + "\n".join([*benchmark.notes(), *benchmark.recommendations()])
 
 
 # taking turns
@@ -161,7 +161,7 @@ def test_zeros_that_give_nothing_are_told() -> None:
         for choice, time, batch in ((ORT, 3.9, 1), (Choice("csr", "float32"), 2.0, 1))
     )
     rows = [row("dense", TORCH, 5), row("dense", ORT, 4), row("pruned", TORCH, 5, sparsity=0.9), slow, fast]
-    words = "\n".join(report(*rows).words())
+    words = "\n".join(report(*rows).notes())
     assert (
         "zeros of pruned give nothing on onnxruntime:float32: 1.03× at batch 1 as fast as dense there"
         in words
@@ -169,10 +169,10 @@ def test_zeros_that_give_nothing_are_told() -> None:
     assert "zeros of pruned give nothing on torch:float32: 1.00×" in words
     assert "zeros of pruned on csr:float32: 2.50× at batch 1 as fast as it on torch:float32" in words
     # a model with fewer channels is not only sparse
-    words = "\n".join(report(*rows, same_size=frozenset({"dense"})).words())
+    words = "\n".join(report(*rows, same_size=frozenset({"dense"})).notes())
     assert "on onnxruntime:float32: " not in words.partition("zeros of")[2]
     more = [*rows, row("pruned", Choice("csr", "float32"), 9, 64, sparsity=0.9), row("pruned", TORCH, 8, 64)]
-    assert "nothing at batch 64" in "\n".join(report(*more).words())
+    assert "nothing at batch 64" in "\n".join(report(*more).notes())
 
 
 def test_a_gain_is_larger_than_the_noise() -> None:

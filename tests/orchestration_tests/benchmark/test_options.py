@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestration.benchmark.models import labels
+from orchestration.benchmark.models import short_names
 from orchestration.benchmark.options import BenchmarkOptions
 from pruners.errors import InputError
 from trainers import optional_imports
@@ -77,11 +77,11 @@ def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_tell_models_apart() -> None:
-    assert labels(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
-    assert labels(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
-    assert labels(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
+    assert short_names(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
+    assert short_names(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
+    assert short_names(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
     with pytest.raises(InputError, match="same model twice"):
-        labels(["/a/b", "/a/b"])
+        short_names(["/a/b", "/a/b"])
 
 
 def test_places_of_one_processor_are_pinned() -> None:

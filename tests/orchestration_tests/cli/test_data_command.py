@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from image_tables import png, table, write
 from pictures import BROKEN, PICTURES, cells
 
+from orchestration.cli.app import cli
+from pruners.errors import InputError
 from trainers.data.arrow_store import Store
 from trainers.sources.convert import convert, plan
 from trainers.sources.parquet import read_table
@@ -174,3 +177,57 @@ def test_a_check_of_what_is_sound(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "bad:     0"
     assert espalier("check", tmp_path / "nowhere").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "line"),
+    [
+        (
+            "3 1 2",
+            "",
+            "--labels = 'labels.txt': labels go from 1 to 3: say by --first-label what they begin with",
+        ),
+        ("1 2", "", "--labels = 'labels.txt': must hold a line for each image; it holds 2 for 3 images"),
+        (
+            "cat cat bird",
+            "--classes names.txt",
+            "--labels = 'labels.txt': 'bird' is not among the 2 given classes",
+        ),
+        ("3 1 2", "--ids ids.txt", "--ids = 'ids.txt': says of no class that it is '3'"),
+    ],
+)
+def test_an_error_names_the_option(
+    labels: str, options: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("flat").mkdir()
+    for number in range(3):
+        Path("flat", f"{number}.png").write_bytes(png(number))
+    Path("labels.txt").write_text(labels.replace(" ", "\n"))
+    Path("names.txt").write_text("cat\ndog\n")
+    Path("ids.txt").write_text("1 x\n")
+    result = CliRunner().invoke(
+        cli, ["data", "convert", "flat", "out", "--labels", "labels.txt", *options.split()]
+    )
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith(line)
+
+
+def test_an_error_of_the_source_names_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("flat").mkdir()
+    Path("other").mkdir()
+    Path("other/mine.txt").write_text("keep")
+    for name in ("2/a.png", "10/b.png"):
+        Path("source", name).parent.mkdir(parents=True)
+        Path("source", name).write_bytes(png(1))
+    for command, line in (
+        ("convert nowhere out", "IMAGEFOLDER = 'nowhere': no such folder"),
+        ("convert source other", "OUT = 'other': must be an empty folder"),
+        ("check nowhere", "PATH = 'nowhere': "),
+    ):
+        result = CliRunner().invoke(cli, ["data", *command.split()])
+        assert str(result.exception).startswith(line), result.exception
+    result = CliRunner().invoke(cli, ["data", "convert", "source", "out", "--processes", "1"])
+    order = "(--order timm; --order torchvision says that this is meant)"
+    assert result.output.splitlines()[0] == f"label 0 is '10', as in torchvision; timm would take '2' {order}"

@@ -12,7 +12,7 @@ from rich.console import Console as AnyConsole
 from rich.table import Table
 
 from orchestration.commands.progress import Bars
-from orchestration.common.terminal import Console
+from orchestration.common.terminal import Console, output_console
 from orchestration.recipe.reference import as_table, recipe_keys
 from orchestration.reporting.display import Display, leading
 from orchestration.state.trial_log import TrialRecord
@@ -50,6 +50,10 @@ def test_tables_their_titles_and_a_status_are_text() -> None:
     with console.status(ODD) as status:
         console.print(status.renderable)
     assert sink.getvalue().count(ODD) == 5
+
+
+def test_output_console__has_a_width_of_its_own_in_a_pipe() -> None:
+    assert output_console(150).width == 150
 
 
 def test_the_live_line_is_text() -> None:

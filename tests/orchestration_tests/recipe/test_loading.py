@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -313,3 +314,12 @@ def test_recipes_are_listed_by_the_command() -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped())
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_a_recipe_travels_typed() -> None:
+    """To the driver on a cluster, and with each trial: pickled, it need not be validated again."""
+    for name in ("demo", "dimap/swin_t_dimap2"):
+        whole = load_recipe(name)
+        again = pickle.loads(pickle.dumps(whole))
+        assert again == whole
+        assert again.model_dump(mode="json") == whole.model_dump(mode="json")

@@ -10,7 +10,7 @@ import pytest
 
 from orchestration.recipe.loading import load_recipe, single_run
 from orchestration.recipe.schema import Recipe
-from orchestration.state.stored_recipe import changes, check_unchanged, load, names, store
+from orchestration.state.stored_recipe import changes, check_unchanged, load, store, sweep_names
 from pruners.errors import InputError
 
 DATA = ("data={train: some/train.parquet, test: 's3://key:secret@bucket/test.parquet'}", "model.classes=3")
@@ -24,6 +24,14 @@ def test_what_is_stored_runs_again(tmp_path: Path) -> None:
     first = recipe(tmp_path, "pruning.sparsity=0.6", "pruning.pattern=1x4", "recovery.lr.peak=1e-5")
     store(first)
     assert load(str(tmp_path), "demo") == first
+
+
+def test_load__overrides_go_before_what_is_stored(tmp_path: Path) -> None:
+    store(recipe(tmp_path, "pruning.sparsity=0.6", "recovery.lr.peak=1e-5"))
+    again = load(str(tmp_path), "demo", ["recovery.lr.peak=2e-5", "name=other"])
+    assert again == recipe(tmp_path, "pruning.sparsity=0.6", "recovery.lr.peak=2e-5", "name=other")
+    with pytest.raises(InputError, match=r"recovery\.lr\.peek"):
+        load(str(tmp_path), "demo", ["recovery.lr.peek=2e-5"])
 
 
 def test_it_holds_no_login_and_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +140,7 @@ def test_the_same_data_by_another_path_is_no_change(tmp_path: Path, monkeypatch:
 
 def test_unknown_sweeps_are_met_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no sweep has been run there"):
-        names(str(tmp_path))
+        sweep_names(str(tmp_path))
     store(recipe(tmp_path))
     with pytest.raises(InputError, match="did you mean 'demo'"):
         load(str(tmp_path), "dmeo")
