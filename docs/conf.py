@@ -21,6 +21,7 @@ release = version = "0.1.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
+smartquotes = False  # "--data" is an option
 source_suffix = {".md": "markdown"}
 suppress_warnings = ["myst.header"]  # sections of other files, included, begin at their own depth
 
