@@ -136,7 +136,7 @@ def api_page(package: str, title: str) -> str:
         parts += [of_name(f"{package}.{name}") for name in names]
     else:
         for name in names:
-            parts.append(f"## `{package}.{name}`\n")
+            parts.append(f"## `{name}`\n")
             parts.append(directive("automodule", f"{package}.{name}", ["members"]))
     return "\n".join(parts)
 
