@@ -29,6 +29,7 @@ API = {
     "trainers.structured": "trainers.structured",
     "orchestration.recipe": "orchestration.recipe",
 }
+BAR = "\\|"  # in a table
 GENERATED = "<!-- Written by docs/generate.py from {}; do not edit it here. -->\n\n"
 
 
@@ -100,9 +101,10 @@ def paragraphs(text: str) -> Iterator[str]:
 
 def option_row(option: click.Option) -> str:
     """A row of the table of options: its names, values, meaning, default and variable."""
-    names = ", ".join((*option.opts, *option.secondary_opts))
-    context = click.Context(click.Command(""))
-    value = "" if option.is_flag or option.count else f" {option.make_metavar(context)}"
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    if not option.is_flag:
+        value = option.make_metavar(click.Context(click.Command(""))).removesuffix(" RANGE")
+        names += f" `{value}`"
     said = [escaped(" ".join((option.help or "").split()))]
     default = option.to_info_dict().get("default")
     if isinstance(option.show_default, str):
@@ -115,8 +117,7 @@ def option_row(option: click.Option) -> str:
         said.append("May be given several times.")
     if option.envvar:
         said.append(f"Variable: `{option.envvar}`.")
-    option_text = f"{names}{value}".replace("|", "\\|")
-    return f"| `{option_text}` | {' '.join(filter(None, said))} |"
+    return f"| {names.replace('|', BAR)} | {' '.join(filter(None, said))} |"
 
 
 def escaped(text: str) -> str:
@@ -135,7 +136,7 @@ def api_page(package: str, title: str) -> str:
         parts += [of_name(f"{package}.{name}") for name in names]
     else:
         for name in names:
-            parts.append(f"## `{package}.{name}`\n")
+            parts.append(f"## `{name}`\n")
             parts.append(directive("automodule", f"{package}.{name}", ["members"]))
     return "\n".join(parts)
 
