@@ -219,12 +219,31 @@ _NumberLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_NumberLoader)  # a SafeLoader: it builds plain values only
+        found = yaml.load(text, Loader=_NumberLoader)  # a SafeLoader: it builds plain values only
+        _check_ends(found, set(), set())
+        return found
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2001-99-99 is a ValueError
         reason = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError("recipe", where, f"must be YAML ({reason}{line})") from None
+
+
+def _check_ends(value: Any, above: set[int], known: set[int]) -> None:
+    """An anchor can make a value part of itself: who goes through all of it would never end.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not isinstance(value, (dict, list, tuple)) or id(value) in known:  # which may stand in many places
+        return
+    if id(value) in above:
+        raise ValueError("a value holds itself")
+    above.add(id(value))
+    for one in value.values() if isinstance(value, dict) else value:
+        _check_ends(one, above, known)
+    above.remove(id(value))
+    known.add(id(value))
 
 
 # what pydantic calls the forms that a value of several may have
