@@ -93,6 +93,11 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
+    costs, dense = None, None
+    if model is not None:
+        dense = LeftDense.of(model, layers)
+        shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
+        costs = _costs(recipe, model, shares)
     _check_latency(recipe, model, layers, local=local)
     if local:
         check_local(recipe)
@@ -111,12 +116,20 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
-    costs, dense = None, None
-    if model is not None:
-        dense = LeftDense.of(model, layers)
-        shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
-        costs = count_costs(model, models.input_size(model), shares)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
+
+
+def _costs(recipe: Recipe, model: torch.nn.Module, shares: Mapping[str, int]) -> Costs:
+    """Raises:
+    InputError: the model cannot be run on its images: what it was built with does not go together.
+    """
+    size = models.input_size(model)
+    try:
+        return count_costs(model, size, shares)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # torch's and timm's own
+        sides = " by ".join(map(str, size[1:]))
+        expected = f"such a model cannot be run on images of {sides} ({first_line(error)})"
+        raise InputError("model.args", recipe.model.args, expected) from None
 
 
 def check_local(recipe: Recipe) -> None:
