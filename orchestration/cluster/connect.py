@@ -44,6 +44,8 @@ _STARTS = 3
 _KEEPER_SECONDS = 5.0
 
 _JOIN_SECONDS = "RAY_gcs_server_port_wait_time_s"
+# Ray waits half a minute for each of its servers to start, which is too short on a busy machine
+_START_SECONDS = {"RAY_raylet_start_wait_time_s": "120", _JOIN_SECONDS: "120"}
 _WRONG_TOKEN = "the cluster's token is missing or another one: see RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH"
 
 
@@ -160,16 +162,29 @@ def _start_at_free_port() -> None:
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
     try:
-        ray.init(
-            address="local",
-            include_dashboard=True,
-            dashboard_host=LOOPBACK,
-            dashboard_port=port,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _patient():
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host=LOOPBACK,
+                dashboard_port=port,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     finally:
         os.close(lock)
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Let Ray wait longer for its servers, unless the environment says how long."""
+    added = {key: value for key, value in _START_SECONDS.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
 
 
 def _join(address: str) -> None:

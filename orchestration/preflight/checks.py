@@ -100,6 +100,11 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
+    costs, dense = None, None
+    if model is not None:
+        dense = LeftDense.of(model, layers)
+        shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
+        costs = _costs(recipe, model, shares)
     _check_latency(recipe, model, layers, local=local)
     if local:
         check_local(recipe)
@@ -118,12 +123,22 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     check_calibration(recipe, data, missing)
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
-    costs, dense = None, None
-    if model is not None:
-        dense = LeftDense.of(model, layers)
-        shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
-        costs = count_costs(model, factory.input_size(model), shares)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
+
+
+def _costs(recipe: Recipe, model: torch.nn.Module, shares: Mapping[str, int]) -> Costs:
+    """Parameters and MACs of the model, which is run on an image for it.
+
+    Raises:
+        InputError: the model cannot be run on its images, as its arguments do not go together.
+    """
+    size = factory.input_size(model)
+    try:
+        return count_costs(model, size, shares)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # torch's and timm's own
+        sides = " by ".join(map(str, size[1:]))
+        expected = f"such a model cannot be run on images of {sides} ({first_line(error)})"
+        raise InputError("model.args", recipe.model.args, expected) from None
 
 
 def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer], Plan | None]:

@@ -179,9 +179,33 @@ _NumberLoader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_NumberLoader)  # a SafeLoader: it builds plain values only
+        content = yaml.load(text, Loader=_NumberLoader)  # a SafeLoader: it builds plain values only
+        _check_ends(content, set(), set())
+        return content
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2001-99-99 is a ValueError
         reason = str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError("recipe", where, f"must be YAML ({reason}{line})") from None
+
+
+def _check_ends(value: Any, above: set[int], known: set[int]) -> None:
+    """Check that no value is part of itself, as a YAML anchor can make it: walking it would never end.
+
+    Args:
+        value: mappings, lists and plain values.
+        above: ids of the values that hold this one.
+        known: ids of those that were checked, as one value may stand in many places.
+
+    Raises:
+        ValueError: one is.
+    """
+    if not isinstance(value, (dict, list, tuple)) or id(value) in known:
+        return
+    if id(value) in above:
+        raise ValueError("a value holds itself")
+    above.add(id(value))
+    for part in value.values() if isinstance(value, dict) else value:
+        _check_ends(part, above, known)
+    above.remove(id(value))
+    known.add(id(value))

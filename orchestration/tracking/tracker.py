@@ -79,7 +79,10 @@ class EndedRun:
 
 
 class Tracker:
-    """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``."""
+    """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``.
+
+    All wait for a server that is away for a while.
+    """
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
         """Connect to ``uri``; ``say`` gets a line where a deleted experiment or run is restored."""
@@ -125,17 +128,20 @@ class Tracker:
         Returns:
             The run's id.
         """
-        return self._sender.submit(self._start, name, parent, dict(params), dict(tags)).result()
-
-    def _start(self, name: str, parent: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
         from mlflow.entities import Param
 
-        tags = tags | ({"mlflow.parentRunId": parent} if parent else {})
-        run: str = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
         entries = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in params.items()]
-        self._log_all(run, [], entries)
-        self._open.add(run)
-        return run
+        made: list[str] = []  # what goes on when a request is tried again
+
+        def send() -> str:
+            if not made:
+                made.append(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
+            self._log_all(made[0], [], entries)
+            self._open.add(made[0])
+            return made[0]
+
+        return self._sender.submit(self._patiently, send).result()
 
     def log(self, run: EndedRun) -> Future[str]:
         """Log a run that is over, in three requests (more for very many figures); its id comes later."""
@@ -181,14 +187,14 @@ class Tracker:
         return children
 
     def _search(self, condition: str) -> list[Run]:
-        return all_pages(self.client.search_runs, [self.experiment], condition)
+        return self._patiently(all_pages, self.client.search_runs, [self.experiment], condition)
 
     def knows(self, run: str) -> bool:
         """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
         from mlflow.exceptions import MlflowException
 
         try:
-            known_run = self.client.get_run(run)
+            known_run = self._patiently(self.client.get_run, run)
         except MlflowException:
             return False
         if known_run.info.lifecycle_stage == "deleted":
@@ -225,15 +231,16 @@ class Tracker:
                 self.client.set_tag(run, key, value)
         left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
         for child in self._search(left) if end_below else ():
-            self.client.set_terminated(child.info.run_id, "KILLED")
-        self.client.update_run(run, status="RUNNING")
+            self._patiently(self.client.set_terminated, child.info.run_id, "KILLED")
+        self._patiently(self.client.update_run, run, "RUNNING")
         self._open.add(run)
         return True
 
     def last_step(self, run: str, key: str) -> int:
         """The step of a metric's last point; -1 if it has none."""
         self.flush()
-        return max((point.step for point in self.client.get_metric_history(run, key)), default=-1)
+        history = self._patiently(self.client.get_metric_history, run, key)
+        return max((point.step for point in history), default=-1)
 
     def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
         """Log (step, value) points of some metrics."""
@@ -324,7 +331,7 @@ class Tracker:
                 else:
                     self.client.log_artifact(run, str(entry), name)
 
-        self._sender.submit(send).result()
+        self._sender.submit(self._patiently, send).result()
 
     def finish(self, run: str, status: Status = "FINISHED") -> None:
         self._open.discard(run)

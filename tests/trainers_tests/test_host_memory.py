@@ -32,5 +32,5 @@ def page_faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_keep_freed_memory__large_tensors_take_the_same_pages_again() -> None:
-    # now and then the heap grows once more, as a small block lies where a large one was; mostly there are none
+    # the heap may grow once more, where a small block lies in the place of a large one
     assert page_faults("kept") < page_faults("not") / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -74,3 +75,23 @@ def test_two_that_start_together_have_dashboards_at_ports_of_their_own(
     monkeypatch.setenv(connect._STATE_API, "")
     connect._start_at_free_port()
     assert len(set(taken)) == 2
+
+
+def test_a_busy_machine_has_time_to_start_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own half minute is over before its servers have begun where others are at work."""
+    waits = []
+
+    def init(**_: Any) -> None:
+        waits.append([os.environ[key] for key in connect._START_SECONDS])
+
+    monkeypatch.setattr(connect.ray, "init", init)
+    monkeypatch.setenv(connect._STATE_API, "")
+    for key in connect._START_SECONDS:
+        monkeypatch.delenv(key, raising=False)
+    connect._start_at_free_port()
+    assert not [key for key in connect._START_SECONDS if key in os.environ]
+    key = "RAY_raylet_start_wait_time_s"
+    monkeypatch.setenv(key, "7")
+    connect._start_at_free_port()
+    assert waits == [["120", "120"], ["7", "120"]]
+    assert os.environ[key] == "7"

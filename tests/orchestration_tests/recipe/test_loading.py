@@ -228,6 +228,20 @@ def test_yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
     assert all(text and "\n" not in text for text in lines)
 
 
+@pytest.mark.parametrize("value", ["&a [*a]", "&a {b: [1, *a]}", "&a !!pairs [{b: *a}]"])
+def test_a_value_that_holds_itself_is_refused_where_any_value_may_stand(value: str) -> None:
+    for key in ("recovery.optimizer_args.momentum", "model.args.depths", "long_run"):
+        assert "a value holds itself" in outcome(lambda: load_recipe("demo", [f"{key}={value}"]))  # noqa: B023
+
+
+def test_an_anchor_may_stand_in_many_places() -> None:
+    found = load_recipe(
+        "demo", ["recovery.optimizer_args.betas=[&b 0.9, *b]", "model.args.depths=[&a [1], *a]"]
+    )
+    assert found.model.args["depths"] == [[1], [1]]
+    assert found.recovery.optimizer_args["betas"] == [0.9, 0.9]
+
+
 def test_names_that_no_file_can_have() -> None:
     assert "no such file or recipe" in outcome(lambda: load_recipe("x" * 5000))
     assert "no such file or recipe" in outcome(lambda: load_recipe("a\0b"))

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -496,6 +497,51 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(tmp_path: Path) -> Non
         assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(30)]
         assert tracker.last_step(run, "loss") == 29
         assert tracker.client.get_run(run).data.tags["last"] == "29"
+        tracker.close("FINISHED")
+    finally:
+        server.stop()
+
+
+@pytest.mark.cluster
+def test_who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is known must not be taken for a new one."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow's own patience is of seconds
+    server = start_server(tmp_path)
+    try:
+        server.wait_ready()
+        tracker = Tracker(server.uri, "tests")
+        known, left = (tracker.start(name, None, {}, {}) for name in ("known", "left"))
+        tracker.client.set_tag(left, "mlflow.parentRunId", known)
+        tracker.metrics(known, {"loss": [(3, 0.5)]})
+        tracker.finish(known, "KILLED")
+        tracker.flush()
+        (tmp_path / "artifact").mkdir()
+        (tmp_path / "artifact" / "weights").write_text("a few")
+        port = int(server.uri.rpartition(":")[2])
+        calls: list[Callable[[], object]] = [
+            lambda: tracker.start("new", known, {"lr": 0.1}, {}),
+            lambda: tracker.resume(known),
+            lambda: tracker.last_step(known, "loss"),
+            lambda: tracker.folder(known, tmp_path / "artifact", "model"),
+        ]
+        server.stop()
+        with ThreadPoolExecutor(len(calls)) as pool:
+            waiting = [pool.submit(call) for call in calls]
+            time.sleep(3)
+            assert [one.done() for one in waiting] == [False] * len(calls)
+            server = start_server(tmp_path, port)
+            assert server.uri == tracker.uri
+            server.wait_ready()
+            new, resumed, last, _ = (one.result(60) for one in waiting)
+        assert resumed is True
+        assert last == 3
+        assert tracker.client.get_run(str(new)).data.params == {"lr": "0.1"}
+        assert tracker.client.get_run(left).info.status == "KILLED"
+        assert tracker.client.get_run(known).info.status == "RUNNING"
+        assert [one.path for one in tracker.client.list_artifacts(known, "model")] == ["model/weights"]
+        assert len(tracker.client.search_runs([tracker.experiment])) == 3
         tracker.close("FINISHED")
     finally:
         server.stop()
