@@ -69,7 +69,9 @@ def prepared(
         made.set_ranges(known)
         return made
     device = next(model.parameters()).device
-    made.calibrate(batch.to(device) for batch in datasets.chosen(images, job.quantize.images, job.seed))
+    made.calibrate(
+        batch.to(device) for batch in datasets.calibration_batches(images, job.quantize.images, job.seed)
+    )
     return made
 
 
@@ -86,18 +88,18 @@ def loss(
 def _teacher(job: TrainJob) -> nn.Module:
     assert job.training.distill is not None, "only distillation has a teacher"
     name = job.training.distill.teacher
-    place = job.model.checkpoint if name == "dense" else name
-    if place is None:
+    source = job.model.checkpoint if name == "dense" else name
+    if source is None:
         raise InputError("training.distill.teacher", name, "the model starts from no weights; name a teacher")
-    if timm.is_model(place.split(".")[0]) and "/" not in place:
+    if timm.is_model(source.split(".")[0]) and "/" not in source:
         try:
-            teacher: nn.Module = timm.create_model(place, pretrained=True)
+            teacher: nn.Module = timm.create_model(source, pretrained=True)
             return teacher
         except RuntimeError as error:
             raise InputError("training.distill.teacher", name, first_line(error)) from None
-    if place == job.model.checkpoint and job.model.is_file:
+    if source == job.model.checkpoint and job.model.is_file:
         return from_file(job.model)
-    return load_checkpoint(place, key="training.distill.teacher", shared=True).model
+    return load_checkpoint(source, key="training.distill.teacher", shared=True).model
 
 
 def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
@@ -106,9 +108,9 @@ def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[
         return {}
     schedule = job.pruning.schedule
     if schedule.kind == "constant":
-        found = masks.sparsity if masks is not None else 0.0
-        if abs(found - job.pruning.sparsity) > 1e-3:
-            expected = f"constant holds what the checkpoint has, which is {found:.4g}"
+        held = masks.sparsity if masks is not None else 0.0
+        if abs(held - job.pruning.sparsity) > 1e-3:
+            expected = f"constant holds what the checkpoint has, which is {held:.4g}"
             raise InputError("pruning.sparsity", job.pruning.sparsity, expected)
     length = job.training.epochs * (per_epoch if schedule.unit == "steps" else 1)
     times = pruning_plan(schedule, job.pruning.sparsity, length)
@@ -126,8 +128,8 @@ def all_masks(model: nn.Module, layers: Sequence[PrunableLayer], known: MaskSet 
     missing = MaskSet.from_zeros(model, [layer for layer in layers if layer.name not in given])
     others = MaskSet.from_zeros(model, _known_layers(model))
     sparse = MaskSet({name: mask for name, mask in others.items() if not mask.all()})
-    found = given.over(missing).over(sparse)
-    return found if known is not None or found.sparsity > 0 else None
+    masks = given.over(missing).over(sparse)
+    return masks if known is not None or masks.sparsity > 0 else None
 
 
 def _known_layers(model: nn.Module) -> list[PrunableLayer]:

@@ -66,10 +66,10 @@ class Distillation:
         self._teacher.to(precision.device)
         ours, theirs = factory.data_config(student), factory.data_config(teacher)
         self._size = tuple(theirs["input_size"][1:])
-        scale = [mine / other for mine, other in zip(ours["std"], theirs["std"], strict=True)]
+        scale = [own / other for own, other in zip(ours["std"], theirs["std"], strict=True)]
         shift = [
-            (mine - other) / std
-            for mine, other, std in zip(ours["mean"], theirs["mean"], theirs["std"], strict=True)
+            (own - other) / std
+            for own, other, std in zip(ours["mean"], theirs["mean"], theirs["std"], strict=True)
         ]
         self._same = scale == [1.0] * len(scale) and not any(shift)
         self._scale = torch.tensor(scale, device=precision.device).view(-1, 1, 1)

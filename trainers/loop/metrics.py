@@ -79,8 +79,8 @@ class MetricsAccumulator:
         losses = distributed.mean_over_workers(torch.stack(self._pending).double()).tolist()
         new = list(zip(losses, self._sound, strict=True))
         self.losses += losses
-        found = distributed.mean_over_workers(torch.stack(self._skipped).sum().double())
-        self.skipped += round(float(found) * distributed.world_size())
+        skipped = distributed.mean_over_workers(torch.stack(self._skipped).sum().double())
+        self.skipped += round(float(skipped) * distributed.world_size())
         self._pending, self._skipped, self._sound = [], [], []
         return new
 

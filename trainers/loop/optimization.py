@@ -61,13 +61,13 @@ def matching_parameters(model: nn.Module, patterns: Sequence[str], pruned: Colle
     """
     names: list[str] = []
     for pattern in patterns:
-        found = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-        if not found:
+        matches = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+        if not matches:
             raise InputError("training.freeze", pattern, "matches no parameter of the model")
-        for name in found:
+        for name in matches:
             if name in pruned:
                 raise InputError("training.freeze", pattern, f"{name} is pruned and must be free to recover")
-        names += found
+        names += matches
     return names
 
 

@@ -39,12 +39,12 @@ _HELD_OUT = 16  # batches over all workers that score the λ of ``damp: auto``
 def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
     """Which worker orders which layer: the largest first, each to the worker with the least so far."""
     load = [0] * world
-    found: dict[str, int] = {}
+    owner_of: dict[str, int] = {}
     for layer in sorted(layers, key=lambda layer: (-layer.numel, layer.name)):
         owner = load.index(min(load))
-        found[layer.name] = owner
+        owner_of[layer.name] = owner
         load[owner] += layer.numel
-    return found
+    return owner_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[Prunabl
     Raises:
         InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
     """
-    found = find_layers(model, settings.layers)
-    return fitting(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
+    layers = find_layers(model, settings.layers)
+    return fitting(layers, Pattern.parse(settings.pattern), unfit=settings.unfit)
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,8 @@ def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
         weight = parameters[layer.name].detach()
         mask = torch.empty(layer.shape, dtype=torch.bool, device=weight.device)
         if layer.name in order:
-            found, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
-            weight.copy_(found)
+            pruned_weight, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
+            weight.copy_(pruned_weight)
         distributed.broadcast(weight, owner[layer.name])
         new[layer.name] = distributed.broadcast_bool(mask, owner[layer.name])
     return MaskSet(new)
@@ -270,12 +270,12 @@ def _gather_losses(
     device: torch.device,
 ) -> dict[str, Tensor]:
     losses = {}
-    found = order.losses
+    own_losses = order.losses
     for layer in layers:
-        mine = found[layer.name].double().contiguous() if layer.name in found else None
-        reach = torch.tensor(0 if mine is None else len(mine), device=device)
+        own = own_losses[layer.name].double().contiguous() if layer.name in own_losses else None
+        reach = torch.tensor(0 if own is None else len(own), device=device)
         reach = distributed.broadcast(reach, owner[layer.name])  # a pattern may leave less than the layer
-        if mine is None:
-            mine = torch.empty(int(reach), dtype=torch.float64, device=device)
-        losses[layer.name] = distributed.broadcast(mine, owner[layer.name])
+        if own is None:
+            own = torch.empty(int(reach), dtype=torch.float64, device=device)
+        losses[layer.name] = distributed.broadcast(own, owner[layer.name])
     return losses

@@ -52,16 +52,16 @@ def _through_points(schedule: PruningSchedule, length: int) -> dict[int, float]:
         raise InputError(
             "pruning.schedule.points", end, f"must lie before the end of the run ({length} {schedule.unit})"
         )
-    found = dict(points)
+    sparsity_at = dict(points)
     for (before, low), (after, high) in pairwise(points):
         between = 1 if schedule.every is None else math.ceil((after - before) / schedule.every - 1e-9)
         if between > length:  # not one by one: every is as small as anybody types
             raise _too_close(schedule)
         for number in range(1, between):
             time = before + number * (schedule.every or 0.0)
-            found[time] = low + (high - low) * (time - before) / (after - before)
-    plan = {round(time): found[time] for time in sorted(found)}
-    if len(plan) < len(found):
+            sparsity_at[time] = low + (high - low) * (time - before) / (after - before)
+    plan = {round(time): sparsity_at[time] for time in sorted(sparsity_at)}
+    if len(plan) < len(sparsity_at):
         raise _too_close(schedule)
     return plan
 

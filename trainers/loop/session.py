@@ -163,7 +163,7 @@ class Session:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        return [one for group in self.optimizer.param_groups for one in group["params"]]
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def epoch(self) -> int:
@@ -215,7 +215,8 @@ class Session:
         """Raises:
         FloatingPointError: a weight of the model, or of its average, that is not; on every worker.
         """
-        for model in {id(one): one for one in (self.model, self.shown)}.values():
+        models = [self.model] if self.shown is self.model else [self.model, self.shown]
+        for model in models:
             check_finite(model.state_dict(), f"after step {self.step - 1}")
 
     def gradients(self, pruner: Pruner) -> Gradients:
@@ -260,14 +261,14 @@ class Session:
             whole: with what is needed to go on from it.
         """
         pruned = self.pruned_weights
-        said = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
+        recorded = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
         record = {
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
             "figures": numbers(metrics),
             "costs": self.costs.at(pruned).as_dict(),
-            "recipe": self.job.model_dump(mode="json", include=said),
+            "recipe": self.job.model_dump(mode="json", include=recorded),
             **self.job.lineage,
         }
         save_checkpoint(

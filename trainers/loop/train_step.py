@@ -43,11 +43,13 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     if _goes_on(session):
         session.moved.remember()
     least = 2 if factory.batch_normed(session.model) else 1
-    for some, theirs, last in _parts(images, labels, min(training.accumulate, len(images) // least)):
-        mixed, targets = session.targets(some, theirs)
+    for part_images, part_labels, last in _parts(
+        images, labels, min(training.accumulate, len(images) // least)
+    ):
+        mixed, targets = session.targets(part_images, part_labels)
         with _together(session.network, last), session.precision():
             part = session.loss(session.network(mixed), targets, mixed)
-            part = part * (share * len(some) / len(images))
+            part = part * (share * len(part_images) / len(images))
             scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     session.held.gradients()  # first: what is pruned has no say in whether the scaler leaves the step out
@@ -63,7 +65,7 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
         if training.precision == "float16":
             session.moved.put_back(sound)
         if session.prepared is not None:
-            session.prepared.agree()
+            session.prepared.average_ranges()
         if session.average is not None:
             session.average.update(session.model)
     scaler.update()
@@ -101,7 +103,10 @@ def settle(session: Session) -> None:
 def _parts(images: Tensor, labels: Tensor, count: int) -> list[tuple[Tensor, Tensor, bool]]:
     """The images of a step in ``count`` parts, which differ by one image at most; whether it is the last."""
     pairs = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
-    return [(some, theirs, number == len(pairs) - 1) for number, (some, theirs) in enumerate(pairs)]
+    return [
+        (part_images, part_labels, number == len(pairs) - 1)
+        for number, (part_images, part_labels) in enumerate(pairs)
+    ]
 
 
 def _together(network: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -157,8 +162,8 @@ def _look(session: Session, last: int) -> None:
 
 
 def _where(session: Session, step: int) -> str:
-    epoch, place = divmod(step, len(session.sampler))
-    return f"step {place} of epoch {epoch}"
+    epoch, number = divmod(step, len(session.sampler))
+    return f"step {number} of epoch {epoch}"
 
 
 def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
@@ -179,9 +184,9 @@ def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
 @torch.no_grad()
 def _culprit(session: Session, images: Tensor) -> str | None:
     """The first layer of this worker whose output is not finite, and the images it was so for."""
-    found: list[str] = []
+    layers: list[str] = []
     hooks = [
-        module.register_forward_hook(_watch(name, found))
+        module.register_forward_hook(_watch(name, layers))
         for name, module in session.model.named_modules()
         if name and not any(module.children())
     ]
@@ -191,7 +196,7 @@ def _culprit(session: Session, images: Tensor) -> str | None:
         for hook in hooks:
             hook.remove()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    if not found and bool(torch.isfinite(logits).all()):
+    if not layers and bool(torch.isfinite(logits).all()):
         names = [
             name
             for name, parameter in session.model.named_parameters()
@@ -202,13 +207,13 @@ def _culprit(session: Session, images: Tensor) -> str | None:
     samples = session.sampler.samples(session.epoch, session.step % len(session.sampler))
     named = [session.images.where(samples[row].row) for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    layer = found[0] if found else "the model's output"
+    layer = layers[0] if layers else "the model's output"
     return f"{layer} is the first that is not finite, for {'; '.join(named)}{more}"
 
 
-def _watch(name: str, found: list[str]) -> object:
+def _watch(name: str, layers: list[str]) -> object:
     def hook(module: nn.Module, given: object, output: object) -> None:
-        if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-            found.append(name)
+        if not layers and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            layers.append(name)
 
     return hook

@@ -151,11 +151,11 @@ def _saliency(
 ) -> dict[str, Tensor]:
     """The worth of each weight of some parameters."""
     weights = {name: model.get_parameter(name) for name in names}
-    found: Iterator[dict[str, Tensor]] = iter(())
+    samples: Iterator[dict[str, Tensor]] = iter(())
     if settings.importance in WITH_GRADIENTS:
         layers = [PrunableLayer(name, "", 0, tuple(weight.shape)) for name, weight in weights.items()]
-        found = gradients(model, layers, {}, batches, functional.cross_entropy)
-    return saliencies(settings.importance, weights, found)
+        samples = gradients(model, layers, {}, batches, functional.cross_entropy)
+    return saliencies(settings.importance, weights, samples)
 
 
 def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping[str, Tensor]) -> Cut:
@@ -173,16 +173,16 @@ def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping
 
 
 def _cut_attention(
-    cut: Cut, place: tuple[str, int], inner: Channels, plan: Plan, saliency: Mapping[str, Tensor]
+    cut: Cut, position: tuple[str, int], inner: Channels, plan: Plan, saliency: Mapping[str, Tensor]
 ) -> None:
     """The heads that are worth most stay, and in each of them the best pairs of query and key, and values."""
-    (block, stage), before, after = place, plan.before, plan.after
+    (block, stage), before, after = position, plan.before, plan.after
     heads, dim = before.heads[stage], before.head_dim[stage]
     stay = best(inner.worth(saliency).reshape(heads, dim).sum(1), after.heads[stage])
     # queries meet keys, and values the projection: the two have nothing else in common
     first = [member for member in inner.members if member.places.shape[1] == 3]
-    asking = [Member(one.name, one.dim, one.places[:, :2]) for one in first]
-    telling = [Member(one.name, one.dim, one.places[:, 2:]) for one in first]
+    asking = [Member(member.name, member.dim, member.places[:, :2]) for member in first]
+    telling = [Member(member.name, member.dim, member.places[:, 2:]) for member in first]
     telling += [member for member in inner.members if member.places.shape[1] == 1]
     assert len(first) + 1 <= len(inner.members), "the projection takes what the values give"
     for members in (asking, telling):

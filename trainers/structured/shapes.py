@@ -106,10 +106,10 @@ class Shape:
 
     def differences(self, before: Shape) -> dict[str, list[Any]]:
         """What was cut: kind -> [before, after], numbers or lists with one for each stage."""
-        found = {"embed": [before.embed, self.embed]}
+        changes = {"embed": [before.embed, self.embed]}
         for kind, name in (("heads", "heads"), ("head_dim", "head_dim"), ("mlp", "hidden")):
-            found[kind] = [_one_or_list(getattr(one, name)) for one in (before, self)]
-        return {kind: ends for kind, ends in found.items() if ends[0] != ends[1]}
+            changes[kind] = [_one_or_list(getattr(shape, name)) for shape in (before, self)]
+        return {kind: ends for kind, ends in changes.items() if ends[0] != ends[1]}
 
 
 def wanted(shape: Shape, settings: StructuredSettings) -> Shape:
@@ -120,11 +120,11 @@ def wanted(shape: Shape, settings: StructuredSettings) -> Shape:
             same shape again.
     """
     find = _vit if shape.family == "vit" else _swin
-    found = find(shape, settings)
-    if found == shape:
-        expected = f"leaves the model as it is: nothing would be cut ({_told(shape)})"
+    target = find(shape, settings)
+    if target == shape:
+        expected = f"leaves the model as it is: nothing would be cut ({_widths_text(shape)})"
         raise InputError(_KEY, None, expected)
-    return found
+    return target
 
 
 def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
@@ -194,7 +194,7 @@ def _of_blocks(
     try:
         if not isinstance(value, tuple):
             return _size(key, value, whole)
-        near = round(sum(_near(one, whole) for one in value) / len(value))
+        near = round(sum(_near(width, whole) for width in value) / len(value))
     except InputError as error:
         assert not isinstance(value, tuple), "a list has not been tried"
         near, expected = _near(value, whole), error.expected
@@ -216,20 +216,20 @@ def _of_stages(
             expected += f": timm holds no width of each block; the nearest shape that it can: {key}: {near}"
         raise InputError(f"{_KEY}.{key}", list(values), expected)
     try:
-        return tuple(_size(key, one, most) for one, most in zip(values, whole, strict=True))
+        return tuple(_size(key, width, most) for width, most in zip(values, whole, strict=True))
     except InputError as error:
-        near = [_near(one, most) for one, most in zip(values, whole, strict=True)]
+        near = [_near(width, most) for width, most in zip(values, whole, strict=True)]
         given = list(value) if isinstance(value, tuple) else value
         raise InputError(error.key, given, f"{error.expected}; the nearest shape: {key}: {near}") from None
 
 
 def _means(values: Sequence[Width], whole: Sequence[int], depths: Sequence[int]) -> list[int]:
     """The widths of blocks as one for each stage."""
-    found, begin = [], 0
+    means, begin = [], 0
     for most, depth in zip(whole, depths, strict=True):
-        found.append(round(sum(_near(one, most) for one in values[begin : begin + depth]) / depth))
+        means.append(round(sum(_near(width, most) for width in values[begin : begin + depth]) / depth))
         begin += depth
-    return found
+    return means
 
 
 def _near(value: Width, whole: int) -> int:
@@ -264,7 +264,7 @@ def _one_or_list(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _told(shape: Shape) -> str:
+def _widths_text(shape: Shape) -> str:
     return f"embed {shape.embed}, heads {_one_or_list(shape.heads)}, mlp {_one_or_list(shape.hidden)}"
 
 

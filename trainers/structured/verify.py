@@ -47,9 +47,9 @@ def check_reloaded(made: nn.Module, again: nn.Module, *, planned: int) -> None:
     _check_parameters(again, planned)
     images = noise(made)
     for other in (False, True):
-        was, found = (forward(one.eval(), images, other=other) for one in (made, again))
-        if not torch.equal(was, found):
-            raise RuntimeError(f"structured pruning: reloaded, {_differs(was, found)}")
+        was, outputs = (forward(candidate.eval(), images, other=other) for candidate in (made, again))
+        if not torch.equal(was, outputs):
+            raise RuntimeError(f"structured pruning: reloaded, {_differs(was, outputs)}")
 
 
 class _NormOfKept(nn.Module):
@@ -106,17 +106,17 @@ def forward(model: nn.Module, images: Tensor, *, other: bool = False) -> Tensor:
 
 
 def _check_parameters(model: nn.Module, planned: int) -> None:
-    found = sum(weight.numel() for weight in model.parameters())
-    if found != planned:
-        raise RuntimeError(f"structured pruning: {found:,} parameters are left, and {planned:,} were planned")
+    count = sum(weight.numel() for weight in model.parameters())
+    if count != planned:
+        raise RuntimeError(f"structured pruning: {count:,} parameters are left, and {planned:,} were planned")
 
 
-def _check_same(where: str, expected: Tensor, found: Tensor) -> None:
+def _check_same(where: str, expected: Tensor, outputs: Tensor) -> None:
     scale = max(float(expected.abs().max()), 1.0)
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale):
-        raise RuntimeError(f"structured pruning: {where}, {_differs(expected, found)}")
+    if not torch.allclose(outputs, expected, rtol=0, atol=_TOLERANCE * scale):
+        raise RuntimeError(f"structured pruning: {where}, {_differs(expected, outputs)}")
 
 
-def _differs(expected: Tensor, found: Tensor) -> str:
-    by, of = float((found - expected).abs().max()), float(expected.abs().max())
+def _differs(expected: Tensor, outputs: Tensor) -> str:
+    by, of = float((outputs - expected).abs().max()), float(expected.abs().max())
     return f"timm's model differs by {by:.3g} in logits of up to {of:.3g}"

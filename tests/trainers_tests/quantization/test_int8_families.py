@@ -29,7 +29,7 @@ from trainers.export.onnx import quantize_onnx
 from trainers.models import factory
 from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode, check_share
-from trainers.quantization.int8_onnx import _by_content, _part, _rename, read_weights
+from trainers.quantization.int8_onnx import _by_content, _rename, _separate_weights, read_weights
 
 _SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "patch_size": 8, "num_heads": 2, "depth": 2}
 _STAGES: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_vit": 1}
@@ -205,7 +205,7 @@ def test_a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(tmp_pat
         [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(8, np.float32), "b")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    _part(model)
+    _separate_weights(model)
     onnx.save(model, tmp_path / "float.onnx")
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
     names = _by_content(model, {"layer.weight": torch.from_numpy(weight)})
