@@ -100,7 +100,7 @@ def test_a_trained_model_of_another_command_is_not_taken(
 
     typed = "quantize @/vit --mode qat --train @/train.parquet --out small batch_size=8"
     with monkeypatch.context() as patched:
-        patched.setattr(int8_folder, "quantise", broken)
+        patched.setattr(int8_folder, "quantize_folder", broken)
         assert run(f"{typed} epochs=1")[0] == 1
     trained = tmp_path / ".small.float"
     before = (trained / "model.safetensors").read_bytes()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from trainers.config.structured import StructuredSettings, asked
+from trainers.config.structured import StructuredSettings, is_reduced
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_shares_and_numbers(content: dict[str, Any], key: str, value: object) ->
 
 
 def test_one_head_is_less_than_all_of_them() -> None:
-    assert asked(1)
-    assert not asked(1.0)
-    assert asked((1.0, 0.5))
+    assert is_reduced(1)
+    assert not is_reduced(1.0)
+    assert is_reduced((1.0, 0.5))
 
 
 @pytest.mark.parametrize(
