@@ -59,7 +59,7 @@ class Prepared(nn.Module):
             check_mode(model, "qat", (), "mode")
         self.aware, self.size = aware, size
         self.traced = _prepare(model, size, aware=aware)
-        self._points = list(_fake_quantisers(self.traced))
+        self._points = list(_fake_quantizers(self.traced))
 
     def forward(self, images: Tensor) -> Any:
         """Map images (N, channels, height, width) to logits (N, classes)."""
@@ -168,7 +168,7 @@ class Converted(nn.Module):
         return self
 
 
-def _fake_quantisers(graph: GraphModule) -> Iterator[tuple[str, Any]]:
+def _fake_quantizers(graph: GraphModule) -> Iterator[tuple[str, Any]]:
     """The fake quantizers of a graph, by the names of what they quantize; observers are not among them."""
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
