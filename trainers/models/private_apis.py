@@ -2,10 +2,11 @@
 
 Checked with timm 1.0.31 and torch 2.15.0. Each has no public counterpart:
 
-- ``timm.models._hub.save_for_hf`` writes ``config.json`` and ``model.safetensors`` as timm's hub format has
-them; - ``timm.models._hub.download_from_hf`` and ``load_cfg_from_json`` read the ``config.json`` of a model
-on the hub; - ``_BatchNorm`` and ``_ConvNd`` are the base classes of all batch norms and of all convolutions
-of torch; - ``_orig_mod`` is the module that ``torch.compile`` wraps.
+- ``timm.models._hub.save_for_hf`` writes ``config.json`` and ``model.safetensors`` in timm's hub format;
+- ``timm.models._hub.download_from_hf`` and ``load_cfg_from_json`` read the ``config.json`` of a model of the
+  hub;
+- ``_BatchNorm`` and ``_ConvNd`` are the base classes of all batch norms and of all convolutions of torch;
+- ``_orig_mod`` is the module that ``torch.compile`` wraps.
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 - ``model.onnx``: the model (:mod:`trainers.quantization.int8_onnx`), with its preprocessing as metadata;
 - ``config.json``: that of the float checkpoint (timm's: architecture, classes, preprocessing);
 - ``masks.safetensors``: the masks of the float checkpoint, if it has some;
-- ``quantization.json``: the record: mode, engine, hash of the float checkpoint, figures, logits of some
-synthetic
-  images, versions, checksums.
+- ``quantization.json``: the record (:class:`trainers.checkpoint.records.QuantizationRecord`).
 
 There is no pickle in it, and there are no float weights: timm does not load this folder.
 
