@@ -1,4 +1,4 @@
-"""One model trained, pruned, exported and timed, by one worker or several; only ray_worker knows Ray."""
+"""Training, pruning, export and timing of one model, by one worker or several; only ray_worker knows Ray."""
 
 __all__ = [
     "checkpoint",

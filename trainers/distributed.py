@@ -1,4 +1,4 @@
-"""The few collectives that training needs; each does nothing in a process that stands alone."""
+"""The collectives that training needs; in a process without a process group each returns its input."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ T = TypeVar("T")
 
 
 def active() -> bool:
+    """Whether a process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
+    """This worker's rank; 0 without a process group."""
     return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
+    """The number of workers; 1 without a process group."""
     return dist.get_world_size() if active() else 1
 
 
 def sum_over_workers(tensor: Tensor) -> Tensor:
-    """The sum of every worker's tensor, in place, on all of them."""
+    """Sum a tensor over the workers (all-reduce), in place, on all of them."""
     if active():
         dist.all_reduce(tensor)
     return tensor
 
 
 def reduce(tensor: Tensor, owner: int) -> None:
-    """The sum of every worker's tensor, in place, on ``owner`` alone."""
+    """Sum a tensor over the workers, in place, on the rank ``owner`` alone."""
     if active():
         dist.reduce(tensor, dst=owner)
 
 
 def broadcast(tensor: Tensor, owner: int) -> Tensor:
-    """``owner``'s tensor, in place, on all workers."""
+    """Copy the tensor of the rank ``owner`` to all workers, in place."""
     if active():
-        whole = tensor.contiguous()  # others may have laid theirs out in another way
+        whole = tensor.contiguous()  # the workers' tensors may have different memory formats
         dist.broadcast(whole, src=owner)
         if whole is not tensor:
             tensor.copy_(whole)
@@ -48,7 +51,7 @@ def broadcast(tensor: Tensor, owner: int) -> Tensor:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every worker's value, on all of them."""
+    """Every worker's value in the order of ranks, on all of them."""
     if not active():
         return [value]
     values: list[T] = [value] * world_size()
@@ -62,7 +65,7 @@ def all_equal(text: str) -> bool:
 
 
 def mean_over_workers(tensor: Tensor) -> Tensor:
-    """The mean of every worker's tensor, added up in the order of their ranks."""
+    """The mean of a tensor over the workers, added up in the order of ranks: the same bits on all of them."""
     if not active():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -71,22 +74,22 @@ def mean_over_workers(tensor: Tensor) -> Tensor:
 
 
 def broadcast_int(value: int) -> int:
-    """The first worker's answer, on all of them; devices are not waited for."""
+    """Broadcast an int from rank 0 over gloo, without synchronising the GPU."""
     if not active():
         return value
-    answer = torch.tensor([value])
-    dist.broadcast(answer, src=0, group=_host_group())
-    return int(answer)
+    tensor = torch.tensor([value])
+    dist.broadcast(tensor, src=0, group=_host_group())
+    return int(tensor)
 
 
 @functools.cache
 def _host_group() -> dist.ProcessGroup | None:
-    """A group that talks through the hosts' memory, whatever moves the gradients."""
+    """A gloo group, which communicates through host memory; ``None``: the default group is one."""
     if dist.get_backend() == "gloo":
         return None
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 def broadcast_bool(mask: Tensor, owner: int) -> Tensor:
-    """A boolean tensor of ``owner`` on all workers (not every backend moves booleans)."""
+    """Broadcast a boolean tensor from the rank ``owner``, as uint8: not every backend takes booleans."""
     return broadcast(mask.to(torch.uint8), owner).bool()

@@ -1,4 +1,4 @@
-"""Libraries that may be there or not, and that talk: most of them only the extra ``deploy`` brings."""
+"""Optional libraries, most of them of the extra ``deploy``: check for them, import them, silence them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTRA = "pip install 'espalier[deploy]'"
 
 
 def missing(*packages: str) -> str | None:
-    """What to say of the first of these packages that is not installed; ``None`` if all are."""
+    """An error message for the first of these packages that is not installed; ``None`` if all are."""
     for package in packages:
         if find_spec(package) is None:
             return f"needs {package}, which is not installed: {EXTRA}"
@@ -28,24 +28,31 @@ def missing(*packages: str) -> str | None:
 
 
 def import_openvino() -> Any:
-    """OpenVINO without the reports that it and NNCF send home by a package that both can do without."""
+    """Import OpenVINO without its telemetry package, by which it and NNCF report usage."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing it then fails
     return import_module("openvino")
 
 
 @cache
 def openvino_core() -> Any:
-    """The one ``Core`` of a process.
+    """The only ``Core`` of a process.
 
-    On processors with AVX-512 its CPU plug-in gives each of several a signal stack; the first to go takes the
-    one that the others are still on, and the next signal ends the process.
+    On processors with AVX-512 the CPU plug-in installs a signal stack for each ``Core``. The first one that
+    is deleted frees the stack that the others still use, and the next signal ends the process.
     """
     return import_openvino().Core()
 
 
 def require(key: str, value: object, *packages: str) -> None:
-    """Raises:
-    InputError: one of the packages is not installed; names it and the extra.
+    """Check that packages are installed.
+
+    Args:
+        key: the option or recipe key that needs them, for the error message.
+        value: its value.
+        packages: names of the packages, as they are imported.
+
+    Raises:
+        InputError: one of the packages is not installed; names it and the extra.
     """
     lacking = missing(*packages)
     if lacking is not None:
@@ -54,18 +61,18 @@ def require(key: str, value: object, *packages: str) -> None:
 
 def installed(*packages: str) -> dict[str, str]:
     """The versions of those packages that are installed."""
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what the libraries that convert models have to say: remarks, warnings, bars."""
+    """Suppress logs, warnings and progress bars of libraries that convert models, in a ``with`` block."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

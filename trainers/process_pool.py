@@ -1,4 +1,4 @@
-"""Processes that work for this one, and end with it."""
+"""A pool of processes that end together with their parent."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from threading import Thread
 
 
 def process_pool(processes: int) -> ProcessPoolExecutor:
-    """Fresh processes, which end at once when this one does, also when it is killed.
+    """Start a pool of spawned processes, which end as soon as this process does, even if it is killed.
 
-    Those of the standard library alone would wait on for work, as each holds the ends of the others' pipes.
+    Without this, the processes of the standard library's pool wait for work for ever, as each of them keeps
+    the others' pipes open.
     """
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
@@ -22,6 +23,6 @@ def _end_with_parent() -> None:
 
 def _wait_for_end() -> None:
     parent = parent_process()
-    assert parent is not None, "only what was spawned runs this"
+    assert parent is not None, "only spawned processes run this"
     parent.join()
     os._exit(1)

@@ -1,7 +1,7 @@
 """The Ray Train adapter: the only file here that knows Ray.
 
-The trial and the controller that start a worker load this file too, and have no need of timm and the models:
-those are imported when a worker begins.
+The processes of the trial and of Ray Train's controller import this module too, and need neither timm nor the
+models: those are imported when a worker begins.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """The function of one Ray Train worker; ``config`` is a :class:`TrainJob` as a dictionary.
+    """Train: the function that each Ray Train worker runs.
 
-    After a failure, or when the same run is started again, it goes on from the newest checkpoint that is as
-    it was written; without one it begins from its job's origin, if that has one.
+    After a failure, or when the same run is started again, it resumes from the newest checkpoint that is
+    intact; without one it starts from the job's ``origin``, if it has one.
+
+    Args:
+        config: a :class:`TrainJob` as a dictionary.
     """
     import ray.train.torch
 
@@ -40,7 +43,11 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def order_worker(config: dict[str, Any]) -> None:
-    """The same for an elimination alone; ``config`` is an :class:`OrderJob` as a dictionary."""
+    """Compute an elimination order: the function that each Ray Train worker runs for an :class:`OrderJob`.
+
+    Args:
+        config: an :class:`OrderJob` as a dictionary.
+    """
     import ray.train.torch
 
     from trainers.loop.elimination import write_order
@@ -50,10 +57,10 @@ def order_worker(config: dict[str, Any]) -> None:
 
 @contextmanager
 def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
-    """The checkpoint to go on from, on this machine, and what is wrong with those after it.
+    """A local copy of the newest intact checkpoint, and notes on damaged ones that are newer.
 
     Raises:
-        RuntimeError: none of those there can be used.
+        RuntimeError: there are checkpoints, and none is intact.
     """
     from trainers.checkpoint.trainer_state import damage
 
@@ -73,10 +80,10 @@ def _newest_intact() -> Iterator[tuple[Path | None, list[str]]]:
 
 @contextmanager
 def _origin(job: TrainJob) -> Iterator[Path | None]:
-    """The checkpoint of another run that a job begins from, on this machine; nothing where there is none.
+    """A local copy of the checkpoint of another run that a job starts from; ``None`` where it names none.
 
     Raises:
-        RuntimeError: it is not as it was written, or gone.
+        RuntimeError: it is damaged, or does not exist.
     """
     from trainers.checkpoint.trainer_state import damage
     from trainers.storage import exists, local_copy
@@ -84,40 +91,41 @@ def _origin(job: TrainJob) -> Iterator[Path | None]:
     if job.origin is None:
         yield None
         return
-    place = job.origin.checkpoint
-    if not exists(place):
-        raise RuntimeError(f"no checkpoint to begin from: {place} is not there")
-    with local_copy(place) as folder:
+    checkpoint = job.origin.checkpoint
+    if not exists(checkpoint):
+        raise RuntimeError(f"no checkpoint to begin from: {checkpoint} is not there")
+    with local_copy(checkpoint) as folder:
         wrong = damage(folder)
         if wrong is not None:
-            raise RuntimeError(f"no checkpoint to begin from: {wrong} in {place}")
+            raise RuntimeError(f"no checkpoint to begin from: {wrong} in {checkpoint}")
         yield folder
 
 
 def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
-    """The run's checkpoints that are still there, the newest first (their names are times).
+    """The run's checkpoints in the storage, the newest first (their names are times).
 
-    Later ones than the latest that Ray knows of were on their way when the run was broken off; they go.
+    Checkpoints later than the latest that Ray knows were being uploaded when the run was interrupted; they
+    are deleted.
     """
     parent = str(PurePosixPath(latest.path).parent)
     entries = latest.filesystem.get_file_info(fs.FileSelector(parent))
     paths = sorted(entry.path for entry in entries if entry.type == fs.FileType.Directory)
-    found = [path for path in paths if PurePosixPath(path).name.startswith("checkpoint_")]
-    known = [path for path in found if PurePosixPath(path).name <= PurePosixPath(latest.path).name]
+    checkpoints = [path for path in paths if PurePosixPath(path).name.startswith("checkpoint_")]
+    kept = [path for path in checkpoints if PurePosixPath(path).name <= PurePosixPath(latest.path).name]
     if ray.train.get_context().get_world_rank() == 0:
-        for path in set(found) - set(known):
+        for path in set(checkpoints) - set(kept):
             latest.filesystem.delete_dir(path)
-    return [ray.train.Checkpoint(path, latest.filesystem) for path in reversed(known)]
+    return [ray.train.Checkpoint(path, latest.filesystem) for path in reversed(kept)]
 
 
 def _leaving() -> str | None:
-    """The nodes of this run that the cluster is about to take away; the same answer on every worker."""
-    found = ray.train.get_preemption_info()
-    return None if found is None else " ".join(found.preempted_node_ids)
+    """The ids of this run's nodes that will be preempted; ``None``: none. The same on every worker."""
+    preemption = ray.train.get_preemption_info()
+    return None if preemption is None else " ".join(preemption.preempted_node_ids)
 
 
 def _report(progress: Progress) -> None:
-    """Every worker reports; the first one brings the checkpoint, which is copied to the storage meanwhile."""
+    """Report to Ray from every worker; rank 0 adds the checkpoint, which is uploaded in the background."""
     if progress.save is None or ray.train.get_context().get_world_rank() != 0:
         ray.train.report(progress.metrics)
         return

@@ -1,4 +1,4 @@
-"""Files and folders on any pyarrow file system (``file://``, ``s3://``, …), so that every node finds them."""
+"""Files and folders on any pyarrow file system (``file://``, ``s3://``, …), which all nodes can read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from pruners.errors import InputError, first_line
 from trainers.remote_calls import call_interruptible, call_limited, is_remote
 
 RECORDS = ("pruning.json", "quantization.json")
-"""What says of a checkpoint folder, by being there, that it is whole."""
+"""Records that are written last into a checkpoint or INT8 folder: a folder that has one is complete."""
 
 
 def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it; relative paths become absolute.
+    """Find the file system of a path or URI, and the path in it; relative paths become absolute.
+
+    Args:
+        uri: a local path or any pyarrow URI.
+        key: the option or recipe key that named it, for error messages.
 
     Raises:
-        UnreachableError: a place that does not answer.
-        InputError: a scheme that pyarrow does not know, no bucket, or the home of nobody.
+        UnreachableError: a host that does not answer.
+        InputError: a scheme that pyarrow does not know, a missing bucket, or the home of an unknown user.
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), absolute(uri, key)
     try:
         system, path = call_limited(uri, fs.FileSystem.from_uri, uri)
-    except OSError as error:  # to know a bucket's region, it is asked
+    except OSError as error:  # pyarrow asks a bucket for its region
         raise UnreachableError(key, uri, f"cannot be reached ({first_line(error)})") from None
     except (pa.ArrowException, ValueError) as error:
         raise InputError(key, uri, f"must be a path or a pyarrow URI ({first_line(error)})") from None
@@ -42,14 +46,14 @@ def resolve(uri: str, key: str = "storage") -> tuple[fs.FileSystem, str]:
 
 
 class UnreachableError(InputError):
-    """A place that may be right, and does not answer from here."""
+    """A path or URI that may be right, but does not answer from this machine."""
 
 
 def absolute(uri: str, key: str = "storage") -> str:
-    """The same place, however the working directory changes.
+    """Make a local path absolute; URIs stay as they are.
 
     Raises:
-        InputError: the home of nobody (``~name``).
+        InputError: the home of an unknown user (``~name``).
     """
     if "://" in uri:
         return uri
@@ -60,10 +64,10 @@ def absolute(uri: str, key: str = "storage") -> str:
 
 
 def info(uri: str, key: str = "storage") -> fs.FileInfo:
-    """What is at a place, for a first look at it.
+    """Ask whether a path or URI is a file, a folder, or missing; errors name the key.
 
     Raises:
-        UnreachableError: it cannot be asked.
+        UnreachableError: a remote file system that cannot be asked.
         InputError: as :func:`resolve`.
     """
     system, path = resolve(uri, key)
@@ -75,18 +79,20 @@ def info(uri: str, key: str = "storage") -> fs.FileInfo:
 
 
 def exists(uri: str) -> bool:
+    """Whether a file or folder exists."""
     system, path = resolve(uri)
     return bool(call_limited(uri, system.get_file_info, path).type != fs.FileType.NotFound)
 
 
 def names(uri: str) -> list[str]:
-    """What lies in a folder, sorted; nothing where there is none."""
+    """Names of the entries of a folder, sorted; empty where there is no folder."""
     system, path = resolve(uri)
     entries = call_limited(uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     return sorted(entry.base_name for entry in entries if not entry.base_name.endswith(".partial"))
 
 
 def read_bytes(uri: str) -> bytes:
+    """Read a file."""
     system, path = resolve(uri)
 
     def read() -> bytes:
@@ -97,7 +103,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     system, path = resolve(uri)
     call_limited(uri, _write, system, path, content)
 
@@ -112,13 +118,15 @@ def _write(system: fs.FileSystem, path: str, content: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
         return
-    with system.open_output_stream(path) as stream:  # object stores show a file when it is closed
+    with system.open_output_stream(path) as stream:  # in object stores a file appears when it is closed
         stream.write(content)
 
 
 def read_json(uri: str) -> Any:
-    """Raises:
-    InputError: no JSON.
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is no JSON.
     """
     try:
         return json.loads(read_bytes(uri))
@@ -127,16 +135,18 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, content: Any) -> None:
+    """Write a JSON file atomically, its keys sorted."""
     write_bytes(uri, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def is_local(uri: str) -> bool:
+    """Whether a path or URI lies on this machine's file system."""
     return isinstance(resolve(uri)[0], fs.LocalFileSystem)
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[Path]:
-    """A local folder to fill, which then takes the place of what was there, whole or not at all."""
+    """A local folder to fill in a ``with`` block; at its end it replaces the folder ``uri``, atomically."""
     system, path = resolve(uri)
     if not isinstance(system, fs.LocalFileSystem):
         with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
@@ -154,10 +164,10 @@ def writing(uri: str) -> Iterator[Path]:
 
 
 def upload(folder: Path, uri: str) -> None:
-    """Copy a local folder there in place of what was, whole or not at all.
+    """Copy a local folder to ``uri``, replacing what was there.
 
-    A local target takes its name only when it is whole. Elsewhere the files of :data:`RECORDS` tell: they go
-    first and come last, so that a folder that holds one holds all.
+    A local target gets its name only when it is complete. On other file systems the files of :data:`RECORDS`
+    are deleted first and written last, so that a folder that has one of them is complete.
     """
     system, path = resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
@@ -177,45 +187,46 @@ def upload(folder: Path, uri: str) -> None:
 
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A folder as a local path: itself where it is local, else a temporary copy."""
+    """A folder as a local path: the folder itself where it is local, else a temporary copy."""
     system, path = resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
         yield Path(path)
         return
-    here = fs.LocalFileSystem()
+    local = fs.LocalFileSystem()
     with tempfile.TemporaryDirectory(prefix="espalier-") as target:
         call_interruptible(
-            uri, fs.copy_files, path, target, source_filesystem=system, destination_filesystem=here
+            uri, fs.copy_files, path, target, source_filesystem=system, destination_filesystem=local
         )
         yield Path(target)
 
 
 def copy(source: str, target: str) -> None:
-    """Copy a folder from one place to another, as :func:`upload` does."""
+    """Copy a folder to another path or URI, as :func:`upload` does."""
     with local_copy(source) as folder:
         upload(folder, target)
 
 
 def remove(uri: str) -> None:
-    """Delete a folder, if it is there."""
+    """Delete a folder, if it exists."""
     system, path = resolve(uri)
     if system.get_file_info(path).type == fs.FileType.Directory:
         system.delete_dir(path)
 
 
 def remove_file(uri: str) -> None:
+    """Delete a file."""
     system, path = resolve(uri)
     call_limited(uri, system.delete_file, path)
 
 
 def size(uri: str) -> int:
-    """Bytes of a file."""
+    """Size of a file in bytes."""
     system, path = resolve(uri)
     return int(system.get_file_info(path).size)
 
 
 def sha256(uri: str) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content, as hexadecimal digits."""
     system, path = resolve(uri)
     digest = hashlib.sha256()
     with system.open_input_stream(path) as stream:

@@ -159,7 +159,7 @@ def zeros_stay(table: Table, device: torch.device, args: argparse.Namespace) -> 
             batch = next(iter(session.train))
             for _ in range(args.steps):
                 train_step(session, batch)
-            session.metrics.settle()
+            session.metrics.reduce()
             loose = 0
             for model in (session.model, session.shown):
                 weights = dict(model.named_parameters())

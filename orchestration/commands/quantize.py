@@ -186,7 +186,7 @@ def _images(options: QuantizeOptions, model: nn.Module) -> Images:
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)
         table = datasets.images(options.train, transform, key="--train", columns=options.columns)
-        calibration = datasets.chosen(table, options.images, options.seed)
+        calibration = datasets.calibration_batches(table, options.images, options.seed)
     if options.test is None:
         return Images(calibration)
     check_images(options.test, model, "--test", options.columns)

@@ -21,6 +21,7 @@ from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
+from trainers.loop.report import TRIAL_KEYS
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
@@ -205,7 +206,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in (*_KEPT, self._search.cost or "") if key in figures}
+            metrics={key: figures[key] for key in (*TRIAL_KEYS, self._search.cost or "") if key in figures}
             | history(running.member),
             checkpoint=f"{folder}/{last}" if whole and folder else None,
             kept={level: {"checkpoint": f"{folder}/{level}", **kept[level]} for level in kept}
@@ -221,27 +222,6 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         record = self._log.add(replace(record, run_id=run_id))
         if self._proposals is not None:
             self._proposals.tell(record)
-
-
-_KEPT = (
-    "images",
-    "parameters",
-    "parameters_sparse",
-    "macs",
-    "macs_sparse",
-    "latency",
-    "latency_dense",
-    "dense_top1",
-    "epoch",
-    "step",
-    "val_top1",
-    "val_loss",
-    "train_loss",
-    "sparsity",
-    "lr",
-    "allocation",
-    "shares",
-)
 
 
 def _reason(lines: Sequence[str]) -> str:

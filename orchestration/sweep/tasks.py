@@ -186,7 +186,9 @@ def quantise(job: Int8Job) -> None:
 
         batches: list[torch.Tensor] = []
         if job.mode == "static":
-            batches = data.chosen(data.split(job.data, "train", transform, job.seed), job.images, job.seed)
+            batches = data.calibration_batches(
+                data.split(job.data, "train", transform, job.seed), job.images, job.seed
+            )
         int8.quantize_folder(
             source,
             Path(made),

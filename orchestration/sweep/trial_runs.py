@@ -22,20 +22,8 @@ from orchestration.tracking.pyfunc_model import MARK, model_files
 from orchestration.tracking.tracker import EndedRun, Status, Tracker
 from trainers import storage
 from trainers.checkpoint.folder import PRUNING_RECORD, TRAINER_FILES
+from trainers.loop.report import SERIES_KEYS
 
-SERIES = (
-    "train_loss",
-    "val_loss",
-    "val_top1",
-    "sparsity",
-    "lr",
-    "parameters",
-    "parameters_sparse",
-    "macs",
-    "macs_sparse",
-    "latency",
-    "latency_dense",
-)
 STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -97,7 +85,7 @@ class TrialRuns:
         if step <= self._known.get(trial_id, -1):  # said before the run was broken off
             return
         self._known[trial_id] = step
-        points = {key: [(step, metrics[key])] for key in SERIES if key in metrics}
+        points = {key: [(step, metrics[key])] for key in SERIES_KEYS if key in metrics}
         losses, rates = metrics.get("step_loss", []), metrics.get("step_lr", [])
         first = step - len(losses)
         if losses:  # every step of the epoch, not its mean alone
@@ -186,7 +174,7 @@ class TrialRuns:
         """The phase ends: its run shows the best trial's figures."""
         if self._left_alone:
             return
-        figures = {key: [(0, best.metrics[key])] for key in SERIES if key in best.metrics}
+        figures = {key: [(0, best.metrics[key])] for key in SERIES_KEYS if key in best.metrics}
         self._tracker.metrics(self.run, {f"best.{key}": points for key, points in figures.items()})
         self._tracker.tags(self.run, {"espalier.best": self._run_of(best)})
         self._tracker.finish(self.run)
@@ -269,7 +257,7 @@ class OneShotRuns(TrialRuns):
 
     def _say(self, record: TrialRecord) -> None:
         figures = record.metrics
-        metrics = {key: figures[key] for key in SERIES if key in figures}
+        metrics = {key: figures[key] for key in SERIES_KEYS if key in figures}
         metrics |= {f"sparsity.{key}": value for key, value in figures.get("shares", {}).items()}
         tags = {**self._tags, "espalier.level": "trial", "espalier.state": record.state}
         tags |= {_NUMBER: str(record.number)} | ({"espalier.error": record.error} if record.error else {})

@@ -103,10 +103,10 @@ def pruned(device: torch.device, method: str, count: int = 4, **options: Any) ->
     return masks | {name: held(weight) for name, weight in model.named_parameters()}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.parametrize(("method", "pattern"), PATTERNS)
@@ -212,7 +212,7 @@ def test_run__as_on_the_cpu_and_after_a_restart(name: str, tmp_path: Path) -> No
     files = make_files(tmp_path)
     expected = trained(CPU, name, files, tmp_path / "cpu")
     log = trained(CUDA, name, files, tmp_path / "cuda")
-    assert [one["val_loss"] for one in log.metrics] == [one["val_loss"] for one in expected.metrics]
+    assert [row["val_loss"] for row in log.metrics] == [row["val_loss"] for row in expected.metrics]
     assert_same(weights_in(log), weights_in(expected))
     again = trained(CUDA, name, files, tmp_path / "again", log.saved[min(log.saved)])
     assert_same(weights_in(again), weights_in(expected))

@@ -54,8 +54,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
             try:
                 original(session, batch)
             finally:
-                for one in hooks:
-                    one.remove()
+                for item in hooks:
+                    item.remove()
 
         monkeypatch.setattr(gradual, "train_step", poisoned)
 
@@ -65,7 +65,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step's numbers are looked at as where a look makes the host wait: every tenth step."""
-    monkeypatch.setattr(train_step, "_at_once", lambda session: False)
+    monkeypatch.setattr(train_step, "_checks_each_step", lambda session: False)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -161,9 +161,9 @@ def test_a_step_left_out_moves_no_running_statistics(
         log,
         CPU,
     )
-    found = load_file(log.last / "model.safetensors")
-    assert not_finite(found) == []
-    assert found["bn1.running_mean"].abs().sum() > 0
+    result = load_file(log.last / "model.safetensors")
+    assert not_finite(result) == []
+    assert result["bn1.running_mean"].abs().sum() > 0
     assert math.isfinite(log.metrics[0]["val_loss"])
 
 
@@ -252,10 +252,10 @@ def test_a_limit_of_one_number_may_be_infinite() -> None:
 def test_a_trial_whose_score_is_not_finite_is_not_the_best(score: float, tmp_path: Path) -> None:
     log = TrialLog(str(tmp_path / "trials.json"))
     scores = {0: 0.5, 1: score, 2: 0.7}
-    for number, one in scores.items():
-        log.add(TrialRecord(number, {}, "finished", one, {"val_top1": 0.5, "macs": 1.0}))
-    for found in (log, TrialLog(log.uri)):
-        assert found.best().number == 2
-        assert [record.state for record in found.trials] == ["finished", "failed", "finished"]
-        assert [record.number for record in front(found.trials, "macs")] == [2]
+    for number, item in scores.items():
+        log.add(TrialRecord(number, {}, "finished", item, {"val_top1": 0.5, "macs": 1.0}))
+    for result in (log, TrialLog(log.uri)):
+        assert result.best().number == 2
+        assert [record.state for record in result.trials] == ["finished", "failed", "finished"]
+        assert [record.number for record in front(result.trials, "macs")] == [2]
     assert "its score is" in str(log.trials[1].error)

@@ -97,9 +97,9 @@ def test_a_look_is_given_up_and_not_repeated() -> None:
         time.sleep(3)
 
     with remote_calls.time_limit(0.2):
-        for place in ("s3://silent.test/a", "s3://silent.test/b"):
+        for uri in ("s3://silent.test/a", "s3://silent.test/b"):
             with pytest.raises(TimeoutError):
-                remote_calls.call_limited(place, never)
+                remote_calls.call_limited(uri, never)
         assert len(asked) == 1  # the same bucket
         assert remote_calls.call_limited("s3://other.test/a", lambda: "there") == "there"
         with pytest.raises(FileNotFoundError):

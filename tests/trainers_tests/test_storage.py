@@ -28,7 +28,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(params=["path", "file://", "far://"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, remote: Path) -> tuple[str, Path]:
+def location(request: pytest.FixtureRequest, tmp_path: Path, remote: Path) -> tuple[str, Path]:
     """A base URI and the local folder behind it."""
     base = tmp_path / "base"
     return {
@@ -45,8 +45,8 @@ def folder_of(path: Path, **files: str) -> Path:
     return path
 
 
-def test_files(place: tuple[str, Path]) -> None:
-    uri, behind = place
+def test_files(location: tuple[str, Path]) -> None:
+    uri, behind = location
     assert not storage.exists(f"{uri}/a/b.json")
     storage.write_json(f"{uri}/a/b.json", {"ä": [1, 0.5]})
     assert storage.exists(f"{uri}/a/b.json")
@@ -60,8 +60,8 @@ def test_files(place: tuple[str, Path]) -> None:
     assert not storage.exists(f"{uri}/a/b.json")
 
 
-def test_no_partial_file_stays(place: tuple[str, Path]) -> None:
-    uri, behind = place
+def test_no_partial_file_stays(location: tuple[str, Path]) -> None:
+    uri, behind = location
     storage.write_bytes(f"{uri}/x", b"1")
     assert [path.name for path in behind.iterdir()] == ["x"]
 
@@ -78,8 +78,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
-def test_upload_and_local_copy(place: tuple[str, Path], tmp_path: Path) -> None:
-    uri, behind = place
+def test_upload_and_local_copy(location: tuple[str, Path], tmp_path: Path) -> None:
+    uri, behind = location
     storage.upload(folder_of(tmp_path / "one", a="1", b="2"), f"{uri}/models/m")
     assert {path.name: path.read_text() for path in (behind / "models/m").iterdir()} == {"a": "1", "b": "2"}
     with storage.local_copy(f"{uri}/models/m") as local:
@@ -90,8 +90,8 @@ def test_upload_and_local_copy(place: tuple[str, Path], tmp_path: Path) -> None:
     assert not (behind / "models/m").exists()
 
 
-def test_upload_replaces_the_whole_folder(place: tuple[str, Path], tmp_path: Path) -> None:
-    uri, behind = place
+def test_upload_replaces_the_whole_folder(location: tuple[str, Path], tmp_path: Path) -> None:
+    uri, behind = location
     storage.upload(folder_of(tmp_path / "one", a="1", masks="old"), f"{uri}/m")
     storage.upload(folder_of(tmp_path / "two", a="2"), f"{uri}/m")
     assert {path.name: path.read_text() for path in (behind / "m").iterdir()} == {"a": "2"}
@@ -147,10 +147,10 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("over", ["nothing", "another"])
 def test_a_folder_that_was_cut_short_is_not_taken_for_whole(
-    place: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
+    location: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
     """Killed in the middle of an upload: its mark is not there, whatever of the rest is."""
-    uri, _ = place
+    uri, _ = location
     folder = folder_of(tmp_path / "one", **{"pruning.json": "{}", "config.json": "{}", "z.safetensors": "z"})
     if over == "another":
         storage.upload(folder, f"{uri}/m")

@@ -1,9 +1,10 @@
-"""Weights in folders and files: checkpoints, packed weights, training state, files of other projects."""
+"""Checkpoint folders: weights, masks, records, checksums, packed weights, the state of training."""
 
 __all__ = [
     "checksums",
     "finite",
     "folder",
     "packed",
+    "records",
     "trainer_state",
 ]

@@ -1,4 +1,4 @@
-"""What is not finite: weights that nobody may save, keep, or go on from."""
+"""Find weights that are not finite: they are never saved, and never loaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or an infinite number, in their order.
+    """Names of the tensors that have NaN or an infinite number, in their order.
 
-    The device is waited for once. A single number may be infinite: models keep limits that bind nothing.
+    Synchronises with the device once. Tensors of one element may be infinite: some models store a limit that
+    is switched off so.
     """
     numbers = {
         name: tensor.detach()
@@ -29,14 +30,20 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def describe(names: list[str]) -> str:
-    """The first of the tensors that are not finite, and how many there are."""
+    """Format the names of tensors that are not finite: the first one, and how many more there are."""
     more = f", nor are {len(names) - 1} other tensors" if len(names) > 1 else ""
     return f"{names[0]} is not finite{more}"
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises:
-    FloatingPointError: NaN or an infinite number in one of them, by its name.
+    """Check that tensors are finite.
+
+    Args:
+        tensors: by their names.
+        what: begins the error message.
+
+    Raises:
+        FloatingPointError: a tensor has NaN or an infinite number; names it.
     """
     names = not_finite(tensors)
     if names:

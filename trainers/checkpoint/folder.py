@@ -1,12 +1,12 @@
 """The checkpoint folder, one format from dense to pruned.
 
 ``config.json`` and ``model.safetensors`` are timm's hub format: plain timm loads the folder with
-``timm.create_model('local-dir:PATH', pretrained=True)``. Beside them lie ``masks.safetensors`` (one bit a
-prunable weight) and ``pruning.json`` (method, allocation, figures, versions, checksums). No pickle.
+``timm.create_model('local-dir:PATH', pretrained=True)``. Beside them lie ``masks.safetensors`` (one bit for
+each prunable weight) and ``pruning.json`` (:class:`trainers.checkpoint.records.PruningRecord`). There is no
+pickle.
 
-A compressed folder holds weights and masks in one file of another name (:mod:`trainers.checkpoint.packed`),
-in which plain timm does not look for weights: it would take none of them. :func:`load_checkpoint` reads both
-kinds.
+A compressed folder has weights and masks in one file of another name (:mod:`trainers.checkpoint.packed`), so
+that plain timm does not load it by mistake. :func:`load_checkpoint` reads both kinds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import timm
 import torch
 from pyarrow import fs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import _hub
 from torch import Tensor, nn
 
 from pruners.errors import InputError
@@ -39,8 +37,9 @@ from trainers.checkpoint.finite import check_finite, describe, not_finite
 from trainers.checkpoint.packed import read_packed, write_packed
 from trainers.config.base import is_weights_file
 from trainers.data.node_cache import node_copy
-from trainers.models.factory import load_hub, load_timm_folder
-from trainers.models.transformers_names import transformers_model
+from trainers.models.factory import load_hub, load_timm_folder, missing_config
+from trainers.models.private_apis import save_for_hf
+from trainers.models.transformers_names import transformers_config
 from trainers.models.weights_file import load_weights
 from trainers.optional_imports import installed
 from trainers.storage import info, local_copy
@@ -48,18 +47,25 @@ from trainers.storage import info, local_copy
 WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
 PACKED_WEIGHTS = "model.safetensors.packed"
 PRUNING_RECORD, QUANTIZATION_RECORD = storage.RECORDS
-"""What marks a folder of ours, and one of :mod:`trainers.quantization.int8_folder`, which has no weights
-that timm could load."""
+"""The records of a checkpoint folder, and of an INT8 folder (:mod:`trainers.quantization.int8_folder`), whose
+weights timm cannot load."""
 RANGES = "ranges.safetensors"
-"""Of a model trained for INT8: what its int8 values stand for (:mod:`trainers.quantization.fake_quant`)."""
+"""Ranges of weights and activations of a model trained for INT8 (:mod:`trainers.quantization.fake_quant`)."""
 TRAINER_FILES = ("trainer.safetensors", "trainer.json")
-"""What only the run that wrote it could go on from (:mod:`trainers.checkpoint.trainer_state`)."""
+"""The state of training, with which a run resumes (:mod:`trainers.checkpoint.trainer_state`)."""
 CHECKPOINT_FORMAT = "espalier-checkpoint-1"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, the masks of what is pruned in it (none: dense), its record, the arguments that build it."""
+    """A loaded checkpoint.
+
+    Attributes:
+        model: with its weights.
+        masks: of the pruned layers; ``None``: the model is dense.
+        record: content of ``pruning.json``; empty for a folder that espalier did not write.
+        arguments: keyword arguments with which timm builds the model.
+    """
 
     model: nn.Module
     masks: MaskSet | None
@@ -76,12 +82,15 @@ def save_checkpoint(
     record: Mapping[str, Any],
     ranges: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the folder (made if need be).
+    """Write a checkpoint folder.
 
     Args:
-        model_args: the keyword arguments that build this architecture.
-        record: what ``pruning.json`` shall say besides versions and checksums.
-        ranges: of a model that was trained for INT8; they go into :data:`RANGES`.
+        folder: made if need be.
+        model: a timm model.
+        model_args: the keyword arguments with which timm builds this architecture.
+        masks: of the pruned layers; ``None``: the model is dense.
+        record: content of ``pruning.json``, without format, versions and checksums.
+        ranges: of a model that was trained for INT8, for :data:`RANGES`.
 
     Raises:
         FloatingPointError: a weight or range that is not finite; nothing is written.
@@ -90,10 +99,10 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if not all(tensor.is_contiguous() for tensor in model.state_dict().values()):  # channels last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    _hub.save_for_hf(
+    save_for_hf(
         model,
         str(folder),
-        model_config={"pretrained_cfg": _named_parts(model)},
+        model_config={"pretrained_cfg": missing_config(model)},
         model_args=dict(model_args),
         safe_serialization=True,
     )
@@ -107,7 +116,7 @@ def save_checkpoint(
         save_file(dict(ranges), folder / RANGES)
         files.append(RANGES)
     for name in files:
-        (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
+        (folder / name).chmod(0o644)  # files of safetensors can be read by their owner alone
     content = {
         "format": CHECKPOINT_FORMAT,
         **record,
@@ -115,15 +124,6 @@ def save_checkpoint(
         "files": sums(folder, files),
     }
     (folder / PRUNING_RECORD).write_text(as_json(content))
-
-
-def _named_parts(model: nn.Module) -> dict[str, Any]:
-    """The classifier's name where the model came without it: plain timm needs it to put a new one there."""
-    config: Any = model.pretrained_cfg
-    known = timm.get_pretrained_cfg(config["architecture"])
-    if config.get("classifier") is not None or known is None or known.classifier is None:
-        return {}
-    return {"classifier": known.classifier}
 
 
 def load_checkpoint(
@@ -134,13 +134,21 @@ def load_checkpoint(
     shared: bool = False,
     **arguments: Any,
 ) -> Checkpoint:
-    """Load a folder (any pyarrow URI), compressed or not, or ``hf-hub:NAME``, after checking its files.
+    """Load a checkpoint folder, compressed or not, a file of weights, or a model of the hub.
 
-    A timm folder that espalier did not write is welcome; masks are then read from the zeros of the weights.
+    Checksums are verified first. For a timm folder that espalier did not write, masks are taken from the
+    zeros of the weights.
 
     Args:
-        shared: other processes of this machine read it too: what lies far away is copied once for all.
+        uri: a path, any pyarrow URI, or ``hf-hub:NAME``.
+        key: the option or recipe key that named it, for error messages.
+        layers: patterns of the prunable layers, for masks from zeros; default: the known ones of the
+            architecture.
+        shared: other processes of this machine read it too: a remote folder is copied once for all.
         arguments: for timm's model, over those of the folder (``drop_path_rate``).
+
+    Returns:
+        The model on the CPU, with masks and record.
 
     Raises:
         InputError: a file that is missing, truncated, or not what its record says.
@@ -156,7 +164,17 @@ def load_checkpoint(
 def load_folder(
     folder: Path, uri: str, *, key: str, layers: Mapping[str, Any] | None = None, **arguments: Any
 ) -> Checkpoint:
-    """As :func:`load_checkpoint`, of a folder of this machine that its user knows as ``uri``.
+    """Load a local checkpoint folder, as :func:`load_checkpoint` does.
+
+    Args:
+        folder: the local folder.
+        uri: the folder as the user named it, for error messages.
+        key: the option or recipe key that named it, for error messages.
+        layers: patterns of the prunable layers, for masks from zeros.
+        arguments: for timm's model, over those of the folder.
+
+    Returns:
+        The model with masks and record.
 
     Raises:
         InputError: as :func:`verify`, or weights or masks that do not fit, or weights that are not finite.
@@ -183,15 +201,23 @@ def load_folder(
 
 
 def _with_zeros(model: nn.Module, record: Mapping[str, Any], layers: Mapping[str, Any] | None) -> Checkpoint:
-    """A model that came without masks: its zeros are what was pruned."""
-    found = MaskSet.from_zeros(model, find_layers(model, layers))
-    return Checkpoint(model, found if found.sparsity > 0 else None, record)
+    """A checkpoint of a model without masks, which are made of its zeros."""
+    masks = MaskSet.from_zeros(model, find_layers(model, layers))
+    return Checkpoint(model, masks if masks.sparsity > 0 else None, record)
 
 
 def save_imported(
     folder: Path, model: nn.Module, uri: str, chosen: str, *, model_args: Mapping[str, Any]
 ) -> None:
-    """Write the folder of a model whose weights came from the file ``uri``, of which they are ``chosen``."""
+    """Write the checkpoint folder of a model that was loaded from a file of weights.
+
+    Args:
+        folder: made if need be.
+        model: the model.
+        uri: the file of weights; its name is recorded.
+        chosen: the set of weights that was taken from the file; empty where it has one.
+        model_args: the keyword arguments with which timm builds this architecture.
+    """
     name = PurePosixPath(uri).name
     source = f"{name}: {chosen}" if chosen else name
     save_checkpoint(folder, model, model_args=model_args, masks=None, record={"source": source})
@@ -199,7 +225,7 @@ def save_imported(
 
 @contextmanager
 def open_verified(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder as :func:`fetched`, checked, and its record.
+    """A checkpoint folder as a local path, verified, and its record, in a ``with`` block.
 
     Raises:
         InputError: as :func:`fetched` and :func:`verify`.
@@ -210,15 +236,20 @@ def open_verified(uri: str, *, key: str = "checkpoint") -> Iterator[tuple[Path, 
 
 @contextmanager
 def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
-    """A folder (any pyarrow URI) on this machine for as long as it is needed, unchecked.
+    """A checkpoint folder as a local path, unverified, in a ``with`` block.
 
-    Of a file of weights that says what model it is of, a folder is made.
+    A file of weights that names its architecture is converted to a folder.
 
     Args:
-        shared: a copy stays for the other processes of this machine (:mod:`trainers.data.node_cache`).
+        uri: a path or any pyarrow URI.
+        key: the option or recipe key that named it, for error messages.
+        shared: keep the copy for the other processes of this machine (:mod:`trainers.data.node_cache`).
+
+    Yields:
+        The local folder.
 
     Raises:
-        InputError: nothing is there, or it cannot be reached.
+        InputError: it does not exist, or cannot be reached.
     """
     if is_weights_file(uri):
         with tempfile.TemporaryDirectory(prefix="espalier-") as made:
@@ -235,8 +266,10 @@ def fetched(uri: str, *, key: str, shared: bool = False) -> Iterator[Path]:
 
 
 def check_exists(uri: str, *, key: str) -> None:
-    """Raises:
-    InputError: no folder (or file of weights) is there, or it cannot be reached.
+    """Check that a checkpoint folder, or a file of weights, exists.
+
+    Raises:
+        InputError: it does not exist, or cannot be reached.
     """
     if is_weights_file(uri) and info(uri, key=key).type == fs.FileType.File:
         return
@@ -245,11 +278,15 @@ def check_exists(uri: str, *, key: str) -> None:
 
 
 def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[str]:
-    """Write the compressed form of a checkpoint folder; returns the names of the tensors that are packed.
+    """Write the compressed form of a checkpoint folder.
 
     Args:
-        source: a folder that :func:`verify` finds nothing wrong with, and its ``record``.
-        target: a folder that is there, and empty.
+        source: a folder that :func:`verify` has accepted.
+        target: the folder to fill; it exists and is empty.
+        record: the record of ``source``.
+
+    Returns:
+        Names of the tensors that are packed.
 
     Raises:
         InputError: masks, or packed weights, that cannot be read.
@@ -273,7 +310,7 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder is a compressed one."""
+    """Whether a folder is compressed."""
     return (folder / PACKED_WEIGHTS).is_file() and not (folder / WEIGHTS).exists()
 
 
@@ -285,10 +322,18 @@ def _packed(folder: Path, uri: str, key: str) -> tuple[dict[str, Tensor], MaskSe
 
 
 def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]:
-    """Check a local checkpoint folder without loading its weights; returns its record (``{}`` if foreign).
+    """Verify a local checkpoint folder without loading its weights.
+
+    Args:
+        folder: the local folder.
+        uri: the folder as the user named it, for error messages.
+        key: the option or recipe key that named it, for error messages.
+
+    Returns:
+        Its record with the ``architecture``; empty for a folder that espalier did not write.
 
     Raises:
-        InputError: naming the file that is missing, truncated or foreign.
+        InputError: a file is missing, truncated, or not timm's; names it.
     """
     if not folder.is_dir():
         raise InputError(key, uri, f"no such folder; must hold {CONFIG} and {WEIGHTS}")
@@ -298,8 +343,8 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise InputError(key, uri, f"{name} is missing; must be a timm checkpoint folder")
-        if name == CONFIG:
-            _refuse_transformers(folder, uri, key)
+        if name == CONFIG and (foreign := transformers_config(folder / CONFIG)) is not None:
+            raise InputError(key, uri, f"{CONFIG} must be timm's; this is {foreign}")
     try:
         architecture = json.loads((folder / CONFIG).read_text())["architecture"]
     except (ValueError, KeyError, TypeError):
@@ -314,49 +359,41 @@ def verify(folder: Path, uri: str, *, key: str = "checkpoint") -> dict[str, Any]
     return {"architecture": architecture, **read_verified(folder, PRUNING_RECORD, uri, key=key)}
 
 
-def _refuse_transformers(folder: Path, uri: str, key: str) -> None:
-    try:
-        foreign = transformers_model(json.loads((folder / CONFIG).read_text()))
-    except ValueError:
-        return  # no JSON, which is said in other words
-    if foreign is not None:
-        raise InputError(key, uri, f"{CONFIG} must be timm's; this is {foreign}")
-
-
 def read_ranges(folder: Path) -> dict[str, Tensor] | None:
-    """The ranges of a model that was trained for INT8; ``None`` of any other."""
+    """The ranges of a model that was trained for INT8; ``None`` for any other."""
     return load_file(folder / RANGES) if (folder / RANGES).exists() else None
 
 
 def model_args(folder: Path) -> dict[str, Any]:
-    """The arguments with which timm builds the folder's architecture."""
+    """The keyword arguments with which timm builds the folder's architecture."""
     arguments: dict[str, Any] = json.loads((folder / CONFIG).read_text()).get("model_args") or {}
     return arguments
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of the weights and masks."""
+    """Size of the weights and masks in bytes."""
     files = (WEIGHTS, MASKS, PACKED_WEIGHTS)
     return sum((folder / name).stat().st_size for name in files if (folder / name).exists())
 
 
 def weights_hash(uri: str) -> str:
-    """SHA-256 of a folder's ``model.safetensors``; of a compressed one, of that from which it was made.
+    """SHA-256 of a model's weights, which identifies it in records.
 
-    Of an INT8 one it is that of its ``model.onnx``, of a file of weights its own.
+    It is that of ``model.safetensors``, or of a file of weights; for a compressed folder that of the
+    uncompressed weights, for an INT8 folder that of ``model.onnx``.
     """
     if is_weights_file(uri):
         return storage.sha256(uri)
     if storage.exists(f"{uri}/{WEIGHTS}"):
         return storage.sha256(f"{uri}/{WEIGHTS}")
     if storage.exists(f"{uri}/{QUANTIZATION_RECORD}"):
-        about = storage.read_json(f"{uri}/{QUANTIZATION_RECORD}")
-        return str(about.get("packed_from") or about["files"]["model.onnx"])
+        record = storage.read_json(f"{uri}/{QUANTIZATION_RECORD}")
+        return str(record.get("packed_from") or record["files"]["model.onnx"])
     record = storage.read_json(f"{uri}/{PRUNING_RECORD}") if storage.exists(f"{uri}/{PRUNING_RECORD}") else {}
     return str(record.get("packed_from") or storage.sha256(f"{uri}/{PACKED_WEIGHTS}"))
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Versions of Python and of the packages on which a result depends."""
     packages = installed("espalier", "torch", "timm", "ray", "optuna", "mlflow")
     return {"python": platform.python_version(), **packages}

@@ -1,4 +1,4 @@
-"""Weights with zeros in less space: for each a bit that says whether it is zero, and the values of the rest.
+"""Packed weights: sparse tensors as a bitmap of the non-zero weights, and the values of these.
 
 One safetensors file. A packed tensor ``NAME`` is two tensors of ``uint8`` in it: ``NAME.mask``, the bits of
 :func:`numpy.packbits` over the flat tensor in C order (its default order: the first weight is the highest bit
@@ -9,7 +9,7 @@ has few: they take a quarter of their space. All other tensors are as they were.
 :data:`PACKED_FORMAT`, is JSON: ``packed``, type and shape of the packed tensors, and ``masks``, the names of
 the pruned layers. A layer's mask is its ``NAME.mask``, or ``NAME.kept`` (packed alike) where the two differ.
 
-Zero is what has no bit set: -0.0 is stored. Nothing is computed with the values, so every bit comes back.
+A weight is zero if none of its bits is set: -0.0 is stored. Packing is lossless, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ from torch import Tensor
 from pruners.model.masks import MaskSet
 
 PACKED_FORMAT = "espalier-packed-2"
-_ENTRY = 256  # bytes that a packed tensor costs in the header
+_HEADER_BYTES = 256  # that a packed tensor takes in the file's header
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_packed(path: Path, tensors: Mapping[str, Tensor], masks: MaskSet | None) -> list[str]:
-    """Write the file; returns the names of the tensors that packing makes smaller, and which are packed.
+    """Write a packed file; tensors that packing would not make smaller are stored as they are.
 
     Args:
+        path: the file to write.
+        tensors: by their names.
         masks: of some of the tensors, by name.
+
+    Returns:
+        Names of the tensors that are packed.
     """
     stored: dict[str, Tensor] = {}
     packed: dict[str, tuple[str, list[int]]] = {}
@@ -53,16 +58,16 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor], masks: MaskSet | Non
         if name not in packed or not torch.equal(bits, stored[f"{name}.mask"]):
             stored[f"{name}.kept"] = bits
     about = {"packed": packed, "masks": sorted(masks or {})}
-    # a single entry: safetensors writes several in any order, and equal weights shall be equal files
+    # one entry: safetensors writes several in random order, and equal weights must give equal files
     save_file(stored, path, metadata={PACKED_FORMAT: json.dumps(about, sort_keys=True)})
     return list(packed)
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], MaskSet | None]:
-    """What :func:`write_packed` was given, bit for bit.
+    """Read the tensors and masks that :func:`write_packed` wrote.
 
     Raises:
-        ValueError: the file is truncated, or was not written so.
+        ValueError: the file is truncated, or is no packed file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,21 +79,21 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], MaskSet | None]:
         for name, (kind, shape) in packed.items():
             values = stored.pop(f"{name}.values").numpy()
             stored[name] = _unpack(bits[name], values, getattr(torch, kind), shape)
-        masks = {name: _mask(found, stored[name].shape) for name, found in kept.items()}
+        masks = {name: _mask(kept_bits, stored[name].shape) for name, kept_bits in kept.items()}
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError, RuntimeError, zlib.error) as error:
         raise ValueError(str(error)) from None
     return stored, MaskSet(masks) if masks else None
 
 
 def _pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Bits and values; ``None`` if that saves nothing."""
+    """Bitmap and compressed values of a tensor; ``None`` if they take no less space."""
     size = tensor.element_size()
     if size not in _WORDS:
         return None
     words = tensor.detach().cpu().contiguous().reshape(-1).view(_WORDS[size])
     stored = words != 0
     bits, values = _bits(stored), words[stored]
-    if (len(words) - len(values)) * size - len(bits) <= _ENTRY:
+    if (len(words) - len(values)) * size - len(bits) <= _HEADER_BYTES:
         return None
     planes = np.ascontiguousarray(values.numpy().view(np.uint8).reshape(-1, size).T)
     return bits, torch.frombuffer(bytearray(zlib.compress(planes.tobytes())), dtype=torch.uint8)
@@ -99,7 +104,7 @@ def _unpack(bits: Tensor, deflated: np.ndarray, dtype: torch.dtype, shape: Seque
     tensor = torch.zeros(len(stored), dtype=dtype)
     size, count = tensor.element_size(), int(stored.sum())
     inflate = zlib.decompressobj()
-    # one byte more than there may be: a file that inflates to gigabytes is refused, not read
+    # one byte more than allowed: a file that would decompress to gigabytes is refused early
     planes = np.frombuffer(inflate.decompress(deflated.tobytes(), size * count + 1), np.uint8)
     if len(planes) != size * count or not inflate.eof:
         raise ValueError(f"its values do not fit {count} bits")

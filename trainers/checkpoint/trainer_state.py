@@ -1,7 +1,7 @@
-"""What a run needs to go on exactly where it was, beside the model: written, checked, read. No pickle.
+"""The state of training, with which a run resumes bit for bit: written, verified, read. There is no pickle.
 
-``trainer.safetensors`` holds the optimizer's tensors and the weights that are trained (where the checkpoint's
-own are their moving average); ``trainer.json`` the rest, and a checksum of every file of the folder.
+``trainer.safetensors`` has the optimizer's tensors, and the trained weights where those of the checkpoint are
+their moving average; ``trainer.json`` has the rest, and a checksum of every file of the folder.
 """
 
 from __future__ import annotations
@@ -27,24 +27,33 @@ STATE_TENSORS, STATE_PROGRESS = TRAINER_FILES
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    """Add a run's state to a checkpoint folder; comes last, as it seals the others."""
+    """Add the state of training to a checkpoint folder; written last, as it has checksums of all files.
+
+    Args:
+        folder: the checkpoint folder.
+        tensors: of the optimizer, and the trained weights where needed, by name.
+        progress: the rest, as JSON can hold it.
+    """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS)
     files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != STATE_PROGRESS))
     content = {"files": files, **progress}
-    (folder / STATE_PROGRESS).write_text(
-        json.dumps({"seal": _seal(content), "state": content}, sort_keys=True)
-    )
+    verified = {"seal": _seal(content), "state": content}
+    (folder / STATE_PROGRESS).write_text(json.dumps(verified, sort_keys=True))
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the rest, of a folder that :func:`damage` finds nothing in."""
+    """The tensors and the rest of a folder in which :func:`damage` finds nothing."""
     content: dict[str, Any] = json.loads((folder / STATE_PROGRESS).read_text())["state"]
     return load_file(folder / STATE_TENSORS), content
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder: a file missing, truncated or changed, or weights that are not
-    finite, as earlier versions could leave; ``None`` if nothing."""
+    """Find what is damaged in a checkpoint folder with the state of training.
+
+    Returns:
+        A message: a file is missing, truncated or changed, or has values that are not finite, as earlier
+        versions could write them. ``None``: the folder is intact.
+    """
     try:
         sealed = json.loads((folder / STATE_PROGRESS).read_text())
         if _seal(sealed["state"]) != sealed["seal"]:
@@ -64,51 +73,56 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-# what may change between a checkpoint and the run that goes on from it, without another result
+# settings that may differ between a checkpoint and the run that resumes from it: the result is the same
 _FREE = {"name", "threads", "lineage", "keep_folder", "origin"}
 _FREE_TRAINING = {"data_workers", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps"}
 
 
 def identity(job: TrainJob) -> dict[str, Any]:
-    """What of a job decides its result."""
+    """The settings of a job that decide its result."""
     content = job.model_dump(mode="json", exclude=_FREE)
     content["training"] = {k: v for k, v in content["training"].items() if k not in _FREE_TRAINING}
     return content
 
 
 def check_identity(job: TrainJob, known: Mapping[str, Any], differs: Collection[str] = ()) -> None:
-    """Whether a checkpoint is one of this job; its values of the keys in ``differs`` may be others.
+    """Check that a checkpoint belongs to a job.
+
+    Args:
+        job: the job that resumes.
+        known: the :func:`identity` of the checkpoint's job.
+        differs: keys whose values may differ.
 
     Raises:
-        InputError: a checkpoint of another recipe, naming the first keys that differ.
+        InputError: a checkpoint of another recipe; names the first keys that differ.
     """
-    told = _differences(identity(job), known, differs)
-    if told:
-        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
+    differences = _differences(identity(job), known, differs)
+    if differences:
+        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {differences}")
 
 
 def check_recorded(job: TrainJob, recipe: Mapping[str, Any]) -> None:
-    """Whether a model that was kept is one of this job, by the settings that its record keeps as ``recipe``.
+    """Check that a model that was kept belongs to a job, by the ``recipe`` in its record.
 
     Raises:
         InputError: as :func:`check_identity`.
     """
     ours = {key: value for key, value in identity(job).items() if key in recipe}
     free = {f"training.{key}" for key in _FREE_TRAINING}
-    told = _differences(ours, recipe, free)
-    if told:
-        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {told}")
+    differences = _differences(ours, recipe, free)
+    if differences:
+        raise InputError("resume", job.name, f"the checkpoint is of another recipe: {differences}")
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], but: Collection[str]) -> str:
-    """The first keys, but for some, whose values differ, in words; empty if none do."""
-    here, there = _flat(ours), _flat(theirs)
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Collection[str]) -> str:
+    """Format the first keys whose values differ, without the ignored ones; empty if there are none."""
+    own, recorded = _flat(ours), _flat(theirs)
     differ = [
         key
-        for key in sorted(here.keys() | there.keys())
-        if key not in but and here.get(key) != there.get(key)
+        for key in sorted(own.keys() | recorded.keys())
+        if key not in ignored and own.get(key) != recorded.get(key)
     ]
-    return ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in differ[:3])
+    return ", ".join(f"{key} {recorded.get(key)!r} there and {own.get(key)!r} here" for key in differ[:3])
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def _flat(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an optimizer's state by ``number/key``, and the rest as JSON can hold it."""
+    """Split an optimizer's ``state_dict`` into tensors by ``number/key``, and the rest for JSON."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for number, values in state["state"].items():
@@ -135,7 +149,7 @@ def flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, {"plain": plain, "groups": groups}
 
 
-# what the settings of a recipe, and no step, have put into an optimizer's groups
+# entries of an optimizer's parameter groups that come from the recipe's settings, and not from its steps
 GROUP_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay")
 
 
@@ -145,15 +159,20 @@ def unflatten_optimizer(
     groups: list[dict[str, Any]],
     own: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What ``load_state_dict`` takes.
+    """Join what :func:`flatten_optimizer` split.
 
     Args:
-        groups: of the new optimizer.
-        own: keys of these groups that stay as they are there.
+        tensors: by ``number/key``.
+        rest: the rest of the state.
+        groups: parameter groups of the new optimizer.
+        own: keys of these groups that keep the new optimizer's values.
+
+    Returns:
+        A dictionary for the optimizer's ``load_state_dict``.
     """
     state: dict[int, dict[str, Any]] = {}
-    for place, value in {**rest["plain"], **tensors}.items():
-        number, key = place.split("/", 1)
+    for path, value in {**rest["plain"], **tensors}.items():
+        number, key = path.split("/", 1)
         state.setdefault(int(number), {})[key] = value
     merged = [
         new | {key: value for key, value in old.items() if key not in own}

@@ -1,4 +1,4 @@
-"""What a worker is told: the typed settings of models, data, training, pruning, quantization and latency."""
+"""Typed settings of jobs: models, data, training, pruning, quantization and latency."""
 
 __all__ = [
     "base",

@@ -1,4 +1,4 @@
-"""What the parts of a recipe are made of: typed, checked, free of torch so that the CLI answers at once."""
+"""Types that the settings of a recipe are made of; without torch, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-# No run needs more than the upper limits below; they keep a slip of the keyboard (1e21 workers) from being
-# expanded, or waited for.
+# Upper limits that no run reaches: they refuse a typing error (1e21 workers) before anything expands it.
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 Rate = Annotated[float, Field(ge=0.0, le=1e3)]
-"""A learning rate or a decay."""
+"""A learning rate, a weight decay or the strength of an augmentation."""
 Amount = Annotated[float, Field(ge=0.0, le=1e5)]
-"""Of processors or accelerators."""
+"""A number of processors or accelerators, in parts too."""
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Images = Annotated[int, Field(ge=1, le=10**9)]
 Steps = Annotated[int, Field(ge=1, le=10**5)]
-"""What a schedule expands to: epochs, pruning steps."""
+"""A number of epochs or of pruning steps: schedules are expanded to as many entries."""
 Workers = Annotated[int, Field(ge=1, le=10**5)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-"""What the samplers (numpy's 32 bits) take too, with the number of known trials added."""
+"""Small enough for the samplers, whose seed has 32 bits and to which the number of known trials is added."""
 
-_LONGEST = 4096  # of a path
-_LONGEST_NAME = 128  # of what becomes a file's name, with room for what is put around it
-_LARGEST = 2**16
-_DEEPEST = 1000
-_NO_TEXT = frozenset({"Cc", "Cs"})  # control characters, halves of a character
+_LONGEST = 4096  # characters of a path
+_LONGEST_NAME = 128  # characters of a name of which file names are made
+_LARGEST = 2**16  # number among a model's arguments
+_DEEPEST = 1000  # number of layers or blocks
+_NO_TEXT = frozenset({"Cc", "Cs"})  # Unicode categories: control characters and surrogates
 T = TypeVar("T", bound=Hashable)
 
 
@@ -58,10 +57,10 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of outside software, which nothing else checks before it builds what they ask for.
+    """Check keyword arguments of other libraries, which do not check them before they allocate memory.
 
     Raises:
-        ValueError: a number that is not finite, or of which something would be made that no machine holds.
+        ValueError: a number that is not finite, or too large for any machine.
     """
     for key, value in values.items():
         deep = any(word in key for word in ("depth", "layers", "blocks"))
@@ -75,9 +74,9 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(value: Any) -> list[float]:
     if isinstance(value, Mapping):
-        return [number for one in value.values() for number in _numbers(one)]
+        return [number for entry in value.values() for number in _numbers(entry)]
     if isinstance(value, list | tuple):
-        return [number for one in value for number in _numbers(one)]
+        return [number for entry in value for number in _numbers(entry)]
     return [value] if isinstance(value, int | float) else []
 
 
@@ -92,7 +91,7 @@ _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 
 
 def is_weights_file(uri: str) -> bool:
-    """Whether a checkpoint is a file of weights, as training scripts write it, and no folder."""
+    """Whether a checkpoint is a single file of weights, as training scripts write it, and not a folder."""
     try:
         return uri.lower().endswith(_WEIGHTS) and not Path(uri).expanduser().is_dir()
     except RuntimeError:  # ~nobody
@@ -100,12 +99,9 @@ def is_weights_file(uri: str) -> bool:
 
 
 class Settings(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values never change after they are read.
+    """Base of every part of a recipe: unknown keys are refused, numbers are finite, values never change."""
 
-    Numbers are finite.
-    """
-
-    # built when first used, and then once for a whole recipe: most commands need few of these
+    # validators are built at first use: most commands need few of them
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, defer_build=True
     )

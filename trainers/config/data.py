@@ -1,4 +1,4 @@
-"""Settings of the model and of its images."""
+"""Settings of the model and of its data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ Deviation = Annotated[float, Field(ge=1e-4, le=1e4)]
 
 
 class ModelSettings(Settings):
-    """A timm architecture (trained by us, or ``pretrained``), or a checkpoint to start from; with a file of
-    weights as the checkpoint the architecture says what they are of."""
+    """The model: a timm architecture (trained here, or ``pretrained``), or a checkpoint to start from.
+
+    Where the checkpoint is a file of weights, ``architecture`` is the model that they belong to.
+    """
 
     architecture: Name | None = Field(None, description="timm model name")
     args: Arguments = Field({}, description="keyword arguments of timm.create_model")
@@ -39,13 +41,13 @@ class ModelSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _checkpoint_path(cls, value: Any) -> Any:
-        """timm's own argument for a file of weights, which is none of the architecture's."""
+        """Take timm's argument ``checkpoint_path`` for the key ``checkpoint``."""
         args = value.get("args") if isinstance(value, Mapping) else None
         if not isinstance(args, Mapping) or "checkpoint_path" not in args:
             return value
         if value.get("checkpoint") is not None:
             raise ValueError("checkpoint: args.checkpoint_path names another one; drop one of the two")
-        rest = {key: one for key, one in args.items() if key != "checkpoint_path"}
+        rest = {key: argument for key, argument in args.items() if key != "checkpoint_path"}
         return {**value, "args": rest, "checkpoint": args["checkpoint_path"]}
 
     @model_validator(mode="after")
@@ -69,12 +71,12 @@ class ModelSettings(Settings):
 
     @property
     def is_file(self) -> bool:
-        """Whether the checkpoint is a file of weights, and no folder with all that describes them."""
+        """Whether the checkpoint is a single file of weights, and not a checkpoint folder."""
         return self.checkpoint is not None and is_weights_file(self.checkpoint)
 
     @property
     def ready_made(self) -> bool:
-        """Whether weights come with it, so that no dense training is needed."""
+        """Whether the model comes with weights, so that no dense training is needed."""
         return self.pretrained or self.checkpoint is not None
 
 
@@ -111,4 +113,5 @@ class DataSettings(Settings):
 
     @property
     def columns(self) -> Columns:
+        """The columns of the tables that the recipe names."""
         return Columns(self.image_column, self.label_column)

@@ -1,4 +1,4 @@
-"""The names of inference engines and the data types that they compute in (what they do: trainers.engines)."""
+"""Names of inference engines and the data types that they compute in; :mod:`trainers.engines` runs them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "2:4": ("bfloat16", "float16"),
     }
 )
-"""Of each engine, its default first."""
+"""The data types of each engine, its default first."""
 
 
 def stored_as(kind: str) -> str:
-    """The data type of the file of which an engine computes in a data type."""
+    """The data type of the weights in the file from which an engine computes in the data type ``kind``."""
     return "int8" if kind.startswith("int8") else "float32"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine and the data type that it is to compute in."""
+    """An engine and the data type in which it computes."""
 
     engine: str
     kind: str
 
     @classmethod
     def parse(cls, text: str, key: str = "engine") -> Choice:
-        """``ENGINE`` or ``ENGINE:TYPE``.
+        """Read ``ENGINE`` or ``ENGINE:TYPE``.
 
         Raises:
             InputError: an unknown engine, or one without this data type.
@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def stored(self) -> str:
-        """The data type of the file that it runs."""
+        """The data type of the weights in the file that the engine loads."""
         return stored_as(self.kind)
 
     def __str__(self) -> str:

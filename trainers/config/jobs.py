@@ -1,4 +1,4 @@
-"""Jobs: all that one group of workers is told before it starts."""
+"""Jobs: everything that a group of workers gets before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainers.config.training import TrainingSettings
 
 
 class Origin(Settings):
-    """A checkpoint of another run, which a run that has none of its own goes on from."""
+    """A checkpoint of another run, from which a run starts that has no checkpoint of its own."""
 
     checkpoint: Name = Field(description="folder on the shared storage")
     differs: tuple[Name, ...] = Field(description="keys of the job that need not be as they were there")

@@ -1,4 +1,4 @@
-"""The part of a recipe that says on what a model is to be fast."""
+"""Settings of latency: the engine on which a model is to be fast."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from trainers.config.base import Count, Positive, Settings
 from trainers.config.engines import Choice
 
 MEASURED = ("csr", "torch", "onnxruntime", "openvino")
-"""Engines that run a layer by itself as they run it in a model; the one that gains by zeros first."""
+"""Engines that run a single layer in the same way as inside a model; first the one that zeros make faster."""
 
 
 class LatencyTarget(Settings):
-    """An engine, and how it will serve: times are measured just so, once for each machine and model."""
+    """The engine that will serve a model, and how: times are measured so, once for each machine and model."""
 
     engine: str = Field("csr", description=", ".join(MEASURED))
     type: str | None = Field(None, description="float32 or bfloat16; default the engine's own")

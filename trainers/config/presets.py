@@ -1,6 +1,6 @@
-"""Published settings by their names: schedules of both papers, and the augmentation of oViT's appendix.
+"""Presets: the schedules published for DIMAP and oViT, and the augmentation of oViT's appendix.
 
-A name in a recipe stands for the values below; a key given beside it wins.
+A name in a recipe stands for the values below; keys that the recipe gives beside it override them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ TRAINING: dict[str, dict[str, Any]] = {
         "drop_path": 0.1,
     },
 }
-"""Augmentation and regularisation, from little to much (``training.preset``); smaller models want less."""
+"""Augmentation and regularisation (``training.preset``), from weak to strong; smaller models need less."""
 
 
 def named(value: object, known: Mapping[str, Mapping[str, Any]]) -> object:
-    """The settings that a name stands for; what is no name stays as it is.
+    """The settings that a preset's name stands for; a value that is no name is returned as it is.
 
     Raises:
         ValueError: an unknown name.
@@ -69,9 +69,9 @@ def named(value: object, known: Mapping[str, Mapping[str, Any]]) -> object:
 
 
 def merged(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``preset`` with the keys of ``given`` over it, also one level below."""
-    found = {**preset, **given}
+    """``preset`` overridden by the keys of ``given``, one level deep too."""
+    settings = {**preset, **given}
     for key, value in preset.items():
         if isinstance(value, Mapping) and isinstance(given.get(key), Mapping):
-            found[key] = {**value, **given[key]}
-    return found
+            settings[key] = {**value, **given[key]}
+    return settings

@@ -1,4 +1,4 @@
-"""Settings of pruning: the method, how zeros are shared out, the pattern, the Fisher."""
+"""Settings of pruning: the method, the allocation of sparsity to layers, the pattern, the Fisher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Patterns = Annotated[tuple[Expression, ...], Field(min_length=1)]
 
 
 def _not_sexagesimal(value: object) -> object:
-    """YAML reads 2:4 without quotes as a number of base 60."""
+    """Undo YAML 1.1, which reads 2:4 without quotes as the number 124, of base 60."""
     return f"{value // 60}:{value % 60}" if isinstance(value, int) and value >= 60 else value
 
 
@@ -43,10 +43,10 @@ PatternName = Annotated[Name, BeforeValidator(_not_sexagesimal)]
 
 
 class FisherSettings(Settings):
-    """The Fisher of second-order methods: small batches, blocks of B weights, damping λ.
+    """The empirical Fisher of second-order methods: m gradients, blocks of B weights, damping λ.
 
-    Without values of its own each method takes its defaults (``ovit`` m = 4096 and λ = 1e-8; ``ovit_fast``
-    m = 256 and λ = 1e-2 of the mean diagonal).
+    Values that are not given are the method's defaults (``ovit``: m = 4096 and λ = 1e-8; ``ovit_fast``:
+    m = 256 and λ = 1e-2 of the mean of the diagonal).
     """
 
     gradients: Count | None = Field(None, description="m, over all workers")
@@ -64,7 +64,7 @@ class FisherSettings(Settings):
 
 
 class PruningSettings(Settings):
-    """What is pruned, and how far."""
+    """Which weights are pruned, by which method, and to which sparsity."""
 
     methods: Annotated[tuple[Method, ...], Distinct] = Field(("dimap", "ovit"), min_length=1)
     sparsity: Share = 0.75
@@ -94,8 +94,14 @@ class PruningSettings(Settings):
         return self
 
     def check_reach(self, sparsity: float, key: str) -> None:
-        """Raises:
-        ValueError: a sparsity that floor, ceiling or the pattern do not allow.
+        """Check that a sparsity can be reached.
+
+        Args:
+            sparsity: share of zeros, 0…1.
+            key: the recipe key that asks for it, for the error message.
+
+        Raises:
+            ValueError: a sparsity that floor, ceiling or the pattern do not allow.
         """
         floor = self.floor if isinstance(self.floor, float) else 0.0
         ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
@@ -109,29 +115,30 @@ class PruningSettings(Settings):
             raise ValueError(f"{key}: {self.pattern} leads to {forced:g}, no other ({sparsity} given)")
 
     def options(self, method: str) -> dict[str, Any]:
-        """Constructor arguments of a method (``damp: auto`` is for those who order, not for the method)."""
-        found: dict[str, Any] = {"pattern": self.pattern}
+        """Constructor arguments of a method; without ``damp: auto``, which the pruning step handles."""
+        arguments: dict[str, Any] = {"pattern": self.pattern}
         if method in SECOND_ORDER:
             fisher = self.fisher
-            found |= {"block_size": fisher.block_size, "double": fisher.double}
-            found |= {
+            arguments |= {"block_size": fisher.block_size, "double": fisher.double}
+            arguments |= {
                 key: value
                 for key in ("gradients", "damp", "relative")
                 if (value := getattr(fisher, key)) not in (None, "auto")
             }
             if isinstance(fisher.damp, float) and fisher.relative is None:
-                found["relative"] = False  # a λ that is given is meant as it stands
-        return found
+                arguments["relative"] = False  # a λ that is given is an absolute value
+        return arguments
 
     def tries_damps(self, method: str) -> bool:
+        """Whether a pruning step by this method tries several λ (``damp: auto``)."""
         return method in SECOND_ORDER and self.fisher.damp == "auto"
 
 
 def forced_sparsity(pattern: str) -> float | None:
-    """What an N:M pattern leads to.
+    """The sparsity that an N:M pattern has, 1 - N/M; ``None`` for a pattern that leaves it free.
 
     Raises:
-        ValueError: no pattern at all.
+        ValueError: an unknown pattern.
     """
     try:
         return Pattern.parse(pattern).forced

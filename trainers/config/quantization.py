@@ -1,4 +1,4 @@
-"""What quantisation is asked for: typed and free of torch, so that the CLI answers at once."""
+"""Settings of quantization; without torch, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from pydantic import Field
 from trainers.config.base import Images, Settings
 
 Mode = Literal["dynamic", "static", "qat"]
-IMAGES = 512
+CALIBRATION_IMAGES = 512
+"""Images for calibration where a recipe gives no number, or all of the training split if it has fewer."""
 
 
 class Calibration(Settings):
-    """Which images the ranges of activations are taken from: a fixed part of the training split."""
+    """The images from which the ranges of activations are taken: a fixed part of the training split."""
 
     images: Images | None = Field(
-        None, description=f"of the training split; the seed says which. Default: {IMAGES} at most"
+        None, description=f"of the training split; the seed says which. Default: {CALIBRATION_IMAGES} at most"
     )
 
 
 def check_training(training: Any, prefix: str) -> None:
-    """Whether quantisation-aware training can be done so; takes a
-    :class:`trainers.config.training.TrainingSettings`.
+    """Check that settings of training can be used for quantization-aware training.
+
+    Args:
+        training: a :class:`trainers.config.training.TrainingSettings`.
+        prefix: put before the name of a key in the error message.
 
     Raises:
-        ValueError: a means of training that fake quantisation does not know.
+        ValueError: a setting that fake quantization does not support.
     """
     refused = {
         "ema": (training.ema, "an average of weights has no ranges of its own; leave it out"),

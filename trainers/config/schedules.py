@@ -1,4 +1,4 @@
-"""When a run prunes and how far, and its learning rate, as a recipe says it."""
+"""Settings of schedules: the sparsity over a run, and the learning rate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Peak = Annotated[Rate, Field(gt=0.0)]
 
 
 class LearningRate(Settings):
-    """A warm-up, and then one of four curves from the peak to the floor.
+    """The learning rate: a warm-up, then one of four curves from the peak to the floor.
 
     ``cyclic`` jumps to the peak at each pruning step (or every ``cycle_epochs``) and falls to the floor until
-    the next. A name (:data:`trainers.config.presets.LEARNING_RATE`) stands for a published schedule.
+    the next one, as in oViT. The name of a preset (:data:`trainers.config.presets.LEARNING_RATE`) stands for
+    a published schedule.
     """
 
     kind: Literal["cosine", "linear", "constant", "cyclic"] = "cosine"
@@ -55,11 +56,12 @@ class LearningRate(Settings):
 
 
 class PruningSchedule(Settings):
-    """Gradual pruning.
+    """The sparsity over a run of gradual pruning.
 
-    ``linear`` and ``polynomial`` rise in ``steps`` from ``start`` to the target (polynomial: fast first, as
-    Zhu & Gupta, 2017, whose power is 3); ``points`` goes through given sparsities; ``one_shot`` prunes once;
-    ``constant`` prunes no more and holds the zeros of a checkpoint. A name stands for a published schedule.
+    ``linear`` and ``polynomial`` rise in ``steps`` from ``start`` to the target. A polynomial of power 3 is
+    the cubic schedule of Zhu & Gupta, "To prune, or not to prune" (2017): fast first, then slower. ``points``
+    goes through given sparsities; ``one_shot`` prunes once; ``constant`` prunes no more and keeps the zeros
+    of a checkpoint. The name of a preset stands for a published schedule.
     """
 
     kind: Literal["linear", "polynomial", "points", "one_shot", "constant"] = "linear"
@@ -102,8 +104,10 @@ class PruningSchedule(Settings):
         return self
 
     def check(self, target: float) -> None:
-        """Raises:
-        ValueError: a schedule that does not rise to ``target``.
+        """Check that the schedule rises to the sparsity ``target`` (0…1).
+
+        Raises:
+            ValueError: it starts above the target, or ends elsewhere.
         """
         if self.start is not None and self.start > target and self.kind in ("linear", "polynomial"):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a recipe says of structured pruning: how wide the model is to be, and how its channels are chosen."""
+"""Settings of structured pruning: the widths of the smaller model, and how its channels are chosen."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainers.config.training import TrainingSettings
 
 Importance = Literal["magnitude", "taylor", "fisher"]
 Width = int | float
-"""A whole number is what stays, a fraction the share that does."""
+"""An int is the number of channels or heads that stay, a float the share that stays."""
 
 
 class Widths(Settings):
-    """How wide a model is to be.
+    """Widths of a smaller model.
 
-    Fractions (0.75) are the share that stays, whole numbers what stays of it. A list has an entry for each
-    stage of a Swin.
+    Fractions (0.75) are the share that stays, whole numbers the number that stays. A list has an entry for
+    each stage of a Swin.
     """
 
     mlp: Width | tuple[Width, ...] = Field(1.0, description="hidden channels of each MLP")
@@ -36,19 +36,20 @@ class Widths(Settings):
         if isinstance(value, list | tuple) and info.field_name != "embed":
             if not value:
                 raise ValueError("must not be empty")
-            return tuple(_width(one, info.field_name) for one in value)
+            return tuple(_width(width, info.field_name) for width in value)
         return _width(value, info.field_name)
 
     @property
     def cuts(self) -> bool:
-        return any(is_reduced(one) for one in (self.mlp, self.embed, self.heads, self.head_dim))
+        """Whether any width is less than the whole."""
+        return any(is_reduced(width) for width in (self.mlp, self.embed, self.heads, self.head_dim))
 
 
 class StructuredSettings(Widths):
-    """Whole channels are cut before weights are pruned; what is left is a plain timm model, only smaller.
+    """Whole channels are cut before weights are pruned; the result is a plain timm model of smaller width.
 
-    With ``objective: latency`` the fastest of several ``candidates`` is taken that loses at most ``loss`` of
-    the dense model's top-1, all cut alike and not trained; the one that is taken recovers.
+    With ``objective: latency`` all ``candidates`` are cut and evaluated without training; the fastest one
+    that loses at most ``loss`` of the dense model's top-1 is taken, and trained to recover.
     """
 
     importance: Importance = Field(
@@ -89,26 +90,25 @@ class StructuredSettings(Widths):
             raise ValueError("candidates: needed, as [{mlp: 0.75}, {mlp: 0.5}]: widths to choose from")
         if self.loss is None:
             raise ValueError("loss: needed: how much of the dense model's top-1 may be lost before recovery")
-        for number, one in enumerate(self.candidates):
-            if not one.cuts:
+        for number, candidate in enumerate(self.candidates):
+            if not candidate.cuts:
                 raise ValueError(f"candidates.{number}: nothing would be cut")
 
     @property
     def serves(self) -> LatencyTarget:
-        """What is to be fast, of latency."""
+        """The engine on which candidates are timed (``objective: latency``)."""
         return self.target or LatencyTarget()
 
     def choices(self) -> tuple[StructuredSettings, ...]:
-        """What may be made, each as if it alone had been asked for."""
+        """Settings of each model that may be cut, with its widths in place of the candidates."""
         if self.objective == "widths":
             return (self,)
         rest = self.model_dump(exclude={"objective", *_OF_LATENCY, *Widths.model_fields})
-        return tuple(
-            StructuredSettings.model_validate({**rest, **one.model_dump()}) for one in self.candidates
-        )
+        widths = [candidate.model_dump() for candidate in self.candidates]
+        return tuple(StructuredSettings.model_validate({**rest, **chosen}) for chosen in widths)
 
     def decides(self) -> dict[str, Any]:
-        """What the step depends on, for its hash."""
+        """The settings that decide the result, for its hash."""
         rest = {"objective", *_OF_LATENCY} if self.objective == "widths" else set()
         return self.model_dump(mode="json", exclude=rest)
 
@@ -117,27 +117,30 @@ _OF_LATENCY = ("candidates", "loss", "target")
 
 
 def is_reduced(value: Width | tuple[Width, ...]) -> bool:
-    """Whether a recipe asks for less than the whole."""
+    """Whether a width is less than the whole."""
     if isinstance(value, tuple):
-        return any(is_reduced(one) for one in value)
+        return any(is_reduced(width) for width in value)
     return isinstance(value, int) or value < 1.0
 
 
 def format_cut(cut: Mapping[str, Sequence[Any]]) -> str:
-    """``mlp 768 → 576, heads 2/4/8 → 1/2/4`` for what was cut, kind -> [before, after]."""
-    return ", ".join(
-        f"{kind} {' → '.join('/'.join(map(str, one)) if isinstance(one, list) else str(one) for one in ends)}"
-        for kind, ends in cut.items()
-    )
+    """Format what was cut (kind -> [before, after]), as ``mlp 768 → 576, heads 2/4/8 → 1/2/4``."""
+    return ", ".join(f"{kind} {' → '.join(map(_format_width, ends))}" for kind, ends in cut.items())
+
+
+def _format_width(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _width(value: Any, key: str | None) -> Width:
-    """Raises:
-    ValueError: neither a share nor a number.
+    """Check one width.
+
+    Raises:
+        ValueError: neither a share nor a number.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and value == 1 and key != "heads":
-        return 1.0  # 'mlp: 1' means the whole of it, and no MLP of one channel
+        return 1.0  # 'mlp: 1' means the whole, and not an MLP of one channel
     if number and ((isinstance(value, float) and 0 < value <= 1) or (isinstance(value, int) and value >= 1)):
         return float(value) if isinstance(value, float) else int(value)
     if key == "embed" and isinstance(value, list | tuple | dict):

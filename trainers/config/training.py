@@ -1,4 +1,4 @@
-"""What one worker group is asked to do: typed, checked, and free of torch so that the CLI answers at once."""
+"""Settings of training; without torch, so that the command line starts fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainers.config.schedules import LearningRate
 
 
 class AugmentSettings(Settings):
-    """Augmentation of training images; the default does nothing but resize and normalise."""
+    """Augmentation of training images; by default they are only resized and normalised."""
 
     shift: int = Field(0, ge=0, le=4096, description="random shift, pixels")
     scale: tuple[Share, Share] | None = Field(None, description="area of random resized crops")
@@ -35,9 +35,11 @@ class AugmentSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """A teacher whose outputs the model learns from beside the labels (hard: its choice; soft: its logits).
+    """Distillation: the model learns from a teacher's outputs beside the labels.
 
-    Models with a distillation head (DeiT's) learn from the teacher with that head alone.
+    ``soft`` learns from the teacher's logits (Hinton et al., 2015), ``hard`` from the class that it predicts
+    (Touvron et al., 2021). Models with a distillation head (DeiT's) learn from the teacher by that head
+    alone.
     """
 
     teacher: Name = Field("dense", description="dense (what the run starts from), a timm model or a folder")
@@ -47,7 +49,7 @@ class DistillSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """How a model is trained, or recovers; a ``preset`` sets augmentation and regularisation."""
+    """How a model is trained, or recovers from pruning; a ``preset`` sets augmentation and regularisation."""
 
     preset: Literal["light1", "light2", "medium1", "medium2", "deit"] | None = None
     epochs: Steps = 30
@@ -88,7 +90,7 @@ class TrainingSettings(Settings):
     def _with_preset(cls, value: Any) -> Any:
         preset = value.get("preset") if isinstance(value, Mapping) else None
         if not isinstance(preset, str) or preset not in TRAINING:
-            return value  # no preset, or one that is refused
+            return value  # no preset, or an unknown one, which is refused later
         return merged(TRAINING[preset], value)
 
     @model_validator(mode="after")

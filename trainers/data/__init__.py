@@ -1,4 +1,4 @@
-"""Images on their way to the model: datasets, the Arrow store, augmentation, sampling, preprocessing."""
+"""Images for training and evaluation: data sets, the Arrow store, augmentation, sampling, preprocessing."""
 
 __all__ = [
     "arrow_store",

@@ -1,8 +1,9 @@
-"""Images on this machine: Parquet files as one memory-mapped Arrow file, for any number of processes.
+"""A local cache of images: Parquet files as one memory-mapped Arrow file, shared by all processes of a node.
 
-Parquet must be decoded to be read, and a shuffled order reads all of it at once; an Arrow file on the local
-disk is read where an image is wanted, and takes no memory that the system could not have back. Each node
-writes it once, under ``$ESPALIER_CACHE`` (default ``~/.cache/espalier``), by the files' names, sizes, times.
+A row of a Parquet file cannot be read without decoding its row group, so that reading in a shuffled order
+would decode everything again and again. Rows of an Arrow file on the local disk are read one by one, and its
+pages are memory that the system can take back. Each node writes the file once, under ``$ESPALIER_CACHE``
+(default ``~/.cache/espalier``), named by a hash of the Parquet files' names, sizes and times.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ _FORMAT = 1
 
 
 class Store:
-    """Encoded images with their labels, by row; a copy in another process opens the same file again.
+    """Encoded images with their labels, by row; a pickled copy opens the same file in another process.
 
     Attributes:
-        labels: of all rows that have one, int64.
-        left_out: what was skipped on the way, a line each (``tolerant`` only).
+        uri: the Parquet files, as the recipe names them.
+        labels: of all rows, int64, shape (N,); rows without a label are not in the store.
+        left_out: a line for each row or file that was skipped (``tolerant`` only).
     """
 
     def __init__(self, path: Path, uri: str) -> None:
@@ -47,11 +49,16 @@ class Store:
     def open(
         cls, uri: str, *, key: str = "data", tolerant: bool = False, columns: Columns | None = None
     ) -> Store:
-        """The store of a Parquet file, folder or glob, written first if this machine has none.
+        """Open the store of a Parquet file, folder or glob; write it first if this machine has none.
 
         Args:
-            columns: those that the user named.
-            tolerant: files that cannot be read, and rows without a label, are left out.
+            uri: the Parquet file, folder or glob.
+            key: the recipe key that named it, for error messages.
+            tolerant: leave out files that cannot be read, and rows without a label.
+            columns: the columns that the user named.
+
+        Returns:
+            The store of all rows, in the order of the files' names.
 
         Raises:
             InputError: missing files, or (unless tolerant) a file or row that cannot be used, by name.
@@ -69,7 +76,7 @@ class Store:
         self.left_out: list[str] = facts["left_out"]
         self._files: list[tuple[str, int]] = facts["files"]
         cells = table["image"]
-        # files of earlier versions hold cells {bytes, path}, of which the bytes alone are wanted
+        # stores of earlier versions hold cells {bytes, path}, of which only the bytes are needed
         self._chunks = (
             cells if not pa.types.is_struct(cells.type) else pc.struct_field(cells, "bytes")
         ).chunks
@@ -82,16 +89,20 @@ class Store:
 
     @property
     def name(self) -> str:
-        """Of its file, which says what it was made of."""
+        """Name of the store's file: the hash of what it was made of."""
         return self._path.stem
 
     def cell(self, row: int) -> Any:
-        """The encoded image of a row: bytes, or ``None`` where the table holds none."""
+        """The encoded image of a row: bytes, or ``None`` where the table has none."""
         chunk = int(np.searchsorted(self._ends, row, side="right"))
         return self._chunks[chunk][row - int(self._ends[chunk]) + len(self._chunks[chunk])].as_py()
 
     def where(self, row: int) -> str:
-        """File and row that a row came from."""
+        """The Parquet file and its row that a row of the store comes from, as text.
+
+        Raises:
+            IndexError: there is no such row.
+        """
         before = 0
         for name, count in self._files:
             if row < before + count:
@@ -108,13 +119,14 @@ class Store:
 
 
 def cache_folder() -> Path:
+    """The folder of this node's caches: ``$ESPALIER_CACHE``, or ``~/.cache/espalier``."""
     given = os.environ.get("ESPALIER_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "espalier"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The Parquet files that a store is made of."""
+    """The Parquet files from which a store is made."""
 
     uri: str
     key: str
@@ -124,8 +136,8 @@ class _Source:
     files: list[str]
 
     def fingerprint(self) -> str:
-        found = self.system.get_file_info(self.files)
-        facts = [(self.system.type_name, info.path, info.size, info.mtime_ns) for info in found]
+        infos = self.system.get_file_info(self.files)
+        facts = [(self.system.type_name, info.path, info.size, info.mtime_ns) for info in infos]
         named = [[self.columns.image, self.columns.label]] if self.columns.named else []
         content = json.dumps([_FORMAT, self.tolerant, facts, *named], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
@@ -135,7 +147,7 @@ class _Source:
 
 
 def _write(path: Path, source: _Source) -> None:
-    """Write the Arrow file under another name, and give it its own when it is whole."""
+    """Write the Arrow file under a temporary name, and rename it when it is complete."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +169,7 @@ def _facts_of(path: Path) -> Path:
 
 
 def _copy(partial: Path, source: _Source) -> dict[str, list[Any]]:
-    """Copy the rows of all files, batch by batch; returns what the store says of them."""
+    """Copy the rows of all files, batch by batch; returns the content of the store's JSON file."""
     left_out: list[str] = []
     counts: list[tuple[str, int]] = []
     with pa.OSFile(str(partial), "wb") as sink:
@@ -181,7 +193,7 @@ def _copy(partial: Path, source: _Source) -> dict[str, list[Any]]:
 
 
 def _batches(file: str, source: _Source, left_out: list[str]) -> Iterator[pa.Table]:
-    """The columns image, label and row, some hundred rows at once; what cannot be read is noted."""
+    """Tables of some hundred rows with the columns image, label and row; unreadable files are noted."""
     name = Path(file).name
     with _refusing(source, name, left_out), source.system.open_input_file(file) as stream:
         parquet = open_parquet(stream)
@@ -201,7 +213,7 @@ def _batches(file: str, source: _Source, left_out: list[str]) -> Iterator[pa.Tab
 
 @contextmanager
 def _refusing(source: _Source, what: str, left_out: list[str]) -> Iterator[None]:
-    """What cannot be read is refused, or noted by a tolerant source."""
+    """Turn errors of reading into an :class:`InputError`; if the source is tolerant, note them instead."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Training images: what is drawn for each picture, and what is reckoned for a whole batch on the device."""
+"""Augmentation of training images: random changes on the CPU, image by image; normalisation on the device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from torchvision import transforms
 from trainers.config.training import AugmentSettings
 from trainers.data.sampler import Sample
 
-_NOTHING = torch.zeros(4, dtype=torch.int64)
-_BITS = (1 << 64) - 1
+_NO_RECTANGLE = torch.zeros(4, dtype=torch.int64)
+_MASK_64 = (1 << 64) - 1
 
 
 class Augment:
-    """Resize or crop, augment; pixels stay 8 bits wide, and :class:`Normalise` takes them from there.
+    """Resize or crop an image and augment it; pixels stay 8 bits wide, for :class:`Normalise`.
 
     Args:
         data_config: timm's preprocessing of the model.
+        settings: which augmentations are used.
+
+    Attributes:
+        bytes: size of an image that :meth:`__call__` returns.
     """
 
     def __init__(self, data_config: dict[str, Any], settings: AugmentSettings) -> None:
         size = tuple(data_config["input_size"][1:])
-        self.bytes = 3 * size[0] * size[1]  # of an image as it is handed on
+        self.bytes = 3 * size[0] * size[1]
         steps: list[Any] = []
         if settings.scale is not None:
             bicubic = transforms.InterpolationMode.BICUBIC
@@ -42,34 +46,46 @@ class Augment:
         if settings.rand_augment is not None:
             fill = tuple(round(255 * channel) for channel in data_config["mean"])
             steps.append(rand_augment_transform(settings.rand_augment, {"img_mean": fill}))
-        self._picture = transforms.Compose(steps)
-        self._draws_elsewhere = settings.rand_augment is not None  # timm's draws from python and numpy
+        self._transform = transforms.Compose(steps)
+        # timm's RandAugment draws from the generators of Python and numpy
+        self._seeds_all = settings.rand_augment is not None
         self._erasing = transforms.RandomErasing(settings.erasing)
 
     def __call__(self, image: Image.Image, seed: int) -> tuple[Tensor, Tensor]:
-        """Pixels (H, W, 3) of 8 bits, and the rectangle to erase: top, left, height, width.
+        """Augment one image.
 
         Args:
-            seed: of 64 bits; all that is drawn follows from it.
+            image: RGB.
+            seed: 64 bits; it decides all random choices.
+
+        Returns:
+            Pixels (H, W, 3), uint8, and the rectangle to erase (4,), int64: top, left, height, width.
         """
         torch.default_generator.manual_seed(seed)
-        if self._draws_elsewhere:
+        if self._seeds_all:
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
-        pixels = torch.from_numpy(np.array(self._picture(image)))
+        pixels = torch.from_numpy(np.array(self._transform(image)))
         return pixels, self._rectangle(pixels)
 
     def _rectangle(self, pixels: Tensor) -> Tensor:
         erasing = self._erasing
         if not erasing.p or torch.rand(1) >= erasing.p:
-            return _NOTHING
+            return _NO_RECTANGLE
         view = pixels.permute(2, 0, 1)
         *rectangle, value = erasing.get_params(view, erasing.scale, erasing.ratio, [0.0])
-        return _NOTHING if value is view else torch.tensor(rectangle)  # no place was found
+        # torchvision returns the image itself where no rectangle fits
+        return _NO_RECTANGLE if value is view else torch.tensor(rectangle)
 
 
 class Normalise:
-    """A batch of pixels as the model takes them; what is erased has the mean's value."""
+    """Normalise a batch of pixels for the model, and erase rectangles, which get the value of the mean.
+
+    Args:
+        data_config: timm's preprocessing of the model.
+        settings: whether rectangles are erased.
+        device: where batches are normalised.
+    """
 
     def __init__(self, data_config: dict[str, Any], settings: AugmentSettings, device: torch.device) -> None:
         self._erases = settings.erasing > 0
@@ -77,7 +93,11 @@ class Normalise:
         self._std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)
 
     def __call__(self, pixels: Tensor, rectangles: Tensor) -> Tensor:
-        """Images (N, 3, H, W) of pixels (N, H, W, 3) and their rectangles (N, 4), on the device."""
+        """Normalise pixels (N, H, W, 3), uint8, with rectangles (N, 4), on the device.
+
+        Returns:
+            Images (N, 3, H, W), float32.
+        """
         images = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(self._mean).div_(self._std)
         return self._erased(images, rectangles) if self._erases else images
 
@@ -91,7 +111,7 @@ class Normalise:
 
 
 def sample_seed(seed: int, sample: Sample) -> int:
-    """64 bits for an image in an epoch. Two cheap mixes, as it is done for each image."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + sample.epoch * 0xBF58476D1CE4E5B9 + sample.row) & _BITS
-    mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & _BITS
+    """64 bits for an image in an epoch: two cheap rounds of mixing with the constants of SplitMix64."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + sample.epoch * 0xBF58476D1CE4E5B9 + sample.row) & _MASK_64
+    mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & _MASK_64
     return mixed ^ (mixed >> 29)

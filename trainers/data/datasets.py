@@ -1,4 +1,4 @@
-"""Images for training and evaluation: encoded rows of a store, decoded and transformed as they are read."""
+"""Data sets and loaders for training and evaluation: rows of a store, decoded and transformed when read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pruners.errors import InputError
 from trainers.config.data import DataSettings
-from trainers.config.quantization import IMAGES
+from trainers.config.quantization import CALIBRATION_IMAGES
 from trainers.data.arrow_store import Store
 from trainers.data.augment import Augment, sample_seed
 from trainers.data.sampler import EpochBatches, Sample
@@ -26,18 +26,20 @@ from trainers.sources.parquet import decode
 
 Batches = DataLoader[Any]
 Transform = Callable[[Image.Image], Tensor]
-_TRIES = 100  # unreadable images in a row
-_SHARED = "/dev/shm"  # by which processes hand on what they decoded
-_AHEAD = 2  # batches that each of them holds ready: torch's default
-_CHOSEN = 64  # images at once, where there is no training
+_MOST_UNREADABLE = 100  # images in a row that are skipped before an error
+_SHARED_MEMORY = "/dev/shm"  # through which processes of a DataLoader pass batches
+_PREFETCHED = 2  # batches that each process holds ready: torch's default
+_CALIBRATION_BATCH = 64
 
 
 class ImageTable(Dataset[tuple[Tensor, int]]):
-    """Rows of a store; an item is (image tensor, label).
+    """Rows of a store; an item is (image (3, H, W), label).
 
     Args:
-        rows: which rows, in which order; default all.
-        tolerant: the next image takes the place of one that cannot be decoded.
+        store: the encoded images.
+        transform: makes the model's input of a decoded image.
+        rows: which rows, in which order; default: all.
+        tolerant: the next image replaces one that cannot be decoded.
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         return len(self._rows)
 
     def fingerprint(self, count: int) -> str:
-        """Of its first ``count`` images."""
+        """Hash of which images the first ``count`` are."""
         digest = hashlib.sha256(np.ascontiguousarray(self._rows[:count], np.int64).tobytes())
         digest.update(f"{self.store.name} {self._tolerant} {len(self)}".encode())
         return digest.hexdigest()
 
     def where(self, index: int) -> str:
-        """File and row of an image."""
+        """The Parquet file and the row of an image, as text."""
         return self.store.where(int(self._rows[index]))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -76,8 +78,15 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
         return self._transform(image), label
 
     def readable(self, index: int) -> tuple[Image.Image, int, int]:
-        """An image, its label, and how many before it could not be decoded."""
-        for skipped in range(_TRIES):
+        """Decode an image; if that fails and the table is tolerant, the first one after it that can be.
+
+        Returns:
+            The image, its label, and how many images were skipped.
+
+        Raises:
+            InputError: an image that cannot be decoded, or a hundred in a row, by file and row.
+        """
+        for skipped in range(_MOST_UNREADABLE):
             at = (index + skipped) % len(self)
             row = int(self._rows[at])
             try:
@@ -87,15 +96,22 @@ class ImageTable(Dataset[tuple[Tensor, int]]):
                     reason = f"{self.store.where(row)} cannot be decoded ({error})"
                     raise InputError("data", self.store.uri, reason) from None
         raise InputError(
-            "data", self.store.uri, f"{_TRIES} images in a row cannot be decoded, at {self.where(at)}"
+            "data",
+            self.store.uri,
+            f"{_MOST_UNREADABLE} images in a row cannot be decoded, at {self.where(at)}",
         )
 
 
 class TrainingImages(Dataset[tuple[Tensor, Tensor, int, int]]):
-    """Images as training sees them; an item is (pixels, rectangle to erase, label, images skipped for it).
+    """Augmented images; an item is (pixels (H, W, 3), rectangle to erase (4,), label, images skipped for it).
 
     Augmentation is drawn from (seed, epoch, image), so that it depends neither on the number of workers and
     processes nor on what was read before.
+
+    Args:
+        images: the images before augmentation; their own transform is not used.
+        augment: the augmentation.
+        seed: of the run.
     """
 
     def __init__(self, images: ImageTable, augment: Augment, seed: int) -> None:
@@ -110,13 +126,22 @@ class TrainingImages(Dataset[tuple[Tensor, Tensor, int, int]]):
 
 
 def eval_transform(data_config: dict[str, Any]) -> Transform:
-    """timm's own evaluation transform, so that plain timm sees the very same pixels."""
+    """timm's evaluation transform of a model, so that plain timm sees the same pixels."""
     transform: Transform = create_transform(**data_config, is_training=False)
     return transform
 
 
 def split(data: DataSettings, part: str, transform: Transform, seed: int) -> ImageTable:
-    """``train``, ``validation`` or ``test``; without validation files a fixed part of train is held out.
+    """Open a split of the data; without validation files a fixed part of train is held out.
+
+    Args:
+        data: the recipe's data.
+        part: ``train``, ``validation`` or ``test``.
+        transform: makes the model's input of a decoded image.
+        seed: decides which images are held out.
+
+    Returns:
+        The split's images.
 
     Raises:
         InputError: the recipe names no such part.
@@ -139,12 +164,22 @@ def split(data: DataSettings, part: str, transform: Transform, seed: int) -> Ima
 
 
 def class_names(data: DataSettings) -> Names:
-    """What the training images call their classes, in the order of the labels; ``()`` if they do not."""
+    """Names of the classes of the training images, in the order of the labels; ``()`` if there are none."""
     return () if data.train is None else names_of(data.train, key="data.train", columns=data.columns)
 
 
 def images(uri: str, transform: Transform, *, key: str, columns: Columns | None = None) -> ImageTable:
-    """All images of a Parquet file, folder or glob, in order."""
+    """Open all images of a Parquet file, folder or glob.
+
+    Args:
+        uri: the Parquet file, folder or glob.
+        transform: makes the model's input of a decoded image.
+        key: the option or recipe key that named it, for error messages.
+        columns: the columns that the user named.
+
+    Returns:
+        The images in the order of their rows.
+    """
     return ImageTable(Store.open(uri, key=key, columns=columns), transform)
 
 
@@ -160,15 +195,25 @@ def train_loader(
     pin: bool = False,
     normed: bool = False,
 ) -> tuple[Batches, EpochBatches]:
-    """Shuffled batches of one worker, and the sampler that says which epoch they are of.
+    """Make the loader of one worker's training batches.
 
     Args:
-        batch: images a step over all workers.
-        processes: that decode and augment; 0 does it between the steps.
+        table: the training images.
+        augment: their augmentation.
+        batch: images of a step over all workers.
+        rank: this worker.
+        world: number of workers.
+        seed: of the run; decides the order and the augmentation.
+        processes: how many decode and augment; with 0 the worker does it between its steps.
+        pin: copy batches to pinned memory, for a GPU.
         normed: the model has batch norms (:class:`EpochBatches`).
 
+    Returns:
+        The loader, whose batches are (pixels (N, H, W, 3), rectangles (N, 4), labels (N,), skipped (N,)), and
+        its sampler, which sets the epoch.
+
     Raises:
-        InputError: what they hand on does not fit into ``/dev/shm``.
+        InputError: the batches that the processes prefetch do not fit into ``/dev/shm``.
     """
     _check_shared_memory(processes, -(-batch // world) * augment.bytes)
     sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed, normed=normed)
@@ -184,41 +229,57 @@ def train_loader(
 
 
 def _check_shared_memory(processes: int, batch: int) -> None:
-    """Whether the batches (of so many bytes) that processes hold ready fit: else a signal ends them."""
-    needed = processes * _AHEAD * batch
+    """Check that prefetched batches (of ``batch`` bytes) fit into shared memory: SIGBUS kills them else."""
+    needed = processes * _PREFETCHED * batch
     try:
-        there = os.statvfs(_SHARED)
-    except OSError:  # a system without it
+        volume = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # a system without /dev/shm
         return
-    free = there.f_bavail * there.f_frsize
+    free = volume.f_bavail * volume.f_frsize
     if needed > free:
         expected = (
-            f"{_SHARED} has {free / 1e6:.0f} MB free, and what they hold ready takes {needed / 1e6:.0f} MB: "
-            "enlarge it (docker run --shm-size=4g), take fewer, or 0 to decode between the steps"
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, and what they hold ready takes "
+            f"{needed / 1e6:.0f} MB: enlarge it (docker run --shm-size=4g), take fewer, or 0 to decode "
+            "between the steps"
         )
         raise InputError("training.data_workers", processes, expected)
 
 
 def eval_loader(dataset: Dataset[tuple[Tensor, int]], batch: int, rank: int = 0, world: int = 1) -> Batches:
-    """Every ``world``-th image in order: together the workers see each image once."""
+    """Make the loader of one worker's images for evaluation: every ``world``-th one, in order.
+
+    Args:
+        dataset: items are (image, label).
+        batch: images of a batch.
+        rank: this worker.
+        world: number of workers, which together see each image once.
+
+    Returns:
+        A loader of (images (N, 3, H, W), labels (N,)).
+    """
     size = len(dataset)  # type: ignore[arg-type]
     return DataLoader(Subset(dataset, range(rank, size, world)), batch)
 
 
-def chosen(images: ImageTable, count: int | None, seed: int) -> list[Tensor]:
-    """Batches of ``count`` images, the same ones for the same seed, without their labels.
+def calibration_batches(images: ImageTable, count: int | None, seed: int) -> list[Tensor]:
+    """Batches of images that are chosen at random, the same ones for the same seed, without their labels.
 
     Args:
-        count: default :data:`trainers.config.quantization.IMAGES`, or all there are.
+        images: to choose from.
+        count: how many; default: :data:`trainers.config.quantization.CALIBRATION_IMAGES`, or all there are.
+        seed: decides which.
+
+    Returns:
+        Batches (N, 3, H, W).
 
     Raises:
         InputError: there are not so many.
     """
     if count is not None and count > len(images):
         raise InputError("quantize.images", count, f"there are {len(images)} images to choose from")
-    count = min(IMAGES, len(images)) if count is None else count
+    count = min(CALIBRATION_IMAGES, len(images)) if count is None else count
     rows: Sequence[int] = np.random.default_rng(seed).permutation(len(images))[:count].tolist()
-    return [batch for batch, _ in DataLoader(Subset(images, rows), _CHOSEN)]
+    return [batch for batch, _ in DataLoader(Subset(images, rows), _CALIBRATION_BATCH)]
 
 
 def fixed_batches(
@@ -231,10 +292,22 @@ def fixed_batches(
     world: int,
     seed: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches ``first`` to ``last`` of a fixed order, each worker every ``world``-th of them.
+    """Batches of images in a fixed random order, of which each worker takes every ``world``-th.
 
-    Whatever the number of workers, together they are the same batches; images come round again when they
-    run out.
+    Whatever the number of workers, together they take the same batches. When the images run out, the order
+    starts again.
+
+    Args:
+        dataset: items are (image, label).
+        batch: images of a batch.
+        first: number of the first batch.
+        last: number of the batch after the last one.
+        rank: this worker.
+        world: number of workers.
+        seed: decides the order.
+
+    Yields:
+        (images (N, 3, H, W), labels (N,)).
     """
     size = len(dataset)  # type: ignore[arg-type]
     shuffled: Sequence[int] = np.random.default_rng(seed).permutation(size).tolist()

@@ -22,18 +22,22 @@ _SEED = 20261121
 
 
 def prepare_digits(storage: str) -> DataSettings:
-    """Write train, validation and test under ``storage`` unless they are there; returns where they are."""
-    places = {part: f"{storage}/data/digits/{part}.parquet" for part in _SPLITS}
-    if not all(exists(place) for place in places.values()):
+    """Write the splits of the digits under ``storage``, unless they exist; return the settings of the data.
+
+    Args:
+        storage: a folder, a path or any pyarrow URI.
+    """
+    uris = {part: f"{storage}/data/digits/{part}.parquet" for part in _SPLITS}
+    if not all(exists(uri) for uri in uris.values()):
         for part, table in _tables().items():
             sink = io.BytesIO()
             pq.write_table(table, sink)
-            write_bytes(places[part], sink.getvalue())
-    return DataSettings(**places, mean=(0.31,) * 3, std=(0.35,) * 3)
+            write_bytes(uris[part], sink.getvalue())
+    return DataSettings(**uris, mean=(0.31,) * 3, std=(0.35,) * 3)
 
 
 def picture(digit: np.ndarray[Any, Any]) -> Image:
-    """One of scikit-learn's digits (8 by 8, 0…16) as an RGB image of 32 by 32."""
+    """Make an RGB image of 32 by 32 pixels of one of scikit-learn's digits, (8, 8) with values 0…16."""
     import numpy as np
     from PIL import Image
 

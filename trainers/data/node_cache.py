@@ -1,7 +1,7 @@
-"""What all processes of a node read, once on its disk, in the folder of the images
-(:mod:`trainers.data.arrow_store`).
+"""Local copies shared by all processes of a node, in the cache folder of :mod:`trainers.data.arrow_store`.
 
-Whoever needs it first makes it under another name, and gives it its own when it is whole; the others wait.
+The first process that needs one writes it under a temporary name and renames it when it is complete; the
+others wait for it.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ _FORMAT = 1
 
 
 def node_copy(uri: str) -> Path:
-    """A folder on this machine: itself where it is local, else a copy that stays, made once for a node.
+    """A folder as a local path: the folder itself where it is local, else a copy that all processes share.
 
-    A copy is known by the files' names, sizes and times.
+    Copies are named by a hash of the files' names, sizes and times.
     """
     system, path = storage.resolve(uri)
     if isinstance(system, fs.LocalFileSystem):
         return Path(path)
     entries = system.get_file_info(fs.FileSelector(path, recursive=True))
     files = sorted((entry.path, entry.size, entry.mtime_ns) for entry in entries if entry.is_file)
-    here = fs.LocalFileSystem()
+    local = fs.LocalFileSystem()
 
     def copy(target: Path) -> None:
         target.mkdir()
-        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=here)
+        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=local)
 
     return _once(cache_folder() / _CHECKPOINTS / _digest(uri, files), copy)
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images as evaluation sees them before they are normalised: 8 bits wide, in memory that processes share.
+    """Images resized for evaluation but not normalised: 8 bits a channel, in memory shared by processes.
 
     Attributes:
-        images: (N, 3, H, W), uint8; ``labels`` (N,).
+        images: (N, 3, H, W), uint8.
+        labels: (N,), int64.
         mean, std: (3, 1, 1), of pixels in 0…1, on the device that evaluates.
     """
 
@@ -64,10 +65,16 @@ class Pixels:
 
     @classmethod
     def of(cls, table: ImageTable, count: int, config: dict[str, Any], device: str = "cpu") -> Pixels:
-        """The first ``count`` images of a table, decoded once for a node.
+        """Decode the first images of a table, once for all processes of a node.
 
         Args:
+            table: the images.
+            count: how many.
             config: timm's preprocessing of the model.
+            device: where batches are normalised.
+
+        Returns:
+            The images, memory-mapped.
 
         Raises:
             InputError: an image that cannot be decoded.
@@ -86,7 +93,7 @@ class Pixels:
 
         shown = {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
         folder = _once(cache_folder() / _PIXELS / _digest(table.fingerprint(count), shown), write)
-        # copied where it is written to, which nobody does: PyTorch takes no read-only memory
+        # mapped copy-on-write, as PyTorch takes no read-only memory; nobody writes to it
         images, labels = (
             torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in ("images.npy", "labels.npy")
         )
@@ -94,11 +101,20 @@ class Pixels:
         return cls(images, labels, mean, std)
 
     def batches(self, first: int, last: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels from ``first`` up to ``last``, as timm's own transform gives them."""
+        """Batches of normalised images, equal to those of timm's transform.
+
+        Args:
+            first: the first image.
+            last: the image after the last one.
+            size: images of a batch.
+
+        Yields:
+            (images (N, 3, H, W) float32 on the device, labels (N,)).
+        """
         for start in range(first, last, size):
-            some = slice(start, min(start + size, last))
-            images = self.images[some].to(self.mean.device).float().div_(255)
-            yield images.sub_(self.mean).div_(self.std), self.labels[some]
+            rows = slice(start, min(start + size, last))
+            images = self.images[rows].to(self.mean.device).float().div_(255)
+            yield images.sub_(self.mean).div_(self.std), self.labels[rows]
 
 
 def _once(path: Path, make: Callable[[Path], None]) -> Path:
@@ -108,7 +124,7 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
     with FileLock(f"{path}.lock"):
         if not path.exists():  # another process of this machine may have been first
             partial = path.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             try:
                 make(partial)
                 partial.replace(path)

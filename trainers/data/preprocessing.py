@@ -1,8 +1,8 @@
-"""What an exported file says of the images that it takes, and images that need no data set.
+"""The description of preprocessing in exported files, and synthetic images that need no data set.
 
-An engine's file holds it as JSON, under the name :data:`PREPROCESSING`: ``input_size`` (channels, height,
-width), ``mean`` and ``std`` (of pixels in 0…1), ``interpolation``, ``crop_pct`` and ``crop_mode`` (as timm
-means them), ``classes``, and ``labels`` where their names are known.
+An exported file holds the description as JSON, under the name :data:`PREPROCESSING`: ``input_size``
+(channels, height, width), ``mean`` and ``std`` (of pixels in 0…1), ``interpolation``, ``crop_pct`` and
+``crop_mode`` (as timm defines them), ``classes`` (their number), and ``labels``, their names, if known.
 """
 
 from __future__ import annotations
@@ -16,40 +16,46 @@ from numpy.typing import NDArray
 
 PREPROCESSING = "preprocessing"
 PROBES = 4
-"""Made-up pictures whose answers a record keeps, so that anybody can tell later whether a file is right."""
+"""Number of synthetic images whose logits a record keeps, so that anybody can check a file later."""
 Images = NDArray[np.float32]
 _KEPT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def preprocessing_of(model: Any, labels: Sequence[str] | None = None) -> dict[str, Any]:
-    """How images become a timm model's input, and what comes out.
+    """Describe the preprocessing and the classes of a timm model.
 
     Args:
-        labels: names of the classes, in their order; default those of timm's configuration, if it has any.
+        model: the model.
+        labels: names of the classes, in their order; default: those of timm's configuration, if it has any.
     """
     from trainers.models import factory
 
     config = factory.data_config(model)
-    found = {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in _KEPT}
+    values = {key: config[key] for key in _KEPT}
+    preprocessing = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     names = labels or factory.label_names(model)
-    return found | {"classes": factory.classes(model)} | ({"labels": list(names)} if names else {})
+    return preprocessing | {"classes": factory.classes(model)} | ({"labels": list(names)} if names else {})
 
 
 def metadata_of(preprocessing: Mapping[str, Any]) -> dict[str, str]:
-    """The entry of a file's metadata."""
+    """The entry of an exported file's metadata that describes the preprocessing."""
     return {PREPROCESSING: json.dumps(preprocessing, sort_keys=True)}
 
 
 def transform_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of timm's ``create_transform``."""
+    """The arguments of timm's ``create_transform`` for this preprocessing."""
     tuples = ("input_size", "mean", "std")
     return {key: tuple(preprocessing[key]) if key in tuples else preprocessing[key] for key in _KEPT}
 
 
 def pattern_images(preprocessing: Mapping[str, Any], count: int) -> Images:
-    """Pictures of waves, the same bits wherever they are computed, as a model's input.
+    """Synthetic images of waves and squares, with the same bits on every machine, as a model's input.
 
-    They stand for images where answers of one model are compared with each other, and for nothing else.
+    They serve to compare the answers of one model on two engines, and nothing else.
+
+    Args:
+        preprocessing: as :func:`preprocessing_of` describes it.
+        count: number of images.
 
     Returns:
         (count, channels, height, width), float32, normalised.

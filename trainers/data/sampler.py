@@ -1,7 +1,6 @@
 """Which images a worker sees in which step: a pure function of seed, epoch and step.
 
-So a run goes on in the middle of an epoch with what is left of it, and any number of workers sees the same
-global batches.
+A run can therefore resume in the middle of an epoch, and any number of workers sees the same global batches.
 """
 
 from __future__ import annotations
@@ -16,24 +15,27 @@ from pruners.errors import InputError
 
 
 class Sample(NamedTuple):
-    """A row of the images, and the epoch whose augmentation it gets."""
+    """A row of the images, and the epoch for which it is augmented."""
 
     row: int
     epoch: int
 
 
 class EpochBatches(Sampler[list[Sample]]):
-    """One worker's share of every batch of an epoch, shuffled anew for each; ``start`` says which epoch.
+    """One worker's share of every batch of an epoch, in an order that is shuffled for each epoch.
 
-    The workers share each batch as evenly as it goes; the last one of an epoch may be smaller. A worker that
-    is left without an image takes the batch's first (its ``weight`` is 0: :meth:`shares`).
+    The workers share each batch as evenly as possible; the last one of an epoch may be smaller. A worker that
+    gets no image of it takes the batch's first image, which then counts for nothing (:meth:`share`).
 
-    Batch norms take their statistics from a worker's images of a step, and one image has none. For them the
-    smaller batch at the end is left out, as timm does: other images fall into it in each epoch.
+    Batch norms take their statistics from a worker's images of a step, for which one image is not enough.
+    With them the smaller last batch is left out, as timm does; other images fall into it in each epoch.
 
     Args:
-        size: images.
+        size: number of images.
         batch: images of a batch over all workers.
+        rank: this worker.
+        world: number of workers.
+        seed: decides the order.
         normed: the model has batch norms.
 
     Raises:
@@ -62,7 +64,7 @@ class EpochBatches(Sampler[list[Sample]]):
         self._epoch, self._first = 0, 0
 
     def start(self, epoch: int, step: int = 0) -> None:
-        """What the next iteration gives: the batches of ``epoch`` from ``step`` on."""
+        """Set what the next iteration gives: the batches of ``epoch`` from ``step`` on."""
         self._epoch, self._first = epoch, step
 
     def __len__(self) -> int:
@@ -70,23 +72,23 @@ class EpochBatches(Sampler[list[Sample]]):
 
     def samples(self, epoch: int, step: int) -> list[Sample]:
         """This worker's images of a step."""
-        return self._mine(self._order(epoch), epoch, step)
+        return self._own_samples(self._order(epoch), epoch, step)
 
     def share(self, step: int) -> float:
-        """This worker's part of a batch, times the number of workers: what its mean loss counts for."""
+        """The weight of this worker's mean loss in a step: its part of the batch, times the workers."""
         whole = min(self._batch, self._size - step * self._batch)
-        mine = len(range(self._rank, whole, self._world))
-        return mine * self._world / whole
+        own = len(range(self._rank, whole, self._world))
+        return own * self._world / whole
 
     def __iter__(self) -> Iterator[list[Sample]]:
         epoch, order = self._epoch, self._order(self._epoch)
         for step in range(self._first, len(self)):
-            yield self._mine(order, epoch, step)
+            yield self._own_samples(order, epoch, step)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(self._size)
 
-    def _mine(self, order: np.ndarray, epoch: int, step: int) -> list[Sample]:
+    def _own_samples(self, order: np.ndarray, epoch: int, step: int) -> list[Sample]:
         whole = order[step * self._batch : (step + 1) * self._batch]
-        mine = whole[self._rank :: self._world]
-        return [Sample(int(row), epoch) for row in (mine if len(mine) else whole[:1])]
+        own = whole[self._rank :: self._world]
+        return [Sample(int(row), epoch) for row in (own if len(own) else whole[:1])]

@@ -1,4 +1,4 @@
-"""How far an engine's answers lie from torch's, and how far they may."""
+"""Compare the logits of an engine with those of torch, within a tolerance for each data type."""
 
 from __future__ import annotations
 
@@ -12,40 +12,53 @@ from numpy.typing import NDArray
 TOLERANCE: Mapping[str, float] = MappingProxyType(
     {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05, "int8": 0.1, "int8-bfloat16": 0.1}
 )
-"""By data type, the largest :attr:`Agreement.relative` of an answer that counts as the model's.
+"""By data type, the largest :attr:`Agreement.relative` that is accepted.
 
-Measured on a ViT and a Swin: 3e-7 in float32, 4e-3 in bfloat16, 0.01 to 0.04 in INT8. Quantisation that went
-wrong gave 0.15 and 0.42, with hardly another top-1: accuracy alone would not show it.
+Measured on a ViT and a Swin: 3e-7 in float32, 4e-3 in bfloat16, 0.01 to 0.04 in INT8. Faulty quantization
+gave 0.15 and 0.42 with almost the same top-1: accuracy alone would not show it.
 """
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """``largest``: of the differences of two logits. ``relative``: the root of their mean square, over that
-    of torch's logits. ``top1``: share of the images to which both give the same class."""
+    """How far the logits of an engine differ from torch's, over a set of images.
+
+    Attributes:
+        largest: the largest absolute difference.
+        relative: the root mean square of the differences, divided by that of torch's logits.
+        top1: share of the images for which both predict the same class.
+    """
 
     largest: float
     relative: float
     top1: float
 
     @classmethod
-    def of(cls, found: NDArray[np.float32], expected: NDArray[np.float32]) -> Agreement:
-        """Two answers to the same images, (N, classes); what is not finite, or of another shape, is apart."""
-        if found.shape != expected.shape or not np.isfinite(found).all():
+    def of(cls, answers: NDArray[np.float32], expected: NDArray[np.float32]) -> Agreement:
+        """Compare logits (N, classes) of the same images.
+
+        Logits that are not finite, or of another shape, are infinitely far apart.
+
+        Args:
+            answers: of the engine.
+            expected: of torch.
+        """
+        if answers.shape != expected.shape or not np.isfinite(answers).all():
             return cls(np.inf, np.inf, 0.0)
-        apart = found.astype(np.float64) - expected
+        difference = answers.astype(np.float64) - expected
         size = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
         return cls(
-            largest=float(np.abs(apart).max()),
-            relative=float(np.sqrt(np.mean(apart**2))) / max(size, float(np.finfo(np.float32).tiny)),
-            top1=float(np.mean(found.argmax(1) == expected.argmax(1))),
+            largest=float(np.abs(difference).max()),
+            relative=float(np.sqrt(np.mean(difference**2))) / max(size, float(np.finfo(np.float32).tiny)),
+            top1=float(np.mean(answers.argmax(1) == expected.argmax(1))),
         )
 
     def holds(self, kind: str) -> bool:
-        """Whether it is small enough for a data type."""
+        """Whether the difference is within the tolerance of a data type."""
         return self.relative <= TOLERANCE[kind]
 
     def as_dict(self) -> dict[str, float]:
+        """The figures by their names, for a record."""
         return asdict(self)
 
     def __str__(self) -> str:

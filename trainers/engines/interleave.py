@@ -1,4 +1,4 @@
-"""Times of several things that run, taken in turns: whatever else the machine does falls on all alike."""
+"""Interleaved timing of several models: whatever else the machine does slows all of them down alike."""
 
 from __future__ import annotations
 
@@ -9,36 +9,41 @@ from typing import Protocol, TypeVar
 from pruners.errors import first_line
 from trainers.engines.process import EngineError
 
-_SAMPLE_SECONDS = 0.05  # of one turn, at least: shorter ones measure the clock
+_SAMPLE_SECONDS = 0.05  # a sample takes at least so long: shorter ones would measure the clock
 K = TypeVar("K")
 
 
 class Worker(Protocol):
-    """What is timed; :class:`EngineProcess` is one."""
+    """What can be timed; :class:`EngineProcess` is one."""
 
-    def seconds(self, batch: int, calls: int) -> float: ...
+    def seconds(self, batch: int, calls: int) -> float:
+        """Mean seconds of ``calls`` passes over a batch of ``batch`` images."""
 
 
 def time_interleaved(
     workers: Mapping[K, Worker],
     batches: Sequence[int],
     rounds: int,
-    over: Callable[[str, int, int], None] = lambda what, done, total: None,
+    report_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[dict[K, dict[int, tuple[float, ...]]], dict[K, str]]:
-    """Seconds of a pass of every worker at every batch size, one in each round; and who broke off, and why.
+    """Time every worker at every batch size, once in each round, in a random order.
 
     Args:
-        over: told how far it is.
+        workers: what is timed, by a key.
+        batches: sizes of batches, in images.
+        rounds: number of samples of each worker at each batch size.
+        report_progress: called after each round with a label, the rounds done and the rounds in all.
 
     Returns:
-        Times by worker and batch size, of those that ran to the end; the last words of the others.
+        Seconds of a pass by worker and batch size, of the workers that did not fail; and the error message of
+        each worker that did.
     """
     turns = [(key, batch) for key in workers for batch in batches]
     calls: dict[tuple[K, int], int] = {}
-    found: dict[K, dict[int, list[float]]] = {key: {batch: [] for batch in batches} for key in workers}
+    times: dict[K, dict[int, list[float]]] = {key: {batch: [] for batch in batches} for key in workers}
     failed: dict[K, str] = {}
     order = Random(0)
-    for number in range(rounds + 1):  # before the first round it is found out how long one pass takes
+    for number in range(rounds + 1):  # round 0 only measures how many calls a sample needs
         for key, batch in order.sample(turns, len(turns)):
             if key in failed:
                 continue
@@ -48,9 +53,13 @@ def time_interleaved(
                 failed[key] = first_line(error)
                 continue
             if number:
-                found[key][batch].append(took)
+                times[key][batch].append(took)
             else:
                 calls[key, batch] = max(1, round(_SAMPLE_SECONDS / took))
-        over("rounds", number, rounds)
-    whole = {key: times for key, times in found.items() if key not in failed}
-    return {key: {b: tuple(one) for b, one in times.items()} for key, times in whole.items()}, failed
+        report_progress("rounds", number, rounds)
+    complete = {
+        key: {batch: tuple(samples) for batch, samples in by_batch.items()}
+        for key, by_batch in times.items()
+        if key not in failed
+    }
+    return complete, failed

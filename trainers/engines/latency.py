@@ -1,7 +1,7 @@
-"""Measure a latency table: each shape of layer at some sparsities, and the whole model, in turns.
+"""Measure a latency table: each shape of linear layer at some sparsities, and the whole model, interleaved.
 
-Only linear layers are timed: no engine here gains by zeros elsewhere, so that convolutions are a part of the
-rest. A layer is timed alone, with random weights and zeros in random places that keep the pattern.
+Only linear layers are timed: no engine here is faster for zeros elsewhere, so convolutions belong to the
+rest. A layer is timed alone, with random weights and with zeros at random positions that follow the pattern.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from trainers.engines.registry import SPARSE_ENOUGH, Placement
 from trainers.models import factory
 
 LAYER_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Sparsities at which a layer is timed, where the pattern leaves them free."""
+"""Sparsities at which a layer is timed, unless the pattern fixes the sparsity."""
 MODEL_SPARSITIES = (0.0, 0.5, 0.9)
-"""Those at which the whole model is: none, as many as make a layer sparse for an engine, and many."""
+"""Sparsities at which the whole model is timed: 0, the least that an engine treats as sparse, and high."""
 _ROUNDS = 9
-_OPSET, _IR = 18, 10  # of ONNX; what every release of this year's engines reads
+_OPSET, _IR = 18, 10  # versions of ONNX that all supported engines read
 
 
 @dataclass(frozen=True)
 class Target:
-    """On what a model is to be fast."""
+    """What latency is measured for: an engine, its threads and device, and the batch size in images."""
 
     choice: Choice
-    place: Placement
+    placement: Placement
     batch: int
 
 
 def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str, LinearShape]:
-    """The shapes of those layers that are plain linear ones, by their weights' names."""
+    """The shapes of the layers that are ``nn.Linear``, by the names of their weights."""
     modules = dict(model.named_modules())
     linear = [
         layer.name
@@ -65,7 +65,7 @@ def linear_shapes(model: nn.Module, layers: Iterable[PrunableLayer]) -> dict[str
 
 
 def sparsities(pattern: Pattern, free: tuple[float, ...] = LAYER_SPARSITIES) -> tuple[float, ...]:
-    """At which a layer with this pattern is timed: those that are given, or the one that N:M leads to."""
+    """Sparsities at which layers with a pattern are timed: ``free``, or 0 and the one that N:M fixes."""
     return free if pattern.forced is None else (0.0, pattern.forced)
 
 
@@ -76,29 +76,35 @@ def measure(
     pattern: Pattern,
     rounds: int = _ROUNDS,
 ) -> tuple[Curve, dict[LinearShape, Curve]]:
-    """Seconds of a dense checkpoint for a batch, also with zeros in these layers, and of each shape of layer.
-
-    Medians of what was measured in turns.
+    """Measure the times of a latency table, as medians over interleaved rounds.
 
     Args:
-        layers: as :func:`linear_shapes` found them.
+        folder: a dense checkpoint folder.
+        layers: shapes of the layers, as :func:`linear_shapes` finds them.
+        target: the engine, where it runs, and the batch size.
+        pattern: that of the zeros.
+        rounds: number of samples of each time.
+
+    Returns:
+        Seconds of the whole model for a batch at several sparsities of these layers, and seconds of each
+        shape of layer.
 
     Raises:
         InputError: a model that the engine's format cannot hold.
-        RuntimeError: the engine fails; says how.
+        RuntimeError: the engine fails; the message says how.
     """
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(prefix="espalier-") as made:
         scratch = Path(made)
         files: dict[tuple[LinearShape | None, float], _File] = {}
         for sparsity in sparsities(pattern, MODEL_SPARSITIES):
-            place = scratch / f"whole-{sparsity}"
-            place.mkdir()
+            directory = scratch / f"whole-{sparsity}"
+            directory.mkdir()
             source = folder
             if sparsity:
-                source = place / "model"
+                source = directory / "model"
                 _write_sparse(folder, source, layers, sparsity, pattern=pattern, random=random)
-            files[None, sparsity] = _whole(source, target, place)
+            files[None, sparsity] = _whole(source, target, directory)
         for number, shape in enumerate(sorted(set(layers.values()))):
             inputs = scratch / f"{number}.npy"
             batch = random.standard_normal((target.batch, 1, shape.tokens, shape.inputs), np.float32)
@@ -107,9 +113,9 @@ def measure(
                 weight = pruned_at(shape, sparsity, pattern, random)
                 layer = _layer_file(weight, target.choice, scratch / f"{number}-{sparsity}")
                 files[shape, sparsity] = layer, inputs
-        found = _curves(_medians(files, target, rounds), target.choice)
-    whole = found.pop(None)
-    return whole, {shape: curve for shape, curve in found.items() if shape is not None}
+        curves = _curves(_medians(files, target, rounds), target.choice)
+    whole = curves.pop(None)
+    return whole, {shape: curve for shape, curve in curves.items() if shape is not None}
 
 
 def _write_sparse(
@@ -121,7 +127,7 @@ def _write_sparse(
     pattern: Pattern,
     random: np.random.Generator,
 ) -> None:
-    """A checkpoint with zeros in random places of its layers, for its time alone."""
+    """Write a checkpoint with zeros at random positions of its layers, which only serves to be timed."""
     model = load_checkpoint(str(dense)).model
     with torch.no_grad():
         for name, shape in layers.items():
@@ -133,11 +139,19 @@ def _write_sparse(
 
 
 def measure_models(folders: Sequence[Path], target: Target, rounds: int = _ROUNDS) -> list[float]:
-    """Seconds of whole checkpoints for a batch, in their order: medians.
+    """Measure how long whole models take for a batch, as medians over interleaved rounds.
+
+    Args:
+        folders: checkpoint folders.
+        target: the engine, where it runs, and the batch size.
+        rounds: number of samples of each time.
+
+    Returns:
+        Seconds, in the order of the folders.
 
     Raises:
         InputError: a model that the engine's format cannot hold.
-        RuntimeError: the engine fails; says how.
+        RuntimeError: the engine fails; the message says how.
     """
     with tempfile.TemporaryDirectory(prefix="espalier-") as made:
         files = {}
@@ -149,14 +163,14 @@ def measure_models(folders: Sequence[Path], target: Target, rounds: int = _ROUND
     return [medians[number] for number in range(len(folders))]
 
 
-_File = tuple[Path, Path]  # what an engine loads, and its inputs
+_File = tuple[Path, Path]  # the model that an engine loads, and its inputs
 
 
 def _medians(files: Mapping[K, _File], target: Target, rounds: int) -> dict[K, float]:
-    """Seconds for a batch of each, in turns, in one process that is held to the target's threads."""
+    """Median seconds of each file for a batch, interleaved, in one process bound to the target's threads."""
     (first, *others) = files
     try:
-        with EngineProcess(target.choice, files[first][0], target.place, files[first][1]) as process:
+        with EngineProcess(target.choice, files[first][0], target.placement, files[first][1]) as process:
             timed = {first: _Part(process, 0)}
             timed |= {key: _Part(process, process.add(*files[key])) for key in others}
             times, failed = time_interleaved(timed, [target.batch], rounds)
@@ -164,29 +178,40 @@ def _medians(files: Mapping[K, _File], target: Target, rounds: int) -> dict[K, f
         raise RuntimeError(f"{target.choice} cannot be timed: {first_line(error)}") from None
     if failed:
         raise RuntimeError(f"{target.choice} cannot be timed: {next(iter(failed.values()))}")
-    return {key: statistics.median(found[target.batch]) for key, found in times.items()}
+    return {key: statistics.median(samples[target.batch]) for key, samples in times.items()}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the files that a process has loaded."""
+    """One of the files that an engine process has loaded."""
 
     process: EngineProcess
     number: int
 
     def seconds(self, batch: int, calls: int) -> float:
+        """Mean seconds of ``calls`` passes over a batch."""
         return self.process.seconds(batch, calls, self.number)
 
 
 def pruned_at(
     shape: LinearShape, sparsity: float, pattern: Pattern, random: np.random.Generator
 ) -> NDArray[np.float32]:
-    """A random weight (outputs, inputs) with at least so many zeros, in places that the pattern allows."""
+    """Make a random weight with zeros at random positions that follow a pattern.
+
+    Args:
+        shape: of the layer.
+        sparsity: share of zeros, at least.
+        pattern: that of the zeros.
+        random: source of random numbers.
+
+    Returns:
+        (outputs, inputs), float32.
+    """
     weight = random.standard_normal((shape.outputs, shape.inputs), np.float32) / sqrt(shape.inputs)
     if pattern.forced is not None and sparsity:
         groups = weight.reshape(-1, pattern.group)
-        fallen = random.random(groups.shape).argsort(1) >= pattern.keep
-        groups[fallen] = 0.0
+        pruned = random.random(groups.shape).argsort(1) >= pattern.keep
+        groups[pruned] = 0.0
         return groups.reshape(weight.shape)
     units = weight.reshape(-1, pattern.unit)
     units[random.permutation(len(units))[: ceil(sparsity * len(units))]] = 0.0
@@ -196,21 +221,23 @@ def pruned_at(
 def _curves(
     seconds: Mapping[tuple[LinearShape | None, float], float], choice: Choice
 ) -> dict[LinearShape | None, Curve]:
-    """The times of each shape, and under ``None`` of the whole, ascending by sparsity.
+    """The times of each shape, and under ``None`` of the whole model, in ascending order of sparsity.
 
     The engine ``csr`` runs a layer with fewer zeros than :data:`SPARSE_ENOUGH` as a dense one.
     """
-    found: dict[LinearShape | None, dict[float, float]] = {}
+    times_by_shape: dict[LinearShape | None, dict[float, float]] = {}
     for (shape, sparsity), took in seconds.items():
-        found.setdefault(shape, {})[sparsity] = took
+        times_by_shape.setdefault(shape, {})[sparsity] = took
     if choice.engine == "csr":
-        for times in found.values():
+        for times in times_by_shape.values():
             times[nextafter(SPARSE_ENOUGH, 0.0)] = times[0.0]
-    return {shape: Curve(*zip(*sorted(times.items()), strict=True)) for shape, times in found.items()}
+    return {
+        shape: Curve(*zip(*sorted(times.items()), strict=True)) for shape, times in times_by_shape.items()
+    }
 
 
 def _whole(folder: Path, target: Target, scratch: Path) -> _File:
-    """What the engine takes of the dense model, and its images."""
+    """The file of a whole model as the engine loads it, and its images."""
     model = load_checkpoint(str(folder)).model.float().eval()
     images = scratch / "images.npy"
     np.save(images, pattern_images(preprocessing_of(model), target.batch), allow_pickle=False)
@@ -223,7 +250,7 @@ def _whole(folder: Path, target: Target, scratch: Path) -> _File:
 
 
 def _layer_file(weight: NDArray[np.float32], choice: Choice, path: Path) -> Path:
-    """A linear layer as the engine takes it: its tensors for torch, else ONNX, as models are exported."""
+    """Write a linear layer as the engine loads it: safetensors for torch, else ONNX as in exported models."""
     bias = np.zeros(len(weight), np.float32)
     if choice.engine in ("csr", "torch"):
         from safetensors.numpy import save_file

@@ -1,9 +1,10 @@
-"""How long a model takes, by its sparse layers: times measured once on a machine, kept as JSON.
+"""Predict the latency of a sparse model from times that were measured once on a machine, stored as JSON.
 
-The table has the time of each shape of linear layer at some sparsities, and that of the whole model at a few.
-A model's time is foretold as that of its layers at their sparsities, and of the rest as it was in whole
-models as sparse: a sparse layer hands its results on in another order than a dense one, and what follows pays
-for that. Times are what was measured: where zeros gain nothing, or lose, the table says that.
+The table has the times of each shape of linear layer at several sparsities, and those of the whole model at a
+few. The predicted time of a model is the sum of its layers' times at their sparsities and of the rest. The
+rest is what whole models of the same sparsity took beyond their layers: it depends on the sparsity, because a
+sparse layer writes its results in another memory order than a dense one, which slows down what follows. Times
+are not smoothed: where zeros gain nothing, or cost time, the table shows that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LATENCY_FORMAT = "espalier-latency-1"
 
 @dataclass(frozen=True, order=True)
 class LinearShape:
-    """A linear layer as an engine sees it: so many outputs and inputs, for so many tokens of an image."""
+    """The shape of a linear layer's weight (outputs, inputs), and the number of tokens of an image."""
 
     outputs: int
     inputs: int
@@ -29,12 +30,17 @@ class LinearShape:
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         return self.outputs * self.inputs
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds that a layer takes for a batch, at ascending sparsities."""
+    """Seconds that a layer or a model takes for a batch, at ascending sparsities.
+
+    Raises:
+        ValueError: sparsities without times, or that do not ascend.
+    """
 
     sparsities: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -42,21 +48,23 @@ class Curve:
     def __post_init__(self) -> None:
         if len(self.sparsities) != len(self.seconds) or not self.sparsities:
             raise ValueError("a curve has a time for each sparsity")
-        if any(one >= other for one, other in pairwise(self.sparsities)):
+        if any(low >= high for low, high in pairwise(self.sparsities)):
             raise ValueError("sparsities must ascend")
 
     def at(self, sparsity: float) -> float:
-        """Between two measured sparsities on the line between them; outside as at the nearest."""
+        """Seconds at a sparsity: interpolated linearly, and constant outside the measured range."""
         return float(np.interp(sparsity, self.sparsities, self.seconds))
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Attributes:
-    about: the machine, the engine and how it was run, and the model: what the times hold for.
-    whole: seconds of the model for a batch, all its layers equally sparse.
-    layers: shapes of the layers that are timed, by their weights' names.
-    curves: the times of each shape.
+    """The times of a model's linear layers and of the whole model, on one machine and engine.
+
+    Attributes:
+        about: the machine, the engine and its settings, and the model for which the times were measured.
+        whole: seconds of the model for a batch, with all its layers equally sparse.
+        layers: shapes of the timed layers, by the names of their weights.
+        curves: the times of each shape.
     """
 
     about: Mapping[str, Any]
@@ -66,28 +74,33 @@ class LatencyTable:
 
     @cached_property
     def rest(self) -> Curve:
-        """Seconds of all that is not those layers; they alone may seem to take longer than the whole."""
+        """Seconds of all but the timed layers, at least 0: layers alone may take longer than in a model."""
         whole = zip(self.whole.sparsities, self.whole.seconds, strict=True)
         return Curve(
             self.whole.sparsities, tuple(max(0.0, took - self._alone(sparsity)) for sparsity, took in whole)
         )
 
     def at(self, pruned: Mapping[str, int]) -> float:
-        """Seconds for a batch with so many weights pruned in each layer; of others zeros gain nothing."""
+        """Predict the seconds for a batch.
+
+        Args:
+            pruned: number of pruned weights by layer; layers that are not timed make no difference.
+        """
         counts = {name: pruned.get(name, 0) for name in self.layers}
         numel = sum(shape.numel for shape in self.layers.values())
         times = (self.curves[shape].at(counts[name] / shape.numel) for name, shape in self.layers.items())
         return self.rest.at(sum(counts.values()) / max(numel, 1)) + sum(times)
 
     def uniform(self, sparsity: float) -> float:
-        """Seconds with the same sparsity in each layer."""
+        """Predict the seconds for a batch with the same sparsity (0…1) in each layer."""
         return self.rest.at(sparsity) + self._alone(sparsity)
 
     def _alone(self, sparsity: float) -> float:
-        """Seconds of the layers, each timed by itself."""
+        """Sum of the seconds of the layers, each timed alone."""
         return sum(self.curves[shape].at(sparsity) for shape in self.layers.values())
 
     def as_json(self) -> dict[str, Any]:
+        """The table as JSON can hold it; :meth:`from_json` reads it."""
         return {
             "format": LATENCY_FORMAT,
             "about": dict(self.about),
@@ -98,12 +111,16 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LatencyTable:
-        """Raises:
-        ValueError, KeyError, TypeError: it is no such table.
+        """Read a table that :meth:`as_json` made.
+
+        Raises:
+            ValueError: another format, or layers without times.
+            KeyError: a part is missing.
+            TypeError: a part is of another type.
         """
         if content["format"] != LATENCY_FORMAT:
             raise ValueError(f"is no {LATENCY_FORMAT}")
-        curves = {LinearShape(*one["shape"]): _curve(one) for one in content["curves"]}
+        curves = {LinearShape(*entry["shape"]): _curve(entry) for entry in content["curves"]}
         layers = {name: LinearShape(*shape) for name, shape in content["layers"].items()}
         if not set(layers.values()) <= curves.keys():
             raise ValueError("has layers without times")

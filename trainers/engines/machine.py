@@ -1,4 +1,4 @@
-"""The machine that something was measured on, as far as it matters to speed; nothing that names it."""
+"""Describe the machine on which something is measured, as far as it matters to speed; without its name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CPU, _MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, what it can do, cores, memory, GPU, load of the last minute, versions."""
+    """Processor, instruction sets, cores, memory in bytes, GPU, load of the last minute, versions."""
     return {
         "processor": _field(_CPU, "model name") or platform.processor() or platform.machine(),
         "instructions": [flag for flag in _FLAGS if flag in _field(_CPU, "flags", "Features").split()],
@@ -39,7 +39,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _field(path: Path, *names: str) -> str:
-    """The first line of a ``/proc`` file with one of these names."""
+    """The value of the first line of a ``/proc`` file that has one of these names."""
     if not path.exists():
         return ""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

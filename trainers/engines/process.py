@@ -1,9 +1,9 @@
-"""One model on one engine in a process of its own: its answers, its times, and the memory that it takes.
+"""Run a model on an engine in a process of its own, for its answers, its times and its memory.
 
-The process imports what its engine needs and nothing else, holds its threads to as many processors, and
-waits between two questions without working: several of them can be asked in turn, and none is in another's
-way. It may be given more files, to be timed beside the first one. Question and answer are a line of JSON
-each, on standard input and output; images and logits go by ``.npy`` files.
+The process imports only what its engine needs, is bound to as many processors as it has threads, and sleeps
+between two requests, so that several processes can be timed in turn without disturbing each other. It can
+load more files, which are timed beside the first one. Requests and answers are lines of JSON on standard
+input and output; images and logits are passed as ``.npy`` files.
 """
 
 from __future__ import annotations
@@ -30,46 +30,49 @@ _STATUS = Path("/proc/self/status")
 
 
 class EngineError(RuntimeError):
-    """An engine that cannot load a model, or broke off while it ran it."""
+    """An engine that cannot load a model, or failed while it ran it."""
 
 
 class EngineProcess:
-    """The caller's side: a process that has loaded a model, until it is closed.
+    """A process that has loaded a model, seen from the caller; a context manager that ends the process.
+
+    Args:
+        choice: the engine and its data type.
+        path: a checkpoint folder or a file, as the engine loads it.
+        placement: its threads and device.
+        images: a ``.npy`` file, (N, channels, height, width), normalised; a batch is its first images.
 
     Raises:
         EngineError: the engine cannot load the model.
 
-    Args:
-        path: a checkpoint folder or a file, as the engine takes it.
-        images: a ``.npy`` file, (N, channels, height, width), normalised; batches are its first ones.
+    Example:
+        >>> with EngineProcess(choice, folder, Placement(threads=1), images) as process:
+        ...     process.warm(batch=8)
+        ...     seconds = process.seconds(batch=8, calls=10)
     """
 
-    def __init__(self, choice: Choice, path: Path, place: Placement, images: Path) -> None:
+    def __init__(self, choice: Choice, path: Path, placement: Placement, images: Path) -> None:
         root = str(Path(__file__).parents[2])
         paths = filter(None, (root, os.environ.get("PYTHONPATH")))
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
-            "OMP_NUM_THREADS": str(place.threads),
-            "MKL_NUM_THREADS": str(place.threads),
+            "OMP_NUM_THREADS": str(placement.threads),
+            "MKL_NUM_THREADS": str(placement.threads),
         }
-        # no pipe: one that nobody reads would stop who fills it
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
-        self._given: dict[str, Any] = {"engine": choice.engine, "type": choice.kind}
-        self._given |= {"threads": place.threads, "device": place.device}
+        # a file and no pipe: a pipe that is not read blocks the child once it is full
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self._settings: dict[str, Any] = {"engine": choice.engine, "type": choice.kind}
+        self._settings |= {"threads": placement.threads, "device": placement.device}
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "trainers.engines.process",
-            ],  # not what lies in the working directory
+            # -P: modules in the working directory are not imported
+            [sys.executable, "-P", "-m", "trainers.engines.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             text=True,
             env=environment,
-            start_new_session=True,  # Ctrl-C is the caller's, who closes it
+            start_new_session=True,  # Ctrl-C reaches the caller alone, which ends this process
         )
         try:
             self.add(path, images)
@@ -78,49 +81,71 @@ class EngineProcess:
             raise
 
     def add(self, path: Path, images: Path) -> int:
-        """Load one more file, with inputs of its own; returns its number, by which it is timed.
+        """Load one more file, and its inputs.
+
+        Args:
+            path: the file, as the engine loads it.
+            images: a ``.npy`` file of its inputs.
+
+        Returns:
+            The file's number, for :meth:`seconds`.
 
         Raises:
             EngineError: the engine cannot load it.
         """
-        return int(self._ask(**self._given, path=str(path), images=str(images))["number"])
+        return int(self._ask(**self._settings, path=str(path), images=str(images))["number"])
 
     def warm(self, batch: int) -> int:
-        """Run a batch size for the first times; returns the peak memory of the process so far, in bytes.
+        """Run two batches of ``batch`` images, as engines compile or allocate in the first ones.
+
+        Returns:
+            Peak memory of the process so far, in bytes.
 
         Raises:
-            EngineError: it cannot.
+            EngineError: the engine fails.
         """
         return int(self._ask(do="warm", batch=batch)["memory"])
 
     def seconds(self, batch: int, calls: int, number: int = 0) -> float:
-        """Mean time of ``calls`` passes over a batch, after one that is not counted.
+        """Time passes over a batch, after one that is not counted.
 
         Args:
-            number: of the file, as :meth:`add` told it; default the first one.
+            batch: images of a batch.
+            calls: number of passes.
+            number: which file, as :meth:`add` returned it; default: the first one.
+
+        Returns:
+            Mean seconds of a pass.
 
         Raises:
-            EngineError: it cannot.
+            EngineError: the engine fails.
         """
         return float(self._ask(do="time", batch=batch, calls=calls, number=number)["seconds"])
 
     def answers(self, images: Path, batch: int) -> NDArray[np.float32]:
-        """Logits of all images of a ``.npy`` file.
+        """Compute the logits of all images of a ``.npy`` file.
+
+        Args:
+            images: the file, (N, channels, height, width), normalised.
+            batch: images of a batch.
+
+        Returns:
+            (N, classes).
 
         Raises:
-            EngineError: it cannot.
+            EngineError: the engine fails.
         """
         out = images.with_suffix(f".{self._process.pid}.npy")
         self._ask(do="answer", images=str(images), out=str(out), batch=batch)
-        found: NDArray[np.float32] = np.load(out, allow_pickle=False)
+        logits: NDArray[np.float32] = np.load(out, allow_pickle=False)
         out.unlink()
-        return found
+        return logits
 
     def close(self) -> None:
-        """End the process, which has nothing to lose, also in the middle of a question."""
+        """Kill the process, which has no state to save, even while it works."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._said):
+        for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
                 with suppress(BrokenPipeError):
                     stream.close()
@@ -143,24 +168,28 @@ class EngineProcess:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise EngineError(self._last_words())
+            raise EngineError(self._exit_message())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineError(answer["error"])
         return answer
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
+        """How the process ended, and the last line that it wrote to standard error."""
         status = self._process.wait()
-        self._said.seek(0)
-        said = self._said.read().decode(errors="replace").strip().splitlines()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        return f"its process ended ({how})" + (f": {said[-1]}" if said else "")
+        return f"its process ended ({how})" + (f": {lines[-1]}" if lines else "")
 
 
 def peak_memory() -> int:
-    """The most memory that this process had resident so far, in bytes.
+    """Peak resident memory of this process, in bytes.
 
-    Linux's ``VmHWM``; ``getrusage`` would give that of the parent where it was larger.
+    Read from Linux's ``VmHWM``: ``getrusage`` would return that of the parent where it was larger.
+
+    Raises:
+        OSError: a system without ``VmHWM``.
     """
     for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("VmHWM:"):
@@ -169,9 +198,9 @@ def peak_memory() -> int:
 
 
 def _serve() -> None:
-    """The process's side."""
+    """Answer requests until standard input ends: the main loop of the engine's process."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # what libraries print goes to standard error, and is not mistaken for an answer
     loaded: list[tuple[Run, Images]] = []
     for line in sys.stdin:
         question = json.loads(line)
@@ -182,20 +211,20 @@ def _serve() -> None:
             else:
                 run, images = loaded[int(question.get("number", 0))]
                 answer = _answer(run, images, question)
-        except Exception as error:  # whatever an engine raises is told, not shown
-            said = str(error).strip().splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {said[0]}".strip(": ")}
+        except Exception as error:  # whatever an engine raises becomes an answer
+            lines = str(error).strip().splitlines() or [""]
+            answer = {"error": f"{type(error).__name__}: {lines[0]}".strip(": ")}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def _load(question: dict[str, Any]) -> tuple[Run, Images]:
-    place = Placement(int(question["threads"]), question["device"])
-    if place.device == "cpu" and hasattr(os, "sched_setaffinity"):
-        # the last ones: the first serves most of the interrupts
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-place.threads :])
+    placement = Placement(int(question["threads"]), question["device"])
+    if placement.device == "cpu" and hasattr(os, "sched_setaffinity"):
+        # the last processors: the first one handles most interrupts
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-placement.threads :])
     images: Images = np.load(question["images"], allow_pickle=False)
-    run = load(Choice(question["engine"], question["type"]), Path(question["path"]), place)
+    run = load(Choice(question["engine"], question["type"]), Path(question["path"]), placement)
     return run, images
 
 

@@ -1,7 +1,7 @@
-"""What runs a model: torch in several ways, ONNX Runtime, OpenVINO. Each behind the same small protocol.
+"""Inference engines behind one protocol: torch in several ways, ONNX Runtime, OpenVINO.
 
-Nothing heavy is imported before an engine loads, so that a process which runs ONNX Runtime holds no torch,
-and the memory that is measured of it is its own.
+Nothing heavy is imported before an engine loads a model: a process that runs ONNX Runtime does not load
+torch, so that its measured memory is that of the engine.
 """
 
 from __future__ import annotations
@@ -29,41 +29,58 @@ if TYPE_CHECKING:
 Run = Callable[[Images], NDArray[np.float32]]
 """Images (batch, channels, height, width), normalised, to logits (batch, classes)."""
 SPARSE_ENOUGH = 0.5
-"""Least share of zeros with which the engine ``csr`` takes a layer for a sparse one."""
+"""The least share of zeros with which the engine ``csr`` stores a layer as a sparse one."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an engine works: so many threads of the processor, or ``cuda``."""
+    """Where an engine runs.
+
+    Attributes:
+        threads: number of threads on the CPU.
+        device: ``cpu`` or ``cuda``.
+    """
 
     threads: int
     device: str = "cpu"
 
 
 class Engine(Protocol):
-    """Attributes:
-    types: the data types that it computes in, its default first.
-    devices: on which it runs.
-    """
+    """Something that runs models. All engines are listed in :data:`ENGINES`."""
 
     @property
-    def types(self) -> tuple[str, ...]: ...
+    def types(self) -> tuple[str, ...]:
+        """The data types in which it computes, its default first."""
 
     @property
-    def devices(self) -> tuple[str, ...]: ...
+    def devices(self) -> tuple[str, ...]:
+        """The devices on which it runs: ``cpu``, ``cuda``."""
 
     def lacking(self, kind: str, device: str) -> str | None:
-        """Why it cannot compute here in a data type; ``None`` if it can."""
+        """Why the engine cannot compute in the data type ``kind`` on this machine; ``None`` if it can."""
 
-    def load(self, path: Path, kind: str, place: Placement) -> Run:
-        """Take a model's file (or folder) to run."""
+    def load(self, path: Path, kind: str, placement: Placement) -> Run:
+        """Load a model.
+
+        Args:
+            path: a file or a folder, as the engine takes it.
+            kind: the data type in which to compute.
+            placement: threads and device.
+
+        Returns:
+            A function from images (batch, channels, height, width) to logits (batch, classes).
+        """
 
 
 @dataclass(frozen=True)
 class Torch:
-    """torch itself: a checkpoint folder, a ``.pt2``, or the ``.safetensors`` of one linear layer.
+    """PyTorch: runs a checkpoint folder, a ``.pt2`` file, or the ``.safetensors`` of one linear layer.
 
-    ``change`` makes of the model what is to be run.
+    Attributes:
+        types: data types in which it computes.
+        devices: where it runs.
+        change: converts the loaded model before it is run.
+        needs: returns what a device lacks for this engine; ``None`` if nothing.
     """
 
     types: tuple[str, ...] = TYPES["torch"]
@@ -72,12 +89,14 @@ class Torch:
     needs: Callable[[str], str | None] = lambda device: None
 
     def lacking(self, kind: str, device: str) -> str | None:
+        """See :class:`Engine`."""
         return self.needs(device)
 
-    def load(self, path: Path, kind: str, place: Placement) -> Run:
+    def load(self, path: Path, kind: str, placement: Placement) -> Run:
+        """See :class:`Engine`."""
         import torch
 
-        torch.set_num_threads(place.threads)
+        torch.set_num_threads(placement.threads)
         if path.suffix == ".pt2":
             model: nn.Module = torch.export.load(path).module()
         elif path.suffix == ".safetensors":
@@ -87,34 +106,36 @@ class Torch:
 
             model = load_checkpoint(str(path), key="model").model.eval()
         dtype: torch.dtype = getattr(torch, kind)
-        model = model.to(place.device, dtype).requires_grad_(False)
+        model = model.to(placement.device, dtype).requires_grad_(False)
         if self.change is not None:
             model = self.change(model)
 
         def run(images: Images) -> NDArray[np.float32]:
             with torch.inference_mode():
-                logits = model(torch.from_numpy(images).to(place.device, dtype))
-                found: NDArray[np.float32] = logits.float().cpu().numpy()
-            return found
+                logits = model(torch.from_numpy(images).to(placement.device, dtype))
+                answers: NDArray[np.float32] = logits.float().cpu().numpy()
+            return answers
 
         return run
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime's CPU provider: ``model.onnx`` as it is; in INT8 if the file is."""
+    """ONNX Runtime's CPU provider: runs ``model.onnx`` in the data type of the file."""
 
     types: tuple[str, ...] = TYPES["onnxruntime"]
     devices: tuple[str, ...] = ("cpu",)
 
     def lacking(self, kind: str, device: str) -> str | None:
+        """See :class:`Engine`."""
         return missing("onnxruntime", "onnx", "onnxscript")
 
-    def load(self, path: Path, kind: str, place: Placement) -> Run:
+    def load(self, path: Path, kind: str, placement: Placement) -> Run:
+        """See :class:`Engine`."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = place.threads, 1
+        options.intra_op_num_threads, options.inter_op_num_threads = placement.threads, 1
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
@@ -123,10 +144,14 @@ class OnnxRuntime:
 
 @dataclass(frozen=True)
 class OpenVino:
-    """OpenVINO's CPU plug-in: ``model.xml``, or an ONNX file. bfloat16 only where the processor has it.
+    """OpenVINO's CPU plug-in: runs ``model.xml`` or an ONNX file; bfloat16 only where the processor has it.
 
-    ``int8-bfloat16`` is an INT8 file whose other operations are computed in bfloat16. With ``fixed`` the
-    model is compiled for each shape of images that it is given, a tenth faster than once for all of them.
+    ``int8-bfloat16`` is an INT8 file whose other operations are computed in bfloat16.
+
+    Attributes:
+        types: data types in which it computes.
+        devices: where it runs.
+        fixed: compile the model for each shape of batch, which runs a tenth faster than one compiled for all.
     """
 
     types: tuple[str, ...] = TYPES["openvino"]
@@ -134,24 +159,26 @@ class OpenVino:
     fixed: bool = True
 
     def lacking(self, kind: str, device: str) -> str | None:
+        """See :class:`Engine`."""
         lacks = missing("openvino", "onnx", "onnxscript", *(["nncf"] if stored_as(kind) == "int8" else []))
         if lacks is not None or not kind.endswith("bfloat16"):
             return lacks
         able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return None if "BF16" in able else "this processor has no bfloat16"
 
-    def load(self, path: Path, kind: str, place: Placement) -> Run:
+    def load(self, path: Path, kind: str, placement: Placement) -> Run:
+        """See :class:`Engine`."""
         settings = {
-            "INFERENCE_NUM_THREADS": place.threads,
+            "INFERENCE_NUM_THREADS": placement.threads,
             "NUM_STREAMS": 1,
-            # by itself it would compute in bfloat16 where it can, and call that float32
+            # by default it computes float32 models in bfloat16 where the processor can
             "INFERENCE_PRECISION_HINT": "bf16" if kind.endswith("bfloat16") else "f32",
         }
         core = openvino_core()
         model = core.read_model(path)
         if not self.fixed:
-            whole = core.compile_model(model, "CPU", settings)
-            return lambda images: np.array(whole(images)[0], np.float32)
+            for_all = core.compile_model(model, "CPU", settings)
+            return lambda images: np.array(for_all(images)[0], np.float32)
 
         @cache
         def compiled(shape: tuple[int, ...]) -> Any:
@@ -162,7 +189,7 @@ class OpenVino:
 
 
 def _linear(path: Path) -> nn.Module:
-    """One linear layer, of its ``weight`` and ``bias``."""
+    """A model of one linear layer, from a file with its ``weight`` and ``bias``."""
     from safetensors.torch import load_file
     from torch import nn
 
@@ -170,18 +197,18 @@ def _linear(path: Path) -> nn.Module:
     outputs, inputs = state["weight"].shape
     layer = nn.Linear(inputs, outputs)
     layer.load_state_dict(state)
-    return nn.Sequential(layer)  # in a model, so that it can be replaced
+    return nn.Sequential(layer)  # inside a model, so that the engine can replace it
 
 
 def _compiled(model: nn.Module) -> nn.Module:
     import torch
 
-    made: Any = torch.compile(model, dynamic=False)  # each batch size for itself, as fast as it goes
+    made: Any = torch.compile(model, dynamic=False)  # compiled for each batch size, which is fastest
     return made  # type: ignore[no-any-return]
 
 
 def _sparse_rows(model: nn.Module) -> nn.Module:
-    """Linear layers with zeros enough as sparse rows (CSR)."""
+    """Replace linear layers with enough zeros by sparse ones (CSR)."""
     import warnings
 
     from torch import nn
@@ -196,7 +223,7 @@ def _sparse_rows(model: nn.Module) -> nn.Module:
 
 
 def _semi_structured(model: nn.Module) -> nn.Module:
-    """Linear layers that keep 2:4 in the form that the GPU's sparse units take, compiled."""
+    """Store linear layers that follow 2:4 for the GPU's sparse tensor cores, and compile the model."""
     from torch import nn
     from torch.sparse import to_sparse_semi_structured
 
@@ -208,7 +235,7 @@ def _semi_structured(model: nn.Module) -> nn.Module:
 
 
 def keeps_2_of_4(layer: nn.Linear) -> bool:
-    """Whether at least two of each four weights along the inputs are zero, in sides that the GPU takes."""
+    """Whether at least two of each four weights along the inputs are zero, and the GPU takes the shape."""
     rows, columns = layer.weight.shape
     if rows % 32 or columns % 64:
         return False
@@ -239,14 +266,19 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     }
 )
 ANY_BATCH: Mapping[str, Engine] = MappingProxyType({**ENGINES, "openvino": OpenVino(fixed=False)})
-"""The same, none of which is told the batch size before it compiles a file."""
+"""The same engines, compiled for any batch size, as a user of an exported file runs them."""
 
 
 def check(choice: Choice, device: str, key: str = "engine") -> None:
-    """Whether an engine can run here.
+    """Check that an engine can run on this machine.
+
+    Args:
+        choice: the engine and its data type.
+        device: ``cpu`` or ``cuda``.
+        key: the option or recipe key that asks for it, for the error message.
 
     Raises:
-        InputError: one that is not installed (names the extra), or cannot run on ``device``.
+        InputError: the engine is not installed (names the extra), or cannot run on ``device``.
     """
     engine = ENGINES[choice.engine]
     if device not in engine.devices:
@@ -258,6 +290,15 @@ def check(choice: Choice, device: str, key: str = "engine") -> None:
         raise InputError(key, str(choice), lacking)
 
 
-def load(choice: Choice, path: Path, place: Placement) -> Run:
-    """A model's file (or folder), as an engine runs it."""
-    return ENGINES[choice.engine].load(path, choice.kind, place)
+def load(choice: Choice, path: Path, placement: Placement) -> Run:
+    """Load a model on an engine.
+
+    Args:
+        choice: the engine and its data type.
+        path: a file or a folder, as the engine takes it.
+        placement: threads and device.
+
+    Returns:
+        A function from images (batch, channels, height, width) to logits (batch, classes).
+    """
+    return ENGINES[choice.engine].load(path, choice.kind, placement)

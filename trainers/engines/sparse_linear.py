@@ -1,4 +1,4 @@
-"""A linear layer whose weights are stored row by row without their zeros (CSR), as torch multiplies them."""
+"""A linear layer whose weights are stored without zeros, in torch's compressed sparse rows (CSR)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from torch import Tensor, nn
 
 
 class SparseRows(nn.Module):
-    """The same map as a dense :class:`torch.nn.Linear`, for inference."""
+    """Computes what a dense :class:`torch.nn.Linear` computes, for inference.
+
+    Args:
+        dense: the layer that it replaces.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -17,7 +21,7 @@ class SparseRows(nn.Module):
         self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().unsqueeze(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(…, inputs) to (…, outputs)."""
+        """Map inputs (…, inputs) to outputs (…, outputs)."""
         columns = inputs.reshape(-1, inputs.shape[-1]).T
         outputs = self.weight @ columns
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""Models as ONNX, OpenVINO and torch.export files."""
+"""Export of models to ONNX, OpenVINO and torch.export files."""
 
 __all__ = [
     "onnx",

@@ -1,4 +1,4 @@
-"""A model as an ONNX file, for any engine that reads ONNX; and its INT8 form, as ONNX Runtime makes it."""
+"""Export a model to an ONNX file, for any engine that reads ONNX; quantize the file by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ ONNX_FILE = "model.onnx"
 INPUT, OUTPUT = "images", "logits"
 _LINEAR = ["MatMul", "Gemm"]
 _CALIBRATION_BATCH = 32
-_MOST_BYTES = 2**31 - 2**20  # of a protobuf message, less what the graph takes
+_MOST_BYTES = 2**31 - 2**20  # weights in one file: the limit of a protobuf message, less room for the graph
 
 
 def export_onnx(
     model: nn.Module, path: Path, input_size: tuple[int, int, int], metadata: Mapping[str, str]
 ) -> None:
-    """Write ``path``: one file with the weights in it, float32, any batch size, no place of this machine.
+    """Write a model as one ONNX file with its weights, float32, for any batch size.
 
-    Its input is :data:`INPUT`, (batch, channels, height, width), normalised; its output :data:`OUTPUT`,
-    (batch, classes).
+    The file's input is :data:`INPUT`, (batch, channels, height, width), normalised; its output
+    :data:`OUTPUT`, (batch, classes). No path of this machine is written into it.
 
     Args:
+        model: a timm model.
+        path: the file to write.
         input_size: (channels, height, width).
         metadata: kept in the file as ONNX's ``metadata_props``.
 
     Raises:
-        InputError: ONNX's libraries are missing, or the model has operations that ONNX has not (named).
+        InputError: ONNX's libraries are missing, or the model has operations that ONNX lacks (named).
     """
     require("export", "onnx", "onnx", "onnxscript")
     import torch
@@ -50,29 +52,31 @@ def export_onnx(
             made = torch.onnx.export(
                 program, input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
             )
-    except Exception as error:  # the exporter's kinds, and those of what it stands on
+    except Exception as error:  # the exporter's own errors, and those of the libraries that it uses
         raise InputError("model", type(model).__name__, _unsupported(error)) from None
     assert made is not None, "an exporter that is given no file returns the program"
     graph = made.model.graph
     made.rename_axes({str(graph.inputs[0].shape[0]): "batch"})
-    ClearMetadataAndDocStringPass()(made.model)  # the exporter notes where each operation's source lies
+    ClearMetadataAndDocStringPass()(made.model)  # the exporter notes the source file of each operation
     made.model.metadata_props.update(metadata)
     proto = made.model_proto
-    # shapes of what lies between: quantisers stumble over them once they have transposed a weight
+    # shapes of intermediate tensors: quantizers fail on them after they have transposed a weight
     del proto.graph.value_info[:]
     path.write_bytes(proto.SerializeToString())
 
 
 def quantize_onnx(source: Path, target: Path, images: Images | None = None) -> None:
-    """Write the INT8 form of a float32 file that :func:`export_onnx` wrote; zeros stay exact zeros.
+    """Quantize a float32 file that :func:`export_onnx` wrote to INT8; zeros stay exact zeros.
 
-    Weights are symmetric (zero point 0) with a scale for each output channel. Without ``images`` activations
-    are measured as they come (dynamic quantisation), which needs no calibration, and leaves convolutions in
-    float32.
+    Weights are quantized symmetrically (zero point 0), with a scale for each output channel. Without
+    ``images`` the ranges of activations are computed at run time (dynamic quantization), which needs no
+    calibration and leaves convolutions in float32.
 
     Args:
-        images: for calibration, (N, channels, height, width), normalised: ranges of activations are then
-            fixed (static quantisation).
+        source: the float32 file.
+        target: the INT8 file to write.
+        images: for calibration, (N, channels, height, width), normalised: the ranges of activations are then
+            fixed (static quantization).
 
     Raises:
         InputError: ONNX Runtime is missing.
@@ -111,28 +115,27 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_preprocessing(path: Path) -> dict[str, Any]:
-    """What a file that espalier wrote says of its images and classes (:mod:`trainers.data.preprocessing`)."""
-    found: dict[str, Any] = json.loads(read_metadata(path)[PREPROCESSING])
-    return found
+    """The description of images and classes in a file that espalier wrote: see
+    :mod:`trainers.data.preprocessing`."""
+    preprocessing: dict[str, Any] = json.loads(read_metadata(path)[PREPROCESSING])
+    return preprocessing
 
 
 def int8_values(path: Path) -> int:
-    """How many weights of a file are int8, their scales and zero points aside."""
+    """Number of int8 weights in a file, without their scales and zero points."""
     import onnx
 
     tensors = onnx.load(path).graph.initializer
-    found: int = sum(
-        math.prod(one.dims) for one in tensors if one.data_type == onnx.TensorProto.INT8 and len(one.dims) > 1
-    )
-    return found
+    int8 = (tensor for tensor in tensors if tensor.data_type == onnx.TensorProto.INT8)
+    return sum(math.prod(tensor.dims) for tensor in int8 if len(tensor.dims) > 1)
 
 
 def _kept_in_float(path: Path) -> list[str]:
-    """Nodes that stay in float32.
+    """Names of the nodes that stay in float32.
 
-    Products of activations: quantised, ONNX Runtime 1.31 runs them wrongly once its optimiser has fused them
-    (a relative error of 0.15 on a small ViT, instead of 0.009). And the convolution of the image: in INT8 one
-    of three channels gains nothing, and costs accuracy.
+    These are products of two activations, which ONNX Runtime 1.31 computes wrongly in INT8 after its
+    optimiser has fused them (a relative error of 0.15 on a small ViT, instead of 0.009), and the convolution
+    of the image: with three input channels INT8 is no faster, and costs accuracy.
     """
     import onnx
 
@@ -148,7 +151,7 @@ def _kept_in_float(path: Path) -> list[str]:
 
 
 def _reader(images: Images) -> Any:
-    """Batches of images, as ONNX Runtime's calibration asks for them."""
+    """A reader of batches of images for ONNX Runtime's calibration."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
@@ -166,7 +169,7 @@ def _reader(images: Images) -> Any:
 
 
 def _unsupported(error: BaseException) -> str:
-    """What ONNX lacks, by the names of torch's operations, as far as the exporter says so."""
+    """The torch operations that ONNX lacks, as far as the exporter names them."""
     text, cause = "", error.__cause__
     while cause is not None:
         text, cause = f"{text}\n{cause}", cause.__cause__

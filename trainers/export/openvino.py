@@ -1,4 +1,4 @@
-"""A model as OpenVINO's own files: ``model.xml`` (the graph) and ``model.bin`` (the weights); and in INT8."""
+"""Convert an ONNX file to OpenVINO's ``model.xml`` (graph) and ``model.bin`` (weights), float32 or INT8."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def export_openvino(
     *,
     attention: bool = True,
 ) -> None:
-    """Write ``path`` (``.xml``) and the ``.bin`` beside it, from a file of :func:`export_onnx`.
+    """Write an OpenVINO model from a file of :func:`trainers.export.onnx.export_onnx`.
 
-    Weights stay float32 as they are: OpenVINO would halve them unless told otherwise.
+    Weights stay float32: by default OpenVINO would store them as float16.
 
     Args:
+        onnx: the ONNX file.
+        path: the ``.xml`` file to write; the ``.bin`` file is written beside it.
         metadata: kept in the file as ``rt_info``.
-        images: for calibration, (N, channels, height, width), normalised: the model is then quantised to INT8
+        images: for calibration, (N, channels, height, width), normalised: the model is then quantized to INT8
             by NNCF.
         attention: whether the model is a transformer, for which NNCF keeps softmax and normalisation in
             floating point.
@@ -50,9 +52,9 @@ def export_openvino(
                 model,
                 nncf.Dataset(batches),
                 model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                preset=nncf.QuantizationPreset.MIXED,  # that of transformers: activations have zero points
+                preset=nncf.QuantizationPreset.MIXED,  # as for transformers: activations have zero points
                 subset_size=len(batches),
-                # NNCF 3.4 with it: the logits of a Swin come out 1.4 times too large
+                # with SmoothQuant of NNCF 3.4 the logits of a Swin come out 1.4 times too large
                 advanced_parameters=parameters(smooth_quant_alphas=smooth(convolution=-1, matmul=-1)),
             )
         for name, value in metadata.items():
@@ -61,20 +63,20 @@ def export_openvino(
 
 
 def int8_values(path: Path) -> int:
-    """How many weights of a file are int8, their scales and zero points aside."""
+    """Number of int8 weights in a file, without their scales and zero points."""
     constants = [
-        one for one in openvino_core().read_model(path).get_ops() if one.get_type_name() == "Constant"
+        node for node in openvino_core().read_model(path).get_ops() if node.get_type_name() == "Constant"
     ]
     kinds = {"i8", "u8"}
-    found: int = sum(
-        math.prod(one.get_output_shape(0))
-        for one in constants
-        if one.get_element_type().get_type_name() in kinds and len(one.get_output_shape(0)) > 1
+    count: int = sum(
+        math.prod(node.get_output_shape(0))
+        for node in constants
+        if node.get_element_type().get_type_name() in kinds and len(node.get_output_shape(0)) > 1
     )
-    return found
+    return count
 
 
 def read_metadata(path: Path, *names: str) -> dict[str, str]:
-    """Entries of ``rt_info``; those that it has not are left out."""
+    """Entries of ``rt_info`` by their names; missing ones are left out."""
     model = openvino_core().read_model(path)
     return {name: str(model.get_rt_info([name]).value) for name in names if model.has_rt_info([name])}

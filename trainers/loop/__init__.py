@@ -9,6 +9,7 @@ __all__ = [
     "metrics",
     "optimization",
     "prune_step",
+    "report",
     "schedules",
     "session",
     "train_step",

@@ -1,4 +1,4 @@
-"""From a job to the parts of a session: the model, what is trained of it, its loss, its pruning steps."""
+"""Build the parts of a session from its job: the model, its network, its loss, its pruning steps."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from trainers.sources.classes import check_known
 
 
 def name_classes(job: TrainJob, model: nn.Module) -> None:
-    """Let the model say what the training images call its classes.
+    """Write the names of the training images' classes into the model's configuration.
 
     Raises:
-        InputError: the checkpoint that it comes from calls them otherwise.
+        InputError: the model's checkpoint has other names for the same labels.
     """
     names = datasets.class_names(job.data)
     if job.model.checkpoint is not None:
@@ -40,9 +40,18 @@ def name_classes(job: TrainJob, model: nn.Module) -> None:
     factory.name_classes(model, names)
 
 
-def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
-    """What is trained: the model in DDP where there are several workers, compiled if asked."""
-    own_ranges = isinstance(model, Prepared)  # which the workers agree on, instead of taking the first one's
+def wrap_network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap the model for training.
+
+    Args:
+        job: says whether it is compiled.
+        model: the model, or the model with fake quantization.
+        device: of this worker.
+
+    Returns:
+        The model, in DDP if there are several workers, compiled if the recipe asks for it.
+    """
+    own_ranges = isinstance(model, Prepared)  # ranges are averaged over the workers, not taken from rank 0
     wrapped: nn.Module = model
     if distributed.active():
         wrapped = DistributedDataParallel(
@@ -54,29 +63,48 @@ def network(job: TrainJob, model: nn.Module, device: torch.device) -> nn.Module:
     return cast(nn.Module, torch.compile(wrapped)) if job.training.compile else wrapped
 
 
-def prepared(
+def prepare_for_int8(
     job: TrainJob, model: nn.Module, images: datasets.ImageTable, resume: Path | None
 ) -> Prepared | None:
-    """The model with fake quantisation, if the job trains for INT8; its parameters are the model's own.
+    """Add fake quantization to the model, if the job trains for INT8; the parameters are shared.
 
-    Every worker begins with the ranges of the same images, or goes on with those of the checkpoint.
+    Args:
+        job: what is done.
+        model: on its device.
+        images: for calibration, the same ones on every worker.
+        resume: a checkpoint folder, whose ranges are used instead if it has some.
+
+    Returns:
+        The prepared model; ``None`` for any other job.
     """
     if job.quantize is None:
         return None
     made = Prepared(model, factory.input_size(model), aware=True)
-    known = folder.read_ranges(resume) if resume is not None else None
-    if known is not None:
-        made.set_ranges(known)
+    stored = folder.read_ranges(resume) if resume is not None else None
+    if stored is not None:
+        made.set_ranges(stored)
         return made
     device = next(model.parameters()).device
-    made.calibrate(batch.to(device) for batch in datasets.chosen(images, job.quantize.images, job.seed))
+    made.calibrate(
+        batch.to(device) for batch in datasets.calibration_batches(images, job.quantize.images, job.seed)
+    )
     return made
 
 
-def loss(
+def make_loss(
     job: TrainJob, model: nn.Module, labelled: Loss, precision: Precision
 ) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """The loss of (outputs, targets, images), with the teacher's part if there is one."""
+    """Make the loss of a step.
+
+    Args:
+        job: says whether there is a teacher.
+        model: the student.
+        labelled: the loss of the labels, (outputs, targets) to a scalar.
+        precision: of the teacher's forward pass.
+
+    Returns:
+        A loss of (outputs, targets, images), with distillation if the job has a teacher.
+    """
     settings = job.training.distill
     if settings is not None:
         return Distillation(settings, _teacher(job), model, precision).wrap(labelled)
@@ -86,29 +114,42 @@ def loss(
 def _teacher(job: TrainJob) -> nn.Module:
     assert job.training.distill is not None, "only distillation has a teacher"
     name = job.training.distill.teacher
-    place = job.model.checkpoint if name == "dense" else name
-    if place is None:
+    source = job.model.checkpoint if name == "dense" else name
+    if source is None:
         raise InputError("training.distill.teacher", name, "the model starts from no weights; name a teacher")
-    if timm.is_model(place.split(".")[0]) and "/" not in place:
+    if timm.is_model(source.split(".")[0]) and "/" not in source:
         try:
-            teacher: nn.Module = timm.create_model(place, pretrained=True)
+            teacher: nn.Module = timm.create_model(source, pretrained=True)
             return teacher
         except RuntimeError as error:
             raise InputError("training.distill.teacher", name, first_line(error)) from None
-    if place == job.model.checkpoint and job.model.is_file:
+    if source == job.model.checkpoint and job.model.is_file:
         return from_file(job.model)
-    return load_checkpoint(place, key="training.distill.teacher", shared=True).model
+    return load_checkpoint(source, key="training.distill.teacher", shared=True).model
 
 
 def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[int, float]:
-    """Steps that begin with a pruning step, and the sparsity it reaches."""
+    """Plan the pruning steps of a run.
+
+    Args:
+        job: what is done.
+        masks: of the layers that the job prunes, from its checkpoint.
+        per_epoch: optimizer steps of an epoch.
+
+    Returns:
+        The sparsity of each pruning step, by the optimizer step before which it is done.
+
+    Raises:
+        InputError: a constant schedule at another sparsity than the checkpoint has, or as
+            :func:`trainers.loop.schedules.pruning_plan`.
+    """
     if job.pruning is None:
         return {}
     schedule = job.pruning.schedule
     if schedule.kind == "constant":
-        found = masks.sparsity if masks is not None else 0.0
-        if abs(found - job.pruning.sparsity) > 1e-3:
-            expected = f"constant holds what the checkpoint has, which is {found:.4g}"
+        held = masks.sparsity if masks is not None else 0.0
+        if abs(held - job.pruning.sparsity) > 1e-3:
+            expected = f"constant holds what the checkpoint has, which is {held:.4g}"
             raise InputError("pruning.sparsity", job.pruning.sparsity, expected)
     length = job.training.epochs * (per_epoch if schedule.unit == "steps" else 1)
     times = pruning_plan(schedule, job.pruning.sparsity, length)
@@ -117,28 +158,46 @@ def pruning_steps(job: TrainJob, masks: MaskSet | None, per_epoch: int) -> dict[
     }
 
 
-def all_masks(model: nn.Module, layers: Sequence[PrunableLayer], known: MaskSet | None) -> MaskSet | None:
-    """The masks to begin pruning ``layers`` with: a checkpoint's, and zeros that it has no masks of.
+def initial_masks(model: nn.Module, layers: Sequence[PrunableLayer], known: MaskSet | None) -> MaskSet | None:
+    """The masks with which pruning begins.
 
-    Other layers have one where they are sparse: their zeros stay zero as well. Nothing of a dense model.
+    Args:
+        model: with its weights.
+        layers: the layers that will be pruned: each gets the checkpoint's mask, or one of its zeros.
+        known: masks of the checkpoint.
+
+    Returns:
+        Masks of these layers, and of all other sparse layers, whose zeros stay zero too; ``None`` for a dense
+        model.
     """
     given = known or MaskSet({})
     missing = MaskSet.from_zeros(model, [layer for layer in layers if layer.name not in given])
     others = MaskSet.from_zeros(model, _known_layers(model))
     sparse = MaskSet({name: mask for name, mask in others.items() if not mask.all()})
-    found = given.over(missing).over(sparse)
-    return found if known is not None or found.sparsity > 0 else None
+    masks = given.over(missing).over(sparse)
+    return masks if known is not None or masks.sparsity > 0 else None
 
 
 def _known_layers(model: nn.Module) -> list[PrunableLayer]:
     try:
         return find_layers(model)
-    except InputError:  # a recipe's patterns alone know this model's layers
+    except InputError:  # an architecture whose layers are given by the recipe's patterns alone
         return []
 
 
-def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:
-    """The model to start from, or to go on with: itself, the arguments that build it, its masks."""
+def load_model(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any], MaskSet | None]:
+    """Load the model from which a run starts or resumes.
+
+    Args:
+        job: what is done.
+        resume: a checkpoint folder; default: the job's model.
+
+    Returns:
+        The model, the keyword arguments with which timm builds it, and its masks.
+
+    Raises:
+        InputError: a model that cannot be loaded, or ``drop_path`` for a model without it.
+    """
     drop_path = job.training.drop_path
     source = str(resume) if resume is not None else job.model.checkpoint
     if source is None or (source == job.model.checkpoint and job.model.is_file):
@@ -149,7 +208,7 @@ def load(job: TrainJob, resume: Path | None) -> tuple[nn.Module, dict[str, Any],
         return build(settings, job.data), dict(job.model.args), None
     extra: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     try:
-        # every worker reads the dense model, and each its own copy of what it goes on from
+        # all workers of a node read the same dense model, and each has its own copy of a checkpoint to resume
         layers = job.pruning.layers if job.pruning else None
         loaded = load_checkpoint(source, layers=layers, shared=resume is None, **extra)
     except InputError as error:

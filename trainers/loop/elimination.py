@@ -1,4 +1,4 @@
-"""One elimination of a dense model, alone or shared out over workers, written for others to read."""
+"""Compute an elimination order of a dense model, by one worker or several, and store it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ ORDER_FACTS = "facts.json"
 
 
 def write_order(job: OrderJob, device: torch.device) -> None:
-    """Order this worker's share of the layers, write it as a part, and say when all parts are there.
+    """Order this worker's share of the layers, and write it as a part of the order.
+
+    When all workers have written their parts, rank 0 writes :data:`ORDER_FACTS`, which marks the order as
+    complete.
 
     Raises:
         InputError: a checkpoint, data or settings that cannot be used.
@@ -43,7 +46,7 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     order, damp = order_share(ordering(model, layers, masks, pruner, source), source, goal)
     with storage.writing(f"{job.folder}/part-{rank}") as folder:
         order.save(folder, job.fingerprint)
-    distributed.all_gather(rank)  # until all have written
+    distributed.all_gather(rank)  # a barrier: all workers have written
     if rank == 0:
         facts = {"parts": world} | ({} if damp is None else {"damp": damp.damp, "why": damp.why})
         storage.write_json(f"{job.folder}/{ORDER_FACTS}", facts)

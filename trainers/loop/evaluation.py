@@ -1,4 +1,4 @@
-"""Top-1 and loss over a loader, shared out over the workers."""
+"""Evaluate a model: top-1 and loss over a loader, with the images divided among the workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _LOSS_CAP = 20.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``top1`` in 0…1, the mean cross-entropy, and the number of images, over all workers."""
+    """The result of an evaluation over all workers.
+
+    Attributes:
+        top1: share of correct predictions, 0…1.
+        loss: mean cross-entropy.
+        images: number of images.
+    """
 
     top1: float
     loss: float
@@ -26,12 +32,12 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """Orders by top-1 and, where that is equal, by loss (which counts for less than one image)."""
+        """Top-1 less a small share of the loss: orders by top-1 and, where that is equal, by loss."""
         return self.top1 - min(self.loss, _LOSS_CAP) / (_LOSS_CAP * 2 * self.images)
 
     @classmethod
     def over(cls, parts: Sequence[Evaluation]) -> Evaluation:
-        """Of several sets of images together."""
+        """The evaluation of several sets of images together."""
         images = sum(part.images for part in parts)
         top1 = sum(part.top1 * part.images for part in parts) / images
         return cls(top1, sum(part.loss * part.images for part in parts) / images, images)
@@ -39,17 +45,24 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Evaluate in eval mode; the model's mode is restored. What has no parameters is run on the CPU.
+    """Evaluate a model in eval mode; its mode is restored.
+
+    Args:
+        model: maps images (N, 3, H, W) to logits (N, classes); a model without parameters runs on the CPU.
+        batches: this worker's (images (N, 3, H, W), labels (N,)).
+
+    Returns:
+        The result over the images of all workers.
 
     Raises:
-        FloatingPointError: answers that are not finite, on every worker (class 0 would be the largest).
+        FloatingPointError: logits that are not finite, on any worker: argmax would count them as class 0.
         ValueError: no images.
     """
     keep_freed_memory()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, loss, images, answers not finite
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct, loss, images, logits not finite
     for images, labels in batches:
         logits, targets = model(images.to(device)), labels.to(device)
         sums[0] += (logits.argmax(1) == targets).sum()

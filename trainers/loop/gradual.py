@@ -1,4 +1,4 @@
-"""Train a model, or prune it gradually and let it recover. No engine: any ``report`` will do."""
+"""Train a model, or prune it gradually and let it recover; results go to a callback, which may be Ray's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 
@@ -19,29 +20,32 @@ from trainers import distributed, storage
 from trainers.config.jobs import TrainJob
 from trainers.host_memory import keep_freed_memory
 from trainers.loop.evaluation import Evaluation, evaluate
-from trainers.loop.metrics import Metrics, numbers
 from trainers.loop.prune_step import Goal, StepReport, ordering, prune_step, sharing_of
+from trainers.loop.report import EpochReport, finite_numbers
 from trainers.loop.session import Session
-from trainers.loop.train_step import settle, train_step
+from trainers.loop.train_step import reduce_metrics, train_step
 
-_LOOK = 10  # steps between two looks at the clock
+_CLOCK_STEPS = 10  # steps between two looks at the clock
 _ASK_SECONDS = 5.0  # between two questions to the cluster, which takes some milliseconds to answer
 _ASK, _SAVE = 1, 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is reported after each epoch; ``save`` writes the checkpoint folder when one is due.
+    """What a run reports after each epoch, and when it saves a checkpoint within one.
 
-    Within an epoch ``metrics`` hold no ``epoch``, but the step, and by what the last epoch is judged.
+    Attributes:
+        metrics: the figures.
+        save: writes the checkpoint folder; ``None``: no checkpoint is due.
     """
 
-    metrics: Metrics
+    metrics: EpochReport
     save: Callable[[Path], None] | None
 
 
 Report = Callable[[Progress], None]
 Stepped = Callable[[int, int], None]
+"""(steps done, steps in all)."""
 
 
 def run(
@@ -58,39 +62,50 @@ def run(
 ) -> None:
     """Run a job to its end: dense training if it names no pruning, else prune → recover → prune …
 
-    Every epoch ends with an evaluation on the validation images and a report. What is drawn comes from (seed,
-    step, rank) and (seed, epoch, image), so that a resumed run goes on as the undisturbed one.
+    Every epoch ends with an evaluation on the validation images and a report. Random numbers are drawn from
+    (seed, step, rank) and (seed, epoch, image), so that a resumed run continues exactly like one that was not
+    interrupted.
 
     Args:
-        resume: a checkpoint folder of this job to go on from.
-        branch: without one, the checkpoint folder of the job's ``origin``, to begin from.
-        leaving: asked now and then, by all workers together: which machines are about to be taken away, if
-            any are. The run is saved once for each answer.
-        stepped: told after each step how many are done, and how many there are.
-        notes: what the user should hear of, said with the first report.
-        repeat: a run that goes on begins with its last report, which nobody may have lived to hear.
+        job: what to do.
+        report: called by every worker with each :class:`Progress`.
+        device: of this worker.
+        resume: a checkpoint folder of this job to resume from.
+        branch: where there is none, the checkpoint folder of the job's ``origin`` to start from.
+        leaving: called now and then, by all workers together: names the machines that will be preempted, or
+            returns ``None``. The run is saved once for each answer.
+        stepped: called after each step with the steps done and the steps in all.
+        notes: lines for the user, sent with the first report.
+        repeat: send the last report of a resumed run again, as its receiver may have died before it came.
     """
     keep_freed_memory()
     session = Session.open(job, device, resume, branch)
-    place: Metrics = {"kept_at": job.keep_folder}
-    told: Metrics = {"notes": list(notes)} if notes else {}
-    ended = session.step == session.steps  # it was not heard, or the run would not go on
+    kept_at: EpochReport = {"kept_at": job.keep_folder}
+    unsent: EpochReport = {"notes": list(notes)} if notes else {}
+    ended = session.step == session.steps  # its last report did not arrive, or the run would not be resumed
     if ended or (repeat and resume is not None and session.last):
-        report(Progress(session.last | place | told, None))
-        told = {}
+        report(Progress(session.last | kept_at | unsent, None))
+        unsent = {}
     while session.step < session.steps:
         train_epoch(session, report, leaving, stepped)
         session.last = end_epoch(session)
         done = session.step == session.steps
         due = done or session.epoch % job.training.checkpoint_every == 0
-        report(Progress(session.last | place | told, _saver(session) if due else None))
-        told = {}
+        report(Progress(session.last | kept_at | unsent, _saver(session) if due else None))
+        unsent = {}
 
 
 def train_epoch(
     session: Session, report: Report, leaving: Callable[[], str | None], stepped: Stepped
 ) -> None:
-    """The rest of an epoch: pruning steps where the plan has them, an optimizer step for each batch."""
+    """Train the rest of an epoch: pruning steps where the plan has them, an optimizer step for each batch.
+
+    Args:
+        session: its ``step`` says where in the epoch it begins.
+        report: called when a checkpoint is due within the epoch.
+        leaving: as in :func:`run`.
+        stepped: as in :func:`run`.
+    """
     per_epoch = len(session.sampler)
     session.sampler.start(session.epoch, session.step % per_epoch)
     session.network.train()
@@ -101,78 +116,84 @@ def train_epoch(
         session.step += 1
         stepped(session.step, session.steps)
         if session.step % per_epoch and _due(session, leaving):
-            settle(session)
+            reduce_metrics(session)
             report(Progress(_between(session), _saver(session)))
 
 
-def end_epoch(session: Session) -> Metrics:
-    """Evaluate, keep the model if it is the best at a sparsity that is kept, and say how things stand.
+def end_epoch(session: Session) -> EpochReport:
+    """Evaluate, keep the model if it is the best at a sparsity that is kept, and return the epoch's figures.
 
     Raises:
-        FloatingPointError: losses, weights or answers that are not finite: nothing is kept, or said, of them.
+        FloatingPointError: losses, weights or logits that are not finite: nothing is kept or reported then.
     """
     job, measured = session.job, session.metrics
-    settle(session)
+    reduce_metrics(session)
     measured.check(job.data.bad_limit)
     finite = [loss for loss in measured.losses if math.isfinite(loss)]
     session.check_finite()
     result = evaluate(session.evaluated, session.validation)
     at_target = job.pruning is None or session.target == job.pruning.sparsity
-    metrics: Metrics = {
+    costs = session.costs.at(session.pruned_weights)
+    report: EpochReport = {
         "epoch": session.epoch,
         "step": session.step,
-        "train_loss": sum(finite) / len(finite) if finite else math.nan,  # all of its steps were left out
+        "train_loss": sum(finite) / len(finite) if finite else math.nan,  # NaN: all steps were left out
         "val_loss": result.loss,
         "val_top1": result.top1,
         "sparsity": session.sparsity,
         "lr": measured.rates[-1],
-        "score": result.score if at_target else -1.0,  # only at the final sparsity trials compare
+        "score": result.score if at_target else -1.0,  # trials are compared at the final sparsity only
         "recovery_epochs": session.recovery_epochs if at_target else 0,
-        **session.costs.at(session.pruned_weights).as_dict(),
+        "parameters": costs.parameters,
+        "parameters_sparse": costs.parameters_sparse,
+        "macs": costs.macs,
+        "macs_sparse": costs.macs_sparse,
         "step_loss": measured.losses,
         "step_lr": measured.rates,
-        **measured.facts,
     }
+    report |= cast(EpochReport, measured.facts)  # skipped images and steps, and the λ of a pruning step
     measured.next_epoch()
-    _keep(session, metrics, result)
-    return metrics | {"kept": dict(session.kept)}
+    _keep(session, report, result)
+    return report | {"kept": dict(session.kept)}
 
 
-def _between(session: Session) -> Metrics:
-    """What is said of a checkpoint within an epoch: who compares runs always finds what it compares by."""
-    judged = {
-        key: session.last.get(key, unknown) for key, unknown in (("score", -1.0), ("recovery_epochs", 0))
+def _between(session: Session) -> EpochReport:
+    """The report of a checkpoint within an epoch, with the keys by which schedulers compare runs."""
+    last = session.last
+    return {
+        "step": session.step,
+        "score": last.get("score", -1.0),
+        "recovery_epochs": last.get("recovery_epochs", 0),
     }
-    return {"step": session.step, **judged}
 
 
 def _due(session: Session, leaving: Callable[[], str | None]) -> bool:
-    """Whether a checkpoint within the epoch is due; all workers answer alike."""
+    """Whether a checkpoint within the epoch is due; the same on all workers."""
     training = session.job.training
     if training.checkpoint_steps is not None and session.step % training.checkpoint_steps == 0:
         return True
-    if session.step % _LOOK:
+    if session.step % _CLOCK_STEPS:
         return False
     now, minutes = time.monotonic(), training.checkpoint_minutes
-    wish = _ASK if now - session.asked_at > _ASK_SECONDS else 0
+    decision = _ASK if now - session.asked_at > _ASK_SECONDS else 0
     if minutes is not None and now - session.saved_at > 60 * minutes:
-        wish = _SAVE
-    agreed = distributed.broadcast_int(wish)
-    if agreed == _ASK:
+        decision = _SAVE
+    decision = distributed.broadcast_int(decision)  # the workers' clocks differ
+    if decision == _ASK:
         session.asked_at = now
         before, session.notice = session.notice, leaving()
         return session.notice not in (None, before)
-    return agreed == _SAVE
+    return decision == _SAVE
 
 
-def _keep(session: Session, metrics: Metrics, result: Evaluation) -> None:
-    """Write the model where the best of its sparsity is kept, if it is one and the best so far."""
+def _keep(session: Session, report: EpochReport, result: Evaluation) -> None:
+    """Keep the model if its sparsity is one to keep, and it is the best one at it so far."""
     pruning = session.job.pruning
-    wanted = {session.target} if pruning is None else {pruning.sparsity, *pruning.keep}
-    level = next((f"{one:g}" for one in wanted if abs(one - session.target) < 1e-6), None)
+    sparsities = {session.target} if pruning is None else {pruning.sparsity, *pruning.keep}
+    level = next((f"{sparsity:g}" for sparsity in sparsities if abs(sparsity - session.target) < 1e-6), None)
     if level is None or not result.score > session.kept.get(level, {}).get("level_score", -math.inf):
         return
-    figures = numbers(metrics)
+    figures = finite_numbers(report)
     session.kept[level] = figures | {"level_score": result.score}
     folder = session.job.keep_folder
     if folder is not None and distributed.rank() == 0:
@@ -182,16 +203,16 @@ def _keep(session: Session, metrics: Metrics, result: Evaluation) -> None:
 
 
 def _prune(session: Session, sparsity: float) -> None:
-    """One pruning step; the last one takes the searched allocation as it is, earlier ones scaled down."""
+    """Do one pruning step; the last one uses the searched allocation, earlier ones scale it down."""
     job, settings = session.job, session.job.pruning
     assert settings is not None, "a plan comes from pruning settings"
     assert job.method is not None, "a pruning job names its method"
     pruner = create_pruner(job.method, **settings.options(job.method))
     masks = session.layer_masks
-    gone = sum(masks.pruned().values())
+    pruned_before = sum(masks.pruned().values())
 
     def budget_at(level: float) -> int:
-        return max(pattern_budget(session.layers, level, pruner.form, masks), gone)
+        return max(pattern_budget(session.layers, level, pruner.form, masks), pruned_before)
 
     total = budget_at(sparsity)
     target: dict[str, int] | Sharing = sharing_of(settings, pruner)
@@ -212,8 +233,10 @@ def _prune(session: Session, sparsity: float) -> None:
 
 
 def _check_allocation(allocation: Mapping[str, int], budget: int, sparsity: float) -> None:
-    """Raises:
-    InputError: an allocation of another sparsity than the run is to end at, and would be told of it.
+    """Check that an allocation has the sparsity at which the run ends.
+
+    Raises:
+        InputError: it has another one.
     """
     given = sum(allocation.values())
     if given != budget:
@@ -222,7 +245,7 @@ def _check_allocation(allocation: Mapping[str, int], budget: int, sparsity: floa
 
 
 def _damp_facts(step: StepReport) -> dict[str, float]:
-    """The λ that a pruning step took where it tried several, and the held-out loss at each."""
+    """The λ that a pruning step chose where it compared several, and the held-out loss of each."""
     if step.damp is None:
         return {}
     return {
@@ -232,6 +255,7 @@ def _damp_facts(step: StepReport) -> dict[str, float]:
 
 
 def _saver(session: Session) -> Callable[[Path], None]:
-    session.check_finite()  # by every worker: only the first one saves, and the others would wait for it
+    """A function that writes the checkpoint folder of the current state."""
+    session.check_finite()  # by every worker: if rank 0 alone raised, the others would wait for it
     session.saved_at = time.monotonic()
     return lambda folder: session.save(folder, session.last)

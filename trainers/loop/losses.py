@@ -1,4 +1,4 @@
-"""Losses: cross entropy with label smoothing or soft targets, and distillation from a teacher."""
+"""Losses: cross-entropy with label smoothing or soft targets, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ from trainers.loop.optimization import Precision
 from trainers.models import factory
 
 Loss = Callable[[Any, Tensor], Tensor]
+"""(outputs (N, classes), targets (N,) or (N, classes)) to a scalar."""
 
 
 class Targets:
-    """How images and labels are mixed, and the loss that fits; mixing follows numpy's random state."""
+    """Mixup and CutMix of images and labels, and the loss that fits; they draw from numpy's random state.
+
+    Args:
+        training: the recipe's training.
+        classes: number of classes.
+
+    Attributes:
+        loss: of (logits (N, classes), targets): for labels (N,), or for soft targets (N, classes) if images
+            are mixed.
+    """
 
     def __init__(self, training: TrainingSettings, classes: int) -> None:
         augment = training.augment
@@ -36,20 +46,36 @@ class Targets:
             self.loss = SoftTargetCrossEntropy()
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, and labels or shares of the classes."""
+        """Mix a batch.
+
+        Args:
+            images: (N, 3, H, W).
+            labels: (N,), int64.
+
+        Returns:
+            Images (M, 3, H, W), and labels (N,), or soft targets (M, classes) if images are mixed; M is N, or
+            N + 1 where N is odd and images are mixed.
+        """
         if self._mix is None:
             return images, labels
-        if len(images) % 2:  # Mixup pairs images: the odd one of a last batch comes twice
+        if len(images) % 2:  # Mixup pairs images: the last one of an odd batch is used twice
             images, labels = torch.cat([images, images[-1:]]), torch.cat([labels, labels[-1:]])
         mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
         return mixed
 
 
 class Distillation:
-    """A teacher, and the loss of learning from it beside the labels (Hinton et al., 2015; hard: DeiT, 2021).
+    """Distillation from a teacher: the loss is a weighted mean of that of the labels and that of the teacher.
+
+    ``soft``: the Kullback-Leibler divergence of the softened outputs, times the squared temperature (Hinton
+    et al., "Distilling the Knowledge in a Neural Network", 2015). ``hard``: cross-entropy with the class that
+    the teacher predicts (Touvron et al., "Training data-efficient image transformers", 2021).
 
     Args:
-        student: whose preprocessing the images have had.
+        settings: kind, weight and temperature.
+        teacher: moved to the device, in eval mode.
+        student: the model; its preprocessing, which the images have had, is converted to the teacher's.
+        precision: of the teacher's forward pass.
 
     Raises:
         InputError: a teacher with other classes.
@@ -66,10 +92,10 @@ class Distillation:
         self._teacher.to(precision.device)
         ours, theirs = factory.data_config(student), factory.data_config(teacher)
         self._size = tuple(theirs["input_size"][1:])
-        scale = [mine / other for mine, other in zip(ours["std"], theirs["std"], strict=True)]
+        scale = [own / other for own, other in zip(ours["std"], theirs["std"], strict=True)]
         shift = [
-            (mine - other) / std
-            for mine, other, std in zip(ours["mean"], theirs["mean"], theirs["std"], strict=True)
+            (own - other) / std
+            for own, other, std in zip(ours["mean"], theirs["mean"], theirs["std"], strict=True)
         ]
         self._same = scale == [1.0] * len(scale) and not any(shift)
         self._scale = torch.tensor(scale, device=precision.device).view(-1, 1, 1)
@@ -80,7 +106,8 @@ class Distillation:
             two_heads(True)
 
     @torch.no_grad()
-    def _says(self, images: Tensor) -> Tensor:
+    def _teacher_logits(self, images: Tensor) -> Tensor:
+        """Logits (N, classes), float32, of images (N, 3, H, W) that are normalised for the student."""
         if not self._same:
             images = images * self._scale + self._shift
         if tuple(images.shape[2:]) != self._size:
@@ -90,12 +117,20 @@ class Distillation:
         return logits.float()
 
     def wrap(self, loss: Loss) -> Callable[[Any, Tensor, Tensor], Tensor]:
-        """The loss of (outputs, targets, images)."""
+        """Add distillation to a loss.
+
+        Args:
+            loss: of the labels, (outputs, targets) to a scalar.
+
+        Returns:
+            A loss of (outputs, targets, images): outputs (N, classes), or a pair of them for a student with a
+            distillation head; targets as in :class:`Targets`; images (N, 3, H, W), normalised.
+        """
         settings = self._settings
 
         def both(outputs: Any, targets: Tensor, images: Tensor) -> Tensor:
             labelled, taught = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-            teacher = self._says(images)
+            teacher = self._teacher_logits(images)
             if settings.kind == "hard":
                 lesson = functional.cross_entropy(taught, teacher.argmax(1))
             else:

@@ -1,8 +1,7 @@
-"""What a worker measures while it trains, without waiting for the device: losses, rates, skipped images."""
+"""Accumulate what a worker measures while it trains, without synchronising with the device at each step."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,30 +11,22 @@ from torch import Tensor
 from pruners.errors import InputError
 from trainers import distributed
 
-Metrics = dict[str, Any]
-
-
-def numbers(metrics: Metrics) -> Metrics:
-    """Those of some metrics that are numbers, as JSON can hold them: it knows no NaN and nothing infinite."""
-    return {
-        key: value
-        for key, value in metrics.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-
 
 @dataclass
 class MetricsAccumulator:
-    """Losses and rates of the epoch so far, and of the whole run what went wrong.
+    """Losses and learning rates of the epoch so far, and counts of what went wrong in the whole run.
 
-    What a step gives stays on the device until :meth:`look` and :meth:`settle`; all workers call the latter
-    together.
+    The values of a step stay on the device until :meth:`check_gradients` and :meth:`reduce`; all workers call
+    the latter together. The public attributes are stored in checkpoints by their names.
 
     Attributes:
-        skipped: images that could not be read.
-        left_out: steps that were left out as their losses or gradients were not finite.
-        overflows: steps whose loss was finite, and whose gradients float16 could not hold at its scale.
-        idle: steps up to now that were left out one after the other.
+        losses: mean loss over the workers of each step of the epoch.
+        rates: learning rate of each step of the epoch.
+        skipped: images of the run that could not be read.
+        left_out: steps of the run that were left out because their loss or gradients were not finite.
+        overflows: steps whose loss was finite but whose gradients overflowed in float16.
+        idle: the number of latest steps in a row that were left out.
+        facts: other figures of the epoch, which are reported by their names.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -48,45 +39,56 @@ class MetricsAccumulator:
     _pending: list[Tensor] = field(default_factory=list)
     _skipped: list[Tensor] = field(default_factory=list)
     _norms: list[Tensor] = field(default_factory=list)
-    _sound: list[bool] = field(default_factory=list)
+    _finite: list[bool] = field(default_factory=list)
 
     def record(self, loss: Tensor, rate: float, skipped: Tensor, norm: Tensor) -> None:
-        """A step: this worker's part of the loss, how many images were skipped for each of its own, and the
-        norm of all gradients, which is the same on every worker."""
+        """Record a step.
+
+        Args:
+            loss: this worker's part of the loss, a scalar.
+            rate: the learning rate.
+            skipped: images that were skipped for each image of this worker, (N,).
+            norm: the norm of all gradients, a scalar, the same on every worker.
+        """
         self._pending.append(loss)
         self._norms.append(norm)
         self._skipped.append(skipped.sum())
         self.rates.append(rate)
 
-    def look(self) -> list[bool]:
-        """Whether the gradients of each step since the last look were finite; waits for the device."""
+    def check_gradients(self) -> list[bool]:
+        """Whether the gradients of each step since the last call were finite; synchronises the device."""
         new: list[bool] = torch.isfinite(torch.stack(self._norms)).tolist() if self._norms else []
-        for sound in new:
-            self.idle = 0 if sound else self.idle + 1
-        self._sound += new
+        for finite in new:
+            self.idle = 0 if finite else self.idle + 1
+        self._finite += new
         self._norms = []
         return new
 
-    def settle(self) -> list[tuple[float, bool]]:
-        """Bring losses and counts of all workers together.
+    def reduce(self) -> list[tuple[float, bool]]:
+        """Average the losses over the workers, and sum the counts.
 
         Returns:
-            Of each step since it was done last, the loss and whether the gradients were finite.
+            For each step since the last call, the loss and whether the gradients were finite.
         """
-        self.look()
+        self.check_gradients()
         if not self._pending:
             return []
         losses = distributed.mean_over_workers(torch.stack(self._pending).double()).tolist()
-        new = list(zip(losses, self._sound, strict=True))
+        new = list(zip(losses, self._finite, strict=True))
         self.losses += losses
-        found = distributed.mean_over_workers(torch.stack(self._skipped).sum().double())
-        self.skipped += round(float(found) * distributed.world_size())
-        self._pending, self._skipped, self._sound = [], [], []
+        skipped = distributed.mean_over_workers(torch.stack(self._skipped).sum().double())
+        self.skipped += round(float(skipped) * distributed.world_size())
+        self._pending, self._skipped, self._finite = [], [], []
         return new
 
     def check(self, limit: int) -> None:
-        """Raises:
-        InputError: more images were skipped than the recipe allows.
+        """Add the counts to :attr:`facts`, and check how many images were skipped.
+
+        Args:
+            limit: how many the recipe allows.
+
+        Raises:
+            InputError: more images were skipped.
         """
         self.facts["skipped_images"] = self.skipped
         self.facts["skipped_steps"] = self.left_out + self.overflows
@@ -95,12 +97,14 @@ class MetricsAccumulator:
             raise InputError("data.bad_limit", limit, expected)
 
     def next_epoch(self) -> None:
+        """Forget what belongs to the epoch that has ended."""
         self.losses, self.rates, self.facts = [], [], {}
 
     def state(self) -> dict[str, Any]:
-        """As JSON can hold it; what is not settled is not in it."""
+        """The public attributes, as JSON can hold them; steps that are not reduced yet are not in it."""
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> MetricsAccumulator:
+        """The inverse of :meth:`state`."""
         return cls(**state)

@@ -1,4 +1,4 @@
-"""What a training step is made of besides the model: targets and loss, teacher, precision, moving average."""
+"""Parts of a training step: the optimizer, frozen parameters, mixed precision, moving average, masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer by its name; biases and norms have no weight decay.
+    """Make timm's optimizer by its name; biases and norms have no weight decay.
 
     Raises:
         InputError: timm has none of that name, or it refuses its arguments.
@@ -44,7 +44,12 @@ def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableLayer]) -> None:
-    """Parameters that a pattern matches are not trained.
+    """Exclude the parameters that a pattern matches from training.
+
+    Args:
+        model: its parameters are changed in place.
+        patterns: regular expressions of parameter names.
+        layers: the layers that are pruned, which must not be frozen.
 
     Raises:
         InputError: as :func:`matching_parameters`.
@@ -54,26 +59,42 @@ def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableL
 
 
 def matching_parameters(model: nn.Module, patterns: Sequence[str], pruned: Collection[str]) -> list[str]:
-    """The parameters that some pattern matches.
+    """Find the parameters that any pattern matches.
+
+    Args:
+        model: the model.
+        patterns: regular expressions of parameter names.
+        pruned: names of the weights that are pruned, which must not match.
+
+    Returns:
+        Names of the parameters.
 
     Raises:
         InputError: a pattern that matches nothing, or a layer that is pruned and must recover.
     """
     names: list[str] = []
     for pattern in patterns:
-        found = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-        if not found:
+        matches = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+        if not matches:
             raise InputError("training.freeze", pattern, "matches no parameter of the model")
-        for name in found:
+        for name in matches:
             if name in pruned:
                 raise InputError("training.freeze", pattern, f"{name} is pruned and must be free to recover")
-        names += found
+        names += matches
     return names
 
 
 @dataclass
 class Precision:
-    """Automatic mixed precision: bfloat16 as it is, float16 with its losses scaled."""
+    """Automatic mixed precision: bfloat16, float16 with loss scaling, or float32.
+
+    Calling it returns the context of a forward pass.
+
+    Attributes:
+        kind: ``float32``, ``bfloat16`` or ``float16``.
+        device: where the model is.
+        scaler: of the loss; does nothing unless ``kind`` is ``float16``.
+    """
 
     kind: str
     device: torch.device
@@ -82,43 +103,51 @@ class Precision:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.kind == "float16")
 
     def __call__(self) -> AbstractContextManager[Any]:
-        """The context of a forward pass."""
+        """Make the context of a forward pass."""
         if self.kind == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_TYPES[self.kind])
 
 
 def moving_average(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
-    """timm's moving average of a model's weights, if one is asked for."""
+    """timm's moving average of a model's weights, if the recipe has a ``decay``."""
     return None if decay is None else ModelEmaV3(model, decay=decay)
 
 
-class Moved:
-    """What a forward pass of training moves itself: running statistics of norms, ranges of int8.
+class BufferSnapshot:
+    """Restores the buffers that a forward pass changes (running statistics, ranges) after a skipped step.
 
-    A step that is left out must not have moved them: NaN would stay in them for ever.
+    Otherwise a NaN would stay in them for the rest of the run.
+
+    Args:
+        network: its floating-point buffers are restored.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._own = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        self._buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         self._before: list[Tensor] = []
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Before a step."""
-        self._before = [buffer.clone() for buffer in self._own]
+    def take(self) -> None:
+        """Copy the buffers, before a step."""
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
-    def put_back(self, unless: Tensor) -> None:
-        """After it, unless a boolean of one number says that it was made; the device is not waited for."""
-        for buffer, before in zip(self._own, self._before, strict=True):
-            buffer.copy_(torch.where(unless, buffer, before))
+    def restore_unless(self, stepped: Tensor) -> None:
+        """Restore the buffers if ``stepped``, a boolean scalar, is false; the device is not synchronised."""
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(stepped, buffer, before))
 
 
 class MaskEnforcer:
-    """Keeps pruned weights at exactly zero, its look-ups done once.
+    """Zeroes gradients and weights of pruned entries; parameters are looked up once.
 
-    Their gradients are zeroed too: what was pruned has no part in the norm, and gathers no moments.
+    Gradients are zeroed so that pruned weights count neither in the gradients' norm nor in the optimizer's
+    moments.
+
+    Args:
+        model: its parameters are changed in place.
+        masks: of the pruned layers; ``None``: nothing is pruned.
     """
 
     def __init__(self, model: nn.Module, masks: MaskSet | None) -> None:
@@ -126,14 +155,14 @@ class MaskEnforcer:
         self._pairs = [(weights[name], ~mask) for name, mask in (masks or {}).items()]
 
     @torch.no_grad()
-    def gradients(self) -> None:
-        """Before an optimizer step."""
+    def zero_grad_(self) -> None:
+        """Zero the gradients of pruned weights, before an optimizer step."""
         for weight, pruned in self._pairs:
             if weight.grad is not None:
                 weight.grad.masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
-    def weights(self) -> None:
-        """After it: decay and momentum of some optimizers move zeros."""
+    def zero_weights_(self) -> None:
+        """Zero the pruned weights, after a step: weight decay and momentum of some optimizers move them."""
         for weight, pruned in self._pairs:
             weight.masked_fill_(pruned, 0.0)

@@ -1,7 +1,7 @@
-"""One pruning step over data-parallel workers: each orders its share of the layers, all agree on the result.
+"""One pruning step over data-parallel workers: each orders its share of the layers, and all get the result.
 
-Workers take different gradients, receive the Fisher blocks of their own layers only, and eliminate them;
-losses and results are then shared. The maths itself (``pruners``) knows nothing of workers.
+Each worker computes other gradients, receives the Fisher blocks of its own layers only, and eliminates their
+weights; losses and results are then broadcast. The maths (:mod:`pruners`) does not depend on workers.
 """
 
 from __future__ import annotations
@@ -33,26 +33,39 @@ from trainers import distributed
 from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.data.datasets import fixed_batches
 
-_HELD_OUT = 16  # batches over all workers that score the λ of ``damp: auto``
+_HELD_OUT = 16  # batches, over all workers, on which the λ of ``damp: auto`` are compared
 
 
 def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
-    """Which worker orders which layer: the largest first, each to the worker with the least so far."""
+    """Assign each layer to a worker: the largest layers first, each to the worker with the fewest weights.
+
+    Args:
+        layers: the layers to order.
+        world: number of workers.
+
+    Returns:
+        The rank of each layer's owner, by name.
+    """
     load = [0] * world
-    found: dict[str, int] = {}
+    owner_of: dict[str, int] = {}
     for layer in sorted(layers, key=lambda layer: (-layer.numel, layer.name)):
         owner = load.index(min(load))
-        found[layer.name] = owner
+        owner_of[layer.name] = owner
         load[owner] += layer.numel
-    return found
+    return owner_of
 
 
 @dataclass(frozen=True)
 class Gradients:
     """Where the gradients of a pruning step come from, and how many.
 
-    ``batches`` and ``held_out`` give this worker's own batches, the same at every call; every worker must
-    have the same number, give or take one. ``limit`` is how many gradients this worker takes at most.
+    Attributes:
+        batches: returns this worker's batches (images, labels), the same at every call; the number of batches
+            differs by one at most between workers.
+        limit: how many gradients this worker computes at most.
+        per_sample: a gradient of each image, not of each batch.
+        held_out: returns this worker's batches on which several λ are compared.
+        memory: bytes for the Fisher of this worker; default: a share of what is free.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -72,11 +85,26 @@ def gradient_source(
     world: int,
     seed: int,
 ) -> Gradients:
-    """This worker's share of the gradients that a recipe asks for; held-out batches follow the others."""
+    """This worker's share of the gradients that a recipe asks for.
+
+    Held-out batches are those that follow the gradients' batches in the fixed order of the images.
+
+    Args:
+        images: items are (image (3, H, W), label).
+        settings: the recipe's Fisher.
+        pruner: the method, for its default number of gradients.
+        tries_damps: whether several λ are compared, which takes held-out batches.
+        rank: this worker.
+        world: number of workers.
+        seed: decides the order of the images.
+
+    Returns:
+        The source of gradients.
+    """
     count = settings.gradients or pruner.gradients
     batches = -(-count // settings.batch_size) if settings.per_sample else count
 
-    # of single images the last batch may count in part, whoever has it
+    # with a gradient of each image the last batch may be needed in part only
     images_of = [
         min(settings.batch_size, count - n * settings.batch_size) for n in range(rank, batches, world)
     ]
@@ -99,26 +127,31 @@ def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[Prunabl
     Raises:
         InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
     """
-    found = find_layers(model, settings.layers)
-    return fitting(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
+    layers = find_layers(model, settings.layers)
+    return fitting(layers, Pattern.parse(settings.pattern), unfit=settings.unfit)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How many weights are pruned in all, and in each layer: given, or to be shared out."""
+    """What a pruning step shall reach.
+
+    Attributes:
+        total: number of pruned weights in all layers.
+        target: number of pruned weights of each layer, or how ``total`` is divided among the layers.
+    """
 
     total: int
     target: Allocation | Sharing
 
 
 def sharing_of(settings: PruningSettings, pruner: Pruner) -> Sharing:
-    """How a recipe shares a budget out; without a scope of its own as the method does."""
+    """How a recipe divides a budget among layers; by default as the method does."""
     return Sharing(settings.scope or pruner.scope, settings.floor, settings.ceiling, settings.table)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The new masks, and which λ was taken where several were tried."""
+    """The result of a pruning step: the new masks, and the λ that was chosen where several were compared."""
 
     masks: MaskSet
     damp: DampChoice | None = None
@@ -131,7 +164,18 @@ def ordering(
     pruner: Pruner,
     source: Gradients,
 ) -> Ordering:
-    """What orders this worker's share of the layers, from the gradients of all workers."""
+    """Make what orders this worker's share of the layers, from the gradients of all workers.
+
+    Args:
+        model: the model to prune.
+        layers: the layers to prune.
+        masks: of weights that are pruned already.
+        pruner: the method.
+        source: this worker's gradients.
+
+    Returns:
+        The ordering; nothing is computed yet.
+    """
     owner = owners(layers, distributed.world_size())
     device = next(model.parameters()).device
 
@@ -155,9 +199,9 @@ def ordering(
 
 
 def _budget(device: torch.device) -> int:
-    """Bytes for the Fisher of each worker: the same everywhere, as all must go through the same groups.
+    """Bytes for the Fisher of each worker: the same on all, which must process the same groups of layers.
 
-    The processes of one machine share its memory.
+    The workers of one machine share its memory.
     """
     host = socket.gethostname()
     everywhere = distributed.all_gather((host, free_bytes(device)))
@@ -166,7 +210,15 @@ def _budget(device: torch.device) -> int:
 
 
 def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
-    """Prune the model of ``work`` (:func:`ordering`) in place to ``goal``, on every worker.
+    """Prune a model in place, on every worker.
+
+    Args:
+        work: as :func:`ordering` makes it; its model is pruned.
+        source: this worker's gradients.
+        goal: what to reach.
+
+    Returns:
+        The new masks, and the chosen λ.
 
     Raises:
         RuntimeError: workers that do not end with the same masks.
@@ -179,7 +231,19 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
 
 
 def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
-    """The order of this worker's share of the layers; the best λ for ``goal``, if several are to be tried."""
+    """Compute the order of this worker's share of the layers.
+
+    Args:
+        work: as :func:`ordering` makes it.
+        source: this worker's gradients; with held-out batches several λ are compared.
+        goal: the sparsity at which they are compared.
+
+    Returns:
+        The order, and the λ that was chosen; ``None`` where the method has one.
+
+    Raises:
+        InputError: every λ fails, on this worker or on another.
+    """
     work.depth = _deepest(work.layers, goal.target)
     if source.held_out is None:
         return work.order(), None
@@ -197,7 +261,7 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
         failed = distributed.sum_over_workers(torch.tensor(0.0 if failure is None else 1.0, device=device))
         if failure is not None:
             raise failure
-        if order is None or float(failed):  # all go on to the next λ together
+        if order is None or float(failed):  # all workers skip this λ together
             raise InputError("damp", damp, "failed on another worker")
         _apply(work, order, goal)
         value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
@@ -212,14 +276,14 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
 
 
 def _deepest(layers: Sequence[PrunableLayer], target: Allocation | Sharing) -> float:
-    """The largest sparsity that a layer may get."""
+    """The largest sparsity that any layer may reach."""
     if isinstance(target, Sharing):
         return max(per_layer("ceiling", target.ceiling, layers, 1.0).values(), default=1.0)
     return max((target[layer.name] / layer.numel for layer in layers), default=1.0)
 
 
 def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
-    """Write the weights that ``order`` gives at ``goal`` into the model, on every worker."""
+    """Write the weights that an order gives at a goal into the model, on every worker."""
     layers, target = work.layers, goal.target
     owner = owners(layers, distributed.world_size())
     parameters = dict(work.model.named_parameters())
@@ -233,16 +297,18 @@ def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
         weight = parameters[layer.name].detach()
         mask = torch.empty(layer.shape, dtype=torch.bool, device=weight.device)
         if layer.name in order:
-            found, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
-            weight.copy_(found)
+            pruned_weight, mask = order[layer.name].at(work.weights[layer.name], target[layer.name])
+            weight.copy_(pruned_weight)
         distributed.broadcast(weight, owner[layer.name])
         new[layer.name] = distributed.broadcast_bool(mask, owner[layer.name])
     return MaskSet(new)
 
 
 def _check_kept(allocation: Allocation, pruned: Mapping[str, int]) -> None:
-    """Raises:
-    InputError: an allocation that gives a layer fewer zeros than it has.
+    """Check that an allocation keeps the zeros that a layer has.
+
+    Raises:
+        InputError: a layer that would get fewer zeros than it has.
     """
     for name, count in pruned.items():
         if allocation[name] < count:
@@ -253,7 +319,7 @@ def _check_kept(allocation: Allocation, pruned: Mapping[str, int]) -> None:
 def _gather_fisher(
     fisher: BlockFisher, layers: Sequence[PrunableLayer], owner: Mapping[str, int], device: torch.device
 ) -> None:
-    """Sum each layer's Fisher blocks on its owner, and drop them elsewhere."""
+    """Sum each layer's Fisher blocks on its owner, and discard them elsewhere."""
     for layer in layers:
         for part in fisher.parts(layer, device):
             distributed.reduce(part, owner[layer.name])
@@ -269,13 +335,14 @@ def _gather_losses(
     owner: Mapping[str, int],
     device: torch.device,
 ) -> dict[str, Tensor]:
+    """Broadcast the losses of each layer's elimination from its owner to all workers."""
     losses = {}
-    found = order.losses
+    own_losses = order.losses
     for layer in layers:
-        mine = found[layer.name].double().contiguous() if layer.name in found else None
-        reach = torch.tensor(0 if mine is None else len(mine), device=device)
+        own = own_losses[layer.name].double().contiguous() if layer.name in own_losses else None
+        reach = torch.tensor(0 if own is None else len(own), device=device)
         reach = distributed.broadcast(reach, owner[layer.name])  # a pattern may leave less than the layer
-        if mine is None:
-            mine = torch.empty(int(reach), dtype=torch.float64, device=device)
-        losses[layer.name] = distributed.broadcast(mine, owner[layer.name])
+        if own is None:
+            own = torch.empty(int(reach), dtype=torch.float64, device=device)
+        losses[layer.name] = distributed.broadcast(own, owner[layer.name])
     return losses

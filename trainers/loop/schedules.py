@@ -11,11 +11,18 @@ from trainers.config.schedules import LearningRate, PruningSchedule
 
 
 def pruning_plan(schedule: PruningSchedule, target: float, length: int) -> dict[int, float]:
-    """The pruning steps of a run: time -> sparsity reached, ascending in both.
+    """Expand a schedule to the pruning steps of a run.
+
+    A polynomial schedule has s(t) = target + (start - target) · (1 - t)^power, where t is 0 at the first
+    step and 1 at the last one (Zhu & Gupta, 2017; their power is 3).
 
     Args:
-        target: sparsity of the last step.
-        length: of the run, in what the schedule counts (its ``unit``).
+        schedule: the recipe's schedule.
+        target: sparsity of the last step, 0…1.
+        length: length of the run, in epochs or steps as the schedule's ``unit``.
+
+    Returns:
+        The sparsity that is reached at each time (epoch or step), ascending in both.
 
     Raises:
         InputError: more steps than times up to the last one, or a step after the end of the run.
@@ -45,23 +52,23 @@ def pruning_plan(schedule: PruningSchedule, target: float, length: int) -> dict[
 
 
 def _through_points(schedule: PruningSchedule, length: int) -> dict[int, float]:
-    """Linear between the points, at those and every so often between them."""
+    """The steps of a schedule through points: at the points, and between them, where it is linear."""
     points = sorted(schedule.points.items())
     end = points[-1][0]
     if round(end) >= length:
         raise InputError(
             "pruning.schedule.points", end, f"must lie before the end of the run ({length} {schedule.unit})"
         )
-    found = dict(points)
+    sparsity_at = dict(points)
     for (before, low), (after, high) in pairwise(points):
         between = 1 if schedule.every is None else math.ceil((after - before) / schedule.every - 1e-9)
-        if between > length:  # not one by one: every is as small as anybody types
+        if between > length:  # before the loop: a tiny ``every`` would make it endless
             raise _too_close(schedule)
         for number in range(1, between):
             time = before + number * (schedule.every or 0.0)
-            found[time] = low + (high - low) * (time - before) / (after - before)
-    plan = {round(time): found[time] for time in sorted(found)}
-    if len(plan) < len(found):
+            sparsity_at[time] = low + (high - low) * (time - before) / (after - before)
+    plan = {round(time): sparsity_at[time] for time in sorted(sparsity_at)}
+    if len(plan) < len(sparsity_at):
         raise _too_close(schedule)
     return plan
 
@@ -78,9 +85,13 @@ def learning_rate(lr: LearningRate, epoch: float, epochs: float, jumps: Sequence
     """The learning rate at a point of the run.
 
     Args:
+        lr: the recipe's learning rate.
         epoch: epochs done, with fractions.
         epochs: length of the run.
-        jumps: epochs at which a pruning step falls: a cyclic rate jumps to its peak there.
+        jumps: epochs that begin with a pruning step, with fractions: a cyclic rate jumps to its peak there.
+
+    Returns:
+        The rate, before any layer-wise decay.
     """
     if epoch < lr.warmup_epochs:
         peak = lr.cycle_peaks[0] if lr.cycle_peaks else lr.peak

@@ -1,10 +1,10 @@
-"""What one worker holds during a run: opened from a job, saved to a checkpoint folder, restored from it."""
+"""The state of one worker during a run: built from a job, saved to a checkpoint folder, restored from it."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,62 @@ from trainers import distributed
 from trainers.checkpoint import trainer_state
 from trainers.checkpoint.finite import check_finite
 from trainers.checkpoint.folder import save_checkpoint
+from trainers.checkpoint.records import PruningRecord
 from trainers.config.jobs import TrainJob
 from trainers.data import datasets
 from trainers.data.augment import Augment, Normalise
 from trainers.data.sampler import EpochBatches
 from trainers.loop import builders
 from trainers.loop.losses import Targets
-from trainers.loop.metrics import Metrics, MetricsAccumulator, numbers
-from trainers.loop.optimization import MaskEnforcer, Moved, Precision, freeze, make_optimizer, moving_average
+from trainers.loop.metrics import MetricsAccumulator
+from trainers.loop.optimization import (
+    BufferSnapshot,
+    MaskEnforcer,
+    Precision,
+    freeze,
+    make_optimizer,
+    moving_average,
+)
 from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
+from trainers.loop.report import EpochReport, finite_numbers
 from trainers.models import factory
 from trainers.quantization.fake_quant import Prepared
 
 
 @dataclass
 class Session:
-    """One worker's run.
+    """The state of one worker's run.
 
     Attributes:
-        model: the bare model; ``network`` is what is trained (DDP around it, compiled if asked).
-        average: the moving average of its weights, if the recipe asks for one.
-        prepared: the model with fake quantisation around its weights, where it is trained for INT8.
-        plan: steps that begin with a pruning step, and the sparsity it reaches.
-        held: what keeps pruned weights at zero; ``moved`` what a forward pass moves besides them.
+        job: what is done.
+        device: of this worker.
+        model: the timm model.
+        network: what is trained: the model, in DDP with several workers, compiled if the recipe asks for it.
+        model_args: keyword arguments with which timm builds the model.
+        layers: the layers that the job prunes.
+        costs: parameters and multiply-accumulates at any allocation.
+        masks: of all layers with pruned weights; ``None``: the model is dense.
+        optimizer: of the parameters that are trained.
+        precision: of forward passes.
+        average: the moving average of the model, if the recipe asks for one.
+        targets: mixes images and labels.
+        loss: of (outputs, targets, images).
+        train: loader of this worker's training batches.
+        normalise: makes images of the batches' pixels.
+        sampler: of the training batches; its length is the number of steps of an epoch.
+        images: the training images without augmentation.
+        validation: loader of this worker's validation batches.
+        plan: the sparsity of each pruning step, by the optimizer step before which it is done.
+        mask_enforcer: keeps pruned weights at zero.
+        buffers: restores the buffers after a skipped step.
+        prepared: the model with fake quantization, if it is trained for INT8.
         metrics: what is measured of the epoch so far.
         step: optimizer steps done.
-        notice: the machines that were about to be taken away when the cluster was asked last.
-        kept: the figures of the best model at each sparsity that is kept; ``last`` those of the last epoch.
+        kept: figures of the best model at each sparsity that is kept.
+        last: the last epoch's report.
+        saved_at: time of the last checkpoint, in seconds of the monotonic clock.
+        asked_at: time of the last question about preemption, likewise.
+        notice: the machines that the cluster named at that question.
     """
 
     job: TrainJob
@@ -70,13 +99,13 @@ class Session:
     images: datasets.ImageTable
     validation: datasets.Batches
     plan: dict[int, float]
-    held: MaskEnforcer
-    moved: Moved
+    mask_enforcer: MaskEnforcer
+    buffers: BufferSnapshot
     prepared: Prepared | None = None
     metrics: MetricsAccumulator = field(default_factory=MetricsAccumulator)
     step: int = 0
-    kept: dict[str, Metrics] = field(default_factory=dict)
-    last: Metrics = field(default_factory=dict)
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    last: EpochReport = field(default_factory=EpochReport)
     saved_at: float = field(default_factory=time.monotonic)
     asked_at: float = field(default_factory=time.monotonic)
     notice: str | None = None
@@ -89,23 +118,29 @@ class Session:
         resume: Path | None = None,
         branch: Path | None = None,
     ) -> Session:
-        """Build everything that the job names; with ``resume`` go on from a checkpoint folder of ours.
+        """Build everything that a job needs.
 
         Args:
-            branch: the checkpoint folder of the job's ``origin``, where there is none of its own.
+            job: what to do.
+            device: of this worker.
+            resume: a checkpoint folder of this job to resume from.
+            branch: where there is none, the checkpoint folder of the job's ``origin`` to start from.
+
+        Returns:
+            The session at its first step, or at the step of the checkpoint.
 
         Raises:
-            InputError: whatever of the job cannot be used.
+            InputError: a part of the job that cannot be used.
         """
         torch.set_num_threads(job.threads)
         training = job.training
         seed_everything(job.seed)
         source = resume or branch
-        model, args, masks = builders.load(job, source)
+        model, args, masks = builders.load_model(job, source)
         builders.name_classes(job, model)
         layers = prunable_layers(model, job.pruning) if job.pruning else []
         if job.pruning is not None:
-            masks = builders.all_masks(model, layers, masks)
+            masks = builders.initial_masks(model, layers, masks)
         prunes = job.pruning is not None and job.pruning.schedule.kind != "constant"
         freeze(model, training.freeze, layers if prunes else [])
         model.to(device)
@@ -114,7 +149,7 @@ class Session:
             model.to(memory_format=torch.channels_last)
         precision = Precision(training.precision, device)
         targets = Targets(training, factory.classes(model))
-        loss = builders.loss(job, model, targets.loss, precision)
+        loss = builders.make_loss(job, model, targets.loss, precision)
         config = factory.data_config(model)
         plain = datasets.eval_transform(config)
         world, rank = distributed.world_size(), distributed.rank()
@@ -130,12 +165,12 @@ class Session:
             pin=device.type == "cuda",
             normed=factory.batch_normed(model),
         )
-        prepared = builders.prepared(job, model, images, source)
+        prepared = builders.prepare_for_int8(job, model, images, source)
         session = cls(
             job=job,
             device=device,
             model=model,
-            network=builders.network(job, model if prepared is None else prepared, device),
+            network=builders.wrap_network(job, model if prepared is None else prepared, device),
             model_args=args,
             layers=layers,
             costs=cost_model(model, factory.input_size(model)),
@@ -153,8 +188,8 @@ class Session:
                 datasets.split(job.data, "validation", plain, job.seed), 128, rank, world
             ),
             plan=builders.pruning_steps(job, masks and masks.of(layers), len(sampler)),
-            held=MaskEnforcer(model, masks),
-            moved=Moved(model if prepared is None else prepared),
+            mask_enforcer=MaskEnforcer(model, masks),
+            buffers=BufferSnapshot(model if prepared is None else prepared),
             prepared=prepared,
         )
         if source is not None:
@@ -163,7 +198,8 @@ class Session:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        return [one for group in self.optimizer.param_groups for one in group["params"]]
+        """The parameters that the optimizer updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def epoch(self) -> int:
@@ -172,50 +208,53 @@ class Session:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.job.training.epochs * len(self.sampler)
 
     @property
     def target(self) -> float:
-        """The sparsity that the last pruning step up to here was for (0: none)."""
+        """The sparsity that the latest pruning step should reach; 0 before the first one."""
         if self.job.pruning is not None and not self.plan:
             return self.job.pruning.sparsity
         return max((sparsity for step, sparsity in self.plan.items() if step < self.step), default=0.0)
 
     @property
     def pruned_weights(self) -> dict[str, int]:
-        """Of each layer."""
+        """Number of pruned weights of each layer."""
         return self.masks.pruned() if self.masks is not None else {}
 
     @property
     def layer_masks(self) -> MaskSet:
-        """Of the layers that the job prunes."""
+        """Masks of the layers that the job prunes."""
         if self.masks is None:
             return MaskSet.dense(self.model, self.layers)
         return self.masks.of(self.layers)
 
     @property
     def sparsity(self) -> float:
-        """Of the layers that the job prunes; of a job that prunes none, of all that have zeros."""
+        """Share of zeros in the layers that the job prunes; if it prunes none, in all layers with masks."""
         if self.masks is None:
             return 0.0
         return self.layer_masks.sparsity if self.layers else self.masks.sparsity
 
     @property
     def shown(self) -> nn.Module:
-        """The model that is saved, and evaluated: the moving average, if there is one."""
+        """The model that is saved and evaluated: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
 
     @property
     def evaluated(self) -> nn.Module:
-        """What is shown, with the values that int8 can hold where it is trained for those."""
+        """What is evaluated: :attr:`shown`, or the model with fake quantization if it is trained for INT8."""
         return self.shown if self.prepared is None else self.prepared
 
     def check_finite(self) -> None:
-        """Raises:
-        FloatingPointError: a weight of the model, or of its average, that is not; on every worker.
+        """Check that the weights of the model and of its average are finite.
+
+        Raises:
+            FloatingPointError: one is not; raised on every worker.
         """
-        for model in {id(one): one for one in (self.model, self.shown)}.values():
+        models = [self.model] if self.shown is self.model else [self.model, self.shown]
+        for model in models:
             check_finite(model.state_dict(), f"after step {self.step - 1}")
 
     def gradients(self, pruner: Pruner) -> Gradients:
@@ -234,14 +273,17 @@ class Session:
         )
 
     def pruned(self, masks: MaskSet) -> None:
-        """After a pruning step: the optimizer forgets what fell, or all; the average begins anew."""
-        self.masks = masks = masks.over(self.masks)  # zeros of layers that this job leaves alone stay too
-        self.held = MaskEnforcer(self.model, masks)
+        """Take over the masks of a pruning step.
+
+        The optimizer's moments of pruned weights, or all of them, are reset, and the moving average restarts.
+        """
+        self.masks = masks = masks.over(self.masks)  # layers that this job does not prune keep their masks
+        self.mask_enforcer = MaskEnforcer(self.model, masks)
         if self.job.training.moments == "reset":
             self.optimizer.state.clear()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for parameter, known in self.optimizer.state.items():
-            for moment in known.values():
+        for parameter, entries in self.optimizer.state.items():
+            for moment in entries.values():
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     masks.mask_({names[id(parameter)]: moment})
         if self.average is not None:
@@ -249,33 +291,34 @@ class Session:
 
     @property
     def recovery_epochs(self) -> int:
-        """Epochs since the last pruning step up to here began."""
+        """Epochs since the latest pruning step."""
         before = max((step for step in self.plan if step < self.step), default=0)
         return self.epoch - before // len(self.sampler)
 
-    def save(self, folder: Path, metrics: Metrics, *, whole: bool = True) -> None:
-        """Write the checkpoint folder, with ``metrics`` as its figures.
+    def save(self, folder: Path, figures: Mapping[str, object], *, whole: bool = True) -> None:
+        """Write the checkpoint folder.
 
         Args:
-            whole: with what is needed to go on from it.
+            folder: made if need be.
+            figures: of the model; the numbers among them are recorded.
+            whole: with the state of training, for resuming.
         """
         pruned = self.pruned_weights
-        said = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
-        record = {
+        recorded = {"seed", "training", "pruning"} | (set() if self.job.quantize is None else {"quantize"})
+        record: PruningRecord = {
             "method": self.job.method or "dense",
             "sparsity": self.sparsity,
             "allocation": pruned,
-            "figures": numbers(metrics),
+            "figures": finite_numbers(figures),
             "costs": self.costs.at(pruned).as_dict(),
-            "recipe": self.job.model_dump(mode="json", include=said),
-            **self.job.lineage,
+            "recipe": self.job.model_dump(mode="json", include=recorded),
         }
         save_checkpoint(
             folder,
             self.shown,
             model_args=self.model_args,
             masks=self.masks,
-            record=record,
+            record={**record, **self.job.lineage},
             ranges=None if self.prepared is None else self.prepared.ranges(),
         )
         if not whole:
@@ -296,12 +339,16 @@ class Session:
         trainer_state.write_state(folder, tensors, progress)
 
     def _restore(self, folder: Path, *, branches: bool) -> None:
-        """Go on from a checkpoint; who branches off has settings of its own, and its own best to keep."""
+        """Restore the state of a checkpoint folder.
+
+        Args:
+            branches: it is of another run: some settings may differ, and its best models are not this run's.
+        """
         tensors, progress = trainer_state.read_state(folder)
         differs = self.job.origin.differs if branches and self.job.origin else ()
         trainer_state.check_identity(self.job, progress["job"], differs)
         if self.average is not None:
-            # the folder's weights are the average's
+            # the weights of the folder's model are those of the moving average
             trained = {
                 key.removeprefix("model/"): tensor
                 for key, tensor in tensors.items()
@@ -321,12 +368,12 @@ class Session:
         self.precision.scaler.load_state_dict(progress["scaler"])
         self.metrics = MetricsAccumulator.restored(progress["meter"])
         self.step, self.kept, self.last = progress["step"], progress["kept"], progress["last"]
-        if branches:  # what was kept lies in the other run's folder
+        if branches:  # the kept models are in the other run's folder
             self.kept, self.last = {}, self.last | {"kept": {}}
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed every source of randomness from some numbers (seed, step, rank)."""
+    """Seed the generators of Python, numpy and torch from several numbers (seed, step, rank)."""
     seed = int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

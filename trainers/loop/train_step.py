@@ -1,4 +1,4 @@
-"""One optimizer step, and what may go wrong in it."""
+"""One optimizer step, and the checks that its loss and gradients are finite."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from trainers import distributed
 from trainers.loop.schedules import learning_rate
 from trainers.loop.session import Session, seed_everything
 from trainers.models import factory
+from trainers.models.private_apis import uncompiled
 
-_PATIENCE = 10  # steps of a run that may be left out because they were not finite
-_LOOK = 10  # on a GPU, steps between two looks at whether they were
-_OVERFLOWS = 30  # steps in a row that float16 may leave out; its first scale of 65536 is halved by each
+_MOST_LEFT_OUT = 10  # steps of a run that may be left out because they were not finite
+_CHECK_STEPS = 10  # on a GPU, steps between two checks of the gradients
+_MOST_OVERFLOWS = 30  # steps in a row that float16 may leave out; each halves its scale, at first 65536
 
 
 def train_step(session: Session, batch: Sequence[Tensor]) -> None:
-    """Forward, backward, update; pruned weights are exactly zero again after it.
+    """Forward, backward, update; pruned weights are exactly zero again afterwards.
 
-    Workers may have different numbers of images: their losses count by their shares of the global batch, so
-    that N of them train as one does.
+    Workers may have different numbers of images: their losses are weighted by their shares of the global
+    batch, so that several workers train as one would.
+
+    Args:
+        session: the run.
+        batch: of this worker: pixels (N, H, W, 3), uint8; rectangles to erase (N, 4); labels (N,); images
+            skipped (N,).
 
     Raises:
         FloatingPointError: a loss or gradient that is not finite, with the step and the layer it came from;
@@ -40,57 +46,59 @@ def train_step(session: Session, batch: Sequence[Tensor]) -> None:
     share = session.sampler.share(session.step % len(session.sampler))
     loss = torch.zeros((), device=session.device)
     optimizer.zero_grad(set_to_none=True)
-    if _goes_on(session):
-        session.moved.remember()
+    if _skips_steps(session):
+        session.buffers.take()
     least = 2 if factory.batch_normed(session.model) else 1
-    for some, theirs, last in _parts(images, labels, min(training.accumulate, len(images) // least)):
-        mixed, targets = session.targets(some, theirs)
-        with _together(session.network, last), session.precision():
+    for part_images, part_labels, last in _parts(
+        images, labels, min(training.accumulate, len(images) // least)
+    ):
+        mixed, targets = session.targets(part_images, part_labels)
+        with _gradient_sync(session.network, last), session.precision():
             part = session.loss(session.network(mixed), targets, mixed)
-            part = part * (share * len(some) / len(images))
+            part = part * (share * len(part_images) / len(images))
             scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
-    session.held.gradients()  # first: what is pruned has no say in whether the scaler leaves the step out
+    session.mask_enforcer.zero_grad_()  # first: the scaler must not skip a step for pruned weights' gradients
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(session.trained, training.clip_grad or torch.inf)
-    sound = torch.isfinite(norm)
-    if _at_once(session) and not bool(sound):
-        _not_finite(session, images, loss)
-        session.moved.put_back(sound)
+    finite = torch.isfinite(norm)
+    if _checks_each_step(session) and not bool(finite):
+        _leave_out(session, images, loss)
+        session.buffers.restore_unless(finite)
     else:
         scaler.step(optimizer)
-        session.held.weights()
+        session.mask_enforcer.zero_weights_()
         if training.precision == "float16":
-            session.moved.put_back(sound)
+            session.buffers.restore_unless(finite)
         if session.prepared is not None:
-            session.prepared.agree()
+            session.prepared.average_ranges()
         if session.average is not None:
             session.average.update(session.model)
     scaler.update()
     session.metrics.record(loss, rate, skipped, norm)
-    if not _at_once(session) and session.step % _LOOK == 0:
-        _look(session, session.step)
+    if not _checks_each_step(session) and session.step % _CHECK_STEPS == 0:
+        _check_gradients(session, session.step)
 
 
-def settle(session: Session) -> None:
-    """Bring the losses of all workers together, before a model is evaluated or saved.
+def reduce_metrics(session: Session) -> None:
+    """Average the losses over all workers and check them, before a model is evaluated or saved.
 
     Raises:
         FloatingPointError: a loss or gradients that are not finite, by the step; more such steps than may be
             left out; a run of which no step was made.
     """
     training, metrics = session.job.training, session.metrics
-    _look(session, session.step - 1)
-    new = metrics.settle()
-    for step, (loss, sound) in enumerate(new, session.step - len(new)):
+    _check_gradients(session, session.step - 1)
+    new = metrics.reduce()
+    for step, (loss, finite) in enumerate(new, session.step - len(new)):
         if not math.isfinite(loss):
             if training.on_nan == "stop":
                 raise FloatingPointError(f"the loss is {loss:g} in {_where(session, step)}")
-            # others that were left out are counted already
-            metrics.left_out += training.precision == "float16" or sound
+            # steps with gradients that are not finite were counted when they were left out
+            metrics.left_out += training.precision == "float16" or finite
         elif training.precision == "float16":
-            metrics.overflows += not sound
-    if metrics.left_out > _PATIENCE:
+            metrics.overflows += not finite
+    if metrics.left_out > _MOST_LEFT_OUT:
         raise FloatingPointError(
             f"{metrics.left_out} steps were not finite up to {_where(session, session.step - 1)}"
         )
@@ -99,20 +107,33 @@ def settle(session: Session) -> None:
 
 
 def _parts(images: Tensor, labels: Tensor, count: int) -> list[tuple[Tensor, Tensor, bool]]:
-    """The images of a step in ``count`` parts, which differ by one image at most; whether it is the last."""
+    """Split the images of a step for gradient accumulation.
+
+    Args:
+        images: (N, 3, H, W).
+        labels: (N,).
+        count: number of parts, whose sizes differ by one image at most.
+
+    Returns:
+        Images and labels of each part, and whether it is the last one.
+    """
     pairs = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
-    return [(some, theirs, number == len(pairs) - 1) for number, (some, theirs) in enumerate(pairs)]
+    return [
+        (part_images, part_labels, number == len(pairs) - 1)
+        for number, (part_images, part_labels) in enumerate(pairs)
+    ]
 
 
-def _together(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are shared with the last part of a step alone."""
-    inner = getattr(network, "_orig_mod", network)  # torch.compile wraps what it compiles
+def _gradient_sync(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """DDP averages gradients over the workers in the last part of a step only."""
+    inner = uncompiled(network)
     if last or not isinstance(inner, DistributedDataParallel):
         return nullcontext()
     return inner.no_sync()
 
 
 def _set_rate(session: Session) -> float:
+    """Set the learning rate of the current step, and return it."""
     training, per_epoch = session.job.training, len(session.sampler)
     jumps = [step / per_epoch for step in session.plan]
     rate = learning_rate(training.lr, session.step / per_epoch, training.epochs, jumps)
@@ -121,53 +142,57 @@ def _set_rate(session: Session) -> float:
     return rate
 
 
-def _goes_on(session: Session) -> bool:
-    """Whether the run may go on after a step that was not finite."""
+def _skips_steps(session: Session) -> bool:
+    """Whether steps that are not finite are left out, instead of ending the run."""
     return session.job.training.on_nan == "skip" or session.job.training.precision == "float16"
 
 
-def _at_once(session: Session) -> bool:
-    """Whether each step's gradients are looked at before they are used: that makes the host wait for a GPU.
+def _checks_each_step(session: Session) -> bool:
+    """Whether each step's gradients are checked before they are used, for which the host waits for a GPU.
 
-    In float16 the scaler looks, and leaves steps out of itself.
+    In float16 the scaler checks them, and leaves steps out itself.
     """
     if session.job.training.precision == "float16":
         return False
     return session.device.type == "cpu" or session.job.training.on_nan == "skip"
 
 
-def _look(session: Session, last: int) -> None:
-    """Look at the gradients of the steps up to ``last`` that nobody has looked at.
+def _check_gradients(session: Session, last: int) -> None:
+    """Check the gradients of the steps up to ``last`` that have not been checked.
 
     Raises:
-        FloatingPointError: they were not finite; in float16, too often one after the other.
+        FloatingPointError: they were not finite; in float16, in too many steps in a row.
     """
     training, metrics = session.job.training, session.metrics
-    sound = metrics.look()
+    finite = metrics.check_gradients()
     if training.precision == "float16":
-        if metrics.idle >= _OVERFLOWS:
+        if metrics.idle >= _MOST_OVERFLOWS:
             raise FloatingPointError(
                 f"the last {metrics.idle} steps up to {_where(session, last)} were left out: their gradients "
                 "are not finite in float16, at any scale; take bfloat16 or float32"
             )
-    elif training.on_nan == "stop" and not all(sound):
-        step = last + 1 - len(sound) + sound.index(False)
+    elif training.on_nan == "stop" and not all(finite):
+        step = last + 1 - len(finite) + finite.index(False)
         later = f", seen {last - step} steps later" if last > step else ""
         raise FloatingPointError(f"the gradients are not finite in {_where(session, step)}{later}")
 
 
 def _where(session: Session, step: int) -> str:
-    epoch, place = divmod(step, len(session.sampler))
-    return f"step {place} of epoch {epoch}"
+    epoch, number = divmod(step, len(session.sampler))
+    return f"step {number} of epoch {epoch}"
 
 
-def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
-    """Leave the step out, or end the run and say where it went wrong."""
+def _leave_out(session: Session, images: Tensor, loss: Tensor) -> None:
+    """Count a step that is left out, or end the run.
+
+    Raises:
+        FloatingPointError: the run ends; says in which layer and for which images it went wrong.
+    """
     metrics = session.metrics
     metrics.left_out += 1
-    if session.job.training.on_nan == "skip" and metrics.left_out <= _PATIENCE:
+    if session.job.training.on_nan == "skip" and metrics.left_out <= _MOST_LEFT_OUT:
         return
-    where = [text for text in distributed.all_gather(_culprit(session, images)) if text]
+    where = [text for text in distributed.all_gather(_first_bad_layer(session, images)) if text]
     value = float(distributed.mean_over_workers(loss))
     raise FloatingPointError(
         f"the loss is {value:g} in {_where(session, session.step)}"
@@ -177,11 +202,11 @@ def _not_finite(session: Session, images: Tensor, loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def _culprit(session: Session, images: Tensor) -> str | None:
-    """The first layer of this worker whose output is not finite, and the images it was so for."""
-    found: list[str] = []
+def _first_bad_layer(session: Session, images: Tensor) -> str | None:
+    """The first layer whose output is not finite on this worker, and the images of which it is not."""
+    layers: list[str] = []
     hooks = [
-        module.register_forward_hook(_watch(name, found))
+        module.register_forward_hook(_watch(name, layers))
         for name, module in session.model.named_modules()
         if name and not any(module.children())
     ]
@@ -191,7 +216,7 @@ def _culprit(session: Session, images: Tensor) -> str | None:
         for hook in hooks:
             hook.remove()
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    if not found and bool(torch.isfinite(logits).all()):
+    if not layers and bool(torch.isfinite(logits).all()):
         names = [
             name
             for name, parameter in session.model.named_parameters()
@@ -202,13 +227,13 @@ def _culprit(session: Session, images: Tensor) -> str | None:
     samples = session.sampler.samples(session.epoch, session.step % len(session.sampler))
     named = [session.images.where(samples[row].row) for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    layer = found[0] if found else "the model's output"
+    layer = layers[0] if layers else "the model's output"
     return f"{layer} is the first that is not finite, for {'; '.join(named)}{more}"
 
 
-def _watch(name: str, found: list[str]) -> object:
+def _watch(name: str, layers: list[str]) -> object:
     def hook(module: nn.Module, given: object, output: object) -> None:
-        if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-            found.append(name)
+        if not layers and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            layers.append(name)
 
     return hook

@@ -2,6 +2,7 @@
 
 __all__ = [
     "factory",
+    "private_apis",
     "transformers_names",
     "weights_file",
 ]

@@ -1,4 +1,4 @@
-"""The only place that builds timm models: by architecture, from a hub, or from a checkpoint folder."""
+"""Build timm models, by architecture, from a hub or from a folder; read and set their attributes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from timm.models import _hub
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pruners.errors import InputError, did_you_mean, first_line
 from trainers.config.data import DataSettings, ModelSettings
+from trainers.models.private_apis import AnyBatchNorm, download_from_hf, load_cfg_from_json
 from trainers.models.transformers_names import transformers_model
 
 
 def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:
-    """A model by its architecture; ``data`` sets the normalisation that travels with it.
+    """Build a model by its architecture.
+
+    Args:
+        settings: the recipe's model; it has no checkpoint.
+        data: its mean and standard deviation replace those of the model's preprocessing.
 
     Raises:
         InputError: an unknown architecture, or arguments that it refuses.
@@ -33,7 +36,7 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
     size = arguments.get("img_size")
     try:
         if size is not None:
-            # timm's preprocessing goes by its own configuration, whatever the model is built for
+            # timm's preprocessing follows the configuration of the pretrained weights, not img_size
             overlay |= {"input_size": (3, *_sides(size))} | ({} if settings.pretrained else {"crop_pct": 1.0})
         model: nn.Module = timm.create_model(
             name,
@@ -43,14 +46,14 @@ def build_model(settings: ModelSettings, data: DataSettings | None = None) -> nn
             **arguments,
         )
         return model
-    except (MemoryError, OSError):  # of this machine, or of where pretrained weights come from
+    except (MemoryError, OSError):  # a fault of the machine or of the network, not of the arguments
         raise
-    except Exception as error:  # whatever comes of numbers that the architecture was not made for
+    except Exception as error:  # architectures raise anything for arguments that they do not support
         raise InputError("model.args", arguments, f"{name} refuses them ({first_line(error)})") from None
 
 
 def normalisation(data: DataSettings | None) -> dict[str, Any]:
-    """What of timm's preprocessing the recipe's images decide."""
+    """The part of timm's preprocessing that a recipe may override: mean and standard deviation."""
     known = {} if data is None else {"mean": data.mean, "std": data.std}
     return {key: tuple(value) for key, value in known.items() if value is not None}
 
@@ -58,20 +61,26 @@ def normalisation(data: DataSettings | None) -> dict[str, Any]:
 def load_timm_folder(
     folder: Path, weights: Mapping[str, Tensor] | None = None, **arguments: Any
 ) -> nn.Module:
-    """What plain timm makes of a checkpoint folder; ``weights`` stand for those of its file."""
-    if weights is not None:  # another source than the folder, whose file timm would read
+    """Build the model of a checkpoint folder, as plain timm does.
+
+    Args:
+        folder: in timm's hub format.
+        weights: used in place of the folder's ``model.safetensors``.
+        arguments: for the model, over those of the folder.
+    """
+    if weights is not None:  # with the source "local-dir" timm would read the folder's file
         arguments["pretrained_cfg_overlay"] = {"source": "", "state_dict": dict(weights)}
     model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
     if weights is not None:
         config: Any = model.pretrained_cfg
         config["source"] = "local-dir"
-        del config["state_dict"]  # they are the model's now
+        del config["state_dict"]  # else the configuration would hold a second copy of the weights
     known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args") or {}
     return as_built(model, known.get("img_size"), known.get("in_chans"))
 
 
 def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
-    """Another model of the same architecture and preprocessing, with arguments of its own and new weights."""
+    """Build a model of the same architecture and preprocessing, with other arguments and new weights."""
     known: Any = model.pretrained_cfg
     config = dict(known)
     given = {"num_classes": classes(model), **arguments}
@@ -79,13 +88,28 @@ def build_like(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
     return as_built(made)
 
 
-def as_built(model: nn.Module, size: Any = None, channels: int | None = None) -> nn.Module:
-    """The same model, whose preprocessing gives images of the size and channels that it was built for.
+def missing_config(model: nn.Module) -> dict[str, Any]:
+    """The classifier's name, if the model's configuration lacks it: timm needs it for a new classifier."""
+    config: Any = model.pretrained_cfg
+    known = timm.get_pretrained_cfg(config["architecture"])
+    if config.get("classifier") is not None or known is None or known.classifier is None:
+        return {}
+    return {"classifier": known.classifier}
 
-    timm's comes from the pretrained weights' configuration: ``img_size: 384`` leaves it at 224.
+
+def as_built(model: nn.Module, size: Any = None, channels: int | None = None) -> nn.Module:
+    """Set the input size of a model's preprocessing to the size for which the model was built.
+
+    timm takes the input size from the configuration of the pretrained weights: with ``img_size: 384`` it
+    would stay 224.
 
     Args:
-        size, channels: that it was built for, where the model itself does not hold them.
+        model: changed in place.
+        size: height and width (or one number for both) for which it was built, if the model does not know it.
+        channels: number of input channels, if it is not the usual one.
+
+    Returns:
+        The same model.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     if config and config.get("input_size"):
@@ -102,10 +126,10 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def replace_head(model: nn.Module, classes: int) -> None:
-    """A new classifier for so many classes, as timm initialises it.
+    """Replace a model's classifier by a new one for ``classes`` classes, initialised by timm.
 
     Raises:
-        InputError: a model without one.
+        InputError: a model without a classifier that can be replaced.
     """
     reset = getattr(model, "reset_classifier", None)
     if reset is None:
@@ -117,10 +141,15 @@ def replace_head(model: nn.Module, classes: int) -> None:
 
 
 def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Module:
-    """A model of a hub (``hf-hub:NAME``).
+    """Load a model from the Hugging Face hub.
+
+    Args:
+        name: ``hf-hub:NAME``.
+        classes: another number of classes brings a new classifier; default: that of the weights.
+        arguments: for timm's model.
 
     Raises:
-        InputError: one of another library.
+        InputError: a model of another library.
     """
     extra = {} if classes is None else {"num_classes": classes}
     try:
@@ -128,8 +157,8 @@ def load_hub(name: str, classes: int | None = None, **arguments: Any) -> nn.Modu
     except KeyError as error:
         if error.args != ("architecture",):
             raise
-        file = _hub.download_from_hf(name.removeprefix("hf-hub:"), "config.json")
-        foreign = transformers_model(_hub.load_cfg_from_json(file))
+        file = download_from_hf(name.removeprefix("hf-hub:"), "config.json")
+        foreign = transformers_model(load_cfg_from_json(file))
         raise InputError("model", name, f"is {foreign or 'no model of timm'}") from None
     return as_built(model)
 
@@ -141,7 +170,7 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the classes by their labels, as timm's configuration has them; ``()`` if not."""
+    """Names of the classes in the order of their labels, from timm's configuration; ``()`` if it has none."""
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names") or ()
     if isinstance(names, Mapping):  # timm allows {index: name} too
@@ -151,32 +180,34 @@ def label_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def name_classes(model: nn.Module, names: Sequence[str]) -> None:
-    """Let the model's configuration say what its classes are called, if there is a name for each.
+    """Write the names of the classes into the model's configuration, if there is a name for each.
 
-    It travels with every checkpoint of the model, as timm's ``label_names``.
+    They are stored with every checkpoint of the model, as timm's ``label_names``.
     """
     if len(names) != getattr(model, "num_classes", None):
         return
     known: Any = model.pretrained_cfg
-    # timm drops the names of a configuration that tells of another number of classes
+    # timm drops the names if the configuration has another number of classes
     _configure(model, {**known, "label_names": list(names), "num_classes": len(names)})
 
 
 def _configure(model: nn.Module, config: dict[str, Any]) -> None:
-    """A configuration of its own, as timm's is shared by what was built of it."""
+    """Give a model its own configuration: timm's is shared by all models of an architecture."""
     model.pretrained_cfg = config  # type: ignore[assignment]  # timm's attribute, which nn.Module has not
 
 
 def classes(model: nn.Module) -> int:
-    found: Any = model.num_classes
-    return int(found)
+    """Number of classes of a model."""
+    count: Any = model.num_classes
+    return int(count)
 
 
 def batch_normed(model: nn.Module) -> bool:
-    """Whether it has batch norms, which need more than one image to train on."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+    """Whether a model has batch norms, which need more than one image for training."""
+    return any(isinstance(module, AnyBatchNorm) for module in model.modules())
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of a model's input."""
     channels, height, width = data_config(model)["input_size"]
     return channels, height, width

@@ -1,9 +1,11 @@
-"""Checkpoints of Hugging Face's transformers library: known for what they are, with timm's counterpart."""
+"""Recognise checkpoints of Hugging Face's transformers library, and name timm's model of the same shape."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -27,7 +29,11 @@ Config = Mapping[str, Any]
 
 
 def transformers_model(config: Any) -> str | None:
-    """What a ``config.json`` of transformers is of, and timm's counterpart; ``None`` of any other."""
+    """Describe the model of a ``config.json`` of transformers, with timm's counterpart, for an error message.
+
+    Returns:
+        ``None`` if the file is not of transformers.
+    """
     if not isinstance(config, Mapping) or "architecture" in config:
         return None
     kinds, kind = config.get("architectures"), config.get("model_type")
@@ -38,19 +44,27 @@ def transformers_model(config: Any) -> str | None:
     return f"{named}; {_advice(config)}"
 
 
+def transformers_config(path: Path) -> str | None:
+    """:func:`transformers_model` of a file; ``None`` for a file that is no JSON."""
+    try:
+        return transformers_model(json.loads(path.read_text()))
+    except ValueError:
+        return None
+
+
 def is_of_transformers(names: Iterable[str]) -> bool:
-    """Whether weights are named as transformers names them."""
+    """Whether weights have the names that transformers gives them."""
     return any(_NAMES.search(name) for name in names)
 
 
 def counterpart(config: Config) -> str | None:
-    """timm's model of the same shape, if there is one."""
+    """Name of timm's model of the same shape, if there is one."""
     find = _FINDERS.get(str(config.get("model_type")))
     if find is None:
         return None
     try:
         name = find(config)
-    except (KeyError, TypeError, IndexError):  # a value that is not there, or of another type
+    except (KeyError, TypeError, IndexError):  # a value is missing, or of another type
         return None
     return name if timm.is_model(name) else None
 

@@ -1,5 +1,7 @@
-"""Weights in a file of their own, as training scripts leave them: timm's, the original Swin's and DeiT's,
-Lightning's, torch's. Read without running any code of theirs, and loaded as timm loads its own."""
+"""Load files of weights that training scripts write: timm, the original Swin and DeiT, Lightning, torch.
+
+They are read without running any code that they contain, and loaded as timm loads its own weights.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,17 @@ from trainers.storage import resolve
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "network", "weights")
 _IS_AVERAGE = re.compile(r"(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
-_DEPTH = 4  # of module._orig_mod.model. and the like
-_NEARLY = 0.5  # of the weights: an average need not hold what is no parameter
+_MOST_PREFIXES = 4  # parts of a prefix such as module._orig_mod.model.
+_NEARLY_ALL = 0.5  # share of the best prefix's names: averages may lack buffers
 _RESAMPLED = re.compile(r"pos_embed|relative_position_bias_table")
-_SHOWN = 240
+_SHOWN = 240  # characters of an error message
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 
 
 class _Settings:
-    """In place of yacs' CfgNode, in which the original Swin keeps its settings.
+    """Stands for yacs' CfgNode, in which the original Swin stores its settings.
 
-    What is made is a mapping of a kind that torch fills when it reads weights only.
+    It creates an ``OrderedDict``, which torch can fill when it reads with ``weights_only``.
     """
 
     def __new__(cls) -> Any:
@@ -50,12 +52,12 @@ class _Settings:
 
 
 _SCALAR: Any = np.float64(0).__reduce__()[0]
-# What else stands beside the weights in files of training scripts; none of it runs code when it is read.
+# other classes in files of training scripts; reading them runs no code
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     (_Settings, "yacs.config.CfgNode"),
     _SCALAR,
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # as numpy 1 called it
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # its name in numpy 1
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)),
 ]
@@ -63,11 +65,13 @@ _HARMLESS: list[Any] = [
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What was read: tensors by the file's own names, and what it says of their model.
+    """The content of a file of weights.
 
     Attributes:
-        chosen: which of several sets of weights (``state_dict_ema``); empty where there is one.
-        settings: of the training, as timm's ``train.py`` keeps them.
+        tensors: by the names in the file.
+        chosen: which of several sets of weights was taken (``state_dict_ema``); empty where there is one.
+        architecture: timm's name of the model, if the file has it.
+        settings: of the training, as timm's ``train.py`` stores them.
     """
 
     tensors: dict[str, Tensor]
@@ -86,21 +90,27 @@ def load_weights(
     average: bool = True,
     key: str = "model.checkpoint",
 ) -> tuple[nn.Module, str]:
-    """A timm model with the weights of a file (any pyarrow URI), and which of the file's these are.
+    """Load a timm model with the weights of a file.
 
     Args:
-        architecture: default: what the file says, as those of timm's ``train.py`` do.
+        uri: a path or any pyarrow URI.
+        architecture: timm's name of the model; default: the one in the file, as timm's ``train.py`` writes
+            it.
         arguments: for timm's model.
-        classes: another number than the weights know brings a new classifier; default: theirs.
-        data: sets the normalisation that travels with the model.
-        average: a moving average goes before the weights themselves.
+        classes: another number of classes brings a new classifier; default: that of the weights.
+        data: its mean and standard deviation replace those of the model's preprocessing.
+        average: prefer a moving average to the weights themselves.
+        key: the option or recipe key that named the file, for error messages.
+
+    Returns:
+        The model, and the name of the set of weights that was taken where the file has several.
 
     Raises:
-        InputError: no such file, or one that cannot be read or does not fit.
+        InputError: no such file, or one that cannot be read or does not fit the model.
     """
     with _local_file(uri, key) as path:
-        found = read_weights(path, uri, key=key, average=average)
-    name = architecture or found.architecture
+        content = read_weights(path, uri, key=key, average=average)
+    name = architecture or content.architecture
     if name is None:
         advice = (
             "give model.architecture, or make a folder of it by 'espalier import FILE --architecture NAME'"
@@ -108,30 +118,34 @@ def load_weights(
         raise InputError(key, uri, f"does not say of which timm model its weights are: {advice}")
     if not timm.is_model(name):
         raise InputError("model.architecture", name, f"no timm model{did_you_mean(name, timm.list_models())}")
-    overlay, given = _described(name, found.settings)
+    overlay, given = _described(name, content.settings)
     given |= arguments or {}
     overlay |= factory.normalisation(data)
-    tensors, chosen = _of_model(found, name, given, uri, key, average=average)
-    there = _classes(name, tensors)
-    overlay |= {"source": "", "state_dict": tensors, "num_classes": there, "label_offset": 0}
+    tensors, chosen = _with_timm_names(content, name, given, uri, key, average=average)
+    known_classes = _classes(name, tensors)
+    overlay |= {"source": "", "state_dict": tensors, "num_classes": known_classes, "label_offset": 0}
     try:
         model: nn.Module = timm.create_model(
-            name, pretrained=True, num_classes=there, pretrained_cfg_overlay=overlay, **given
+            name, pretrained=True, num_classes=known_classes, pretrained_cfg_overlay=overlay, **given
         )
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:
         raise InputError(key, uri, f"does not fit {name} ({_reason(error, tensors)})") from None
     config: Any = model.pretrained_cfg
-    config.pop("state_dict", None)  # they are the model's now
+    config.pop("state_dict", None)  # else the configuration would hold a second copy of the weights
     factory.as_built(model, given.get("img_size"), given.get("in_chans"))
     if "img_size" not in given:
         _refuse_resampled(model, tensors, uri, key)
-    if classes is not None and classes != there:
+    if classes is not None and classes != known_classes:
         factory.replace_head(model, classes)
     return model, chosen
 
 
 def from_file(settings: ModelSettings, data: DataSettings | None = None) -> nn.Module:
-    """The model of a recipe that starts from a file of weights.
+    """Load the model of a recipe whose checkpoint is a file of weights.
+
+    Args:
+        settings: the recipe's model.
+        data: its mean and standard deviation replace those of the model's preprocessing.
 
     Raises:
         InputError: as :func:`load_weights`.
@@ -142,10 +156,16 @@ def from_file(settings: ModelSettings, data: DataSettings | None = None) -> nn.M
 
 
 def read_weights(path: Path, uri: str, *, key: str, average: bool = True) -> WeightsFile:
-    """The tensors of a file, and what it says of them.
+    """Read a file of weights.
 
     Args:
-        average: a moving average goes before the weights themselves.
+        path: the local file.
+        uri: the file as the user named it, for error messages.
+        key: the option or recipe key that named it, for error messages.
+        average: prefer a moving average to the weights themselves.
+
+    Returns:
+        The tensors, and what else the file says of their model.
 
     Raises:
         InputError: no file of weights, or one with objects whose reading could run code.
@@ -155,10 +175,10 @@ def read_weights(path: Path, uri: str, *, key: str, average: bool = True) -> Wei
     chosen = next((name for name in names if _tensors(content.get(name))), "")
     tensors = _tensors(content.get(chosen) if chosen else content)
     if not tensors:
-        there = ", ".join(map(str, list(content)[:8])) or "nothing"
-        raise InputError(key, uri, f"holds no weights by a known name; it has {there}")
-    said = content.get("args")
-    settings = vars(said) if isinstance(said, argparse.Namespace) else said
+        keys = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise InputError(key, uri, f"holds no weights by a known name; it has {keys}")
+    arguments = content.get("args")
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     architecture = content.get("arch")
     known = isinstance(architecture, str) and timm.is_model(architecture)
     return WeightsFile(
@@ -188,7 +208,7 @@ def _unsafe(path: Path) -> str:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever the file is
+    except Exception:  # torch raises anything for files that are not its own
         return "is no file of torch.save"
     if not names:
         return "is damaged, or no file of torch.save"
@@ -198,11 +218,13 @@ def _unsafe(path: Path) -> str:
 def _tensors(value: Any) -> dict[str, Tensor]:
     if not isinstance(value, Mapping):
         return {}
-    return {name: one for name, one in value.items() if isinstance(one, Tensor) and isinstance(name, str)}
+    return {
+        name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor) and isinstance(name, str)
+    }
 
 
 def _described(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Preprocessing and arguments of the model that timm's ``train.py`` was started with."""
+    """Preprocessing and arguments of the model, from the settings that timm's ``train.py`` stored."""
     overlay = {key: settings[key] for key in _PREPROCESSING if settings.get(key) is not None}
     overlay |= {key: tuple(overlay[key]) for key in ("mean", "std") if key in overlay}
     arguments: dict[str, Any] = {}
@@ -219,14 +241,14 @@ def _described(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return overlay, arguments
 
 
-def _of_model(
-    found: WeightsFile, name: str, arguments: Mapping[str, Any], uri: str, key: str, *, average: bool
+def _with_timm_names(
+    content: WeightsFile, name: str, arguments: Mapping[str, Any], uri: str, key: str, *, average: bool
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors under the names that timm knows: without ``module.``, ``_orig_mod.``, ``model.`` …"""
+    """The tensors by timm's names, without a prefix ``module.``, ``_orig_mod.``, ``model.`` …"""
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **arguments)
-    except (NotImplementedError, RuntimeError):  # a constructor that computes with its weights
+    except (NotImplementedError, RuntimeError):  # some constructors compute with their weights
         model = timm.create_model(name, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise InputError(
@@ -234,15 +256,15 @@ def _of_model(
         ) from None
     names, top = set(model.state_dict()), {child for child, _ in model.named_children()}
     whole, parts = Counter[str](), Counter[str]()
-    for tensor in found.tensors:
+    for tensor in content.tensors:
         path = tensor.split(".")
-        for depth in range(min(_DEPTH, len(path) - 1) + 1):
+        for depth in range(min(_MOST_PREFIXES, len(path) - 1) + 1):
             prefix = "".join(f"{part}." for part in path[:depth])
             whole[prefix] += ".".join(path[depth:]) in names
             parts[prefix] += path[depth] in top
     score = whole if any(whole.values()) else parts
     best = max(score.values())
-    near = [prefix for prefix, count in score.items() if count >= max(_NEARLY * best, 1)]
+    near = [prefix for prefix, count in score.items() if count >= max(_NEARLY_ALL * best, 1)]
     averages = [prefix for prefix in near if _IS_AVERAGE.search(prefix)]
     rest = [prefix for prefix in near if prefix not in averages and score[prefix] == best]
     choice = (averages if average else []) or rest or [""]
@@ -253,22 +275,22 @@ def _of_model(
     prefix = choice[0]
     tensors = {
         tensor.removeprefix(prefix): value
-        for tensor, value in found.tensors.items()
+        for tensor, value in content.tensors.items()
         if tensor.startswith(prefix)
     }
-    said = prefix.rstrip(".") if len(near) > 1 or _IS_AVERAGE.search(prefix) else ""
-    return tensors, "/".join(part for part in (found.chosen, said) if part)
+    shown = prefix.rstrip(".") if len(near) > 1 or _IS_AVERAGE.search(prefix) else ""
+    return tensors, "/".join(part for part in (content.chosen, shown) if part)
 
 
 def _classes(name: str, tensors: Mapping[str, Tensor]) -> int:
-    """Classes that the weights know; 0 where they have no classifier."""
+    """Number of classes of the weights' classifier; 0 if they have none."""
     known = timm.get_pretrained_cfg(name)
     named = known.classifier if known is not None else None
     heads = (named,) if isinstance(named, str) else tuple(named or ())
     for head in (*heads, "head", "head.fc", "fc", "classifier"):
         for part in ("bias", "weight"):
-            if (found := tensors.get(f"{head}.{part}")) is not None:
-                return int(found.shape[0])
+            if (tensor := tensors.get(f"{head}.{part}")) is not None:
+                return int(tensor.shape[0])
     return 0
 
 
@@ -281,7 +303,7 @@ def _reason(error: Exception, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _refuse_resampled(model: nn.Module, tensors: Mapping[str, Tensor], uri: str, key: str) -> None:
-    """timm fits position tables to the images of the model: in silence, another model would come of it."""
+    """Refuse position tables of another size: timm would resample them silently, which changes the model."""
     for name, value in model.state_dict().items():
         given = tensors.get(name)
         if given is not None and given.shape != value.shape and _RESAMPLED.search(name):
@@ -293,12 +315,12 @@ def _refuse_resampled(model: nn.Module, tensors: Mapping[str, Tensor], uri: str,
 
 @contextmanager
 def _local_file(uri: str, key: str) -> Iterator[Path]:
-    """A file (any pyarrow URI) on this machine, for as long as it is read."""
+    """A file (any pyarrow URI) as a local path, in a ``with`` block."""
     system, path = resolve(uri, key)
     try:
-        there = system.get_file_info(path).type
-        if there != fs.FileType.File:
-            missing = there == fs.FileType.NotFound
+        kind = system.get_file_info(path).type
+        if kind != fs.FileType.File:
+            missing = kind == fs.FileType.NotFound
             raise InputError(key, uri, "no such file" if missing else "must be a file of weights")
         if isinstance(system, fs.LocalFileSystem):
             yield Path(path)

@@ -1,4 +1,4 @@
-"""INT8: calibration and fake quantization, the INT8 folder, the ONNX file."""
+"""Quantization to INT8: calibration and fake quantization, the INT8 folder, its ONNX file."""
 
 __all__ = [
     "checks",

@@ -1,12 +1,12 @@
-"""INT8 by torchao: a model traced, observed or trained with fake quantisation, and converted.
+"""Quantization by torchao: a model is traced, calibrated or trained with fake quantization, and converted.
 
-Weights are symmetric, a scale for each output channel and no zero point, so that zero is exactly zero in
-int8; activations have one scale and zero point a tensor, of 8 bits without sign. That is what
-``X86InductorQuantizer`` asks for, and what ONNX Runtime and OpenVINO run as it stands, but for the weights'
-range, which is :data:`WEIGHTS`. Linear layers and convolutions are quantised with their inputs; norms,
-softmax and the sums between blocks stay in float32.
+Weights are symmetric, with a scale for each output channel and no zero point, so that zero is exactly zero in
+int8; activations have one scale and one zero point for a tensor, and 8 bits without sign. That is the
+configuration of ``X86InductorQuantizer``, which ONNX Runtime and OpenVINO can run, except for the range of
+the weights, which is :data:`WEIGHTS`. Linear layers and convolutions are quantized with their inputs; norms,
+softmax and residual sums stay in float32.
 
-The traced graph holds the very parameters of the model that it was traced from: who trains one trains both.
+The traced graph shares the parameters of the model from which it was traced: training one trains both.
 """
 
 from __future__ import annotations
@@ -26,21 +26,27 @@ from trainers.quantization.checks import check_mode
 
 _LOW, _HIGH = ".min", ".max"
 WEIGHTS = (-64, 63)
-"""Seven of the eight bits: processors with AVX2 or AVX-512 and without VNNI add pairs of products in 16 bits,
-and two of full range do not fit (a small Swin then answers 0.027 beside torch's INT8, relative, with these
-0.003). So a file says the same on all of them. ONNX Runtime's ``reduce_range`` is the same."""
+"""The smallest and the largest int8 value of a weight: seven of the eight bits.
+
+Processors with AVX2 or AVX-512 but without VNNI add pairs of products in 16 bits, which overflow with the
+full range (the logits of a small Swin then differ by 0.027, relative, from torch's INT8; with this range by
+0.003). With seven bits a file gives the same answers on all processors. ONNX Runtime's ``reduce_range`` is
+the same.
+"""
 
 
 class Prepared(nn.Module):
-    """A model with an observer, or a fake quantiser, at every input and weight that will be int8.
+    """A model with an observer, or a fake quantizer, at every input and weight that will be int8.
 
-    Evaluation changes no range. In training (``aware``) each forward moves the ranges a little, and computes
-    with the values that int8 can hold; gradients go straight through (Jacob et al., 2018).
+    Evaluation does not change the ranges. In quantization-aware training (``aware``) each forward pass moves
+    the ranges a little, and computes with the values that int8 can hold; gradients pass the rounding
+    unchanged (straight-through estimator; Jacob et al., 2018, "Quantization and Training of Neural Networks
+    for Efficient Integer-Arithmetic-Only Inference").
 
     Args:
         model: a timm model, on its device; its mode is left as it is.
-        size: (channels, height, width) of an image; the batch is free.
-        aware: for training, instead of for calibration.
+        size: (channels, height, width) of an image; the batch size is free.
+        aware: prepare for training, not for calibration.
 
     Raises:
         InputError: the extra 'deploy' is not installed, or a model with batch norms is to be trained.
@@ -53,24 +59,28 @@ class Prepared(nn.Module):
             check_mode(model, "qat", (), "mode")
         self.aware, self.size = aware, size
         self.traced = _prepare(model, size, aware=aware)
-        self._points = list(_fake_quantisers(self.traced))
+        self._points = list(_fake_quantizers(self.traced))
 
     def forward(self, images: Tensor) -> Any:
+        """Map images (N, channels, height, width) to logits (N, classes)."""
         return self.traced(images)
 
     def train(self, mode: bool = True) -> Prepared:
-        """Evaluation holds the ranges, and takes its scales from them."""
+        """Switch between training and evaluation, which freezes the ranges and computes scales from them."""
         self.training = mode
         if self.aware:
-            for _, one in self._points:
-                one.enable_observer(mode)
+            for _, quantizer in self._points:
+                quantizer.enable_observer(mode)
                 if not mode:
-                    _rescale(one)
+                    _rescale(quantizer)
         return self
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Let the observers see some images; a model for training is then ready to be trained.
+        """Set the ranges from some images; a model for quantization-aware training is then ready.
+
+        Args:
+            batches: images (N, channels, height, width), normalised, on the model's device.
 
         Raises:
             InputError: images of another shape than the model takes.
@@ -83,41 +93,43 @@ class Prepared(nn.Module):
             self.traced(images)
 
     @torch.no_grad()
-    def agree(self) -> None:
-        """Give all workers the mean of their ranges: each has seen other images.
+    def average_ranges(self) -> None:
+        """Average the ranges of activations over the workers, each of which has seen other images.
 
-        Those of weights are the same everywhere, as the weights are.
+        The ranges of weights are the same on all workers, as the weights are.
         """
         if not distributed.active():
             return
-        ends = [end for _, one in self._points if not one.is_per_channel for end in _ends(one)]
+        ends = [
+            end for _, quantizer in self._points if not quantizer.is_per_channel for end in _ends(quantizer)
+        ]
         means = distributed.mean_over_workers(torch.cat([end.reshape(-1) for end in ends]))
         for end, mean in zip(ends, torch.split(means, [end.numel() for end in ends]), strict=True):
             end.copy_(mean.view_as(end))
 
     def ranges(self) -> dict[str, Tensor]:
-        """The ranges as they stand: ``LAYER.weight.min`` and ``.max``, of its inputs ``LAYER.input.min`` …"""
+        """The current ranges, by ``LAYER.weight.min``, ``LAYER.weight.max``, ``LAYER.input.min`` …"""
         return {
             f"{name}{suffix}": end.detach().cpu().clone()
-            for name, one in self._points
-            for suffix, end in zip((_LOW, _HIGH), _ends(one), strict=True)
+            for name, quantizer in self._points
+            for suffix, end in zip((_LOW, _HIGH), _ends(quantizer), strict=True)
         }
 
     @torch.no_grad()
     def set_ranges(self, ranges: Mapping[str, Tensor]) -> None:
-        """Go on from ranges of before.
+        """Restore ranges that :meth:`ranges` returned.
 
         Raises:
             KeyError: ranges of another model.
         """
-        for name, one in self._points:
-            for suffix, end in zip((_LOW, _HIGH), _ends(one), strict=True):
-                known = ranges[f"{name}{suffix}"]
-                end.resize_(known.shape).copy_(known)
-            _rescale(one)
+        for name, quantizer in self._points:
+            for suffix, end in zip((_LOW, _HIGH), _ends(quantizer), strict=True):
+                stored = ranges[f"{name}{suffix}"]
+                end.resize_(stored.shape).copy_(stored)
+            _rescale(quantizer)
 
     def convert(self) -> Converted:
-        """The model with int8 weights, on the CPU; what was prepared is used up."""
+        """Convert to a model with int8 weights, on the CPU; the prepared model cannot be used afterwards."""
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         self.eval()
@@ -127,10 +139,14 @@ class Prepared(nn.Module):
 
 
 class Converted(nn.Module):
-    """Quantised weights between operations that quantise and dequantise; one mode, evaluation.
+    """A model with int8 weights, and operations that quantize and dequantize; for evaluation alone.
+
+    Args:
+        graph: the converted graph.
+        layers: names of the quantized parameters, by the nodes that use them.
 
     Attributes:
-        weights: the parameters that are int8 now, by the names of their buffers.
+        weights: names of the parameters that are int8 now, by the names of their buffers.
     """
 
     def __init__(self, graph: GraphModule, layers: Mapping[str, str]) -> None:
@@ -144,15 +160,16 @@ class Converted(nn.Module):
         self.training = False
 
     def forward(self, images: Tensor) -> Any:
+        """Map images (N, channels, height, width) to logits (N, classes)."""
         return self.traced(images)
 
     def train(self, mode: bool = True) -> Converted:
-        """Nothing to switch; the traced graph would refuse."""
+        """Do nothing: the model has one mode, and the traced graph would raise."""
         return self
 
 
-def _fake_quantisers(graph: GraphModule) -> Iterator[tuple[str, Any]]:
-    """By the names of what they quantise (the observers of calibration are none)."""
+def _fake_quantizers(graph: GraphModule) -> Iterator[tuple[str, Any]]:
+    """The fake quantizers of a graph, by the names of what they quantize; observers are not among them."""
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
     takers = {user.name: weight for weight, user in _weights(graph)}
@@ -171,7 +188,7 @@ def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> Gr
         )
 
         device, training = next(model.parameters()).device, model.training
-        example = torch.zeros(2, *size, device=device)  # of one image the batch would be taken as fixed
+        example = torch.zeros(2, *size, device=device)  # torch would treat a batch of one as a constant
         model.eval()
         try:
             traced = torch.export.export(
@@ -187,10 +204,10 @@ def _prepare(model: nn.Module, size: tuple[int, int, int], *, aware: bool) -> Gr
 
 
 def _every_weight(config: Any) -> Any:
-    """A quantiser of all linear layers and convolutions, whichever module or function they are traced from.
+    """A quantizer of all linear layers and convolutions, whichever module or function they are traced from.
 
-    torchao's own knows them as modules of torch: it leaves out what timm calls as a function (SwinV2's and
-    BEiT's qkv, whose bias is put together) and modules of timm's own (TensorFlow's padding).
+    torchao's quantizer finds torch's modules only: it leaves out what timm calls as a function (the qkv of
+    SwinV2 and BEiT, whose bias is concatenated) and timm's own modules (TensorFlow's padding).
     """
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
@@ -206,9 +223,9 @@ def _every_weight(config: Any) -> Any:
                     continue
                 images, weight = node.args[0], node.args[1]
                 if isinstance(weight, Node) and weight.op == "get_attr":
-                    wanted: dict[Any, Any] = {images: config.input_activation, weight: config.weight}
+                    specs: dict[Any, Any] = {images: config.input_activation, weight: config.weight}
                     node.meta["quantization_annotation"] = QuantizationAnnotation(
-                        input_qspec_map=wanted, _annotated=True
+                        input_qspec_map=specs, _annotated=True
                     )
             return model
 
@@ -216,17 +233,18 @@ def _every_weight(config: Any) -> Any:
 
 
 def _ends(point: Any) -> tuple[Tensor, Tensor]:
+    """The two ends of a fake quantizer's range."""
     return point.activation_post_process.min_val, point.activation_post_process.max_val
 
 
 def _rescale(point: Any) -> None:
-    """Take scale and zero point from the range as it stands."""
-    for mine, found in zip((point.scale, point.zero_point), point.calculate_qparams(), strict=True):
-        mine.resize_(found.shape).copy_(found)
+    """Compute scale and zero point from the current range."""
+    for current, computed in zip((point.scale, point.zero_point), point.calculate_qparams(), strict=True):
+        current.resize_(computed.shape).copy_(computed)
 
 
 def _weights(graph: GraphModule) -> Iterator[tuple[str, Node]]:
-    """The names of quantised weights, and the nodes that take them."""
+    """The names of quantized weights, and the nodes that use them."""
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             for observer in node.users:
@@ -235,7 +253,7 @@ def _weights(graph: GraphModule) -> Iterator[tuple[str, Node]]:
 
 
 def _name(point: Node, takers: Mapping[str, str]) -> str:
-    """``LAYER.weight``, or ``LAYER.input`` by the first layer that takes what is quantised there."""
+    """``LAYER.weight``, or ``LAYER.input`` for an activation, named by the first layer that uses it."""
     source = point.args[0]
     if isinstance(source, Node) and source.op == "get_attr":
         return str(source.target)

@@ -1,13 +1,14 @@
-"""The INT8 folder: a quantised model for ONNX Runtime, beside the float checkpoint that it came from.
+"""The INT8 folder: a quantized model for ONNX Runtime, made from a float checkpoint folder.
 
-``model.onnx`` is the model (:mod:`trainers.quantization.int8_onnx`), its preprocessing in the file's
-metadata; ``config.json`` the parent's (timm's: architecture, classes, preprocessing); ``masks.safetensors``
-the masks of the parent, where it has some; ``quantization.json`` the record: mode, engine, the parent's hash,
-figures, its answers to some made-up pictures, versions, checksums. There is no pickle, and there are no float
-weights: timm does not load this folder.
+- ``model.onnx``: the model (:mod:`trainers.quantization.int8_onnx`), with its preprocessing as metadata;
+- ``config.json``: that of the float checkpoint (timm's: architecture, classes, preprocessing);
+- ``masks.safetensors``: the masks of the float checkpoint, if it has some;
+- ``quantization.json``: the record (:class:`trainers.checkpoint.records.QuantizationRecord`).
 
-A compressed folder (:func:`pack`) has ``model.onnx.zst`` in place of ``model.onnx``, and no masks: what they
-say, the weights do.
+There is no pickle in it, and there are no float weights: timm does not load this folder.
+
+A compressed folder (:func:`pack`) has ``model.onnx.zst`` in place of ``model.onnx``, and no masks, as the
+zeros of the weights show them.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from trainers.checkpoint.folder import (
     versions,
     weights_hash,
 )
+from trainers.checkpoint.records import PROVENANCE_KEYS, QuantizationRecord
 from trainers.config.quantization import Mode
 from trainers.data.preprocessing import PROBES, pattern_images, preprocessing_of, transform_settings
 from trainers.engines.agreement import Agreement
@@ -56,28 +58,16 @@ from trainers.quantization.checks import check_mode, check_share, share_of
 from trainers.quantization.fake_quant import Prepared
 from trainers.quantization.int8_onnx import check_zeros, write_dynamic, write_static
 
-PRUNING_RECORD = QUANTIZATION_RECORD
 PACKED_MODEL = "model.onnx.zst"
-_LEVEL = 19  # of zstd; it takes seconds, once
+_ZSTD_LEVEL = 19  # high, as it takes seconds, once
 NEEDS = ("torchao", "onnx", "onnxscript", "onnxruntime")
-"""Packages, all of the extra ``deploy``."""
-_APART: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
-"""Relative, of the answers: held against torch's own INT8 model; ``dynamic`` against the one in float32, from
-which models of 16 channels come to 0.09, those of use to 0.01."""
-_COMPARED = 128  # images on which classes are compared with the float model's
+"""Packages that quantization needs, all of the extra ``deploy``."""
+_TOLERANCE: dict[Mode, float] = {"static": 0.05, "qat": 0.05, "dynamic": 0.2}
+"""Largest relative difference of logits: from torch's INT8 model; for ``dynamic`` from the float32 model,
+the latter is 0.09 for models of 16 channels and 0.01 for models of practical size."""
+_COMPARED = 128  # images whose predicted class is compared with that of the float model
 INT8_FORMAT = "espalier-int8-1"
 ENGINE = "onnxruntime"
-_KEPT = (
-    "method",
-    "sparsity",
-    "allocation",
-    "costs",
-    "parent",
-    "data",
-    "git_commit",
-    "recipe_digest",
-    "sweep",
-)
 
 
 def quantize_folder(
@@ -91,19 +81,27 @@ def quantize_folder(
     figures: Callable[[nn.Module], Mapping[str, float]] = lambda model: {},
     key: str = "checkpoint",
 ) -> dict[str, Any]:
-    """Fill ``folder`` with the INT8 form of a checkpoint folder; returns its record.
+    """Quantize a checkpoint folder, and check the result by running it.
 
     Args:
-        mode: how; of ``qat`` the training is over, and left its ranges in ``source``.
-        images: batches (N, C, H, W) of training images: ``static`` takes ranges from them, and on the first
-            ones each mode's classes are compared with the float model's (``same_class`` in the record).
+        source: the float checkpoint folder.
+        folder: the folder to fill; it exists and is empty.
+        mode: ``dynamic``, ``static`` or ``qat``; for ``qat`` the training is over, and its ranges are in
+            ``source``.
+        images: batches (N, C, H, W) of normalised training images: ``static`` takes ranges from them, and in
+            every mode the classes predicted for the first ones are compared with those of the float model
+            (``same_class`` in the record).
         labels: names of the classes.
-        record: what ``quantization.json`` shall say of where it comes from, over what ``source`` says.
-        figures: what is measured of the file as its engine runs it.
+        record: origin of the model for ``quantization.json``; overrides what the record of ``source`` has.
+        figures: measures the model as its engine runs it; its result is kept in the record.
+        key: the option or recipe key of ``source``, for error messages.
+
+    Returns:
+        The record.
 
     Raises:
         InputError: a source that cannot be used, or not in this mode; a file most of whose weights are float.
-        RuntimeError: a pruned weight that is not 0 in the file, or an engine that answers otherwise.
+        RuntimeError: a pruned weight that is not 0 in the file, or an engine whose logits differ.
     """
     require("mode", mode, *NEEDS)
     parent = verify(source, str(source), key=key)
@@ -122,42 +120,50 @@ def quantize_folder(
         else:
             prepared.calibrate(batches)
         converted = prepared.convert()
-        expected = _answers(converted, pictures)  # such pictures may lie outside the ranges, for both alike
+        expected = _answers(converted, pictures)  # synthetic images may exceed the ranges, in both alike
         write_static(folder / ONNX_FILE, converted, model, labels)
     engine = Int8Model(folder / ONNX_FILE)
     answers = _answers(engine, pictures)
-    found = Agreement.of(answers, expected)
-    if not found.relative <= _APART[mode]:
-        raise RuntimeError(f"{ENGINE} does not answer what torch answers (differences: {found})")
+    agreement = Agreement.of(answers, expected)
+    if not agreement.relative <= _TOLERANCE[mode]:
+        raise RuntimeError(f"{ENGINE} does not answer what torch answers (differences: {agreement})")
     int8 = int8_values(folder / ONNX_FILE)
     check_share(int8, model)
-    held = 0 if loaded.masks is None else check_zeros(folder / ONNX_FILE, loaded.masks)
-    kept = {name: parent[name] for name in _KEPT if name in parent}
-    content = {
-        "method": "dense",
-        "sparsity": 0.0,
-        **kept,
-        **record,
+    zeros = 0 if loaded.masks is None else check_zeros(folder / ONNX_FILE, loaded.masks)
+    provenance = {name: parent[name] for name in PROVENANCE_KEYS if name in parent}
+    same_class = _same_class(engine, model, batches)
+    measured: QuantizationRecord = {
         "mode": mode,
         "float": weights_hash(str(source)),
-        "zeros": held,
+        "zeros": zeros,
         "int8_share": share_of(int8, model),
-        **_same_class(engine, model, batches),
         "figures": dict(figures(engine)),
-        "probe": {"images": PROBES, "logits": answers.tolist(), "agreement": found.as_dict()},
+        "probe": {"images": PROBES, "logits": answers.tolist(), "agreement": agreement.as_dict()},
     }
+    if same_class is not None:
+        measured["same_class"] = same_class
     shutil.copyfile(source / CONFIG, folder / CONFIG)
+    content = {"method": "dense", "sparsity": 0.0, **provenance, **record, **measured}
     return write_record(folder, loaded.masks, content)
 
 
 def write_record(folder: Path, masks: MaskSet | None, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Add masks and record to a folder that holds the model and its configuration; returns the record."""
+    """Add masks and record to a folder that has ``model.onnx`` and ``config.json``.
+
+    Args:
+        folder: the INT8 folder.
+        masks: of the float checkpoint, if it has some.
+        record: content of the record, without format, engine, size, versions and checksums.
+
+    Returns:
+        The complete record.
+    """
     files = [ONNX_FILE, CONFIG]
     if masks is not None:
         masks.save(folder / MASKS)
         files.append(MASKS)
     for name in files:
-        (folder / name).chmod(0o644)  # safetensors gives its files to their owner alone
+        (folder / name).chmod(0o644)  # files of safetensors can be read by their owner alone
     content = {
         "format": INT8_FORMAT,
         "engine": f"{ENGINE} {version(ENGINE)}",
@@ -166,25 +172,29 @@ def write_record(folder: Path, masks: MaskSet | None, record: Mapping[str, Any])
         "versions": versions() | {name: version(name) for name in ("torchao", "onnx", ENGINE)},
         "files": sums(folder, files),
     }
-    (folder / PRUNING_RECORD).write_text(as_json(content))
+    (folder / QUANTIZATION_RECORD).write_text(as_json(content))
     return content
 
 
 @torch.no_grad()
 def _answers(model: nn.Module, pictures: Tensor) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = model.eval()(pictures).numpy()
-    return found
+    logits: NDArray[np.float32] = model.eval()(pictures).numpy()
+    return logits
 
 
-def _same_class(engine: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """On how many of the first images (N, C, H, W) INT8 gives the class that float32 gives."""
+def _same_class(engine: nn.Module, model: nn.Module, batches: Sequence[Tensor]) -> dict[str, Any] | None:
+    """The share of the first images (N, C, H, W) for which INT8 and float32 predict the same class.
+
+    Returns:
+        Number of ``images``, and the ``share``; ``None``: there are no images.
+    """
     compared = same = 0
     for batch in batches:
-        some = batch[: _COMPARED - compared]
-        if len(some):
-            same += int((_answers(engine, some).argmax(1) == _answers(model, some).argmax(1)).sum())
-            compared += len(some)
-    return {"same_class": {"images": compared, "share": same / compared}} if compared else {}
+        images = batch[: _COMPARED - compared]
+        if len(images):
+            same += int((_answers(engine, images).argmax(1) == _answers(model, images).argmax(1)).sum())
+            compared += len(images)
+    return {"images": compared, "share": same / compared} if compared else None
 
 
 def _ranges_of(source: Path, key: str) -> dict[str, Tensor]:
@@ -194,40 +204,55 @@ def _ranges_of(source: Path, key: str) -> dict[str, Tensor]:
     return ranges
 
 
-def read_record(folder: Path, place: str, *, key: str) -> dict[str, Any]:
-    """The record of an INT8 folder, after checking its files.
+def read_record(folder: Path, uri: str, *, key: str) -> dict[str, Any]:
+    """Read the record of an INT8 folder, and verify the checksums of its files.
+
+    Args:
+        folder: the local folder.
+        uri: the folder as the user named it, for error messages.
+        key: the option or recipe key that named it, for error messages.
 
     Raises:
         InputError: a file that is missing or changed.
     """
     names = {ONNX_FILE, PACKED_MODEL}
-    return read_verified(
-        folder, PRUNING_RECORD, place, key=key, fits=lambda content: len(names & set(content["files"])) == 1
-    )
+
+    def fits(content: dict[str, Any]) -> bool:
+        return len(names & set(content["files"])) == 1
+
+    return read_verified(folder, QUANTIZATION_RECORD, uri, key=key, fits=fits)
 
 
 def pack(source: Path, target: Path, record: Mapping[str, Any]) -> None:
-    """Fill ``target`` with the compressed form of an INT8 folder; ``record`` is its checked one."""
+    """Write the compressed form of an INT8 folder.
+
+    Args:
+        source: the INT8 folder, compressed or not.
+        target: the folder to fill; it exists and is empty.
+        record: the record of ``source``, as :func:`read_record` returns it.
+    """
     with engine_file(source, record) as path:
-        content = pyarrow.Codec("zstd", compression_level=_LEVEL).compress(path.read_bytes(), asbytes=True)
+        content = pyarrow.Codec("zstd", compression_level=_ZSTD_LEVEL).compress(
+            path.read_bytes(), asbytes=True
+        )
     (target / PACKED_MODEL).write_bytes(content)
     shutil.copyfile(source / CONFIG, target / CONFIG)
-    about = {**record, "packed_from": record["files"].get(ONNX_FILE) or record["packed_from"]}
-    about["files"] = sums(target, (PACKED_MODEL, CONFIG))
-    (target / PRUNING_RECORD).write_text(as_json(about))
+    packed = {**record, "packed_from": record["files"].get(ONNX_FILE) or record["packed_from"]}
+    packed["files"] = sums(target, (PACKED_MODEL, CONFIG))
+    (target / QUANTIZATION_RECORD).write_text(as_json(packed))
 
 
 @contextmanager
 def engine_file(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """What the engine runs, for as long as it is needed: of a compressed folder, inflated.
+    """The ONNX file of an INT8 folder, in a ``with`` block; that of a compressed folder is decompressed.
 
     Raises:
-        InputError: it does not inflate to as many bytes as the record says.
+        InputError: it does not decompress to the number of bytes in the record.
     """
     if ONNX_FILE in record["files"]:
         yield folder / ONNX_FILE
         return
-    with tempfile.TemporaryDirectory(prefix="espalier-") as place:
+    with tempfile.TemporaryDirectory(prefix="espalier-") as directory:
         try:
             with pyarrow.input_stream(str(folder / PACKED_MODEL), compression="zstd") as stream:
                 content = stream.read(record["bytes"] + 1)
@@ -237,25 +262,27 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
             raise InputError(
                 "model", str(folder), f"{PACKED_MODEL} does not inflate to {record['bytes']} bytes"
             )
-        path = Path(place, ONNX_FILE)
+        path = Path(directory, ONNX_FILE)
         path.write_bytes(content)
         yield path
 
 
 def is_int8(folder: Path) -> bool:
-    """Whether a folder is an INT8 one."""
-    return (folder / PRUNING_RECORD).is_file()
+    """Whether a folder is an INT8 folder."""
+    return (folder / QUANTIZATION_RECORD).is_file()
 
 
 @dataclass(frozen=True)
 class Runnable:
-    """A model of a folder of either kind, as it is run.
+    """A model of a checkpoint folder or an INT8 folder, ready to run.
 
     Attributes:
+        model: maps images (N, 3, H, W) to logits (N, classes).
         config: timm's preprocessing for it.
+        classes: number of classes.
         sparsity: share of zeros among the prunable weights.
-        engine: what runs it, if not torch.
-        labels: names of the classes, where they are known.
+        engine: name and version of the engine, if it is not torch.
+        labels: names of the classes, if they are known.
     """
 
     model: nn.Module
@@ -267,7 +294,7 @@ class Runnable:
 
 
 def load_runnable(uri: str, *, key: str) -> Runnable:
-    """The model of a checkpoint folder or of an INT8 one (any pyarrow URI, or ``hf-hub:NAME``).
+    """Load the model of a checkpoint folder or an INT8 folder (any pyarrow URI, or ``hf-hub:NAME``).
 
     Raises:
         InputError: a file that is missing, changed, or cannot be loaded.
@@ -293,7 +320,12 @@ def _of_torch(loaded: Checkpoint) -> Runnable:
 
 
 class Int8Model(nn.Module):
-    """The file run by ONNX Runtime on the CPU: images (N, 3, H, W) to logits (N, classes)."""
+    """An INT8 file, run by ONNX Runtime on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: of the CPU; default: those of torch.
+    """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         super().__init__()
@@ -301,4 +333,5 @@ class Int8Model(nn.Module):
         self._run = ENGINES[ENGINE].load(path, "int8", Placement(threads or torch.get_num_threads()))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to logits (N, classes)."""
         return torch.from_numpy(self._run(images.contiguous().numpy()))

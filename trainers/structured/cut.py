@@ -1,4 +1,4 @@
-"""Cut a model in width: choose channels, slice them out, let timm build the rest, and have it checked."""
+"""Cut a model in width: choose channels, slice the weights, build the smaller model by timm, and check it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,20 @@ from pruners.structured.dependency import Couplings
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.structured import StructuredSettings, format_cut
 from trainers.models import factory
-from trainers.structured.shapes import Shape, wanted
+from trainers.structured.shapes import Shape, target_shape
 from trainers.structured.verify import check_cut, check_reloaded, noise
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A cut that timm can hold: widths, the arguments that build it, and what it costs, before and after."""
+    """A planned cut, which timm can build.
+
+    Attributes:
+        before, after: widths of the model, and of the smaller one.
+        arguments: keyword arguments with which timm builds the smaller model.
+        skeleton: the smaller model on the meta device.
+        dense, costs: what the model costs, and what the smaller one does.
+    """
 
     before: Shape
     after: Shape
@@ -39,10 +46,11 @@ class Plan:
 
     @property
     def cut(self) -> dict[str, list[Any]]:
+        """What is cut: kind -> [before, after]."""
         return self.after.differences(self.before)
 
     def facts(self, settings: StructuredSettings) -> dict[str, Any]:
-        """What is recorded of it."""
+        """The entry ``structured`` of the record."""
         return {
             "cut": self.cut,
             "importance": settings.importance,
@@ -56,16 +64,21 @@ class Plan:
 
 
 def plan_cut(model: nn.Module, arguments: Mapping[str, Any], settings: StructuredSettings) -> Plan:
-    """What a recipe makes of a model; needs shapes only, so that ``model`` may be on the meta device.
+    """Plan the cut that a recipe asks for.
 
     Args:
-        arguments: with which timm built ``model``.
+        model: only its shapes are needed: it may be on the meta device.
+        arguments: keyword arguments with which timm built it.
+        settings: the widths.
+
+    Returns:
+        The plan.
 
     Raises:
-        InputError: a model that is not known here, or a shape that timm cannot hold.
+        InputError: an unsupported architecture, or a shape that timm cannot build.
     """
     before = Shape.of(model)
-    after = wanted(before, settings)
+    after = target_shape(before, settings)
     built = after.arguments(arguments)
     with torch.device("meta"):
         skeleton = factory.build_like(model, built)
@@ -76,13 +89,19 @@ def plan_cut(model: nn.Module, arguments: Mapping[str, Any], settings: Structure
 def cut_model(
     model: nn.Module, plan: Plan, settings: StructuredSettings, batches: Iterable[Batch]
 ) -> nn.Module:
-    """The smaller model, in float32 on the processor, in eval mode; ``model`` is left as it was.
+    """Cut a model.
 
     Args:
-        batches: (images, labels) for the gradients; not read for ``magnitude``.
+        model: left as it is.
+        plan: as :func:`plan_cut` made it.
+        settings: how channels are chosen.
+        batches: (images (N, 3, H, W), labels (N,)) for the gradients; not read for ``magnitude``.
+
+    Returns:
+        The smaller model, in float32 on the CPU, in eval mode.
 
     Raises:
-        RuntimeError: what timm built is not what was planned; says which check failed.
+        RuntimeError: timm built another model than planned; says which check failed.
     """
     channels = _Channels(model, plan)
     cut = _choose(model, channels, plan, _saliency(model, channels.parameters, settings, batches))
@@ -99,14 +118,17 @@ def cut_model(
 
 
 def save_cut(folder: Path, model: nn.Module, plan: Plan, record: Mapping[str, Any], *, sparse: bool) -> None:
-    """Write the smaller model as a checkpoint folder, and read it back.
+    """Write the smaller model as a checkpoint folder, read it back and compare.
 
     Args:
-        record: of the checkpoint; what was cut and what it costs are added.
-        sparse: the model had zeros of its own, which stay.
+        folder: made if need be.
+        model: as :func:`cut_model` made it.
+        plan: of the cut.
+        record: content of ``pruning.json``; method, sparsity, allocation and costs are added.
+        sparse: the model that was cut had pruned weights, which stay zero.
 
     Raises:
-        RuntimeError: what is read back is another model.
+        RuntimeError: the model that is read back differs.
     """
     masks = MaskSet.from_zeros(model, find_layers(model)) if sparse else None
     pruned = masks.pruned() if masks is not None else {}
@@ -122,7 +144,13 @@ def save_cut(folder: Path, model: nn.Module, plan: Plan, record: Mapping[str, An
 
 
 class _Channels:
-    """The groups of channels that a plan cuts, by layer."""
+    """The groups of coupled channels that a plan cuts.
+
+    Attributes:
+        hidden: of the MLPs, by block.
+        inner: of the attentions, by block.
+        embed: between blocks, by stage.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         before, after = plan.before, plan.after
@@ -149,17 +177,17 @@ class _Channels:
 def _saliency(
     model: nn.Module, names: Iterable[str], settings: StructuredSettings, batches: Iterable[Batch]
 ) -> dict[str, Tensor]:
-    """The worth of each weight of some parameters."""
+    """The saliency of each weight, by parameter."""
     weights = {name: model.get_parameter(name) for name in names}
-    found: Iterator[dict[str, Tensor]] = iter(())
+    samples: Iterator[dict[str, Tensor]] = iter(())
     if settings.importance in WITH_GRADIENTS:
         layers = [PrunableLayer(name, "", 0, tuple(weight.shape)) for name, weight in weights.items()]
-        found = gradients(model, layers, {}, batches, functional.cross_entropy)
-    return saliencies(settings.importance, weights, found)
+        samples = gradients(model, layers, {}, batches, functional.cross_entropy)
+    return saliencies(settings.importance, weights, samples)
 
 
 def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping[str, Tensor]) -> Cut:
-    """Which channels stay: all are judged in the uncut model."""
+    """Choose the channels that stay, all by their saliency in the uncut model."""
     cut = Cut({name: weight.shape for name, weight in model.named_parameters()})
     for block, stage in plan.before.blocks():
         if block in channels.hidden:
@@ -173,19 +201,19 @@ def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping
 
 
 def _cut_attention(
-    cut: Cut, place: tuple[str, int], inner: Channels, plan: Plan, saliency: Mapping[str, Tensor]
+    cut: Cut, position: tuple[str, int], inner: Channels, plan: Plan, saliency: Mapping[str, Tensor]
 ) -> None:
-    """The heads that are worth most stay, and in each of them the best pairs of query and key, and values."""
-    (block, stage), before, after = place, plan.before, plan.after
+    """Keep the most salient heads, and in each of them the most salient query-key pairs and values."""
+    (block, stage), before, after = position, plan.before, plan.after
     heads, dim = before.heads[stage], before.head_dim[stage]
     stay = best(inner.worth(saliency).reshape(heads, dim).sum(1), after.heads[stage])
     # queries meet keys, and values the projection: the two have nothing else in common
     first = [member for member in inner.members if member.places.shape[1] == 3]
-    asking = [Member(one.name, one.dim, one.places[:, :2]) for one in first]
-    telling = [Member(one.name, one.dim, one.places[:, 2:]) for one in first]
-    telling += [member for member in inner.members if member.places.shape[1] == 1]
+    query_key = [Member(member.name, member.dim, member.places[:, :2]) for member in first]
+    values = [Member(member.name, member.dim, member.places[:, 2:]) for member in first]
+    values += [member for member in inner.members if member.places.shape[1] == 1]
     assert len(first) + 1 <= len(inner.members), "the projection takes what the values give"
-    for members in (asking, telling):
+    for members in (query_key, values):
         group = Channels(block, tuple(members))
         kept = best(group.worth(saliency), after.head_dim[stage], groups=heads)
         cut.drop(group, kept & stay.repeat_interleave(dim))
@@ -195,7 +223,7 @@ def _cut_attention(
 
 
 def _keep_scale(state: dict[str, Tensor], plan: Plan) -> None:
-    """Queries take up what attention divides by less: timm's scale follows the channels of a head."""
+    """Rescale the queries: timm divides attention by the root of a head's channels, which are fewer now."""
     for block, stage in plan.before.blocks():
         factor = math.sqrt(plan.after.head_dim[stage] / plan.before.head_dim[stage])
         queries = plan.after.inner[stage]

@@ -1,8 +1,8 @@
-"""How wide a timm ViT or Swin is, how wide it may become, and the arguments that make timm build that.
+"""Widths of timm's ViT and Swin: of a model, of the smaller one that a recipe asks for, and timm's arguments.
 
-What timm can hold: for all blocks of a ViT one MLP width, one embedding width, and heads that divide it; for
-a Swin an embedding width that doubles with each stage, and for each stage an MLP width, heads, and channels
-of a head. Whatever else is asked for is refused with the nearest shape that can be had.
+timm can build, for a ViT, one MLP width and one embedding width for all blocks, and heads that divide the
+embedding; for a Swin, an embedding width that doubles with each stage, and for each stage an MLP width,
+heads, and channels of a head. Anything else is refused, with the nearest shape that is possible.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from pruners.errors import InputError
 from trainers.config.structured import StructuredSettings, Width, is_reduced
 
 _KEY = "structured"
-_PART = 0.01  # of a head that a share like 0.667 may be beside a whole number
+_HEAD_TOLERANCE = 0.01  # of a head: how far a share like 0.667 may be from a whole number
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a model; ``heads``, ``head_dim`` and ``hidden`` (of MLPs) by stages, of which a ViT has one.
+    """Widths of a model; tuples have an entry for each stage, of which a ViT has one.
 
-    Args:
-        embed: channels between the blocks of the first stage; they double with each.
-        depths: blocks of each stage.
+    Attributes:
+        family: ``vit`` (DeiT too) or ``swin``.
+        embed: channels between the blocks of the first stage; they double with each stage.
+        heads: attention heads.
+        head_dim: channels of a head.
+        hidden: hidden channels of the MLPs.
+        depths: number of blocks.
     """
 
     family: Literal["vit", "swin"]
@@ -42,10 +46,10 @@ class Shape:
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
-        """Read it off a model.
+        """The widths of a model.
 
         Raises:
-            InputError: a model that is no plain ViT, DeiT or Swin of timm.
+            InputError: the model is no plain ViT, DeiT or Swin of timm.
         """
         if isinstance(model, SwinTransformer):
             family: Literal["vit", "swin"] = "swin"
@@ -67,8 +71,8 @@ class Shape:
             tuple(map(len, stages)),
         )
         for (name, stage), block in zip(shape.blocks(), blocks, strict=True):
-            found = block.attn.num_heads, block.attn.proj.in_features, block.mlp.fc1.out_features
-            if found != (shape.heads[stage], shape.inner[stage], shape.hidden[stage]):
+            widths = block.attn.num_heads, block.attn.proj.in_features, block.mlp.fc1.out_features
+            if widths != (shape.heads[stage], shape.inner[stage], shape.hidden[stage]):
                 raise InputError(_KEY, name, "has other widths than the block before it; cannot be cut")
         return shape
 
@@ -90,7 +94,7 @@ class Shape:
                 yield (swin if self.family == "swin" else f"blocks.{number}"), stage
 
     def arguments(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """The keyword arguments that make timm build this shape, over those of the model it was cut from."""
+        """timm's keyword arguments for this shape, over those (``before``) of the model that is cut."""
         ratios = tuple(map(_ratio, self.hidden, self.widths))
         own: dict[str, Any]
         if self.family == "vit":
@@ -105,26 +109,30 @@ class Shape:
         return {**before, **own}
 
     def differences(self, before: Shape) -> dict[str, list[Any]]:
-        """What was cut: kind -> [before, after], numbers or lists with one for each stage."""
-        found = {"embed": [before.embed, self.embed]}
+        """What is cut: kind -> [before, after], each a number, or a list with one for each stage."""
+        changes = {"embed": [before.embed, self.embed]}
         for kind, name in (("heads", "heads"), ("head_dim", "head_dim"), ("mlp", "hidden")):
-            found[kind] = [_one_or_list(getattr(one, name)) for one in (before, self)]
-        return {kind: ends for kind, ends in found.items() if ends[0] != ends[1]}
+            changes[kind] = [_one_or_list(getattr(shape, name)) for shape in (before, self)]
+        return {kind: ends for kind, ends in changes.items() if ends[0] != ends[1]}
 
 
-def wanted(shape: Shape, settings: StructuredSettings) -> Shape:
+def target_shape(shape: Shape, settings: StructuredSettings) -> Shape:
     """The shape that a recipe asks for.
 
+    Args:
+        shape: of the model that is cut.
+        settings: the widths.
+
     Raises:
-        InputError: a shape that timm cannot hold, with the nearest that it can; more than there is; or the
-            same shape again.
+        InputError: a shape that timm cannot build (names the nearest one that it can), one that is wider, or
+            the same one.
     """
     find = _vit if shape.family == "vit" else _swin
-    found = find(shape, settings)
-    if found == shape:
-        expected = f"leaves the model as it is: nothing would be cut ({_told(shape)})"
+    target = find(shape, settings)
+    if target == shape:
+        expected = f"leaves the model as it is: nothing would be cut ({_widths_text(shape)})"
         raise InputError(_KEY, None, expected)
-    return found
+    return target
 
 
 def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
@@ -157,7 +165,7 @@ def _vit(shape: Shape, settings: StructuredSettings) -> Shape:
 
 
 def _nearest_embed(embed: int, heads: int, shape: Shape) -> str:
-    """Why so many heads cannot share an embedding, and the nearest that they can."""
+    """An error message: why heads cannot divide an embedding, and the nearest width that they can."""
     most, dim = shape.heads[0], shape.head_dim[0]
     if heads > most:
         return f"needs {heads} heads, and there are {most}; the nearest shape: embed: {most * dim}"
@@ -188,13 +196,13 @@ def _of_blocks(
     """A ViT's width, the same in all blocks.
 
     Args:
-        dim: of a head, where it is heads, with which the embedding goes.
+        dim: channels of a head, if ``key`` is ``heads``, for the embedding that goes with them.
     """
     expected = f"timm builds all {depth} blocks of a ViT alike, and holds no list"
     try:
         if not isinstance(value, tuple):
             return _size(key, value, whole)
-        near = round(sum(_near(one, whole) for one in value) / len(value))
+        near = round(sum(_near(width, whole) for width in value) / len(value))
     except InputError as error:
         assert not isinstance(value, tuple), "a list has not been tried"
         near, expected = _near(value, whole), error.expected
@@ -216,43 +224,47 @@ def _of_stages(
             expected += f": timm holds no width of each block; the nearest shape that it can: {key}: {near}"
         raise InputError(f"{_KEY}.{key}", list(values), expected)
     try:
-        return tuple(_size(key, one, most) for one, most in zip(values, whole, strict=True))
+        return tuple(_size(key, width, most) for width, most in zip(values, whole, strict=True))
     except InputError as error:
-        near = [_near(one, most) for one, most in zip(values, whole, strict=True)]
+        near = [_near(width, most) for width, most in zip(values, whole, strict=True)]
         given = list(value) if isinstance(value, tuple) else value
         raise InputError(error.key, given, f"{error.expected}; the nearest shape: {key}: {near}") from None
 
 
 def _means(values: Sequence[Width], whole: Sequence[int], depths: Sequence[int]) -> list[int]:
-    """The widths of blocks as one for each stage."""
-    found, begin = [], 0
+    """The mean width of each stage's blocks."""
+    means, begin = [], 0
     for most, depth in zip(whole, depths, strict=True):
-        found.append(round(sum(_near(one, most) for one in values[begin : begin + depth]) / depth))
+        means.append(round(sum(_near(width, most) for width in values[begin : begin + depth]) / depth))
         begin += depth
-    return found
+    return means
 
 
 def _near(value: Width, whole: int) -> int:
-    """A width as a number that can be had: at least 1, at most all."""
+    """A width as a number, at least 1 and at most ``whole``."""
     return max(1, min(whole, value if isinstance(value, int) else round(value * whole)))
 
 
 def _size(key: str, value: Width, whole: int) -> int:
-    """A width as a number; a share of channels is rounded, one of heads must be whole.
+    """A width as a number; a share of channels is rounded, a share of heads must give a whole number.
 
     Raises:
-        InputError: more than there is, or a part of a head.
+        InputError: more than the model has, or a part of a head.
     """
     if isinstance(value, int) and value > whole:
         raise InputError(f"{_KEY}.{key}", value, f"must be at most {whole}, which is what the model has")
-    if key == "heads" and isinstance(value, float) and abs(value * whole - _near(value, whole)) > _PART:
+    if (
+        key == "heads"
+        and isinstance(value, float)
+        and abs(value * whole - _near(value, whole)) > _HEAD_TOLERANCE
+    ):
         expected = f"leaves {value * whole:.4g} of {whole} heads, which is no whole number"
         raise InputError(f"{_KEY}.{key}", value, expected)
     return _near(value, whole)
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ``mlp_ratio`` of which timm makes exactly ``hidden`` (``int(width * ratio)``)."""
+    """The ``mlp_ratio`` from which timm computes exactly ``hidden``, as ``int(width * ratio)``."""
     ratio = hidden / width
     if int(width * ratio) != hidden:
         ratio = math.nextafter(ratio, math.inf)
@@ -264,13 +276,15 @@ def _one_or_list(values: Sequence[Any]) -> Any:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-def _told(shape: Shape) -> str:
+def _widths_text(shape: Shape) -> str:
     return f"embed {shape.embed}, heads {_one_or_list(shape.heads)}, mlp {_one_or_list(shape.hidden)}"
 
 
 def _check_plain(model: nn.Module, number: int, block: Any) -> None:
-    """Raises:
-    InputError: a block with parts whose channels are not known here.
+    """Check that a block has only parts whose channels can be cut.
+
+    Raises:
+        InputError: it has others.
     """
     attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     plain = type(attention) in (Attention, WindowAttention) and type(mlp) is Mlp

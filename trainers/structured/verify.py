@@ -1,8 +1,9 @@
-"""Is the smaller model what it should be? Nothing of a structured cut is taken on trust.
+"""Verify a model that was cut in width.
 
-What timm built is compared, in float64, with the model that it was cut from, in which the channels that went
-are zero and norms do not see them; with itself where attention is computed in another way, which is where a
-wrong scale shows; and with what is read back from the file. Its parameters are counted.
+Its logits are compared, in float64, with those of the model that it was cut from, in which the removed
+channels are zeroed and norms ignore them; with its own where attention is computed in the other way, which
+would show a wrong scale; and with those of the model that is read back from the file. Its parameters are
+counted.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from torch.nn import functional
 from pruners.structured.channels import Cut
 from trainers.models import factory
 
-_TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale is above it by far
+_TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale differs by far more
 
 
 def check_cut(made: nn.Module, dense: nn.Module, cut: Cut, *, planned: int) -> None:
     """Compare a model that was cut with the one that it was cut from, both in float64 and eval mode.
 
     Args:
-        planned: its number of parameters.
+        made: the smaller model.
+        dense: the model that it was cut from.
+        cut: the channels that were removed.
+        planned: number of parameters of the smaller model.
 
     Raises:
         RuntimeError: it differs; says by which check.
@@ -39,21 +43,26 @@ def check_cut(made: nn.Module, dense: nn.Module, cut: Cut, *, planned: int) -> N
 
 
 def check_reloaded(made: nn.Module, again: nn.Module, *, planned: int) -> None:
-    """Compare a model with what was read back from its file.
+    """Compare a model with the one that was read back from its file.
+
+    Args:
+        made: the model.
+        again: the model that was read back.
+        planned: number of parameters.
 
     Raises:
-        RuntimeError: a bit of its outputs differs, or the number of its parameters.
+        RuntimeError: the logits differ by a bit, or the number of parameters does.
     """
     _check_parameters(again, planned)
     images = noise(made)
     for other in (False, True):
-        was, found = (forward(one.eval(), images, other=other) for one in (made, again))
-        if not torch.equal(was, found):
-            raise RuntimeError(f"structured pruning: reloaded, {_differs(was, found)}")
+        was, outputs = (forward(candidate.eval(), images, other=other) for candidate in (made, again))
+        if not torch.equal(was, outputs):
+            raise RuntimeError(f"structured pruning: reloaded, {_differs(was, outputs)}")
 
 
 class _NormOfKept(nn.Module):
-    """A layer norm to which some channels do not exist; they come out as zeros."""
+    """A layer norm that ignores some channels, whose outputs are zero."""
 
     def __init__(self, norm: nn.LayerNorm, kept: Tensor) -> None:
         super().__init__()
@@ -70,7 +79,7 @@ class _NormOfKept(nn.Module):
 
 
 def reference(dense: nn.Module, cut: Cut) -> nn.Module:
-    """The uncut model as if it had been cut: zeros in place of what went, and norms that do not see it."""
+    """The uncut model with removed channels zeroed, and norms that ignore them: it equals the cut one."""
     zeroed = copy.deepcopy(dense)
     zeroed.load_state_dict(cut.zeroed(dense.state_dict()))
     norms = [(name, part) for name, part in zeroed.named_modules() if isinstance(part, nn.LayerNorm)]
@@ -89,10 +98,15 @@ def noise(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def forward(model: nn.Module, images: Tensor, *, other: bool = False) -> Tensor:
-    """What a model says of images.
+    """Compute the logits of images.
 
     Args:
-        other: with attention computed the other way: fused where it is in steps, in steps where it is fused.
+        model: the model.
+        images: (N, 3, H, W).
+        other: compute attention in the other way: step by step where it is fused, and fused where it is not.
+
+    Returns:
+        (N, classes).
     """
     parts: list[Any] = [part for part in model.modules() if hasattr(part, "fused_attn")] if other else []
     for part in parts:
@@ -106,17 +120,17 @@ def forward(model: nn.Module, images: Tensor, *, other: bool = False) -> Tensor:
 
 
 def _check_parameters(model: nn.Module, planned: int) -> None:
-    found = sum(weight.numel() for weight in model.parameters())
-    if found != planned:
-        raise RuntimeError(f"structured pruning: {found:,} parameters are left, and {planned:,} were planned")
+    count = sum(weight.numel() for weight in model.parameters())
+    if count != planned:
+        raise RuntimeError(f"structured pruning: {count:,} parameters are left, and {planned:,} were planned")
 
 
-def _check_same(where: str, expected: Tensor, found: Tensor) -> None:
+def _check_same(where: str, expected: Tensor, outputs: Tensor) -> None:
     scale = max(float(expected.abs().max()), 1.0)
-    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale):
-        raise RuntimeError(f"structured pruning: {where}, {_differs(expected, found)}")
+    if not torch.allclose(outputs, expected, rtol=0, atol=_TOLERANCE * scale):
+        raise RuntimeError(f"structured pruning: {where}, {_differs(expected, outputs)}")
 
 
-def _differs(expected: Tensor, found: Tensor) -> str:
-    by, of = float((found - expected).abs().max()), float(expected.abs().max())
+def _differs(expected: Tensor, outputs: Tensor) -> str:
+    by, of = float((outputs - expected).abs().max()), float(expected.abs().max())
     return f"timm's model differs by {by:.3g} in logits of up to {of:.3g}"

@@ -53,13 +53,13 @@ def test_features_are_those_of_the_pruned_model(
         model = timm.create_model(f"local-dir:{tmp_path}/m", pretrained=True, dynamic_img_size=True).eval()
     given = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = backbone.eval()(given)
+        features = backbone.eval()(given)
         expected = model.forward_intermediates(  # type: ignore[operator]
             given, indices=list(backbone.feature_info.out_indices), intermediates_only=True
         )
-    assert len(found) == len(expected) == len(backbone.feature_info.channels())
-    for one, other, channels in zip(found, expected, backbone.feature_info.channels(), strict=True):
-        same = one if architecture != SWIN else one.permute(0, 3, 1, 2)  # timm gives Swin's as NHWC
+    assert len(features) == len(expected) == len(backbone.feature_info.channels())
+    for feature, other, channels in zip(features, expected, backbone.feature_info.channels(), strict=True):
+        same = feature if architecture != SWIN else feature.permute(0, 3, 1, 2)  # timm gives Swin's as NHWC
         assert same.shape[1] == channels
         assert torch.equal(same, other)
     weights = dict(backbone.named_parameters())

@@ -30,9 +30,13 @@ def job_of(files: dict[str, str], training: dict[str, Any], **changes: Any) -> T
 
 
 def branched(
-    files: dict[str, str], training: dict[str, Any], place: Path, differs: tuple[str, ...] = KEYS, **more: Any
+    files: dict[str, str],
+    training: dict[str, Any],
+    checkpoint: Path,
+    differs: tuple[str, ...] = KEYS,
+    **more: Any,
 ) -> TrainJob:
-    return job_of(files, training, origin={"checkpoint": str(place), "differs": differs}, **more)
+    return job_of(files, training, origin={"checkpoint": str(checkpoint), "differs": differs}, **more)
 
 
 @pytest.fixture(scope="module", params=["adamw", "lamb"])
@@ -51,11 +55,11 @@ def test_moments_steps_and_draws_go_on_with_other_settings(
     donor: tuple[dict[str, Any], Log], files: dict[str, str]
 ) -> None:
     means, log = donor
-    place = log.saved[21]
+    checkpoint = log.saved[21]
     lr = {"kind": "cyclic", "peak": 1e-3}
-    job = branched(files, {**means, "lr": lr, "weight_decay": 0.2, "label_smoothing": 0.1}, place)
-    session = Session.open(job, CPU, branch=place)
-    tensors, progress = read_state(place)
+    job = branched(files, {**means, "lr": lr, "weight_decay": 0.2, "label_smoothing": 0.1}, checkpoint)
+    session = Session.open(job, CPU, branch=checkpoint)
+    tensors, progress = read_state(checkpoint)
     assert session.step == 21
     assert session.epoch == 3
     assert session.last["epoch"] == 3
@@ -68,7 +72,7 @@ def test_moments_steps_and_draws_go_on_with_other_settings(
     if means == {"optimizer": "lamb", "weight_decay": 0.05}:
         assert {int(group["step"]) for group in session.optimizer.param_groups} == {21}
     state = session.optimizer.state_dict()["state"]
-    moments = {name: one for name, one in tensors.items() if name.startswith("optimizer/")}
+    moments = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer/")}
     assert moments
     for name, moment in moments.items():
         number, key = name.removeprefix("optimizer/").split("/", 1)
@@ -82,8 +86,8 @@ def test_equal_settings_end_with_the_bits_of_the_other_run(
 ) -> None:
     means, log = donor
     rest = Log(tmp_path / "rest")
-    place = log.saved[14]
-    run(branched(files, means, place, keep_folder=str(tmp_path / "kept")), rest, CPU, branch=place)
+    checkpoint = log.saved[14]
+    run(branched(files, means, checkpoint, keep_folder=str(tmp_path / "kept")), rest, CPU, branch=checkpoint)
     assert sorted(rest.saved) == [21, 28]
     assert same_files(rest.last, log.last) == []
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["0.7"]
@@ -93,10 +97,10 @@ def test_other_settings_end_elsewhere_and_go_on_from_their_own(
     donor: tuple[dict[str, Any], Log], files: dict[str, str], tmp_path: Path
 ) -> None:
     means, log = donor
-    place = log.saved[14]
-    job = branched(files, {**means, "lr": {"kind": "cyclic", "peak": 1e-3}}, place)
+    checkpoint = log.saved[14]
+    job = branched(files, {**means, "lr": {"kind": "cyclic", "peak": 1e-3}}, checkpoint)
     rest = Log(tmp_path / "rest")
-    run(job, rest, CPU, branch=place)
+    run(job, rest, CPU, branch=checkpoint)
     assert "model.safetensors" in same_files(rest.last, log.last)
     again = Log(tmp_path / "again")
     run(job, again, CPU, resume=rest.saved[21])
@@ -119,18 +123,18 @@ def test_what_may_not_differ_is_refused(
     files: dict[str, str],
 ) -> None:
     means, log = donor
-    place = log.saved[21]
+    checkpoint = log.saved[21]
     with pytest.raises(InputError, match=f"the checkpoint is of another recipe: {says}"):
-        Session.open(branched(files, {**means, **training}, place, differs), CPU, branch=place)
+        Session.open(branched(files, {**means, **training}, checkpoint, differs), CPU, branch=checkpoint)
 
 
 def test_a_checkpoint_of_its_own_is_held_to_all_keys(
     donor: tuple[dict[str, Any], Log], files: dict[str, str]
 ) -> None:
     means, log = donor
-    place = log.saved[21]
+    checkpoint = log.saved[21]
     with pytest.raises(InputError, match=r"training\.weight_decay 0\.05 there and 0\.1 here"):
-        Session.open(branched(files, {**means, "weight_decay": 0.1}, place), CPU, resume=place)
+        Session.open(branched(files, {**means, "weight_decay": 0.1}, checkpoint), CPU, resume=checkpoint)
 
 
 def test_settings_of_the_groups_are_kept_where_they_are_asked_for() -> None:

@@ -56,8 +56,8 @@ def test_what_is_saved_is_loaded(architecture: str, tmp_path: Path) -> None:
         assert loaded.record["method"] == "dimap"
         assert loaded.record["architecture"] == architecture
     expected = tiny(architecture)[1] | {"img_size": [16, 16], "num_classes": 3}  # as timm writes them
-    found = model_args(folder)
-    assert {key: found[key] for key in expected} == expected
+    content = model_args(folder)
+    assert {key: content[key] for key in expected} == expected
 
 
 def test_a_dense_folder_has_no_masks(tmp_path: Path) -> None:
@@ -244,6 +244,6 @@ def test_a_figure_that_is_no_number_leaves_a_record_that_is_json(tmp_path: Path)
         raise AssertionError(f"{name} is no JSON")
 
     text = (tmp_path / "one" / "pruning.json").read_text()
-    found = json.loads(text, parse_constant=refused)["figures"]
-    assert found == {"val_loss": None, "val_top1": 0.25, "losses": [1.0, None]}
-    assert load_checkpoint(str(tmp_path / "one")).record["figures"] == found
+    content = json.loads(text, parse_constant=refused)["figures"]
+    assert content == {"val_loss": None, "val_top1": 0.25, "losses": [1.0, None]}
+    assert load_checkpoint(str(tmp_path / "one")).record["figures"] == content

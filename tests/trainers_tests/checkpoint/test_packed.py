@@ -38,10 +38,11 @@ def bits_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        (tensor.dtype, tensor.shape, bits_of(tensor)) == (other[k].dtype, other[k].shape, bits_of(other[k]))
-        for k, tensor in one.items()
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        (tensor.dtype, tensor.shape, bits_of(tensor))
+        == (second[k].dtype, second[k].shape, bits_of(second[k]))
+        for k, tensor in first.items()
     )
 
 
@@ -63,12 +64,12 @@ def pruned(folder: Path, architecture: str = VIT, pattern: str = "unstructured")
 def load_packed() -> Callable[[str], nn.Module]:
     """The function of the guide, as it stands there."""
     section = GUIDE.read_text(encoding="utf-8").partition("## Smaller files")[2]
-    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    assert len([line for line in found[1].splitlines() if line.strip()]) <= 20
+    result = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert result is not None
+    assert len([line for line in result[1].splitlines() if line.strip()]) <= 20
     names: dict[str, Any] = {}
-    exec(found[1], names)
-    assert "espalier" not in {module.partition(".")[0] for module in re.findall(r"import (\w+)", found[1])}
+    exec(result[1], names)
+    assert "espalier" not in {module.partition(".")[0] for module in re.findall(r"import (\w+)", result[1])}
     load: Callable[[str], nn.Module] = names["load_packed"]
     return load
 
@@ -87,10 +88,10 @@ def test_every_bit_comes_back(kind: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.from_numpy(words.view(f"i{size}").copy()).view(kind)
     given = {"a.weight": tensor, "a.bias": tensor[:9, 0].contiguous(), "number": tensor[0, 0].clone()}
     names = write_packed(tmp_path / "file", given, None)
-    found, masks = read_packed(tmp_path / "file")
+    result, masks = read_packed(tmp_path / "file")
     assert names == ["a.weight"]
     assert masks is None
-    assert same(given, found)
+    assert same(given, result)
     values = zlib.decompress(load_file(tmp_path / "file")["a.weight.values"].numpy().tobytes())
     assert len(values) == size * np.count_nonzero(words)
     assert (tmp_path / "file").stat().st_size < 0.5 * words.nbytes + 1500
@@ -127,10 +128,10 @@ def test_masks_that_are_not_the_zeros(tmp_path: Path) -> None:
     masks["chance"][1, 1] = True
     weights["negative"][2, 2] = -0.0
     write_packed(tmp_path / "file", weights, MaskSet(masks))
-    found, read = read_packed(tmp_path / "file")
+    result, read = read_packed(tmp_path / "file")
     assert read is not None
     assert read.fingerprint() == MaskSet(masks).fingerprint()
-    assert same(weights, found)
+    assert same(weights, result)
     extra = {name for name in load_file(tmp_path / "file") if name.endswith(".kept")}
     assert extra == {"chance.kept", "negative.kept", "dense.kept"}
 
@@ -201,9 +202,9 @@ def test_half_precision_and_nan(
     packed(source, tmp_path / "finite")
     plain = dict(load_timm_folder(source).state_dict())
     assert same(plain, dict(load_checkpoint(str(tmp_path / "finite")).model.state_dict()))
-    found = load_checkpoint(str(tmp_path / "finite")).masks
-    assert found is not None
-    assert found.sparsity == pytest.approx(0.75, abs=1e-3)
+    result = load_checkpoint(str(tmp_path / "finite")).masks
+    assert result is not None
+    assert result.sparsity == pytest.approx(0.75, abs=1e-3)
 
 
 def test_a_model_without_zeros(tmp_path: Path) -> None:

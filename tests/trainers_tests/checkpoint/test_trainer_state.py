@@ -44,11 +44,11 @@ def test_a_byte_flipped_or_the_end_cut_off(
     broken = whole[:at] if cut else whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :]
     try:
         file.write_bytes(broken)
-        found = damage(saved)
+        message = damage(saved)
         # white space between JSON's parts means nothing
-        assert found is not None or name == "trainer.json"
-        if found is not None:
-            assert name in found
+        assert message is not None or name == "trainer.json"
+        if message is not None:
+            assert name in message
     finally:
         file.write_bytes(whole)
     assert damage(saved) is None
@@ -79,11 +79,11 @@ def test_a_checkpoint_of_another_recipe(
 
 
 def test_what_does_not_change_the_result_may_change(files: dict[str, str], saved: Path) -> None:
-    told = []
+    reports = []
     run(
         make_job(files, {"epochs": 3, "checkpoint_every": 1, "data_workers": 1}, {}, name="other"),
-        lambda progress: told.append(progress.metrics["epoch"]),
+        lambda progress: reports.append(progress.metrics["epoch"]),
         CPU,
         resume=saved,
     )
-    assert told == [3]  # it was at its end, and says so again
+    assert reports == [3]  # it was at its end, and says so again

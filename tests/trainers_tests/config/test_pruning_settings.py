@@ -57,9 +57,9 @@ def test_a_relative_damping_is_passed_on() -> None:
 
 @pytest.mark.parametrize(("text", "bytes_"), [("1GiB", 1 << 30), ("500MB", 500_000_000), (4096, 4096)])
 def test_memory_is_read_with_its_unit(text: str | int, bytes_: int) -> None:
-    found = FisherSettings.model_validate({"memory": text})
-    assert found.memory == bytes_
-    assert FisherSettings.model_validate_json(found.model_dump_json()) == found
+    settings = FisherSettings.model_validate({"memory": text})
+    assert settings.memory == bytes_
+    assert FisherSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
 @pytest.mark.parametrize(

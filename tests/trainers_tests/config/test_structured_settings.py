@@ -24,10 +24,10 @@ from trainers.config.structured import StructuredSettings, is_reduced
 )
 def test_shares_and_numbers(content: dict[str, Any], key: str, value: object) -> None:
     settings = StructuredSettings.model_validate(content)
-    for one in (settings, StructuredSettings.model_validate(json.loads(settings.model_dump_json()))):
-        found = getattr(one, key)
-        assert found == value
-        kinds = [type(part) for part in (found if isinstance(found, tuple) else [found])]
+    for version in (settings, StructuredSettings.model_validate(json.loads(settings.model_dump_json()))):
+        value_read = getattr(version, key)
+        assert value_read == value
+        kinds = [type(part) for part in (value_read if isinstance(value_read, tuple) else [value_read])]
         assert kinds == [type(part) for part in (value if isinstance(value, tuple) else [value])]
 
 

@@ -38,15 +38,15 @@ def test_every_kind_of_picture_goes_through(kind: str, tmp_path: Path) -> None:
 
 def test_wide_greys_keep_their_shades() -> None:
     """Pillow alone would clip 16 bits at 255."""
-    found = np.asarray(decode({"bytes": grey16(), "path": None}))[..., 0]
-    assert np.abs(found - GRADIENT).max() <= 1
+    pixels = np.asarray(decode({"bytes": grey16(), "path": None}))[..., 0]
+    assert np.abs(pixels - GRADIENT).max() <= 1
     integers = np.asarray(decode({"bytes": PICTURES["32-bit integers"][0](), "path": None}))[..., 0]
     assert np.abs(integers - GRADIENT).max() <= 1
 
 
 def test_a_rotated_picture_stands_upright() -> None:
-    found = np.asarray(decode({"bytes": rotated(), "path": None}), dtype=float)[..., 0]
-    assert np.abs(found - np.rot90(GRADIENT, 3)).mean() < 3
+    pixels = np.asarray(decode({"bytes": rotated(), "path": None}), dtype=float)[..., 0]
+    assert np.abs(pixels - np.rot90(GRADIENT, 3)).mean() < 3
 
 
 def test_shards_are_one_store_that_travels_by_its_path(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_a_damaged_row_group(tmp_path: Path) -> None:
     """What was read before it stays, if the recipe is tolerant."""
     labels = [i % 3 for i in range(600)]
     file = Path(write(tmp_path / "a.parquet", table(labels), row_group_size=300, compression="zstd"))
-    place = pq.read_metadata(file).row_group(1).column(0).dictionary_page_offset
+    offset = pq.read_metadata(file).row_group(1).column(0).dictionary_page_offset
     content = bytearray(file.read_bytes())
-    content[place : place + 4000] = bytes(4000)
+    content[offset : offset + 4000] = bytes(4000)
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.parquet, rows 300 to 599 cannot be read"):
         Store.open(str(file))

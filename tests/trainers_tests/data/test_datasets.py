@@ -127,7 +127,7 @@ def test_augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]
     assert seen(0).shape == (8, 3, 16, 16)
     assert torch.equal(seen(0), seen(0))
     plain = datasets.eval_transform(CONFIG)(image)
-    assert any(not torch.allclose(one, plain, atol=1e-6) for one in seen(0))
+    assert any(not torch.allclose(image, plain, atol=1e-6) for image in seen(0))
 
 
 def test_pixels_are_erased_as_torchvision_does() -> None:
@@ -139,7 +139,7 @@ def test_pixels_are_erased_as_torchvision_does() -> None:
         torch.manual_seed(seed)
         expected.append(theirs(image))
     assert torch.equal(training_pixels(image, AugmentSettings(erasing=0.7), 20), torch.stack(expected))
-    assert 5 < sum(bool((one == 0).any()) for one in expected) < 20
+    assert 5 < sum(bool((image == 0).any()) for image in expected) < 20
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     size: int, batch: int, count: int, world: int, seed: int
 ) -> None:
     def batches(rank: int, world: int) -> list[list[int]]:
-        found = datasets.fixed_batches(Numbers(size), batch, 0, count, rank=rank, world=world, seed=seed)
-        return [chosen.tolist() for _, chosen in found]
+        batches = datasets.fixed_batches(Numbers(size), batch, 0, count, rank=rank, world=world, seed=seed)
+        return [chosen.tolist() for _, chosen in batches]
 
     alone = batches(0, 1)
     shared = [batches(rank, world) for rank in range(world)]
@@ -187,7 +187,7 @@ def test_shared_memory_that_is_too_small_is_told_before_training(
     class Room:
         f_bavail, f_frsize = 9, 4096
 
-    monkeypatch.setattr("trainers.data.datasets.os.statvfs", lambda place: Room)
+    monkeypatch.setattr("trainers.data.datasets.os.statvfs", lambda path: Room)
     datasets.train_loader(images, augment, 16, rank=0, world=2, seed=0, processes=3)
     Room.f_bavail = 8
     expected = r"training\.data_workers = 3: /dev/shm has 0 MB free.*--shm-size=4g"

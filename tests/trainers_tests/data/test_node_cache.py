@@ -64,10 +64,10 @@ def test_a_checkpoint_far_away_is_read_once(tmp_path: Path, copied: list[str]) -
     # once by all of these, and once by the task that looks at an order, which is alone
     assert copied == ["dense", "dense"]
     dense_folder(tmp_path / "far/dense", seed=5)  # another model in its place is read anew
-    found = load_checkpoint("far://dense", shared=True).model
+    result = load_checkpoint("far://dense", shared=True).model
     assert len(copied) == 3
-    other = load_checkpoint(str(tmp_path / "far/dense")).model
-    assert torch.equal(found.get_parameter("head.weight"), other.get_parameter("head.weight"))
+    second = load_checkpoint(str(tmp_path / "far/dense")).model
+    assert torch.equal(result.get_parameter("head.weight"), second.get_parameter("head.weight"))
 
 
 def test_what_a_killed_process_left_is_no_copy(
@@ -110,21 +110,21 @@ def test_pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
     assert pixels.images.dtype == torch.uint8
     batches = list(pixels.batches(0, 7, 4))
     assert [len(labels) for _, labels in batches] == [4, 3]
-    found, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    result, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert labels.tolist() == [images[number][1] for number in range(7)]
-    assert torch.equal(found, torch.stack([images[number][0] for number in range(7)]))
-    assert torch.equal(next(pixels.batches(5, 7, 4))[0], found[5:])
+    assert torch.equal(result, torch.stack([images[number][0] for number in range(7)]))
+    assert torch.equal(next(pixels.batches(5, 7, 4))[0], result[5:])
 
 
 def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     monkeypatch.setattr(datasets, "decode", lambda cell: decoded.append(1) or decode(cell))
     images, config = held_out(tmp_path)
-    one, other = (Pixels.of(images, 6, config) for _ in range(2))
+    first, second = (Pixels.of(images, 6, config) for _ in range(2))
     assert len(decoded) == 6
-    assert torch.equal(one.images, other.images)
+    assert torch.equal(first.images, second.images)
     (file,) = (tmp_path / "cache/pixels").glob("*/images.npy")
-    assert np.array_equal(np.load(file), one.images.numpy())
+    assert np.array_equal(np.load(file), first.images.numpy())
     # other images, sizes or crops are other files
     Pixels.of(datasets.ImageTable(images.store, images._transform, images._rows[::-1]), 6, config)
     Pixels.of(images, 6, config | {"crop_pct": 0.5})
@@ -134,7 +134,7 @@ def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_notice_saves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked at each look; a second machine that goes is another notice."""
-    monkeypatch.setattr(gradual, "_LOOK", 1)
+    monkeypatch.setattr(gradual, "_CLOCK_STEPS", 1)
     monkeypatch.setattr(gradual, "_ASK_SECONDS", -1.0)
     answers = iter([None, "a", "a", "a", None, "a b", "a b", *[None] * 99])
     log = Log(tmp_path / "log")
@@ -152,8 +152,8 @@ def test_a_compressed_folder_can_still_become_int8(tmp_path: Path) -> None:
     for source, target in ((whole, packed), (packed, again)):
         target.mkdir()
         pack_folder(source, target, verify(source, str(source)))
-        found = read_ranges(target)
-        assert found is not None
-        assert found["blocks.0.attn.qkv.input.min"].item() == -1.5
+        result = read_ranges(target)
+        assert result is not None
+        assert result["blocks.0.attn.qkv.input.min"].item() == -1.5
         assert "ranges.safetensors" in verify(target, str(target))["files"]
     assert torch.equal(load_checkpoint(str(again)).model(images(2)), model(images(2)))

@@ -17,12 +17,12 @@ SIZES: Any = st.tuples(st.integers(1, 60), st.integers(4, 17))
 
 def epoch(size: int, batch: int, world: int, number: int, start: int = 0) -> list[list[list[Sample]]]:
     """The batches of each worker."""
-    found = []
+    batches = []
     for rank in range(world):
         sampler = EpochBatches(size, batch, rank=rank, world=world, seed=3)
         sampler.start(number, start)
-        found.append(list(sampler))
-    return found
+        batches.append(list(sampler))
+    return batches
 
 
 def joined(workers: list[list[list[Sample]]], step: int, size: int, batch: int) -> list[Sample]:
@@ -36,10 +36,12 @@ def joined(workers: list[list[list[Sample]]], step: int, size: int, batch: int) 
 def test_workers_share_the_batches_of_one(sizes: tuple[int, int], world: int, number: int) -> None:
     size, batch = sizes
     alone, shared = epoch(size, batch, 1, number)[0], epoch(size, batch, world, number)
-    assert [sorted(one) for one in alone] == [joined(shared, step, size, batch) for step in range(len(alone))]
-    assert sorted(sample.row for one in alone for sample in one) == list(range(size))
-    assert [len(one) for one in alone[:-1]] == [batch] * (len(alone) - 1)
-    assert all(sample.epoch == number for one in alone for sample in one)
+    assert [sorted(batch) for batch in alone] == [
+        joined(shared, step, size, batch) for step in range(len(alone))
+    ]
+    assert sorted(sample.row for batch in alone for sample in batch) == list(range(size))
+    assert [len(batch) for batch in alone[:-1]] == [batch] * (len(alone) - 1)
+    assert all(sample.epoch == number for batch in alone for sample in batch)
 
 
 @quick(100)
@@ -58,9 +60,9 @@ def test_shares_add_up_to_the_mean_over_the_batch(sizes: tuple[int, int], world:
     samplers = [EpochBatches(size, batch, rank=rank, world=world, seed=3) for rank in range(world)]
     for step in range(len(samplers[0])):
         sums = [
-            sampler.share(step) * sum(sample.row for sample in mine) / len(mine) / world
+            sampler.share(step) * sum(sample.row for sample in samples) / len(samples) / world
             for sampler in samplers
-            for mine in [sampler.samples(0, step)]
+            for samples in [sampler.samples(0, step)]
         ]
         rows = [sample.row for sample in EpochBatches(size, batch, seed=3).samples(0, step)]
         assert sum(sums) == pytest.approx(sum(rows) / len(rows))

@@ -40,7 +40,9 @@ def test_layers_are_known_by_what_they_multiply() -> None:
     shapes = linear_shapes(model, find_layers(model))
     assert shapes["blocks.1.attn.qkv.weight"] == LinearShape(48, 16, 5)
     assert len(shapes) == 8
-    assert set(shapes.values()) == {LinearShape(*one, 5) for one in ((48, 16), (16, 16), (64, 16), (16, 64))}
+    assert set(shapes.values()) == {
+        LinearShape(*sizes, 5) for sizes in ((48, 16), (16, 16), (64, 16), (16, 64))
+    }
     model, _ = tiny(SWIN)
     shapes = linear_shapes(model, find_layers(model))
     assert shapes["layers.0.blocks.0.mlp.fc1.weight"] == LinearShape(32, 8, 16)
@@ -94,11 +96,11 @@ def test_engines_that_read_files(engine: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(latency, "sparsities", lambda pattern, free=(): (0.0, 0.9))
     folder = dense_folder(tmp_path / "dense")
     shapes = {"blocks.0.attn.qkv.weight": LinearShape(48, 16, 5)}
-    whole, found = measure(folder, shapes, target(engine, 2), UNSTRUCTURED, 1)
+    whole, curves = measure(folder, shapes, target(engine, 2), UNSTRUCTURED, 1)
     assert whole.sparsities == (0.0, 0.9)
     assert min(whole.seconds) > 0
-    assert list(found) == list(shapes.values())
-    (curve,) = found.values()
+    assert list(curves) == list(shapes.values())
+    (curve,) = curves.values()
     assert curve.sparsities == (0.0, 0.9)
     assert min(curve.seconds) > 0
 
@@ -124,10 +126,10 @@ def test_a_table_foretells_what_a_vit_takes(
     save_checkpoint(tmp_path / "dense", model, model_args=WIDE, masks=None, record=record)
     shapes = linear_shapes(model, find_layers(model))
     on = target(engine)
-    whole, found = measure(tmp_path / "dense", shapes, on, UNSTRUCTURED)
-    table = LatencyTable({}, whole, shapes, found)
-    assert len(found) == 4
-    for curve in found.values():
+    whole, curves = measure(tmp_path / "dense", shapes, on, UNSTRUCTURED)
+    table = LatencyTable({}, whole, shapes, curves)
+    assert len(curves) == 4
+    for curve in curves.values():
         if engine == "csr":  # a layer with fewer zeros than half is run as a dense one
             assert curve.at(0.49) == pytest.approx(curve.at(0.0))
             assert len(curve.sparsities) == 4
@@ -136,7 +138,7 @@ def test_a_table_foretells_what_a_vit_takes(
     save_checkpoint(tmp_path / "pruned", model, model_args=WIDE, masks=report.masks, record=record)
     images = tmp_path / "images.npy"
     np.save(images, pattern_images(preprocessing_of(model), 1))
-    with EngineProcess(on.choice, tmp_path / "pruned", on.place, images) as process:
+    with EngineProcess(on.choice, tmp_path / "pruned", on.placement, images) as process:
         took = statistics.median(process.seconds(1, 10) for _ in range(7))
     assert table.at({}) >= whole.at(0.0) * (1 - 1e-9)
     assert 1 / 3 < table.at(report.allocation) / took < 3

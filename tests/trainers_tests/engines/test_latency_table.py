@@ -20,16 +20,16 @@ SECONDS = st.floats(1e-6, 10.0)
 def curves(draw: st.DrawFn) -> Curve:
     """Times that need neither fall nor rise."""
     between = draw(st.lists(st.floats(0.001, 1.0), unique=True, max_size=8))
-    places = (0.0, *sorted(between))
-    return Curve(places, tuple(draw(SECONDS) for _ in places))
+    sparsities = (0.0, *sorted(between))
+    return Curve(sparsities, tuple(draw(SECONDS) for _ in sparsities))
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> LatencyTable:
-    found = draw(st.dictionaries(SHAPES, curves(), min_size=1, max_size=4))
+    curves_by_shape = draw(st.dictionaries(SHAPES, curves(), min_size=1, max_size=4))
     names = draw(st.lists(st.text(min_size=1, max_size=5), unique=True, min_size=1, max_size=6))
-    layers = {name: draw(st.sampled_from(sorted(found))) for name in names}
-    return LatencyTable({"threads": 1}, draw(curves()), layers, found)
+    layers = {name: draw(st.sampled_from(sorted(curves_by_shape))) for name in names}
+    return LatencyTable({"threads": 1}, draw(curves()), layers, curves_by_shape)
 
 
 @quick(100)
@@ -40,8 +40,8 @@ def test_a_curve_is_exact_where_it_was_measured_and_between_its_neighbours_elsew
     known = list(zip(curve.sparsities, curve.seconds, strict=True))
     assert [curve.at(sparsity) for sparsity, _ in known] == [took for _, took in known]
     for (low, before), (high, after) in pairwise(known):
-        found = curve.at(low + part * (high - low))
-        assert min(before, after) * (1 - 1e-9) <= found <= max(before, after) * (1 + 1e-9)
+        seconds = curve.at(low + part * (high - low))
+        assert min(before, after) * (1 - 1e-9) <= seconds <= max(before, after) * (1 + 1e-9)
     assert curve.at(1.0) == curve.seconds[-1]
 
 
@@ -84,7 +84,7 @@ def test_a_model_is_its_layers_and_a_rest_that_is_never_negative(
     changed = table.curves[shape].at(count / shape.numel) - table.curves[shape].at(0.0)
     changed += table.rest.at(count / numel) - table.rest.at(0.0)
     assert table.at({name: count}) == pytest.approx(table.at({}) + changed, abs=1e-9)
-    everything = {one: its.numel for one, its in table.layers.items()}
+    everything = {name: its.numel for name, its in table.layers.items()}
     assert table.at(everything) == pytest.approx(table.uniform(1.0))
     assert table.at({**everything, "another.weight": 7}) == table.at(everything)
 

@@ -47,10 +47,10 @@ def test_it_answers_and_is_timed(
     monkeypatch.chdir(tmp_path)
     model, _ = tiny()
     with EngineProcess(TORCH, folder, ALONE, images) as process:
-        found = process.answers(images, 3)
+        answers = process.answers(images, 3)
         with torch.no_grad():
             expected = model(torch.from_numpy(np.load(images))).numpy()
-        assert np.allclose(found, expected, atol=1e-5)
+        assert np.allclose(answers, expected, atol=1e-5)
         assert {path.name for path in tmp_path.iterdir()} == {"images.npy", "trainers"}
         first, second = process.warm(1), process.warm(7)
         assert 1e8 < first <= second < 4e9
@@ -71,9 +71,9 @@ def test_an_engine_that_dies_says_how(
     folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "python"
-    said = "x" * 200_000  # more than a pipe holds
+    output = "x" * 200_000  # more than a pipe holds
     script.write_text(
-        f"#!{sys.executable}\nimport os, sys\nsys.stderr.write('{said}\\nlast words\\n')\nos.abort()\n"
+        f"#!{sys.executable}\nimport os, sys\nsys.stderr.write('{output}\\nlast words\\n')\nos.abort()\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(process.sys, "executable", str(script))
@@ -175,10 +175,10 @@ def test_2_of_4_is_known() -> None:
 
 def test_pictures_are_the_same_bits_everywhere() -> None:
     about = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3}
-    found = pattern_images(about, 6)
-    assert found.dtype == np.float32
-    assert np.array_equal(found, pattern_images(about, 8)[:6])
-    pixels = 255 * (found * 0.25 + 0.5)
+    pictures = pattern_images(about, 6)
+    assert pictures.dtype == np.float32
+    assert np.array_equal(pictures, pattern_images(about, 8)[:6])
+    pixels = 255 * (pictures * 0.25 + 0.5)
     assert np.allclose(pixels, pixels.round(), atol=1e-3)
-    assert (found.std(axis=(1, 2, 3)) > 0.1).all()
-    assert len({one.tobytes() for one in found}) == 6
+    assert (pictures.std(axis=(1, 2, 3)) > 0.1).all()
+    assert len({image.tobytes() for image in pictures}) == 6

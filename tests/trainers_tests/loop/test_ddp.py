@@ -40,10 +40,12 @@ def test_workers_train_as_one(kind: str, files: dict[str, str], tmp_path: Path) 
     for world in (2, 4):
         arguments = (world, str(tmp_path), job(kind, files).model_dump(mode="json"))
         torch.multiprocessing.spawn(train_as_worker, arguments, nprocs=world)
-        told = [json.loads((tmp_path / f"metrics-{world}-{rank}.json").read_text()) for rank in range(world)]
-        found = torch.tensor([loss for row in told[0] for loss in row["step_loss"]])
-        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-        rates = [[row["step_lr"] for row in rows] for rows in (told[0], alone.metrics)]
+        reported = [
+            json.loads((tmp_path / f"metrics-{world}-{rank}.json").read_text()) for rank in range(world)
+        ]
+        losses = torch.tensor([loss for row in reported[0] for loss in row["step_loss"]])
+        torch.testing.assert_close(losses, expected, rtol=2e-3, atol=2e-3)
+        rates = [[row["step_lr"] for row in rows] for rows in (reported[0], alone.metrics)]
         assert rates[0] == rates[1]
-        for rows in told[1:]:  # all workers are told the same
-            assert rows == told[0]
+        for rows in reported[1:]:  # all workers are told the same
+            assert rows == reported[0]

@@ -33,17 +33,17 @@ LABELS = torch.tensor([0, 1, 0, 0, 1])
 
 def test_by_hand() -> None:
     losses = [math.log(1 + math.exp(-x)) for x in (2.0, 1.0, -3.0, 1.0, 0.5)]
-    found = evaluate(Given(), [(LOGITS[:2], LABELS[:2]), (LOGITS[2:], LABELS[2:])])
-    assert found.top1 == pytest.approx(4 / 5)
-    assert found.loss == pytest.approx(sum(losses) / 5)
-    assert found.images == 5
+    result = evaluate(Given(), [(LOGITS[:2], LABELS[:2]), (LOGITS[2:], LABELS[2:])])
+    assert result.top1 == pytest.approx(4 / 5)
+    assert result.loss == pytest.approx(sum(losses) / 5)
+    assert result.images == 5
 
 
 def test_uneven_batches_count_by_image() -> None:
-    one = evaluate(Given(), [(LOGITS, LABELS)])
+    first = evaluate(Given(), [(LOGITS, LABELS)])
     many = evaluate(Given(), [(LOGITS[i : i + 1], LABELS[i : i + 1]) for i in range(5)])
-    assert one.top1 == many.top1
-    assert one.loss == pytest.approx(many.loss)
+    assert first.top1 == many.top1
+    assert first.loss == pytest.approx(many.loss)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -69,8 +69,8 @@ def test_nothing_to_evaluate() -> None:
 )
 def test_one_more_right_image_beats_any_loss(counts: tuple[int, list[int]], losses: list[float]) -> None:
     images, right = counts
-    one, two = (Evaluation(r / images, loss, images) for r, loss in zip(right, losses, strict=True))
+    first, second = (Evaluation(r / images, loss, images) for r, loss in zip(right, losses, strict=True))
     if right[0] > right[1]:
-        assert one.score > two.score
+        assert first.score > second.score
     elif right[0] == right[1] and losses[0] <= losses[1]:
-        assert one.score >= two.score
+        assert first.score >= second.score

@@ -101,15 +101,15 @@ class Log:
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Session]:
     """Every session that is opened."""
-    found: list[Session] = []
+    sessions: list[Session] = []
     original = Session.open.__func__  # type: ignore[attr-defined]
 
     def opened(cls: type[Session], *arguments: Any, **options: Any) -> Session:
-        found.append(original(cls, *arguments, **options))
-        return found[-1]
+        sessions.append(original(cls, *arguments, **options))
+        return sessions[-1]
 
     monkeypatch.setattr(Session, "open", classmethod(opened))
-    return found
+    return sessions
 
 
 def zeros(model: nn.Module, session: Session) -> int:
@@ -161,7 +161,7 @@ def _costs_fall(metrics: list[dict[str, Any]], numel: int) -> None:
     assert last["macs_sparse"] < last["macs"]
     scores = [row["score"] for row in metrics]
     at_target = [row["sparsity"] == last["sparsity"] for row in metrics]
-    assert all((score > -1.0) == there for score, there in zip(scores, at_target, strict=True))
+    assert all((score > -1.0) == reached for score, reached in zip(scores, at_target, strict=True))
     assert [row["recovery_epochs"] for row in metrics if row["sparsity"] == last["sparsity"]] == list(
         range(1, sum(at_target) + 1)
     )
@@ -219,9 +219,9 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
     assert rest.metrics == whole.metrics[at:]
     names = ["model.safetensors", STATE_TENSORS] + (["masks.safetensors"] if method else [])
     for name in names:
-        one, other = (load_file(log.saved[EPOCHS] / name) for log in (whole, rest))
-        assert set(one) == set(other)
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+        first, second = (load_file(log.saved[EPOCHS] / name) for log in (whole, rest))
+        assert set(first) == set(second)
+        assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
 def test_a_run_that_goes_on_says_its_last_report_again(files: dict[str, str], tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_zeros_of_before_stay_zero_through_training(
         assert not weights[name][before].any(), name
         assert not masks[name][before].any(), name
     pruned = [weights[name] for name in zeros if layers is None or ".mlp." in name]
-    share = sum(int((one == 0).sum()) for one in pruned) / sum(one.numel() for one in pruned)
+    share = sum(int((weight == 0).sum()) for weight in pruned) / sum(weight.numel() for weight in pruned)
     assert share == pytest.approx(TARGET, abs=1e-3)
     assert log.metrics[-1]["sparsity"] == pytest.approx(TARGET, abs=1e-3)
 

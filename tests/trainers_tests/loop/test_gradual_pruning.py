@@ -96,8 +96,10 @@ def test_floors_and_ceilings_by_name_hold_in_every_layer(given: dict[str, Any], 
     _, weights = ran(given, tmp_path, "ovit", sparsity=0.6, scope="global", **limits)
     _, without = ran(given, tmp_path / "without", "ovit", sparsity=0.6, scope="global")
     for kind, low, high in (("qkv", 0.75, 1.0), ("fc1", 0.0, 0.5)):
-        found, free = ([v for k, v in shares(one).items() if kind in k] for one in (weights, without))
-        assert all(low <= share <= high for share in found)
+        pruned_shares, free = (
+            [v for k, v in shares(weights_of).items() if kind in k] for weights_of in (weights, without)
+        )
+        assert all(low <= share <= high for share in pruned_shares)
         assert not all(low <= share <= high for share in free)
 
 

@@ -104,9 +104,9 @@ def taken(
         source = gradient_source(
             Numbers(images), settings, OVIT, tries_damps=tries_damps, rank=rank, world=world, seed=5
         )
-        found = [number for _, labels in source.batches() for number in labels.tolist()]
-        assert found == [number for _, labels in source.batches() for number in labels.tolist()]
-        of_gradients += found[: source.limit] if settings.per_sample else found
+        labels_taken = [number for _, labels in source.batches() for number in labels.tolist()]
+        assert labels_taken == [number for _, labels in source.batches() for number in labels.tolist()]
+        of_gradients += labels_taken[: source.limit] if settings.per_sample else labels_taken
         if source.held_out is not None:
             held_out += [number for _, labels in source.held_out() for number in labels.tolist()]
     return of_gradients, held_out
@@ -123,15 +123,15 @@ def test_the_gradients_are_of_the_same_images_for_any_number_of_workers(
     gradients: int, batch: int, world: int, per_sample: bool
 ) -> None:
     settings = FisherSettings(gradients=gradients, batch_size=batch, per_sample=per_sample)
-    found, held_out = taken(settings, world)
+    labels_taken, held_out = taken(settings, world)
     alone, held_out_alone = taken(settings, 1)
-    assert Counter(found) == Counter(alone)
+    assert Counter(labels_taken) == Counter(alone)
     assert Counter(held_out) == Counter(held_out_alone)
-    assert len(found) == (gradients if per_sample else gradients * batch)
+    assert len(labels_taken) == (gradients if per_sample else gradients * batch)
     assert len(held_out) == 16 * batch
     if (gradients + 17) * batch <= 500:  # until images come round again
-        assert not set(found) & set(held_out)
-        assert len(set(found)) == len(found)
+        assert not set(labels_taken) & set(held_out)
+        assert len(set(labels_taken)) == len(labels_taken)
 
 
 def test_a_method_has_its_own_number_of_gradients_and_nothing_is_held_out_without_need() -> None:
@@ -173,7 +173,7 @@ def test_the_layers_of_a_recipe() -> None:
 def test_all_workers_have_the_least_that_any_of_them_may_take(
     everywhere: list[tuple[str, int]], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainers.distributed.all_gather", lambda mine: everywhere)
+    monkeypatch.setattr("trainers.distributed.all_gather", lambda value: everywhere)
     assert _budget(torch.device("cpu")) == expected
     model = tiny_swin()
     layers = find_layers(model)

@@ -106,11 +106,11 @@ def test_the_average_is_what_is_shown(files: dict[str, str], tmp_path: Path) -> 
 def test_frozen_parameters_stay(files: dict[str, str], tmp_path: Path) -> None:
     log = Log(tmp_path)
     run(make_job(files, {"freeze": ["patch_embed"]}, {}), log, CPU)
-    one, other = (
+    first, second = (
         timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
         for folder in (files["dense"], log.last)
     )
-    same = {name for name in one if torch.equal(one[name], other[name])}
+    same = {name for name in first if torch.equal(first[name], second[name])}
     assert same == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
@@ -132,8 +132,8 @@ def test_what_cannot_be_used_is_named(training: dict[str, Any], says: str, files
 
 
 def test_a_teacher_with_other_classes(files: dict[str, str], tmp_path: Path) -> None:
-    other = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT_ARGS)
-    save_checkpoint(tmp_path / "five", other, model_args=VIT_ARGS, masks=None, record={})
+    second = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT_ARGS)
+    save_checkpoint(tmp_path / "five", second, model_args=VIT_ARGS, masks=None, record={})
     with pytest.raises(InputError, match="has 5 classes, and the model 3"):
         run(make_job(files, {"distill": {"teacher": str(tmp_path / "five")}}, {}), lambda progress: None, CPU)
 
@@ -179,8 +179,8 @@ def test_accumulation_is_the_same_step(files: dict[str, str], tmp_path: Path) ->
     logs = [Log(tmp_path / str(parts)) for parts in (1, 4)]
     for log, parts in zip(logs, (1, 4), strict=True):
         run(make_job(files, {"accumulate": parts}), log, CPU)
-    one, other = (torch.tensor([loss for row in log.metrics for loss in row["step_loss"]]) for log in logs)
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    first, second = (torch.tensor([loss for row in log.metrics for loss in row["step_loss"]]) for log in logs)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
 def test_constant_holds_the_zeros_of_a_checkpoint(files: dict[str, str], tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_constant_holds_the_zeros_of_a_checkpoint(files: dict[str, str], tmp_pat
     held = Log(tmp_path / "held")
     constant = {"schedule": {"kind": "constant"}}
     run(make_job(files, {}, constant, model=start), held, CPU)
-    one, other = (MaskSet.load(folder / "masks.safetensors") for folder in (pruned.last, held.last))
-    assert one.fingerprint() == other.fingerprint()
+    first, second = (MaskSet.load(folder / "masks.safetensors") for folder in (pruned.last, held.last))
+    assert first.fingerprint() == second.fingerprint()
     assert [row["score"] > 0 for row in held.metrics] == [True] * 4
     with pytest.raises(InputError, match=r"which is 0\.7"):
         run(make_job(files, {}, {**constant, "sparsity": 0.6}, model=start), held, CPU)

@@ -62,9 +62,9 @@ def test_steps_that_do_not_fit(steps: int, last_at: float, epochs: int, says: st
     ],
 )
 def test_step_sparsities(start: float | None, steps: int, target: float, expected: list[float]) -> None:
-    found = list(pruning_plan(PruningSchedule(start=start, steps=steps), target, 100).values())
-    assert found == pytest.approx(expected)
-    assert found[-1] == target
+    values = list(pruning_plan(PruningSchedule(start=start, steps=steps), target, 100).values())
+    assert values == pytest.approx(expected)
+    assert values[-1] == target
 
 
 @quick(200)
@@ -90,7 +90,7 @@ def test_sparsity_only_rises(
     assert times == sorted(times)
     assert times[0] == 0
     assert times[-1] < epochs
-    assert all(one <= other + 1e-12 for one, other in pairwise(sparsities))
+    assert all(left <= right + 1e-12 for left, right in pairwise(sparsities))
     assert sparsities[-1] == target
     assert all(0.0 <= sparsity <= 1.0 for sparsity in sparsities)
 
@@ -204,8 +204,8 @@ def test_learning_rates_by_name() -> None:
 
 def test_other_curves_by_hand() -> None:
     line = LearningRate(kind="linear", peak=1.0, floor=0.2, warmup_epochs=2, warmup_from=0.5)
-    found = [learning_rate(line, epoch, 10) for epoch in (0, 1, 2, 6, 10)]
-    assert found == pytest.approx([0.5, 0.75, 1.0, 0.6, 0.2])
+    values = [learning_rate(line, epoch, 10) for epoch in (0, 1, 2, 6, 10)]
+    assert values == pytest.approx([0.5, 0.75, 1.0, 0.6, 0.2])
     flat = LearningRate(kind="constant", peak=0.3)
     assert [learning_rate(flat, epoch, 10) for epoch in (0, 5, 10)] == [0.3] * 3
     waves = cyclic(1.0, 0.0, shape="cosine", cycle_epochs=4)
@@ -217,19 +217,19 @@ def test_other_curves_by_hand() -> None:
 def test_cosine_by_hand() -> None:
     rate = LearningRate(kind="cosine", peak=1.0, floor=0.2, warmup_epochs=2)
     expected = {0: 0.0, 1: 0.5, 2: 1.0, 4: 0.2 + 0.8 * 0.85355339, 6: 0.6, 10: 0.2}
-    found = {epoch: learning_rate(rate, epoch, 10) for epoch in expected}
-    assert found == pytest.approx(expected, abs=1e-6)
+    values = {epoch: learning_rate(rate, epoch, 10) for epoch in expected}
+    assert values == pytest.approx(expected, abs=1e-6)
 
 
 def test_cyclic_by_hand() -> None:
     """oViT's 75 % run: 2e-4 → 1e-5 in 30 epochs, again and again."""
-    found = {
+    values = {
         epoch: learning_rate(cyclic(2e-4, 1e-5), epoch, 120, [0, 30, 60, 90])
         for epoch in (0, 15, 29.999, 30, 45, 60, 90, 105, 119.999)
     }
     middle = (2e-4 + 1e-5) / 2
     expected = [2e-4, middle, 1e-5, 2e-4, middle, 2e-4, 2e-4, middle, 1e-5]
-    assert list(found.values()) == pytest.approx(expected, rel=1e-3)
+    assert list(values.values()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_cycles_of_unlike_length() -> None:
@@ -255,8 +255,8 @@ def test_without_pruning_steps_a_cycle_is_the_whole_run() -> None:
 
 def test_warm_up_leads_to_the_peak_and_then_the_cycle() -> None:
     rate = cyclic(1.0, 0.0, warmup_epochs=2)
-    found = [learning_rate(rate, epoch, 10, [0, 5]) for epoch in (0, 1, 2, 5, 7.5)]
-    assert found == pytest.approx([0.0, 0.5, 0.6, 1.0, 0.5], abs=1e-6)
+    values = [learning_rate(rate, epoch, 10, [0, 5]) for epoch in (0, 1, 2, 5, 7.5)]
+    assert values == pytest.approx([0.0, 0.5, 0.6, 1.0, 0.5], abs=1e-6)
 
 
 @quick(300)
@@ -279,9 +279,9 @@ def test_rates_stay_between_floor_and_peak(
     rate = LearningRate.model_validate(content)
     epoch = where * epochs
     inside = sorted(jump for jump in jumps if jump < epochs)
-    found = learning_rate(rate, epoch, epochs, inside)
-    assert found <= rate.peak * (1 + 1e-9)
-    assert found >= (0.0 if epoch < rate.warmup_epochs else rate.floor * (1 - 1e-9))
+    values = learning_rate(rate, epoch, epochs, inside)
+    assert values <= rate.peak * (1 + 1e-9)
+    assert values >= (0.0 if epoch < rate.warmup_epochs else rate.floor * (1 - 1e-9))
 
 
 @quick(100)

@@ -26,9 +26,9 @@ MEANS: dict[str, dict[str, Any]] = {
 def session(request: pytest.FixtureRequest, tmp_path: Path) -> Session:
     """On torch's meta device tensors have no values: reading one back raises an error."""
     job = make_job(make_files(tmp_path), MEANS[request.param], {})
-    found = Session.open(job, torch.device("meta"))
-    found.pruned(MaskSet.dense(found.model, found.layers))
-    return found
+    session = Session.open(job, torch.device("meta"))
+    session.pruned(MaskSet.dense(session.model, session.layers))
+    return session
 
 
 @pytest.mark.parametrize("session", MEANS, indirect=True)

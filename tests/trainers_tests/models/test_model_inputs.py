@@ -65,8 +65,8 @@ def test_a_folder_whose_configuration_says_another_size(tmp_path: Path) -> None:
     model = timm.create_model(VIT, num_classes=3, **VIT_ARGS)
     assert model.pretrained_cfg["input_size"] == (3, 224, 224)
     save_checkpoint(tmp_path, model, model_args=VIT_ARGS, masks=None, record={})
-    found = load_checkpoint(str(tmp_path)).model
-    assert factory.input_size(found) == (3, 16, 16)
+    loaded = load_checkpoint(str(tmp_path)).model
+    assert factory.input_size(loaded) == (3, 16, 16)
 
 
 def test_one_class_is_refused(run: Run) -> None:
@@ -132,8 +132,8 @@ def test_batch_norms_never_see_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_worker_has_two_images_in_each_step(world: int) -> None:
     samplers = [EpochBatches(33, 8, rank=rank, world=world, normed=True) for rank in range(world)]
-    assert [len(one) for one in samplers] == [4] * world  # the same for any number of workers
-    assert all(len(batch) >= 2 for one in samplers for batch in one)
+    assert [len(sampler) for sampler in samplers] == [4] * world  # the same for any number of workers
+    assert all(len(batch) >= 2 for sampler in samplers for batch in sampler)
     assert len(EpochBatches(7, 8, normed=True)) == 1  # all there are
     with pytest.raises(
         InputError, match=r"batch_size = 5.*at least two for each of 3 workers, as the model has"
@@ -145,5 +145,5 @@ def test_a_worker_has_two_images_in_each_step(world: int) -> None:
 
 def test_parts_differ_by_one_image_at_most() -> None:
     images, labels = torch.arange(7), torch.arange(7)
-    parts = [(some.tolist(), last) for some, _, last in _parts(images, labels, 3)]
+    parts = [(part.tolist(), last) for part, _, last in _parts(images, labels, 3)]
     assert parts == [([0, 1, 2], False), ([3, 4], False), ([5, 6], True)]

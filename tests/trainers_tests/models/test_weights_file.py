@@ -107,16 +107,16 @@ def test_timms_own_with_the_average_unless_it_is_not_wanted(tmp_path: Path) -> N
     ],
 )
 def test_names_are_unwrapped(tmp_path: Path, content: Any, chosen: str) -> None:
-    model, said = load_weights(saved(tmp_path / "a.pth", content), VIT, VIT_ARGS)
+    model, source = load_weights(saved(tmp_path / "a.pth", content), VIT, VIT_ARGS)
     check_same(model)
-    assert said == chosen
+    assert source == chosen
 
 
-def original_swin(found: State) -> dict[str, Tensor]:
+def original_swin(state: State) -> dict[str, Tensor]:
     """As Microsoft's names go: the change of resolution ends a stage, a bare head, tables of indices."""
     renamed = {
         name.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): value
-        for name, value in found.items()
+        for name, value in state.items()
     }
     indices = torch.zeros(4, 4, dtype=torch.long)
     return renamed | {"layers.0.blocks.0.attn.relative_position_index": indices}
@@ -199,8 +199,8 @@ def test_other_images_by_their_size(tmp_path: Path) -> None:
 
 def test_a_folder_of_it(tmp_path: Path) -> None:
     file = saved(tmp_path / "best.pth.tar", of_timm())
-    said = [f"{key}={json.dumps(value)}" for key, value in VIT_ARGS.items()]
-    lines = list(import_weights(file, str(tmp_path / "mine"), None, said, average=True))
+    arguments = [f"{key}={json.dumps(value)}" for key, value in VIT_ARGS.items()]
+    lines = list(import_weights(file, str(tmp_path / "mine"), None, arguments, average=True))
     assert "best.pth.tar, state_dict_ema" in lines[1]
     check_same(load_checkpoint(str(tmp_path / "mine")).model, seed=1)
     record = json.loads((tmp_path / "mine/pruning.json").read_text())

@@ -31,13 +31,13 @@ WAYS = ("calibrated", "aware")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Images, and a pruned model of each family in place of the dense one."""
     folder = tmp_path_factory.mktemp("files")
-    found = make_files(folder)
+    result = make_files(folder)
     for name in (VIT, SWIN):
         model, arguments, masks = pruned(name)
         record = {"method": "dimap", "sparsity": masks.sparsity, "allocation": masks.pruned()}
         save_checkpoint(folder / name, model, model_args=arguments, masks=masks, record=record)
-        found[name] = str(folder / name)
-    return found
+        result[name] = str(folder / name)
+    return result
 
 
 def aware_job(files: dict[str, str], training: dict[str, Any], architecture: str = VIT) -> TrainJob:
@@ -70,8 +70,8 @@ def test_int8_answers_are_close_at_every_batch_size(architecture: str, aware: bo
     assert set(masks) <= set(converted.weights.values())
     for count in (1, 2, 7, 9):
         with torch.no_grad():
-            found = converted(batch[:count])
-        assert (found - expected[:count]).abs().max() < 0.05 * expected.abs().max()
+            result = converted(batch[:count])
+        assert (result - expected[:count]).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_evaluation_moves_no_range() -> None:

@@ -29,7 +29,7 @@ from trainers.export.onnx import quantize_onnx
 from trainers.models import factory
 from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode, check_share
-from trainers.quantization.int8_onnx import _by_content, _part, _rename, read_weights
+from trainers.quantization.int8_onnx import _by_content, _rename, _separate_weights, read_weights
 
 _SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 16, "patch_size": 8, "num_heads": 2, "depth": 2}
 _STAGES: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_vit": 1}
@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # in every 'make test': a CNN with batch norms, and a hierarchical transformer whose qkv is a function
 OFTEN = ("test_resnet", "swinv2_tiny_window8_256")
 MODELS = pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in OFTEN else [pytest.mark.long]) for one in FAMILIES]
+    "name", [pytest.param(item, marks=[] if item in OFTEN else [pytest.mark.long]) for item in FAMILIES]
 )
 
 
@@ -110,7 +110,7 @@ def _exports(name: str, kind: str, folder: Path) -> None:
     batch = images(32, side=factory.input_size(model)[1]).numpy()
     form.write(Source(model, preprocessing_of(model), batch), folder)
     if form.int8_values is not None:
-        assert form.int8_values(folder) > 0.6 * sum(one.numel() for one in model.parameters())
+        assert form.int8_values(folder) > 0.6 * sum(item.numel() for item in model.parameters())
     run = ANY_BATCH[form.engine].load(folder / form.file, form.kind, Placement(1))
     expected = torch_answers(model, batch)
     for count in (1, 2, 7):
@@ -133,7 +133,7 @@ def test_what_no_way_of_quantising_does_is_known_from_the_model() -> None:
         check_mode(other, "qat", (), "mode")
     with pytest.raises(InputError, match=r"patch_embed\.proj\.weight among them, which is pruned"):
         check_mode(vit, "dynamic", ["patch_embed.proj.weight"], "mode")
-    weights = sum(one.numel() for one in cnn.parameters())
+    weights = sum(item.numel() for item in cnn.parameters())
     with pytest.raises(InputError, match="49 % of its weights would be int8: such a file is no INT8 one"):
         check_share(round(0.49 * weights), cnn)
     check_share(round(0.51 * weights), cnn)
@@ -205,13 +205,13 @@ def test_a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(tmp_pat
         [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros(8, np.float32), "b")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    _part(model)
+    _separate_weights(model)
     onnx.save(model, tmp_path / "float.onnx")
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
     names = _by_content(model, {"layer.weight": torch.from_numpy(weight)})
     written = onnx.load(tmp_path / "int8.onnx")
     _rename(written, {f"{old}_quantized": new for old, new in names.items()})
     onnx.save(written, tmp_path / "int8.onnx")
-    found = read_weights(tmp_path / "int8.onnx")["layer.weight"].values
-    assert not found[np.triu_indices(8, 1)].any()
-    assert found[np.tril_indices(8, -1)].any()
+    values = read_weights(tmp_path / "int8.onnx")["layer.weight"].values
+    assert not values[np.triu_indices(8, 1)].any()
+    assert values[np.tril_indices(8, -1)].any()

@@ -49,9 +49,9 @@ def written(way: Mode, architecture: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    place = tmp_path_factory.mktemp("int8")
+    directory = tmp_path_factory.mktemp("int8")
     return {
-        (way, architecture): written(way, architecture, place / f"{way}-{architecture}")
+        (way, architecture): written(way, architecture, directory / f"{way}-{architecture}")
         for way in WAYS
         for architecture in (VIT, SWIN)
     }
@@ -65,7 +65,7 @@ def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str
     """Read from the file by onnx alone: int8 initialisers by their names, and their zero points."""
     _, _, masks = pruned(case[1])
     model = onnx.load(folders[case] / ONNX_FILE)
-    tensors = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    tensors = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     zero_points = {}
     for node in model.graph.node:
         if node.op_type in ("DequantizeLinear", "MatMulInteger"):
@@ -101,9 +101,9 @@ def test_answers_are_close_at_every_batch_size(
         expected = model(batch)
     engine = int8_folder.Int8Model(folders[case] / ONNX_FILE, threads=1)
     for count in range(1, 9):
-        found = engine(batch[:count])
-        assert found.shape == (count, 3)
-        assert (found - expected[:count]).abs().max() < 0.05 * expected.abs().max()
+        logits = engine(batch[:count])
+        assert logits.shape == (count, 3)
+        assert (logits - expected[:count]).abs().max() < 0.05 * expected.abs().max()
 
 
 @CASES
@@ -133,13 +133,17 @@ def test_the_folder_says_all_and_nothing_of_this_machine(
     assert record["engine"].startswith("onnxruntime ")
     assert {path.name for path in folder.iterdir()} == {*record["files"], int8_folder.QUANTIZATION_RECORD}
     assert MaskSet.load(folder / "masks.safetensors").fingerprint() == pruned(case[1])[2].fingerprint()
-    metadata = {one.key: one.value for one in onnx.load(folder / ONNX_FILE).metadata_props}
+    metadata = {item.key: item.value for item in onnx.load(folder / ONNX_FILE).metadata_props}
     about = json.loads(metadata[PREPROCESSING])
     assert about["input_size"] == [3, 16, 16]
     assert about["labels"] == LABELS
-    here = [str(Path(__file__).parents[3]), str(Path(torch.__file__).parent.parent), str(folder.parent)]
+    source_model = [
+        str(Path(__file__).parents[3]),
+        str(Path(torch.__file__).parent.parent),
+        str(folder.parent),
+    ]
     for path in folder.iterdir():
-        assert not any(place.encode() in path.read_bytes() for place in here), path.name
+        assert not any(directory.encode() in path.read_bytes() for directory in source_model), path.name
 
 
 def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
     name, (_, _, masks) = "blocks.1.mlp.fc1.weight", pruned(VIT)
     for way, stored in (("static", name), ("dynamic", f"{name}.T")):
         model = onnx.load(folders[way, VIT] / ONNX_FILE)
-        tensor = next(one for one in model.graph.initializer if one.name == stored)
+        tensor = next(item for item in model.graph.initializer if item.name == stored)
         values = numpy_helper.to_array(tensor).copy()
         pruned_at = (~masks[name].numpy() if way == "static" else ~masks[name].numpy().T).nonzero()
         values[pruned_at[0][0], pruned_at[1][0]] = 1
@@ -156,7 +160,9 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
         with pytest.raises(RuntimeError, match=rf"{name} has pruned weights that are not 0"):
             check_zeros(tmp_path / "changed.onnx", masks)
     model = onnx.load(folders["static", VIT] / ONNX_FILE)
-    node = next(one for one in model.graph.node if one.op_type == "DequantizeLinear" and one.input[0] == name)
+    node = next(
+        item for item in model.graph.node if item.op_type == "DequantizeLinear" and item.input[0] == name
+    )
     node.input[2] = "shifted"
     model.graph.initializer.append(numpy_helper.from_array(np.full(64, 1, np.int8), "shifted"))
     onnx.save(model, tmp_path / "changed.onnx")
@@ -228,10 +234,16 @@ def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path
     content = pyarrow.input_stream(str(packed / int8_folder.PACKED_MODEL)).read()
     assert content == (source / ONNX_FILE).read_bytes()
     assert onnxruntime.InferenceSession(content).get_inputs()[0].name == "images"
-    there, here = (int8_folder.load_runnable(str(one), key="model") for one in (packed, source))
+    packed_model, source_model = (
+        int8_folder.load_runnable(str(item), key="model") for item in (packed, source)
+    )
     pictures = images(4)
-    assert torch.equal(there.model(pictures), here.model(pictures))
-    assert (there.config, there.classes, there.sparsity) == (here.config, here.classes, here.sparsity)
+    assert torch.equal(packed_model.model(pictures), source_model.model(pictures))
+    assert (packed_model.config, packed_model.classes, packed_model.sparsity) == (
+        source_model.config,
+        source_model.classes,
+        source_model.sparsity,
+    )
     assert weights_hash(str(packed)) == weights_hash(str(source))
     compress(str(packed), str(tmp_path / "again"), None, "runs")
     for name in (int8_folder.PACKED_MODEL, int8_folder.QUANTIZATION_RECORD):

@@ -36,11 +36,11 @@ def hub(labels: dict[str, Any], kinds: dict[str, Any], *, image: str = "img", na
     """A table as ``datasets`` writes it: any names of columns, what they are in the metadata."""
     count = len(next(iter(labels.values())))
     cells = [{"bytes": png(i), "path": None} for i in range(count)]
-    found = pa.table({image: pa.array(cells, IMAGES), **labels})
+    result = pa.table({image: pa.array(cells, IMAGES), **labels})
     features: dict[str, Any] = {image: {"_type": IMAGE}}
     for name, kind in kinds.items():
         features[name] = {"_type": kind, "names": names or NAMES}
-    return found.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return result.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 def test_the_one_image_and_class_label_of_the_metadata(tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_names_of_parts_are_no_names_of_files(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.parquet", table([0]))
     (tmp_path / "._latest.parquet").write_bytes(b"resource fork")
     assert len(Store.open(str(tmp_path))) == 3
-    found = write(tmp_path / "odd[1].parquet", table([1]))
-    assert Store.open(found).labels.tolist() == [1]  # no glob, as there is a file of this name
+    result = write(tmp_path / "odd[1].parquet", table([1]))
+    assert Store.open(result).labels.tolist() == [1]  # no glob, as there is a file of this name
 
 
 def test_contradicting_classes_are_refused(tmp_path: Path) -> None:
@@ -169,17 +169,17 @@ def test_contradicting_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
-    places = {}
+    uris = {}
     for part, names in (("train", NAMES), ("test", ["birch", "ash", "cedar"])):
         made = hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}, image="image", names=names)
-        places[part] = write(tmp_path / f"{part}.parquet", made)
+        uris[part] = write(tmp_path / f"{part}.parquet", made)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         json.dumps(
             {
                 "name": "x",
                 "model": {"architecture": VIT, "args": VIT_ARGS, "classes": 3},
-                "data": places,
+                "data": uris,
                 "pruning": {"methods": ["magnitude"], "sparsity": 0.5},
                 "dense": {"epochs": 1},
             }
@@ -187,7 +187,7 @@ def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="label 0 is 'ash' in train and 'birch' in test"):
         prepare(load_recipe(str(recipe), ()), dry_run=True)
-    both = f"data.test={places['train']}"
+    both = f"data.test={uris['train']}"
     assert prepare(load_recipe(str(recipe), (both,)), dry_run=True).data_hash
     # a checkpoint that learned other classes
     model, arguments = tiny()
@@ -268,8 +268,8 @@ def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
     status, _, error = run("data check a.parquet b.parquet --label-column label")
     assert status == 2
     write(tmp_path / "c.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
-    status, said, error = run("data check b.parquet c.parquet")
-    assert (status, said) == (2, "")
+    status, output, error = run("data check b.parquet c.parquet")
+    assert (status, output) == (2, "")
     assert "label 0 is 'cedar' in b.parquet and 'ash' in c.parquet" in error
 
 

@@ -34,8 +34,8 @@ def tar(path: Path, files: Files) -> Path:
 
 
 def rows(path: Path, **reading: Any) -> list[tuple[str, int]]:
-    found = list(read_tar(path, SourceOptions(**reading)))
-    return [("", -1) if one is None else (one.name, one.label) for one in found]
+    labelled = list(read_tar(path, SourceOptions(**reading)))
+    return [("", -1) if sample is None else (sample.name, sample.label) for sample in labelled]
 
 
 def described(label: object) -> bytes:
@@ -74,9 +74,9 @@ def described(label: object) -> bytes:
     ],
 )
 def test_samples(files: Files, expected: list[int], tmp_path: Path) -> None:
-    found = rows(tar(tmp_path / "a.tar", files))
-    assert [label for _, label in found] == expected
-    assert found[0][0].startswith("a.")
+    labelled = rows(tar(tmp_path / "a.tar", files))
+    assert [label for _, label in labelled] == expected
+    assert labelled[0][0].startswith("a.")
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz", "tar.xz"])
@@ -150,23 +150,23 @@ def test_tars_of_several_parts_are_told_apart(tmp_path: Path) -> None:
     assert [shard.name for shard in made.shards] == ["set-train-00.parquet", "set-train-01.parquet"]
 
 
-def images(root: Path, *places: str) -> Path:
-    for place in places:
-        (root / place).parent.mkdir(parents=True, exist_ok=True)
-        (root / place).write_bytes(png(len(place)))
+def images(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(png(len(path)))
     return root
 
 
 def test_what_a_system_leaves_is_no_class_and_no_image(tmp_path: Path) -> None:
     root = images(tmp_path / "x", "ant/a.png", "ant/@eaDir/thumb.jpg", "ant/._a.png", "bee/b.png")
     images(root, ".ipynb_checkpoints/b.png", "__MACOSX/ant/a.png", "@eaDir/x.jpg", "bee/.trash/c.png")
-    classes, found, said = class_folders(root, SourceOptions())
+    classes, labelled, notes = class_folders(root, SourceOptions())
     assert classes == ("ant", "bee")
-    assert [(path.relative_to(root).as_posix(), label) for path, label in found] == [
+    assert [(path.relative_to(root).as_posix(), label) for path, label in labelled] == [
         ("ant/a.png", 0),
         ("bee/b.png", 1),
     ]
-    assert not said
+    assert not notes
     (root / "bee" / "loop").symlink_to(root / "bee")
     (root / "bee" / "more").symlink_to(images(tmp_path / "y", "d.png"))
     assert [path.name for path in images_below(root / "bee")] == ["b.png", "d.png"]
@@ -178,9 +178,9 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
 
     names = [str(number) for number in range(12)]
     root = images(tmp_path, *(f"{name}/a.png" for name in names))
-    classes, _, said = class_folders(root, SourceOptions())
+    classes, _, notes = class_folders(root, SourceOptions())
     assert list(classes) == ImageFolder(str(root)).classes
-    assert said == [
+    assert notes == [
         "label 2 is '10', as in torchvision; timm would take '2' "
         "(order: timm; order: torchvision says that this is meant)"
     ]
@@ -191,17 +191,17 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
 
 
 @pytest.mark.parametrize(
-    ("places", "says"),
+    ("paths", "says"),
     [
         (("train/a/x.png", "val/a/x.png"), "holds train and val, which are parts and no classes"),
         (("train/a/x.png", "train/b/x.png"), "holds train, which are parts"),
         (("images/a/x.png", "images/b/x.png"), "holds images alone, which holds folders"),
     ],
 )
-def test_a_level_too_high(places: tuple[str, ...], says: str, tmp_path: Path) -> None:
+def test_a_level_too_high(paths: tuple[str, ...], says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
-        plan(images(tmp_path, *places))
-    named = tuple(sorted({place.partition("/")[0] for place in places}))
+        plan(images(tmp_path, *paths))
+    named = tuple(sorted({path.partition("/")[0] for path in paths}))
     assert plan(tmp_path, SourceOptions(classes=named)).classes == named  # it may be meant
 
 
@@ -277,11 +277,11 @@ def test_one_folder_and_a_file_of_labels(
     if "ids" in reading:
         (tmp_path / "ids.txt").write_text(reading["ids"])
         reading = reading | {"ids": tmp_path / "ids.txt"}
-    names, found, _ = labelled_folder(
+    names, labelled, _ = labelled_folder(
         flat(tmp_path / "val"), SourceOptions(labels=tmp_path / file, **reading)
     )
     assert names == classes
-    assert [label for _, label in found] == labels
+    assert [label for _, label in labelled] == labels
 
 
 @pytest.mark.parametrize(
@@ -313,10 +313,10 @@ def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
     synsets = [(1, "n00000003", 0), (2, "n00000001", 0), (3, "n00000002", 0), (4, "n00000000", 3)]
     savemat(tmp_path / "meta.mat", {"synsets": np.array(synsets, kind)})
     root = images(tmp_path / "val", "1/a.png", "2/b.png", "3/c.png")
-    classes, found, said = class_folders(root, SourceOptions(ids=tmp_path / "meta.mat"))
+    classes, labelled, notes = class_folders(root, SourceOptions(ids=tmp_path / "meta.mat"))
     assert classes == ("n00000001", "n00000002", "n00000003")
-    assert sorted((path.parent.name, label) for path, label in found) == [("1", 2), ("2", 0), ("3", 1)]
-    assert not said
+    assert sorted((path.parent.name, label) for path, label in labelled) == [("1", 2), ("2", 0), ("3", 1)]
+    assert not notes
     with pytest.raises(InputError, match="says of no class that it is '4'"):
         class_folders(images(root, "4/d.png"), SourceOptions(ids=tmp_path / "meta.mat"))
 

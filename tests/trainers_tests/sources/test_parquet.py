@@ -144,8 +144,8 @@ def test_a_first_row_group_without_rows(tmp_path: Path) -> None:
 
 @quick(150)
 @given(st.integers(0, len(png(0)) - 1), st.integers(1, 255), st.booleans())
-def test_broken_images_are_broken_in_one_way(place: int, change: int, cut: bool) -> None:
+def test_broken_images_are_broken_in_one_way(offset: int, change: int, cut: bool) -> None:
     content = bytearray(png(0))
-    content[place] ^= change
+    content[offset] ^= change
     with contextlib.suppress(OSError):
-        assert decode(bytes(content[: place + 1] if cut else content)).mode == "RGB"
+        assert decode(bytes(content[: offset + 1] if cut else content)).mode == "RGB"

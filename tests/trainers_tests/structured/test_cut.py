@@ -77,8 +77,8 @@ def test_plain_timm_loads_what_was_cut(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "fisher"])
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
 def test_the_same_channels_are_chosen_again(architecture: str, importance: str) -> None:
-    one, other = (cut(architecture, {"mlp": 0.5, "embed": 0.5}, importance)[0] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    item, other = (cut(architecture, {"mlp": 0.5, "embed": 0.5}, importance)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(item.parameters(), other.parameters(), strict=True))
 
 
 def test_hidden_units_that_went_were_the_least() -> None:
@@ -90,7 +90,7 @@ def test_hidden_units_that_went_were_the_least() -> None:
         rows, columns = mlp.fc1.weight.square().sum(1), mlp.fc2.weight.square().sum(0)
         worth = rows + columns + mlp.fc1.bias.square()
         heard = torch.zeros(64).index_fill_(0, worth.topk(32).indices, 1.0)
-        mlp.act.register_forward_hook(lambda _, __, found, heard=heard: found * heard)
+        mlp.act.register_forward_hook(lambda _, __, result, heard=heard: result * heard)
     with torch.no_grad():
         assert torch.allclose(made(images(4)), model(images(4)), atol=1e-4)
 
@@ -189,14 +189,14 @@ def _merging_as_counted_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Couplings.of
 
     def wrong(self: Couplings, layer: str) -> Channels:
-        found = original(self, layer)
+        result = original(self, layer)
         members = [
-            Member(one.name, one.dim, torch.arange(one.places.numel()).reshape(one.places.shape))
-            if "downsample" in one.name and one.places.shape[1] == 4
-            else one
-            for one in found.members
+            Member(item.name, item.dim, torch.arange(item.places.numel()).reshape(item.places.shape))
+            if "downsample" in item.name and item.places.shape[1] == 4
+            else item
+            for item in result.members
         ]
-        return Channels(found.name, tuple(members))
+        return Channels(result.name, tuple(members))
 
     monkeypatch.setattr(Couplings, "of", wrong)
 
@@ -206,14 +206,14 @@ def _queries_and_keys_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Couplings.of
 
     def wrong(self: Couplings, layer: str) -> Channels:
-        found = original(self, layer)
+        result = original(self, layer)
         members = []
-        for one in found.members:
-            places = one.places.clone()
-            if places.shape[1] == 3:
-                places[:, 1] = places[:, 1].flip(0)
-            members.append(Member(one.name, one.dim, places))
-        return Channels(found.name, tuple(members))
+        for item in result.members:
+            positions = item.places.clone()
+            if positions.shape[1] == 3:
+                positions[:, 1] = positions[:, 1].flip(0)
+            members.append(Member(item.name, item.dim, positions))
+        return Channels(result.name, tuple(members))
 
     monkeypatch.setattr(Couplings, "of", wrong)
 

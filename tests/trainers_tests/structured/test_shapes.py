@@ -15,7 +15,7 @@ from torch import nn
 
 from pruners.errors import InputError
 from trainers.config.structured import StructuredSettings, format_cut
-from trainers.structured.shapes import Shape, wanted
+from trainers.structured.shapes import Shape, target_shape
 
 A_VIT = Shape("vit", 192, (3,), (64,), (768,), (6,))
 A_SWIN = Shape("swin", 48, (2, 4, 8), (24, 24, 24), (192, 384, 768), (2, 2, 4))
@@ -88,7 +88,7 @@ def test_blocks_of_uneven_width_are_refused() -> None:
     ],
 )
 def test_what_can_be_had(shape: Shape, asked: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert wanted(shape, StructuredSettings(**asked)).differences(shape) == expected
+    assert target_shape(shape, StructuredSettings(**asked)).differences(shape) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_cannot_is_refused_with_the_nearest(
     shape: Shape, asked: dict[str, Any], key: str, says: str
 ) -> None:
     with pytest.raises(InputError, match=says) as error:
-        wanted(shape, StructuredSettings(**asked))
+        target_shape(shape, StructuredSettings(**asked))
     assert error.value.key == ".".join(filter(None, ("structured", key)))
 
 
@@ -156,5 +156,5 @@ def test_a_swin_is_built_as_it_was_planned(
 
 
 def test_a_cut_in_words() -> None:
-    shape = wanted(A_SWIN, StructuredSettings(heads=0.5, mlp=(0.5, 1, 1)))
+    shape = target_shape(A_SWIN, StructuredSettings(heads=0.5, mlp=(0.5, 1, 1)))
     assert format_cut(shape.differences(A_SWIN)) == "heads 2/4/8 → 1/2/4, mlp 192/384/768 → 96/384/768"

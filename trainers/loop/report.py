@@ -1,0 +1,113 @@
+"""What a run reports: the contract between worker, search, MLflow and display.
+
+A worker reports an :class:`EpochReport` after each epoch (:mod:`trainers.loop.gradual`); a one-shot trial of
+a search reports one without training. The groups of keys below tell what is a series in MLflow and what is
+kept of a trial, so that no other list of these keys is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+COST_KEYS = ("parameters", "parameters_sparse", "macs", "macs_sparse")
+"""Keys of costs (:class:`pruners.model.costs.Costs`)."""
+LATENCY_KEYS = ("latency", "latency_dense")
+"""Keys of predicted latencies."""
+
+
+class EpochReport(TypedDict, total=False):
+    """Figures after an epoch, or within one, when a checkpoint is saved; any key may be missing.
+
+    Within an epoch there is no ``epoch``: a report has ``step``, and the last epoch's ``score`` and
+    ``recovery_epochs``. Where several λ were compared there are also ``damp_loss_λ``, the held-out loss of
+    each.
+
+    Attributes:
+        epoch: epochs done.
+        step: optimizer steps done.
+        train_loss: mean loss of the epoch's steps; NaN if all of them were left out.
+        val_loss: mean cross-entropy on the validation images.
+        val_top1: share of the validation images that are classified correctly, 0…1.
+        sparsity: share of zeros in the pruned layers, 0…1.
+        lr: learning rate of the epoch's last step.
+        score: by which trials are compared: top-1, and the loss where that is equal; -1 before the final
+            sparsity is reached.
+        recovery_epochs: epochs since the last pruning step; 0 before the final sparsity is reached.
+        parameters, parameters_sparse: weights of the model, and those that are not zero.
+        macs, macs_sparse: multiply-accumulates for an image, and those that are not by zero.
+        step_loss: loss of each step of the epoch.
+        step_lr: learning rate of each step of the epoch.
+        skipped_images: images of the run that could not be read.
+        skipped_steps: steps of the run that were left out because they were not finite.
+        damp: the λ that the pruning step chose.
+        kept: figures of the best model at each sparsity that is kept, by ``0.75`` and the like; they have
+            ``level_score``, by which the best one is chosen.
+        kept_at: folder of the kept models.
+        notes: lines to show to the user.
+        complete: one-shot trials: whether all images were evaluated.
+        images: one-shot trials: number of evaluated images.
+        latency, latency_dense: predicted seconds for a batch, of the pruned and of the dense model.
+        dense_top1: top-1 of the dense model on the same images.
+        allocation: number of pruned weights by layer.
+        shares: sparsity of each group of layers.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    val_loss: float
+    val_top1: float
+    sparsity: float
+    lr: float
+    score: float
+    recovery_epochs: int
+    parameters: int
+    parameters_sparse: int
+    macs: int
+    macs_sparse: int
+    step_loss: list[float]
+    step_lr: list[float]
+    skipped_images: int
+    skipped_steps: int
+    damp: float
+    kept: dict[str, dict[str, Any]]
+    kept_at: str | None
+    notes: list[str]
+    complete: bool
+    images: int
+    latency: float
+    latency_dense: float
+    dense_top1: float
+    allocation: dict[str, int]
+    shares: dict[str, float]
+
+
+SERIES_KEYS = ("train_loss", "val_loss", "val_top1", "sparsity", "lr", *COST_KEYS, *LATENCY_KEYS)
+"""Keys that are logged to MLflow at each report."""
+TRIAL_KEYS = (
+    "images",
+    *COST_KEYS,
+    *LATENCY_KEYS,
+    "dense_top1",
+    "epoch",
+    "step",
+    "val_top1",
+    "val_loss",
+    "train_loss",
+    "sparsity",
+    "lr",
+    "allocation",
+    "shares",
+)
+"""Keys of the last report that are kept in the record of a trial."""
+
+
+def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
+    """The figures that JSON can hold as numbers: without NaN, infinities, texts and lists."""
+    return {
+        key: value
+        for key, value in figures.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
