@@ -79,7 +79,7 @@ def started(problem: Problem, layer: PrunableLayer, fisher: BlockFisher) -> tupl
     fisher.flush()
     pattern = create_pruner("ovit").form
     task = Task.of(layer, problem.weights[layer.name], problem.masks[layer.name], fisher, pattern)
-    return task, State.after(task, task.start())
+    return task, State.after(task, task.initial_order())
 
 
 def time_obvious(problem: Problem, dtype: torch.dtype, updates: int, steps: int) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from pruners.model.costs import Costs, count_costs
 from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.masks import MaskSet
-from pruners.model.sparsity_pattern import fitting
+from pruners.model.sparsity_pattern import fitting_layers
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.data import datasets
@@ -73,7 +73,7 @@ class Job:
             if options.tries_damps:
                 del chosen["damp"]
             pruner = create_pruner(options.method, **chosen)
-            layers = fitting(layers_of(loaded, patterns), pruner.form, unfit=options.unfit)
+            layers = fitting_layers(layers_of(loaded, patterns), pruner.form, unfit=options.unfit)
             _check_budget(options, loaded.model, layers, pruner)
             model = loaded.model.to(device).eval()
             gradients, tests = _gradients(options, model, pruner), _tests(options, model)

@@ -20,15 +20,15 @@ from pruners.allocation.bounds import per_layer
 from pruners.allocation.sharing import Allocation, Sharing
 from pruners.elimination.damping import DampChoice, choose_damp
 from pruners.elimination.fisher import BlockFisher
-from pruners.elimination.gradients import Batch, mean_loss
+from pruners.elimination.gradients import Batch, summed_loss
 from pruners.elimination.memory import free_bytes
 from pruners.elimination.order import EliminationOrder
 from pruners.errors import InputError
 from pruners.methods.base import Pruner
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
-from pruners.model.sparsity_pattern import Pattern, fitting
-from pruners.order_builder import Ordering, write
+from pruners.model.sparsity_pattern import Pattern, fitting_layers
+from pruners.order_builder import OrderBuilder, write_weights
 from trainers import distributed
 from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.data.datasets import fixed_batches
@@ -100,7 +100,7 @@ def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[Prunabl
         InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
     """
     found = find_layers(model, settings.layers)
-    return fitting(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
+    return fitting_layers(found, Pattern.parse(settings.pattern), unfit=settings.unfit)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def ordering(
     masks: MaskSet,
     pruner: Pruner,
     source: Gradients,
-) -> Ordering:
+) -> OrderBuilder:
     """What orders this worker's share of the layers, from the gradients of all workers."""
     owner = owners(layers, distributed.world_size())
     device = next(model.parameters()).device
@@ -140,7 +140,7 @@ def ordering(
             _gather_fisher(fisher, group, owner, device)
         return [layer for layer in group if owner[layer.name] == distributed.rank()]
 
-    return Ordering(
+    return OrderBuilder(
         model,
         layers,
         masks,
@@ -165,7 +165,7 @@ def _budget(device: torch.device) -> int:
     return min(free // max(sharing[name], 1) for name, free in everywhere)
 
 
-def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
+def prune_step(work: OrderBuilder, source: Gradients, goal: Goal) -> StepReport:
     """Prune the model of ``work`` (:func:`ordering`) in place to ``goal``, on every worker.
 
     Raises:
@@ -178,7 +178,9 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
     return StepReport(result, choice)
 
 
-def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+def order_share(
+    work: OrderBuilder, source: Gradients, goal: Goal
+) -> tuple[EliminationOrder, DampChoice | None]:
     """The order of this worker's share of the layers; the best λ for ``goal``, if several are to be tried."""
     work.depth = _deepest(work.layers, goal.target)
     if source.held_out is None:
@@ -200,14 +202,14 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
         if order is None or float(failed):  # all go on to the next λ together
             raise InputError("damp", damp, "failed on another worker")
         _apply(work, order, goal)
-        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
+        value, images = summed_loss(work.model, held_out(), functional.cross_entropy)
         sums = distributed.sum_over_workers(torch.tensor([value, float(images)], device=device))
         return float(sums[0] / sums[1].clamp_min(1))
 
     try:
         choice = choose_damp(loss_at)
     finally:
-        write(work.model, work.weights)
+        write_weights(work.model, work.weights)
     return work.order(choice.damp), choice
 
 
@@ -218,12 +220,12 @@ def _deepest(layers: Sequence[PrunableLayer], target: Allocation | Sharing) -> f
     return max((target[layer.name] / layer.numel for layer in layers), default=1.0)
 
 
-def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
+def _apply(work: OrderBuilder, order: EliminationOrder, goal: Goal) -> MaskSet:
     """Write the weights that ``order`` gives at ``goal`` into the model, on every worker."""
     layers, target = work.layers, goal.target
     owner = owners(layers, distributed.world_size())
     parameters = dict(work.model.named_parameters())
-    pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
+    pruned = work.masks.pruned()
     if isinstance(target, Sharing):
         losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
         target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)

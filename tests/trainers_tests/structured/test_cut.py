@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pruners import MaskSet, find_layers
 from pruners.elimination.gradients import Batch
 from pruners.structured.channels import Channels, Member
-from pruners.structured.dependency import Couplings
+from pruners.structured.dependency import ChannelDependencies
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.structured import StructuredSettings
 from trainers.models import factory
@@ -186,36 +186,36 @@ def _stale_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _merging_as_counted_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four channels of one patch in place of one channel of four patches."""
-    original = Couplings.of
+    original = ChannelDependencies.of
 
-    def wrong(self: Couplings, layer: str) -> Channels:
+    def wrong(self: ChannelDependencies, layer: str) -> Channels:
         found = original(self, layer)
         members = [
-            Member(one.name, one.dim, torch.arange(one.places.numel()).reshape(one.places.shape))
-            if "downsample" in one.name and one.places.shape[1] == 4
+            Member(one.name, one.dim, torch.arange(one.positions.numel()).reshape(one.positions.shape))
+            if "downsample" in one.name and one.positions.shape[1] == 4
             else one
             for one in found.members
         ]
         return Channels(found.name, tuple(members))
 
-    monkeypatch.setattr(Couplings, "of", wrong)
+    monkeypatch.setattr(ChannelDependencies, "of", wrong)
 
 
 def _queries_and_keys_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other channels of the keys than of the queries."""
-    original = Couplings.of
+    original = ChannelDependencies.of
 
-    def wrong(self: Couplings, layer: str) -> Channels:
+    def wrong(self: ChannelDependencies, layer: str) -> Channels:
         found = original(self, layer)
         members = []
         for one in found.members:
-            places = one.places.clone()
+            places = one.positions.clone()
             if places.shape[1] == 3:
                 places[:, 1] = places[:, 1].flip(0)
             members.append(Member(one.name, one.dim, places))
         return Channels(found.name, tuple(members))
 
-    monkeypatch.setattr(Couplings, "of", wrong)
+    monkeypatch.setattr(ChannelDependencies, "of", wrong)
 
 
 def _norms_that_see_all(monkeypatch: pytest.MonkeyPatch) -> None:
