@@ -16,6 +16,7 @@ from orchestration.preflight.allocation import check_not_sparser
 from orchestration.search.one_shot_trial import OneShotInputs
 from orchestration.state.order_store import StoredOrder
 from pruners.allocation.sharing import Allocation
+from pruners.arithmetic import ceil_div
 from pruners.methods.registry import create_pruner
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
@@ -144,7 +145,7 @@ def save_structured(
     model = loaded.model.to(device)
     plan = plan_cut(model, loaded.arguments, settings)
     train = data.split(images, "train", data.eval_transform(models.data_config(model)), seed)
-    count = -(-min(settings.images, len(train)) // settings.batch_size)
+    count = ceil_div(min(settings.images, len(train)), settings.batch_size)
     batches = data.fixed_batches(train, settings.batch_size, 0, count, rank=0, world=1, seed=seed)
     made = cut_model(model, plan, settings, batches)
     record = {**lineage, "structured": {**lineage["structured"], **plan.facts(settings)}}

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from pruners.allocation.bounds import per_layer
 from pruners.allocation.sharing import Allocation, Sharing
+from pruners.arithmetic import ceil_div
 from pruners.elimination.damping import DampChoice, choose_damp
 from pruners.elimination.fisher import BlockFisher
 from pruners.elimination.gradients import Batch, summed_loss
@@ -74,7 +75,7 @@ def gradient_source(
 ) -> Gradients:
     """This worker's share of the gradients that a recipe asks for; held-out batches follow the others."""
     count = settings.gradients or pruner.gradients
-    batches = -(-count // settings.batch_size) if settings.per_sample else count
+    batches = ceil_div(count, settings.batch_size) if settings.per_sample else count
 
     # of single images the last batch may count in part, whoever has it
     images_of = [
