@@ -40,9 +40,9 @@ class InputError(ValueError):
     def renamed(
         keys: Mapping[str, str] | Callable[[InputError], InputError], phrases: Mapping[str, str] | None = None
     ) -> Iterator[None]:
-        """Errors of the block, raised again in the words of its caller.
+        """Raise the errors of a block again, with the key that the caller knows.
 
-        A library names its parameters; a command or a recipe names what its user wrote:
+        A library names its parameters, but a command or a recipe must name what its user wrote:
 
         >>> with InputError.renamed({"images": "--images"}):
         ...     raise InputError("images", 0, "must be positive")
@@ -51,12 +51,12 @@ class InputError(ValueError):
         pruners.errors.InputError: --images = 0: must be positive
 
         Args:
-            keys: the caller's word for a key; a key that is not in it stays. Or a function that returns the
-                error to raise, where the value or the text changes too.
-            phrases: text of the message -> what stands there instead, replaced one after the other.
+            keys: the caller's name for each key; other keys stay. Or a function that returns the error to
+                raise, if the value or the text changes too.
+            phrases: texts in the message and their replacements, made one after the other.
 
         Raises:
-            InputError: that of the block, renamed.
+            InputError: the error of the block, renamed.
         """
         try:
             yield

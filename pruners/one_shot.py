@@ -115,13 +115,14 @@ def prune(
     pruner = create_pruner(method, **options) if isinstance(method, str) else method
     if auto and not pruner.gradients:
         raise InputError("damp", "auto", f"{pruner.name} has no Fisher to damp")
-    chosen = fitting_layers(find_layers(model) if layers is None else list(layers), pruner.form, unfit=unfit)
+    pattern = pruner.sparsity_pattern
+    chosen = fitting_layers(find_layers(model) if layers is None else list(layers), pattern, unfit=unfit)
     if sparsity is None:
-        sparsity = pruner.form.forced
+        sparsity = pattern.forced
     if sparsity is None:
         raise InputError("sparsity", None, "must be given, between 0 and 1")
     masks = MaskSet.from_zeros(model, chosen)
-    total = pattern_budget(chosen, sparsity, pruner.form, masks)
+    total = pattern_budget(chosen, sparsity, pattern, masks)
     _check_weights(model, chosen)
     if sum(masks.pruned().values()) > total:
         raise InputError("sparsity", sparsity, f"the model is sparser already ({masks.sparsity:.4f})")
@@ -151,9 +152,7 @@ def prune(
         if auto:
             choice = _try_damps(builder, sharing, total, held_out or ())
         order = builder.order(None if choice is None else choice.damp)
-        allocation = sharing.allocate(
-            order.losses, chosen, total, pruned=masks.pruned(), unit=pruner.form.unit
-        )
+        allocation = sharing.allocate(order.losses, chosen, total, pruned=masks.pruned(), unit=pattern.unit)
         new, kept = order.weights_at(builder.weights, allocation)
         write_weights(model, new)
     return PruneReport(pruner.name, allocation, kept, kept.sparsity, order, choice)
@@ -193,7 +192,7 @@ def _try_damps(builder: OrderBuilder, sharing: Sharing, total: int, held_out: It
 
     def loss_at(damp: float) -> float:
         order = builder.order(damp, last=False)
-        unit, pruned = builder.pruner.form.unit, builder.masks.pruned()
+        unit, pruned = builder.pruner.sparsity_pattern.unit, builder.masks.pruned()
         allocation = sharing.allocate(order.losses, builder.layers, total, pruned=pruned, unit=unit)
         write_weights(builder.model, order.weights_at(builder.weights, allocation)[0])
         loss, images = summed_loss(builder.model, held_out, builder.loss)

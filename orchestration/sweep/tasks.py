@@ -71,11 +71,11 @@ def order_facts(
     pruner = create_pruner(method, **pruning.options(method))
     masks = MaskSet.from_zeros(model, layers)
     losses, sharing = order.open(updates=False).losses, sharing_of(pruning, pruner)
-    own, pruned = {}, masks.pruned()
+    own, pruned, unit = {}, masks.pruned(), pruner.sparsity_pattern.unit
     for sparsity in sparsities:
-        total = pattern_budget(layers, sparsity, pruner.form, masks)
+        total = pattern_budget(layers, sparsity, pruner.sparsity_pattern, masks)
         check_not_sparser("pruning.sparsity", sparsity, layers, sum(pruned.values()), total)
-        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=pruner.form.unit)
+        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=unit)
     return OrderFacts(layers, cost_model(model, models.input_size(model)), own, pruned)
 
 

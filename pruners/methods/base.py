@@ -29,7 +29,7 @@ class Pruner(Protocol):
         """Which layers share one threshold, unless the caller asks for another scope."""
 
     @property
-    def form(self) -> Pattern:
+    def sparsity_pattern(self) -> Pattern:
         """The sparsity pattern of its zeros."""
 
     @property

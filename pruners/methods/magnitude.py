@@ -34,10 +34,10 @@ class RankedByMagnitude(ABC):
     pattern: str = "unstructured"
     scope: Scope = "layer"
     name: str = ""
-    form: Pattern = field(init=False, repr=False)
+    sparsity_pattern: Pattern = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", Pattern.parse(self.pattern))
+        object.__setattr__(self, "sparsity_pattern", Pattern.parse(self.pattern))
 
     @abstractmethod
     def score(self, magnitudes: Tensor) -> Tensor:
@@ -78,25 +78,25 @@ class RankedByMagnitude(ABC):
         )
 
     def _layer(self, name: str, weight: Tensor, mask: Tensor) -> LayerOrder:
-        form = self.form
-        magnitudes = form.flat(weight.detach()).float().abs()
-        kept = form.flat(mask)
+        pattern = self.sparsity_pattern
+        magnitudes = pattern.flat(weight.detach()).float().abs()
+        kept = pattern.flat(mask)
         alive = kept & (magnitudes != 0)
-        form.check_zeros(name, alive)
+        pattern.check_zeros(name, alive)
         magnitudes.masked_fill_(~kept, -1.0)  # pruned weights come first, then other zeros
-        if form.whole:
-            grouped = magnitudes.reshape(-1, form.group)
+        if pattern.whole:
+            grouped = magnitudes.reshape(-1, pattern.group)
             magnitudes = torch.where(grouped.amax(1) < 0, -1.0, grouped.clamp_min(0.0).square().sum(1).sqrt())
         magnitudes, positions = torch.sort(magnitudes, stable=True)
         losses = self.score(magnitudes.clamp_min_(0.0))
-        if form.whole:
-            members = torch.arange(form.group, device=positions.device)
-            positions = (positions.unsqueeze(1) * form.group + members).reshape(-1)
-            losses = losses.repeat_interleave(form.group)
-        elif form.structured:
-            free = form.free(form.flat(weight.detach()).float().abs(), alive)[positions]
+        if pattern.whole:
+            members = torch.arange(pattern.group, device=positions.device)
+            positions = (positions.unsqueeze(1) * pattern.group + members).reshape(-1)
+            losses = losses.repeat_interleave(pattern.group)
+        elif pattern.structured:
+            free = pattern.free(pattern.flat(weight.detach()).float().abs(), alive)[positions]
             positions, losses = positions[free], losses[free]
-        return LayerOrder(positions.int(), losses, len(kept) - int(alive.sum()), pattern=form)
+        return LayerOrder(positions.int(), losses, len(kept) - int(alive.sum()), pattern=pattern)
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,10 @@ class SecondOrder(ABC):
     double: bool = False
     scope: Scope = "global"
     name: str = ""
-    form: Pattern = field(init=False, repr=False)
+    sparsity_pattern: Pattern = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", Pattern.parse(self.pattern))
+        object.__setattr__(self, "sparsity_pattern", Pattern.parse(self.pattern))
 
     def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher:
         """A Fisher of some layers, without gradients so far."""
@@ -64,7 +64,7 @@ class SecondOrder(ABC):
             block_size=self.block_size,
             damp=self.damp,
             relative=self.relative,
-            pattern=self.form,
+            pattern=self.sparsity_pattern,
             dtype=torch.float64 if self.double else torch.float32,
         )
 
@@ -99,17 +99,18 @@ class SecondOrder(ABC):
             raise InputError("fisher", None, f"{self.name} needs a Fisher with gradients")
         fisher.flush()
         orders = EliminationOrder()
+        pattern = self.sparsity_pattern
         for layer in layers:
-            task = Task.of(layer, weights[layer.name], masks[layer.name], fisher, self.form)
+            task = Task.of(layer, weights[layer.name], masks[layer.name], fisher, pattern)
             target = math.ceil(depth * layer.numel - 1e-6)
             order = None if known is None else known.get(layer.name)
             least = _LEAST
             while order is None or len(order.indices) < min(target, task.most):
                 share = (target - (0 if order is None else len(order.indices))) / layer.numel
-                units = max(math.ceil(min(1.0, _MARGIN * share) * task.size / self.form.unit), least)
+                units = max(math.ceil(min(1.0, _MARGIN * share) * task.size / pattern.unit), least)
                 least = 2 * units  # a pass ends as soon as one block has used up its computed steps
                 before = -1 if order is None else len(order.indices)
-                order = self.extend(task, order, units * self.form.unit)
+                order = self.extend(task, order, units * pattern.unit)
                 if len(order.indices) == before:
                     expected = f"gives no finite losses for {layer.name}"
                     raise InputError("damp", fisher.damping(layer.name), expected)

@@ -189,14 +189,14 @@ def _prune(session: Session, sparsity: float) -> None:
     gone = sum(masks.pruned().values())
 
     def budget_at(level: float) -> int:
-        return max(pattern_budget(session.layers, level, pruner.form, masks), gone)
+        return max(pattern_budget(session.layers, level, pruner.sparsity_pattern, masks), gone)
 
     total = budget_at(sparsity)
     target: dict[str, int] | Sharing = sharing_of(settings, pruner)
     if job.allocation is not None:
         _check_allocation(job.allocation, budget_at(settings.sparsity), settings.sparsity)
         last = sparsity == settings.sparsity
-        unit = pruner.form.unit
+        unit = pruner.sparsity_pattern.unit
         target = (
             dict(job.allocation)
             if last

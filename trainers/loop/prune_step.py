@@ -229,7 +229,8 @@ def _apply(work: OrderBuilder, order: EliminationOrder, goal: Goal) -> MaskSet:
     pruned = work.masks.pruned()
     if isinstance(target, Sharing):
         losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
-        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)
+        unit = work.pruner.sparsity_pattern.unit
+        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=unit)
     _check_kept(target, pruned)
     new: dict[str, Tensor] = {}
     for layer in layers:
