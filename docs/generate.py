@@ -154,7 +154,7 @@ def of_name(path: str) -> str:
 
 def comment(package: str, name: str) -> str:
     """What a value's own module says below it: its class has a docstring, but not the value."""
-    home = importlib.import_module(package)._HOME[name]
+    home = importlib.import_module(package)._MODULE_OF[name]
     source = DOCS.parent.joinpath(*package.split("."), *home.split(".")).with_suffix(".py")
     statements = ast.parse(source.read_text(encoding="utf-8")).body
     for statement, after in itertools.pairwise(statements):

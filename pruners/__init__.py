@@ -1,4 +1,4 @@
-"""Pruning of vision transformers: weights in, weights and masks out. Needs torch, and nothing of a cluster.
+"""Pruning of vision transformers: weights in, weights and masks out, without a cluster.
 
 >>> import timm, pruners
 >>> model = timm.create_model("deit_small_patch16_224", pretrained=True)
@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-# Names are loaded when they are first used, so that the command line can raise an InputError
-# without waiting for torch.
-_HOME = {
+# Names are loaded at their first use, so that the command line can raise an InputError without waiting for
+# torch.
+_MODULE_OF = {
     "Allocation": "allocation.sharing",
     "Costs": "model.costs",
     "EliminationOrder": "elimination.order",
@@ -68,6 +68,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'pruners' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"pruners.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"pruners.{_MODULE_OF[name]}"), name)

@@ -1,4 +1,4 @@
-"""The one error that bad input raises, everywhere in Espalier."""
+"""The error that bad input raises, everywhere in Espalier."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import Any
 
 from pruners.redaction import strip_secrets
 
-_LONGEST = 400  # of a value, in letters
+_LONGEST = 400  # characters of a value that a message shows
 _TRACES = ("Traceback (most recent call last)", "ray::", "\x1b[36mray::")
 
 
 class InputError(ValueError):
-    """Input that cannot be used: names the key, the value, and what would be right.
+    """Input that cannot be used. It names the key, the value, and what would be right.
 
-    The command line prints it as one line and exits with 2; from Python it is a ``ValueError``. Its text
-    holds no secret of an address, and of a long value the beginning.
+    The command line prints it as one line and exits with 2. In Python it is a ``ValueError``. Secrets in
+    addresses are removed from its text, and a long value is cut.
+
+    >>> str(InputError("sparsity", 1.5, "must lie between 0 and 1"))
+    'sparsity = 1.5: must lie between 0 and 1'
+
+    Args:
+        key: the parameter, option or recipe key.
+        value: what was given; ``None`` where nothing was, and the message then shows the key alone.
+        expected: what would be right, as the end of a sentence that begins with the key.
     """
 
     def __init__(self, key: str, value: object, expected: str) -> None:
@@ -32,9 +40,9 @@ class InputError(ValueError):
     def renamed(
         keys: Mapping[str, str] | Callable[[InputError], InputError], phrases: Mapping[str, str] | None = None
     ) -> Iterator[None]:
-        """Errors of the block, raised again in the words of its caller.
+        """Raise the errors of a block again, with the key that the caller knows.
 
-        A library names its parameters; a command or a recipe names what its user wrote:
+        A library names its parameters, but a command or a recipe must name what its user wrote:
 
         >>> with InputError.renamed({"images": "--images"}):
         ...     raise InputError("images", 0, "must be positive")
@@ -43,12 +51,12 @@ class InputError(ValueError):
         pruners.errors.InputError: --images = 0: must be positive
 
         Args:
-            keys: the caller's word for a key; a key that is not in it stays. Or a function that returns the
-                error to raise, where the value or the text changes too.
-            phrases: text of the message -> what stands there instead, replaced one after the other.
+            keys: the caller's name for each key; other keys stay. Or a function that returns the error to
+                raise, if the value or the text changes too.
+            phrases: texts in the message and their replacements, made one after the other.
 
         Raises:
-            InputError: that of the block, renamed.
+            InputError: the error of the block, renamed.
         """
         try:
             yield
@@ -79,15 +87,16 @@ def _shown(value: object) -> str:
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the closest of ``choices``, or nothing if none is close."""
+    """Suggest the closest of some choices: ``" (did you mean 'x'?)"``, or ``""`` if none is close."""
     close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits on one line, without secrets; its kind if it says nothing.
+    """Return the first line of an error's message without secrets, or its class name if it has none.
 
-    Of one that tells another's trace (Ray's do) it is the end of it, where that one says what it is.
+    Some messages hold the traceback of another process (Ray's do). Its last line is returned then, which
+    names the error itself.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return strip_secrets(lines[-1].strip() if lines[0].startswith(_TRACES) else lines[0])

@@ -1,4 +1,4 @@
-"""Pruning in one shot, on one machine: from a model to a pruned model."""
+"""Pruning in one shot, in one process: from a model to a pruned model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ from pruners.allocation.bounds import PerLayer, per_layer
 from pruners.allocation.projection import budget
 from pruners.allocation.sharing import Allocation, Scope, Sharing
 from pruners.elimination.damping import DampChoice, choose_damp
-from pruners.elimination.gradients import Batch, Loss, mean_loss
+from pruners.elimination.gradients import Batch, Loss, summed_loss
 from pruners.elimination.order import EliminationOrder
 from pruners.errors import InputError
 from pruners.methods.base import Pruner
 from pruners.methods.registry import create_pruner
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
-from pruners.model.sparsity_pattern import Pattern, fitting
-from pruners.order_builder import Ordering, Progress, again, write
+from pruners.model.sparsity_pattern import Pattern, fitting_layers
+from pruners.order_builder import OrderBuilder, Progress, repeatable, write_weights
 
-_HELD_OUT = 16  # batches that score the λ of ``damp="auto"``
+_HELD_OUT = 16  # batches that compare the λ of ``damp="auto"``
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What :func:`prune` did: pruned weights of each layer, the masks, and the sparsity reached.
+    """What :func:`prune` did.
 
-    ``damp`` is the choice among several λ, where one was asked for; ``order`` gives the weights at any other
-    allocation too (:meth:`EliminationOrder.weights_at`, from the weights before).
+    Attributes:
+        method: name of the method.
+        allocation: number of pruned weights in each layer.
+        masks: ``True`` for kept weights.
+        sparsity: pruned share of the prunable weights.
+        order: the elimination order, which gives the weights at every other allocation too
+            (:meth:`EliminationOrder.weights_at`, from the weights before).
+        damp: the choice among several λ, if ``damp="auto"`` was asked for.
     """
 
     method: str
@@ -63,25 +69,38 @@ def prune(
     progress: Progress | None = None,
     **options: object,
 ) -> PruneReport:
-    """Prune ``model`` in one shot, in place; after an error it is as it was.
+    """Prune a model in one shot, in place. After an error it is as it was.
 
-    Half-precision models are pruned in float32 and have their own types back afterwards.
+    Half-precision models are pruned in float32, and have their own types back afterwards.
+
+    >>> report = prune(model, "ovit", sparsity=0.5, batches=loader, pattern="1x4")
+    >>> report.sparsity
+    0.5
 
     Args:
-        method: a name (:data:`pruners.METHODS`), with ``options`` for it (``pattern``, ``block_size``,
-            ``damp`` …; ``damp="auto"`` tries several), or a pruner of one's own.
-        sparsity: pruned share of the prunable weights, 0 to 1; default what an N:M pattern leads to.
-        batches: (images, labels) for methods that follow gradients.
-        layers: default all prunable layers (:func:`find_layers`).
-        scope: what shares one threshold; default the method's own.
-        floor, ceiling: least and largest sparsity of a layer, for all or by patterns on their names.
+        model: the model.
+        method: a name in :data:`pruners.METHODS`, or a pruner of your own.
+        sparsity: pruned share of the prunable weights, 0 to 1; default the one that an N:M pattern implies.
+        batches: (images, labels), for methods that need gradients.
+        loss: the mean loss of a batch, from outputs and labels.
+        layers: the layers to prune; default all prunable layers (:func:`find_layers`).
+        scope: which layers share one threshold; default the method's own.
+        floor: least sparsity of a layer: one for all layers, or sparsities by patterns on layer names.
+        ceiling: largest sparsity of a layer, in the same way.
         table: a sparsity for each layer by patterns on its name, instead of thresholds.
-        unfit: what becomes of layers that the pattern cannot fit: ``refuse``, or ``dense``.
-        gradients: how many to take at most; default the method's own.
+        unfit: what to do with layers that the pattern does not fit: ``refuse`` them by an error, or leave
+            them ``dense``.
+        gradients: number of gradients at most; default the method's own.
         per_sample: gradients of single images instead of batches.
-        held_out: batches that score ``damp="auto"``; default those that follow the gradients' own.
-        memory: bytes that the Fisher may take; default a share of what is free.
-        progress: told what is done of how much.
+        held_out: batches that compare the λ of ``damp="auto"``; default the batches after those of the
+            gradients.
+        memory: bytes for the Fisher; default a share of what is free.
+        progress: is called with what is under way, how many are done, and how many there are.
+        options: arguments of a method given by name: ``pattern``, ``block_size``, ``damp`` and so on.
+            ``damp="auto"`` tries several λ.
+
+    Returns:
+        What was done.
 
     Raises:
         InputError: an unknown method, option or scope, a sparsity outside 0…1 or below the model's own,
@@ -96,13 +115,14 @@ def prune(
     pruner = create_pruner(method, **options) if isinstance(method, str) else method
     if auto and not pruner.gradients:
         raise InputError("damp", "auto", f"{pruner.name} has no Fisher to damp")
-    chosen = fitting(find_layers(model) if layers is None else list(layers), pruner.form, unfit=unfit)
+    pattern = pruner.sparsity_pattern
+    chosen = fitting_layers(find_layers(model) if layers is None else list(layers), pattern, unfit=unfit)
     if sparsity is None:
-        sparsity = pruner.form.forced
+        sparsity = pattern.forced
     if sparsity is None:
         raise InputError("sparsity", None, "must be given, between 0 and 1")
     masks = MaskSet.from_zeros(model, chosen)
-    total = pattern_budget(chosen, sparsity, pruner.form, masks)
+    total = pattern_budget(chosen, sparsity, pattern, masks)
     _check_weights(model, chosen)
     if sum(masks.pruned().values()) > total:
         raise InputError("sparsity", sparsity, f"the model is sparser already ({masks.sparsity:.4f})")
@@ -114,7 +134,7 @@ def prune(
         source = batches or ()
         if auto and held_out is None:
             source, held_out = _split(source, limit, per_sample)
-        ordering = Ordering(
+        builder = OrderBuilder(
             model,
             chosen,
             masks,
@@ -127,24 +147,32 @@ def prune(
             progress=progress,
             depth=max(per_layer("ceiling", ceiling, chosen, 1.0).values(), default=1.0),
         )
-        ordering.batches = again(source, ordering.passes)
+        builder.batches = repeatable(source, builder.passes)
         choice = None
         if auto:
-            choice = _try_damps(ordering, sharing, total, held_out or ())
-        order = ordering.order(None if choice is None else choice.damp)
-        allocation = sharing.allocate(
-            order.losses, chosen, total, pruned=masks.pruned(), unit=pruner.form.unit
-        )
-        new, kept = order.weights_at(ordering.weights, allocation)
-        write(model, new)
+            choice = _try_damps(builder, sharing, total, held_out or ())
+        order = builder.order(None if choice is None else choice.damp)
+        allocation = sharing.allocate(order.losses, chosen, total, pruned=masks.pruned(), unit=pattern.unit)
+        new, kept = order.weights_at(builder.weights, allocation)
+        write_weights(model, new)
     return PruneReport(pruner.name, allocation, kept, kept.sparsity, order, choice)
 
 
 def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pattern, masks: MaskSet) -> int:
-    """How many weights ``sparsity`` is: whole blocks, or exactly what N:M leads to at its own sparsity.
+    """The number of weights to prune for a sparsity, under a pattern.
+
+    Args:
+        layers: the prunable layers.
+        sparsity: pruned share of their weights, 0 to 1.
+        pattern: the sparsity pattern. 1×B rounds to whole blocks; N:M at its own sparsity prunes exactly as
+            many weights as it can.
+        masks: the masks of these layers.
+
+    Returns:
+        Number of weights.
 
     Raises:
-        InputError: more than N:M leaves, with what is feasible.
+        InputError: ``sparsity`` lies outside 0…1, or is larger than N:M allows.
     """
     total = budget(layers, sparsity)
     if pattern.whole:
@@ -157,40 +185,40 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
     return total if sparsity < pattern.forced - 1e-9 else most
 
 
-def _try_damps(ordering: Ordering, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:
-    """Score each λ by the held-out loss of the model it gives; the model is as it was afterwards."""
+def _try_damps(builder: OrderBuilder, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:
+    """Compare λ by the held-out loss of the models that they lead to; the model is as it was afterwards."""
     if isinstance(held_out, Iterator):
-        held_out = list(held_out)  # read once for every λ
+        held_out = list(held_out)  # every λ reads it
 
     def loss_at(damp: float) -> float:
-        order = ordering.order(damp, last=False)
-        unit = ordering.pruner.form.unit
-        pruned = {name: int((~mask).sum()) for name, mask in ordering.masks.items()}
-        allocation = sharing.allocate(order.losses, ordering.layers, total, pruned=pruned, unit=unit)
-        write(ordering.model, order.weights_at(ordering.weights, allocation)[0])
-        value, images = mean_loss(ordering.model, held_out, ordering.loss)
+        order = builder.order(damp, last=False)
+        unit, pruned = builder.pruner.sparsity_pattern.unit, builder.masks.pruned()
+        allocation = sharing.allocate(order.losses, builder.layers, total, pruned=pruned, unit=unit)
+        write_weights(builder.model, order.weights_at(builder.weights, allocation)[0])
+        loss, images = summed_loss(builder.model, held_out, builder.loss)
         if not images:
             raise InputError("held_out", None, "damp = auto needs batches beyond those of the gradients")
-        return value / images
+        return loss / images
 
     try:
         return choose_damp(loss_at)
     finally:
-        write(ordering.model, ordering.weights)
+        write_weights(builder.model, builder.weights)
 
 
 def _split(batches: Iterable[Batch], limit: int, per_sample: bool) -> tuple[list[Batch], list[Batch]]:
-    """The batches of ``limit`` gradients, and the next few."""
+    """The batches of ``limit`` gradients, and the next few for the comparison of λ."""
     source = iter(batches)
     first: list[Batch] = []
-    found = 0
-    while found < limit and (batch := next(source, None)) is not None:
+    count = 0
+    while count < limit and (batch := next(source, None)) is not None:
         first.append(batch)
-        found += len(batch[0]) if per_sample else 1
+        count += len(batch[0]) if per_sample else 1
     return first, list(itertools.islice(source, _HELD_OUT))
 
 
 def _check_weights(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:
+    """Raise an error if a weight is NaN or Inf."""
     for layer in layers:
         if not torch.isfinite(model.get_parameter(layer.name)).all():
             raise InputError("weights", layer.name, "has NaN or Inf")
@@ -198,10 +226,12 @@ def _check_weights(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:
 
 @contextmanager
 def _in_float32(model: nn.Module, masks: MaskSet) -> Iterator[None]:
-    """The model's half-precision numbers in float32 for a while; each has its own type back afterwards."""
-    short = (torch.float16, torch.bfloat16)
+    """Convert half-precision parameters and buffers to float32; they have their own types back afterwards."""
+    half = (torch.float16, torch.bfloat16)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    types: dict[str, torch.dtype] = {name: one.dtype for name, one in named.items() if one.dtype in short}
+    types: dict[str, torch.dtype] = {
+        name: tensor.dtype for name, tensor in named.items() if tensor.dtype in half
+    }
     gradients: dict[str, Tensor | None] = {name: named[name].grad for name in types}
     for name in types:
         named[name].grad = None
@@ -210,9 +240,9 @@ def _in_float32(model: nn.Module, masks: MaskSet) -> Iterator[None]:
         yield
     finally:
         for name, kind in types.items():
-            one = named[name].data
-            result = one.to(kind)
-            if name in masks:  # what is kept stays a number of its own
-                result.masked_fill_((result == 0) & (one != 0), torch.finfo(kind).tiny)
-            named[name].data = result
+            exact = named[name].data
+            rounded = exact.to(kind)
+            if name in masks:  # a kept weight must not become zero by rounding
+                rounded.masked_fill_((rounded == 0) & (exact != 0), torch.finfo(kind).tiny)
+            named[name].data = rounded
             named[name].grad = gradients[name]

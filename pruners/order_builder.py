@@ -1,4 +1,4 @@
-"""From gradients to an order, in as many passes as the memory asks for, on one process or one of several."""
+"""From gradients to an elimination order: in one pass or several, in one process or one of several."""
 
 from __future__ import annotations
 
@@ -19,71 +19,86 @@ from pruners.errors import InputError
 from pruners.methods.base import Pruner
 from pruners.methods.second_order import SecondOrder
 from pruners.model.layers import PrunableLayer
+from pruners.model.masks import MaskSet
 
 Progress = Callable[[str, int, int], None]
-"""Told (what is done, how many are done, how many there are)."""
+"""Is called with the kind of work (``gradients``, ``layers``), how many are done, and how many there are."""
 
 Gather = Callable[[BlockFisher, Sequence[PrunableLayer]], Sequence[PrunableLayer]]
-"""Brings the gradients of all workers together; returns the layers that this one orders."""
+"""Sums the Fisher over all workers; returns the layers that this worker orders."""
 
 
-def alone(fisher: BlockFisher | None, layers: Sequence[PrunableLayer]) -> Sequence[PrunableLayer]:
-    """A process by itself orders all layers."""
+def single_process(fisher: BlockFisher | None, layers: Sequence[PrunableLayer]) -> Sequence[PrunableLayer]:
+    """The :data:`Gather` of a single process: it orders all layers."""
     return layers
 
 
 @dataclass
-class Ordering:
-    """What is needed to order the weights of a model, by one λ or several.
+class OrderBuilder:
+    """Builds the elimination order of a model's weights, for one λ or several.
+
+    The weights are those that the model has when the builder is created.
 
     Args:
-        batches: gives the batches of gradients afresh for every pass; each pass must see the same.
-        limit: how many gradients at most.
-        memory: bytes for the Fisher; default a share of what is free. What it cannot hold at once is done
-            in groups of layers, each with a pass over the gradients of its own; what is known of the
-            survivors then waits on disk.
-        gather: what makes it one worker of several.
-        depth: the deepest sparsity of a layer that will be asked for; second-order methods go no further.
+        model: the model.
+        layers: its prunable layers.
+        masks: the masks of these layers.
+        pruner: the method.
+        batches: returns the batches for the gradients, the same at every call; each pass calls it once.
+        loss: the mean loss of a batch.
+        limit: number of gradients at most; default all that the batches give.
+        per_sample: gradients of single images instead of batches.
+        memory: bytes for the Fisher; default a share of what is free. If all layers do not fit, they are
+            worked on in groups, each with a pass over the gradients; the updates then lie on disk.
+        gather: how several workers sum their Fishers; default one process.
+        progress: is called after each gradient and each layer.
+        depth: the largest sparsity of a layer that will be asked for; second-order methods go no further.
     """
 
     model: nn.Module
     layers: Sequence[PrunableLayer]
-    masks: Mapping[str, Tensor]
+    masks: MaskSet
     pruner: Pruner
     batches: Callable[[], Iterable[Batch]]
     loss: Loss
     limit: int | None = None
     per_sample: bool = False
     memory: int | None = None
-    gather: Callable[[Any, Sequence[PrunableLayer]], Sequence[PrunableLayer]] = alone
+    gather: Callable[[Any, Sequence[PrunableLayer]], Sequence[PrunableLayer]] = single_process
     progress: Progress | None = None
     depth: float = 1.0
 
     def __post_init__(self) -> None:
         parameters = dict(self.model.named_parameters())
-        # the weights as they were: trials of several λ write into the model
+        # a copy, because the trials of several λ write into the model
         self._weights = {layer.name: parameters[layer.name].detach().clone() for layer in self.layers}
-        self._groups = self._plan()
-        self._kept: BlockFisher | None = None
-        self._mine: Sequence[PrunableLayer] = ()
+        self._groups = self._layer_groups()
+        self._fisher: BlockFisher | None = None  # kept for the next λ
+        self._assigned: Sequence[PrunableLayer] = ()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The weights that orders are of, by parameter name."""
+        """The weights that are ordered, by parameter name."""
         return self._weights
 
     @property
     def passes(self) -> int:
-        """How often an order takes the gradients."""
+        """How many passes over the gradients an order takes; 0 for a method without gradients."""
         return len(self._groups) if isinstance(self.pruner, SecondOrder) else 0
 
     def order(self, damp: float | None = None, *, last: bool = True) -> EliminationOrder:
-        """The order of this process's share of the layers.
+        """Compute the order of the layers that this process is assigned.
 
         Args:
-            damp: λ in place of the method's own.
-            last: no other λ will be asked for, so the Fisher's memory is given back on the way.
+            damp: λ instead of the method's own.
+            last: whether no other λ will be asked for; the memory of the Fisher is then freed on the way.
+
+        Returns:
+            The order of these layers.
+
+        Raises:
+            InputError: NaN or zero gradients, a λ that is too small, or zeros that do not keep the pattern.
         """
         pruner = self.pruner
         if damp is not None:
@@ -92,21 +107,21 @@ class Ordering:
         parts: list[EliminationOrder] = []
         failure: InputError | None = None
         for group in self._groups:
-            fisher, mine = self._fisher(pruner, group)
+            fisher, assigned = self._gathered_fisher(pruner, group)
             if fisher is not None and damp is not None:
                 fisher.damp, fisher.relative = damp, False
             part = EliminationOrder()
-            for number, layer in enumerate(mine):
+            for number, layer in enumerate(assigned):
                 try:
                     part |= self._ordered(pruner, layer, fisher) if failure is None else {}
                 except InputError as error:
-                    failure = error  # the other groups are gathered all the same: other workers wait there
+                    failure = error  # the other groups are gathered all the same, as other workers wait
                 if fisher is not None and (last or len(self._groups) > 1):
                     fisher.discard(layer.name)
-                self._tell("layers", number + 1, len(mine))
-            parts.append(self._spilled(part, len(parts)) if len(self._groups) > 1 else part)
+                self._report("layers", number + 1, len(assigned))
+            parts.append(self._on_disk(part, len(parts)) if len(self._groups) > 1 else part)
         if last:
-            self._kept = None
+            self._fisher = None
         if failure is not None:
             raise failure
         return merge(parts)
@@ -116,16 +131,16 @@ class Ordering:
             return pruner.order(self._weights, [layer], self.masks, fisher, depth=self.depth)
         return pruner.order(self._weights, [layer], self.masks, fisher)
 
-    def _fisher(
+    def _gathered_fisher(
         self, pruner: Pruner, group: Sequence[PrunableLayer]
     ) -> tuple[BlockFisher | None, Sequence[PrunableLayer]]:
-        if self._kept is not None:
-            return self._kept, self._mine
+        if self._fisher is not None:
+            return self._fisher, self._assigned
         fisher = pruner.fisher(group)
         if fisher is not None:
-            write(self.model, self._weights)  # the trial of another λ may have left its own there
+            write_weights(self.model, self._weights)  # the trial of another λ may have changed them
             limit = self.limit or 0
-            for some in gradients(
+            for batch_gradients in gradients(
                 self.model,
                 group,
                 self.masks,
@@ -134,18 +149,18 @@ class Ordering:
                 limit=self.limit,
                 per_sample=self.per_sample,
             ):
-                fisher.add_many(some)
-                self._tell("gradients", fisher.count, max(limit, fisher.count))
+                fisher.add_many(batch_gradients)
+                self._report("gradients", fisher.count, max(limit, fisher.count))
             fisher.flush()
             if fisher.blank and any(bool(self.masks[layer.name].any()) for layer in group):
                 expected = "is zero in every layer: has the model one class, or are its answers constant?"
                 raise InputError("gradient", 0.0, expected)
-        mine = self.gather(fisher, group)
+        assigned = self.gather(fisher, group)
         if len(self._groups) == 1:
-            self._kept, self._mine = fisher, mine
-        return fisher, mine
+            self._fisher, self._assigned = fisher, assigned
+        return fisher, assigned
 
-    def _plan(self) -> list[Sequence[PrunableLayer]]:
+    def _layer_groups(self) -> list[Sequence[PrunableLayer]]:
         fisher = self.pruner.fisher(self.layers)
         if fisher is None or not self.layers:
             return [self.layers]
@@ -155,8 +170,8 @@ class Ordering:
         number = 8 if isinstance(self.pruner, SecondOrder) and self.pruner.double else 4
         return list(layer_groups(self.layers, sizes, budget, number))
 
-    def _spilled(self, part: EliminationOrder, number: int) -> EliminationOrder:
-        """The same order, its updates read from disk as they are needed."""
+    def _on_disk(self, part: EliminationOrder, number: int) -> EliminationOrder:
+        """Write an order to disk, and read it back with its updates mapped into memory."""
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="espalier-order-")
         folder = Path(self._scratch.name) / str(number)
@@ -164,16 +179,16 @@ class Ordering:
         device = str(next(iter(self._weights.values())).device)
         return EliminationOrder.load(folder, "scratch").on(device)
 
-    def _tell(self, what: str, done: int, total: int) -> None:
+    def _report(self, kind: str, done: int, total: int) -> None:
         if self.progress is not None:
-            self.progress(what, done, total)
+            self.progress(kind, done, total)
 
 
-def again(batches: Iterable[Batch], passes: int) -> Callable[[], Iterable[Batch]]:
-    """``batches`` for several passes.
+def repeatable(batches: Iterable[Batch], passes: int) -> Callable[[], Iterable[Batch]]:
+    """A function that returns ``batches`` for each of several passes.
 
     Raises:
-        InputError: they can be read once only.
+        InputError: there are several passes, but the batches can be read only once.
     """
     if passes > 1 and isinstance(batches, Iterator):
         raise InputError(
@@ -185,8 +200,8 @@ def again(batches: Iterable[Batch], passes: int) -> Callable[[], Iterable[Batch]
     return lambda: batches
 
 
-def write(model: nn.Module, new: Mapping[str, Tensor]) -> None:
-    """Write weights into a model, by parameter name."""
+def write_weights(model: nn.Module, new: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model, by parameter name."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in new.items():

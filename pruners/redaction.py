@@ -1,25 +1,27 @@
-"""Secrets in what is printed, logged, stored or raised: logins of addresses, and keys in their queries."""
+"""Removes secrets from text that is printed, logged, stored or raised: logins and keys in addresses."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 
-# before the first slash; or a password that has one in it and stands where a port would
+# A login stands before the first slash. The second branch is a password with a slash in it, which stands
+# where a port would.
 _LOGIN = r"([A-Za-z][\w.+-]*)://(?:([^\s/@:'\"]*)(?::[^\s/@'\"]*)?@|[^\s/@:'\"]+:(?!\d*(?:[/?\s'\"]|$))[^\s@'\"]*@)"
-# where what stands before the @ is a part of the place: Azure's container, Google's "anonymous", whose files
+# In these schemes the text before the @ is a part of the address, not a login: Azure's container, Google's
+# "anonymous", the owner of files in HDFS.
 _USER_STAYS = frozenset({"abfs", "abfss", "gs", "gcs", "hdfs", "viewfs"})
 _QUERY = (
     r"([?&](?:[\w.-]*(?:secret|passw|token|signature|access_?key|account_?key|api_?key|credential)[\w.-]*|sig)=)"
     r"[^&\s'\"#]+"
 )
-# fewer words than above: recipes are compared with those that were stored without these keys
+# Fewer words than above: recipes are compared with stored ones, from which exactly these keys were removed.
 _QUERY_OF_URI = r"(?<=[?&])[\w-]*(?:password|secret|token)[\w-]*=[^&#]*(?:&|$|(?=#))"
 _DATABASES = ("postgresql", "mysql", "mssql", "oracle")
 
 
 def strip_secrets(text: str) -> str:
-    """The text without the logins of its addresses, and with ``***`` for secrets in their queries.
+    """Remove the logins of all addresses in a text, and replace secrets in their queries by ``***``.
 
     >>> strip_secrets("s3://key:secret@bucket/imagenet@2024?region=x: no such file")
     's3://bucket/imagenet@2024?region=x: no such file'
@@ -30,9 +32,9 @@ def strip_secrets(text: str) -> str:
 
 
 def strip_credentials(uri: str) -> str:
-    """The same place without a login and without secrets in its query; what has no ``://`` as it is.
+    """Remove the login of an address, and the secrets in its query; a text without ``://`` is not changed.
 
-    Only the authority, up to the first ``/``, holds a login: an ``@`` in a path is a part of its name.
+    Only the authority, up to the first ``/``, can hold a login: an ``@`` in a path is a part of the path.
 
     >>> strip_credentials("http://me:secret@host:5000/mlflow?token=x&page=2")
     'http://host:5000/mlflow?page=2'
@@ -53,7 +55,7 @@ def strip_credentials(uri: str) -> str:
     return f"{scheme}://{host}{path}{kept if kept != '?' else ''}"
 
 
-@cache  # compiled when needed: that takes longer than all else here
+@cache  # compiled at first use: compiling takes longer than everything else in this module
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, 0 if pattern is _LOGIN else re.IGNORECASE)
 
@@ -64,7 +66,10 @@ def _without_login(match: re.Match[str]) -> str:
 
 
 def _is_cut_login(scheme: str, authority: str) -> bool:
-    """Whether it is ``user:pass`` of a password with a slash: SQLAlchemy takes one; no port looks so."""
+    """Whether an authority is the first part of ``user:pass`` where the password holds a slash.
+
+    SQLAlchemy accepts such passwords, and no port looks like one.
+    """
     if authority.startswith("["):  # an IPv6 address
         return False
     _, colon, port = authority.partition(":")

@@ -85,11 +85,11 @@ class Table:
 @contextmanager
 def batched() -> Iterator[None]:
     """The formulation for GPUs, wherever the tensors are."""
-    fit, kernels.fit = kernels.fit, lambda *tensors: False
+    supports, kernels.supports = kernels.supports, lambda *tensors: False
     try:
         yield
     finally:
-        kernels.fit = fit
+        kernels.supports = supports
 
 
 def ordered(problem: Problem, device: torch.device) -> tuple[EliminationOrder, dict[str, Tensor]]:

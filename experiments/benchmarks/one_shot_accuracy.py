@@ -28,10 +28,10 @@ from pruners import EliminationOrder, MaskSet, Pruner, Sharing, create_pruner, f
 from pruners.allocation.projection import budget
 from pruners.elimination.damping import LADDER
 from pruners.elimination.fisher import BlockFisher
-from pruners.elimination.gradients import gradients, mean_loss
+from pruners.elimination.gradients import gradients, summed_loss
 from pruners.errors import InputError
 from pruners.methods.second_order import SecondOrder
-from pruners.order_builder import write
+from pruners.order_builder import write_weights
 from trainers.data import datasets as data
 from trainers.models import factory as models
 
@@ -100,7 +100,7 @@ class Bench:
                     found[sparsity] = {"top1": value, "damp": damp}
             return dict(sorted(found.items()))
         finally:
-            write(self.model, self.weights)
+            write_weights(self.model, self.weights)
 
     def _order(self, pruner: Pruner) -> EliminationOrder:
         if not isinstance(pruner, SecondOrder):
@@ -113,7 +113,7 @@ class Bench:
         allocation = Sharing(pruner.scope).allocate(order.losses, self.layers, total)
         weights, kept = order.weights_at(self.weights, allocation)
         assert sum(kept.pruned().values()) == total, "the count is exact"
-        write(self.model, weights)
+        write_weights(self.model, weights)
 
     def _top1_at(self, order: EliminationOrder | None, pruner: Pruner, sparsity: float) -> float:
         assert order is not None, "an order is made before it is read"
@@ -131,7 +131,7 @@ class Bench:
                 continue
             for sparsity in SPARSITIES:
                 self._prune(order, pruner, sparsity)
-                value, images = mean_loss(self.model, self.held_out, nn.functional.cross_entropy)
+                value, images = summed_loss(self.model, self.held_out, nn.functional.cross_entropy)
                 losses[sparsity][damp] = value / images
         chosen: dict[float, list[float]] = {}
         for sparsity, tried in losses.items():

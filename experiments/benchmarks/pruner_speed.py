@@ -77,9 +77,9 @@ def same_pivots(device: torch.device) -> float:
 
 def started(problem: Problem, layer: PrunableLayer, fisher: BlockFisher) -> tuple[Task, State]:
     fisher.flush()
-    pattern = create_pruner("ovit").form
+    pattern = create_pruner("ovit").sparsity_pattern
     task = Task.of(layer, problem.weights[layer.name], problem.masks[layer.name], fisher, pattern)
-    return task, State.after(task, task.start())
+    return task, State.after(task, task.initial_order())
 
 
 def time_obvious(problem: Problem, dtype: torch.dtype, updates: int, steps: int) -> tuple[float, float]:

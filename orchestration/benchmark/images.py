@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from orchestration.benchmark.models import Variant
 from orchestration.export import sample_images
+from pruners.arithmetic import ceil_div
 from pruners.errors import InputError
 from trainers.data import datasets
 from trainers.data.arrow_store import Store
@@ -84,7 +85,7 @@ class Tests:
 
     @property
     def parts(self) -> int:
-        return -(-len(self) // _CHUNK)
+        return ceil_div(len(self), _CHUNK)
 
     def chunks(self, variants: Sequence[Variant]) -> Iterator[tuple[NDArray[np.int64], dict[str, Images]]]:
         """Labels, and the images of each variant by its name, part by part."""

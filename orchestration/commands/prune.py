@@ -31,7 +31,7 @@ from pruners.model.costs import Costs, count_costs
 from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.masks import MaskSet
-from pruners.model.sparsity_pattern import fitting
+from pruners.model.sparsity_pattern import fitting_layers
 from pruners.one_shot import PruneReport, pattern_budget, prune
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.data import datasets
@@ -73,7 +73,7 @@ class PruneJob:
             if options.tries_damps:
                 del chosen["damp"]
             pruner = create_pruner(options.method, **chosen)
-            layers = fitting(layers_of(loaded, patterns), pruner.form, unfit=options.unfit)
+            layers = fitting_layers(layers_of(loaded, patterns), pruner.sparsity_pattern, unfit=options.unfit)
             _check_budget(options, loaded.model, layers, pruner)
             model = loaded.model.to(device).eval()
             gradients, tests = _gradients(options, model, pruner), _tests(options, model)
@@ -176,11 +176,11 @@ def _check_budget(
 ) -> None:
     """Check what :func:`prune` would find out only at the end: limits that the budget cannot meet."""
     masks = MaskSet.from_zeros(model, layers)
-    total = pattern_budget(layers, options.target, pruner.form, masks)
+    total = pattern_budget(layers, options.target, pruner.sparsity_pattern, masks)
     if sum(masks.pruned().values()) > total:
         expected = f"the model has more already: {masks.sparsity:.4f} of its prunable weights are zero"
         raise InputError("sparsity", options.target, expected)
-    limits = bounds(layers, options.floor, options.ceiling, masks.pruned(), unit=pruner.form.unit)
+    limits = bounds(layers, options.floor, options.ceiling, masks.pruned(), unit=pruner.sparsity_pattern.unit)
     ends = np.array([limits[layer.name] for layer in layers]).reshape(-1, 2)
     check_feasible(total, ends[:, 0], ends[:, 1])
 
@@ -256,7 +256,8 @@ class Outcome:
     def summary(self, target: Path) -> Iterator[tuple[str, str]]:
         """Headings and figures, once the checkpoint is at ``target``."""
         report, costs = self.report, self.costs
-        pattern = f", {self.pruner.form.name}" if self.pruner.form.structured else ""
+        sparsity_pattern = self.pruner.sparsity_pattern
+        pattern = f", {sparsity_pattern.name}" if sparsity_pattern.structured else ""
         source = f", {gradients_taken(self.options, self.pruner)}" if self.pruner.gradients else ""
         yield "method", f"{report.method}{pattern}{source}"
         if isinstance(self.pruner, SecondOrder):

@@ -13,6 +13,7 @@ from orchestration.preflight.checks import Prepared
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.search import Fastest
 from orchestration.reporting import plots
+from pruners.arithmetic import ceil_div
 from pruners.elimination.memory import fisher_bytes, layer_groups
 from pruners.methods.registry import create_pruner
 from pruners.redaction import strip_secrets
@@ -169,7 +170,7 @@ def _needs(prepared: Prepared) -> list[tuple[str, str]]:
             groups = layer_groups(prepared.layers, sizes, pruning.fisher.memory, number)
             memory += f", in {len(groups)} passes within {pruning.fisher.memory / 1e9:.2f} GB"
         lines.append(("Fisher", f"{method}: {memory}"))
-    count = -(-training.epochs // training.checkpoint_every)
+    count = ceil_div(training.epochs, training.checkpoint_every)
     between = [f"every {training.checkpoint_minutes:g} minutes"] if training.checkpoint_minutes else []
     between += [f"every {training.checkpoint_steps} steps"] if training.checkpoint_steps else []
     within = f", and within epochs {' and '.join(between)}" if between else ""

@@ -16,6 +16,7 @@ from orchestration.preflight.allocation import check_not_sparser
 from orchestration.search.one_shot_trial import OneShotInputs
 from orchestration.state.order_store import StoredOrder
 from pruners.allocation.sharing import Allocation
+from pruners.arithmetic import ceil_div
 from pruners.methods.registry import create_pruner
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
@@ -70,11 +71,11 @@ def order_facts(
     pruner = create_pruner(method, **pruning.options(method))
     masks = MaskSet.from_zeros(model, layers)
     losses, sharing = order.open(updates=False).losses, sharing_of(pruning, pruner)
-    own, pruned = {}, masks.pruned()
+    own, pruned, unit = {}, masks.pruned(), pruner.sparsity_pattern.unit
     for sparsity in sparsities:
-        total = pattern_budget(layers, sparsity, pruner.form, masks)
+        total = pattern_budget(layers, sparsity, pruner.sparsity_pattern, masks)
         check_not_sparser("pruning.sparsity", sparsity, layers, sum(pruned.values()), total)
-        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=pruner.form.unit)
+        own[sparsity] = sharing.allocate(losses, layers, total, pruned=pruned, unit=unit)
     return OrderFacts(layers, cost_model(model, models.input_size(model)), own, pruned)
 
 
@@ -144,7 +145,7 @@ def save_structured(
     model = loaded.model.to(device)
     plan = plan_cut(model, loaded.arguments, settings)
     train = data.split(images, "train", data.eval_transform(models.data_config(model)), seed)
-    count = -(-min(settings.images, len(train)) // settings.batch_size)
+    count = ceil_div(min(settings.images, len(train)), settings.batch_size)
     batches = data.fixed_batches(train, settings.batch_size, 0, count, rank=0, world=1, seed=seed)
     made = cut_model(model, plan, settings, batches)
     record = {**lineage, "structured": {**lineage["structured"], **plan.facts(settings)}}

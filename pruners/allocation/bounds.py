@@ -1,19 +1,18 @@
-"""What each layer may give up at least and at most: floors and ceilings, for all layers or by their names."""
+"""Bounds on the sparsity of each layer: floors and ceilings, for all layers or by their names."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from pruners.errors import InputError, did_you_mean
-from pruners.model.layers import PrunableLayer, stem
+from pruners.model.layers import PrunableLayer, matching, stem
 
 Bounds = Mapping[str, tuple[int, int]]
-"""Least and most pruned weights of each layer, by parameter name."""
+"""Least and largest number of pruned weights in each layer, by parameter name."""
 
 PerLayer = float | Mapping[str, float]
-"""A sparsity for all layers, or one by patterns on their names."""
+"""One sparsity for all layers, or sparsities by patterns on their names (see :func:`per_layer`)."""
 
 
 def bounds(
@@ -25,19 +24,26 @@ def bounds(
     reach: Mapping[str, int] | None = None,
     unit: int = 1,
 ) -> dict[str, tuple[int, int]]:
-    """Least and most weights that each layer may give up.
+    """Turn floors and ceilings into numbers of weights.
+
+    The rounding to whole weights forgives binary fractions: 0.07 of 100 weights are 7.
 
     Args:
-        floor, ceiling: least and largest sparsity (0.07 of 100 is 7, whatever binary fractions say).
-        pruned: weights that are gone already: no layer gets any back.
-        reach: how many weights of each layer can fall at all.
-        unit: weights that fall together.
+        layers: the prunable layers.
+        floor: least sparsity of a layer.
+        ceiling: largest sparsity of a layer.
+        pruned: number of weights that are pruned already in each layer; none of them comes back.
+        reach: number of weights of each layer that can be pruned at all; default all.
+        unit: number of weights that are pruned together; bounds are multiples of it.
+
+    Returns:
+        Least and largest number of pruned weights in each layer, by parameter name.
 
     Raises:
-        InputError: a floor above its ceiling, and see :func:`per_layer`.
+        InputError: a floor above its ceiling, or one of the errors of :func:`per_layer`.
     """
     least, most = per_layer("floor", floor, layers, 0.0), per_layer("ceiling", ceiling, layers, 1.0)
-    found = {}
+    limits = {}
     for layer in layers:
         gone = 0 if pruned is None else pruned[layer.name]
         low = math.ceil(least[layer.name] * layer.numel / unit - 1e-6) * unit
@@ -45,15 +51,15 @@ def bounds(
         if least[layer.name] > most[layer.name]:
             expected = f"must not lie above the ceiling of {layer.name}, {most[layer.name]}"
             raise InputError("floor", least[layer.name], expected)
-        low = min(low, high)  # no whole number may lie between two that are almost equal
+        low = min(low, high)  # there may be no whole number between two almost equal bounds
         if reach is not None:
             high = min(high, reach[layer.name])
-        found[layer.name] = (max(low, gone), max(high, gone))
-    return found
+        limits[layer.name] = (max(low, gone), max(high, gone))
+    return limits
 
 
 def group_bounds(groups: Iterable[Sequence[PrunableLayer]], limits: Bounds) -> tuple[list[int], list[int]]:
-    """Least and most weights of whole groups."""
+    """Add up bounds over groups of layers: the least, and the largest number of each group."""
     pairs = [[limits[layer.name] for layer in group] for group in groups]
     return [sum(low for low, _ in group) for group in pairs], [
         sum(high for _, high in group) for group in pairs
@@ -63,37 +69,39 @@ def group_bounds(groups: Iterable[Sequence[PrunableLayer]], limits: Bounds) -> t
 def per_layer(
     key: str, values: PerLayer, layers: Sequence[PrunableLayer], default: float | None
 ) -> dict[str, float]:
-    """A sparsity for each layer, by parameter name.
+    """Assign a sparsity to each layer, by patterns on its name.
 
     Args:
-        values: one for all, or regular expressions on the trailing part of a layer's name (without
-            ``.weight`` or ``_weight``); the last that matches counts.
-        default: for a layer that none matches; ``None``: there must be one.
+        key: what to call ``values`` in an error.
+        values: one sparsity for all layers, or sparsities by regular expressions on the end of a layer's
+            name, without ``.weight`` or ``_weight``; the last expression that matches counts.
+        layers: the prunable layers.
+        default: the sparsity of layers that no expression matches; ``None`` makes that an error.
+
+    Returns:
+        The sparsity of each layer, by parameter name.
 
     Raises:
-        InputError: see :func:`by_table`.
+        InputError: a sparsity outside 0…1, an expression that matches no layer or is none, or a layer
+            without a sparsity.
     """
     if not isinstance(values, Mapping):
         _check_share(key, values)
         return {layer.name: values for layer in layers}
-    found: dict[str, float] = {}
+    sparsities: dict[str, float] = {}
     for expression, value in values.items():
         _check_share(f"{key}.{expression}", value)
-        try:
-            compiled = re.compile(rf"(?:^|\.)(?:{expression})$")
-        except re.error as error:
-            raise InputError(key, expression, f"must be a regular expression ({error})") from None
-        matched = [layer.name for layer in layers if compiled.search(stem(layer.name))]
+        matched = matching(key, expression, [layer.name for layer in layers])
         if not matched:
             close = did_you_mean(expression, [stem(layer.name) for layer in layers])
             raise InputError(key, expression, f"matches none of the prunable layers{close}")
-        found |= dict.fromkeys(matched, value)
+        sparsities |= dict.fromkeys(matched, value)
     for layer in layers:
-        if layer.name not in found:
+        if layer.name not in sparsities:
             if default is None:
                 raise InputError(key, dict(values), f"says nothing about {layer.name}")
-            found[layer.name] = default
-    return found
+            sparsities[layer.name] = default
+    return sparsities
 
 
 def _check_share(key: str, value: float) -> None:

@@ -1,7 +1,8 @@
-"""How many weights each layer gives up: exact to one weight, by a threshold or by given sparsities.
+"""Allocation: how many weights each layer loses, by thresholds on the losses or by given sparsities.
 
-Every method orders the weights of a layer (:class:`pruners.elimination.order.EliminationOrder`); an
-*allocation* says how far each layer goes along its order. The budget is always met exactly.
+Every method puts the weights of a layer in an order (:class:`pruners.elimination.order.EliminationOrder`). An
+*allocation* says how many weights are pruned from the beginning of that order. The budget is always met
+exactly.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pruners.errors import InputError, did_you_mean
 from pruners.model.layers import PrunableLayer
 
 Allocation = dict[str, int]
-"""Pruned weights of each layer, by parameter name."""
+"""Number of pruned weights in each layer, by parameter name."""
 
 Scope = Literal["layer", "module", "stage", "global"]
-"""What shares one threshold: each layer for itself, a DIMAP module, a stage, or the whole model."""
+"""Which layers share one threshold: none, those of a DIMAP module or of a stage, or all."""
 
 GROUP_OF: dict[Scope, Callable[[PrunableLayer], Hashable]] = {
     "layer": lambda layer: layer.name,
@@ -35,14 +36,15 @@ GROUP_OF: dict[Scope, Callable[[PrunableLayer], Hashable]] = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a budget is shared out among layers, between their floors and ceilings.
+    """How a budget is divided among layers.
 
     Args:
-        scope: what shares one threshold, every such group at the same sparsity.
-        floor, ceiling: least and largest sparsity of a layer: one for all, or by patterns on layer names
-            (the last that matches counts; without a match 0 and 1).
-        table: a sparsity for each layer by patterns on its name, in place of thresholds; it is projected
-            onto the budget, and taken as it is if it meets it.
+        scope: which layers share one threshold; every such group gets the same sparsity.
+        floor: least sparsity of a layer: one for all layers, or by patterns on their names (the last
+            pattern that matches counts; without a match 0).
+        ceiling: largest sparsity of a layer, in the same way (without a match 1).
+        table: a sparsity for each layer by patterns on its name, instead of thresholds. It is projected
+            onto the budget, and not changed if it meets the budget already.
     """
 
     scope: Scope = "global"
@@ -57,7 +59,17 @@ class Sharing:
         reach: Mapping[str, int] | None = None,
         unit: int = 1,
     ) -> dict[str, tuple[int, int]]:
-        """Least and most weights that each layer may give up, in whole units (see :func:`bounds`)."""
+        """Turn floor and ceiling into numbers of weights (see :func:`pruners.allocation.bounds.bounds`).
+
+        Args:
+            layers: the prunable layers.
+            pruned: number of weights that are pruned already in each layer.
+            reach: number of weights of each layer that can be pruned at all; default all.
+            unit: number of weights that are pruned together.
+
+        Returns:
+            Least and largest number of pruned weights in each layer, by parameter name.
+        """
         return bounds(layers, self.floor, self.ceiling, pruned, reach=reach, unit=unit)
 
     def allocate(
@@ -69,29 +81,35 @@ class Sharing:
         pruned: Mapping[str, int] | None = None,
         unit: int = 1,
     ) -> Allocation:
-        """Pruned weights of each layer, ``total`` in all.
+        """Divide a budget among layers.
 
         Args:
-            losses: for each layer the ascending losses of its weights in their order of falling, as far as
-                they may fall.
-            pruned: weights that each layer has lost already, and never gets back.
-            unit: weights that fall together; ``total`` is a multiple of it.
+            losses: for each layer the losses (k,) of its weights in their elimination order, ascending, as
+                far as the order goes.
+            layers: the prunable layers.
+            total: number of weights to prune over all layers.
+            pruned: number of weights that are pruned already in each layer; none of them comes back.
+            unit: number of weights that are pruned together; ``total`` is a multiple of it.
+
+        Returns:
+            Number of pruned weights in each layer; the sum is ``total``.
 
         Raises:
             InputError: an unknown scope, a table without one of the layers, or floors and ceilings that
-                cannot meet ``total``.
+                do not allow ``total``.
         """
-        limits = self.limits(layers, pruned, {name: len(found) for name, found in losses.items()}, unit)
+        reach = {name: len(ascending) for name, ascending in losses.items()}
+        limits = self.limits(layers, pruned, reach, unit)
         if self.table is not None:
             return by_table(self.table, layers, total, limits, unit)
         if self.scope not in GROUP_OF:
             known = f"must be one of {', '.join(GROUP_OF)}{did_you_mean(self.scope, GROUP_OF)}"
             raise InputError("scope", self.scope, known)
         groups = group_layers(layers, GROUP_OF[self.scope])
-        wanted = total / max(sum(layer.numel for layer in layers), 1)
+        sparsity = total / max(sum(layer.numel for layer in layers), 1)
         low, high = group_bounds(groups.values(), limits)
         sizes = [sum(layer.numel for layer in group) for group in groups.values()]
-        totals = project([wanted] * len(sizes), sizes, total, low, high, unit=unit)
+        totals = project([sparsity] * len(sizes), sizes, total, low, high, unit=unit)
         allocation: Allocation = {}
         for group, count in zip(groups.values(), totals, strict=True):
             allocation.update(by_threshold(losses, group, count, limits, unit))
@@ -108,21 +126,47 @@ def allocate(
     ceiling: PerLayer = 1.0,
     pruned: Mapping[str, int] | None = None,
 ) -> Allocation:
-    """Share ``total`` by thresholds: every group of ``scope`` at the same sparsity (see :class:`Sharing`)."""
+    """Divide a budget by thresholds, with the same sparsity for every group of ``scope``.
+
+    Args:
+        losses: for each layer the losses of its weights in their elimination order, ascending.
+        layers: the prunable layers.
+        total: number of weights to prune over all layers.
+        scope: which layers share one threshold.
+        floor: least sparsity of a layer, or sparsities by patterns on layer names.
+        ceiling: largest sparsity of a layer, in the same way.
+        pruned: number of weights that are pruned already in each layer.
+
+    Returns:
+        Number of pruned weights in each layer; the sum is ``total``.
+
+    Raises:
+        InputError: see :meth:`Sharing.allocate`.
+    """
     return Sharing(scope, floor, ceiling).allocate(losses, layers, total, pruned=pruned)
 
 
 def by_table(
     table: Mapping[str, float], layers: Sequence[PrunableLayer], total: int, limits: Bounds, unit: int = 1
 ) -> Allocation:
-    """The sparsities of a table, projected onto the budget.
+    """Project the sparsities of a table onto a budget.
+
+    Args:
+        table: a sparsity for each layer by patterns on its name.
+        layers: the prunable layers.
+        total: number of weights to prune over all layers.
+        limits: least and largest number of pruned weights in each layer.
+        unit: number of weights that are pruned together.
+
+    Returns:
+        Number of pruned weights in each layer; the sum is ``total``.
 
     Raises:
         InputError: a pattern that matches nothing, a layer that none matches, a sparsity outside 0…1.
     """
-    wanted = per_layer("table", table, layers, None)
+    sparsities = per_layer("table", table, layers, None)
     counts = project(
-        [wanted[layer.name] for layer in layers],
+        [sparsities[layer.name] for layer in layers],
         [layer.numel for layer in layers],
         total,
         [limits[layer.name][0] for layer in layers],
@@ -139,9 +183,22 @@ def by_threshold(
     limits: Bounds | None = None,
     unit: int = 1,
 ) -> Allocation:
-    """The ``total`` weights of lowest loss over ``layers`` together (ties: the earlier layer falls first).
+    """Count in each layer the ``total`` weights of lowest loss over all layers together.
 
-    With ``unit`` above 1 so many fall at once, at the loss of the last of them.
+    Of equal losses those of the earlier layer come first.
+
+    Args:
+        losses: for each layer the losses of its weights in their elimination order, ascending.
+        layers: the layers that share the threshold.
+        total: number of weights to prune over these layers.
+        limits: least and largest number of pruned weights in each layer; default 0 and all.
+        unit: number of weights that are pruned together, at the loss of the last of them.
+
+    Returns:
+        Number of pruned weights in each layer; the sum is ``total``.
+
+    Raises:
+        InputError: ``limits`` do not allow ``total``.
     """
     limits = bounds(layers) if limits is None else limits
     low = {layer.name: limits[layer.name][0] for layer in layers}
@@ -151,24 +208,25 @@ def by_threshold(
         whole = [replace(layer, shape=(1, layer.numel // unit)) for layer in layers]
         smaller = {name: (least // unit, high[name] // unit) for name, least in low.items()}
         ends = {layer.name: losses[layer.name][unit - 1 :: unit] for layer in layers}
-        found = by_threshold(ends, whole, total // unit, smaller)
-        return {name: count * unit for name, count in found.items()}
+        units = by_threshold(ends, whole, total // unit, smaller)
+        return {name: count * unit for name, count in units.items()}
     free = [losses[layer.name][low[layer.name] : high[layer.name]].double().contiguous() for layer in layers]
     taken = _below_threshold(free, total - sum(low.values()))
     return {layer.name: low[layer.name] + count for layer, count in zip(layers, taken, strict=True)}
 
 
 def _below_threshold(ascending: Sequence[Tensor], total: int) -> list[int]:
-    """How many of the ``total`` smallest numbers each of some ascending lists holds (ties: the earlier list).
+    """Count in each of some ascending lists those of its numbers that are among the ``total`` smallest.
 
-    The threshold is found by bisection: each list is asked how many it has below, and none is sorted again.
+    Of equal numbers those of the earlier list come first. The threshold is found by bisection, so that no
+    list is sorted again.
     """
 
     def up_to(bits: int, *, right: bool) -> list[int]:
         value = np.int64(bits).view(np.float64)
-        return [int(torch.searchsorted(one, float(value), right=right)) for one in ascending]
+        return [int(torch.searchsorted(numbers, float(value), right=right)) for numbers in ascending]
 
-    # non-negative numbers are ordered as their bits are
+    # the bits of non-negative floats, read as integers, are in the same order as the floats
     low, high = -1, int(np.float64(np.inf).view(np.int64))
     while high - low > 1:
         middle = (low + high) // 2
@@ -188,7 +246,7 @@ def _below_threshold(ascending: Sequence[Tensor], total: int) -> list[int]:
 def group_layers(
     layers: Sequence[PrunableLayer], key: Callable[[PrunableLayer], Hashable]
 ) -> dict[Hashable, list[PrunableLayer]]:
-    """Layers by group, groups in the order of their first layer."""
+    """Collect layers by a key; groups come in the order of their first layer."""
     groups: dict[Hashable, list[PrunableLayer]] = {}
     for layer in layers:
         groups.setdefault(key(layer), []).append(layer)
@@ -202,10 +260,20 @@ def scale(
     at_least: Allocation,
     unit: int = 1,
 ) -> Allocation:
-    """An allocation for an earlier ``total`` of a gradual run: ``allocation``'s sparsities scaled down.
+    """Scale an allocation down to the smaller budget of an earlier step of a gradual run.
 
-    Never more than ``allocation`` gives a layer, never less than ``at_least`` (what is pruned already),
-    so that zeros stay zeros up to the last step, which is ``allocation`` itself.
+    No layer gets more than ``allocation`` gives it, and none less than ``at_least``. Zeros therefore stay
+    zeros up to the last step, which is ``allocation`` itself.
+
+    Args:
+        allocation: number of pruned weights in each layer at the end.
+        layers: the prunable layers.
+        total: number of weights to prune at this step.
+        at_least: number of weights that are pruned already in each layer.
+        unit: number of weights that are pruned together.
+
+    Returns:
+        Number of pruned weights in each layer; the sum is ``total``.
     """
     share = total / max(sum(allocation.values()), 1)
     counts = project(

@@ -1,4 +1,4 @@
-"""Second-order elimination (oViT): gradients, block-wise Fisher inverses, the order of elimination."""
+"""Second-order elimination: gradients, block-wise Fisher inverses, the order of elimination (oViT)."""
 
 __all__ = [
     "constraints",

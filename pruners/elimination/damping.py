@@ -1,4 +1,4 @@
-"""``damp: auto``: the λ of a ladder that leaves the least one-shot loss on held-out training data."""
+"""``damp: auto``: choose the λ that gives the lowest loss on held-out training data after one shot."""
 
 from __future__ import annotations
 
@@ -9,30 +9,41 @@ from dataclasses import dataclass
 from pruners.errors import InputError
 
 LADDER = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+"""The λ that are tried, largest first."""
 
 
 @dataclass(frozen=True)
 class DampChoice:
-    """The λ that was taken, and the held-out loss at each one that was tried (``inf``: it failed)."""
+    """A choice among several λ.
+
+    Attributes:
+        damp: the λ that was chosen.
+        losses: the held-out loss at each λ that was tried; ``inf`` where it failed.
+    """
 
     damp: float
     losses: dict[float, float]
 
     @property
     def why(self) -> str:
-        """One line for a log."""
+        """The reason for the choice, as one line for a log."""
         tried = ", ".join(f"{damp:g}: {loss:.4f}" for damp, loss in self.losses.items())
         return f"damp {self.damp:g} has the lowest held-out loss after one shot ({tried})"
 
 
 def choose_damp(loss_at: Callable[[float], float], ladder: Sequence[float] = LADDER) -> DampChoice:
-    """Try every λ of ``ladder``; of equal losses the larger λ, which is the safer one.
+    """Try several λ and choose the one with the lowest loss; of equal losses the larger, safer λ.
 
     Args:
-        loss_at: the held-out loss of the model pruned with a λ; an :class:`InputError` counts as infinite.
+        loss_at: returns the held-out loss of the model pruned with a λ. An :class:`InputError` with the key
+            ``damp`` counts as an infinite loss.
+        ladder: the λ to try.
+
+    Returns:
+        The choice, with all losses.
 
     Raises:
-        InputError: none of them gives a finite loss.
+        InputError: no λ gives a finite loss.
     """
     losses = {}
     for damp in ladder:

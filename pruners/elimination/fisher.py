@@ -1,14 +1,15 @@
 """The block-diagonal empirical Fisher (oViT §3; METHODS: F = λI + (1/m) Σ g gᵀ over B×B diagonal blocks).
 
-F itself is accumulated, as matrix products over chunks of gradients: m rank-one updates of its inverse
-would read and write d·B numbers m times. It is inverted once, in float64, where λ = 1e-8 still counts.
+The code accumulates F itself, by matrix products over chunks of gradients. (The paper updates its inverse by
+m rank-one updates, which read and write d·B numbers m times.) F is inverted once, in float64, where λ = 1e-8
+is not lost by rounding.
 
 ======================  ==============================================
 paper                   here
 ======================  ==============================================
 B                       ``block_size``
 m, the gradients        ``count``
-λ ("damp")              ``damp``, and ``damping(name)`` as it is used
+λ ("damp")              ``damp``, and ``damping(name)`` for a layer
 Σ g gᵀ                  ``sums[name]``, ``total(name)`` (n, B, B)
 ======================  ==============================================
 """
@@ -21,30 +22,42 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pruners.arithmetic import ceil_div
 from pruners.elimination import kernels
 from pruners.errors import InputError, did_you_mean
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
 
-_CHUNK = 128
+_BUFFER_LENGTH = 128  # gradients that one matrix product adds to the sums
 RESIDENT = 1.5
-"""Sums (¾ of d·B numbers), and gradients that wait for their matrix product, are no more than this."""
+"""Limit on the memory of the sums and of buffered gradients, in multiples of d·B numbers."""
 HALVED = 64
-"""From this size on sums are kept by halves."""
-_LARGEST = 32767  # positions in a block are kept in 16 bits
+"""Blocks of at least this size store three quarters of their symmetric sums."""
+_LARGEST = 32767  # positions in a block are stored in 16 bits
 
 
 class BlockFisher:
     """Sums of g gᵀ over gradients g, for the B×B diagonal blocks of each flattened layer.
 
-    They are symmetric: ``sums[name]`` holds the first half of the rows (n, h, B), and of the others the
-    second half (n, B − h, B − h), three quarters of the numbers and of the work.
+    The blocks are symmetric, and so three quarters of them are computed and stored: ``sums[name]`` holds the
+    first h rows (n, h, B), and the last B − h columns of the other rows (n, B − h, B − h). A layer of d
+    weights has n = ⌈d / B⌉ blocks.
 
     Args:
-        block_size: B, for all layers or for each module by name; cut to the layer, and rounded up to
-            whole groups of ``pattern``.
-        damp: λ; with ``relative`` a share of the mean of the layer's diagonal.
-        dtype: of the sums (float32, or float64).
+        layers: the layers.
+        block_size: B, for all layers, or for each module by name. It is limited to the size of the layer,
+            and rounded up to whole groups of ``pattern``.
+        damp: λ.
+        relative: whether λ is a share of the mean of each layer's diagonal.
+        pattern: the sparsity pattern, which decides in which order weights are flattened.
+        dtype: of the sums, float32 or float64.
+
+    Attributes:
+        count: number of gradients so far.
+        sums: the two parts of each layer's sums, by parameter name.
+
+    Raises:
+        InputError: λ is not positive, or a block size cannot be used.
     """
 
     def __init__(
@@ -66,76 +79,77 @@ class BlockFisher:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._dtype = dtype
         self._sizes = block_sizes(layers, block_size, self.pattern)
-        self._waiting: dict[str, Tensor] = {}
-        self._taken = 0
-        self._chunk = min(_CHUNK, max(1, self._room(layers)))
+        self._buffers: dict[str, Tensor] = {}
+        self._buffered = 0
+        self._buffer_length = min(_BUFFER_LENGTH, max(1, self._gradients_that_fit(layers)))
 
     def block_size(self, name: str) -> int:
+        """B of a layer, by parameter name."""
         return self._sizes[name]
 
-    def _room(self, layers: Sequence[PrunableLayer]) -> int:
-        """How many gradients of these layers may wait."""
-        waiting, room = 0, 0.0
+    def _gradients_that_fit(self, layers: Sequence[PrunableLayer]) -> int:
+        """How many gradients the buffers may hold within the memory limit."""
+        numel, room = 0, 0.0
         for layer in layers:
             size = self._sizes[layer.name]
             half = _half(size)
-            blocks = -(-layer.numel // size)
-            waiting += blocks * size
+            blocks = ceil_div(layer.numel, size)
+            numel += blocks * size
             room += blocks * (RESIDENT * size**2 - half * size - (size - half) ** 2)
-        return int(room / max(waiting, 1))
+        return int(room / max(numel, 1))
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take one gradient of the loss (a tensor for each layer, of the layer's shape)."""
+        """Add one gradient of the loss: for each layer a tensor of the layer's shape."""
         self.add_many({name: gradients[name].unsqueeze(0) for name in self._sizes})
 
     def add_many(self, gradients: Mapping[str, Tensor]) -> None:
-        """Take k gradients at once: for each layer (k, *shape).
+        """Add k gradients at once: for each layer (k, *shape).
 
         Raises:
-            InputError: gradients with NaN or Inf, naming layer and number; they are found when the sums
-                are brought up to date, by the latest in :meth:`flush`.
+            InputError: gradients with NaN or Inf; the error names the layer and the number of the gradient.
+                They are noticed when the buffers are added to the sums, in :meth:`flush` at the latest.
         """
         total = len(next(iter(gradients.values())))
         done = 0
         while done < total:
-            took = min(total - done, self._chunk - self._taken)
+            added = min(total - done, self._buffer_length - self._buffered)
             for name, size in self._sizes.items():
-                rows = self.pattern.flat(gradients[name].detach()[done : done + took], batched=True)
-                blocks = to_blocks(rows, size)  # (took, n, B)
-                if name not in self._waiting:
-                    shape = (blocks.shape[1], self._chunk, size)
-                    self._waiting[name] = torch.empty(shape, device=rows.device)
-                self._waiting[name][:, self._taken : self._taken + took] = blocks.transpose(0, 1)
-            done += took
-            self._taken += took
-            self.count += took
-            if self._taken == self._chunk:
-                self._fold()
+                rows = self.pattern.flat(gradients[name].detach()[done : done + added], batched=True)
+                blocks = to_blocks(rows, size)  # (added, n, B)
+                if name not in self._buffers:
+                    shape = (blocks.shape[1], self._buffer_length, size)
+                    self._buffers[name] = torch.empty(shape, device=rows.device)
+                self._buffers[name][:, self._buffered : self._buffered + added] = blocks.transpose(0, 1)
+            done += added
+            self._buffered += added
+            self.count += added
+            if self._buffered == self._buffer_length:
+                self._add_buffers()
 
     def flush(self) -> None:
-        """Fold the gradients that wait into the sums, and give their memory back."""
-        self._fold()
-        self._waiting.clear()
+        """Add the buffered gradients to the sums, and free the buffers."""
+        self._add_buffers()
+        self._buffers.clear()
 
     def parts(self, layer: PrunableLayer, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``sums`` of a layer; zeros on ``device`` where no gradient was taken."""
+        """The sums of a layer; zeros on ``device`` if there was no gradient."""
         if layer.name not in self.sums:
             size = self._sizes[layer.name]
-            half, blocks = _half(size), -(-layer.numel // size)
+            half, blocks = _half(size), ceil_div(layer.numel, size)
             shapes = (blocks, half, size), (blocks, size - half, size - half)
             first, last = (torch.zeros(shape, dtype=self._dtype, device=device) for shape in shapes)
             self.sums[layer.name] = first, last
         return self.sums[layer.name]
 
     def discard(self, name: str) -> None:
-        """Give the memory of a layer back."""
+        """Free the memory of a layer."""
         self.sums.pop(name, None)
 
-    def _fold(self) -> None:
-        if not self._taken:
+    def _add_buffers(self) -> None:
+        if not self._buffered:
             return
-        for name, waiting in self._waiting.items():
-            rows = waiting[:, : self._taken].to(self._dtype)
+        for name, gradients in self._buffers.items():
+            rows = gradients[:, : self._buffered].to(self._dtype)
             half = _half(rows.shape[2])
             parts = (rows[:, :, :half], rows), (rows[:, :, half:], rows[:, :, half:])
             if name in self.sums:
@@ -144,18 +158,18 @@ class BlockFisher:
             else:
                 first, last = (torch.bmm(left.transpose(1, 2), right) for left, right in parts)
                 self.sums[name] = first, last
-            # a sum of squares is finite if every number in it is, and much shorter than the gradients
+            # The diagonal has far fewer numbers than the gradients, and is finite if all of them are.
             if not torch.isfinite(self._diagonal(name).sum()):
-                self._name_the_bad(name, rows)
-        self._taken = 0
+                self._raise_not_finite(name, rows)
+        self._buffered = 0
 
     @property
     def blank(self) -> bool:
-        """Whether gradients were taken, and all of them are zero: F is λI then, and says nothing."""
+        """Whether all gradients so far are zero: F is λI then, and useless."""
         return self.count > 0 and not any(bool(self._diagonal(name).any()) for name in self.sums)
 
     def total(self, name: str, chosen: slice = slice(None)) -> Tensor:
-        """Σ g gᵀ of some blocks of a layer as whole matrices (k, B, B)."""
+        """Σ g gᵀ of the ``chosen`` blocks of a layer, as full matrices (k, B, B)."""
         first, last = (part[chosen] for part in self.sums[name])
         half, size = first.shape[1:]
         whole = first.new_empty(len(first), size, size)
@@ -165,20 +179,22 @@ class BlockFisher:
         return whole
 
     def _diagonal(self, name: str) -> Tensor:
+        """The diagonals (n, B) of the sums of a layer."""
         return torch.cat([part.diagonal(dim1=1, dim2=2) for part in self.sums[name]], dim=1)
 
-    def _name_the_bad(self, name: str, rows: Tensor) -> None:
+    def _raise_not_finite(self, name: str, rows: Tensor) -> None:
+        """Raise the error that names the first gradient with NaN or Inf."""
         bad = (~torch.isfinite(rows).all(2).all(0)).nonzero()
         if len(bad):
-            number = self.count - self._taken + int(bad[0])
+            number = self.count - self._buffered + int(bad[0])
             raise InputError("gradient", name, f"has NaN or Inf in batch {number}")
         raise InputError("gradient", name, f"its squares overflow {self._dtype} by batch {self.count}")
 
     def damping(self, name: str) -> float:
-        """λ as it is added to the diagonal of a layer's blocks.
+        """λ as it is added to the diagonal of a layer's blocks, in absolute terms.
 
         Raises:
-            InputError: no gradient was taken.
+            InputError: there was no gradient.
         """
         self._need_gradients()
         if not self.relative:
@@ -186,21 +202,29 @@ class BlockFisher:
         diagonal = self._diagonal(name)
         alive = diagonal[diagonal > 0]
         mean = float(alive.double().mean()) / self.count if len(alive) else 0.0
-        return max(
-            self.damp * mean, torch.finfo(torch.float32).tiny
-        )  # a layer without any gradient falls first
+        # A layer without any gradient gets the smallest λ, and so is pruned first.
+        return max(self.damp * mean, torch.finfo(torch.float32).tiny)
 
     def blocks(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> Tensor:
-        """F (k, r, r) in float64 of the ``slots`` of some blocks of a layer; what is not alive stands alone.
+        """F for some positions of some blocks of a layer.
 
         Args:
-            slots: (k, r), positions in the block.
-            alive: (k, r), ``False`` for weights that are zero already, and for padding.
+            name: of the layer.
+            chosen: which k of the layer's blocks.
+            slots: (k, r), positions in each block.
+            alive: (k, r) bool, ``False`` for weights that are zero already, and for padding. Their rows and
+                columns are zero but for λ on the diagonal.
+
+        Returns:
+            (k, r, r), in float64.
+
+        Raises:
+            InputError: there was no gradient.
         """
         self._need_gradients()
         sums = self.total(name, chosen)
         everything = torch.arange(sums.shape[1], device=slots.device).expand(len(slots), -1)
-        if not torch.equal(slots, everything):  # some are left out, or what is alive was put first
+        if not torch.equal(slots, everything):  # positions are left out, or in another order
             sums = sums.gather(1, slots.unsqueeze(2).expand(-1, -1, sums.shape[2]))
             sums = sums.gather(2, slots.unsqueeze(1).expand(-1, slots.shape[1], -1))
         fisher = sums.double().div_(self.count)
@@ -210,22 +234,31 @@ class BlockFisher:
         return fisher
 
     def inverse(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> Tensor:
-        """F⁻¹ (k, r, r) of :meth:`blocks`, in float64.
+        """Invert F for some positions of some blocks of a layer (see :meth:`blocks`).
+
+        Args:
+            name: of the layer.
+            chosen: which k of the layer's blocks.
+            slots: (k, r), positions in each block.
+            alive: (k, r) bool, ``False`` for weights that are zero already, and for padding.
+
+        Returns:
+            F⁻¹ (k, r, r), in float64.
 
         Raises:
-            InputError: no gradient was taken, or a block that is not positive definite even with λ and the
-                rounding of its sums.
+            InputError: there was no gradient, or a block is not positive definite even with λ and the
+                rounding error of its sums on its diagonal.
         """
         self._need_gradients()
         inverse, sound = self._inverted(name, chosen, slots, alive)
         if not bool(sound.all()):
-            # The sums carry their own rounding: what is less than that in a direction is not known to be
-            # positive, so the blocks concerned are damped at that level.
+            # The sums have a rounding error. An eigenvalue below it may be negative by chance, so these
+            # blocks are damped by that amount.
             failed = self.blocks(name, chosen, slots, alive)[~sound]
             rounding = torch.finfo(self._dtype).eps * failed.abs().sum(2).amax(1)
             failed += torch.diag_embed(rounding.unsqueeze(1).expand(-1, failed.shape[1]))
-            inverse[~sound], again = invert(failed)
-            if not bool(again.all()):
+            inverse[~sound], sound_now = invert(failed)
+            if not bool(sound_now.all()):
                 damp = self.damping(name)
                 raise InputError(
                     "damp", damp, f"too small: a Fisher block of {name} is not positive definite"
@@ -233,15 +266,16 @@ class BlockFisher:
         return inverse
 
     def _inverted(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverses (k, r, r), and whether each block was positive definite (k,)."""
         first, last = (part[chosen] for part in self.sums[name])
-        if not kernels.fit(first) or slots.shape[1] > kernels.LARGEST:
+        if not kernels.supports(first) or slots.shape[1] > kernels.LARGEST:
             return invert(self.blocks(name, chosen, slots, alive))
         inverse = torch.empty(*slots.shape, slots.shape[1], dtype=torch.float64)
         sound = torch.empty(len(slots), dtype=torch.bool)
         scale, damp = 1 / self.count, self.damping(name)
 
         def work(part: slice) -> None:
-            ins = (
+            inputs = (
                 first[part].numpy(),
                 last[part].numpy(),
                 scale,
@@ -249,7 +283,7 @@ class BlockFisher:
                 slots[part].numpy(),
                 alive[part].numpy(),
             )
-            kernels.invert(*ins, inverse[part].numpy(), sound[part].numpy())
+            kernels.invert(*inputs, inverse[part].numpy(), sound[part].numpy())
 
         kernels.on_threads(work, len(slots))
         return inverse, sound
@@ -260,16 +294,25 @@ class BlockFisher:
 
 
 def _half(size: int) -> int:
+    """h, the number of rows that are stored in full."""
     return size // 2 if size >= HALVED else size
 
 
 def block_sizes(
     layers: Sequence[PrunableLayer], block_size: int | Mapping[str, int], pattern: Pattern
 ) -> dict[str, int]:
-    """B of each layer, by parameter name.
+    """Choose the block size B of each layer.
+
+    Args:
+        layers: the layers.
+        block_size: B, for all layers, or for each module by name.
+        pattern: the sparsity pattern; blocks hold whole groups of it.
+
+    Returns:
+        B of each layer, by parameter name.
 
     Raises:
-        InputError: a size below 1, a module that no layer has, or one without a size.
+        InputError: a size below 1 or too large, or a module without a size.
     """
     modules = sorted({layer.module for layer in layers})
     if not isinstance(block_size, Mapping):
@@ -288,18 +331,23 @@ def block_sizes(
 
 
 def invert(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses of symmetric matrices (k, r, r), and whether each was positive definite (k,)."""
+    """Invert symmetric matrices (k, r, r) by their Cholesky factors.
+
+    Returns:
+        The inverses (k, r, r), and whether each matrix was positive definite (k,); the inverse of another
+        matrix means nothing.
+    """
     factor, info = torch.linalg.cholesky_ex(matrices)
-    # an infinite sum has a factor too, and an inverse of 0
+    # a matrix with an infinite entry can have a factor too, and an inverse of 0
     sound = (info == 0) & torch.isfinite(factor.diagonal(dim1=1, dim2=2)).all(1)
-    if not bool(sound.all()):  # half a factor may have zeros on its diagonal, which LAPACK refuses
+    if not bool(sound.all()):  # an unfinished factor may have zeros on its diagonal, which LAPACK refuses
         factor[~sound] = torch.eye(factor.shape[1], dtype=factor.dtype, device=factor.device)
     return torch.cholesky_inverse(factor), sound
 
 
 def to_blocks(flat: Tensor, size: int) -> Tensor:
-    """Cut (…, d) into (…, n, size); the last block is padded with zeros."""
-    blocks = -(-flat.shape[-1] // size)
+    """Divide (…, d) numbers into blocks (…, n, size); the last block is padded with zeros."""
+    blocks = ceil_div(flat.shape[-1], size)
     short = blocks * size - flat.shape[-1]
     padded = torch.nn.functional.pad(flat, (0, short)) if short else flat
     return padded.reshape(*flat.shape[:-1], blocks, size)

@@ -1,9 +1,9 @@
-"""The inner loops on a CPU, compiled: one Fisher block at a time, which stays in a core's cache.
+"""Compiled loops for CPUs: one Fisher block at a time, which stays in a core's cache.
 
-They do what the batched formulation in :mod:`pruners.elimination.obs` and :mod:`pruners.elimination.fisher`
-does for GPUs (a test
-holds them to it): there the blocks take each step together, here each thread takes its own blocks. Rows are
-combined several at a time, so that the row that is being computed is read and written less often.
+They compute what the batched formulation in :mod:`pruners.elimination.obs` and
+:mod:`pruners.elimination.fisher` computes on GPUs; a test compares the two. There all blocks take each step
+together, here each thread works on its own blocks. Several rows are combined at a time, so that the row that
+is being computed is read and written less often.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from numba import njit
 Array = np.ndarray[Any, Any]
 
 STRIDE = 264
+"""Distance of two rows of a work matrix, in numbers."""
 _THREADS = "espalier-kernel"
 LARGEST = 256
-"""The largest matrix that is inverted here (B of all published settings); others go to LAPACK."""
+"""The largest matrix that is inverted here, B of all published settings; LAPACK inverts larger ones."""
 
-# sums may be taken in another order; NaN and infinity keep their meaning
+# The compiler may reorder sums; NaN and infinity keep their meaning.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _compiled = cast(
     Callable[[_Function], _Function],
@@ -35,26 +36,30 @@ _compiled = cast(
 )
 
 
-def fit(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled loops can work on these; others take the batched formulation."""
+def supports(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled loops can work on some tensors: whether all are in the CPU's memory."""
     return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def on_threads(work: Callable[[slice], object], count: int) -> None:
-    """Call ``work`` on parts of ``range(count)``, each on a thread of its own, as many as torch would use.
+    """Divide ``range(count)`` into parts, and work on each part in a thread of its own.
 
-    Called by such a thread, it does all parts itself.
+    There are as many threads as torch uses. A call from one of these threads works in that thread alone.
+
+    Args:
+        work: is called with each part, a slice; it must release the interpreter lock to gain speed.
+        count: number of items, as blocks or layers.
     """
-    alone = threading.current_thread().name.startswith(_THREADS)
-    threads = 1 if alone else max(1, min(torch.get_num_threads(), count))
+    nested = threading.current_thread().name.startswith(_THREADS)
+    threads = 1 if nested else max(1, min(torch.get_num_threads(), count))
     cuts = [count * part // threads for part in range(threads + 1)]
     parts = [slice(first, last) for first, last in itertools.pairwise(cuts) if last > first]
     if len(parts) < 2:
         for part in parts:
             work(part)
         return
-    for done in [_pool().submit(work, part) for part in parts]:
-        done.result()
+    for future in [_pool().submit(work, part) for part in parts]:
+        future.result()
 
 
 @functools.cache
@@ -62,13 +67,13 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_THREADS)
 
 
-# a forked process inherits the pool, but not its threads
+# A forked process inherits the pool object, but not its threads.
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @_compiled
-def _take_rows(row: Array, rows: Array, shares: Array, count: int, width: int) -> None:
-    """``row[:width] -= Σ_{i<count} shares[i]·rows[i, :width]``; ``row`` lies apart from ``rows``."""
+def _subtract_rows(row: Array, rows: Array, shares: Array, count: int, width: int) -> None:
+    """``row[:width] -= Σ_{i<count} shares[i]·rows[i, :width]``; ``row`` is not one of ``rows``."""
     i = 0
     while i + 8 <= count:
         a0, a1, a2, a3 = shares[i], shares[i + 1], shares[i + 2], shares[i + 3]
@@ -86,10 +91,11 @@ def _take_rows(row: Array, rows: Array, shares: Array, count: int, width: int) -
 
 
 @_compiled
-def _take_tile(out: Array, rows: Array, first: int, shares: Array, start: int, stop: int) -> None:
+def _subtract_tile(out: Array, rows: Array, first: int, shares: Array, start: int, stop: int) -> None:
     """``out[q, start:stop] -= Σ_p shares[4q + p]·rows[first + p, start:stop]`` for four rows q and p.
 
-    Both are flat with rows STRIDE apart: a constant, and indices without a sign, are what vectorises.
+    Both are flat, with rows STRIDE apart. The compiler vectorises the loop because STRIDE is a constant and
+    the indices are unsigned.
     """
     u = np.uint64
     r0, r1, r2, r3 = (
@@ -113,7 +119,7 @@ def _take_tile(out: Array, rows: Array, first: int, shares: Array, start: int, s
 
 @_compiled
 def _factorise(factor: Array, out: Array, shares: Array, size: int) -> bool:
-    """Cholesky in place, F = UᵀU, four rows at a time; whether F was positive definite."""
+    """Factorise F = UᵀU in place, four rows at a time; returns whether F is positive definite."""
     for k in range(0, size, 4):
         for q in range(4):
             for j in range(k, size):
@@ -122,7 +128,7 @@ def _factorise(factor: Array, out: Array, shares: Array, size: int) -> bool:
             for q in range(4):
                 for p in range(4):
                     shares[4 * q + p] = factor[(i + p) * STRIDE + k + q]
-            _take_tile(out, factor, i, shares, k, size)
+            _subtract_tile(out, factor, i, shares, k, size)
         for q in range(4):
             for p in range(q):
                 share = factor[(k + p) * STRIDE + k + q]
@@ -141,7 +147,7 @@ def _factorise(factor: Array, out: Array, shares: Array, size: int) -> bool:
 
 @_compiled
 def _invert_factor(factor: Array, rows: Array, out: Array, shares: Array, size: int) -> None:
-    """X = U⁻¹, from the last four rows up."""
+    """Invert the factor, X = U⁻¹, from the last four rows up; ``rows`` is X."""
     for k in range(size - 4, -1, -4):
         for q in range(4):
             for j in range(k, size):
@@ -151,7 +157,7 @@ def _invert_factor(factor: Array, rows: Array, out: Array, shares: Array, size: 
             for q in range(4):
                 for p in range(4):
                     shares[4 * q + p] = factor[(k + q) * STRIDE + i + p]
-            _take_tile(out, rows, i, shares, i, size)
+            _subtract_tile(out, rows, i, shares, i, size)
         for q in range(3, -1, -1):
             for p in range(q + 1, 4):
                 share = factor[(k + q) * STRIDE + k + p]
@@ -164,7 +170,7 @@ def _invert_factor(factor: Array, rows: Array, out: Array, shares: Array, size: 
 
 @_compiled
 def _product(rows: Array, turned: Array, inverse: Array, out: Array, shares: Array, size: int) -> None:
-    """F⁻¹ = X Xᵀ, four rows at a time; ``turned`` is room for Xᵀ."""
+    """Multiply F⁻¹ = X Xᵀ, four rows at a time; ``turned`` is memory for Xᵀ."""
     left = len(inverse)
     for i in range(size):
         for j in range(i):
@@ -179,7 +185,7 @@ def _product(rows: Array, turned: Array, inverse: Array, out: Array, shares: Arr
             for q in range(4):
                 for p in range(4):
                     shares[4 * q + p] = -rows[(i + q) * STRIDE + k + p] if k + p >= i + q else 0.0
-            _take_tile(out, turned, k, shares, 0, i + 4)
+            _subtract_tile(out, turned, k, shares, 0, i + 4)
         for q in range(min(4, left - i)):
             for j in range(i + q + 1):
                 inverse[i + q, j] = out[q * STRIDE + j]
@@ -197,12 +203,17 @@ def invert(
     inverse: Array,
     sound: Array,
 ) -> None:
-    """(scale·sums + damp·I)⁻¹ of some rows of each block; what is not alive stands alone.
+    """Compute (scale·sums + damp·I)⁻¹ for some positions of each block.
 
     Args:
-        first, last: the symmetric sums, rows before h (n, h, B) and the rest of the others (n, B − h, B − h).
-        slots: (n, r) positions in the block, r ≤ LARGEST; alive: (n, r), with ascending slots.
-        inverse: (n, r, r) float64, is written; sound: (n,), whether the block was positive definite.
+        first: the first h rows of the symmetric sums, (n, h, B).
+        last: the last B − h columns of the other rows, (n, B − h, B − h).
+        scale: 1/m, for m gradients.
+        damp: λ.
+        slots: (n, r), positions in the block, r ≤ LARGEST; ascending where they are alive.
+        alive: (n, r) bool; rows and columns that are not alive are zero but for λ on the diagonal.
+        inverse: (n, r, r) float64, is written.
+        sound: (n,) bool, is written: whether the block was positive definite.
     """
     blocks, left = slots.shape
     half = first.shape[1]
@@ -216,9 +227,9 @@ def invert(
                 factor[here + j] = 0.0
             factor[here + k] = damp
             if k < left and alive[block, k]:
-                place = slots[block, k]
-                row = first[block, place] if place < half else last[block, place - half]
-                shift = 0 if place < half else half
+                slot = slots[block, k]
+                row = first[block, slot] if slot < half else last[block, slot - half]
+                shift = 0 if slot < half else half
                 for j in range(k, left):
                     if alive[block, j]:
                         factor[here + j] += scale * row[slots[block, j] - shift]
@@ -246,16 +257,23 @@ def eliminate(
 ) -> None:
     """Pivoted Cholesky of each block's inverse by the OBS rule (see :mod:`pruners.elimination.obs`).
 
-    What has fallen changes places with the last that is left, so that every loop runs over a whole row.
+    An eliminated weight changes places with the last one that is left, so that every loop runs over
+    neighbouring numbers.
 
     Args:
-        weights: (n, r); inverse: (n, r, r); left: (n,), how many of the r are alive (the first ones).
-        before: (n,), what each block has lost already.
-        offsets, widths, strides: (steps,), where the panel of a step begins in ``columns`` (flat) for block
-            0, the length of its columns, and how far the next block's is; these blocks are ``first`` and
-            following.
-        order, losses, coefficients: (n, steps), written; slots: (n, r), written: what the numbers of a
-            column belong to.
+        weights: (n, r).
+        inverse: (n, r, r).
+        left: (n,), how many of the r weights are alive; they are the first ones.
+        before: (n,), loss of each block before the first step.
+        offsets: (steps,), where the panel of a step begins in ``columns`` for block 0.
+        widths: (steps,), length of the columns of a step's panel.
+        strides: (steps,), distance in ``columns`` from one block's panel to that of the next.
+        first: number of the first of these blocks, among those that ``columns`` is for.
+        order: (n, steps), is written: positions of the eliminated weights.
+        losses: (n, steps), is written: cumulative losses.
+        coefficients: (n, steps), is written: y of each step.
+        columns: flat, is written: for each panel (n, width, steps of the panel) numbers v.
+        slots: (n, r), is written: the positions that the numbers of a column belong to.
     """
     blocks, size = weights.shape
     steps = len(offsets)
@@ -263,14 +281,14 @@ def eliminate(
     v = np.empty((steps, size))
     shares = np.empty(size)
     column = np.empty(size)
-    places = np.empty(size, np.int64)
+    positions = np.empty(size, np.int64)
     diagonal = np.empty(size)
     w = np.empty(size)
     score = np.empty(size)
     for block in range(blocks):
         count = left[block]
         for j in range(size):
-            places[j] = j
+            positions[j] = j
             diagonal[j] = max(inverse[block, j, j], tiny)
             w[j] = weights[block, j]
         loss = before[block]
@@ -282,12 +300,12 @@ def eliminate(
             for j in range(1, count):
                 if score[j] < score[pivot]:
                     pivot = j
-            row = inverse[block, places[pivot]]
+            row = inverse[block, positions[pivot]]
             for j in range(count):
-                column[j] = row[places[j]]
+                column[j] = row[positions[j]]
             for i in range(step):
                 shares[i] = v[i, pivot]
-            _take_rows(column, v, shares, step, count)
+            _subtract_rows(column, v, shares, step, count)
             root = 1.0 / np.sqrt(max(diagonal[pivot], tiny))
             y = w[pivot] * root
             new = v[step]
@@ -296,17 +314,17 @@ def eliminate(
                 w[j] -= y * new[j]
                 diagonal[j] = max(diagonal[j] - new[j] * new[j], tiny)
             loss += 0.5 * y * y
-            order[block, step] = places[pivot]
+            order[block, step] = positions[pivot]
             losses[block, step] = loss
             coefficients[block, step] = y
             count -= 1
-            places[pivot], places[count] = places[count], places[pivot]
+            positions[pivot], positions[count] = positions[count], positions[pivot]
             diagonal[pivot] = diagonal[count]
             w[pivot] = w[count]
             for i in range(step + 1):
                 v[i, pivot], v[i, count] = v[i, count], v[i, pivot]
         step = 0
-        while step < steps:  # the numbers of a panel's steps side by side, as they are read again
+        while step < steps:  # numbers of a panel's steps side by side, as `apply_steps` reads them
             panel = strides[step] // widths[step]
             here = offsets[step] + (first + block) * strides[step]
             for j in range(widths[step]):
@@ -318,18 +336,22 @@ def eliminate(
                 here += panel
             step += panel
         for j in range(size):
-            slots[block, j] = places[j]
+            slots[block, j] = positions[j]
 
 
 @_compiled
-def take_steps(
+def apply_steps(
     weights: Array, done: Array, widths: Array, coefficients: Array, columns: Array, slots: Array
 ) -> None:
-    """``weights[slots] −= Σ y_i·v_i`` over the first ``done`` steps of each block of a stretch.
+    """``weights[slots] −= Σ y_i·v_i`` over the first ``done`` steps of each block.
 
     Args:
-        weights: (n, B) float32; done: (n,); widths: (n,), how many numbers of a column matter.
-        coefficients: (n, steps); columns: (n, r, steps), the steps side by side; slots: (n, r).
+        weights: (n, B) float32, changed in place.
+        done: (n,), number of steps to apply.
+        widths: (n,), how many numbers of each column matter, from the first on.
+        coefficients: (n, steps), y.
+        columns: (n, r, steps), v.
+        slots: (n, r), the positions in the block that the numbers of a column belong to.
     """
     for block in range(len(columns)):
         y, count = coefficients[block], done[block]

@@ -1,4 +1,4 @@
-"""How much memory a Fisher takes, and in how many groups of layers it fits into a budget."""
+"""Memory of a Fisher, and how layers are grouped so that each group fits into a budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pruners.arithmetic import ceil_div
 from pruners.elimination.fisher import HALVED, RESIDENT
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
@@ -15,7 +16,7 @@ _SHARE_OF_FREE = 0.6
 
 
 def free_bytes(device: torch.device) -> int:
-    """What may be taken on a device: the share of its free memory that is ours by default."""
+    """The default budget for a Fisher on a device: 60 % of its free memory, in bytes."""
     if device.type == "cuda":
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
@@ -29,9 +30,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fisher_bytes(layer: PrunableLayer, block_size: int, number: int = 4) -> int:
-    """The most that a layer's Fisher takes on its way (``number``: bytes of each of its numbers)."""
-    blocks = -(-layer.numel // block_size)
-    # small blocks: sums in full, and as many numbers again in the columns of the elimination
+    """Estimate the largest amount of memory that the Fisher of a layer takes at any time.
+
+    Args:
+        layer: the layer.
+        block_size: B, weights of a block.
+        number: bytes of one number of the sums, 4 or 8.
+
+    Returns:
+        Bytes.
+    """
+    blocks = ceil_div(layer.numel, block_size)
+    # Small blocks keep their sums in full, and the columns of the elimination take as much again.
     share = RESIDENT if block_size >= HALVED else 2.0
     return int(share * blocks * block_size**2 * number)
 
@@ -39,10 +49,19 @@ def fisher_bytes(layer: PrunableLayer, block_size: int, number: int = 4) -> int:
 def layer_groups(
     layers: Sequence[PrunableLayer], sizes: Mapping[str, int], budget: int, number: int = 4
 ) -> list[list[PrunableLayer]]:
-    """The layers, in their order, in groups of which each fits into ``budget`` bytes.
+    """Divide layers into consecutive groups whose Fishers fit into a budget.
+
+    Args:
+        layers: the layers.
+        sizes: B, weights of a block, for each layer by parameter name.
+        budget: bytes for the Fisher of a group.
+        number: bytes of one number of the sums, 4 or 8.
+
+    Returns:
+        The groups, with the layers in their order.
 
     Raises:
-        InputError: a layer that does not fit by itself.
+        InputError: the Fisher of a single layer does not fit.
     """
     groups: list[list[PrunableLayer]] = []
     left = 0

@@ -1,12 +1,13 @@
 """Greedy elimination inside Fisher blocks: Optimal Brain Surgeon, one weight at a time (oViT/CAP, Alg. 1).
 
-With H⁻¹ = F⁻¹ of a block and w its weights, the weight that falls next is ``argmin_j w_j² / (2·[H⁻¹]_jj)``;
-the others become ``w − H⁻¹_{:,j}·w_j / [H⁻¹]_jj`` and H⁻¹ loses the row and column of j.
+With H⁻¹ = F⁻¹ of a block and its weights w, the next weight is ``argmin_j w_j² / (2·[H⁻¹]_jj)``. The other
+weights become ``w − H⁻¹_{:,j}·w_j / [H⁻¹]_jj``, and H⁻¹ loses the row and the column of j.
 
-That is a Cholesky factorisation of H⁻¹ with the OBS rule for its pivots: only the pivot's column is brought
-up to date, from the normalised columns v of the steps before, with the diagonal and the weights. On a CPU
-compiled code does it block by block. Otherwise all blocks take a step together, in *panels* as libraries
-factorise: after each, one product ``H⁻¹ −= V Vᵀ`` brings up the rest; fallen rows are dropped in between.
+That is a Cholesky factorisation of H⁻¹ with the OBS rule for its pivots. Each step updates the column of the
+pivot only, from the normalised columns v of the steps before it, and the diagonal and the weights. On a CPU
+compiled code does this block by block. Otherwise all blocks take each step together, in *panels* of steps as
+in LAPACK: after a panel one product ``H⁻¹ −= V Vᵀ`` updates the rest of the matrix. The rows of eliminated
+weights are dropped from time to time.
 
 ======================  =============================================
 paper                   here
@@ -14,6 +15,8 @@ paper                   here
 w, the block's weights  ``weights`` (n, B)
 [H⁻¹]                   ``inverse`` (n, B, B)
 ρ, cumulative loss      ``losses`` (n, steps)
+H⁻¹_{:,j} / √[H⁻¹]_jj   ``v`` of a step (n, r)
+w_j / √[H⁻¹]_jj         ``y`` of a step (n,)
 ======================  =============================================
 """
 
@@ -27,19 +30,22 @@ import torch
 from torch import Tensor
 
 from pruners.elimination import kernels
-from pruners.elimination.constraints import AnyWeight, Rule
+from pruners.elimination.constraints import Constraint, Unconstrained
 
 PANEL = 32
-_DROP_AT = 0.7  # fallen rows are dropped when no more than this share of a matrix is left
+"""Number of steps of a panel."""
+_DROP_AT = 0.7  # rows of eliminated weights are dropped when no more than this share of a matrix is left
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What ``steps`` steps do to the weights of n blocks: ``w −= Σ y_i·v_i`` over the steps taken.
+    """How consecutive steps change the weights of n blocks: ``w −= Σ y_i·v_i`` over the steps taken.
 
-    ``v`` (n, steps, r) and ``y`` (n, steps) in float32; ``slots`` (n, r) are the positions that the r
-    numbers of a column stand for (those left when the stretch began), or ``None`` for all in order; with
-    ``ranked`` those that stay longest come first.
+    Attributes:
+        v: normalised columns (n, steps, r), in float32.
+        y: coefficients (n, steps), in float32.
+        slots: (n, r), the positions that the r numbers of a column belong to; ``None``: all, in order.
+        ranked: whether the positions that are eliminated last come first.
     """
 
     v: Tensor
@@ -50,10 +56,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class Elimination:
-    """What fell when.
+    """The steps by which the weights of n blocks are eliminated.
 
-    ``order`` (n, steps): positions in the block; ``losses`` (n, steps): cumulative, ascending, ``inf`` where
-    a block had no weight left to lose; ``columns``: the steps in stretches, first to last.
+    Attributes:
+        order: (n, steps), position of the weight that each step eliminates.
+        losses: (n, steps), cumulative and ascending; ``inf`` where a block had no weight left.
+        columns: updates of the other weights, for consecutive groups of steps.
     """
 
     order: Tensor
@@ -66,39 +74,42 @@ def eliminate(
     inverse: Tensor,
     alive: Tensor,
     *,
-    rule: Rule | None = None,
+    constraint: Constraint | None = None,
     steps: int | None = None,
     losses: Tensor | None = None,
 ) -> Elimination:
-    """Eliminate the weights of ``n`` blocks, each block in its own order.
+    """Eliminate the weights of n blocks, each block in its own order.
 
     Args:
-        weights: (n, B); what is not alive counts as zero.
-        inverse: (n, B, B), the inverse Fisher blocks, symmetric; rows of weights that are not alive stand
-            alone. It is worked on in place.
+        weights: (n, B); those that are not alive count as zero.
+        inverse: (n, B, B), the symmetric inverse Fisher blocks; in rows of weights that are not alive only
+            the diagonal is not zero. It is changed in place.
         alive: (n, B) bool, ``False`` for weights that are zero already.
-        rule: what may fall; default any weight.
-        steps: how many weights a block loses at most; default all.
-        losses: (n,), what each block has lost before.
+        constraint: which weight may be next; default any.
+        steps: number of steps of each block at most; default all.
+        losses: (n,), loss of each block before the first step; default 0.
+
+    Returns:
+        The steps of every block.
     """
     alive_at_most = int(alive.sum(1).max()) if len(weights) else 0
     steps = alive_at_most if steps is None else min(steps, alive_at_most)
     before = weights.new_zeros(len(weights), dtype=inverse.dtype) if losses is None else losses
-    if rule is None and kernels.fit(inverse) and inverse.dtype == torch.float64:
-        return _one_by_one(weights, inverse, alive, steps, before)
-    chosen = AnyWeight() if rule is None else rule
-    return _together(weights, inverse, alive, rule=chosen, steps=steps, before=before)
+    if constraint is None and kernels.supports(inverse) and inverse.dtype == torch.float64:
+        return _by_blocks(weights, inverse, alive, steps, before)
+    chosen = Unconstrained() if constraint is None else constraint
+    return _batched(weights, inverse, alive, constraint=chosen, steps=steps, before=before)
 
 
-def _one_by_one(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, before: Tensor) -> Elimination:
-    """The compiled loop for CPUs: each thread takes whole blocks (see :mod:`pruners.elimination.kernels`)."""
+def _by_blocks(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, before: Tensor) -> Elimination:
+    """Eliminate with the compiled loop for CPUs (:mod:`pruners.elimination.kernels`)."""
     blocks, size = weights.shape
-    # what is alive comes first in a row, for the loop to run over
-    places = (~alive).byte().argsort(dim=1, stable=True)
-    sorted_already = bool((places[:, 1:] > places[:, :-1]).all())
+    # the loop runs over the first weights of a row, which are those alive
+    positions = (~alive).byte().argsort(dim=1, stable=True)
+    sorted_already = bool((positions[:, 1:] > positions[:, :-1]).all())
     if not sorted_already:
-        weights, inverse = weights.gather(1, places), _submatrix(inverse, places)
-    # the columns of PANEL steps lie together, (n, r, steps) numbers, of what was left when they began
+        weights, inverse = weights.gather(1, positions), _submatrix(inverse, positions)
+    # the columns of a panel lie together, (n, r, steps) numbers for the r weights left when it began
     begins = range(0, steps, PANEL)
     shapes = [(blocks, size - begin, min(PANEL, steps - begin)) for begin in begins]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -107,76 +118,83 @@ def _one_by_one(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, bef
     strides = np.array([shapes[step // PANEL][2] for step in number], dtype=np.int64) * widths
     offsets = np.array([ends[step // PANEL - 1] if step >= PANEL else 0 for step in number], dtype=np.int64)
     order = torch.zeros(blocks, steps, dtype=torch.long)
-    found = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
+    losses = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
     y = torch.zeros(blocks, steps)
     v = torch.empty(int(ends[-1]) if steps else 0)
     slots = torch.empty(blocks, size, dtype=torch.long)
-    given = [weights.double().contiguous(), inverse.contiguous(), alive.sum(1), before.double()]
+    inputs = [weights.double().contiguous(), inverse.contiguous(), alive.sum(1), before.double()]
 
     def work(part: slice) -> None:
-        w, h, left, lost = (one[part].numpy() for one in given)
-        written = (order[part].numpy(), found[part].numpy(), y[part].numpy(), v.numpy(), slots[part].numpy())
-        kernels.eliminate(w, h, left, lost, offsets, widths, strides, part.start, *written)
+        w, h, left, lost = (tensor[part].numpy() for tensor in inputs)
+        outputs = (order[part].numpy(), losses[part].numpy(), y[part].numpy(), v.numpy(), slots[part].numpy())
+        kernels.eliminate(w, h, left, lost, offsets, widths, strides, part.start, *outputs)
 
     kernels.on_threads(work, blocks)
     if not sorted_already:
-        order, slots = places.gather(1, order), places.gather(1, slots)
-    stretches = []
+        order, slots = positions.gather(1, order), positions.gather(1, slots)
+    panels = []
     for begin, shape, end in zip(begins, shapes, ends, strict=True):
         numbers = v[end - math.prod(shape) : end].view(shape).mT
-        stretches.append(Columns(numbers, y[:, begin : begin + shape[2]], slots[:, : shape[1]], True))
-    return Elimination(order, found, stretches)
+        panels.append(Columns(numbers, y[:, begin : begin + shape[2]], slots[:, : shape[1]], True))
+    return Elimination(order, losses, panels)
 
 
-def _together(
-    weights: Tensor, inverse: Tensor, alive: Tensor, *, rule: Rule, steps: int, before: Tensor
+def _batched(
+    weights: Tensor, inverse: Tensor, alive: Tensor, *, constraint: Constraint, steps: int, before: Tensor
 ) -> Elimination:
-    """The batched formulation: all blocks take a step together."""
+    """Eliminate in the batched formulation: all blocks take each step together."""
     blocks = len(weights)
     device, kind = weights.device, inverse.dtype
-    w = weights.to(kind).masked_fill(~alive, torch.inf)  # infinite: fallen, never to be picked
+    w = weights.to(kind).masked_fill(~alive, torch.inf)  # infinite weights are never selected
     slots: Tensor | None = None
     order = torch.zeros(steps, blocks, dtype=torch.long, device=device)
-    fell = torch.zeros(steps, blocks, dtype=torch.bool, device=device)
+    taken = torch.zeros(steps, blocks, dtype=torch.bool, device=device)
     coefficients = torch.zeros(steps, blocks, dtype=kind, device=device)
-    inverse = inverse.mT.contiguous()  # LAPACK leaves columns in rows; it is symmetric
-    at_once = max(PANEL // rule.unit, 1) * rule.unit
-    stretches: list[Columns] = []
-    waiting: list[Tensor] = []
-    begun = 0
+    inverse = inverse.mT.contiguous()  # LAPACK returns it column-major; it is symmetric
+    panel_steps = max(PANEL // constraint.unit, 1) * constraint.unit
+    segments: list[Columns] = []
+    panels: list[Tensor] = []  # columns of the panels since rows were dropped
+    begin = 0
     step = 0
     while step < steps:
-        panel = _panel(w, inverse, rule, min(at_once, steps - step))
-        took = len(panel.v)
-        now = slice(step, step + took)
+        panel = _panel(w, inverse, constraint, min(panel_steps, steps - step))
+        count = len(panel.v)
+        now = slice(step, step + count)
         order[now] = panel.pivots if slots is None else slots.T.gather(0, panel.pivots)
-        fell[now], coefficients[now] = panel.active, panel.y
-        waiting.append(panel.v.float())
-        step += took
+        taken[now], coefficients[now] = panel.active, panel.y
+        panels.append(panel.v.float())
+        step += count
         left = int((~w.isinf()).sum(1).max())
         drop = step < steps and left <= _DROP_AT * w.shape[1]
         if drop or step == steps:
-            v = torch.cat(waiting).transpose(0, 1)
-            stretches.append(Columns(v, coefficients[begun:step].T.float(), slots))
-            waiting, begun = [], step
+            v = torch.cat(panels).transpose(0, 1)
+            segments.append(Columns(v, coefficients[begin:step].T.float(), slots))
+            panels, begin = [], step
         if drop:
-            places = w.isinf().byte().argsort(dim=1, stable=True)[:, :left]
-            inverse = _submatrix(inverse, places)
-            columns = panel.v.gather(2, places.expand(took, -1, -1))
-            w = w.gather(1, places)
-            slots = places if slots is None else slots.gather(1, places)
-            rule.keep(places)
+            positions = w.isinf().byte().argsort(dim=1, stable=True)[:, :left]
+            inverse = _submatrix(inverse, positions)
+            columns = panel.v.gather(2, positions.expand(count, -1, -1))
+            w = w.gather(1, positions)
+            slots = positions if slots is None else slots.gather(1, positions)
+            constraint.compact(positions)
         else:
             columns = panel.v
         if step < steps:
             inverse.baddbmm_(columns.permute(1, 2, 0), columns.transpose(0, 1), alpha=-1)
     cumulative = coefficients.square().mul_(0.5).cumsum(0) + before
-    return Elimination(order.T, cumulative.masked_fill_(~fell, torch.inf).T, stretches)
+    return Elimination(order.T, cumulative.masked_fill_(~taken, torch.inf).T, segments)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """``v`` (steps, n, r), and (steps, n) each: pivots, coefficients, and whether a weight fell at all."""
+    """The steps of a panel.
+
+    Attributes:
+        v: (steps, n, r), normalised columns.
+        pivots: (steps, n), positions of the eliminated weights.
+        y: (steps, n), coefficients.
+        active: (steps, n) bool, whether a weight was eliminated at all.
+    """
 
     v: Tensor
     pivots: Tensor
@@ -184,8 +202,8 @@ class _Panel:
     active: Tensor
 
 
-def _panel(w: Tensor, inverse: Tensor, rule: Rule, steps: int) -> _Panel:
-    """``steps`` eliminations by an inverse that is up to date; ``w`` (n, r) changes in place."""
+def _panel(w: Tensor, inverse: Tensor, constraint: Constraint, steps: int) -> _Panel:
+    """Take ``steps`` steps with an inverse that is up to date; ``w`` (n, r) is changed in place."""
     blocks, rows = w.shape
     tiny = torch.finfo(w.dtype).tiny
     v = w.new_empty(steps, blocks, rows)
@@ -195,17 +213,17 @@ def _panel(w: Tensor, inverse: Tensor, rule: Rule, steps: int) -> _Panel:
     diagonal = inverse.diagonal(dim1=1, dim2=2).clamp_min(tiny)
     flat = inverse.view(blocks * rows, rows)
     first = torch.arange(blocks, device=w.device) * rows
-    rule.start(inverse)
+    constraint.begin_panel(inverse)
     for step in range(steps):
-        score, pivot = rule.pick(w, diagonal)
+        score, pivot = constraint.select(w, diagonal)
         at = pivot.unsqueeze(1)
         column = flat.index_select(0, first + pivot)
-        if step:  # what the panel's own steps have taken from it
+        if step:  # subtract the earlier steps of this panel
             shares = v[:step].gather(2, at.expand(step, blocks, 1)).permute(1, 2, 0)
             known = v[:step].transpose(0, 1)
             column = torch.baddbmm(column.unsqueeze(1), shares, known, alpha=-1).squeeze(1)
         active[step] = torch.isfinite(score)  # a block may run out of weights before the others
-        # where nothing falls the column is zero, not whatever a fallen pivot leaves
+        # without a step the column must be zero; the pivot there is an eliminated weight
         root = diagonal.gather(1, at).sqrt_().masked_fill_(~active[step].unsqueeze(1), torch.inf)
         torch.div(column, root, out=v[step])
         weight = w.gather(1, at)
@@ -213,15 +231,18 @@ def _panel(w: Tensor, inverse: Tensor, rule: Rule, steps: int) -> _Panel:
         w.addcmul_(v[step], share, value=-1)
         w.scatter_(1, at, torch.where(active[step].unsqueeze(1), torch.inf, weight))
         diagonal.addcmul_(v[step], v[step], value=-1).clamp_min_(tiny)
-        rule.fell(pivot, v[step], active[step])
+        constraint.record(pivot, v[step], active[step])
         pivots[step], y[step] = pivot, share.squeeze(1)
     return _Panel(v, pivots, y, active)
 
 
-def _submatrix(matrices: Tensor, places: Tensor) -> Tensor:
-    """Rows and columns ``places`` (n, r) of ``matrices`` (n, B, B): whole rows first, by plain copies."""
+def _submatrix(matrices: Tensor, positions: Tensor) -> Tensor:
+    """Rows and columns ``positions`` (n, r) of ``matrices`` (n, B, B).
+
+    Whole rows are selected first, which is a plain copy and faster than gathering both at once.
+    """
     blocks, size, _ = matrices.shape
-    left = places.shape[1]
-    first = torch.arange(blocks, device=places.device).unsqueeze(1) * size
-    rows = matrices.reshape(blocks * size, size).index_select(0, (first + places).reshape(-1))
-    return rows.view(blocks, left, size).gather(2, places.unsqueeze(1).expand(-1, left, -1))
+    left = positions.shape[1]
+    first = torch.arange(blocks, device=positions.device).unsqueeze(1) * size
+    rows = matrices.reshape(blocks * size, size).index_select(0, (first + positions).reshape(-1))
+    return rows.view(blocks, left, size).gather(2, positions.unsqueeze(1).expand(-1, left, -1))

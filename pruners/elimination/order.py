@@ -1,4 +1,7 @@
-"""In which order the weights fall, and what falls with them: computed once, read for every allocation."""
+"""Elimination orders: which weight is pruned when, and how that changes the others.
+
+An order is computed once, and gives masks and weights at every allocation.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,20 @@ _FORMAT = "espalier-order-2"
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Some steps of the elimination of some Fisher blocks, and what they do to the weights that stay.
+class UpdateSegment:
+    """Consecutive steps of the elimination of n Fisher blocks, and how they update the weights that stay.
 
-    ``w −= Σ y_i·v_i`` over the steps that have been taken, for blocks ``block`` … ``block + n`` of a layer:
-    ``columns`` v (n, steps, r), in memory the steps side by side, ``coefficients`` y (n, steps); ``slots``
-    (n, r) are the places in the block that the r numbers belong to, with ``ranked`` those that stay longest
-    first. The block had lost ``begin`` weights when the stretch began, and counts no step at or beyond
-    ``end`` (n,), where a later elimination took over.
+    Over the steps that are taken, ``w −= Σ y_i·v_i``.
+
+    Attributes:
+        block: number of the first of the n blocks in the layer.
+        begin: how many weights the blocks had lost before the first step: one number, or (n,).
+        columns: v (n, steps, r); in memory the steps lie side by side.
+        coefficients: y (n, steps).
+        slots: (n, r), the positions in the block that the r numbers of a column belong to.
+        end: (n,), how many weights of each block were eliminated when a later elimination took over; steps
+            from there on do not count. ``None``: all count.
+        ranked: whether the positions that are eliminated last come first.
     """
 
     block: int
@@ -43,70 +52,97 @@ class Stretch:
     end: Tensor | None = None
     ranked: bool = False
 
-    def take(self, weights: Tensor, fallen: Tensor, part: slice) -> None:
-        """Do to ``part`` of a layer's ``weights`` (n, size) what the steps do when ``fallen`` (n,) fell."""
+    def apply_(self, weights: Tensor, eliminated: Tensor, part: slice) -> None:
+        """Update weights in place.
+
+        Args:
+            weights: (blocks, B), all Fisher blocks of a layer.
+            eliminated: (blocks,), how many weights of each block are eliminated; steps beyond do nothing.
+            part: which blocks to update.
+        """
         first = max(self.block, part.start)
         last = min(self.block + len(self.columns), part.stop)
         if first >= last:
             return
-        mine = slice(first - self.block, last - self.block)
-        columns, coefficients, slots = self.columns[mine], self.coefficients[mine], self.slots[mine]
-        weights, done = weights[first:last], fallen[first:last]
+        own = slice(first - self.block, last - self.block)
+        columns, coefficients, slots = self.columns[own], self.coefficients[own], self.slots[own]
+        weights, done = weights[first:last], eliminated[first:last]
         _, steps, size = columns.shape
-        device = fallen.device  # the stretch itself may lie in another memory
+        device = eliminated.device  # the segment itself may be in other memory
         if self.end is not None:
-            done = torch.minimum(done, self.end[mine].to(device))
-        done = done - (self.begin[mine].to(device) if isinstance(self.begin, Tensor) else self.begin)
-        stay = (size - done).clamp_(0, size)  # of a ranked stretch only these matter
+            done = torch.minimum(done, self.end[own].to(device))
+        done = done - (self.begin[own].to(device) if isinstance(self.begin, Tensor) else self.begin)
+        stay = (size - done).clamp_(0, size)  # of a ranked segment only the first numbers matter
         done = done.clamp_(0, steps)
         most = int(done.max())
         if not most:
             return
-        if kernels.fit(fallen, columns):
+        if kernels.supports(eliminated, columns):
             widths = stay if self.ranked else torch.full_like(stay, size)
             arrays = (weights, done, widths, coefficients, columns.mT.contiguous(), slots)
-            kernels.take_steps(*(array.numpy() for array in arrays))
+            kernels.apply_steps(*(array.numpy() for array in arrays))
             return
         taken = torch.arange(steps, device=device) < done.unsqueeze(1)
         y = (coefficients.to(device) * taken)[:, :most].unsqueeze(1)
-        moved = torch.bmm(y, columns[:, :most].to(device)).squeeze(1)
-        weights.scatter_add_(1, slots.to(device).long(), moved.neg_())
+        change = torch.bmm(y, columns[:, :most].to(device)).squeeze(1)
+        weights.scatter_add_(1, slots.to(device).long(), change.neg_())
 
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """One layer's weights in the order in which they fall, as far as it is known.
+    """The order in which the weights of a layer are pruned, as far as it has been computed.
 
-    ``indices`` (≤ d,) are positions in the layer as ``pattern`` reads it (its :meth:`~Pattern.flat`),
-    ``losses`` ascend along them; the first ``zeros`` were zero before. ``prices`` are by what layers are
-    compared where that is something else than the losses. ``updates`` is what correlation-aware methods
-    change in the weights that stay, in Fisher blocks of ``block_size``.
+    Attributes:
+        indices: (k,), k ≤ d, positions in the layer as ``pattern`` flattens it
+            (:meth:`pruners.model.sparsity_pattern.Pattern.flat`).
+        losses: (k,), ascending.
+        zeros: how many weights were zero before; they come first.
+        updates: how correlation-aware methods change the weights that stay.
+        block_size: B, size of the Fisher blocks that ``updates`` are for.
+        pattern: the sparsity pattern of the zeros.
+        scores: (k,), what layers are compared by, if not by their losses.
     """
 
     indices: Tensor
     losses: Tensor
     zeros: int = 0
-    updates: tuple[Stretch, ...] = ()
+    updates: tuple[UpdateSegment, ...] = ()
     block_size: int = 1
     pattern: Pattern = UNSTRUCTURED
-    prices: Tensor | None = None
+    scores: Tensor | None = None
 
     def mask(self, shape: Sequence[int], count: int) -> Tensor:
-        """Kept weights when ``count`` have fallen."""
+        """The mask (``True``: kept) of a layer of ``shape`` when ``count`` weights are pruned.
+
+        Raises:
+            InputError: the order is not long enough.
+        """
         return self.pattern.shaped(self._keep(torch.Size(shape).numel(), count), shape)
 
     def weight(self, weight: Tensor, count: int) -> Tensor:
-        """The layer's weights when ``count`` have fallen: exact zeros there, the others updated."""
+        """The weights of the layer when ``count`` of them are pruned (see :meth:`at`)."""
         return self.at(weight, count)[0]
 
     def at(self, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Weights and mask when ``count`` have fallen."""
+        """Weights and mask of the layer when ``count`` weights are pruned.
+
+        Args:
+            weight: the weights that the order was computed from, in the layer's shape.
+            count: number of pruned weights.
+
+        Returns:
+            New weights, exactly zero where they are pruned, and the mask (``True``: kept), both in the
+            layer's shape.
+
+        Raises:
+            InputError: the order is not long enough.
+        """
         keep = self._keep(weight.numel(), count)
         result = self.pattern.flat(weight.detach())
         if self.updates and count > self.zeros:
             before = result
             result = self._updated(result.float(), keep).to(result.dtype)
-            # what is kept stays a number of its own, though a short type may round it to nothing
+            # a kept weight must not become zero, though a half-precision type may round it to zero
             result.masked_fill_((result == 0) & keep & (before != 0), torch.finfo(result.dtype).tiny)
             result.masked_fill_(~keep, 0.0)
         else:
@@ -114,6 +150,7 @@ class LayerOrder:
         return self.pattern.shaped(result, weight.shape), self.pattern.shaped(keep, weight.shape)
 
     def _keep(self, numel: int, count: int) -> Tensor:
+        """The flat mask (d,) when ``count`` weights are pruned."""
         if count > len(self.indices):
             raise InputError(
                 "count", count, f"the order of this layer reaches {len(self.indices)} of {numel} weights"
@@ -123,19 +160,19 @@ class LayerOrder:
         return keep
 
     def _updated(self, flat: Tensor, keep: Tensor) -> Tensor:
-        """The flat weights (d,) when what is not kept has fallen, as if it had fallen step by step."""
+        """The flat weights (d,), updated for all weights that are not kept."""
         numel, size = keep.numel(), self.block_size
-        fallen = ~keep
-        # those that were zero before the elimination fell without a step of it
-        fallen[self.indices[: self.zeros].long()] = False
-        counts = to_blocks(fallen, size).sum(1)
+        eliminated = ~keep
+        # weights that were zero before were eliminated without a step
+        eliminated[self.indices[: self.zeros].long()] = False
+        counts = to_blocks(eliminated, size).sum(1)
         weights = to_blocks(flat, size).clone(memory_format=torch.contiguous_format)
 
         def work(part: slice) -> None:
-            for stretch in self.updates:
-                stretch.take(weights, counts, part)
+            for segment in self.updates:
+                segment.apply_(weights, counts, part)
 
-        if kernels.fit(weights):
+        if kernels.supports(weights):
             kernels.on_threads(work, len(weights))
         else:
             work(slice(0, len(weights)))
@@ -143,21 +180,22 @@ class LayerOrder:
 
 
 class EliminationOrder(dict[str, LayerOrder]):
-    """The orders of some layers, by parameter name ('prune once, allocate many times')."""
+    """The orders of some layers, by parameter name: prune once, allocate many times."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """By what layers are compared: ascending, for each weight in the order of falling."""
-        return {name: order.losses if order.prices is None else order.prices for name, order in self.items()}
+        """What layers are compared by: for each of them (k,) numbers, ascending along its order."""
+        return {name: order.losses if order.scores is None else order.scores for name, order in self.items()}
 
     @property
     def nbytes(self) -> int:
-        """What it keeps in memory."""
-        kept = [one for order in self.values() for one in (order.indices, order.losses, order.prices)]
+        """Memory of all tensors, in bytes."""
+        tensors: list[Tensor | None] = []
         for order in self.values():
-            for stretch in order.updates:
-                kept += [stretch.columns, stretch.coefficients, stretch.slots]
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+            tensors += [order.indices, order.losses, order.scores]
+            for segment in order.updates:
+                tensors += [segment.columns, segment.coefficients, segment.slots]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def weights_at(
         self, weights: Mapping[str, Tensor], allocation: Allocation
@@ -165,72 +203,79 @@ class EliminationOrder(dict[str, LayerOrder]):
         """New weights and masks of the layers of this order, at any allocation.
 
         Args:
-            weights: the weights that the order was computed from.
-            allocation: pruned weights of each layer.
+            weights: the weights that the order was computed from, by parameter name.
+            allocation: number of pruned weights in each layer.
+
+        Returns:
+            The new weights by parameter name, and the masks.
+
+        Raises:
+            InputError: the order of a layer is not long enough.
         """
         names = sorted(self, key=lambda name: -weights[name].numel())
         threads = torch.get_num_threads()
-        if kernels.fit(*weights.values()) and len(names) > 2 * threads:  # whole layers at once
+        if kernels.supports(*weights.values()) and len(names) > 2 * threads:  # whole layers at once
             names = [name for first in range(threads) for name in names[first::threads]]
-            found: dict[str, tuple[Tensor, Tensor]] = {}
+            pruned: dict[str, tuple[Tensor, Tensor]] = {}
 
             def work(part: slice) -> None:
-                found.update({name: self[name].at(weights[name], allocation[name]) for name in names[part]})
+                pruned.update({name: self[name].at(weights[name], allocation[name]) for name in names[part]})
 
             kernels.on_threads(work, len(names))
         else:
-            found = {name: self[name].at(weights[name], allocation[name]) for name in names}
-        return {name: found[name][0] for name in self}, MaskSet({name: found[name][1] for name in self})
+            pruned = {name: self[name].at(weights[name], allocation[name]) for name in names}
+        return {name: pruned[name][0] for name in self}, MaskSet({name: pruned[name][1] for name in self})
 
     def arrays(self, *, updates: bool = True) -> dict[str, Tensor]:
-        """Flat tensors, to be stored or shared; :meth:`from_arrays` reads them back."""
+        """All tensors in one flat dictionary, to be stored or sent; :meth:`from_arrays` is the inverse."""
         flat: dict[str, Tensor] = {}
         for name, order in self.items():
             flat[f"{name}/indices"] = order.indices
             flat[f"{name}/losses"] = order.losses
-            if order.prices is not None:
-                flat[f"{name}/prices"] = order.prices
+            if order.scores is not None:
+                flat[f"{name}/prices"] = order.scores
             described = {"zeros": order.zeros, "size": order.block_size, "pattern": order.pattern.name}
             flat[f"{name}/about"] = torch.frombuffer(
                 bytearray(json.dumps(described).encode()), dtype=torch.uint8
             )
-            for number, stretch in enumerate(order.updates if updates else ()):
-                place = f"{name}/updates/{number}"
-                flat[f"{place}/block"] = torch.tensor(stretch.block)
-                flat[f"{place}/begin"] = torch.as_tensor(stretch.begin)
-                flat[f"{place}/ranked"] = torch.tensor(stretch.ranked)
-                flat[f"{place}/columns"] = stretch.columns.mT.contiguous()
-                flat[f"{place}/coefficients"] = stretch.coefficients.contiguous()
-                flat[f"{place}/slots"] = stretch.slots.contiguous()
-                if stretch.end is not None:
-                    flat[f"{place}/end"] = stretch.end
+            for number, segment in enumerate(order.updates if updates else ()):
+                prefix = f"{name}/updates/{number}"
+                flat[f"{prefix}/block"] = torch.tensor(segment.block)
+                flat[f"{prefix}/begin"] = torch.as_tensor(segment.begin)
+                flat[f"{prefix}/ranked"] = torch.tensor(segment.ranked)
+                flat[f"{prefix}/columns"] = segment.columns.mT.contiguous()
+                flat[f"{prefix}/coefficients"] = segment.coefficients.contiguous()
+                flat[f"{prefix}/slots"] = segment.slots.contiguous()
+                if segment.end is not None:
+                    flat[f"{prefix}/end"] = segment.end
         return flat
 
     @classmethod
     def from_arrays(cls, flat: Mapping[str, Tensor]) -> EliminationOrder:
+        """Read what :meth:`arrays` returned."""
         orders = cls()
         for name in (key.removesuffix("/indices") for key in flat if key.endswith("/indices")):
             about = json.loads(bytes(flat[f"{name}/about"].tolist()))
-            stretches: list[Stretch] = []
-            while f"{name}/updates/{len(stretches)}/columns" in flat:
-                place = f"{name}/updates/{len(stretches)}"
-                begin = flat[f"{place}/begin"]
-                stretches.append(
-                    Stretch(
-                        int(flat[f"{place}/block"]),
+            segments: list[UpdateSegment] = []
+            while f"{name}/updates/{len(segments)}/columns" in flat:
+                prefix = f"{name}/updates/{len(segments)}"
+                begin = flat[f"{prefix}/begin"]
+                segments.append(
+                    UpdateSegment(
+                        int(flat[f"{prefix}/block"]),
                         begin if begin.ndim else int(begin),
-                        flat[f"{place}/columns"].mT,
-                        flat[f"{place}/coefficients"],
-                        flat[f"{place}/slots"],
-                        flat.get(f"{place}/end"),
-                        bool(flat[f"{place}/ranked"]),
+                        flat[f"{prefix}/columns"].mT,
+                        flat[f"{prefix}/coefficients"],
+                        flat[f"{prefix}/slots"],
+                        flat.get(f"{prefix}/end"),
+                        bool(flat[f"{prefix}/ranked"]),
                     )
                 )
             orders[name] = LayerOrder(
                 flat[f"{name}/indices"],
                 flat[f"{name}/losses"],
                 about["zeros"],
-                tuple(stretches),
+                tuple(segments),
                 about["size"],
                 Pattern.parse(about["pattern"]),
                 flat.get(f"{name}/prices"),
@@ -238,20 +283,21 @@ class EliminationOrder(dict[str, LayerOrder]):
         return orders
 
     def on(self, device: str) -> EliminationOrder:
-        """Order and losses on ``device``; what the weights need stays where it is until it is asked for."""
+        """Copy indices, losses and scores to a device; updates are copied when weights are asked for."""
         moved = EliminationOrder()
         for name, order in self.items():
-            prices = None if order.prices is None else order.prices.to(device)
+            scores = None if order.scores is None else order.scores.to(device)
             moved[name] = replace(
-                order, indices=order.indices.to(device), losses=order.losses.to(device), prices=prices
+                order, indices=order.indices.to(device), losses=order.losses.to(device), scores=scores
             )
         return moved
 
     def save(self, folder: Path, fingerprint: str) -> None:
-        """Write two files: order and losses (2·d numbers), and what the survivors' weights need.
+        """Write two files: indices and losses (2·d numbers), and the updates of the weights that stay.
 
         Args:
-            fingerprint: of what it was computed from (:func:`fingerprint`); asked for when it is loaded.
+            folder: is created if it does not exist.
+            fingerprint: of what the order was computed from (:func:`fingerprint`); :meth:`load` checks it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": _FORMAT, "fingerprint": fingerprint}
@@ -264,10 +310,19 @@ class EliminationOrder(dict[str, LayerOrder]):
     def load(
         cls, folder: Path, fingerprint: str, *, device: str = "cpu", updates: bool = True
     ) -> EliminationOrder:
-        """Read what :meth:`save` wrote; without ``updates`` it gives losses and masks, but no weights.
+        """Read the files that :meth:`save` wrote.
+
+        Args:
+            folder: where they are.
+            fingerprint: what it must have been saved with.
+            device: where the tensors go.
+            updates: whether to read the updates too; without them the order gives losses and masks only.
+
+        Returns:
+            The order.
 
         Raises:
-            InputError: no such order, a broken one, or one of another model, data or settings.
+            InputError: there is no order, it is damaged, or it is of another model, data or settings.
         """
         flat: dict[str, Tensor] = {}
         for name in (ORDER, UPDATES) if updates else (ORDER,):
@@ -290,7 +345,7 @@ class EliminationOrder(dict[str, LayerOrder]):
 
 
 def fingerprint(weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> str:
-    """One line for what an order is computed from: the weights bit for bit, and whatever else decides it."""
+    """A hash of everything that an order depends on: the weights bit for bit, and all settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in sorted(weights):
         digest.update(name.encode())
@@ -299,7 +354,7 @@ def fingerprint(weights: Mapping[str, Tensor], settings: Mapping[str, object]) -
 
 
 def merge(parts: Iterable[EliminationOrder]) -> EliminationOrder:
-    """The orders of several groups of layers as one."""
+    """Join the orders of several groups of layers."""
     merged = EliminationOrder()
     for part in parts:
         merged.update(part)

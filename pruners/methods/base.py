@@ -15,26 +15,29 @@ from pruners.model.sparsity_pattern import Pattern
 
 
 class Pruner(Protocol):
-    """A pruning method: it orders the weights; an allocation then says how far each layer goes.
+    """A pruning method: it puts the weights of each layer in the order in which they are to be pruned.
 
-    ``scope`` is the method's own allocation: what shares one threshold. ``form`` is the pattern that its
-    zeros keep, ``gradients`` how many gradients it takes unless it is said otherwise (0: it needs none).
+    How many weights each layer loses is decided later, by an allocation.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in reports, and in :data:`pruners.METHODS` if it is registered there."""
 
     @property
-    def scope(self) -> Scope: ...
+    def scope(self) -> Scope:
+        """Which layers share one threshold, unless the caller asks for another scope."""
 
     @property
-    def form(self) -> Pattern: ...
+    def sparsity_pattern(self) -> Pattern:
+        """The sparsity pattern of its zeros."""
 
     @property
-    def gradients(self) -> int: ...
+    def gradients(self) -> int:
+        """How many gradients it takes by default; 0 if it needs none."""
 
     def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
-        """What gradients are to be added to before :meth:`order`; ``None`` for a data-free method."""
+        """An empty Fisher, to which the caller adds gradients before :meth:`order`; ``None``: none needed."""
 
     def order(
         self,
@@ -43,10 +46,17 @@ class Pruner(Protocol):
         masks: Mapping[str, Tensor],
         fisher: BlockFisher | None,
     ) -> EliminationOrder:
-        """The order in which the weights of ``layers`` fall; ``layers`` may be a share of the model.
+        """Put the weights of each layer in the order in which they are to be pruned.
 
         Args:
             weights: current weights, by parameter name.
-            masks: weights already pruned are ``False``: they come first, at no loss.
-            fisher: what :meth:`fisher` gave, with gradients.
+            layers: the layers to order, all of the model or some of them.
+            masks: by parameter name; pruned weights (``False``) come first, at no loss.
+            fisher: what :meth:`fisher` returned, with gradients.
+
+        Returns:
+            The order of each layer.
+
+        Raises:
+            InputError: the weights, the masks or the gradients cannot be used.
         """

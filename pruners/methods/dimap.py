@@ -21,32 +21,38 @@ from pruners.methods.magnitude import RankedByMagnitude
 
 
 def importance(magnitudes: Tensor) -> Tensor:
-    """``Imp(W_pj) = W_pj² / Σ_{i ≤ j} W_pi²`` with weights sorted largest first (the paper's Eq. for Imp).
+    """Compute DIMAP's score: a weight's share of the energy of all weights at least as large.
+
+    ``Imp(W_pj) = W_pj² / Σ_{i ≤ j} W_pi²``, with weights sorted largest first.
+
+    >>> importance(torch.tensor([1.0, 2.0, 2.0])).tolist()
+    [0.1111111111111111, 0.5, 1.0]
 
     Args:
-        magnitudes: |w| of one layer, *ascending* (d,).
+        magnitudes: |w| of one layer (d,), ascending.
 
     Returns:
-        the scores in the same order (d,), ascending; 1 for the largest weight, 0 for zeros.
+        The scores (d,) in the same order, ascending; 1 for the largest weight, 0 for zeros.
     """
     energy = magnitudes.double().square()
     at_least_as_large = energy.flip(0).cumsum(0).flip(0)
     scores = energy.div_(at_least_as_large.clamp_min_(torch.finfo(torch.float64).tiny))
-    # rounding may turn neighbours round: the layer's own ranking is kept
+    # Float rounding can swap neighbouring scores; cummax keeps them monotone.
     return scores.cummax(0).values if len(scores) else scores
 
 
 @dataclass(frozen=True)
 class Dimap(RankedByMagnitude):
-    """A weight's share of the energy of those at least as large; one threshold for each module.
+    """Prunes by DIMAP's score, with one threshold for each module (QKV, PRJ, MLP).
 
-    All modules (QKV, PRJ, MLP) are pruned at the same ratio, each by one threshold over all its layers.
+    All modules are pruned to the same sparsity.
     """
 
     scope: Scope = "module"
     name: str = "dimap"
 
     def score(self, magnitudes: Tensor) -> Tensor:
+        """DIMAP's score (:func:`importance`)."""
         return importance(magnitudes)
 
 

@@ -1,4 +1,8 @@
-"""oViT: correlation-aware second-order pruning (published as CAP, NeurIPS 2023, arXiv 2210.09223)."""
+"""oViT: correlation-aware second-order pruning (Kuznedelev et al., published as CAP, NeurIPS 2023).
+
+The paper is arXiv 2210.09223. How its symbols are called here stands beside the maths: the Fisher in
+:mod:`pruners.elimination.fisher`, Algorithm 1 in :mod:`pruners.elimination.obs`.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +11,49 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pruners.allocation.sharing import Scope
-from pruners.elimination.constraints import FewOfEach, Rule, WholeGroups
+from pruners.elimination.constraints import Constraint, GroupLimits, WholeGroups
 from pruners.elimination.obs import eliminate
 from pruners.elimination.order import LayerOrder
 from pruners.methods.dimap import Dimap
-from pruners.methods.second_order import (
-    Chunk,
-    SecondOrder,
-    State,
-    Steps,
-    Task,
-    chunks,
-    merged,
-    room_of,
-    stretch_of,
-)
+from pruners.methods.second_order import BlockMerge, Chunk, SecondOrder, State, Task, chunks, room_of
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
 
 
 @dataclass(frozen=True)
 class OViT(SecondOrder):
-    """Weights fall one at a time inside Fisher blocks, and each fall is followed by the others of its block.
+    """Eliminates weights one at a time inside Fisher blocks, and updates the others after each.
 
-    A weight's loss is the cumulative OBS loss of its block when it falls; one threshold for the model.
+    The loss of a weight is the cumulative OBS loss of its block when the weight is eliminated. There is one
+    threshold for the whole model.
     """
 
     name: str = "ovit"
 
-    def deepen(self, task: Task, known: LayerOrder | None, steps: int) -> LayerOrder:
-        known = task.start() if known is None else known
+    def extend(self, task: Task, known: LayerOrder | None, steps: int) -> LayerOrder:
+        """Compute further steps of the order of a layer (see :meth:`SecondOrder.extend`)."""
+        known = task.initial_order() if known is None else known
         state = State.after(task, known)
-        found: list[Steps] = []
-        stretches = list(state.closed)
+        merge = BlockMerge(task, known, state, steps)
         for chunk in chunks(task, state.weight, state.alive):
-            rule, most = _rule(task.pattern, chunk, state.alive[chunk.part])
-            done = eliminate(
+            constraint, most = _constraint(task.pattern, chunk, state.alive[chunk.part])
+            elimination = eliminate(
                 chunk.weights,
                 chunk.inverse,
                 chunk.alive,
-                rule=rule,
+                constraint=constraint,
                 steps=min(steps, most),
                 losses=state.losses[chunk.part],
             )
-            found.append(Steps(chunk.slots.gather(1, done.order), done.losses).padded(steps))
-            before, taken = state.fallen[chunk.part], 0
-            for columns in done.columns:
-                begin = before + taken if bool(before.any()) else taken
-                stretches.append(stretch_of(chunk, columns, begin))
-                taken += columns.v.shape[1]
-        return merged(task, known, state, found, stretches)
+            merge.add(chunk, elimination)
+        return merge.order()
 
 
 @dataclass(frozen=True)
 class OViTFast(OViT):
-    """oViT with the paper's fast settings: few gradients (256), and λ = 1e-2 of the mean diagonal.
+    """oViT with the paper's fast settings: m = 256 gradients, and λ = 1e-2 of the mean diagonal.
 
-    It is the shortcut 'small m with relative damping'; blocks keep a Fisher of their own each.
+    Only the settings are those of the fast variant: every block still has a Fisher of its own.
     """
 
     damp: float = 1e-2
@@ -74,25 +64,26 @@ class OViTFast(OViT):
 
 @dataclass(frozen=True)
 class DimapOViT(OViT):
-    """DIMAP says how many weights each layer gives up, module by module; oViT which, and what stays."""
+    """DIMAP decides how many weights each layer loses, module by module; oViT decides which."""
 
     scope: Scope = "module"
     name: str = "dimap+ovit"
 
-    def priced(self, order: LayerOrder, task: Task) -> LayerOrder:
+    def with_scores(self, order: LayerOrder, task: Task) -> LayerOrder:
+        """The order with the DIMAP scores of the layer, by which layers are compared."""
         shape = (1, task.layer.numel)
         flat = PrunableLayer(task.layer.name, task.layer.module, task.layer.stage, shape)
-        by_share = Dimap().order(
+        by_dimap = Dimap().order(
             {flat.name: task.weight.reshape(shape)}, [flat], {flat.name: ~task.pruned.reshape(shape)}, None
         )
-        return replace(order, prices=by_share[flat.name].losses[: len(order.losses)])
+        return replace(order, scores=by_dimap[flat.name].losses[: len(order.losses)])
 
 
-def _rule(pattern: Pattern, chunk: Chunk, alive: Tensor) -> tuple[Rule | None, int]:
-    """The rule of a pattern, and how many steps any of the blocks can take by it."""
+def _constraint(pattern: Pattern, chunk: Chunk, alive: Tensor) -> tuple[Constraint | None, int]:
+    """The constraint of a pattern, and how many steps a block can take under it at most."""
     if not pattern.structured:
         return None, chunk.slots.shape[1]
     if pattern.whole:
         return WholeGroups(pattern.unit), chunk.slots.shape[1]
     room = room_of(pattern, alive)
-    return FewOfEach(chunk.slots // pattern.group, room), int(room.sum(1).max())
+    return GroupLimits(chunk.slots // pattern.group, room), int(room.sum(1).max())

@@ -1,4 +1,4 @@
-"""What methods with a Fisher share: layers cut into blocks, worked on in chunks, merged by their losses."""
+"""What methods with a Fisher share: blocks of a layer, worked on in chunks, merged by their losses."""
 
 from __future__ import annotations
 
@@ -11,31 +11,37 @@ import torch
 from torch import Tensor
 
 from pruners.allocation.sharing import Scope
+from pruners.arithmetic import ceil_div
 from pruners.elimination.fisher import BlockFisher, to_blocks
-from pruners.elimination.obs import Columns
-from pruners.elimination.order import EliminationOrder, LayerOrder, Stretch
+from pruners.elimination.obs import Columns, Elimination
+from pruners.elimination.order import EliminationOrder, LayerOrder, UpdateSegment
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import UNSTRUCTURED, Pattern
 
-# numbers of the inverses that are worked on at a time: what caches hold on a CPU, a GPU's share of its memory
+# Numbers of the inverses of a chunk: as many as the caches of a CPU hold, or a share of a GPU's memory.
 _WORKING = {"cpu": 6_000_000, "cuda": 250_000_000}
-_DEEPER = 1.15  # how much further than the mean a pass goes, as blocks do not lose the same share
-_LEAST = 8  # units that a pass goes at least
+_MARGIN = 1.15  # a pass computes more steps than the mean of all blocks, as some blocks lose more than others
+_LEAST = 8  # units that a pass computes at least
 
 
 @dataclass(frozen=True)
 class SecondOrder(ABC):
-    """Methods that follow gradients, by a Fisher of blocks of B consecutive weights.
+    """Base class of methods with a block-diagonal Fisher over B consecutive weights.
 
     Args:
         block_size: B, weights treated as correlated (192 for ViTs, 256 for ResNet-50d, 16 for EfficientNet);
             one for all layers, or one for each module by name.
-        damp: λ, added to the diagonal of the Fisher; the touchiest parameter of these methods.
-        relative: λ is a share of the mean of each layer's diagonal.
-        gradients: m, how many gradients are taken unless it is said otherwise.
+        damp: λ, added to the diagonal of the Fisher. Results depend on it more than on anything else here.
+        relative: whether λ is a share of the mean of each layer's diagonal.
+        gradients: m, the default number of gradients.
         pattern: ``unstructured``, ``2:4``, ``4:8``, ``1x4``.
-        double: sums in float64 (twice the memory).
+        double: sums in float64, which takes twice the memory.
+        scope: which layers share one threshold.
+        name: of the method.
+
+    Raises:
+        InputError: an unknown pattern.
     """
 
     block_size: int | Mapping[str, int] = 192
@@ -46,18 +52,19 @@ class SecondOrder(ABC):
     double: bool = False
     scope: Scope = "global"
     name: str = ""
-    form: Pattern = field(init=False, repr=False)
+    sparsity_pattern: Pattern = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", Pattern.parse(self.pattern))
+        object.__setattr__(self, "sparsity_pattern", Pattern.parse(self.pattern))
 
     def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher:
+        """A Fisher of some layers, without gradients so far."""
         return BlockFisher(
             layers,
             block_size=self.block_size,
             damp=self.damp,
             relative=self.relative,
-            pattern=self.form,
+            pattern=self.sparsity_pattern,
             dtype=torch.float64 if self.double else torch.float32,
         )
 
@@ -71,44 +78,77 @@ class SecondOrder(ABC):
         depth: float = 1.0,
         known: EliminationOrder | None = None,
     ) -> EliminationOrder:
-        """The order of the layers' weights, at least as deep as ``depth`` of each layer.
+        """Put the weights of each layer in the order of their elimination.
 
         Args:
-            known: an order of the same weights, masks and Fisher, to go on from.
+            weights: current weights, by parameter name.
+            layers: the layers to order.
+            masks: by parameter name; pruned weights (``False``) come first, at no loss.
+            fisher: what :meth:`fisher` returned, with gradients.
+            depth: how far the order goes at least, as a sparsity of each layer.
+            known: an order of the same weights, masks and Fisher, to continue.
+
+        Returns:
+            The order of each layer.
+
+        Raises:
+            InputError: there is no Fisher or no gradient, λ is too small, or the zeros of a layer do not
+                keep the pattern.
         """
         if fisher is None:
             raise InputError("fisher", None, f"{self.name} needs a Fisher with gradients")
         fisher.flush()
         orders = EliminationOrder()
+        pattern = self.sparsity_pattern
         for layer in layers:
-            task = Task.of(layer, weights[layer.name], masks[layer.name], fisher, self.form)
+            task = Task.of(layer, weights[layer.name], masks[layer.name], fisher, pattern)
             target = math.ceil(depth * layer.numel - 1e-6)
-            found = None if known is None else known.get(layer.name)
+            order = None if known is None else known.get(layer.name)
             least = _LEAST
-            while found is None or len(found.indices) < min(target, task.most):
-                share = (target - (0 if found is None else len(found.indices))) / layer.numel
-                units = max(math.ceil(min(1.0, _DEEPER * share) * task.size / self.form.unit), least)
-                least = 2 * units  # a pass ends where the first block does not know what falls next
-                before = -1 if found is None else len(found.indices)
-                found = self.deepen(task, found, units * self.form.unit)
-                if len(found.indices) == before:
+            while order is None or len(order.indices) < min(target, task.most):
+                share = (target - (0 if order is None else len(order.indices))) / layer.numel
+                units = max(math.ceil(min(1.0, _MARGIN * share) * task.size / pattern.unit), least)
+                least = 2 * units  # a pass ends as soon as one block has used up its computed steps
+                before = -1 if order is None else len(order.indices)
+                order = self.extend(task, order, units * pattern.unit)
+                if len(order.indices) == before:
                     expected = f"gives no finite losses for {layer.name}"
                     raise InputError("damp", fisher.damping(layer.name), expected)
-            orders[layer.name] = self.priced(found, task)
+            orders[layer.name] = self.with_scores(order, task)
         return orders
 
     @abstractmethod
-    def deepen(self, task: Task, known: LayerOrder | None, steps: int) -> LayerOrder:
-        """An order that goes up to ``steps`` further in every block."""
+    def extend(self, task: Task, known: LayerOrder | None, steps: int) -> LayerOrder:
+        """Compute further steps of the order of a layer.
 
-    def priced(self, order: LayerOrder, task: Task) -> LayerOrder:
-        """The order with the prices by which layers are compared, if they are not its losses."""
+        Args:
+            task: the layer.
+            known: its order so far; ``None`` at the beginning.
+            steps: number of steps of each Fisher block at most.
+
+        Returns:
+            The longer order.
+        """
+
+    def with_scores(self, order: LayerOrder, task: Task) -> LayerOrder:
+        """The order with the scores that layers are compared by, where those are not its losses."""
         return order
 
 
 @dataclass(frozen=True)
 class Task:
-    """One layer to be ordered: flat weights (d,), which of them are ``alive`` (neither pruned nor zero)."""
+    """One layer to be ordered.
+
+    Attributes:
+        layer: the layer, of d weights.
+        weight: (d,), in the order in which the pattern flattens them.
+        pruned: (d,) bool, whether the mask says that a weight is pruned.
+        alive: (d,) bool, whether a weight is neither pruned nor zero.
+        fisher: the Fisher of the layer.
+        pattern: the sparsity pattern.
+        size: B, weights of a Fisher block.
+        most: how many weights the pattern lets the layer lose.
+    """
 
     layer: PrunableLayer
     weight: Tensor
@@ -123,9 +163,24 @@ class Task:
     def of(
         cls, layer: PrunableLayer, weight: Tensor, mask: Tensor, fisher: BlockFisher, pattern: Pattern
     ) -> Task:
+        """Prepare a layer.
+
+        Args:
+            layer: the layer.
+            weight: its weights, in the layer's shape.
+            mask: its mask (``True``: kept), in the layer's shape.
+            fisher: the Fisher, with gradients.
+            pattern: the sparsity pattern.
+
+        Returns:
+            The task.
+
+        Raises:
+            InputError: the layer's zeros do not keep a pattern of whole groups.
+        """
         flat = pattern.flat(weight.detach()).float()
         kept = pattern.flat(mask)
-        alive = kept & (flat != 0)  # a zero weight falls first, at no loss
+        alive = kept & (flat != 0)  # a zero weight is eliminated first, at no loss
         pattern.check_zeros(layer.name, alive)
         most = layer.numel
         if pattern.forced is not None:
@@ -133,8 +188,8 @@ class Task:
         size = fisher.block_size(layer.name)
         return cls(layer, flat, ~kept, alive, fisher, pattern, size, most)
 
-    def start(self) -> LayerOrder:
-        """What is zero already: the pruned first, then weights that happen to be zero."""
+    def initial_order(self) -> LayerOrder:
+        """The order before any step: pruned weights first, then other weights that are zero."""
         zeros = torch.cat([self.pruned.nonzero(), (~self.alive & ~self.pruned).nonzero()]).reshape(-1)
         losses = torch.zeros(len(zeros), dtype=torch.float64, device=zeros.device)
         return LayerOrder(zeros.int(), losses, len(zeros), (), self.size, self.pattern)
@@ -142,7 +197,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some blocks of a layer: ``slots`` (n, r) of them are worked on, with ``alive`` (n, r) of them alive."""
+    """Some Fisher blocks of a layer that are worked on together, n of them with r weights each.
+
+    Attributes:
+        part: which blocks of the layer.
+        slots: (n, r), positions in the block of the weights that are worked on.
+        alive: (n, r) bool, which of these weights are alive.
+        weights: (n, r).
+        inverse: (n, r, r), inverse Fisher blocks.
+    """
 
     part: slice
     slots: Tensor
@@ -152,95 +215,137 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """(n, steps) positions in the block that fell, and losses; ``inf`` where nothing did."""
-
-    places: Tensor
-    losses: Tensor
-
-    def padded(self, steps: int) -> Steps:
-        more = (0, steps - self.places.shape[1])
-        pad = torch.nn.functional.pad
-        return Steps(pad(self.places, more), pad(self.losses, more, value=torch.inf))
-
-
-@dataclass(frozen=True)
 class State:
-    """Where an elimination stands: (n, B) weights and what is alive of them; (n,) losses and steps so far."""
+    """How far the elimination of a layer has come, for its n Fisher blocks.
+
+    Attributes:
+        weight: (n, B), updated weights.
+        alive: (n, B) bool.
+        losses: (n,), loss of each block so far.
+        eliminated: (n,), steps of each block so far.
+        closed: the updates of these steps; they do not count beyond these steps.
+    """
 
     weight: Tensor
     alive: Tensor
     losses: Tensor
-    fallen: Tensor
-    closed: tuple[Stretch, ...]
+    eliminated: Tensor
+    closed: tuple[UpdateSegment, ...]
 
     @classmethod
     def after(cls, task: Task, known: LayerOrder) -> State:
-        """``closed``: the stretches of ``known``, which count no further than it goes."""
+        """The state of a layer after all steps of an order."""
         count = len(known.indices)
-        unpatterned = replace(known, pattern=UNSTRUCTURED)  # the task is flat already
-        weight = unpatterned.weight(task.weight, count) if count > known.zeros else task.weight
+        flat_order = replace(known, pattern=UNSTRUCTURED)  # the weights of a task are flat already
+        weight = flat_order.weight(task.weight, count) if count > known.zeros else task.weight
         alive = task.alive.clone()
         alive[known.indices.long()] = False
-        blocks = -(-task.layer.numel // task.size)
+        blocks = ceil_div(task.layer.numel, task.size)
         losses = torch.zeros(blocks, dtype=torch.float64, device=weight.device)
         of_block = known.indices[known.zeros :].long() // task.size
         losses.scatter_reduce_(0, of_block, known.losses[known.zeros :], "amax")
-        fallen = torch.bincount(of_block, minlength=blocks)
+        eliminated = torch.bincount(of_block, minlength=blocks)
         closed = tuple(
-            one if one.end is not None else replace(one, end=fallen[one.block : one.block + len(one.columns)])
-            for one in known.updates
+            segment
+            if segment.end is not None
+            else replace(segment, end=eliminated[segment.block : segment.block + len(segment.columns)])
+            for segment in known.updates
         )
-        return cls(to_blocks(weight, task.size).double(), to_blocks(alive, task.size), losses, fallen, closed)
+        return cls(
+            to_blocks(weight, task.size).double(), to_blocks(alive, task.size), losses, eliminated, closed
+        )
 
 
 def chunks(task: Task, weight: Tensor, alive: Tensor) -> Iterator[Chunk]:
-    """A layer's blocks, as many at a time as fit; only what is alive in them is worked on."""
+    """Divide the blocks of a layer into chunks that fit into the working memory.
+
+    Args:
+        task: the layer.
+        weight: (n, B), its weights in blocks.
+        alive: (n, B) bool; the other weights are left out, as far as every block of a chunk has some.
+
+    Yields:
+        The chunks, with their inverses.
+    """
     working = _WORKING.get(weight.device.type, _WORKING["cuda"])
     rows = max(int(alive.sum(1).max()), 1)
     together = max(1, working // rows**2)
     for start in range(0, len(weight), together):
         part = slice(start, min(start + together, len(weight)))
-        here = alive[part]
-        left = max(int(here.sum(1).max()), task.pattern.unit)
-        slots = (~here).byte().argsort(dim=1, stable=True)[:, :left]
-        kept = here.gather(1, slots)
+        alive_part = alive[part]
+        left = max(int(alive_part.sum(1).max()), task.pattern.unit)
+        slots = (~alive_part).byte().argsort(dim=1, stable=True)[:, :left]
+        kept = alive_part.gather(1, slots)
         inverse = task.fisher.inverse(task.layer.name, part, slots, kept)
         yield Chunk(part, slots, kept, weight[part].gather(1, slots), inverse)
 
 
-def stretch_of(chunk: Chunk, columns: Columns, begin: int | Tensor) -> Stretch:
+class BlockMerge:
+    """Merges the eliminations of all blocks of a layer into one order, by their losses.
+
+    Args:
+        task: the layer.
+        known: the order so far.
+        state: how far it goes.
+        steps: number of further steps of each block at most.
+    """
+
+    def __init__(self, task: Task, known: LayerOrder, state: State, steps: int) -> None:
+        self._task = task
+        self._known = known
+        self._state = state
+        self._steps = steps
+        self._positions: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._segments = list(state.closed)
+
+    def add(self, chunk: Chunk, elimination: Elimination) -> None:
+        """Add the elimination of a chunk; chunks come in the order of :func:`chunks`."""
+        padding = (0, self._steps - elimination.losses.shape[1])
+        pad = torch.nn.functional.pad
+        self._positions.append(pad(chunk.slots.gather(1, elimination.order), padding))
+        self._losses.append(pad(elimination.losses, padding, value=torch.inf))
+        before, taken = self._state.eliminated[chunk.part], 0
+        for columns in elimination.columns:
+            begin = before + taken if bool(before.any()) else taken
+            self._segments.append(_segment(chunk, columns, begin))
+            taken += columns.v.shape[1]
+
+    def order(self) -> LayerOrder:
+        """The merged order. It ends where the first block has used up its computed steps."""
+        unit = self._task.pattern.unit
+        # weights that are eliminated together count at the loss of the last of them
+        loss = torch.cat(self._losses)[:, unit - 1 :: unit]
+        offsets = torch.arange(len(loss), device=loss.device).unsqueeze(1) * self._task.size
+        positions = (torch.cat(self._positions) + offsets).reshape(len(loss), -1, unit)
+        room = room_of(self._task.pattern, self._state.alive).sum(1)
+        unfinished = loss.isfinite().sum(1) * unit < room
+        limit = loss[unfinished][:, -1].min() if bool(unfinished.any()) else torch.inf
+        # step-major, so that the stable sort keeps each block's own order among equal losses
+        ranked, ranking = torch.sort(loss.T.reshape(-1), stable=True)
+        ranked = ranked[ranked.isfinite() & (ranked <= limit)]
+        eliminated = positions.transpose(0, 1).reshape(-1, unit)[ranking[: len(ranked)]].reshape(-1)
+        return replace(
+            self._known,
+            indices=torch.cat([self._known.indices, eliminated.int()]),
+            losses=torch.cat([self._known.losses, ranked.repeat_interleave(unit)]),
+            updates=tuple(self._segments),
+        )
+
+
+def _segment(chunk: Chunk, columns: Columns, begin: int | Tensor) -> UpdateSegment:
+    """The updates of a chunk's steps, in the memory layout in which they are read."""
     slots = chunk.slots if columns.slots is None else chunk.slots.gather(1, columns.slots)
-    y, places = columns.y.contiguous(), slots.short().contiguous()
+    y, positions = columns.y.contiguous(), slots.short().contiguous()
     v = columns.v.mT.contiguous().mT
-    return Stretch(chunk.part.start, begin, v, y, places, ranked=columns.ranked)
-
-
-def merged(
-    task: Task, known: LayerOrder, state: State, found: list[Steps], stretches: list[Stretch]
-) -> LayerOrder:
-    """The blocks' orders as one for the layer, by their losses, as far as every block knows its own."""
-    unit = task.pattern.unit
-    # what falls together counts when all of it has
-    loss = torch.cat([steps.losses for steps in found])[:, unit - 1 :: unit]
-    offsets = torch.arange(len(loss), device=loss.device).unsqueeze(1) * task.size
-    places = (torch.cat([steps.places for steps in found]) + offsets).reshape(len(loss), -1, unit)
-    unfinished = loss.isfinite().sum(1) * unit < room_of(task.pattern, state.alive).sum(1)
-    limit = loss[unfinished][:, -1].min() if bool(unfinished.any()) else torch.inf
-    # step-major, so that the stable sort keeps each block's own order among equal losses
-    ranked, ranking = torch.sort(loss.T.reshape(-1), stable=True)
-    ranked = ranked[ranked.isfinite() & (ranked <= limit)]
-    fallen = places.transpose(0, 1).reshape(-1, unit)[ranking[: len(ranked)]].reshape(-1)
-    return replace(
-        known,
-        indices=torch.cat([known.indices, fallen.int()]),
-        losses=torch.cat([known.losses, ranked.repeat_interleave(unit)]),
-        updates=tuple(stretches),
-    )
+    return UpdateSegment(chunk.part.start, begin, v, y, positions, ranked=columns.ranked)
 
 
 def room_of(pattern: Pattern, alive: Tensor) -> Tensor:
-    """How many more weights each group of (n, B) blocks may lose; a last group may reach into the padding."""
+    """How many more weights each group of some blocks may lose, (n, groups) from ``alive`` (n, B).
+
+    The last group of a block may reach into its padding.
+    """
     if pattern.forced is None:
         return alive.long()
     short = -alive.shape[1] % pattern.group

@@ -1,4 +1,7 @@
-"""Parameters and multiply-accumulates of a model, dense and sparse-counted (a zero weight costs nothing)."""
+"""Parameters and multiply-accumulates (MACs) of a model, dense and sparse.
+
+In the sparse counts a zero weight costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Costs:
-    """Counts for one image; ``macs`` include the attention products."""
+    """Costs of one image.
+
+    Attributes:
+        parameters: all parameters of the model.
+        parameters_sparse: the same without the pruned ones.
+        macs: multiply-accumulates of a forward pass, the products of attention included.
+        macs_sparse: the same without those of pruned weights.
+    """
 
     parameters: int
     parameters_sparse: int
@@ -28,12 +38,20 @@ class Costs:
     macs_sparse: int
 
     def as_dict(self) -> dict[str, int]:
+        """The four counts by name, as records and logs keep them."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a model costs at any allocation: totals, and each weight's size and MACs (by parameter name)."""
+    """The costs of a model at any allocation.
+
+    Attributes:
+        parameters: all parameters of the dense model.
+        macs: multiply-accumulates of the dense model for one image.
+        weights: number of entries of each parameter, by its name.
+        weight_macs: multiply-accumulates of each parameter, by its name.
+    """
 
     parameters: int
     macs: int
@@ -41,7 +59,7 @@ class CostModel:
     weight_macs: Mapping[str, float]
 
     def at(self, pruned: Mapping[str, int]) -> Costs:
-        """Costs with so many weights pruned in each layer."""
+        """The costs of the model when ``pruned`` weights of each layer are zero."""
         saved = sum(self.weight_macs[name] * count / self.weights[name] for name, count in pruned.items())
         return Costs(
             self.parameters, self.parameters - sum(pruned.values()), self.macs, self.macs - round(saved)
@@ -49,20 +67,25 @@ class CostModel:
 
 
 def cost_model(model: nn.Module, input_size: tuple[int, int, int]) -> CostModel:
-    """Count a model once.
+    """Count the costs of a model once, for all allocations.
 
-    Nothing is computed: the forward runs on the meta device, so any size is counted in a moment. A product's
-    MACs go to the weights that it multiplies, whatever module they lie in and however it is called.
+    The forward pass runs on the meta device, where nothing is computed. The MACs of a matrix product are
+    counted for the parameters that it multiplies, whichever module holds them and whichever function is
+    called.
 
     Args:
-        input_size: (channels, height, width).
+        model: the model; it is left as it was.
+        input_size: (channels, height, width) of an image.
+
+    Returns:
+        The dense totals, and the share of each parameter.
     """
     skeleton = _on_meta(model).eval()
     weights = dict(skeleton.named_parameters())
     counter = _MacsByWeight(weights)
     floating = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
     images = torch.empty(1, *input_size, device="meta", dtype=floating[0] if floating else None)
-    # what the counter sees through: the mathematical form of the attention, and no fused encoder layer
+    # Attention as plain matrix products, and no fused encoder layer: the counter has no formula for those.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _slow_attention():
         skeleton(images)
     return CostModel(
@@ -74,14 +97,23 @@ def cost_model(model: nn.Module, input_size: tuple[int, int, int]) -> CostModel:
 
 
 def count_costs(model: nn.Module, input_size: tuple[int, int, int], pruned: Mapping[str, int]) -> Costs:
-    """Parameters and MACs of a model with so many weights pruned in each layer (by parameter name)."""
+    """Count the parameters and MACs of a model.
+
+    Args:
+        model: the model; it is left as it was.
+        input_size: (channels, height, width) of an image.
+        pruned: number of pruned weights in each layer, by parameter name.
+
+    Returns:
+        The costs for one image, dense and sparse.
+    """
     return cost_model(model, input_size).at(pruned)
 
 
 class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up torch's own formulas (:data:`flop_registry`), also for each weight that is an operand.
+    """Adds up MACs by torch's own formulas (:data:`flop_registry`), in total and for each parameter.
 
-    A weight is known by its storage, which its views share: chunks, transposes, another shape.
+    A parameter is recognised by its storage, which its views share (chunks, transposes, reshapes).
     """
 
     _COPIES = (aten.clone, aten._to_copy)
@@ -105,7 +137,7 @@ class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = func._overloadpacket
         formula: Callable[..., int] | None = flop_registry.get(operation)
         if formula is None and func is not torch.ops.prim.device.default:
-            with self:  # what is composed of other operations is counted by those
+            with self:  # an operation that is composed of others is counted through those
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -114,12 +146,12 @@ class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
             macs = formula(*args, **kwargs, out_val=result) // 2
             self.macs += macs
             operands = args[1:] if operation in self._SUMS else args
-            places = {_storage(x) for x in tree_leaves(operands) if isinstance(x, Tensor)}
-            for place in places & self._owner.keys():
-                self.weight_macs[self._owner[place]] += macs
+            storages = {_storage(x) for x in tree_leaves(operands) if isinstance(x, Tensor)}
+            for storage in storages & self._owner.keys():
+                self.weight_macs[self._owner[storage]] += macs
         elif operation in self._COPIES and (name := self._owner.get(_storage(args[0]))):
             self._owner[_storage(result)] = name
-            self._copies.append(result)  # kept, or its place in memory would be another tensor's
+            self._copies.append(result)  # kept alive: another tensor could get its storage otherwise
         return result
 
 
@@ -128,7 +160,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values: ``Module.to`` would need one with them first, and cuts tied weights apart."""
+    """Copy a model to the meta device, without values.
+
+    ``Module.to`` needs a copy with values first, and separates tied weights.
+    """
     memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     for weight in model.parameters():
         memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
@@ -137,9 +172,9 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _slow_attention() -> Iterator[None]:
-    """Without the fast paths of ``nn.MultiheadAttention`` and its encoder: operations without a formula.
+    """Switch off the fast paths of ``nn.MultiheadAttention`` and its encoder, which have no formula.
 
-    (torch takes neither on the meta device so far, which is nothing to rely on.)
+    torch takes neither of them on the meta device today, but does not promise that.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -1,8 +1,8 @@
-"""Which weights of timm's model families are prunable, as data: names that the authors of models chose.
+"""Which weights of timm's model families are prunable, as a table of name patterns.
 
-Patterns are regular expressions on the trailing part of a weight's name without ``.weight``. The choice
-follows DIMAP and oViT: attention and MLP of transformers, the convolutions of blocks of the others. Stems,
-changes of resolution between stages, heads, norms, biases and position tables stay dense.
+Patterns are regular expressions on the end of a weight's name without ``.weight``. The choice follows DIMAP
+and oViT: attention and MLP of transformers, the convolutions inside blocks of other models. Stems, changes of
+resolution between stages, heads, norms, biases and position tables stay dense.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK = r"^(?:.*\.)?(?:\w+_)?blocks\.\d+\."
 _TRANSFORMER: Patterns = {
     "QKV": (rf"{ATTENTION}\.(?:qkv|in_proj|qk|kv|[qkv]|w[qkv]|q?kv_proj|[qkv]_proj|query|key|value)",),
     "PRJ": (rf"{ATTENTION}\.(?:out_)?proj",),
-    # fc1_g, fc1_x, w12, w1 … are gated forms (GLU, SwiGLU); the last two torch's and torchvision's own
+    # fc1_g, fc1_x, w12, w1 … are gated forms (GLU, SwiGLU); the last two are names of torch and torchvision
     "MLP": (rf"{_MLP}\.(?:fc\d|fc1_[gx]|w12|w\d)", r"layers\.\d+\.linear[12]", r"mlp\.\d"),
 }
 
@@ -33,13 +33,14 @@ _TOO_FEW = "a handful of weights for a whole layer's channels"
 
 @dataclass(frozen=True)
 class Family:
-    """Models of the same names.
+    """Models whose weights have the same names.
 
     Attributes:
-        classes: timm's class names; subclasses belong to the family as well.
-        patterns: for each module the layers that it takes; a model has some of the first module's at least.
-        inside: where each weight must be taken or be ``dense``: an unknown one there is refused.
-        dense: for each pattern of weights left dense ``inside``, why; it goes before ``patterns``.
+        classes: names of timm's classes; subclasses belong to the family too.
+        patterns: for each module the patterns of its layers; every model has layers of the first module.
+        inside: where every weight must match ``patterns`` or ``dense``; any other weight is an error.
+        dense: patterns of weights that stay dense although they are ``inside``, each with the reason; they
+            go before ``patterns``.
     """
 
     classes: tuple[str, ...]
@@ -61,7 +62,7 @@ ANY_TRANSFORMER = Family(
         r"shortcut_proj_attn": "the shortcut where the width changes: patch merging by another name",
     },
 )
-"""For models of no known family, by the usual names; what is neither attention nor MLP stays dense."""
+"""For models of no known family: the usual names. What is neither attention nor MLP stays dense."""
 
 FAMILIES = (
     # ViT, DeiT (and distilled), Swin: the patterns of the papers
@@ -78,7 +79,7 @@ FAMILIES = (
         dense={r"attn\.cpb_mlp\.\d": _POSITION},
     ),
     Family(
-        classes=("Xcit",),  # the class attention has q, k and v apart
+        classes=("Xcit",),  # the class attention has separate q, k and v
         patterns=_TRANSFORMER,
         inside=rf"{_BLOCK}|{_PARTS}",
         dense={r"local_mp\.conv\d": _DEPTHWISE},
@@ -92,7 +93,7 @@ FAMILIES = (
     Family(
         classes=("EfficientFormerV2",),
         patterns={
-            # the last stage begins with an attention that also halves the resolution: its query is two steps
+            # the first attention of the last stage halves the resolution; its query has two convolutions
             "QKV": (r"(?:token_mixer|attn)\.[qkv]\.conv", r"attn\.q\.proj\.conv"),
             "PRJ": (r"(?:token_mixer|attn)\.proj\.conv",),
             "MLP": (r"mlp\.fc[12]\.conv",),
@@ -104,7 +105,7 @@ FAMILIES = (
         },
     ),
     Family(
-        classes=("Levit", "LevitDistilled"),  # each linear layer lies in one of its own, with a batch norm
+        classes=("Levit", "LevitDistilled"),  # each linear layer lies in a module with a batch norm
         patterns={
             "QKV": (r"attn\.qkv\.linear", r"attn_downsample\.(?:kv|q\.ln)\.linear"),
             "PRJ": (r"attn(?:_downsample)?\.proj\.ln\.linear",),
@@ -115,12 +116,12 @@ FAMILIES = (
     ),
     Family(
         classes=("PyramidVisionTransformerV2", "Twins"),
-        patterns={**_TRANSFORMER, "SR": (r"attn\.sr",)},  # fewer keys and values, by a convolution over them
+        patterns={**_TRANSFORMER, "SR": (r"attn\.sr",)},  # a convolution reduces keys and values
         inside=rf"{_BLOCK}|{_PARTS}",
         dense={r"mlp\.dwconv": _DEPTHWISE},
     ),
     Family(
-        classes=("VOLO",),  # outlook attention makes its weights by a linear layer of each place
+        classes=("VOLO",),  # outlook attention has a linear layer ``attn`` that computes its weights
         patterns={**_TRANSFORMER, "QKV": (r"attn\.(?:qkv|kv|q|v|attn)",)},
         inside=rf"^(?:network\.\d+\.\d+|post_network\.\d+)\.|{_PARTS}",
         dense={},
@@ -192,7 +193,7 @@ FAMILIES = (
 def family_of(model: nn.Module) -> Family:
     """The family of a timm model by its class, or :data:`ANY_TRANSFORMER`.
 
-    A class of another library is not meant by the same name: torchvision's weights are named otherwise.
+    A class of the same name in another library does not count: its weights have other names.
     """
     names = {kind.__name__ for kind in type(model).__mro__ if kind.__module__.split(".")[0] == "timm"}
     return next((family for family in FAMILIES if names & set(family.classes)), ANY_TRANSFORMER)

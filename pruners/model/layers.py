@@ -1,7 +1,8 @@
-"""Which weights of a model are prunable, and each one's module and stage.
+"""Which weights of a model are prunable, and the module and stage of each.
 
-A *layer* is one weight tensor. Its *module* is its function in the whole network (DIMAP's QKV-M, PRJ-M,
-MLP-M; all else is AUX-M and stays dense), its *stage* the level of a hierarchical model it lies in.
+A *layer* is one weight tensor. Its *module* is its function in the network (QKV-M, PRJ-M and MLP-M in DIMAP;
+everything else is AUX-M there and stays dense). Its *stage* is the level of a hierarchical model in which it
+lies.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pruners.errors import InputError, did_you_mean
 from pruners.model.families import ATTENTION, Family, family_of
 
 ISOTROPIC_STAGES = 4
-_WEIGHT = re.compile(r"[._]weight$")  # nn.MultiheadAttention calls its own ``in_proj_weight``
+_WEIGHT = re.compile(r"[._]weight$")  # nn.MultiheadAttention has an ``in_proj_weight``
 _PARAMETRIZED = re.compile(r"^(.*?)parametrizations\.(\w+)\.original\d*$")
-_REPARAMETRIZED = re.compile(r"^(.*[._]weight)_(?:orig|[gv])$")  # the hooks of torch.nn.utils, before that
+_REPARAMETRIZED = re.compile(r"^(.*[._]weight)_(?:orig|[gv])$")  # by the older hooks of torch.nn.utils
 _IN_ATTENTION = re.compile(rf"^(?:.*\.)?{ATTENTION}(?=\.)")
 _ATTENTION_CLASS = re.compile(r"Attention|Attn|MHSA|XCA")
 # A list of stages, or one of lists of blocks: ``layers.0.blocks.1.``, ``layer1.0.``, ``blocks.0.1.``.
@@ -33,7 +34,14 @@ _BLOCK = re.compile(r"(?:^|\.)\w*(?:blocks?|layers?)[._](\d+)\.")
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """One weight tensor that may be pruned; ``name`` is its parameter name in the model."""
+    """One weight tensor that may be pruned.
+
+    Attributes:
+        name: its parameter name in the model.
+        module: its function in the network, ``QKV``, ``PRJ``, ``MLP`` or another group of layers.
+        stage: the level of a hierarchical model in which it lies, from 0.
+        shape: of the tensor: (out, in) of a linear layer, (out, in, height, width) of a convolution.
+    """
 
     name: str
     module: str
@@ -42,21 +50,28 @@ class PrunableLayer:
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         return math.prod(self.shape)
 
 
 def find_layers(model: nn.Module, patterns: Mapping[str, Sequence[str]] | None = None) -> list[PrunableLayer]:
-    """List the prunable layers of ``model``, in the order of its parameters.
+    """List the prunable layers of a model, in the order of its parameters.
 
-    ``patterns`` maps a module's name to regular expressions on the trailing part of a layer's name without
-    ``.weight`` or ``_weight`` (``attn\\.qkv``, ``mlp\\.fc\\d``); without it the model's family says what is
-    taken (:mod:`pruners.model.families`). Stages are numbered from 0; an isotropic model's blocks are cut
-    into four equal groups.
+    Stages are numbered from 0. The blocks of an isotropic model are divided into four equal groups.
+
+    Args:
+        model: the model, on any device, the meta device too.
+        patterns: for each module's name regular expressions on the end of a layer's name, without
+            ``.weight`` or ``_weight``: ``{"QKV": [r"attn\\.qkv"], "MLP": [r"mlp\\.fc\\d"]}``. By default the
+            family of the model decides (:mod:`pruners.model.families`).
+
+    Returns:
+        The layers that are matched.
 
     Raises:
-        InputError: a pattern is no regular expression, matches nothing, or two match the same layer; a
-            matched weight is shared with another layer, or computed from other parameters; without
-            ``patterns``: nothing is known by its name, or a part of a block is not.
+        InputError: a pattern is no regular expression or matches nothing, or patterns of two modules match
+            the same layer; a matched weight is shared with another layer, or computed from other
+            parameters; without ``patterns``, no name is known, or a part of a block has an unknown name.
     """
     weights, computed = _weights(model)
     if patterns is None:
@@ -79,7 +94,7 @@ def find_layers(model: nn.Module, patterns: Mapping[str, Sequence[str]] | None =
 
 
 def weights_of(model: nn.Module) -> dict[str, int]:
-    """Sizes of all weights that patterns could name, by their parameters' names; tied ones once."""
+    """Number of entries of every weight that a pattern can name, by parameter name; tied weights once."""
     computed = _weights(model)[1]
     return {
         name: value.numel()
@@ -89,15 +104,20 @@ def weights_of(model: nn.Module) -> dict[str, int]:
 
 
 def _weights(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes of the weights that a pattern may take, and of which parameter those are made that are none."""
+    """The weights of a model by the names that patterns match.
+
+    Returns:
+        Shapes by weight name, and for weights that are computed from a parameter (by a parametrisation)
+        the name of that parameter.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     computed: dict[str, str] = {}
     for parameter, value in model.named_parameters(remove_duplicate=False):
-        made = _PARAMETRIZED.match(parameter) or _REPARAMETRIZED.match(parameter)
-        name = "".join(made.groups()) if made else parameter
+        match = _PARAMETRIZED.match(parameter) or _REPARAMETRIZED.match(parameter)
+        name = "".join(match.groups()) if match else parameter
         if value.ndim >= 2 and _WEIGHT.search(name):
             shapes[name] = tuple(value.shape)
-            if made:
+            if match:
                 computed[name] = parameter
     return shapes, computed
 
@@ -105,12 +125,12 @@ def _weights(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, st
 def _match(
     patterns: Mapping[str, Sequence[str]], names: Sequence[str], *, each: bool = False
 ) -> dict[str, str]:
-    """The module of each matched name; with ``each``, every pattern must match."""
+    """The module of each matched name. With ``each``, every pattern must match at least one name."""
     module_of: dict[str, str] = {}
     for module, expressions in patterns.items():
         for expression in expressions:
             key = f"layers.{module}"
-            matched = _matching(key, expression, names)
+            matched = matching(key, expression, names)
             if each and not matched:
                 known = "must match at least one weight of the model"
                 raise InputError(key, expression, known + _closest(expression, names))
@@ -121,16 +141,29 @@ def _match(
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether a model is a transformer, or has some attention in it."""
-    return any(_ATTENTION_CLASS.search(type(part).__name__) for part in model.modules())
+    """Whether a model has an attention layer in it."""
+    return any(_ATTENTION_CLASS.search(type(module).__name__) for module in model.modules())
 
 
 def stem(name: str) -> str:
-    """A layer's name as patterns read it."""
+    """A layer's name as patterns match it: the parameter name without ``.weight`` or ``_weight``."""
     return _WEIGHT.sub("", name)
 
 
-def _matching(key: str, expression: str, names: Iterable[str]) -> list[str]:
+def matching(key: str, expression: str, names: Iterable[str]) -> list[str]:
+    """Match the names of layers by a regular expression.
+
+    Args:
+        key: what to call the expression in an error.
+        expression: matches whole trailing parts of a name, so ``fc1`` matches ``mlp.fc1`` but not ``xfc1``.
+        names: parameter names.
+
+    Returns:
+        The names that are matched, in their order.
+
+    Raises:
+        InputError: ``expression`` is no regular expression.
+    """
     try:
         compiled = re.compile(rf"(?:^|\.)(?:{expression})$")
     except re.error as error:
@@ -144,35 +177,38 @@ def _closest(expression: str, names: Iterable[str]) -> str:
 
 
 def _not_dense(names: Iterable[str], family: Family) -> list[str]:
-    dense = {name for expression in family.dense for name in _matching("dense", expression, names)}
+    dense = {name for expression in family.dense for name in matching("dense", expression, names)}
     return [name for name in names if name not in dense]
 
 
 def _refuse_unknown(
     model: nn.Module, family: Family, names: Iterable[str], module_of: Mapping[str, str]
 ) -> None:
-    """An attention of which one half is pruned and the other left out by its name was nobody's wish."""
+    """Raise an error if a part of a block has an unknown name.
+
+    Otherwise one half of an attention could be pruned and the other half stay dense, unnoticed.
+    """
     inside = re.compile(family.inside)
     attentions = tuple(
         f"{path}."
-        for path, part in model.named_modules()
-        if path and _ATTENTION_CLASS.search(type(part).__name__)
+        for path, module in model.named_modules()
+        if path and _ATTENTION_CLASS.search(type(module).__name__)
     )
     for name in _not_dense(names, family):
         if name not in module_of and (inside.search(stem(name)) or name.startswith(attentions)):
             expected = "lies in a block, an attention or an MLP, but is not known by its name: give patterns"
             raise InputError("layers", name, expected)
-    found: dict[str, set[str]] = {"QKV": set(), "PRJ": set()}
-    for name, module in module_of.items():
-        if module in found and (attention := _IN_ATTENTION.match(name)):
-            found[module].add(attention[0])
-    for attention_path in sorted(found["PRJ"] - found["QKV"]):
+    attentions_with: dict[str, set[str]] = {"QKV": set(), "PRJ": set()}
+    for name, kind in module_of.items():
+        if kind in attentions_with and (attention := _IN_ATTENTION.match(name)):
+            attentions_with[kind].add(attention[0])
+    for attention_path in sorted(attentions_with["PRJ"] - attentions_with["QKV"]):
         expected = "has a projection, but no query, key and value known by their names: give patterns"
         raise InputError("layers", attention_path, expected)
 
 
 def _refuse_shared(model: nn.Module, module_of: Mapping[str, str]) -> None:
-    """A weight used in two places would be pruned for one of them only: name it instead."""
+    """Raise an error if a matched weight is tied: it would be pruned for one of its two uses only."""
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = owners.setdefault(id(parameter), name)
@@ -181,22 +217,23 @@ def _refuse_shared(model: nn.Module, module_of: Mapping[str, str]) -> None:
 
 
 def _stages(names: Sequence[str]) -> dict[str, int]:
-    found = _indices(names, _STAGE)
-    if not found:  # isotropic: equal groups of blocks
+    """The stage of each layer, by parameter name."""
+    stage_of = _indices(names, _STAGE)
+    if not stage_of:  # isotropic: equal groups of blocks
         blocks = _indices(names, _BLOCK)
         depth = max(blocks.values(), default=0) + 1
         groups = min(ISOTROPIC_STAGES, depth)
-        found = {name: block * groups // depth for name, block in blocks.items()}
-    current = next(iter(found.values()), 0)
-    for name in names:  # what lies outside stages and blocks (a stem, a last convolution) joins its neighbour
-        current = found.setdefault(name, current)
-    renumbered = {stage: number for number, stage in enumerate(sorted(set(found.values())))}
-    return {name: renumbered[stage] for name, stage in found.items()}
+        stage_of = {name: block * groups // depth for name, block in blocks.items()}
+    current = next(iter(stage_of.values()), 0)
+    for name in names:  # layers outside stages and blocks (a stem, a last convolution) join their neighbour
+        current = stage_of.setdefault(name, current)
+    renumbered = {stage: number for number, stage in enumerate(sorted(set(stage_of.values())))}
+    return {name: renumbered[stage] for name, stage in stage_of.items()}
 
 
-def _indices(names: Sequence[str], place: re.Pattern[str]) -> dict[str, int]:
-    """Each name's index in the list in which most of them lie; names outside it have none."""
-    lists = Counter(name[: match.start(1)] for name in names if (match := place.search(name)))
+def _indices(names: Sequence[str], pattern: re.Pattern[str]) -> dict[str, int]:
+    """The index of each name in the module list that holds most of them; other names have none."""
+    lists = Counter(name[: match.start(1)] for name in names if (match := pattern.search(name)))
     if not lists:
         return {}
     index = re.compile(rf"{re.escape(lists.most_common(1)[0][0])}(\d+)\.")

@@ -1,4 +1,4 @@
-"""What of a model is not prunable as its layers are chosen: how much, which weights, and how to name them."""
+"""What a choice of prunable layers leaves dense: how much, which weights, and how patterns can name them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Group:
-    """Weights whose names differ in numbers alone; ``pattern`` is what ``layers`` would take them by."""
+    """Weights whose names differ in numbers only.
+
+    Attributes:
+        pattern: a regular expression that matches them, for the setting ``layers``.
+        layers: how many weight tensors they are.
+        weights: how many weights they have together.
+    """
 
     pattern: str
     layers: int
@@ -30,11 +36,12 @@ class Group:
 
 @dataclass(frozen=True)
 class LeftDense:
-    """The weights of a model that its chosen layers leave out.
+    """The parameters of a model that are in no prunable layer.
 
     Attributes:
-        parameters: that are in no prunable layer, of ``total``; biases, norms and tables too.
-        groups: of weights that patterns could name, the largest first.
+        parameters: how many there are, biases, norms and tables included.
+        total: all parameters of the model.
+        groups: the weights among them that patterns can name, the largest group first.
     """
 
     parameters: int
@@ -43,7 +50,7 @@ class LeftDense:
 
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[PrunableLayer]) -> LeftDense:
-        """Of a model (on the meta device too) with these prunable layers."""
+        """What the prunable ``layers`` of a model (on the meta device too) leave dense."""
         taken = {layer.name: layer.numel for layer in layers}
         total = sum(parameter.numel() for parameter in model.parameters())
         groups: dict[str, tuple[int, int]] = {}
@@ -52,12 +59,14 @@ class LeftDense:
                 pattern = _NUMBER.sub(r"\\d+", re.escape(stem(name)))
                 count, weights = groups.get(pattern, (0, 0))
                 groups[pattern] = count + 1, weights + numel
-        found = (Group(pattern, *sizes) for pattern, sizes in groups.items())
-        largest = tuple(sorted(found, key=lambda group: -group.weights))
-        return cls(total - sum(taken.values()), total, largest)
+        largest_first = sorted(
+            (Group(pattern, *sizes) for pattern, sizes in groups.items()), key=lambda group: -group.weights
+        )
+        return cls(total - sum(taken.values()), total, tuple(largest_first))
 
     @property
     def share(self) -> float:
+        """Dense share of all parameters, 0 to 1."""
         return self.parameters / max(self.total, 1)
 
     def __str__(self) -> str:
@@ -67,7 +76,9 @@ class LeftDense:
         return f"{100 * self.share:.1f} % of the parameters: {shown or 'biases, norms, tables'}{rest}"
 
     def as_json(self) -> dict[str, Any]:
+        """The same as a record for JSON."""
         kinds = [
-            {"pattern": one.pattern, "layers": one.layers, "weights": one.weights} for one in self.groups
+            {"pattern": group.pattern, "layers": group.layers, "weights": group.weights}
+            for group in self.groups
         ]
         return {"parameters": self.parameters, "share": self.share, "kinds": kinds}

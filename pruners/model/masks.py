@@ -1,4 +1,4 @@
-"""Which weights are kept: applied to a model, held through training, packed to one bit a weight."""
+"""Masks: which weights are kept. In files they take one bit a weight."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pruners.arithmetic import ceil_div
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 
@@ -37,56 +38,50 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def dense(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
-        """Everything kept."""
+        """Masks that keep every weight of some layers."""
         weights = dict(model.named_parameters())
         return cls({layer.name: torch.ones_like(weights[layer.name], dtype=torch.bool) for layer in layers})
 
     @classmethod
     def from_zeros(cls, model: nn.Module, layers: Sequence[PrunableLayer]) -> MaskSet:
-        """What a sparse checkpoint says by its zeros."""
+        """Read the masks off a sparse model: its zeros are pruned weights."""
         weights = dict(model.named_parameters())
         return cls({layer.name: weights[layer.name].detach() != 0 for layer in layers})
 
     def to(self, device: torch.device) -> MaskSet:
-        """The same masks on ``device``, where the weights are."""
+        """The same masks on another device."""
         return MaskSet({name: mask.to(device) for name, mask in self._masks.items()})
 
     def of(self, layers: Sequence[PrunableLayer]) -> MaskSet:
-        """Those of some layers, each of which must have one."""
+        """The masks of some layers, each of which must have one."""
         return MaskSet({layer.name: self._masks[layer.name] for layer in layers})
 
     def over(self, others: MaskSet | None) -> MaskSet:
-        """These, and those of layers that only ``others`` know."""
+        """These masks, and those of layers that are only in ``others``."""
         return MaskSet({**(others or {}), **self._masks})
 
-    @torch.no_grad()
-    def apply_(self, model: nn.Module) -> None:
-        """Set every pruned weight of ``model`` to exactly zero, in place."""
-        weights = dict(model.named_parameters())
-        for name, mask in self._masks.items():
-            weights[name].masked_fill_(~mask, 0.0)
-
     def mask_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Zero what is pruned in other tensors of the same names (gradients, optimizer moments), in place."""
+        """Zero the pruned entries of tensors of the same names, in place: weights, gradients, moments."""
         for name, mask in self._masks.items():
             if name in tensors:
                 tensors[name].masked_fill_(~mask, 0.0)
 
     def pruned(self) -> dict[str, int]:
-        """Pruned weights of each layer."""
+        """Number of pruned weights in each layer, by parameter name."""
         return {name: mask.numel() - int(mask.sum()) for name, mask in self._masks.items()}
 
     @property
     def numel(self) -> int:
+        """Number of weights in all layers."""
         return sum(mask.numel() for mask in self._masks.values())
 
     @property
     def sparsity(self) -> float:
-        """Pruned share of the prunable weights."""
+        """Pruned share of the prunable weights, 0 to 1."""
         return sum(self.pruned().values()) / max(self.numel, 1)
 
     def fingerprint(self) -> str:
-        """The same on two workers if and only if their masks are."""
+        """A hash of all masks, to compare those of two workers."""
         digest = hashlib.sha256()
         for name, bits in self._packed().items():
             digest.update(repr((name, tuple(self._masks[name].shape))).encode())
@@ -100,23 +95,23 @@ class MaskSet(Mapping[str, Tensor]):
         }
 
     def save(self, path: Path) -> None:
-        """Write a ``uint8`` tensor of packed bits for each layer, its shape in the metadata."""
+        """Write a ``uint8`` tensor of packed bits for each layer; shapes go into the metadata."""
         shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
-        # a single entry: safetensors writes several in any order, and equal masks shall be equal files
+        # One entry only: safetensors writes several in any order, and equal masks must give equal files.
         save_file(self._packed(), path, metadata={_FORMAT: json.dumps(shapes, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> MaskSet:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            InputError: the file is truncated, or no mask file of ours.
+            InputError: the file is truncated, or it is no mask file of Espalier.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 about = dict(file.metadata() or {})
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own kinds for a broken header
+        except Exception as error:  # safetensors has error classes of its own for a broken header
             raise InputError("masks", str(path), f"must be a readable mask file ({error})") from None
         try:
             shapes: dict[str, list[int]] = json.loads(about[_FORMAT])
@@ -134,6 +129,6 @@ class MaskSet(Mapping[str, Tensor]):
 def _unpack(bits: Tensor, sides: Sequence[int]) -> Tensor:
     shape = tuple(int(side) for side in sides)
     numel = math.prod(shape)
-    if bits.dtype != torch.uint8 or min(shape) < 0 or bits.shape != (-(-numel // 8),):
+    if bits.dtype != torch.uint8 or min(shape) < 0 or bits.shape != (ceil_div(numel, 8),):
         raise ValueError(f"its bits do not fit a layer of {sides}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel).astype(bool)).reshape(shape)

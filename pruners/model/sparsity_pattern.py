@@ -1,7 +1,8 @@
-"""Which zeros a sparse engine can use: any, N of every M inputs (2:4, 4:8), or whole 1×4 blocks.
+"""Sparsity patterns: unstructured, N:M (2:4, 4:8), or blocks of 1×4 weights.
 
-Patterns run along the input dimension of a weight, (out, in) or (out, in, kernel): the numbers that one
-output multiplies one after the other. A convolution is therefore read with its inputs last.
+A pattern divides the input dimension of a weight, (out, in) or (out, in, height, width), into groups of
+neighbours: the weights that one output multiplies one after the other. A convolution is therefore read with
+its inputs last.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pruners.errors import InputError
 
-if TYPE_CHECKING:  # recipes are checked by this file, without waiting for torch
+if TYPE_CHECKING:  # recipes are checked with this module, without waiting for torch
     from torch import Tensor
 
     from pruners.model.layers import PrunableLayer
@@ -23,9 +24,16 @@ _FORMS = "unstructured, N:M as 2:4 or 4:8, or 1xB as 1x4"
 
 @dataclass(frozen=True)
 class Pattern:
-    """``group`` inputs in a row; of each at least ``keep`` stay (N:M), or all fall together (``whole``).
+    """A sparsity pattern: what may be zero in each group of neighbouring inputs.
 
-    Unstructured is a group of one.
+    >>> Pattern.parse("2:4")
+    Pattern(name='2:4', group=4, keep=2, whole=False)
+
+    Attributes:
+        name: as recipes write it.
+        group: number of inputs in a group; 1 for unstructured.
+        keep: weights of each group that stay at least (N of N:M).
+        whole: whether all weights of a group are pruned together (1×B blocks).
     """
 
     name: str = "unstructured"
@@ -35,55 +43,70 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """``unstructured``, ``2:4`` (two of four stay), ``1x4``.
+        """Read the name of a pattern: ``unstructured``, ``2:4`` (two of four weights stay), ``1x4``.
 
         Raises:
-            InputError: anything else.
+            InputError: another text.
         """
         if text == "unstructured":
             return cls()
-        if found := re.fullmatch(r"(\d+):(\d+)", text):
-            keep, group = int(found[1]), int(found[2])
+        if match := re.fullmatch(r"(\d+):(\d+)", text):
+            keep, group = int(match[1]), int(match[2])
             if 0 < keep < group:
                 return cls(text, group, keep)
-        if (found := re.fullmatch(r"1x(\d+)", text)) and int(found[1]) > 1:
-            return cls(text, int(found[1]), 0, whole=True)
+        if (match := re.fullmatch(r"1x(\d+)", text)) and int(match[1]) > 1:
+            return cls(text, int(match[1]), 0, whole=True)
         raise InputError("pattern", text, f"must be {_FORMS}")
 
     @property
     def structured(self) -> bool:
+        """Whether there are groups at all."""
         return self.group > 1
 
     @property
     def unit(self) -> int:
-        """Weights that fall together."""
+        """Number of weights that are pruned together."""
         return self.group if self.whole else 1
 
     @property
     def forced(self) -> float | None:
-        """The sparsity that N:M leads to; other patterns leave it free."""
+        """The sparsity that N:M implies; ``None`` for patterns that leave it free."""
         return None if self.whole or not self.structured else 1 - self.keep / self.group
 
     def fits(self, layer: PrunableLayer) -> bool:
+        """Whether the inputs of a layer can be divided into groups."""
         return layer.shape[1] % self.group == 0
 
     def flat(self, tensor: Tensor, *, batched: bool = False) -> Tensor:
-        """(d,) numbers in the order in which the pattern reads them; (k, d) for k tensors of the layer."""
+        """Flatten a tensor of a layer so that each group lies together.
+
+        Args:
+            tensor: (out, in, …), of the layer's shape; with ``batched`` (k, out, in, …).
+            batched: whether it holds k such tensors.
+
+        Returns:
+            (d,), or (k, d) with ``batched``.
+        """
         first = 1 if batched else 0
         if self.structured:
             tensor = tensor.movedim(first + 1, -1)
         return tensor.reshape(*tensor.shape[:first], -1)
 
     def shaped(self, flat: Tensor, shape: Sequence[int]) -> Tensor:
-        """What :meth:`flat` made of a tensor of ``shape``, undone."""
+        """Undo :meth:`flat`: a tensor of ``shape`` from its (d,) numbers."""
         if not self.structured:
             return flat.reshape(tuple(shape))
         return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
     def free(self, magnitudes: Tensor, alive: Tensor) -> Tensor:
-        """Which weights the smallest-first rule of N:M lets fall: (d,) of ``magnitudes`` (d,).
+        """Which weights N:M can prune when all are judged at once: the smallest of each group.
 
-        What is not alive counts towards its group's zeros.
+        Args:
+            magnitudes: (d,) scores of the weights, in the order of :meth:`flat`.
+            alive: (d,) bool, ``False`` for weights that are zero; they count as zeros of their group.
+
+        Returns:
+            (d,) bool.
         """
         if not self.structured or self.whole:
             return alive.new_ones(alive.shape)
@@ -92,13 +115,19 @@ class Pattern:
         return (rank < self.group - self.keep).reshape(-1) | ~alive
 
     def room(self, alive: Tensor) -> Tensor:
-        """How many more weights each group may lose: (…, d / group) from (…, d)."""
+        """How many more weights each group can lose: (…, d / group) from ``alive`` (…, d)."""
         dead = (~alive).reshape(*alive.shape[:-1], -1, self.group).sum(-1)
         return (self.group - self.keep - dead).clamp_min(0)
 
     def check_zeros(self, name: str, alive: Tensor) -> None:
-        """Raises:
-        InputError: blocks of which a part is zero already, naming the layer.
+        """Check that the zeros of a layer keep the pattern, where it prunes whole groups.
+
+        Args:
+            name: of the layer, for the error.
+            alive: (d,) bool, ``False`` for weights that are zero, in the order of :meth:`flat`.
+
+        Raises:
+            InputError: some groups are zero in part.
         """
         if not self.whole:
             return
@@ -112,13 +141,21 @@ class Pattern:
 UNSTRUCTURED = Pattern()
 
 
-def fitting(
+def fitting_layers(
     layers: Sequence[PrunableLayer], pattern: Pattern, *, unfit: str = "refuse"
 ) -> list[PrunableLayer]:
-    """The layers that ``pattern`` can hold for; the others are refused, or (``unfit='dense'``) left out.
+    """Choose the layers whose inputs a pattern can divide into groups.
+
+    Args:
+        layers: the candidates.
+        pattern: the sparsity pattern.
+        unfit: what to do with the other layers: ``refuse`` them by an error, or leave them ``dense``.
+
+    Returns:
+        The layers that fit, in their order.
 
     Raises:
-        InputError: a layer that the pattern cannot fit, or none that it can.
+        InputError: a layer that does not fit (``refuse``), or none that does.
     """
     if unfit not in ("refuse", "dense"):
         raise InputError("unfit", unfit, "must be refuse or dense")

@@ -1,4 +1,4 @@
-"""Whole channels, heads and neurons: their importance, and what depends on what."""
+"""Structured pruning: channels, heads and neurons, their importance, and which layers share them."""
 
 __all__ = [
     "channels",

@@ -1,16 +1,17 @@
-"""Structured pruning: what whole channels are worth, which of them stay, and weights without the others.
+"""Structured pruning: the importance of channels, which of them stay, and weights without the others.
 
-A *channel* is what a set of coupled layers passes on: a hidden unit of an MLP is a row of its first matrix, a
-bias, and a column of its second. :class:`Channels` says where each one lies, in any number of parameters
-(:mod:`pruners.structured.dependency` finds that out). Its worth is the sum of the worth of all its weights w:
+A *channel* is a number that dependent layers pass on. A hidden unit of an MLP is one: a row of the first
+matrix, an entry of its bias, and a column of the second matrix. :class:`Channels` says where channels lie in
+all parameters (:mod:`pruners.structured.dependency` finds them). The importance of a channel is the sum of
+the saliencies of its weights w:
 
 =============  =================  ===================================================================
 magnitude      w²                 Li et al., *Pruning Filters for Efficient ConvNets* (ICLR 2017)
 taylor         Σ |w g| / m        Molchanov et al., *Importance Estimation* (CVPR 2019), weight by weight
-fisher         w² Σ g² / 2m       the diagonal of oViT's Fisher: what the loss rises by without the weight
+fisher         w² Σ g² / 2m       the diagonal of oViT's Fisher: rise of the loss without the weight
 =============  =================  ===================================================================
 
-g are the m gradients of the loss that were taken.
+g are m gradients of the loss.
 """
 
 from __future__ import annotations
@@ -24,95 +25,123 @@ from torch import Tensor
 from pruners.errors import InputError, did_you_mean
 
 WITH_GRADIENTS = ("taylor", "fisher")
+"""Kinds of saliency that need gradients."""
 KINDS = ("magnitude", *WITH_GRADIENTS)
+"""All kinds of saliency."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where channels lie in one parameter: channel c has the k positions ``places[c]`` along ``dim``.
+    """Where channels lie in one parameter.
 
-    ``places`` is (channels, k), long.
+    Attributes:
+        name: of the parameter.
+        dim: the dimension along which they lie.
+        positions: (channels, k) long, the k positions of each channel along ``dim``.
     """
 
     name: str
     dim: int
-    places: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that are cut in all their members, or in none."""
+    """Channels, each of which is cut in all its parameters or in none.
+
+    Attributes:
+        name: of the layer that computes them.
+        members: where they lie.
+    """
 
     name: str
     members: tuple[Member, ...]
 
     @property
     def count(self) -> int:
-        return len(self.members[0].places)
+        """Number of channels."""
+        return len(self.members[0].positions)
 
-    def worth(self, saliency: Mapping[str, Tensor]) -> Tensor:
-        """The worth of each channel, (channels,), in float64: the sum over its weights.
+    def importance(self, saliency: Mapping[str, Tensor]) -> Tensor:
+        """The importance of each channel: the sum over its weights.
 
         Args:
-            saliency: the worth of each weight, by parameter name (see :func:`saliencies`).
+            saliency: of each weight, by parameter name (see :func:`saliencies`).
+
+        Returns:
+            (channels,), in float64.
         """
         total = torch.zeros(self.count, dtype=torch.float64)
         for member in self.members:
             values = saliency[member.name].double().cpu().movedim(member.dim, 0)
-            total += values.reshape(len(values), -1).sum(1)[member.places].sum(1)
+            total += values.reshape(len(values), -1).sum(1)[member.positions].sum(1)
         return total
 
 
 def saliencies(
     kind: str, weights: Mapping[str, Tensor], gradients: Iterable[Mapping[str, Tensor]] = ()
 ) -> dict[str, Tensor]:
-    """What each single weight is worth, by one of :data:`KINDS`; of the shape of the weights.
+    """Compute the saliency of each single weight.
 
     Args:
-        gradients: some at a time, (k, *shape) by parameter name, as
+        kind: one of :data:`KINDS`.
+        weights: by parameter name.
+        gradients: several at a time, (k, *shape) by parameter name, as
             :func:`pruners.elimination.gradients.gradients` yields them; not read for ``magnitude``.
 
+    Returns:
+        Saliencies by parameter name, of the shapes of the weights.
+
     Raises:
-        InputError: an unknown kind, no gradients where they are needed, or some with NaN or Inf.
+        InputError: an unknown kind, no gradients where they are needed, or gradients with NaN or Inf.
     """
     if kind not in KINDS:
         raise InputError("importance", kind, f"must be one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-    found = {name: weight.detach() for name, weight in weights.items()}
+    values = {name: weight.detach() for name, weight in weights.items()}
     if kind == "magnitude":
-        return {name: weight.square() for name, weight in found.items()}
-    sums = {name: torch.zeros_like(weight) for name, weight in found.items()}
+        return {name: weight.square() for name, weight in values.items()}
+    sums = {name: torch.zeros_like(weight) for name, weight in values.items()}
     count = 0
-    for some in gradients:
+    for batch in gradients:
         for name in sums:
-            gradient = some[name].detach()
+            gradient = batch[name].detach()
             sums[name] += (gradient.abs() if kind == "taylor" else gradient.square()).sum(0)
-        count += len(next(iter(some.values())))
+        count += len(next(iter(batch.values())))
     if not count:
         raise InputError("gradients", 0, f"at least one gradient is needed for {kind}")
     for name, total in sums.items():
         if not bool(torch.isfinite(total.sum())):
             raise InputError("gradient", name, "has NaN or Inf")
     if kind == "taylor":
-        return {name: found[name].abs() * total / count for name, total in sums.items()}
-    return {name: found[name].square() * total / (2 * count) for name, total in sums.items()}
+        return {name: values[name].abs() * total / count for name, total in sums.items()}
+    return {name: values[name].square() * total / (2 * count) for name, total in sums.items()}
 
 
-def best(worth: Tensor, keep: int, groups: int = 1) -> Tensor:
-    """The channels that stay, as booleans (channels,): ``keep`` of each of ``groups`` equal, adjacent groups.
+def most_important(importance: Tensor, keep: int, groups: int = 1) -> Tensor:
+    """Choose the channels that stay, those of the largest importance.
 
-    Of equals the first stay, so that the same input leads to the same model on every machine.
+    Of equally important channels the first stay, so that the same input leads to the same model on every
+    machine.
+
+    Args:
+        importance: (channels,).
+        keep: how many channels of each group stay, from 1 on.
+        groups: number of equal groups of neighbouring channels, such as heads.
+
+    Returns:
+        (channels,) bool, ``True`` for those that stay.
     """
-    rows = worth.reshape(groups, -1)
+    rows = importance.reshape(groups, -1)
     assert 1 <= keep <= rows.shape[1], "the shape was checked"
     order = rows.argsort(dim=1, descending=True, stable=True)[:, :keep]
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).flatten()
 
 
 class Cut:
-    """Which positions of which parameters stay; every group of channels adds what it gives up.
+    """Collects which positions of which parameters are cut, and cuts them.
 
-    Positions keep their order, so that heads, and the parts of a matrix for queries, keys and values, stay
-    where code looks for them.
+    The positions that stay keep their order. Heads, and the parts of a matrix for queries, keys and values,
+    therefore stay where code expects them.
 
     Args:
         shapes: of all parameters and buffers, by name.
@@ -123,29 +152,29 @@ class Cut:
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     def drop(self, channels: Channels, stays: Tensor) -> None:
-        """Give up the channels that do not stay (booleans, one for each)."""
+        """Cut all channels but those that stay, (channels,) bool."""
         for member in channels.members:
             kept = self.kept(member.name, member.dim)
-            kept[member.places[~stays].flatten()] = False
+            kept[member.positions[~stays].flatten()] = False
             self._kept[member.name, member.dim] = kept
 
     def kept(self, name: str, dim: int) -> Tensor:
-        """The positions of a parameter that stay along a dimension, as booleans."""
+        """The positions of a parameter that stay along a dimension, (size,) bool."""
         known = self._kept.get((name, dim))
         return torch.ones(self._shapes[name][dim], dtype=torch.bool) if known is None else known
 
     def sliced(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict without what was given up; what nothing was cut from is the same tensor."""
-        found = dict(state)
+        """A state dict without the cut positions; tensors without any are the same objects."""
+        result = dict(state)
         for (name, dim), kept in self._kept.items():
-            found[name] = found[name].index_select(dim, kept.nonzero().flatten().to(found[name].device))
-        return found
+            result[name] = result[name].index_select(dim, kept.nonzero().flatten().to(result[name].device))
+        return result
 
     def zeroed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same state dict, of the old shapes, with zeros where something was given up."""
-        found = dict(state)
+        """A state dict of the same shapes, with zeros at the cut positions."""
+        result = dict(state)
         for (name, dim), kept in self._kept.items():
-            shape = [1] * found[name].ndim
+            shape = [1] * result[name].ndim
             shape[dim] = -1
-            found[name] = found[name] * kept.reshape(shape).to(found[name].device)
-        return found
+            result[name] = result[name] * kept.reshape(shape).to(result[name].device)
+        return result

@@ -1,8 +1,8 @@
-"""Which layers share their channels: read off a model's graph by torch-pruning, and checked.
+"""Which layers share channels: torch-pruning's dependency graph of a model, checked.
 
-torch-pruning traces a forward pass and follows every channel through it. Where it loses count (as where Swin
-merges patches: a norm over four patches beside each other is taken for one over a single patch) a channel has
-fewer places than the parameter has room for, which is repaired if it is known how, and an error otherwise.
+torch-pruning traces a forward pass and follows every channel through it. It miscounts in some models: where
+Swin merges patches, a norm over four patches side by side is taken for a norm over one patch. A channel then
+has fewer positions than it should. That is repaired in the known cases, and is an error otherwise.
 """
 
 from __future__ import annotations
@@ -23,24 +23,30 @@ from pruners.structured.channels import Channels, Member
 if TYPE_CHECKING:
     from torch_pruning.dependency import DependencyGraph
 
-# Copies of all channels one after the other, as timm's PatchMerging flattens them.
-_BESIDE_EACH_OTHER = re.compile(r"(?:^|\.)downsample\.(?:norm|reduction)\.")
+# Here timm's PatchMerging concatenates several copies of all channels.
+_CONCATENATED = re.compile(r"(?:^|\.)downsample\.(?:norm|reduction)\.")
 _TABLES = re.compile(r"relative_position_bias_table$")  # one column for each head; no channel passes through
 
 
 def check_installed(key: str = "structured") -> None:
-    """Raises:
-    InputError: torch-pruning is not here.
+    """Check that torch-pruning is installed.
+
+    Args:
+        key: what asks for it, for the error.
+
+    Raises:
+        InputError: it is not.
     """
     if importlib.util.find_spec("torch_pruning") is None:
         expected = "needs torch-pruning, which is not installed: pip install 'espalier[deploy]'"
         raise InputError(key, None, expected)
 
 
-class Couplings:
-    """The graph of a model, in eval mode; the model is left as it was.
+class ChannelDependencies:
+    """The channel dependency graph of a model in eval mode. The model is left as it was.
 
     Args:
+        model: the model, on the CPU.
         images: (2, channels, height, width), any values.
 
     Raises:
@@ -55,42 +61,43 @@ class Couplings:
         self._parameters = {id(weight): name for name, weight in self._model.named_parameters()}
         ignored = [weight for name, weight in self._model.named_parameters() if _TABLES.search(name)]
         with warnings.catch_warnings(), torch.enable_grad():
-            # it says that lone parameters (class token, positions) are cut along their last dimension
+            # it warns that lone parameters (class token, positions) are cut along their last dimension
             warnings.filterwarnings("ignore", message="Unwrapped parameters")
             self._graph: DependencyGraph = torch_pruning.DependencyGraph().build_dependency(
                 self._model, example_inputs=images, ignored_params=ignored
             )
 
     def of(self, layer: str) -> Channels:
-        """The output channels of a linear or convolutional layer, with all that is coupled to them.
+        """The output channels of a linear or convolutional layer, in all parameters that depend on them.
 
-        Channels are numbered from 0; those of a matrix for queries, keys and values as each of the three
-        numbers them.
+        Channels are numbered from 0. In a matrix for queries, keys and values one channel is a row of each
+        of the three parts.
 
         Raises:
-            InputError: not every channel was found in every parameter.
+            InputError: torch-pruning miscounted the channels of a parameter.
         """
         root = self._model.get_submodule(layer)
-        found: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        pairs_of: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for item in self._graph.get_pruning_group(root, self._function(root), self._numbers(root)).items:
             pairs = list(zip(item.root_idxs, item.idxs, strict=True))
             for name, dim in self._parts(item.dep):
-                found.setdefault((name, dim), []).extend(pairs)
-        count = 1 + max(channel for channel, _ in found[f"{layer}.weight", 0])
+                pairs_of.setdefault((name, dim), []).extend(pairs)
+        count = 1 + max(channel for channel, _ in pairs_of[f"{layer}.weight", 0])
         members = []
-        for (name, dim), pairs in found.items():
+        for (name, dim), pairs in pairs_of.items():
             size = self._model.get_parameter(name).shape[dim]
-            members.append(Member(name, dim, _places(name, sorted(set(pairs)), count, size)))
+            members.append(Member(name, dim, _positions(name, sorted(set(pairs)), count, size)))
         return Channels(layer, tuple(members))
 
     def _numbers(self, root: nn.Module) -> list[int]:
-        """All channels of a root; where a matrix is split in three, those of its first third name all."""
+        """The numbers of all channels of a layer; of a matrix that is split in three, those of one third."""
         outputs = len(next(root.parameters(recurse=False)))
         first = self._graph.get_pruning_group(root, self._function(root), [0]).items[0]
         return list(range(outputs // len(first.idxs)))
 
     @staticmethod
     def _function(root: nn.Module) -> Any:
+        """torch-pruning's function that prunes the outputs of a layer."""
         import torch_pruning
 
         convolution = isinstance(root, nn.Conv2d)
@@ -114,20 +121,29 @@ class Couplings:
                 yield self._parameters[id(weight)], 0
 
 
-def _places(name: str, pairs: Sequence[tuple[int, int]], count: int, size: int) -> Tensor:
-    """(channel, position) as (channels, k): every position of the parameter belongs to one channel.
+def _positions(name: str, pairs: Sequence[tuple[int, int]], count: int, size: int) -> Tensor:
+    """The positions of each channel in a parameter.
+
+    Args:
+        name: of the parameter.
+        pairs: (channel, position), as torch-pruning finds them.
+        count: number of channels.
+        size: number of positions.
+
+    Returns:
+        (channels, k) long.
 
     Raises:
-        InputError: it does not.
+        InputError: a position belongs to no channel or to several.
     """
-    places: list[list[int]] = [[] for _ in range(count)]
+    positions: list[list[int]] = [[] for _ in range(count)]
     for channel, position in pairs:
-        places[channel].append(position)
+        positions[channel].append(position)
     copies = size // count
-    if copies > 1 and _BESIDE_EACH_OTHER.search(name) and all(len(one) < copies for one in places):
-        places = [[copy * count + channel for copy in range(copies)] for channel in range(count)]
-    whole = sorted(position for one in places for position in one) == list(range(size))
-    if not whole or any(len(one) != copies for one in places):
+    if copies > 1 and _CONCATENATED.search(name) and all(len(own) < copies for own in positions):
+        positions = [[copy * count + channel for copy in range(copies)] for channel in range(count)]
+    whole = sorted(position for own in positions for position in own) == list(range(size))
+    if not whole or any(len(own) != copies for own in positions):
         expected = "torch-pruning finds no channel of its own for each position of it; cannot be cut"
         raise InputError("structured", name, expected)
-    return torch.tensor(places)
+    return torch.tensor(positions)

@@ -20,8 +20,8 @@ CASES += [(method, pattern) for method in ("ovit", "woodfisher") for pattern in 
 @pytest.fixture
 def batched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Compiled loops fit nothing from here on, and fail if they are asked."""
-    monkeypatch.setattr(kernels, "fit", lambda *tensors: False)
-    for name in ("invert", "eliminate", "take_steps", "on_threads"):
+    monkeypatch.setattr(kernels, "supports", lambda *tensors: False)
+    for name in ("invert", "eliminate", "apply_steps", "on_threads"):
         monkeypatch.setattr(kernels, name, None)
     return monkeypatch
 

@@ -55,7 +55,7 @@ def test_an_input_error_does_not_wait_for_torch() -> None:
 PUBLIC = """
 import pruners
 assert all(getattr(pruners, name) is not None for name in pruners.__all__)
-assert set(pruners.__all__) == set(pruners._HOME)
+assert set(pruners.__all__) == set(pruners._MODULE_OF)
 assert not hasattr(pruners, "nope")
 zeros, numel = 0, 0
 """

@@ -24,7 +24,7 @@ FORBIDDEN = {
 }
 # Each floor imports only those before it; what shares one imports nothing of its neighbours.
 FLOORS = (
-    {"pruners.redaction"},
+    {"pruners.arithmetic", "pruners.redaction"},
     {"pruners.errors"},
     {"pruners.model"},
     {"pruners.allocation"},

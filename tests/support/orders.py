@@ -59,9 +59,9 @@ def assert_same(one: EliminationOrder, other: EliminationOrder, *, updates: bool
         right = other[name]
         assert torch.equal(left.indices, right.indices)
         assert torch.equal(left.losses, right.losses)
-        assert (left.prices is None) == (right.prices is None)
-        if left.prices is not None and right.prices is not None:
-            assert torch.equal(left.prices, right.prices)
+        assert (left.scores is None) == (right.scores is None)
+        if left.scores is not None and right.scores is not None:
+            assert torch.equal(left.scores, right.scores)
         assert (left.zeros, left.block_size, left.pattern) == (right.zeros, right.block_size, right.pattern)
         assert len(right.updates) == (len(left.updates) if updates else 0)
         for stretch, again in zip(left.updates, right.updates, strict=False):

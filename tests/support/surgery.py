@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruners.elimination.constraints import Rule
+from pruners.elimination.constraints import Constraint
 from pruners.elimination.obs import Elimination, eliminate
 
 Allowed = Callable[[Sequence[int]], Sequence[Sequence[int]]]
@@ -104,11 +104,13 @@ def eliminated(
     fisher: Tensor,
     alive: Tensor,
     *,
-    rule: Rule | None = None,
+    constraint: Constraint | None = None,
     steps: int | None = None,
     losses: Tensor | None = None,
 ) -> Elimination:
-    return eliminate(weights, inverse_of(fisher, alive), alive, rule=rule, steps=steps, losses=losses)
+    return eliminate(
+        weights, inverse_of(fisher, alive), alive, constraint=constraint, steps=steps, losses=losses
+    )
 
 
 def assert_idle_steps_do_nothing(done: Elimination) -> None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pruners.arithmetic import ceil_div
 from pruners.model.masks import MaskSet
 
 PACKED_FORMAT = "espalier-packed-2"
@@ -119,6 +120,6 @@ def _bits(mask: Tensor) -> Tensor:
 
 def _mask(bits: Tensor | None, shape: Sequence[int]) -> Tensor:
     numel = math.prod(shape)
-    if bits is None or bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
+    if bits is None or bits.dtype != torch.uint8 or bits.shape != (ceil_div(numel, 8),):
         raise ValueError(f"its bits do not fit a tensor of {list(shape)}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel).astype(bool)).reshape(tuple(shape))

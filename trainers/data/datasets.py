@@ -14,6 +14,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from pruners.arithmetic import ceil_div
 from pruners.errors import InputError
 from trainers.config.data import DataSettings
 from trainers.config.quantization import CALIBRATION_IMAGES
@@ -215,7 +216,7 @@ def train_loader(
     Raises:
         InputError: the batches that the processes prefetch do not fit into ``/dev/shm``.
     """
-    _check_shared_memory(processes, -(-batch // world) * augment.bytes)
+    _check_shared_memory(processes, ceil_div(batch, world) * augment.bytes)
     sampler = EpochBatches(len(table), batch, rank=rank, world=world, seed=seed, normed=normed)
     loader: Batches = DataLoader(
         TrainingImages(table, augment, seed),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from pruners.arithmetic import ceil_div
 from pruners.errors import InputError
 
 
@@ -68,7 +69,7 @@ class EpochBatches(Sampler[list[Sample]]):
         self._epoch, self._first = epoch, step
 
     def __len__(self) -> int:
-        return self._size // self._batch if self._drops else -(-self._size // self._batch)
+        return self._size // self._batch if self._drops else ceil_div(self._size, self._batch)
 
     def samples(self, epoch: int, step: int) -> list[Sample]:
         """This worker's images of a step."""

@@ -42,7 +42,8 @@ def write_order(job: OrderJob, device: torch.device) -> None:
         world=world,
         seed=job.seed,
     )
-    goal = Goal(pattern_budget(layers, pruning.sparsity, pruner.form, masks), sharing_of(pruning, pruner))
+    total = pattern_budget(layers, pruning.sparsity, pruner.sparsity_pattern, masks)
+    goal = Goal(total, sharing_of(pruning, pruner))
     order, damp = order_share(ordering(model, layers, masks, pruner, source), source, goal)
     with storage.writing(f"{job.folder}/part-{rank}") as folder:
         order.save(folder, job.fingerprint)

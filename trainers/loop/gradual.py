@@ -154,7 +154,8 @@ def end_epoch(session: Session) -> EpochReport:
     report |= cast(EpochReport, measured.facts)  # skipped images and steps, and the λ of a pruning step
     measured.next_epoch()
     _keep(session, report, result)
-    return report | {"kept": dict(session.kept)}
+    report["kept"] = dict(session.kept)
+    return report
 
 
 def _between(session: Session) -> EpochReport:
@@ -212,14 +213,14 @@ def _prune(session: Session, sparsity: float) -> None:
     pruned_before = sum(masks.pruned().values())
 
     def budget_at(level: float) -> int:
-        return max(pattern_budget(session.layers, level, pruner.form, masks), pruned_before)
+        return max(pattern_budget(session.layers, level, pruner.sparsity_pattern, masks), pruned_before)
 
     total = budget_at(sparsity)
     target: dict[str, int] | Sharing = sharing_of(settings, pruner)
     if job.allocation is not None:
         _check_allocation(job.allocation, budget_at(settings.sparsity), settings.sparsity)
         last = sparsity == settings.sparsity
-        unit = pruner.form.unit
+        unit = pruner.sparsity_pattern.unit
         target = (
             dict(job.allocation)
             if last

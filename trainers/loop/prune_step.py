@@ -18,17 +18,18 @@ from torch.utils.data import Dataset
 
 from pruners.allocation.bounds import per_layer
 from pruners.allocation.sharing import Allocation, Sharing
+from pruners.arithmetic import ceil_div
 from pruners.elimination.damping import DampChoice, choose_damp
 from pruners.elimination.fisher import BlockFisher
-from pruners.elimination.gradients import Batch, mean_loss
+from pruners.elimination.gradients import Batch, summed_loss
 from pruners.elimination.memory import free_bytes
 from pruners.elimination.order import EliminationOrder
 from pruners.errors import InputError
 from pruners.methods.base import Pruner
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
-from pruners.model.sparsity_pattern import Pattern, fitting
-from pruners.order_builder import Ordering, write
+from pruners.model.sparsity_pattern import Pattern, fitting_layers
+from pruners.order_builder import OrderBuilder, write_weights
 from trainers import distributed
 from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.data.datasets import fixed_batches
@@ -102,7 +103,7 @@ def gradient_source(
         The source of gradients.
     """
     count = settings.gradients or pruner.gradients
-    batches = -(-count // settings.batch_size) if settings.per_sample else count
+    batches = ceil_div(count, settings.batch_size) if settings.per_sample else count
 
     # with a gradient of each image the last batch may be needed in part only
     images_of = [
@@ -128,7 +129,7 @@ def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[Prunabl
         InputError: patterns that match nothing, or layers that the sparsity pattern cannot fit.
     """
     layers = find_layers(model, settings.layers)
-    return fitting(layers, Pattern.parse(settings.pattern), unfit=settings.unfit)
+    return fitting_layers(layers, Pattern.parse(settings.pattern), unfit=settings.unfit)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def ordering(
     masks: MaskSet,
     pruner: Pruner,
     source: Gradients,
-) -> Ordering:
+) -> OrderBuilder:
     """Make what orders this worker's share of the layers, from the gradients of all workers.
 
     Args:
@@ -184,7 +185,7 @@ def ordering(
             _gather_fisher(fisher, group, owner, device)
         return [layer for layer in group if owner[layer.name] == distributed.rank()]
 
-    return Ordering(
+    return OrderBuilder(
         model,
         layers,
         masks,
@@ -209,7 +210,7 @@ def _budget(device: torch.device) -> int:
     return min(free // max(sharing[name], 1) for name, free in everywhere)
 
 
-def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
+def prune_step(work: OrderBuilder, source: Gradients, goal: Goal) -> StepReport:
     """Prune a model in place, on every worker.
 
     Args:
@@ -230,7 +231,9 @@ def prune_step(work: Ordering, source: Gradients, goal: Goal) -> StepReport:
     return StepReport(result, choice)
 
 
-def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[EliminationOrder, DampChoice | None]:
+def order_share(
+    work: OrderBuilder, source: Gradients, goal: Goal
+) -> tuple[EliminationOrder, DampChoice | None]:
     """Compute the order of this worker's share of the layers.
 
     Args:
@@ -264,14 +267,14 @@ def order_share(work: Ordering, source: Gradients, goal: Goal) -> tuple[Eliminat
         if order is None or float(failed):  # all workers skip this λ together
             raise InputError("damp", damp, "failed on another worker")
         _apply(work, order, goal)
-        value, images = mean_loss(work.model, held_out(), functional.cross_entropy)
+        value, images = summed_loss(work.model, held_out(), functional.cross_entropy)
         sums = distributed.sum_over_workers(torch.tensor([value, float(images)], device=device))
         return float(sums[0] / sums[1].clamp_min(1))
 
     try:
         choice = choose_damp(loss_at)
     finally:
-        write(work.model, work.weights)
+        write_weights(work.model, work.weights)
     return work.order(choice.damp), choice
 
 
@@ -282,15 +285,16 @@ def _deepest(layers: Sequence[PrunableLayer], target: Allocation | Sharing) -> f
     return max((target[layer.name] / layer.numel for layer in layers), default=1.0)
 
 
-def _apply(work: Ordering, order: EliminationOrder, goal: Goal) -> MaskSet:
+def _apply(work: OrderBuilder, order: EliminationOrder, goal: Goal) -> MaskSet:
     """Write the weights that an order gives at a goal into the model, on every worker."""
     layers, target = work.layers, goal.target
     owner = owners(layers, distributed.world_size())
     parameters = dict(work.model.named_parameters())
-    pruned = {name: int((~mask).sum()) for name, mask in work.masks.items()}
+    pruned = work.masks.pruned()
     if isinstance(target, Sharing):
         losses = _gather_losses(order, layers, owner, next(iter(parameters.values())).device)
-        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=work.pruner.form.unit)
+        unit = work.pruner.sparsity_pattern.unit
+        target = target.allocate(losses, layers, goal.total, pruned=pruned, unit=unit)
     _check_kept(target, pruned)
     new: dict[str, Tensor] = {}
     for layer in layers:

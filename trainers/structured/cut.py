@@ -17,8 +17,8 @@ from pruners.elimination.gradients import Batch, gradients
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
-from pruners.structured.channels import WITH_GRADIENTS, Channels, Cut, Member, best, saliencies
-from pruners.structured.dependency import Couplings
+from pruners.structured.channels import WITH_GRADIENTS, Channels, Cut, Member, most_important, saliencies
+from pruners.structured.dependency import ChannelDependencies
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.config.structured import StructuredSettings, format_cut
 from trainers.models import factory
@@ -154,7 +154,7 @@ class _Channels:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         before, after = plan.before, plan.after
-        graph = Couplings(copy.deepcopy(model).cpu(), noise(model))
+        graph = ChannelDependencies(copy.deepcopy(model).cpu(), noise(model))
         self.hidden: dict[str, Channels] = {}
         self.inner: dict[str, Channels] = {}
         self.embed: list[Channels] = []
@@ -192,11 +192,11 @@ def _choose(model: nn.Module, channels: _Channels, plan: Plan, saliency: Mapping
     for block, stage in plan.before.blocks():
         if block in channels.hidden:
             hidden = channels.hidden[block]
-            cut.drop(hidden, best(hidden.worth(saliency), plan.after.hidden[stage]))
+            cut.drop(hidden, most_important(hidden.importance(saliency), plan.after.hidden[stage]))
         if block in channels.inner:
             _cut_attention(cut, (block, stage), channels.inner[block], plan, saliency)
     for group, width in zip(channels.embed, plan.after.widths, strict=False):
-        cut.drop(group, best(group.worth(saliency), width))
+        cut.drop(group, most_important(group.importance(saliency), width))
     return cut
 
 
@@ -206,16 +206,16 @@ def _cut_attention(
     """Keep the most salient heads, and in each of them the most salient query-key pairs and values."""
     (block, stage), before, after = position, plan.before, plan.after
     heads, dim = before.heads[stage], before.head_dim[stage]
-    stay = best(inner.worth(saliency).reshape(heads, dim).sum(1), after.heads[stage])
+    stay = most_important(inner.importance(saliency).reshape(heads, dim).sum(1), after.heads[stage])
     # queries meet keys, and values the projection: the two have nothing else in common
-    first = [member for member in inner.members if member.places.shape[1] == 3]
-    query_key = [Member(member.name, member.dim, member.places[:, :2]) for member in first]
-    values = [Member(member.name, member.dim, member.places[:, 2:]) for member in first]
-    values += [member for member in inner.members if member.places.shape[1] == 1]
+    first = [member for member in inner.members if member.positions.shape[1] == 3]
+    query_key = [Member(member.name, member.dim, member.positions[:, :2]) for member in first]
+    values = [Member(member.name, member.dim, member.positions[:, 2:]) for member in first]
+    values += [member for member in inner.members if member.positions.shape[1] == 1]
     assert len(first) + 1 <= len(inner.members), "the projection takes what the values give"
     for members in (query_key, values):
         group = Channels(block, tuple(members))
-        kept = best(group.worth(saliency), after.head_dim[stage], groups=heads)
+        kept = most_important(group.importance(saliency), after.head_dim[stage], groups=heads)
         cut.drop(group, kept & stay.repeat_interleave(dim))
     if before.family == "swin":
         table = Member(f"{block}.attn.relative_position_bias_table", 1, torch.arange(heads).unsqueeze(1))

@@ -20,7 +20,7 @@ from surgery import (
 )
 from torch import Tensor
 
-from pruners.elimination.constraints import FewOfEach, WholeGroups
+from pruners.elimination.constraints import GroupLimits, WholeGroups
 from pruners.elimination.obs import Elimination
 from pruners.model.sparsity_pattern import Pattern
 
@@ -47,8 +47,8 @@ def test_a_few_of_each_group(seed: int, groups: int, pattern: str, alive_share: 
         seed, 2, groups * 4 // form.group * form.group or form.group, alive_share=alive_share
     )
     room = form.room(alive)
-    rule = FewOfEach((torch.arange(alive.shape[1]) // form.group).expand_as(alive), room)
-    done = eliminated(weights, fisher, alive, rule=rule, steps=int(room.sum(1).max()))
+    rule = GroupLimits((torch.arange(alive.shape[1]) // form.group).expand_as(alive), room)
+    done = eliminated(weights, fisher, alive, constraint=rule, steps=int(room.sum(1).max()))
     allowed = [few_of_each(form.group, form.group - form.keep, one) for one in alive]
     assert_constrained_surgery(done, weights, fisher, alive, allowed)
     for block in range(2):  # and it ends where the pattern is reached
@@ -64,7 +64,7 @@ def test_a_full_group_still_follows_the_others() -> None:
     weights, fisher, alive = blocks_of(5, 1, 8, alive_share=1.0)
     weights[0, :4] *= 1e-3  # the first group fills up first
     groups = (torch.arange(8) // 4).unsqueeze(0)
-    done = eliminated(weights, fisher, alive, rule=FewOfEach(groups, torch.tensor([[2, 2]])), steps=4)
+    done = eliminated(weights, fisher, alive, constraint=GroupLimits(groups, torch.tensor([[2, 2]])), steps=4)
     assert sorted((done.order[0] // 4).tolist()) == [0, 0, 1, 1]
     assert (done.order[0, :2] // 4).tolist() == [0, 0]
     stay = [place for place in range(4) if place not in done.order[0]]
@@ -81,13 +81,13 @@ def test_a_full_group_still_follows_the_others() -> None:
 @quick(40)
 def test_groups_fall_whole(seed: int, size: int, groups: int, alive_share: float) -> None:
     problem = blocks_of(seed, 3, size * groups, alive_share=alive_share, unit=size)
-    done = eliminated(*problem, rule=WholeGroups(size))
+    done = eliminated(*problem, constraint=WholeGroups(size))
     assert_constrained_surgery(done, *problem, [whole_groups(size, one) for one in problem[2]])
 
 
 def test_groups_fall_whole_in_some_steps_too() -> None:
     problem = blocks_of(7, 2, 40, alive_share=0.8, unit=4)
-    done = eliminated(*problem, rule=WholeGroups(4), steps=12)
+    done = eliminated(*problem, constraint=WholeGroups(4), steps=12)
     assert done.order.shape == (2, 12)
     assert_constrained_surgery(done, *problem, [whole_groups(4, one) for one in problem[2]])
 
@@ -100,7 +100,7 @@ def test_the_joint_loss_is_that_of_the_group_not_the_sum_of_its_weights() -> Non
     inverse = torch.linalg.inv(fisher[0])
     alone = weights[0].square() / (2 * inverse.diagonal())
     assert alone[:2].sum() < alone[2:].sum()
-    done = eliminated(weights, fisher, torch.ones(1, 4, dtype=torch.bool), rule=WholeGroups(2))
+    done = eliminated(weights, fisher, torch.ones(1, 4, dtype=torch.bool), constraint=WholeGroups(2))
     assert done.order[0].tolist() == [2, 3, 0, 1]
     assert done.losses[0, 1] == pytest.approx(0.81)
     assert done.losses[0, 3] == pytest.approx(0.81 + 1.99)

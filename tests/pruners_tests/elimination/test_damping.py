@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruners import InputError, create_pruner, find_layers, prune
 from pruners.elimination.damping import LADDER, choose_damp
-from pruners.elimination.gradients import mean_loss
+from pruners.elimination.gradients import summed_loss
 from pruners.elimination.memory import fisher_bytes
 from pruners.methods.registry import SECOND_ORDER
 
@@ -77,7 +77,7 @@ def test_the_curve_is_that_of_pruning_with_each_and_the_best_is_taken(method: st
         other = tiny_vit()
         pruner = create_pruner(method, block_size=32, damp=damp, relative=False)
         prune(other, pruner, 0.7, batches=batches(4))
-        total, images = mean_loss(other, batches(7)[4:], LOSS)
+        total, images = summed_loss(other, batches(7)[4:], LOSS)
         assert loss == pytest.approx(total / images, rel=1e-6)
         states[damp] = state(other)
     assert report.damp.damp == min(LADDER, key=lambda damp: (report.damp.losses[damp], -damp))

@@ -10,7 +10,7 @@ from helpers import CONVOLUTIONS, batches, state, tiny_conv, tiny_swin, tiny_vit
 from torch import Tensor, nn
 
 from pruners import MaskSet, PrunableLayer, find_layers
-from pruners.elimination.gradients import Batch, gradients, mean_loss
+from pruners.elimination.gradients import Batch, gradients, summed_loss
 
 LOSS = nn.functional.cross_entropy
 MODELS: dict[str, Callable[[], nn.Module]] = {"vit": tiny_vit, "swin": tiny_swin, "conv": tiny_conv}
@@ -140,9 +140,9 @@ def test_modes_are_restored_after_an_error(per_sample: bool) -> None:
 def test_the_mean_loss_weighs_batches_by_their_images() -> None:
     model = tiny_vit().train()
     given = [*batches(2), (batches(1)[0][0][:1], batches(1)[0][1][:1])]
-    total, images = mean_loss(model, given, LOSS)
+    total, images = summed_loss(model, given, LOSS)
     assert images == 9
     assert model.training
     whole = LOSS(model.eval()(torch.cat([x for x, _ in given])), torch.cat([y for _, y in given]))
     assert total / images == pytest.approx(float(whole.detach()), rel=1e-5)
-    assert mean_loss(model, [], LOSS) == (0.0, 0)
+    assert summed_loss(model, [], LOSS) == (0.0, 0)

@@ -16,7 +16,7 @@ from pruners.elimination.fisher import BlockFisher
 from pruners.elimination.memory import fisher_bytes, free_bytes, layer_groups
 from pruners.methods.registry import SECOND_ORDER, create_pruner
 from pruners.methods.second_order import SecondOrder
-from pruners.order_builder import Ordering, again
+from pruners.order_builder import OrderBuilder, repeatable
 
 METHODS = sorted(SECOND_ORDER)
 SIZE = 32
@@ -30,10 +30,10 @@ def pruner_of(method: str, **options: object) -> SecondOrder:
     return pruner
 
 
-def ordering(model: nn.Module, pruner: SecondOrder, memory: int | None) -> Ordering:
+def ordering(model: nn.Module, pruner: SecondOrder, memory: int | None) -> OrderBuilder:
     layers = find_layers(model)
     masks = MaskSet.dense(model, layers)
-    return Ordering(model, layers, masks, pruner, lambda: batches(4), LOSS, limit=4, memory=memory)
+    return OrderBuilder(model, layers, masks, pruner, lambda: batches(4), LOSS, limit=4, memory=memory)
 
 
 @lru_cache
@@ -114,7 +114,7 @@ def test_a_method_without_a_fisher_takes_no_pass() -> None:
     model = tiny_vit()
     layers = find_layers(model)
     masks = MaskSet.dense(model, layers)
-    work = Ordering(model, layers, masks, create_pruner("dimap"), lambda: iter(()), LOSS, memory=1)
+    work = OrderBuilder(model, layers, masks, create_pruner("dimap"), lambda: iter(()), LOSS, memory=1)
     assert work.passes == 0
     assert set(work.order()) == {layer.name for layer in layers}
 
@@ -129,8 +129,8 @@ def test_batches_that_can_be_read_once_are_refused_where_they_are_needed_again()
     assert state(model) == before
     prune(model, pruner_of("ovit"), 0.5, batches=iter(batches(4)), memory=1 << 30)
     source = batches(2)
-    assert again(source, 3)() is source
-    assert next(iter(again(iter(source), 1)())) is source[0]
+    assert repeatable(source, 3)() is source
+    assert next(iter(repeatable(iter(source), 1)())) is source[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -178,10 +178,10 @@ def peak(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def look(fisher: BlockFisher) -> None:
         sums = sum(part.nbytes for parts in fisher.sums.values() for part in parts)
-        held[id(fisher)] = sums + sum(waiting.nbytes for waiting in fisher._waiting.values())
+        held[id(fisher)] = sums + sum(waiting.nbytes for waiting in fisher._buffers.values())
         most[0] = max(most[0], held[id(fisher)])
 
-    for name in ("add_many", "_fold", "flush", "discard"):
+    for name in ("add_many", "_add_buffers", "flush", "discard"):
         measured(name)
     return most
 

@@ -19,10 +19,10 @@ from surgery import (
 from torch import Tensor
 
 from pruners.elimination import obs
-from pruners.elimination.constraints import AnyWeight
+from pruners.elimination.constraints import Unconstrained
 from pruners.elimination.obs import Elimination
 
-RULES = {"compiled": None, "batched": AnyWeight()}
+RULES = {"compiled": None, "batched": Unconstrained()}
 both_paths = pytest.mark.parametrize("path", RULES)
 
 cases = given(
@@ -35,15 +35,15 @@ cases = given(
 
 def test_both_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    for name in ("_one_by_one", "_together"):
+    for name in ("_by_blocks", "_batched"):
         real = getattr(obs, name)
         monkeypatch.setattr(
             obs, name, lambda *a, real=real, name=name, **k: (taken.append(name), real(*a, **k))[1]
         )
     problem = blocks_of(0, 2, 4, alive_share=1.0)
     for rule in RULES.values():
-        eliminated(*problem, rule=rule)
-    assert taken == ["_one_by_one", "_together"]
+        eliminated(*problem, constraint=rule)
+    assert taken == ["_by_blocks", "_batched"]
 
 
 def assert_surgery(
@@ -64,7 +64,7 @@ def test_same_pivots_losses_and_weights_as_the_surgeon(
     path: str, seed: int, blocks: int, size: int, alive_share: float
 ) -> None:
     problem = blocks_of(seed, blocks, size, alive_share=alive_share)
-    done = eliminated(*problem, rule=RULES[path])
+    done = eliminated(*problem, constraint=RULES[path])
     assert done.order.shape == (blocks, int(problem[2].sum(1).max()))
     assert_surgery(done, problem, size)
 
@@ -78,7 +78,7 @@ def test_some_steps_are_the_first_of_all_and_losses_go_on_from_those_before(
     problem = blocks_of(seed, 3, size, alive_share=0.8)
     steps = max(int(share * size), 1)
     before = torch.tensor([0.0, 1.5, 30.0], dtype=torch.float64)
-    some = eliminated(*problem, rule=RULES[path], steps=steps, losses=before)
+    some = eliminated(*problem, constraint=RULES[path], steps=steps, losses=before)
     assert some.order.shape[1] <= steps
     assert sum(columns.v.shape[1] for columns in some.columns) == some.order.shape[1]
     assert_surgery(some, problem, steps, before)
@@ -91,7 +91,7 @@ def test_weights_are_the_closed_form_of_what_remains(
     path: str, seed: int, blocks: int, size: int, alive_share: float
 ) -> None:
     weights, fisher, alive = blocks_of(seed, blocks, size, alive_share=alive_share)
-    done = eliminated(weights, fisher, alive, rule=RULES[path])
+    done = eliminated(weights, fisher, alive, constraint=RULES[path])
     for block in range(blocks):
         for count in range(int(alive[block].sum()) + 1):
             fallen = done.order[block, :count]
@@ -113,7 +113,7 @@ def test_losses_ascend_and_are_half_the_squared_coefficients(
 ) -> None:
     problem = blocks_of(seed, blocks, size, alive_share=alive_share)
     alive = problem[2]
-    done = eliminated(*problem, rule=RULES[path])
+    done = eliminated(*problem, constraint=RULES[path])
     y = torch.cat([columns.y for columns in done.columns], 1) if done.columns else torch.zeros(blocks, 0)
     for block in range(blocks):
         count = int(alive[block].sum())
@@ -129,7 +129,7 @@ def test_losses_ascend_and_are_half_the_squared_coefficients(
 @pytest.mark.parametrize("alive_share", [1.0, 0.5])
 def test_compiled_and_batched_agree_at_full_size(size: int, alive_share: float) -> None:
     problem = blocks_of(1, 3, size, alive_share=alive_share)
-    compiled, batched = (eliminated(*problem, rule=rule) for rule in RULES.values())
+    compiled, batched = (eliminated(*problem, constraint=rule) for rule in RULES.values())
     for block in range(3):
         count = int(problem[2][block].sum())
         assert torch.equal(compiled.order[block, :count], batched.order[block, :count])
@@ -158,7 +158,7 @@ def test_threads_share_the_blocks_and_change_nothing() -> None:
 @both_paths
 def test_the_loss_is_the_quadratic_form_of_the_whole_change(path: str) -> None:
     weights, fisher, alive = blocks_of(3, 1, 8, alive_share=1.0)
-    done = eliminated(weights, fisher, alive, rule=RULES[path])
+    done = eliminated(weights, fisher, alive, constraint=RULES[path])
     for count in range(1, 9):
         delta = weights_after(done, weights, alive, 0, count) - weights[0]
         assert float(done.losses[0, count - 1]) == pytest.approx(float(0.5 * delta @ fisher[0] @ delta))
@@ -170,7 +170,7 @@ def test_correlations_are_followed(path: str) -> None:
     fisher = torch.tensor([[[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 0.6, 0.7]], dtype=torch.float64)
     alive = torch.ones(1, 3, dtype=torch.bool)
-    done = eliminated(weights, fisher, alive, rule=RULES[path])
+    done = eliminated(weights, fisher, alive, constraint=RULES[path])
     assert done.order[0].tolist() == [0, 2, 1]  # by magnitude alone 1 would fall before 2
     assert weights_after(done, weights, alive, 0, 1).tolist() == pytest.approx([0.0, 0.6 + 0.99 * 0.5, 0.7])
 
@@ -179,11 +179,11 @@ def test_correlations_are_followed(path: str) -> None:
 def test_blocks_without_a_living_weight(path: str) -> None:
     weights, fisher, alive = blocks_of(0, 2, 4, alive_share=1.0)
     alive[0] = False
-    done = eliminated(weights, fisher, alive, rule=RULES[path])
+    done = eliminated(weights, fisher, alive, constraint=RULES[path])
     assert (done.losses[0] == torch.inf).all()
     assert all((columns.y[0] == 0).all() for columns in done.columns)
     assert_surgery(done, (weights, fisher, alive), 4)
     alive[:] = False
-    assert eliminated(weights, fisher, alive, rule=RULES[path]).order.shape == (2, 0)
-    none = obs.eliminate(weights[:0], inverse_of(fisher, alive)[:0], alive[:0], rule=RULES[path])
+    assert eliminated(weights, fisher, alive, constraint=RULES[path]).order.shape == (2, 0)
+    none = obs.eliminate(weights[:0], inverse_of(fisher, alive)[:0], alive[:0], constraint=RULES[path])
     assert none.order.shape == (0, 0)

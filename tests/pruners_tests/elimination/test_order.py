@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pruners import InputError, Scope, allocate
 from pruners.allocation.projection import budget
-from pruners.elimination.order import EliminationOrder, LayerOrder, Stretch, merge
+from pruners.elimination.order import EliminationOrder, LayerOrder, UpdateSegment, merge
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 CORRELATED = [name for name in PRUNERS if "ovit" in name]
@@ -136,10 +136,10 @@ def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
     weight = torch.randn(15, generator=random)
     indices = torch.cat([torch.arange(0, 15, 3), torch.arange(1, 15, 3)])  # the first of each, the second
 
-    def stretch(block: int, blocks: int, begin: int | Tensor, end: Tensor | None) -> Stretch:
+    def stretch(block: int, blocks: int, begin: int | Tensor, end: Tensor | None) -> UpdateSegment:
         slots = torch.tensor([[0, 1, 2]]).repeat(blocks, 1).short()
         columns, y = (torch.randn(blocks, *shape, generator=random) for shape in ((1, 3), (1,)))
-        return Stretch(block, begin, columns, y, slots, end)
+        return UpdateSegment(block, begin, columns, y, slots, end)
 
     ones = torch.ones(5, dtype=torch.long)
     updates = (
@@ -173,9 +173,9 @@ def test_stretches_over_other_blocks_each_time_add_up() -> None:
 def test_no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     order, weight, states = stretches_by_hand()
     written: list[set[int]] = []
-    real = Stretch.take
+    real = UpdateSegment.apply_
 
-    def take(self: Stretch, weights: Tensor, *rest: object) -> None:
+    def take(self: UpdateSegment, weights: Tensor, *rest: object) -> None:
         before = weights.clone()
         real(self, weights, *rest)  # type: ignore[arg-type]
         written[-1] |= set((weights != before).reshape(-1).nonzero().reshape(-1).tolist())
@@ -185,7 +185,7 @@ def test_no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) 
             written.append(set())
             work(slice(part, part + 1))  # type: ignore[operator]
 
-    monkeypatch.setattr(Stretch, "take", take)
+    monkeypatch.setattr(UpdateSegment, "apply_", take)
     monkeypatch.setattr("pruners.elimination.kernels.on_threads", one_by_one)
     torch.testing.assert_close(order.weight(weight, 10), states[10])
     assert len(written) > 1

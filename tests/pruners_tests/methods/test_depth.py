@@ -88,11 +88,11 @@ def test_it_reaches_so_deep_and_begins_as_the_whole(kind: str, depth: float) -> 
             assert len(one.indices) < 0.9 * len(whole[layer.name].indices) or depth > 0.4
         assert one.zeros == whole[layer.name].zeros
         assert_begins_as(one, whole[layer.name], 1e-6)
-        if one.prices is not None:
-            prices = whole[layer.name].prices
+        if one.scores is not None:
+            prices = whole[layer.name].scores
             assert prices is not None
-            assert torch.equal(one.prices, prices[: len(one.prices)])
-            assert len(one.prices) == len(one.indices)
+            assert torch.equal(one.scores, prices[: len(one.scores)])
+            assert len(one.scores) == len(one.indices)
 
 
 @every_pruner
@@ -139,8 +139,8 @@ def test_few_passes_suffice_however_unlike_the_blocks_are(
     for _ in range(20):
         fisher.add({layer.name: torch.randn(layer.shape, generator=random)})
     passes = []
-    real = OViT.deepen
-    monkeypatch.setattr(OViT, "deepen", lambda *args: (passes.append(args[-1]), real(*args))[1])
+    real = OViT.extend
+    monkeypatch.setattr(OViT, "extend", lambda *args: (passes.append(args[-1]), real(*args))[1])
     masks = {layer.name: torch.ones(layer.shape, dtype=torch.bool)}
     found = pruner.order({layer.name: weight}, [layer], masks, fisher, depth=depth)[layer.name]
     assert len(found.indices) >= depth * layer.numel

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import InputError, Pattern
-from pruners.model.sparsity_pattern import fitting
+from pruners.model.sparsity_pattern import fitting_layers
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def test_layers_that_do_not_fit_are_refused_by_name_or_left_out() -> None:
     with pytest.raises(
         InputError, match=r"2:4.*cannot fit odd\.weight, which has 6 inputs \(no multiple of 4\)"
     ):
-        fitting(layers, pattern)
-    assert fitting(layers, pattern, unfit="dense") == [LINEAR, CONV]
-    assert fitting(layers[:2], pattern) == [LINEAR, CONV]
-    assert fitting(layers, Pattern()) == layers
+        fitting_layers(layers, pattern)
+    assert fitting_layers(layers, pattern, unfit="dense") == [LINEAR, CONV]
+    assert fitting_layers(layers[:2], pattern) == [LINEAR, CONV]
+    assert fitting_layers(layers, Pattern()) == layers
     with pytest.raises(InputError, match=r"cannot fit odd\.weight"):  # none would be left
-        fitting([ODD], pattern, unfit="dense")
+        fitting_layers([ODD], pattern, unfit="dense")
     with pytest.raises(InputError, match="unfit = 'leave'"):
-        fitting(layers, pattern, unfit="leave")
+        fitting_layers(layers, pattern, unfit="leave")
 
 
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "1x4"])

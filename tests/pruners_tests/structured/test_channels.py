@@ -14,8 +14,8 @@ from torch.nn import functional
 from pruners.elimination.gradients import gradients
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
-from pruners.structured.channels import KINDS, Channels, Cut, Member, best, saliencies
-from pruners.structured.dependency import Couplings
+from pruners.structured.channels import KINDS, Channels, Cut, Member, most_important, saliencies
+from pruners.structured.dependency import ChannelDependencies
 
 HIDDEN = 6
 
@@ -55,11 +55,11 @@ def by_loops(model: nn.Module, kind: str) -> list[float]:
 
 
 def worth(model: nn.Module, kind: str) -> tuple[Channels, Tensor]:
-    hidden = Couplings(model, mlp_batches()[0][0][:2]).of("0")
+    hidden = ChannelDependencies(model, mlp_batches()[0][0][:2]).of("0")
     weights = {member.name: model.get_parameter(member.name) for member in hidden.members}
     layers = [PrunableLayer(name, "", 0, tuple(weight.shape)) for name, weight in weights.items()]
     source = gradients(model, layers, {}, mlp_batches(), functional.cross_entropy)
-    return hidden, hidden.worth(saliencies(kind, weights, source))
+    return hidden, hidden.importance(saliencies(kind, weights, source))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +77,7 @@ def test_a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind: str) -> N
         model.get_parameter("0.weight")[2] *= 10  # large, and of no use
     hidden, found = worth(model, kind)
     assert float(found[2]) == 0
-    stays = best(found, HIDDEN - 1)
+    stays = most_important(found, HIDDEN - 1)
     assert stays.tolist() == [True, True, False, True, True, True]
     cut = Cut({name: tensor.shape for name, tensor in model.state_dict().items()})
     cut.drop(hidden, stays)
@@ -114,7 +114,7 @@ def test_bad_saliencies_are_refused(kind: str, gradient: list[list[float]] | Non
 
 
 def test_of_equals_the_first_stay() -> None:
-    assert best(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2).tolist() == [True, False, False, True]
+    assert most_important(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2).tolist() == [True, False, False, True]
 
 
 @quick(40)
@@ -122,7 +122,7 @@ def test_of_equals_the_first_stay() -> None:
 def test_the_best_of_each_group_stay(groups: int, size: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, size))
     values = data.draw(st.lists(st.integers(0, 9), min_size=groups * size, max_size=groups * size))
-    stays = best(torch.tensor(values, dtype=torch.float64), keep, groups)
+    stays = most_important(torch.tensor(values, dtype=torch.float64), keep, groups)
     for group in range(groups):
         part = range(group * size, (group + 1) * size)
         kept = sorted((values[i] for i in part if stays[i]), reverse=True)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.structured.channels import Channels
-from pruners.structured.dependency import Couplings
+from pruners.structured.dependency import ChannelDependencies
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 
 
 def members(channels: Channels) -> dict[str, tuple[int, int]]:
     """Parameter -> (dimension, places of a channel)."""
-    return {one.name: (one.dim, one.places.shape[1]) for one in channels.members}
+    return {one.name: (one.dim, one.positions.shape[1]) for one in channels.members}
 
 
 @pytest.mark.parametrize(("architecture", "block"), [(VIT, "blocks.1"), (SWIN, "layers.1.blocks.0")])
 def test_an_mlp_and_an_attention(architecture: str, block: str) -> None:
-    graph = Couplings(tiny(architecture)[0], IMAGES)
+    graph = ChannelDependencies(tiny(architecture)[0], IMAGES)
     assert members(graph.of(f"{block}.mlp.fc1")) == {
         f"{block}.mlp.fc1.weight": (0, 1),
         f"{block}.mlp.fc1.bias": (0, 1),
@@ -37,14 +37,14 @@ def test_an_mlp_and_an_attention(architecture: str, block: str) -> None:
         f"{block}.attn.qkv.bias": (0, 3),
         f"{block}.attn.proj.weight": (1, 1),
     }
-    (places,) = {tuple(map(tuple, one.places.tolist())) for one in inner.members if "qkv" in one.name}
+    (places,) = {tuple(map(tuple, one.positions.tolist())) for one in inner.members if "qkv" in one.name}
     # query, key and value of a channel lie a third of the matrix apart
     assert places == tuple((channel, 16 + channel, 32 + channel) for channel in range(16))
 
 
 def test_the_embedding_of_a_vit_is_everywhere() -> None:
     model = tiny(VIT)[0]
-    found = members(Couplings(model, IMAGES).of("patch_embed.proj"))
+    found = members(ChannelDependencies(model, IMAGES).of("patch_embed.proj"))
     elsewhere = {name for name in dict(model.named_parameters()) if name not in found}
     inside = {f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv.bias", "mlp.fc1.bias")}
     assert elsewhere == inside | {"head.bias"}
@@ -54,10 +54,10 @@ def test_the_embedding_of_a_vit_is_everywhere() -> None:
 def test_layer_scales_and_other_tokens_are_coupled_too() -> None:
     arguments = {**VIT_ARGS, "init_values": 0.1}
     scaled = timm.create_model(VIT, num_classes=3, **arguments)
-    found = members(Couplings(scaled, IMAGES).of("patch_embed.proj"))
+    found = members(ChannelDependencies(scaled, IMAGES).of("patch_embed.proj"))
     assert found["blocks.0.ls1.gamma"] == (0, 1)
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **VIT_ARGS)
-    found = members(Couplings(distilled, IMAGES).of("patch_embed.proj"))
+    found = members(ChannelDependencies(distilled, IMAGES).of("patch_embed.proj"))
     assert found["dist_token"] == (2, 1)
     assert found["head_dist.weight"] == (1, 1)
 
@@ -65,9 +65,9 @@ def test_layer_scales_and_other_tokens_are_coupled_too() -> None:
 def test_merged_patches_lie_beside_each_other() -> None:
     """torch-pruning finds one place of a channel in a norm over four patches."""
     model = tiny(SWIN)[0]
-    found = Couplings(model, IMAGES).of("patch_embed.proj")
+    found = ChannelDependencies(model, IMAGES).of("patch_embed.proj")
     (norm,) = [one for one in found.members if one.name == "layers.1.downsample.norm.weight"]
-    assert norm.places.tolist() == [[c, 8 + c, 16 + c, 24 + c] for c in range(8)]
+    assert norm.positions.tolist() == [[c, 8 + c, 16 + c, 24 + c] for c in range(8)]
     # as the model itself has it: a channel of 1 in the first stage is seen at these places
     seen: list[Tensor] = []
     merge = model.get_submodule("layers.1.downsample")
@@ -75,12 +75,12 @@ def test_merged_patches_lie_beside_each_other() -> None:
     inputs = torch.zeros(1, 2, 2, 8)
     inputs[..., 5] = 1.0
     merge(inputs)
-    assert seen[0].flatten().nonzero().flatten().tolist() == norm.places[5].tolist()
+    assert seen[0].flatten().nonzero().flatten().tolist() == norm.positions[5].tolist()
 
 
 def test_relative_positions_have_no_channels() -> None:
     model = tiny(SWIN)[0]
-    graph = Couplings(model, IMAGES)
+    graph = ChannelDependencies(model, IMAGES)
     roots = ["patch_embed.proj", "layers.1.downsample.reduction", "layers.0.blocks.0.attn.qkv"]
     assert not any("relative" in name for root in roots for name in members(graph.of(root)))
 
@@ -101,7 +101,7 @@ class _Merging(nn.Module):
 
 
 def test_what_is_miscounted_is_an_error() -> None:
-    graph = Couplings(_Merging(), IMAGES)
+    graph = ChannelDependencies(_Merging(), IMAGES)
     with pytest.raises(InputError, match=r"merge\.weight.*torch-pruning finds no channel of its own"):
         graph.of("stem")
 
@@ -109,14 +109,14 @@ def test_what_is_miscounted_is_an_error() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = uneven()
     before = state(model)
-    Couplings(model, torch.zeros(2, 3, 32, 32)).of("patch_embed.proj")
+    ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("patch_embed.proj")
     assert state(model) == before
 
 
 def test_it_works_where_nothing_is_differentiated() -> None:
     model = tiny_swin().requires_grad_(False)
     with torch.no_grad():
-        found = Couplings(model, torch.zeros(2, 3, 32, 32)).of("layers.0.blocks.0.mlp.fc1")
+        found = ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("layers.0.blocks.0.mlp.fc1")
     assert found.count == 32
     assert not any(weight.requires_grad for weight in model.parameters())
 
@@ -124,4 +124,4 @@ def test_it_works_where_nothing_is_differentiated() -> None:
 def test_without_torch_pruning_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'espalier\[deploy\]'"):
-        Couplings(tiny(VIT)[0], IMAGES)
+        ChannelDependencies(tiny(VIT)[0], IMAGES)

@@ -29,7 +29,7 @@ def test_recipes_know_the_methods_that_there_are() -> None:
 def test_every_method_takes_the_options_of_a_recipe(method: str) -> None:
     fisher = {"gradients": 7, "block_size": {"QKV": 16}, "damp": 0.5, "double": True}
     pruner: Any = create_pruner(method, **settings(pattern="1x4", fisher=fisher).options(method))
-    assert pruner.form == Pattern.parse("1x4")
+    assert pruner.sparsity_pattern == Pattern.parse("1x4")
     if method in SECOND_ORDER:
         assert (pruner.gradients, pruner.block_size, pruner.damp) == (7, {"QKV": 16}, 0.5)
         assert pruner.double

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pruners import MaskSet, find_layers
 from pruners.elimination.gradients import Batch
 from pruners.structured.channels import Channels, Member
-from pruners.structured.dependency import Couplings
+from pruners.structured.dependency import ChannelDependencies
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.structured import StructuredSettings
 from trainers.models import factory
@@ -186,36 +186,36 @@ def _stale_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _merging_as_counted_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four channels of one patch in place of one channel of four patches."""
-    original = Couplings.of
+    original = ChannelDependencies.of
 
-    def wrong(self: Couplings, layer: str) -> Channels:
+    def wrong(self: ChannelDependencies, layer: str) -> Channels:
         result = original(self, layer)
         members = [
-            Member(item.name, item.dim, torch.arange(item.places.numel()).reshape(item.places.shape))
-            if "downsample" in item.name and item.places.shape[1] == 4
+            Member(item.name, item.dim, torch.arange(item.positions.numel()).reshape(item.positions.shape))
+            if "downsample" in item.name and item.positions.shape[1] == 4
             else item
             for item in result.members
         ]
         return Channels(result.name, tuple(members))
 
-    monkeypatch.setattr(Couplings, "of", wrong)
+    monkeypatch.setattr(ChannelDependencies, "of", wrong)
 
 
 def _queries_and_keys_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other channels of the keys than of the queries."""
-    original = Couplings.of
+    original = ChannelDependencies.of
 
-    def wrong(self: Couplings, layer: str) -> Channels:
+    def wrong(self: ChannelDependencies, layer: str) -> Channels:
         result = original(self, layer)
         members = []
         for item in result.members:
-            positions = item.places.clone()
+            positions = item.positions.clone()
             if positions.shape[1] == 3:
                 positions[:, 1] = positions[:, 1].flip(0)
             members.append(Member(item.name, item.dim, positions))
         return Channels(result.name, tuple(members))
 
-    monkeypatch.setattr(Couplings, "of", wrong)
+    monkeypatch.setattr(ChannelDependencies, "of", wrong)
 
 
 def _norms_that_see_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,122 @@
+"""Words that are no names, and docstrings that begin with a sentence."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES_DONE = ("pruners",)
+"""Packages whose names have been gone through."""
+
+BANNED = {"found", "one", "told", "said", "place", "some", "there", "mine"}
+"""They say nothing of what a variable holds or a function does. Comprehensions may use them."""
+
+NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
+
+SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Example:")
+
+
+def outside_comprehensions(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below a node but the targets of comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.comprehension):
+            for part in (child.iter, *child.ifs):
+                yield part
+                yield from outside_comprehensions(part)
+            continue
+        yield child
+        yield from outside_comprehensions(child)
+
+
+def names_defined(source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of all variables, parameters, attributes, functions and classes that a module defines."""
+    for node in outside_comprehensions(ast.parse(source)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, NAMED) and node.name:
+            yield node.lineno, node.name
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.lineno, node.asname
+
+
+def banned(source: str) -> list[tuple[int, str]]:
+    """Line and name of all banned names; a leading or trailing underscore does not help."""
+    return [(line, name) for line, name in names_defined(source) if name.strip("_") in BANNED]
+
+
+def begins_with_a_section(source: str) -> list[str]:
+    """Functions, classes and the module, where the docstring has no sentence before its first section."""
+    documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [
+        getattr(node, "name", "module")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, documented) and (ast.get_docstring(node) or "").startswith(SECTIONS)
+    ]
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES_DONE:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_names_are_nouns_and_verbs() -> None:
+    assert [f"{path}:{line}: {name}" for path, source in sources() for line, name in banned(source)] == []
+
+
+def test_docstrings_begin_with_a_sentence() -> None:
+    assert [f"{path}: {name}" for path, source in sources() for name in begins_with_a_section(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "found = 1",
+        "self._mine = 1",
+        "a, (one, b) = c",
+        "for some in a: pass",
+        "def f(told): pass",
+        "def f(*said): pass",
+        "lambda place: 0",
+        "def there(): pass",
+        "class C:\n    one: int",
+        "with a as found: pass",
+        "import a as one",
+        "if (found := a): pass",
+        "[a for a in b if (found := a)]",
+        "[(found := a) for a in b]",
+        "try: pass\nexcept E as one: pass",
+        "match a:\n    case {'k': found}: pass",
+    ],
+)
+def test_a_banned_name_is_seen(source: str) -> None:
+    assert len(banned(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "[one for one in a]",
+        "{one: 1 for one, b in a}",
+        "any(found for found in a)",
+        "print(one)",
+        "founded = 1",
+    ],
+)
+def test_what_is_allowed_is_not_refused(source: str) -> None:
+    assert banned(source) == []
+
+
+def test_a_docstring_without_a_sentence_is_seen() -> None:
+    source = (
+        '"""Module."""\nclass C:\n    """Attributes:\n    a: b"""\n    def f(self):\n        """Raises: E"""'
+    )
+    assert begins_with_a_section(source) == ["C", "f"]
