@@ -18,7 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from orchestration.search.pbt_trial import MEMBER, origin_of, read_told
+from orchestration.search.pbt_trial import MEMBER, origin_of, read_member_checkpoint
 from orchestration.search.space import Space, contains
 from orchestration.state.trial_log import TrialLog
 from trainers import storage
@@ -94,7 +94,7 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
         origin = origin_of(self._runs, trial.trial_id)
         storage.remove(origin)
         try:
-            storage.copy(read_told(trial.checkpoint)["checkpoint"], origin)
+            storage.copy(read_member_checkpoint(trial.checkpoint)["checkpoint"], origin)
         except OSError:
             storage.remove(origin)
 

@@ -97,7 +97,7 @@ def origin_of(runs: str, trial: str) -> str:
     return f"{runs}/origins/{trial}"
 
 
-def read_told(checkpoint: tune.Checkpoint) -> dict[str, Any]:
+def read_member_checkpoint(checkpoint: tune.Checkpoint) -> dict[str, Any]:
     """Content of our Tune checkpoint: path of the Train ``checkpoint``, its ``epoch``, the ``member``."""
     with checkpoint.as_directory() as folder:
         content: dict[str, Any] = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def population_trial(
         every: epochs between two looks at it.
     """
     given = tune.get_checkpoint()
-    checkpoint = None if given is None else read_told(given)
+    checkpoint = None if given is None else read_member_checkpoint(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, checkpoint, known)
     queue = Queue(1, actor_options={"num_cpus": 0})  # the run waits for Tune to look
     relay = Relay(queue, member)

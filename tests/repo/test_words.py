@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES_DONE = ("pruners",)
-"""Packages whose names have been gone through."""
+PACKAGES = ("pruners", "trainers", "orchestration")
 
 BANNED = {"found", "one", "told", "said", "place", "some", "there", "mine"}
 """They say nothing of what a variable holds or a function does. Comprehensions may use them."""
+
+# Optuna's ask and tell, and a key of stored logs: Event and TrialRecord say when a trial was asked and told
+EXEMPT = {"orchestration/state/trial_log.py": {"told"}}
 
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
 
@@ -63,13 +65,18 @@ def begins_with_a_section(source: str) -> list[str]:
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES_DONE:
+    for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
 def test_names_are_nouns_and_verbs() -> None:
-    assert [f"{path}:{line}: {name}" for path, source in sources() for line, name in banned(source)] == []
+    assert [
+        f"{path}:{line}: {name}"
+        for path, source in sources()
+        for line, name in banned(source)
+        if name not in EXEMPT.get(path, set())
+    ] == []
 
 
 def test_docstrings_begin_with_a_sentence() -> None:

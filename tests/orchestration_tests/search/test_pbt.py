@@ -19,7 +19,7 @@ from ray import tune
 from orchestration.common.hashing import digest
 from orchestration.search import pbt as population
 from orchestration.search.pbt import Population, draws, history, take_note, within
-from orchestration.search.pbt_trial import MEMBER, Member, Relay, origin_of, read_told
+from orchestration.search.pbt_trial import MEMBER, Member, Relay, origin_of, read_member_checkpoint
 from orchestration.search.runner import run_search
 from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
@@ -41,7 +41,7 @@ def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None
     while len(list(begun_by.iterdir())) < slots:
         time.sleep(0.1)
     given = tune.get_checkpoint()
-    told = None if given is None else read_told(given)
+    told = None if given is None else read_member_checkpoint(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, told, known)
     place = Path(runs) / member.run
     begun = Path(member.origin) if member.origin and not place.exists() else newest(place)
@@ -214,7 +214,7 @@ def test_what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pyt
         if metrics.get("epoch") == 3:
             raise OSError("no space left")
         assert said or storage.exists(str(member.origin))
-        said.append((metrics, None if checkpoint is None else read_told(checkpoint)))
+        said.append((metrics, None if checkpoint is None else read_member_checkpoint(checkpoint)))
 
     monkeypatch.setattr(tune, "report", report)
     waiting: Queue[Any] = Queue()
@@ -237,7 +237,7 @@ def test_a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: pytes
     runs = f"{tmp_path}/train"
     scheduler = Population(SPACE, runs, every=1, share=0.5, epochs=4, slots=2, seed=0)
     told = {"checkpoint": f"{runs}/r/c1"}
-    monkeypatch.setattr(population, "read_told", lambda checkpoint: told)
+    monkeypatch.setattr(population, "read_member_checkpoint", lambda checkpoint: told)
     trial: Any = SimpleNamespace(trial_id="a", checkpoint=None)
     storage.write_json(f"{runs}/r/c1/state", {"epoch": 1})
     scheduler._hold(trial)
