@@ -80,9 +80,9 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
     job = dense_job(sweep.recipe, sweep.data, sweep.lineage).model_dump(mode="json")
     runs = sweep.runs(log, "dense", flatten({"model": job["model"], "training": job["training"]}))
     best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
-    with without_trainer_state(trained) as clean:
-        storage.upload(clean, f"{folder}/model")
     runs.close(best)
+    with without_trainer_state(trained) as clean:  # last: whoever finds it takes the phase for done
+        storage.upload(clean, f"{folder}/model")
     return best.seconds
 
 
