@@ -83,9 +83,9 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
     params = flatten(job.model_dump(mode="json", include={"model", "training"}))
     runs = sweep.runs(log, "dense", params)
     best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
-    with without_trainer_state(trained) as clean:
-        storage.upload(clean, f"{folder}/model")
     runs.close(best)
+    with without_trainer_state(trained) as clean:  # last: whoever finds it takes the phase for done
+        storage.upload(clean, f"{folder}/model")
     return best.seconds
 
 

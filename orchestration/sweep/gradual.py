@@ -159,11 +159,12 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     best = log.best()
     assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
     if not known:
-        with without_trainer_state(best.checkpoint) as clean:
-            storage.upload(clean, recovered)
         runs.figure(plots.trial_history(log.trials, title, dense.top1), "history")
         runs.figures(search_figures(log.trials, recipe_space(recipe.schedule.space), title))
     runs.close(best)
+    if not known:  # last, as it says that the search is done: MLflow has all of it by now
+        with without_trainer_state(best.checkpoint) as clean:
+            storage.upload(clean, recovered)
     stopped = sum(record.state == "stopped" for record in log.trials)
     sweep.display.finished(
         f"{'known, ' if known else ''}{len(log.ended)} runs ({stopped} stopped early), "

@@ -200,8 +200,9 @@ class _Step:
             classes=classes_of(sweep.data.train, sweep.data.columns),
         )
         reference = f"models:/{recipe.registered_model}/{version}"
-        storage.write_json(f"{self._folder}/{REGISTERED}", {"version": reference})
         runs.close(best)
+        # last: whoever finds it takes the phase for done
+        storage.write_json(f"{self._folder}/{REGISTERED}", {"version": reference})
 
     def _lineage(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Lineage recorded with the model; ``structured`` stands where a pruner's name is."""

@@ -32,3 +32,24 @@ def test_other_models_are_no_versions() -> None:
     sweep: Any = SimpleNamespace(root="/none")
     assert dense_phase._version(sweep, None) is None
     assert dense_phase._version(sweep, "hf-hub:timm/vit") is None
+
+
+def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, a sweep ends the phase's run when it is resumed; else nobody would."""
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "pruning.json").write_text("{}")
+    told: list[bool] = []
+    runs = SimpleNamespace(close=lambda best: told.append((tmp_path / "dense" / "model").exists()))
+    sweep: Any = SimpleNamespace(
+        recipe=None, data=None, lineage={}, begin=lambda *_: None, runs=lambda *_: runs
+    )
+    job = SimpleNamespace(model_dump=lambda mode: {"model": {}, "training": {}})
+    monkeypatch.setattr(dense_phase, "dense_job", lambda *_: job)
+    best = SimpleNamespace(seconds=1.0)
+    monkeypatch.setattr(dense_phase, "run_training", lambda *_, **__: (best, str(trained)))
+    dense_phase._train(sweep, "key", f"{tmp_path}/dense")
+    assert told == [False]
+    assert (tmp_path / "dense" / "model" / "pruning.json").is_file()

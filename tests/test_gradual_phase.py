@@ -1,0 +1,56 @@
+"""The order in which a phase of gradual runs writes down that it is done."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestration import gradual_phase
+from orchestration.recipes import load_recipe
+from orchestration.trial_log import TrialLog, TrialRecord
+
+
+def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, a sweep ends the phase's run when it is resumed; else nobody would."""
+    checkpoint = tmp_path / "kept" / "0.75"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "pruning.json").write_text("{}")
+    metrics = {"val_top1": 0.5, "sparsity": 0.75, "epoch": 3}
+    end = TrialRecord(0, {}, "finished", 0.5, metrics=metrics, checkpoint=str(checkpoint))
+
+    def searched(search: Any, log: TrialLog, runs: Any) -> None:
+        log.add(end)
+
+    def recovered() -> list[Path]:
+        return list(tmp_path.glob("sweep/schedule-lamp-*/recovered/pruning.json"))
+
+    told: list[int] = []
+
+    def silent(*_: Any, **__: Any) -> None: ...
+
+    runs = SimpleNamespace(figure=silent, figures=silent, close=lambda best: told.append(len(recovered())))
+    sweep: Any = SimpleNamespace(
+        recipe=load_recipe("demo", ["schedule.trials=1"]),
+        root=str(tmp_path / "sweep"),
+        data=None,
+        data_hash="",
+        lineage={},
+        display=SimpleNamespace(phase=silent, finished=silent),
+        begin=silent,
+        runs=lambda *_, **__: runs,
+        scratch=lambda name: nullcontext(""),
+    )
+    dense: Any = SimpleNamespace(weights="", version=None, checkpoint="", top1=0.6)
+    monkeypatch.setattr(gradual_phase, "training_search", silent)
+    monkeypatch.setattr(gradual_phase, "run_search", searched)
+    assert gradual_phase._runs(sweep, "schedule", "lamp", dense, None).best.number == end.number
+    assert told == [0]
+    assert len(recovered()) == 1
+    gradual_phase._runs(sweep, "schedule", "lamp", dense, None)  # known
+    assert told == [0, 1]
