@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-from orchestration import gradual_phase
 from orchestration.recipes import load_recipe
 from orchestration.trial_log import TrialLog, TrialRecord
+
+from orchestration import gradual_phase
 
 
 def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
