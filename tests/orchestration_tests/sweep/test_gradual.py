@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from orchestration.recipes import load_recipe
-from orchestration.trial_log import TrialLog, TrialRecord
 
-from orchestration import gradual_phase
+from orchestration.recipe.loading import load_recipe
+from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep import gradual
 
 
 def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
@@ -47,10 +47,11 @@ def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
         scratch=lambda name: nullcontext(""),
     )
     dense: Any = SimpleNamespace(weights="", version=None, checkpoint="", top1=0.6)
-    monkeypatch.setattr(gradual_phase, "training_search", silent)
-    monkeypatch.setattr(gradual_phase, "run_search", searched)
-    assert gradual_phase._runs(sweep, "schedule", "lamp", dense, None).best.number == end.number
+    monkeypatch.setattr(gradual, "training_search", silent)
+    monkeypatch.setattr(gradual, "run_search", searched)
+    monkeypatch.setattr(gradual, "_of_several_runs", lambda search, *rest: search)
+    assert gradual._runs(sweep, "schedule", "lamp", dense, None).best.number == end.number
     assert told == [0]
     assert len(recovered()) == 1
-    gradual_phase._runs(sweep, "schedule", "lamp", dense, None)  # known
+    gradual._runs(sweep, "schedule", "lamp", dense, None)  # known
     assert told == [0, 1]
