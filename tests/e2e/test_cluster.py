@@ -15,7 +15,9 @@ from swept import Swept
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
-def test_a_sweep_on_a_cluster_puts_a_worker_on_each_node(swept: Swept, cluster: Any, tmp_path: Path) -> None:
+def test_cluster__a_sweep_on_a_cluster_puts_a_worker_on_each_node(
+    swept: Swept, cluster: Any, tmp_path: Path
+) -> None:
     (dense,) = swept.storage.glob("dense/*/model")
     shared = tmp_path / "shared"
     arguments = (

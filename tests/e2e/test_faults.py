@@ -57,7 +57,7 @@ def undisturbed(place: Path, job: Path) -> Run:
         pytest.param("writing", 0, marks=pytest.mark.long),
     ],
 )
-def test_a_worker_killed(fault: str, rank: int, place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__a_worker_killed(fault: str, rank: int, place: Path, job: Path, undisturbed: Run) -> None:
     folder = place / fault
     with driver(folder, job, fault=fault, rank=rank) as process:
         ended(process)
@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.05)
 
 
-def test_the_driver_killed_and_started_again(place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__the_driver_killed_and_started_again(place: Path, job: Path, undisturbed: Run) -> None:
     run = Run(place / "driver")
     with driver(run.storage, job) as process:
         until(lambda: len(run.known) > 1, process)
@@ -88,7 +88,7 @@ def test_the_driver_killed_and_started_again(place: Path, job: Path, undisturbed
 
 @pytest.mark.long
 @pytest.mark.parametrize("harm", ["a byte flipped", "truncated"])
-def test_the_newest_checkpoint_damaged(harm: str, place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__the_newest_checkpoint_damaged(harm: str, place: Path, job: Path, undisturbed: Run) -> None:
     """The one before is taken, and it is said which and why."""
     run = Run(place / harm)
     with driver(run.storage, job) as process:
@@ -112,7 +112,7 @@ def test_the_newest_checkpoint_damaged(harm: str, place: Path, job: Path, undist
 
 
 @pytest.mark.long
-def test_a_disk_that_is_full(place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__a_disk_that_is_full(place: Path, job: Path, undisturbed: Run) -> None:
     """One clear line; the last good checkpoint is whole, and when there is room the run goes on from it."""
     run = Run(place / "full")
     with driver(run.storage, job, fault="disk full", retries=0) as process:

@@ -98,7 +98,7 @@ def in_gradual(place: Place, command: Command) -> bool:
         (in_gradual, signal.SIGINT),
     ],
 )
-def test_an_interrupt_ends_everything_in_seconds(
+def test_interrupt__an_interrupt_ends_everything_in_seconds(
     place: Place, moment: Callable[[Place, Command], bool], kind: int
 ) -> None:
     before = place.trials()
@@ -122,7 +122,7 @@ def test_an_interrupt_ends_everything_in_seconds(
 
 
 @pytest.mark.long
-def test_a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
+def test_interrupt__a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
     """SIGKILL, and then the same command again: it ends well, and repeats no finished trial."""
     with espalier(*SWEEP, cwd=place.folder) as command:
         command.until(lambda: in_gradual(place, command), what="the second gradual run")

@@ -79,7 +79,7 @@ def ask(cwd: Path, *arguments: str, status: int = 0) -> str:
         return command.out + command.err
 
 
-def test_a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: Path) -> None:
+def test_job__a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_path: Path) -> None:
     laptop, another, shared = tmp_path / "laptop", tmp_path / "another laptop", tmp_path / "shared"
     laptop.mkdir()
     another.mkdir()  # a command that ends here takes with it whatever works in its folder

@@ -79,7 +79,7 @@ def killed(arguments: tuple[str, ...], folder: Path, chance: random.Random) -> C
             kills[at] += 1
 
 
-def test_killed_at_random_moments(swept: Swept, tmp_path: Path) -> None:
+def test_killed__killed_at_random_moments(swept: Swept, tmp_path: Path) -> None:
     arguments = sweep(swept)
     run(*arguments, f"storage={tmp_path}/whole", cwd=tmp_path)
     kills = killed((*arguments, f"storage={tmp_path}/killed"), tmp_path, random.Random(1))

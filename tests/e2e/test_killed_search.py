@@ -57,7 +57,7 @@ def told(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(("sampler", "rule"), [("cmaes", "asha"), ("tpe", "hyperband"), ("nsga2", "median")])
-def test_killed_at_random_moments(sampler: str, rule: str, tmp_path: Path) -> None:
+def test_killed_search__killed_at_random_moments(sampler: str, rule: str, tmp_path: Path) -> None:
     whole, killed, chance = tmp_path / "whole", tmp_path / "killed", random.Random(sampler)
     lived(whole, sampler, rule)
     assert {"finished", "stopped"} == {state for _, _, state, _, _ in told(whole)}

@@ -58,7 +58,7 @@ def as_alone(found: dict[int, dict[str, Any]], job: Any, folder: Path) -> None:
         assert found[row["epoch"]]["sparsity"] == row["sparsity"]
 
 
-def test_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
+def test_nodes__a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
     process, job = start(tmp_path, cluster.address, {"checkpoint_steps": 5})
     family = Family(process.pid, tmp_path, tmp_path.name)
     try:
@@ -71,7 +71,7 @@ def test_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
     as_alone(epochs(tmp_path), job, tmp_path)
 
 
-def test_a_node_leaves_with_notice(cluster: Any, tmp_path: Path) -> None:
+def test_nodes__a_node_leaves_with_notice(cluster: Any, tmp_path: Path) -> None:
     """A checkpoint is written at once, in the middle of an epoch, though none was due."""
     process, job = start(tmp_path, cluster.address, {"checkpoint_minutes": None, "epochs": 6})
     family = Family(process.pid, tmp_path, tmp_path.name)

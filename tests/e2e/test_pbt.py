@@ -35,7 +35,7 @@ def runs_of(trials: list[TrialRecord]) -> dict[int, Path]:
     return {trial.number: Path(str(trial.checkpoint)).parent.parent for trial in trials}
 
 
-def test_the_worse_run_goes_on_from_the_better_ones_checkpoint(tmp_path: Path) -> None:
+def test_pbt__the_worse_run_goes_on_from_the_better_ones_checkpoint(tmp_path: Path) -> None:
     command = run(*SWEEP, cwd=tmp_path, seconds=850)
     assert "Traceback" not in command.err
     assert "Warning" not in command.err

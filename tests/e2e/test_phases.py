@@ -41,7 +41,7 @@ def rows(command: Command) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines]
 
 
-def test_phase_by_phase(tmp_path: Path) -> None:
+def test_phases__phase_by_phase(tmp_path: Path) -> None:
     with espalier(*SWEEP, "--from", "schedule", cwd=tmp_path) as command:
         assert command.wait() == 2, command.err
         assert "--from = 'schedule'" in command.err
@@ -109,7 +109,7 @@ FASTEST = (
 )
 
 
-def test_the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
+def test_phases__the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
     """Any loss will do here, so that the fastest of all is taken; a second sweep reads the same table."""
     first = run(*FASTEST, cwd=tmp_path)
     assert "measured: csr:float32 (batch 1, threads 1): " in first.err

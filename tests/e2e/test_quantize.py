@@ -47,7 +47,7 @@ class AwareRun(Run):
         }
 
 
-def test_a_worker_killed_in_training_for_int8(tmp_path: Path) -> None:
+def test_quantize__a_worker_killed_in_training_for_int8(tmp_path: Path) -> None:
     """One of two workers dies in the middle of an epoch; the end is the undisturbed one, bit for bit."""
     files = make_files(tmp_path / "files")
     model, arguments, masks = pruned(VIT)
@@ -82,7 +82,7 @@ def known(command: Command) -> int:
     return command.err.count("known, ") + command.err.count("      reused, ")
 
 
-def test_from_recipe_to_registry(tmp_path: Path) -> None:
+def test_quantize__from_recipe_to_registry(tmp_path: Path) -> None:
     with espalier(*SWEEP, AWARE, "--from", "quantize", cwd=tmp_path) as command:
         assert command.wait() == 2, command.err
         assert "run that first, by --until dense" in command.err

@@ -106,7 +106,7 @@ def check(answers: list[dict[str, Any]], expected: list[list[float]]) -> None:
         assert answer["label"] is None
 
 
-def test_mlflow_alone_predicts(
+def test_registry__mlflow_alone_predicts(
     elsewhere: dict[str, Any], pictures: list[bytes], expected: list[list[float]], tmp_path: Path
 ) -> None:
     names = [str(tmp_path / f"{number}.png") for number in range(len(pictures))]
@@ -119,7 +119,7 @@ def test_mlflow_alone_predicts(
 
 
 @pytest.mark.long
-def test_mlflow_alone_serves(
+def test_registry__mlflow_alone_serves(
     elsewhere: dict[str, Any], pictures: list[bytes], expected: list[list[float]], tmp_path: Path
 ) -> None:
     port = free_port(5100)
@@ -175,7 +175,7 @@ def versions(client: MlflowClient) -> list[ModelVersion]:
     return list(client.search_model_versions(f"name='{MODEL}'"))
 
 
-def test_every_version_leads_back(swept: Swept, client: MlflowClient, tmp_path: Path) -> None:
+def test_registry__every_version_leads_back(swept: Swept, client: MlflowClient, tmp_path: Path) -> None:
     (dense,) = swept.storage.glob("dense/*/model")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=swept.folder, capture_output=True, text=True, check=False
@@ -198,7 +198,7 @@ def test_every_version_leads_back(swept: Swept, client: MlflowClient, tmp_path: 
         assert recipe == RECIPE.model_dump(mode="json", exclude={"storage", "tracking"})
 
 
-def test_aliases_are_set(client: MlflowClient) -> None:
+def test_registry__aliases_are_set(client: MlflowClient) -> None:
     tops = {version.version: float(version.tags["validation_top1"]) for version in versions(client)}
     found = {alias: str(number) for alias, number in client.get_registered_model(MODEL).aliases.items()}
     assert set(found) == {"champion", "sparsity-75"}
@@ -206,7 +206,7 @@ def test_aliases_are_set(client: MlflowClient) -> None:
     assert client.get_registered_model(MODEL).tags["promotion.sparsity"] == "0.75"
 
 
-def test_no_weight_is_stored_twice(client: MlflowClient) -> None:
+def test_registry__no_weight_is_stored_twice(client: MlflowClient) -> None:
     for version in versions(client):
         files = [file.path for file in client.list_artifacts(version.run_id, "checkpoint")]
         assert [file for file in files if file.endswith(".safetensors")] == [
@@ -216,7 +216,7 @@ def test_no_weight_is_stored_twice(client: MlflowClient) -> None:
         assert not [file for file in files if re.search(r"\.(pkl|pickle|pt|pth|bin)$", file)]
 
 
-def test_no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClient) -> None:
+def test_registry__no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClient) -> None:
     """Tags, params and artifacts hold no path of the storage, nor of this repository."""
     places = (str(swept.folder), str(Path(__file__).parents[2]))
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -232,7 +232,7 @@ def test_no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClien
 
 
 @pytest.mark.long
-def test_a_version_becomes_the_dense_model_of_the_next_sweep(
+def test_registry__a_version_becomes_the_dense_model_of_the_next_sweep(
     client: MlflowClient, mlflow_uri: str, tmp_path: Path
 ) -> None:
     """By its alias; the new version names it as its parent, and the chain is told."""

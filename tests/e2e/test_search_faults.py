@@ -84,7 +84,7 @@ def agrees(storage: Path) -> TrialLog:
     return log
 
 
-def test_a_node_is_lost_with_its_trials(swept: Swept, cluster: Any, tmp_path: Path) -> None:
+def test_search_faults__a_node_is_lost_with_its_trials(swept: Swept, cluster: Any, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
     arguments = sweep(swept, f"storage=file://{storage}", "resources.workers=1", "--address", cluster.address)
     with espalier(*arguments, cwd=tmp_path) as command:
@@ -107,7 +107,7 @@ def fault(name: str, folder: object = "") -> dict[str, str]:
     ("name", "says"),
     [("search full", "No space left on device"), ("search read-only", "Read-only file system")],
 )
-def test_a_storage_that_takes_no_more_ends_the_sweep_with_one_line(
+def test_search_faults__a_storage_that_takes_no_more_ends_the_sweep_with_one_line(
     name: str, says: str, swept: Swept, tmp_path: Path
 ) -> None:
     storage = tmp_path / "runs"
@@ -129,7 +129,7 @@ def test_a_storage_that_takes_no_more_ends_the_sweep_with_one_line(
     assert [trial.metrics for trial in after[: len(before.trials)]] == [one.metrics for one in before.trials]
 
 
-def test_an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) -> None:
+def test_search_faults__an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     memory = psutil.virtual_memory()
     if memory.available < 10e9:
@@ -147,7 +147,7 @@ def test_an_actor_out_of_memory_costs_its_trial(swept: Swept, tmp_path: Path) ->
     assert len(log.ended) == TRIALS - len(failed)
 
 
-def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
+def test_search_faults__the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
     """Ray ends a driver that has lost its cluster, in its own words; on a new one the sweep goes on."""
     storage = tmp_path / "shared"
     arguments = sweep(swept, f"storage=file://{storage}", "resources.workers=1", "--address")
@@ -165,7 +165,7 @@ def test_the_head_is_restarted(swept: Swept, tmp_path: Path) -> None:
     assert [trial.metrics for trial in after[: len(before)]] == [trial.metrics for trial in before]
 
 
-def test_the_server_of_ours_is_killed(swept: Swept, tmp_path: Path) -> None:
+def test_search_faults__the_server_of_ours_is_killed(swept: Swept, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     with espalier(*sweep(swept, f"storage={storage}"), cwd=tmp_path) as command:
         command.until(lambda: ended(storage) > 3, what="some trials")

@@ -125,7 +125,7 @@ def logged(folder: Path) -> list[tuple[str, str, float | None]]:
 @pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(4000)
-def test_twenty_kills_of_one_sweep_lose_and_repeat_nothing(tmp_path: Path) -> None:
+def test_soak__twenty_kills_of_one_sweep_lose_and_repeat_nothing(tmp_path: Path) -> None:
     """Its weights are those of the undisturbed one to the bit, and so is what MLflow knows."""
     undisturbed, soaked = tmp_path / "undisturbed", tmp_path / "soaked"
     for folder in (undisturbed, soaked):
@@ -150,7 +150,7 @@ def test_twenty_kills_of_one_sweep_lose_and_repeat_nothing(tmp_path: Path) -> No
 @pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.timeout(4000)
-def test_soak(tmp_path: Path) -> None:
+def test_soak__soak(tmp_path: Path) -> None:
     run(*SWEEP, "--until", "dense", cwd=tmp_path)
     killed = endured(tmp_path, random.Random(0))
     assert sum(killed.values()) >= 3

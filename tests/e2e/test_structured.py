@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def test_structured_then_unstructured(tmp_path: Path) -> None:
+def test_structured__structured_then_unstructured(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     with espalier(*SWEEP, cwd=tmp_path) as command:
         saved = "structured/*/train/*/checkpoint_*/trainer.json"

@@ -59,7 +59,7 @@ def percent(text: str) -> float:
 # the command's own words
 
 
-def test_every_phase_is_a_plain_line(swept: Swept) -> None:
+def test_sweep__every_phase_is_a_plain_line(swept: Swept) -> None:
     lines = swept.command.err.splitlines()
     phases = [line for line in lines if re.match(r"\[\d/5\] ", line)]
     assert phases == [
@@ -82,11 +82,11 @@ def test_every_phase_is_a_plain_line(swept: Swept) -> None:
     assert "Traceback" not in swept.command.err
 
 
-def test_progress_says_trials_best_and_time_left(swept: Swept) -> None:
+def test_sweep__progress_says_trials_best_and_time_left(swept: Swept) -> None:
     assert re.search(r"\d/[12] done, 1 running, best \d+\.\d %, \d+:\d\d left", swept.command.err)
 
 
-def test_the_end_is_a_table_and_what_to_do_next(swept: Swept) -> None:
+def test_sweep__the_end_is_a_table_and_what_to_do_next(swept: Swept) -> None:
     out = swept.command.out
     found = rows(out)
     assert set(found) == set(METHODS)
@@ -110,7 +110,9 @@ def test_the_end_is_a_table_and_what_to_do_next(swept: Swept) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_allocation_trials_keep_the_budget_and_begin_with_the_methods_own(swept: Swept, method: str) -> None:
+def test_sweep__allocation_trials_keep_the_budget_and_begin_with_the_methods_own(
+    swept: Swept, method: str
+) -> None:
     # by their proposal: two at a time may end in any order
     trials = sorted(swept.logs()[f"allocation-{method}"]["trials"], key=lambda trial: int(trial["number"]))
     assert [trial["number"] for trial in trials] == list(range(RECIPE.allocation.trials))
@@ -142,7 +144,7 @@ def own_allocation(model: torch.nn.Module, layers: list[PrunableLayer], total: i
     return dict(allocate(order.losses, layers, total, pruner.scope, floor=0.0, ceiling=0.98))
 
 
-def test_a_trial_stopped_early_is_followed_by_others(swept: Swept) -> None:
+def test_sweep__a_trial_stopped_early_is_followed_by_others(swept: Swept) -> None:
     """The hang of Ray Train V2 in Tune: a stopped trial that keeps its resources lets no other begin."""
     everything: list[dict[str, Any]] = []
     for method in METHODS:
@@ -190,7 +192,7 @@ def artifacts(client: MlflowClient, entry: Run, folder: str) -> set[str]:
     return {file.path.rpartition("/")[2] for file in client.list_artifacts(entry.info.run_id, folder)}
 
 
-def test_runs_are_nested_sweep_phase_trial(swept: Swept, client: MlflowClient) -> None:
+def test_sweep__runs_are_nested_sweep_phase_trial(swept: Swept, client: MlflowClient) -> None:
     runs = all_runs(client)
     assert {level: len(found) for level, found in runs.items()} == {
         "sweep": 1,
@@ -210,7 +212,7 @@ def test_runs_are_nested_sweep_phase_trial(swept: Swept, client: MlflowClient) -
         assert {entry.data.tags["espalier.phase"] for entry in below} == {kind}
 
 
-def test_every_run_has_ended(client: MlflowClient) -> None:
+def test_sweep__every_run_has_ended(client: MlflowClient) -> None:
     for level, found in all_runs(client).items():
         for entry in found:
             stopped = entry.data.tags.get("espalier.state") == "stopped"
@@ -218,7 +220,7 @@ def test_every_run_has_ended(client: MlflowClient) -> None:
             assert entry.info.status == expected, (level, entry.info.run_name)
 
 
-def test_params_are_the_flat_recipe(client: MlflowClient) -> None:
+def test_sweep__params_are_the_flat_recipe(client: MlflowClient) -> None:
     (sweep,) = all_runs(client)["sweep"]
     content = flatten(RECIPE.model_dump(mode="json", exclude={"storage", "tracking"}))
     assert {key: sweep.data.params.get(key) for key in content} == {
@@ -234,7 +236,7 @@ def test_params_are_the_flat_recipe(client: MlflowClient) -> None:
         assert len(shares) == RECIPE.allocation.trials
 
 
-def test_metrics_are_there_for_every_step(client: MlflowClient) -> None:
+def test_sweep__metrics_are_there_for_every_step(client: MlflowClient) -> None:
     assert RECIPE.dense is not None
     (dense,) = trials_of(client, "dense", None)
     assert [step for step, _ in series(client, dense, "train_loss")] == list(
@@ -256,7 +258,7 @@ def test_metrics_are_there_for_every_step(client: MlflowClient) -> None:
             assert max(rate for _, rate in series(client, entry, "lr")) == pytest.approx(peak)
 
 
-def test_costs_are_there_dense_and_sparse(client: MlflowClient) -> None:
+def test_sweep__costs_are_there_dense_and_sparse(client: MlflowClient) -> None:
     for method in METHODS:
         for phase in ("allocation", "schedule"):
             for entry in trials_of(client, phase, method):
@@ -265,7 +267,7 @@ def test_costs_are_there_dense_and_sparse(client: MlflowClient) -> None:
                 assert 0 < metrics["macs_sparse"] < metrics["macs"]
 
 
-def test_figures_are_pictures(client: MlflowClient, tmp_path: Path) -> None:
+def test_sweep__figures_are_pictures(client: MlflowClient, tmp_path: Path) -> None:
     (sweep,) = all_runs(client)["sweep"]
     expected = {"accuracy_over_sparsity.png": [sweep], "allocations.png": [], "schedule.png": []}
     for phase in all_runs(client)["phase"]:
@@ -282,7 +284,7 @@ def test_figures_are_pictures(client: MlflowClient, tmp_path: Path) -> None:
             assert len(content) > 5000
 
 
-def test_gradual_runs_carry_their_checkpoint(client: MlflowClient) -> None:
+def test_sweep__gradual_runs_carry_their_checkpoint(client: MlflowClient) -> None:
     """Those that are registered are MLflow models too."""
     registered = {version.run_id for version in client.search_model_versions(f"name='{MODEL}'")}
     for method in METHODS:
@@ -294,7 +296,7 @@ def test_gradual_runs_carry_their_checkpoint(client: MlflowClient) -> None:
             assert {"MLmodel", "served_model.py"} <= added if entry.info.run_id in registered else not added
 
 
-def test_both_methods_are_registered_and_the_better_one_is_champion(
+def test_sweep__both_methods_are_registered_and_the_better_one_is_champion(
     swept: Swept, client: MlflowClient
 ) -> None:
     versions = {
@@ -324,7 +326,7 @@ def champion(out: str) -> tuple[str, Path]:
     return method[1], Path(folder[1])
 
 
-def test_the_champion_loads_with_plain_timm(swept: Swept) -> None:
+def test_sweep__the_champion_loads_with_plain_timm(swept: Swept) -> None:
     method, folder = champion(swept.command.out)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cells = rows(swept.command.out)[method]
@@ -357,7 +359,7 @@ def timm_accuracy(model: torch.nn.Module, swept: Swept) -> float:
     return float((found == torch.tensor([row["label"] for row in images])).double().mean())
 
 
-def test_the_record_of_a_recovered_model_fits_its_trial(swept: Swept) -> None:
+def test_sweep__the_record_of_a_recovered_model_fits_its_trial(swept: Swept) -> None:
     for method in METHODS:
         trials = swept.logs()[f"schedule-{method}"]["trials"]
         best = max((trial for trial in trials if trial["state"] == "finished"), key=lambda t: t["score"])
@@ -369,7 +371,7 @@ def test_the_record_of_a_recovered_model_fits_its_trial(swept: Swept) -> None:
         assert not list(folder.glob("trainer.*"))
 
 
-def test_no_pickle_is_left_anywhere(swept: Swept) -> None:
+def test_sweep__no_pickle_is_left_anywhere(swept: Swept) -> None:
     """Every file is what its name says; none can be a pickle."""
     files = [path for path in swept.storage.rglob("*") if path.is_file()]
     assert len(files) > 50
@@ -389,7 +391,7 @@ def test_no_pickle_is_left_anywhere(swept: Swept) -> None:
             assert path.read_bytes().startswith(BEGINS[path.suffix]), path
 
 
-def test_scratch_is_cleared(swept: Swept) -> None:
+def test_sweep__scratch_is_cleared(swept: Swept) -> None:
     assert not list(swept.storage.glob("sweeps/*/scratch/*"))
     assert not list(swept.storage.rglob("*.partial"))
 
@@ -414,7 +416,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
 
 
 @pytest.mark.parametrize("by", ["registry", "folder"])
-def test_evaluate_agrees_with_the_table(
+def test_sweep__evaluate_agrees_with_the_table(
     swept: Swept, by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(swept.folder)
@@ -426,7 +428,7 @@ def test_evaluate_agrees_with_the_table(
     assert "sparsity  75.00 %" in out
 
 
-def test_models_lists_what_is_registered(
+def test_sweep__models_lists_what_is_registered(
     swept: Swept, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(swept.folder)
@@ -452,7 +454,7 @@ def everything(swept: Swept, client: MlflowClient) -> Mapping[str, Any]:
     }
 
 
-def test_a_second_sweep_repeats_nothing(swept: Swept, client: MlflowClient) -> None:
+def test_sweep__a_second_sweep_repeats_nothing(swept: Swept, client: MlflowClient) -> None:
     before = everything(swept, client)
     again = run("sweep", str(SMALL), cwd=swept.folder)
     assert everything(swept, client) == before
@@ -463,7 +465,7 @@ def test_a_second_sweep_repeats_nothing(swept: Swept, client: MlflowClient) -> N
     assert again.seconds < swept.command.seconds / 2
 
 
-def test_a_run_outlives_a_killed_worker(swept: Swept) -> None:
+def test_sweep__a_run_outlives_a_killed_worker(swept: Swept) -> None:
     """``espalier run``: one method, no search, the dense model of the sweep; its group is restarted once."""
     with espalier("run", str(SMALL), "--method", "ovit", "name=alone", cwd=swept.folder) as command:
         command.until(lambda: bool(list(swept.storage.glob("sweeps/alone/*/train/*/checkpoint_*"))))

@@ -45,7 +45,7 @@ def known(folder: Path, pattern: str) -> list[Any]:
     return sorted((folder / "runs").glob(pattern))
 
 
-def test_two_that_start_together_share_what_one_of_them_makes(tmp_path: Path) -> None:
+def test_two_sweeps__two_that_start_together_share_what_one_of_them_makes(tmp_path: Path) -> None:
     with (
         espalier(*SWEEP, "--as", "one", cwd=tmp_path) as one,
         espalier(*SWEEP, "--as", "two", cwd=tmp_path) as two,
@@ -70,7 +70,7 @@ def test_two_that_start_together_share_what_one_of_them_makes(tmp_path: Path) ->
     assert figures[0] == figures[1]
 
 
-def test_who_waits_makes_it_itself_when_the_other_is_killed(tmp_path: Path) -> None:
+def test_two_sweeps__who_waits_makes_it_itself_when_the_other_is_killed(tmp_path: Path) -> None:
     with (
         espalier(*SWEEP, "--as", "one", cwd=tmp_path) as one,
         espalier(*SWEEP, "--as", "two", cwd=tmp_path) as two,

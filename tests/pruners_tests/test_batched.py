@@ -39,7 +39,7 @@ def pruned(model: nn.Module, method: str, pattern: str) -> PruneReport:
 
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 @pytest.mark.parametrize("kind", ["vit", "conv"])
-def test_masks_are_the_same_and_weights_nearly(
+def test_batched__masks_are_the_same_and_weights_nearly(
     method: str, pattern: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     made = tiny_vit if kind == "vit" else tiny_conv
@@ -55,7 +55,7 @@ def test_masks_are_the_same_and_weights_nearly(
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x4"])
 @pytest.mark.usefixtures("batched")
-def test_blocks_that_run_out_before_others_keep_finite_weights(pattern: str) -> None:
+def test_batched__blocks_that_run_out_before_others_keep_finite_weights(pattern: str) -> None:
     """The last block is short, and one has a single weight to lose."""
     given = problem(0, 52, 1.0)
     given.mask[0, 12:20] = False

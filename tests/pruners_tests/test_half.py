@@ -65,7 +65,9 @@ def pruned(model: nn.Module, method: str, sparsity: float = 0.6) -> PruneReport:
 
 @every_method
 @either_type
-def test_masks_are_those_of_the_float32_copy_and_types_come_back(method: str, dtype: torch.dtype) -> None:
+def test_half__masks_are_those_of_the_float32_copy_and_types_come_back(
+    method: str, dtype: torch.dtype
+) -> None:
     model = short(dtype)
     parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
     before = snapshot(model)
@@ -110,7 +112,7 @@ class Shrinks(Magnitude):
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), (torch.bfloat16, 1e-34)])
-def test_what_stays_is_never_rounded_to_zero(dtype: torch.dtype, scale: float) -> None:
+def test_half__what_stays_is_never_rounded_to_zero(dtype: torch.dtype, scale: float) -> None:
     model = short(dtype)
     with torch.no_grad():
         for layer in find_layers(model):
@@ -127,7 +129,7 @@ def test_what_stays_is_never_rounded_to_zero(dtype: torch.dtype, scale: float) -
 
 @every_method
 @either_type
-def test_a_second_step_takes_up_the_zeros_of_the_first(method: str, dtype: torch.dtype) -> None:
+def test_half__a_second_step_takes_up_the_zeros_of_the_first(method: str, dtype: torch.dtype) -> None:
     model = short(dtype)
     first = pruned(model, method, 0.3)
     second = pruned(model, method, 0.6)
@@ -137,7 +139,7 @@ def test_a_second_step_takes_up_the_zeros_of_the_first(method: str, dtype: torch
 
 
 @either_type
-def test_the_order_gives_the_same_weights_at_another_allocation(dtype: torch.dtype) -> None:
+def test_half__the_order_gives_the_same_weights_at_another_allocation(dtype: torch.dtype) -> None:
     model = short(dtype)
     before = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in find_layers(model)}
     report = pruned(model, "ovit")
@@ -150,7 +152,7 @@ def test_the_order_gives_the_same_weights_at_another_allocation(dtype: torch.dty
 
 @pytest.mark.parametrize("method", ["ovit", "ovit_fast", "woodfisher"])
 @either_type
-def test_after_an_error_all_is_as_it_was(method: str, dtype: torch.dtype) -> None:
+def test_half__after_an_error_all_is_as_it_was(method: str, dtype: torch.dtype) -> None:
     model = short(dtype)
     before = snapshot(model)
 
@@ -167,7 +169,7 @@ def test_after_an_error_all_is_as_it_was(method: str, dtype: torch.dtype) -> Non
 
 
 @either_type
-def test_damp_auto_leaves_the_types_too(dtype: torch.dtype) -> None:
+def test_half__damp_auto_leaves_the_types_too(dtype: torch.dtype) -> None:
     model = short(dtype)
     whole = copy.deepcopy(model).float()
     options = {"block_size": 32, "damp": "auto", "gradients": 3}

@@ -53,7 +53,9 @@ def assert_pattern(model: nn.Module, report: PruneReport, pattern: str, *, at_fo
 @every_method
 @every_pattern
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_group_of_every_layer_keeps_the_pattern(method: str, pattern: str, kind: str) -> None:
+def test_pattern_contract__every_group_of_every_layer_keeps_the_pattern(
+    method: str, pattern: str, kind: str
+) -> None:
     model = KINDS[kind]()
     before = copy.deepcopy(model.state_dict())
     report = pruned(model, method, pattern, 0.7 if pattern == "1x4" else None)
@@ -70,7 +72,9 @@ def test_every_group_of_every_layer_keeps_the_pattern(method: str, pattern: str,
 
 @every_method
 @every_pattern
-def test_a_gradual_run_keeps_the_pattern_and_the_old_zeros(method: str, pattern: str) -> None:
+def test_pattern_contract__a_gradual_run_keeps_the_pattern_and_the_old_zeros(
+    method: str, pattern: str
+) -> None:
     model = tiny_conv()
     steps = (0.4, 0.8) if pattern == "1x4" else (0.3, 0.5)
     first = pruned(model, method, pattern, steps[0])
@@ -89,7 +93,7 @@ def test_a_gradual_run_keeps_the_pattern_and_the_old_zeros(method: str, pattern:
 
 @pytest.mark.parametrize("method", ["dimap", "ovit", "woodfisher"])
 @every_pattern
-def test_one_thread_or_two_give_the_same(method: str, pattern: str) -> None:
+def test_pattern_contract__one_thread_or_two_give_the_same(method: str, pattern: str) -> None:
     results = []
     for count in (1, 2):
         model = tiny_vit()  # torch's own gradients of a convolution depend on its threads
@@ -101,7 +105,9 @@ def test_one_thread_or_two_give_the_same(method: str, pattern: str) -> None:
 
 @every_method
 @every_pattern
-def test_a_layer_that_does_not_fit_is_named_or_stays_dense(method: str, pattern: str) -> None:
+def test_pattern_contract__a_layer_that_does_not_fit_is_named_or_stays_dense(
+    method: str, pattern: str
+) -> None:
     model = tiny_conv()
     chosen = find_layers(model, {"CONV": ["0", "2", "4"]})  # the stem has three inputs
     before = state(model)
@@ -120,13 +126,13 @@ def test_a_layer_that_does_not_fit_is_named_or_stays_dense(method: str, pattern:
 
 @every_method
 @pytest.mark.parametrize("pattern", ["2;4", "4:2", "2:4:8", "1x1", "4x1"])
-def test_a_typo_in_a_pattern_is_refused(method: str, pattern: str) -> None:
+def test_pattern_contract__a_typo_in_a_pattern_is_refused(method: str, pattern: str) -> None:
     with pytest.raises(InputError, match=f"pattern = '{pattern}': must be unstructured"):
         create_pruner(named(method)[0], pattern=pattern)
 
 
 @every_method
-def test_zeros_that_break_a_pattern_are_named_and_the_model_untouched(method: str) -> None:
+def test_pattern_contract__zeros_that_break_a_pattern_are_named_and_the_model_untouched(method: str) -> None:
     model = tiny_conv()
     with torch.no_grad():
         model.get_parameter("4.weight")[3, 5] = 0.0
@@ -137,7 +143,7 @@ def test_zeros_that_break_a_pattern_are_named_and_the_model_untouched(method: st
 
 
 @every_method
-def test_groups_that_are_sparser_than_the_pattern_stay_so(method: str) -> None:
+def test_pattern_contract__groups_that_are_sparser_than_the_pattern_stay_so(method: str) -> None:
     """2:4 of a model that has groups of three and four zeros: those stay, the others get two."""
     model = tiny_conv()
     weight = model.get_parameter("2.weight")

@@ -51,7 +51,9 @@ def assert_exact(model: nn.Module, report: PruneReport, layers: list[PrunableLay
     ("kind", "sparsity", "scope"),
     [("swin", 0.5, "module"), ("swin", 1.0, "global"), ("vit", 0.0, "stage"), ("vit", 0.937, "layer")],
 )
-def test_finite_weights_and_an_exact_count(method: str, scope: Scope, kind: str, sparsity: float) -> None:
+def test_pruner_contract__finite_weights_and_an_exact_count(
+    method: str, scope: Scope, kind: str, sparsity: float
+) -> None:
     model = MODELS[kind]()
     before = copy.deepcopy(model.state_dict())
     report, layers = pruned(model, method, sparsity, scope)
@@ -65,7 +67,9 @@ def test_finite_weights_and_an_exact_count(method: str, scope: Scope, kind: str,
 @every_method
 @given(sparsity=st.floats(0, 1), scope=st.sampled_from(SCOPES), seed=st.integers(0, 50))
 @quick(8)
-def test_the_count_is_exact_at_any_sparsity(method: str, sparsity: float, scope: Scope, seed: int) -> None:
+def test_pruner_contract__the_count_is_exact_at_any_sparsity(
+    method: str, sparsity: float, scope: Scope, seed: int
+) -> None:
     model = tiny_vit(seed)
     report, layers = pruned(model, method, sparsity, scope)
     assert_exact(model, report, layers, sparsity)
@@ -73,7 +77,7 @@ def test_the_count_is_exact_at_any_sparsity(method: str, sparsity: float, scope:
 
 @every_method
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_old_zeros_stay_zero(method: str, scope: Scope) -> None:
+def test_pruner_contract__old_zeros_stay_zero(method: str, scope: Scope) -> None:
     model = tiny_swin()
     earlier = None
     random = torch.Generator().manual_seed(0)
@@ -91,7 +95,7 @@ def test_old_zeros_stay_zero(method: str, scope: Scope) -> None:
 
 
 @every_method
-def test_what_the_masks_say_is_pruned_falls_first_at_no_loss(method: str) -> None:
+def test_pruner_contract__what_the_masks_say_is_pruned_falls_first_at_no_loss(method: str) -> None:
     """Even where its weight has drifted from zero, and other weights are zero without being pruned."""
     model = tiny_vit()
     layers = find_layers(model)
@@ -116,7 +120,7 @@ def test_what_the_masks_say_is_pruned_falls_first_at_no_loss(method: str) -> Non
 
 
 @every_method
-def test_a_share_of_the_layers_is_ordered_as_in_the_whole(method: str) -> None:
+def test_pruner_contract__a_share_of_the_layers_is_ordered_as_in_the_whole(method: str) -> None:
     model = tiny_vit()
     layers = find_layers(model)
     weights = {layer.name: model.get_parameter(layer.name).detach() for layer in layers}
@@ -142,7 +146,7 @@ def test_a_share_of_the_layers_is_ordered_as_in_the_whole(method: str) -> None:
 
 
 @every_method
-def test_same_seed_same_result_on_one_thread_or_two(method: str) -> None:
+def test_pruner_contract__same_seed_same_result_on_one_thread_or_two(method: str) -> None:
     results = []
     for count in (1, 1, 2):
         model = tiny_swin(seed=3)
@@ -153,14 +157,14 @@ def test_same_seed_same_result_on_one_thread_or_two(method: str) -> None:
 
 
 @every_method
-def test_another_seed_another_result(method: str) -> None:
+def test_pruner_contract__another_seed_another_result(method: str) -> None:
     reports = [pruned(tiny_vit(seed), method, 0.5)[0] for seed in (0, 1)]
     assert reports[0].masks.fingerprint() != reports[1].masks.fingerprint()
 
 
 @every_method
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_and_gradients_are_left_as_they_were(method: str, training: bool) -> None:
+def test_pruner_contract__modes_and_gradients_are_left_as_they_were(method: str, training: bool) -> None:
     model = uneven(training)
     before = {key: value for key, value in state(model).items() if key.endswith((".grad", ".training"))}
     pruned(model, method, 0.5)
@@ -169,7 +173,7 @@ def test_modes_and_gradients_are_left_as_they_were(method: str, training: bool) 
 
 
 @with_gradients
-def test_no_more_batches_are_drawn_than_asked_for(method: str) -> None:
+def test_pruner_contract__no_more_batches_are_drawn_than_asked_for(method: str) -> None:
     source = iter(batches(6))
     first = tiny_vit()
     prune(first, PRUNERS[method](), 0.5, batches=source, gradients=4)
@@ -180,7 +184,7 @@ def test_no_more_batches_are_drawn_than_asked_for(method: str) -> None:
 
 
 @with_gradients
-def test_gradients_are_those_of_the_given_loss(method: str) -> None:
+def test_pruner_contract__gradients_are_those_of_the_given_loss(method: str) -> None:
     usual, other = tiny_vit(), tiny_vit()
     pruned(usual, method, 0.5)
     prune(
@@ -194,7 +198,7 @@ def test_gradients_are_those_of_the_given_loss(method: str) -> None:
 
 
 @every_method
-def test_every_method_is_a_pruner_with_a_scope_of_its_own(method: str) -> None:
+def test_pruner_contract__every_method_is_a_pruner_with_a_scope_of_its_own(method: str) -> None:
     pruner: Pruner = PRUNERS[method]()
     assert pruner.scope in SCOPES
     by_default, _ = pruned(tiny_vit(), method, 0.6)
@@ -205,7 +209,7 @@ def test_every_method_is_a_pruner_with_a_scope_of_its_own(method: str) -> None:
 
 
 @every_method
-def test_chosen_layers_only(method: str) -> None:
+def test_pruner_contract__chosen_layers_only(method: str) -> None:
     model = tiny_vit()
     layers = find_layers(model, {"QKV": [r"attn\.qkv"]})
     before = copy.deepcopy(model.state_dict())

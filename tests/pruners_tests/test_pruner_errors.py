@@ -26,7 +26,9 @@ def pruned(model: nn.Module, method: str, sparsity: float, scope: Scope | None =
 
 @every_method
 @pytest.mark.parametrize("sparsity", [1.5, -0.1, float("nan")])
-def test_a_sparsity_out_of_range_is_named_and_the_model_untouched(method: str, sparsity: float) -> None:
+def test_pruner_errors__a_sparsity_out_of_range_is_named_and_the_model_untouched(
+    method: str, sparsity: float
+) -> None:
     model = uneven()
     before = state(model)
     with pytest.raises(InputError, match="sparsity = "):
@@ -35,7 +37,7 @@ def test_a_sparsity_out_of_range_is_named_and_the_model_untouched(method: str, s
 
 
 @every_method
-def test_an_unknown_scope_is_named_and_the_model_untouched(method: str) -> None:
+def test_pruner_errors__an_unknown_scope_is_named_and_the_model_untouched(method: str) -> None:
     model = uneven()
     before = state(model)
     with pytest.raises(InputError, match=r"scope = 'stages'.*did you mean 'stage'"):
@@ -45,7 +47,9 @@ def test_an_unknown_scope_is_named_and_the_model_untouched(method: str) -> None:
 
 @every_method
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_named_and_the_model_untouched(method: str, value: float) -> None:
+def test_pruner_errors__a_weight_that_is_no_number_is_named_and_the_model_untouched(
+    method: str, value: float
+) -> None:
     model = uneven()
     with torch.no_grad():
         model.get_parameter("blocks.2.mlp.fc1.weight")[1, 1] = value
@@ -65,7 +69,7 @@ def test_a_weight_that_is_no_number_is_named_and_the_model_untouched(method: str
     ],
     ids=["missing", "empty", "NaN"],
 )
-def test_batches_that_cannot_be_used_are_named_and_the_model_untouched(
+def test_pruner_errors__batches_that_cannot_be_used_are_named_and_the_model_untouched(
     method: str, given_batches: list[Batch] | None, message: str
 ) -> None:
     model = uneven()
@@ -76,7 +80,7 @@ def test_batches_that_cannot_be_used_are_named_and_the_model_untouched(
 
 
 @with_gradients
-def test_an_error_in_the_loss_leaves_the_model_untouched(method: str) -> None:
+def test_pruner_errors__an_error_in_the_loss_leaves_the_model_untouched(method: str) -> None:
     model = uneven()
     before = state(model)
 
@@ -88,7 +92,7 @@ def test_an_error_in_the_loss_leaves_the_model_untouched(method: str) -> None:
     assert state(model) == before
 
 
-def test_an_unknown_method_is_named_and_the_model_untouched() -> None:
+def test_pruner_errors__an_unknown_method_is_named_and_the_model_untouched() -> None:
     model = uneven()
     before = state(model)
     with pytest.raises(InputError, match=r"method = 'dimp'.*did you mean 'dimap'"):
@@ -118,7 +122,9 @@ def test_an_unknown_method_is_named_and_the_model_untouched() -> None:
         ({"method": "dimap", "table": {"mlp": 0.6}}, r"table = 'mlp': matches none"),
     ],
 )
-def test_other_bad_input_is_named_and_the_model_untouched(arguments: dict[str, Any], message: str) -> None:
+def test_pruner_errors__other_bad_input_is_named_and_the_model_untouched(
+    arguments: dict[str, Any], message: str
+) -> None:
     model = uneven()
     before = state(model)
     with pytest.raises(InputError, match=message):
@@ -127,7 +133,7 @@ def test_other_bad_input_is_named_and_the_model_untouched(arguments: dict[str, A
 
 
 @every_method
-def test_a_model_that_is_sparser_already_is_refused_and_untouched(method: str) -> None:
+def test_pruner_errors__a_model_that_is_sparser_already_is_refused_and_untouched(method: str) -> None:
     model = uneven()
     prune(model, "magnitude", 0.6)
     before = state(model)
@@ -149,5 +155,5 @@ def test_a_model_that_is_sparser_already_is_refused_and_untouched(method: str) -
         ("\x1b[36mray::measure()\x1b[39m (pid=7)\n  File x\nValueError: bad\n", "ValueError: bad"),
     ],
 )
-def test_an_error_in_one_line(said: str, line: str) -> None:
+def test_pruner_errors__an_error_in_one_line(said: str, line: str) -> None:
     assert first_line(OSError(said)) == line

@@ -38,7 +38,7 @@ def run(code: str) -> tuple[int, int, set[str]]:
     return zeros, numel, set(loaded)
 
 
-def test_five_lines_prune_a_timm_model_without_a_cluster() -> None:
+def test_python_api__five_lines_prune_a_timm_model_without_a_cluster() -> None:
     zeros, numel, loaded = run(FIVE_LINES + WITH_GRADIENTS)
     assert numel == 2 * 12 * 192**2
     assert zeros == numel // 2
@@ -46,7 +46,7 @@ def test_five_lines_prune_a_timm_model_without_a_cluster() -> None:
     assert not loaded & {"ray", "mlflow", "optuna", "pydantic", "trainers", "orchestration"}
 
 
-def test_an_input_error_does_not_wait_for_torch() -> None:
+def test_python_api__an_input_error_does_not_wait_for_torch() -> None:
     _, _, loaded = run("from pruners import InputError; zeros, numel = 0, 0")
     assert "pruners" in loaded
     assert "torch" not in loaded
@@ -61,6 +61,6 @@ zeros, numel = 0, 0
 """
 
 
-def test_every_public_name_is_there_and_no_other() -> None:
+def test_python_api__every_public_name_is_there_and_no_other() -> None:
     _, _, loaded = run(PUBLIC)
     assert not loaded & {"ray", "mlflow", "optuna", "pydantic", "timm"}

@@ -40,7 +40,7 @@ def on_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Resul
     return found
 
 
-def test_the_cases_are_of_all_methods_and_of_several_groups() -> None:
+def test_workers__the_cases_are_of_all_methods_and_of_several_groups() -> None:
     assert set(METHODS) <= set(CASES)
     layers = find_layers(tiny_swin())
     fisher = BlockFisher(layers, block_size=16)
@@ -53,7 +53,7 @@ def test_the_cases_are_of_all_methods_and_of_several_groups() -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_workers_end_with_one_processs_masks_and_nearly_its_weights(
+def test_workers__workers_end_with_one_processs_masks_and_nearly_its_weights(
     name: str, world: int, alone: Results, on_workers: dict[int, list[Results]]
 ) -> None:
     expected, (first, *others) = alone[name], [results[name] for results in on_workers[world]]
@@ -75,7 +75,7 @@ def test_workers_end_with_one_processs_masks_and_nearly_its_weights(
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.auto])
-def test_all_choose_the_same_damp_by_the_whole_curve(
+def test_workers__all_choose_the_same_damp_by_the_whole_curve(
     name: str, world: int, alone: Results, on_workers: dict[int, list[Results]]
 ) -> None:
     results = [alone] if world == 1 else on_workers[world]

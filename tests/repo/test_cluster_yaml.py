@@ -50,7 +50,7 @@ def commands(config: Config) -> list[str]:
     return [line for key in config if key.endswith("_commands") for line in config[key]]
 
 
-def test_ray_accepts_both_variants() -> None:
+def test_cluster_yaml__ray_accepts_both_variants() -> None:
     assert check(aws())["head_node_type"] == "head"
     local = check(on_premise())
     assert local["available_node_types"]["local.cluster.node"]["max_workers"] == 2
@@ -82,14 +82,16 @@ def half_a_gpu(config: Config) -> None:
         (half_a_gpu, ValidationError, "0.5"),
     ],
 )
-def test_ray_refuses(mutate: Callable[[Config], None], error: type[Exception], says: str) -> None:
+def test_cluster_yaml__ray_refuses(
+    mutate: Callable[[Config], None], error: type[Exception], says: str
+) -> None:
     config = aws()
     mutate(config)
     with pytest.raises(error, match=says):
         check(config)
 
 
-def test_gpu_workers_scale_from_none() -> None:
+def test_cluster_yaml__gpu_workers_scale_from_none() -> None:
     config = aws()
     assert config["idle_timeout_minutes"] > 0
     workers = [node for name, node in config["available_node_types"].items() if name != "head"]
@@ -98,7 +100,7 @@ def test_gpu_workers_scale_from_none() -> None:
         assert 0 == node["min_workers"] < node["max_workers"] <= config["max_workers"]
 
 
-def test_no_secret_and_nothing_open_to_the_world() -> None:
+def test_cluster_yaml__no_secret_and_nothing_open_to_the_world() -> None:
     assert "0.0.0.0" not in TEXT
     assert "--dashboard-host=127.0.0.1" in " ".join(aws()["head_start_ray_commands"])
     assert not re.search(
@@ -107,7 +109,7 @@ def test_no_secret_and_nothing_open_to_the_world() -> None:
     assert not re.search(r"://[^/\s]+:[^/\s]+@", TEXT), "an address with a password in it"
 
 
-def test_every_node_gets_the_token_and_the_sources() -> None:
+def test_cluster_yaml__every_node_gets_the_token_and_the_sources() -> None:
     for config in (aws(), on_premise()):
         mounts = config["file_mounts"]
         assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
@@ -120,7 +122,7 @@ def test_every_node_gets_the_token_and_the_sources() -> None:
             assert local.startswith("~") or (ROOT / local).exists(), local
 
 
-def test_commands_are_shell() -> None:
+def test_cluster_yaml__commands_are_shell() -> None:
     for line in commands(aws()):
         subprocess.run(["bash", "-n", "-c", line], check=True)
 
@@ -149,7 +151,7 @@ def environment_lines(lines: list[str]) -> list[str]:
     return found
 
 
-def test_worker_starts_with_storage_tracking_and_token_mode(
+def test_cluster_yaml__worker_starts_with_storage_tracking_and_token_mode(
     node: Callable[[list[str]], None], tmp_path: Path
 ) -> None:
     config = check(aws())
@@ -165,7 +167,9 @@ def test_worker_starts_with_storage_tracking_and_token_mode(
     assert (tmp_path / ".bashrc").read_text() == ". ~/espalier.env\n"
 
 
-def test_head_starts_mlflow_on_its_private_address(node: Callable[[list[str]], None], tmp_path: Path) -> None:
+def test_cluster_yaml__head_starts_mlflow_on_its_private_address(
+    node: Callable[[list[str]], None], tmp_path: Path
+) -> None:
     config = check(aws())
     node(environment_lines(config["head_setup_commands"]))
     node(config["head_start_ray_commands"])

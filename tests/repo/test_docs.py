@@ -77,7 +77,7 @@ def generator() -> ModuleType:
     return module
 
 
-def test_generated_pages_are_what_would_be_generated(generator: ModuleType) -> None:
+def test_docs__generated_pages_are_what_would_be_generated(generator: ModuleType) -> None:
     """'python docs/generate.py' writes them; 'make docs' does so first."""
     fresh = generator.pages()
     stale = [name for name, text in fresh.items() if (DOCS / name).read_text(encoding="utf-8") != text]
@@ -86,7 +86,7 @@ def test_generated_pages_are_what_would_be_generated(generator: ModuleType) -> N
     assert known - {"reference/api/index.md"} == {name for name in fresh if "/api/" in name}
 
 
-def test_the_page_of_commands_has_all_of_them(generator: ModuleType) -> None:
+def test_docs__the_page_of_commands_has_all_of_them(generator: ModuleType) -> None:
     text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^## `espalier (.*)`$", text, re.MULTILINE)) == {
         path.removeprefix("espalier ") for path, _ in generator.commands(cli, "espalier")
@@ -95,12 +95,12 @@ def test_the_page_of_commands_has_all_of_them(generator: ModuleType) -> None:
     assert "data convert" in text
 
 
-def test_readme_is_short() -> None:
+def test_docs__readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_recipes_code_and_links_of_a_page(page: Path) -> None:
+def test_docs__commands_recipes_code_and_links_of_a_page(page: Path) -> None:
     for line in commands(page):
         for override in parsed(line).params.get("overrides", ()):
             assert override.partition("=")[0] in keys(), line
@@ -134,12 +134,12 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     "line",
     ["swep my.yaml", "sweep my.yaml --dryrun", "prune deit_small_patch16_224 --sparsity x", "inspect"],
 )
-def test_a_command_that_is_none_is_seen(line: str) -> None:
+def test_docs__a_command_that_is_none_is_seen(line: str) -> None:
     with pytest.raises((KeyError, click.UsageError)):
         parsed(line)
 
 
-def test_pages_have_commands_and_recipes() -> None:
+def test_docs__pages_have_commands_and_recipes() -> None:
     """What the test above reads is there to be read."""
     assert sum(len(list(commands(page))) for page in pages()) > 60
     assert sum(len(blocks(page, "yaml")) for page in pages()) > 25

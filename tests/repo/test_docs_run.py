@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_first_pruned_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_run__the_first_pruned_model(capsys: pytest.CaptureFixture[str]) -> None:
     """Both methods keep what they say, oViT more of it, and the folders are there."""
     threads = torch.get_num_threads()
     try:
@@ -54,7 +54,7 @@ def test_the_first_pruned_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("small/model.safetensors.packed").is_file()
 
 
-def test_python_api(capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_run__python_api(capsys: pytest.CaptureFixture[str]) -> None:
     names = run_page("guides/python_api.md")
     assert names["report"].sparsity == 0.5
     assert "Costs(" in capsys.readouterr().out

@@ -29,7 +29,7 @@ def prepared() -> Any:
 @pytest.mark.parametrize("side", [(224, 224), (160, 96)], ids=["square", "oblong"])
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("crop", [0.875, 0.9, 0.95, 1.0])
-def test_a_picture_is_prepared_as_timm_prepares_it(
+def test_guide_pictures__a_picture_is_prepared_as_timm_prepares_it(
     crop: float, mode: str, side: tuple[int, int], prepared: Any, tmp_path: Path
 ) -> None:
     """Wide and high pictures, larger and smaller than the input, with odd numbers of pixels."""

@@ -143,7 +143,7 @@ def modules() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def test_every_module_keeps_the_direction_of_imports() -> None:
+def test_imports__every_module_keeps_the_direction_of_imports() -> None:
     wrong = [
         problem
         for path in modules()
@@ -153,7 +153,7 @@ def test_every_module_keeps_the_direction_of_imports() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in modules()} >= {"pruners", "trainers", "orchestration"}
 
 
-def test_no_arrow_between_packages_runs_up() -> None:
+def test_imports__no_arrow_between_packages_runs_up() -> None:
     ours = [path for path in modules() if path.relative_to(ROOT).parts[0] in PACKAGES[:3]]
     homes = {".".join(path.relative_to(ROOT).with_suffix("").parts[:2]) for path in ours}
     assert {home.removesuffix(".__init__") for home in homes} - {"trainers", "orchestration"} == set(FLOOR)
@@ -179,11 +179,11 @@ def test_no_arrow_between_packages_runs_up() -> None:
         ),
     ],
 )
-def test_an_arrow_that_runs_up_is_seen(path: str, source: str) -> None:
+def test_imports__an_arrow_that_runs_up_is_seen(path: str, source: str) -> None:
     assert len(climbs(path, source)) == 1
 
 
-def test_packages_hold_few_files_and_say_what_they_are_for() -> None:
+def test_imports__packages_hold_few_files_and_say_what_they_are_for() -> None:
     for package in {path.parent for path in modules()} - {ROOT / "experiments"}:
         if package.parent == ROOT / "experiments":
             continue
@@ -231,7 +231,7 @@ def folders(package: Path) -> set[str]:
         ("pruners/a.py", "\n" * 501),
     ],
 )
-def test_a_violation_is_seen(path: str, source: str) -> None:
+def test_imports__a_violation_is_seen(path: str, source: str) -> None:
     assert len(violations(path, source)) >= 1
 
 
@@ -250,10 +250,10 @@ def test_a_violation_is_seen(path: str, source: str) -> None:
         ("pruners/a.py", "\n" * 500),
     ],
 )
-def test_what_is_allowed_is_not_refused(path: str, source: str) -> None:
+def test_imports__what_is_allowed_is_not_refused(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
-def test_tests_shadow_no_package() -> None:
+def test_imports__tests_shadow_no_package() -> None:
     found = {path.name for path in Path(__file__).parents[1].iterdir()}
     assert not found & {*PACKAGES, "__init__.py"}

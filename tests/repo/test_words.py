@@ -70,7 +70,7 @@ def sources() -> Iterator[tuple[str, str]]:
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
-def test_names_are_nouns_and_verbs() -> None:
+def test_words__names_are_nouns_and_verbs() -> None:
     assert [
         f"{path}:{line}: {name}"
         for path, source in sources()
@@ -79,7 +79,7 @@ def test_names_are_nouns_and_verbs() -> None:
     ] == []
 
 
-def test_docstrings_begin_with_a_sentence() -> None:
+def test_words__docstrings_begin_with_a_sentence() -> None:
     assert [f"{path}: {name}" for path, source in sources() for name in begins_with_a_section(source)] == []
 
 
@@ -104,7 +104,7 @@ def test_docstrings_begin_with_a_sentence() -> None:
         "match a:\n    case {'k': found}: pass",
     ],
 )
-def test_a_banned_name_is_seen(source: str) -> None:
+def test_words__a_banned_name_is_seen(source: str) -> None:
     assert len(banned(source)) == 1
 
 
@@ -118,11 +118,11 @@ def test_a_banned_name_is_seen(source: str) -> None:
         "founded = 1",
     ],
 )
-def test_what_is_allowed_is_not_refused(source: str) -> None:
+def test_words__what_is_allowed_is_not_refused(source: str) -> None:
     assert banned(source) == []
 
 
-def test_a_docstring_without_a_sentence_is_seen() -> None:
+def test_words__a_docstring_without_a_sentence_is_seen() -> None:
     source = (
         '"""Module."""\nclass C:\n    """Attributes:\n    a: b"""\n    def f(self):\n        """Raises: E"""'
     )

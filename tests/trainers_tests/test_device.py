@@ -62,7 +62,7 @@ def held(tensor: torch.Tensor) -> torch.Tensor:
     return plain.held if isinstance(plain, OnCuda) else plain
 
 
-def test_labelled_cuda_refuses_tensors_of_two_devices() -> None:
+def test_device__labelled_cuda_refuses_tensors_of_two_devices() -> None:
     with labelled_cuda() as device:
         ours, other = torch.ones(3, device=device), torch.ones(3)
         for mixed in (
@@ -110,7 +110,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 @pytest.mark.parametrize(("method", "pattern"), PATTERNS)
-def test_prune(method: str, pattern: str) -> None:
+def test_device__prune(method: str, pattern: str) -> None:
     assert_same(pruned(CUDA, method, pattern=pattern), pruned(CPU, method, pattern=pattern))
 
 
@@ -233,7 +233,7 @@ def test_run__sparse_model_that_is_pruned_further(tmp_path: Path) -> None:
     assert all(not bool((final.masks[name] & ~mask).any()) for name, mask in masks.items())
 
 
-def test_one_shot_trial(tmp_path: Path) -> None:
+def test_device__one_shot_trial(tmp_path: Path) -> None:
     """An actor of an allocation search that has a share of a GPU."""
     search = AllocationSearch.model_validate({"trials": 2, "gpus_per_trial": 0.5, "first_images": 4})
     inputs = one_shot_inputs(str(dense_folder(tmp_path / "dense")), search, tmp_path)
@@ -250,7 +250,7 @@ def test_one_shot_trial(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "fisher"])
-def test_cut_model(importance: str, tmp_path: Path) -> None:
+def test_device__cut_model(importance: str, tmp_path: Path) -> None:
     settings = StructuredSettings.model_validate({"mlp": 0.5, "importance": importance})
     cuts = []
     for device in (CUDA, CPU):
@@ -267,7 +267,7 @@ def test_cut_model(importance: str, tmp_path: Path) -> None:
     assert_same(*({name: held(weight) for name, weight in made.state_dict().items()} for made in cuts))
 
 
-def test_evaluate() -> None:
+def test_device__evaluate() -> None:
     model = tiny_vit()
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention of a CPU is not taken for tensors that say CUDA
         expected = evaluate(model, batches(3))

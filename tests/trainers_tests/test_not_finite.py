@@ -78,7 +78,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (27, r"gradients are not finite in step 6 of epoch 3$"),  # the run's last
     ],
 )
-def test_on_a_gpu_no_step_is_missed(
+def test_not_finite__on_a_gpu_no_step_is_missed(
     at: int, says: str, files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     poison({at})
@@ -92,7 +92,7 @@ def test_on_a_gpu_no_step_is_missed(
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_nor_is_one_before_a_checkpoint_within_an_epoch(
+def test_not_finite__nor_is_one_before_a_checkpoint_within_an_epoch(
     files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     poison({3})
@@ -103,7 +103,7 @@ def test_nor_is_one_before_a_checkpoint_within_an_epoch(
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
-def test_float16_gives_up_when_every_step_is_left_out(
+def test_not_finite__float16_gives_up_when_every_step_is_left_out(
     on_nan: str, files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     poison(set(range(9, 999)), backward=True)
@@ -114,7 +114,7 @@ def test_float16_gives_up_when_every_step_is_left_out(
     assert all(math.isfinite(row["train_loss"]) for row in log.metrics)
 
 
-def test_a_run_of_which_no_step_was_made_does_not_finish(
+def test_not_finite__a_run_of_which_no_step_was_made_does_not_finish(
     files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     """Seven steps are fewer than float16 may leave out in a row."""
@@ -125,7 +125,7 @@ def test_a_run_of_which_no_step_was_made_does_not_finish(
     assert log.saved == {}
 
 
-def test_float16_counts_what_its_scaler_leaves_out(
+def test_not_finite__float16_counts_what_its_scaler_leaves_out(
     files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     """A gradient that overflows at the first scale is no fault; a loss that is NaN is one."""
@@ -136,7 +136,9 @@ def test_float16_counts_what_its_scaler_leaves_out(
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
-def test_a_loss_that_is_nan(precision: str, files: dict[str, str], tmp_path: Path, poison: Poison) -> None:
+def test_not_finite__a_loss_that_is_nan(
+    precision: str, files: dict[str, str], tmp_path: Path, poison: Poison
+) -> None:
     poison({9})
     with pytest.raises(FloatingPointError, match=r"the loss is nan in step 2 of epoch 1"):
         run(make_job(files, {"precision": precision}), Log(tmp_path), CPU)
@@ -147,7 +149,7 @@ def test_a_loss_that_is_nan(precision: str, files: dict[str, str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_step_left_out_moves_no_running_statistics(
+def test_not_finite__a_step_left_out_moves_no_running_statistics(
     precision: str, files: dict[str, str], tmp_path: Path, poison: Poison
 ) -> None:
     """NaN would stay in a batch norm's mean, and with it in every answer, whatever the weights."""
@@ -168,7 +170,7 @@ def test_a_step_left_out_moves_no_running_statistics(
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_a_step_that_makes_weights_infinite(
+def test_not_finite__a_step_that_makes_weights_infinite(
     ema: float | None, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last one of a run, so that no loss would tell."""
@@ -190,7 +192,7 @@ def test_a_step_that_makes_weights_infinite(
     assert not (tmp_path / "kept").exists()
 
 
-def test_answers_that_are_not_finite_have_no_top1() -> None:
+def test_not_finite__answers_that_are_not_finite_have_no_top1() -> None:
     """The largest of NaN would be class 0, and a model of NaN as good as the share of class 0."""
 
     class Broken(nn.Module):
@@ -204,7 +206,7 @@ def test_answers_that_are_not_finite_have_no_top1() -> None:
         evaluate(nn.Identity(), [(torch.tensor([[-3e38, 3e38]]), labels[:1])])
 
 
-def test_neither_saved_nor_loaded(tmp_path: Path) -> None:
+def test_not_finite__neither_saved_nor_loaded(tmp_path: Path) -> None:
     model, arguments = tiny()
     with torch.no_grad():
         model.get_parameter("blocks.1.mlp.fc1.bias")[3] = torch.nan
@@ -228,7 +230,7 @@ def spoil(file: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "name"), [("model.safetensors", "norm.weight"), ("trainer.safetensors", "model/norm.weight")]
 )
-def test_a_checkpoint_of_before_that_holds_nan_is_left_aside(
+def test_not_finite__a_checkpoint_of_before_that_holds_nan_is_left_aside(
     file: str, name: str, files: dict[str, str], tmp_path: Path
 ) -> None:
     log = Log(tmp_path)
@@ -242,14 +244,14 @@ def test_a_checkpoint_of_before_that_holds_nan_is_left_aside(
     assert damage(log.last) == f"{file} holds values to go on from that are none: {name} is not finite"
 
 
-def test_a_limit_of_one_number_may_be_infinite() -> None:
+def test_not_finite__a_limit_of_one_number_may_be_infinite() -> None:
     tensors = {"limit": torch.tensor(-math.inf), "number": torch.tensor([1]), "none": torch.zeros(0)}
     assert not_finite(tensors) == []
     assert not_finite({**tensors, "a": torch.tensor(math.nan), "b": torch.tensor([math.inf])}) == ["a", "b"]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_a_trial_whose_score_is_not_finite_is_not_the_best(score: float, tmp_path: Path) -> None:
+def test_not_finite__a_trial_whose_score_is_not_finite_is_not_the_best(score: float, tmp_path: Path) -> None:
     log = TrialLog(str(tmp_path / "trials.json"))
     scores = {0: 0.5, 1: score, 2: 0.7}
     for number, item in scores.items():

@@ -29,7 +29,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_workers_end_with_a_parent_that_is_killed() -> None:
+def test_process_pool__workers_end_with_a_parent_that_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None

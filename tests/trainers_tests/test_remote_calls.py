@@ -56,7 +56,7 @@ def start(*arguments: str, seconds: float) -> subprocess.Popen[str]:
     )
 
 
-def test_a_dry_run_with_a_silent_address_ends_and_shows_no_secret(silent: str) -> None:
+def test_remote_calls__a_dry_run_with_a_silent_address_ends_and_shows_no_secret(silent: str) -> None:
     data = [f"data.{part}={silent}" for part in ("train", "validation", "test")]
     process = start("sweep", "demo", "data.source=null", *data, f"storage={silent}", "--dry-run", seconds=2.0)
     out, error = process.communicate(timeout=150)  # the client itself tries for a hundred seconds
@@ -65,7 +65,7 @@ def test_a_dry_run_with_a_silent_address_ends_and_shows_no_secret(silent: str) -
     assert "secret" not in out + error
 
 
-def test_a_sweep_with_a_silent_address_is_refused_in_one_line(silent: str) -> None:
+def test_remote_calls__a_sweep_with_a_silent_address_is_refused_in_one_line(silent: str) -> None:
     process = start("sweep", "demo", f"storage={silent}", seconds=2.0)
     out, error = process.communicate(timeout=150)
     assert process.returncode == 2, error
@@ -76,7 +76,7 @@ def test_a_sweep_with_a_silent_address_is_refused_in_one_line(silent: str) -> No
     assert "secret" not in error
 
 
-def test_ctrl_c_is_heard_while_nobody_answers(silent: str) -> None:
+def test_remote_calls__ctrl_c_is_heard_while_nobody_answers(silent: str) -> None:
     process = start("sweep", "demo", f"storage={silent}", seconds=50.0)
     time.sleep(8)
     assert process.poll() is None, process.communicate()
@@ -89,7 +89,7 @@ def test_ctrl_c_is_heard_while_nobody_answers(silent: str) -> None:
     assert "secret" not in error
 
 
-def test_a_look_is_given_up_and_not_repeated() -> None:
+def test_remote_calls__a_look_is_given_up_and_not_repeated() -> None:
     asked = []
 
     def never() -> None:
@@ -108,13 +108,13 @@ def test_a_look_is_given_up_and_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("uri", ["s3://", "gs://", "~nobody_of_ours/x", "s3:///x", "nowhere://x"])
-def test_no_place_is_an_input_error(uri: str) -> None:
+def test_remote_calls__no_place_is_an_input_error(uri: str) -> None:
     with pytest.raises(InputError, match=r"data\.train"):
         storage.resolve(uri, "data.train")
 
 
 @pytest.mark.parametrize("uri", ["/dev/zero", "/dev/null"])
-def test_a_device_is_no_table(uri: str) -> None:
+def test_remote_calls__a_device_is_no_table(uri: str) -> None:
     with pytest.raises(InputError, match=r"must be a Parquet file.*is none of these"):
         table_files(uri, "data.train")
 
@@ -136,7 +136,7 @@ def test_a_device_is_no_table(uri: str) -> None:
         ("models:/espalier-demo@champion", "models:/espalier-demo@champion"),
     ],
 )
-def test_secrets_are_cut(text: str, shown: str) -> None:
+def test_remote_calls__secrets_are_cut(text: str, shown: str) -> None:
     assert strip_secrets(text) == shown
     assert first_line(ValueError(text)) == shown
     error = InputError("data.train", text, f"no such file {text}")
@@ -144,7 +144,7 @@ def test_secrets_are_cut(text: str, shown: str) -> None:
         assert secret not in str(error)
 
 
-def test_errors_of_every_command_show_no_secret(run: Run) -> None:
+def test_remote_calls__errors_of_every_command_show_no_secret(run: Run) -> None:
     for text in (
         "evaluate nowhere://key:secret@x/y --data s3://key:secret@/x",
         "sweep demo data.source=null data.train=nowhere://key:secret@b/x",

@@ -45,7 +45,7 @@ def folder_of(path: Path, **files: str) -> Path:
     return path
 
 
-def test_files(location: tuple[str, Path]) -> None:
+def test_storage__files(location: tuple[str, Path]) -> None:
     uri, behind = location
     assert not storage.exists(f"{uri}/a/b.json")
     storage.write_json(f"{uri}/a/b.json", {"ä": [1, 0.5]})
@@ -60,13 +60,15 @@ def test_files(location: tuple[str, Path]) -> None:
     assert not storage.exists(f"{uri}/a/b.json")
 
 
-def test_no_partial_file_stays(location: tuple[str, Path]) -> None:
+def test_storage__no_partial_file_stays(location: tuple[str, Path]) -> None:
     uri, behind = location
     storage.write_bytes(f"{uri}/x", b"1")
     assert [path.name for path in behind.iterdir()] == ["x"]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage__a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage.write_bytes(f"{tmp_path}/x", b"old")
 
     def fail(self: Path, target: object) -> None:
@@ -78,7 +80,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
-def test_upload_and_local_copy(location: tuple[str, Path], tmp_path: Path) -> None:
+def test_storage__upload_and_local_copy(location: tuple[str, Path], tmp_path: Path) -> None:
     uri, behind = location
     storage.upload(folder_of(tmp_path / "one", a="1", b="2"), f"{uri}/models/m")
     assert {path.name: path.read_text() for path in (behind / "models/m").iterdir()} == {"a": "1", "b": "2"}
@@ -90,21 +92,21 @@ def test_upload_and_local_copy(location: tuple[str, Path], tmp_path: Path) -> No
     assert not (behind / "models/m").exists()
 
 
-def test_upload_replaces_the_whole_folder(location: tuple[str, Path], tmp_path: Path) -> None:
+def test_storage__upload_replaces_the_whole_folder(location: tuple[str, Path], tmp_path: Path) -> None:
     uri, behind = location
     storage.upload(folder_of(tmp_path / "one", a="1", masks="old"), f"{uri}/m")
     storage.upload(folder_of(tmp_path / "two", a="2"), f"{uri}/m")
     assert {path.name: path.read_text() for path in (behind / "m").iterdir()} == {"a": "2"}
 
 
-def test_an_upload_that_was_cut_off_is_no_obstacle(tmp_path: Path) -> None:
+def test_storage__an_upload_that_was_cut_off_is_no_obstacle(tmp_path: Path) -> None:
     folder_of(tmp_path / "m.partial", stale="x")
     storage.upload(folder_of(tmp_path / "one", a="1"), f"{tmp_path}/m")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "one"]
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["a"]
 
 
-def test_a_remote_folder_is_copied_and_the_copy_removed(remote: Path) -> None:
+def test_storage__a_remote_folder_is_copied_and_the_copy_removed(remote: Path) -> None:
     folder_of(remote / "m", a="1")
     with storage.local_copy("far://m") as local:
         assert remote not in local.parents
@@ -112,13 +114,13 @@ def test_a_remote_folder_is_copied_and_the_copy_removed(remote: Path) -> None:
     assert not local.exists()
 
 
-def test_local_folders_are_used_where_they_are(tmp_path: Path) -> None:
+def test_storage__local_folders_are_used_where_they_are(tmp_path: Path) -> None:
     for uri in (str(tmp_path), f"file://{tmp_path}"):
         with storage.local_copy(uri) as local:
             assert local == tmp_path
 
 
-def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage__relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("runs") == str(tmp_path / "runs")
     assert storage.resolve("runs")[1] == str(tmp_path / "runs")
@@ -128,7 +130,7 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("uri", ["nowhere://a/b", "file://relative/path", "://"])
-def test_unknown_schemes_are_refused(uri: str) -> None:
+def test_storage__unknown_schemes_are_refused(uri: str) -> None:
     with pytest.raises(InputError) as error:
         storage.resolve(uri, "data.train")
     assert error.value.key == "data.train"
@@ -136,7 +138,7 @@ def test_unknown_schemes_are_refused(uri: str) -> None:
     assert "pyarrow URI" in str(error.value)
 
 
-def test_what_is_no_json_is_named(tmp_path: Path) -> None:
+def test_storage__what_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(InputError, match=r"x\.json.*must hold JSON"):
         storage.read_json(f"{tmp_path}/x.json")
@@ -146,7 +148,7 @@ def test_what_is_no_json_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("over", ["nothing", "another"])
-def test_a_folder_that_was_cut_short_is_not_taken_for_whole(
+def test_storage__a_folder_that_was_cut_short_is_not_taken_for_whole(
     location: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
     """Killed in the middle of an upload: its mark is not there, whatever of the rest is."""
@@ -174,7 +176,7 @@ def test_a_folder_that_was_cut_short_is_not_taken_for_whole(
         assert storage.names(f"{uri}/m") == ["config.json", "pruning.json", "z.safetensors"]
 
 
-def test_two_may_write_a_file_at_once(tmp_path: Path) -> None:
+def test_storage__two_may_write_a_file_at_once(tmp_path: Path) -> None:
     def write(number: int) -> None:
         for _ in range(100):
             storage.write_json(f"{tmp_path}/figures/a.json", {"top1": number})

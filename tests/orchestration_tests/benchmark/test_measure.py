@@ -63,7 +63,7 @@ class Timed:
         return self._takes * batch
 
 
-def test_all_take_turns_in_every_round() -> None:
+def test_measure__all_take_turns_in_every_round() -> None:
     log: list[tuple[str, int, int]] = []
     workers = {name: Timed(name, takes, log) for name, takes in (("a", 0.001), ("b", 0.1))}
     times, failed = time_interleaved(workers, (1, 4), 5)
@@ -87,7 +87,7 @@ def test_all_take_turns_in_every_round() -> None:
     }
 
 
-def test_who_breaks_off_is_left_out() -> None:
+def test_measure__who_breaks_off_is_left_out() -> None:
     log: list[tuple[str, int, int]] = []
     workers = {"a": Timed("a", 0.1, log), "b": Timed("b", 0.1, log, last=3)}
     times, failed = time_interleaved(workers, (1,), 4)
@@ -98,7 +98,7 @@ def test_who_breaks_off_is_left_out() -> None:
 # answers
 
 
-def test_what_is_no_answer_agrees_nowhere() -> None:
+def test_measure__what_is_no_answer_agrees_nowhere() -> None:
     expected = np.array([[1.0, 2.0], [3.0, -1.0]], np.float32)
     assert Agreement.of(expected, expected) == Agreement(0.0, 0.0, 1.0)
     for answers in (expected[:1], expected * np.nan, expected * np.inf, np.zeros((2, 3), np.float32)):
@@ -109,7 +109,7 @@ def test_what_is_no_answer_agrees_nowhere() -> None:
 
 @quick(40)
 @given(st.floats(-3, 3), st.sampled_from(sorted(TOLERANCE)))
-def test_the_difference_is_relative(exponent: float, kind: str) -> None:
+def test_measure__the_difference_is_relative(exponent: float, kind: str) -> None:
     expected = np.random.default_rng(0).normal(0, 10**exponent, (20, 5))
     for share, holds in ((0.9, True), (1.1, False)):
         answers = expected * (1 + share * TOLERANCE[kind])
@@ -119,7 +119,7 @@ def test_the_difference_is_relative(exponent: float, kind: str) -> None:
 # what is said
 
 
-def test_a_wrong_answer_is_never_called_fast() -> None:
+def test_measure__a_wrong_answer_is_never_called_fast() -> None:
     wrong = replace(
         row("pruned", INT8, 0.1, sparsity=0.5, top1=0.9), seconds=(), agreement=Agreement(9.0, 0.5, 0.1)
     )
@@ -136,7 +136,7 @@ def test_a_wrong_answer_is_never_called_fast() -> None:
     assert json.loads(json.dumps(benchmark.as_json()))["rows"][2]["seconds"] is None
 
 
-def test_the_recommendation_keeps_the_accuracy() -> None:
+def test_measure__the_recommendation_keeps_the_accuracy() -> None:
     rows = [
         row("dense", TORCH, 5.0, top1=0.800),
         row("dense", ORT, 4.0, top1=0.800),
@@ -155,7 +155,7 @@ def test_the_recommendation_keeps_the_accuracy() -> None:
     assert "without --data" in next(report(*unknown).recommendations())
 
 
-def test_zeros_that_give_nothing_are_told() -> None:
+def test_measure__zeros_that_give_nothing_are_told() -> None:
     slow, fast = (
         row("pruned", choice, time, batch, sparsity=0.9)
         for choice, time, batch in ((ORT, 3.9, 1), (Choice("csr", "float32"), 2.0, 1))
@@ -175,14 +175,14 @@ def test_zeros_that_give_nothing_are_told() -> None:
     assert "nothing at batch 64" in "\n".join(report(*more).notes())
 
 
-def test_a_gain_is_larger_than_the_noise() -> None:
+def test_measure__a_gain_is_larger_than_the_noise() -> None:
     quiet, noisy = row("a", ORT, 2.0), replace(row("a", ORT, 2.0), seconds=(0.001, 0.002, 0.006))
     assert gain(quiet, row("b", ORT, 2.2))
     assert not gain(quiet, row("b", ORT, 2.05))
     assert not gain(noisy, row("b", ORT, 2.2))
 
 
-def test_times_are_readable() -> None:
+def test_measure__times_are_readable() -> None:
     assert [milliseconds(seconds) for seconds in (0.00012345, 0.0123456, 0.1234, 12.345)] == [
         "0.123",
         "12.3",
@@ -191,13 +191,13 @@ def test_times_are_readable() -> None:
     ]
 
 
-def test_a_busy_machine_is_told() -> None:
+def test_measure__a_busy_machine_is_told() -> None:
     benchmark = report(row("dense", TORCH, 5))
     assert "busy" not in text_of(benchmark)
     assert "busy" in text_of(replace(benchmark, machine={**benchmark.machine, "load": 3.0}))
 
 
-def test_the_picture_shows_the_front() -> None:
+def test_measure__the_picture_shows_the_front() -> None:
     rows = [
         row("dense", TORCH, 5.0, top1=0.8),
         row("pruned", ORT, 2.0, top1=0.79),
@@ -208,7 +208,7 @@ def test_the_picture_shows_the_front() -> None:
     assert image[:4] == b"\x89PNG"
 
 
-def test_the_machine_has_no_name() -> None:
+def test_measure__the_machine_has_no_name() -> None:
     machine = describe_machine()
     assert machine["cores"] == os.cpu_count()
     assert machine["memory"] > 2**28

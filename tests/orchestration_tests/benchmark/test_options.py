@@ -37,13 +37,13 @@ from trainers.engines.registry import ENGINES, Placement
         ({"json": "none/a.json"}, ("--json", "'none/a.json'", "a folder that exists")),
     ],
 )
-def test_options_that_cannot_work(options: dict[str, Any], says: tuple[str, ...]) -> None:
+def test_options__options_that_cannot_work(options: dict[str, Any], says: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as error:
         BenchmarkOptions(("model",), **options).check()
     assert not [part for part in says if part not in str(error.value)], str(error.value)
 
 
-def test_what_is_asked_for_is_understood() -> None:
+def test_options__what_is_asked_for_is_understood() -> None:
     options = BenchmarkOptions(
         ("a",), "torch:bfloat16, onnxruntime:int8,torch:bfloat16", batch="64,1,1", loss="2.5%", threads=1
     )
@@ -55,7 +55,7 @@ def test_what_is_asked_for_is_understood() -> None:
     assert {choice.kind for choice in usual} == {"float32"}
 
 
-def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options__an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = optional_imports.find_spec
     monkeypatch.setattr(
         optional_imports, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
@@ -65,7 +65,7 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         BenchmarkOptions(("a",), "onnxruntime").check()
 
 
-def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options__a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     class Core:
         def get_property(self, *_: str) -> list[str]:
             return ["FP32"]
@@ -76,7 +76,7 @@ def test_a_type_that_the_processor_has_not(monkeypatch: pytest.MonkeyPatch) -> N
             BenchmarkOptions(("a",), f"openvino:{kind}", calibration="train.parquet").check()
 
 
-def test_names_tell_models_apart() -> None:
+def test_options__names_tell_models_apart() -> None:
     assert short_names(["/a/b/dense", "pruned"]) == ["dense", "pruned"]
     assert short_names(["/a/x/model", "s3://bucket/y/model"]) == ["x/model", "y/model"]
     assert short_names(["models:/espalier-a@champion"]) == ["espalier-a@champion"]
@@ -84,5 +84,5 @@ def test_names_tell_models_apart() -> None:
         short_names(["/a/b", "/a/b"])
 
 
-def test_places_of_one_processor_are_pinned() -> None:
+def test_options__places_of_one_processor_are_pinned() -> None:
     assert BenchmarkOptions(("a",), threads=1).hardware == Placement(1, "cpu")

@@ -43,7 +43,7 @@ def tamper(folder: Path) -> None:
     edit_json(folder / "export.json", files={"model.onnx": hashlib.sha256(path.read_bytes()).hexdigest()})
 
 
-def test_models_on_engines(run: Run, files: Path) -> None:
+def test_run__models_on_engines(run: Run, files: Path) -> None:
     good(run, "export @/dense exported --format onnx")
     good(run, "export @/dense changed --format onnx")
     tamper(Path("changed"))
@@ -97,14 +97,14 @@ def test_models_on_engines(run: Run, files: Path) -> None:
         ("benchmark", ("MODEL",)),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(text: str, says: tuple[str, ...], run: Run, files: Path) -> None:
+def test_run__bad_input_is_one_line(text: str, says: tuple[str, ...], run: Run, files: Path) -> None:
     status, out, error = run(text)
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     assert not [part for part in says if part not in error], error
     assert list(Path().iterdir()) == []
 
 
-def test_an_export_for_another_engine(run: Run) -> None:
+def test_run__an_export_for_another_engine(run: Run) -> None:
     good(run, "export @/dense out --format torch-export")
     status, _, error = run("benchmark out --engines onnxruntime")
     assert (status, len(error.splitlines())) == (2, 1)
@@ -112,7 +112,7 @@ def test_an_export_for_another_engine(run: Run) -> None:
 
 
 @pytest.mark.long
-def test_torch_compile_and_openvino(run: Run) -> None:
+def test_run__torch_compile_and_openvino(run: Run) -> None:
     wanted = ["compile:float32", "openvino:float32", "openvino:int8", "onnxruntime:int8", "torch:bfloat16"]
     if ENGINES["openvino"].lacking("int8-bfloat16", "cpu") is None:
         wanted.append("openvino:int8-bfloat16")
@@ -128,7 +128,7 @@ def test_torch_compile_and_openvino(run: Run) -> None:
 
 
 @pytest.mark.cluster
-def test_a_benchmark_is_logged(run: Run) -> None:
+def test_run__a_benchmark_is_logged(run: Run) -> None:
     from mlflow import MlflowClient
 
     from orchestration.tracking.server import start_server

@@ -130,7 +130,7 @@ def judge(name: str, status: object, error: str, bad: Path, here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_line(
+def test_bad_input__bad_input_is_one_line(
     name: str, bad: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["espalier", *arguments(name, bad)])
@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_bad_input_by_hand(name: str, bad: Path, tmp_path: Path) -> None:
+def test_bad_input__bad_input_by_hand(name: str, bad: Path, tmp_path: Path) -> None:
     """The installed command in a process of its own, which leaves no process behind."""
     done = subprocess.run(
         [ESPALIER, *arguments(name, bad)],
@@ -154,5 +154,5 @@ def test_bad_input_by_hand(name: str, bad: Path, tmp_path: Path) -> None:
     judge(name, done.returncode, done.stderr, bad, tmp_path)
 
 
-def test_there_are_cases_enough() -> None:
+def test_bad_input__there_are_cases_enough() -> None:
     assert len(CASES) >= 25

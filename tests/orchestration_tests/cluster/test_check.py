@@ -13,7 +13,7 @@ from orchestration.cluster.check import Offer, _differences
 
 
 @pytest.mark.cluster
-def test_a_cluster_is_checked(cluster: Any, tmp_path: Path) -> None:
+def test_check__a_cluster_is_checked(cluster: Any, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     fits = ("check", str(SMALL), "--address", cluster.address, "--storage", str(shared))
     with espalier("cluster", *fits, cwd=tmp_path) as command:
@@ -35,7 +35,7 @@ def test_a_cluster_is_checked(cluster: Any, tmp_path: Path) -> None:
         assert len(problems) == 5
 
 
-def test_a_node_that_sees_another_storage(tmp_path: Path) -> None:
+def test_check__a_node_that_sees_another_storage(tmp_path: Path) -> None:
     own, others = str(tmp_path / "mine"), str(tmp_path / "others")
     assert node_probe.look(own, None, "a")["problems"] == []
     assert node_probe.look(others, None, "b")["problems"] == []
@@ -46,7 +46,7 @@ def test_a_node_that_sees_another_storage(tmp_path: Path) -> None:
     assert not (tmp_path / "mine").exists()
 
 
-def test_other_versions_are_named() -> None:
+def test_check__other_versions_are_named() -> None:
     head = Offer("1", "10.0.0.1", {}, versions={"ray": "2.60.0", "espalier": "aaaa"})
     same = Offer("2", "10.0.0.2", {}, versions=dict(head.versions))
     other = Offer("3", "10.0.0.3", {}, versions={"ray": "2.60.0", "espalier": "bbbb"})

@@ -29,7 +29,9 @@ def size(*nodes: tuple[float, float]) -> ClusterSize:
         ([(4, 1)], {"workers": 2, "gpus_per_worker": 0.5}, 1),
     ],
 )
-def test_runs_at_once(nodes: list[tuple[float, float]], resources: dict[str, Any], runs: int) -> None:
+def test_connect__runs_at_once(
+    nodes: list[tuple[float, float]], resources: dict[str, Any], runs: int
+) -> None:
     assert size(*nodes).training_runs(Resources.model_validate(resources)) == runs
 
 
@@ -42,25 +44,25 @@ def test_runs_at_once(nodes: list[tuple[float, float]], resources: dict[str, Any
         ([(8, 0), (1, 4)], {"workers": 4, "cpus_per_worker": 2, "gpus_per_worker": 1}, "hold 0 workers"),
     ],
 )
-def test_what_no_node_holds_is_refused(
+def test_connect__what_no_node_holds_is_refused(
     nodes: list[tuple[float, float]], resources: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
         size(*nodes).training_runs(Resources.model_validate(resources))
 
 
-def test_where_nodes_may_come_the_totals_count() -> None:
+def test_connect__where_nodes_may_come_the_totals_count() -> None:
     assert ClusterSize(4, 0).training_runs(Resources(workers=1, cpus_per_worker=4)) == 1
 
 
-def test_a_cheap_trial_needs_one_node() -> None:
+def test_connect__a_cheap_trial_needs_one_node() -> None:
     search = AllocationSearch(cpus_per_trial=2)
     assert size((2, 0), (1, 0)).allocation_trials(search) == 1
     with pytest.raises(InputError, match="no node has 2 CPUs"):
         size((1, 0), (1, 0)).allocation_trials(search)
 
 
-def test_two_that_start_together_have_dashboards_at_ports_of_their_own(
+def test_connect__two_that_start_together_have_dashboards_at_ports_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cluster takes seconds to listen, and its start fails after a minute where another has the port."""
@@ -77,7 +79,7 @@ def test_two_that_start_together_have_dashboards_at_ports_of_their_own(
     assert len(set(taken)) == 2
 
 
-def test_a_busy_machine_has_time_to_start_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect__a_busy_machine_has_time_to_start_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own half minute is over before its servers have begun where others are at work."""
     waits = []
 

@@ -15,7 +15,7 @@ from orchestration.recipe.loading import load_recipe
 ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
 
 
-def test_the_package_runs_on_its_own(tmp_path: Path) -> None:
+def test_jobs_api__the_package_runs_on_its_own(tmp_path: Path) -> None:
     """As a job runs it: in the package's folder, with nothing of ours on the path."""
     recipe = load_recipe("demo", ["pruning.sparsity=0.5", "recovery.lr.peak=1e-5"])
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -48,7 +48,7 @@ def test_the_package_runs_on_its_own(tmp_path: Path) -> None:
     assert size < 20e6, "Ray takes packages of some megabytes"
 
 
-def test_a_storage_that_every_node_reaches_goes_along() -> None:
+def test_jobs_api__a_storage_that_every_node_reaches_goes_along() -> None:
     for storage in ("s3://bucket/runs", "/mnt/espalier"):
         assert _for_elsewhere(load_recipe("demo", [f"storage={storage}"]))["storage"] == storage
     assert "storage" not in _for_elsewhere(load_recipe("demo", ["storage=runs"]))
@@ -58,7 +58,7 @@ def job(start: int, **metadata: str) -> SimpleNamespace:
     return SimpleNamespace(start_time=start, metadata=metadata)
 
 
-def test_a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
+def test_jobs_api__a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
     put = "espalier.storage"
     jobs = [
         job(3, espalier="mine", **{put: "/new"}),
@@ -73,14 +73,14 @@ def test_a_sweep_is_looked_for_where_its_last_job_put_it() -> None:
     assert storage_of(client, "absent") is None
 
 
-def test_a_job_names_a_storage_that_others_reach_and_no_password() -> None:
+def test_jobs_api__a_job_names_a_storage_that_others_reach_and_no_password() -> None:
     assert _metadata("mine", "/shared") == {"espalier": "mine", "espalier.storage": "/shared"}
     for storage in (None, "runs", "s3://me:hunter2@bucket/runs"):
         assert _metadata("mine", storage) == {"espalier": "mine"}
     assert _metadata(None, "/shared") == {}
 
 
-def test_a_login_stays_here() -> None:
+def test_jobs_api__a_login_stays_here() -> None:
     uri = "https://me:hunter2@mlflow.example"
     tracking = _for_elsewhere(load_recipe("demo", [f"tracking.uri={uri}"]))["tracking"]
     assert tracking["uri"] == "https://mlflow.example"

@@ -49,7 +49,9 @@ def keeper() -> Iterator[subprocess.Popen[bytes]]:
     made.wait()
 
 
-def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, keeper: subprocess.Popen[bytes]) -> None:
+def test_keeper__what_a_killed_driver_leaves_is_ended(
+    tmp_path: Path, keeper: subprocess.Popen[bytes]
+) -> None:
     assert keeper.stdin is not None
     with ExitStack() as stack:
         left, others = (

@@ -74,7 +74,7 @@ def pruned_layers(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_zeros_stay_and_the_classifier_is_new(
+def test_finetune__zeros_stay_and_the_classifier_is_new(
     name: str, run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zeros = pruned_layers(files / name)
@@ -115,7 +115,7 @@ def test_zeros_stay_and_the_classifier_is_new(
     assert good(run, "evaluate result --data @/validation.parquet").splitlines()[1].split()[1] in out
 
 
-def test_the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> None:
+def test_finetune__the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> None:
     good(run, f"finetune @/vit --train @/three.parquet --out result {FAST} 'freeze=[^head]' epochs=1")
     before, after = (
         plain(files / "vit").get_parameter("head.weight"),
@@ -124,7 +124,7 @@ def test_the_classifier_stays_where_the_classes_do(run: Run, files: Path) -> Non
     assert torch.equal(before, after)
 
 
-def test_the_classifier_alone_is_trained(run: Run, files: Path) -> None:
+def test_finetune__the_classifier_alone_is_trained(run: Run, files: Path) -> None:
     frozen = "\"freeze=['^(?!head)']\""
     good(run, f"finetune @/swin --train @/train.parquet --classes 5 --out result {FAST} {frozen}")
     before, after = (load_file(folder / "model.safetensors") for folder in (files / "swin", Path("result")))
@@ -134,7 +134,7 @@ def test_the_classifier_alone_is_trained(run: Run, files: Path) -> None:
     }
 
 
-def test_the_form_of_the_checkpoint_changes_nothing(
+def test_finetune__the_form_of_the_checkpoint_changes_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compressed, by a URI, or from a hub (there without a record)."""
@@ -153,7 +153,7 @@ def test_the_form_of_the_checkpoint_changes_nothing(
     assert not Path("hub/masks.safetensors").exists()
 
 
-def test_the_seed_draws_the_classifier(run: Run) -> None:
+def test_finetune__the_seed_draws_the_classifier(run: Run) -> None:
     rest = f"--train @/train.parquet --classes 5 {FAST} 'freeze=[^head]' epochs=1"
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         good(run, f"finetune @/vit {rest} --seed {seed} --out {name}")
@@ -189,7 +189,7 @@ def stops_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]
 RESUMED = f"finetune @/vit --train @/train.parquet --classes 5 {FAST} ema=0.9"
 
 
-def test_the_same_command_goes_on(run: Run, stops_after: Callable[[int | None], None]) -> None:
+def test_finetune__the_same_command_goes_on(run: Run, stops_after: Callable[[int | None], None]) -> None:
     good(run, f"{RESUMED} --out whole")
     stops_after(2)
     status, out, error = run(f"{RESUMED} --out result")
@@ -205,7 +205,7 @@ def test_the_same_command_goes_on(run: Run, stops_after: Callable[[int | None], 
     assert {path.name for path in Path().iterdir()} == {"whole", "result"}
 
 
-def test_what_was_interrupted_is_of_one_command(
+def test_finetune__what_was_interrupted_is_of_one_command(
     run: Run, files: Path, stops_after: Callable[[int | None], None], tmp_path: Path
 ) -> None:
     """Another parent, other images or other settings do not go on from it."""
@@ -229,14 +229,14 @@ def test_what_was_interrupted_is_of_one_command(
         assert sorted(path for path in Path(".result.finetune").rglob("*")) == kept
 
 
-def test_one_at_a_time(run: Run) -> None:
+def test_finetune__one_at_a_time(run: Run) -> None:
     Path(".result.finetune").mkdir()
     with FileLock(".result.finetune/lock"):
         status, _, error = run(f"{RESUMED} --out result")
     assert (status, error) == (2, "espalier: --out = 'result': another finetune to it is at work\n")
 
 
-def test_ctrl_c_by_hand(files: Path, tmp_path: Path) -> None:
+def test_finetune__ctrl_c_by_hand(files: Path, tmp_path: Path) -> None:
     arguments = f"finetune {files}/vit --train {files}/three.parquet --out result epochs=100000 batch_size=8"
     with espalier(*arguments.split(), cwd=tmp_path) as command:
         command.until("epoch 2 of", 240.0)
@@ -283,7 +283,7 @@ BAD: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(text: str, run: Run, files: Path) -> None:
+def test_finetune__bad_input_is_one_line_and_leaves_nothing(text: str, run: Run, files: Path) -> None:
     entries = set(files.rglob("*"))
     status, out, error = run(text if "--out" in text else f"{text} --out a/b")
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
@@ -293,7 +293,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(text: str, run: Run, files: Pa
     assert set(files.rglob("*")) == entries
 
 
-def test_a_loss_that_is_not_finite(run: Run) -> None:
+def test_finetune__a_loss_that_is_not_finite(run: Run) -> None:
     status, _, error = run(f"{GOOD} {FAST} lr.peak=1000 clip_grad=null --out a/b")
     assert status == 2
     last = error.splitlines()[-1]

@@ -89,7 +89,7 @@ def count(zeros: dict[str, torch.Tensor]) -> int:
     return sum(int(mask.sum()) for mask in zeros.values())
 
 
-def test_dimap_needs_no_data(run: Run, files: Path) -> None:
+def test_prune__dimap_needs_no_data(run: Run, files: Path) -> None:
     out = good(run, "prune @/vit --method dimap --sparsity 0.5 --out pruned")
     model, zeros, record = pruned("pruned")
     assert count(zeros) == WEIGHTS // 2
@@ -116,7 +116,7 @@ def test_dimap_needs_no_data(run: Run, files: Path) -> None:
 OVIT = "prune @/vit --gradients 4 --batch-size 4 --data @/train.parquet --sparsity 0.75"
 
 
-def test_ovit_is_exact_and_repeats_itself(run: Run) -> None:
+def test_prune__ovit_is_exact_and_repeats_itself(run: Run) -> None:
     out = good(run, f"{OVIT} --test @/test.parquet --out first")
     _, zeros, record = pruned("first")
     assert count(zeros) == 3 * WEIGHTS // 4
@@ -130,7 +130,7 @@ def test_ovit_is_exact_and_repeats_itself(run: Run) -> None:
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune__less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part of the Fisher takes the gradients anew, from the same images."""
     taken = []
     again = prune._Again.__iter__
@@ -143,7 +143,7 @@ def test_less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(weight, parts[name]) for name, weight in whole.items())
 
 
-def test_two_of_four_brings_its_own_sparsity(run: Run) -> None:
+def test_prune__two_of_four_brings_its_own_sparsity(run: Run) -> None:
     good(run, "prune @/swin --method magnitude --pattern 2:4 --out pruned")
     _, zeros, _ = pruned("pruned")
     for mask in zeros.values():
@@ -153,7 +153,7 @@ def test_two_of_four_brings_its_own_sparsity(run: Run) -> None:
     assert "2:4 and 4:8 in all layers" in out
 
 
-def test_what_the_pattern_does_not_fit_is_left_dense(run: Run) -> None:
+def test_prune__what_the_pattern_does_not_fit_is_left_dense(run: Run) -> None:
     good(run, "prune @/vit --method dimap --pattern 1x32 --unfit dense --sparsity 0.5 --out pruned")
     _, zeros, _ = pruned("pruned")
     assert {name for name, mask in zeros.items() if mask.any()} == {
@@ -164,7 +164,7 @@ def test_what_the_pattern_does_not_fit_is_left_dense(run: Run) -> None:
     assert inspected["prunable"] == {"weights": 2048, "zeros": 1024, "sparsity": 0.5}
 
 
-def test_auto_says_which_damp_and_why(run: Run) -> None:
+def test_prune__auto_says_which_damp_and_why(run: Run) -> None:
     out = good(run, f"{OVIT} --damp auto --out pruned")
     damp = pruned("pruned")[2]["damp"]
     losses = damp["held_out_losses"]
@@ -173,7 +173,7 @@ def test_auto_says_which_damp_and_why(run: Run) -> None:
     assert f"{damp['chosen']:g}, by the lowest held-out loss after one shot (0.0001: " in out
 
 
-def test_layers_by_patterns_are_remembered(run: Run) -> None:
+def test_prune__layers_by_patterns_are_remembered(run: Run) -> None:
     good(
         run, r"prune @/vit --method dimap --sparsity 0.5 --layers 'F=mlp\.fc1' --layers 'F=qkv' --out pruned"
     )
@@ -187,14 +187,14 @@ def test_layers_by_patterns_are_remembered(run: Run) -> None:
     assert set(json.loads(good(run, r"inspect pruned --layers 'G=mlp\.fc1' --json"))["modules"]) == {"G"}
 
 
-def test_floor_and_ceiling_hold(run: Run) -> None:
+def test_prune__floor_and_ceiling_hold(run: Run) -> None:
     good(run, "prune @/vit --method magnitude_global --sparsity 0.5 --floor 0.45 --ceiling 0.55 --out pruned")
     inspected = json.loads(good(run, "inspect pruned --json"))
     assert all(0.45 <= layer["sparsity"] <= 0.55 for layer in inspected["layers"])
     assert inspected["prunable"]["sparsity"] == 0.5
 
 
-def test_a_pruned_model_is_pruned_further(run: Run) -> None:
+def test_prune__a_pruned_model_is_pruned_further(run: Run) -> None:
     good(run, "prune @/vit --method dimap --sparsity 0.5 --out half")
     good(run, "prune half --method magnitude --sparsity 0.75 --out empty/more")
     _, old, _ = pruned("half")
@@ -203,7 +203,7 @@ def test_a_pruned_model_is_pruned_further(run: Run) -> None:
     assert all((new[name] | ~mask).all() for name, mask in old.items())
 
 
-def test_models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune__models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A timm folder that espalier did not write, and one of a hub: timm knows how it was built."""
     model, arguments = tiny()
     _hub.save_for_hf(model, "foreign", model_args=arguments, safe_serialization=True)
@@ -216,7 +216,7 @@ def test_models_of_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none of 2:4, 4:8, 1x4" in good(run, "inspect hf-hub:me/tiny")
 
 
-def test_an_empty_folder_may_be_there(run: Run) -> None:
+def test_prune__an_empty_folder_may_be_there(run: Run) -> None:
     Path("there").mkdir()
     Path("link").symlink_to("there")
     good(run, "prune @/vit --method dimap --sparsity 0.5 --out link")
@@ -224,7 +224,7 @@ def test_an_empty_folder_may_be_there(run: Run) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["link", "there"]
 
 
-def test_inspect_as_text_and_as_json(run: Run) -> None:
+def test_prune__inspect_as_text_and_as_json(run: Run) -> None:
     good(run, "prune @/vit --method dimap --sparsity 0.5 --pattern 1x4 --out pruned")
     _, zeros, record = pruned("pruned")
     inspected = json.loads(good(run, "inspect pruned --json"))
@@ -264,7 +264,7 @@ def test_inspect_as_text_and_as_json(run: Run) -> None:
         assert part in text
 
 
-def test_inspect_of_an_architecture_has_shapes_and_no_zeros(run: Run) -> None:
+def test_prune__inspect_of_an_architecture_has_shapes_and_no_zeros(run: Run) -> None:
     inspected = json.loads(good(run, "inspect deit_small_patch16_224 --json"))
     assert inspected["prunable"] == {"weights": 12 * 1769472, "zeros": None, "sparsity": None}
     assert inspected["parameters"] == {"dense": 22050664, "non_zero": None}
@@ -274,7 +274,7 @@ def test_inspect_of_an_architecture_has_shapes_and_no_zeros(run: Run) -> None:
     assert "21,233,664 weights in 48 layers" in text
 
 
-def test_ctrl_c_leaves_nothing(files: Path, tmp_path: Path) -> None:
+def test_prune__ctrl_c_leaves_nothing(files: Path, tmp_path: Path) -> None:
     arguments = (
         f"prune {files}/vit --data {files}/train.parquet --sparsity 0.5 --gradients 1000000 --out pruned"
     )
@@ -286,7 +286,7 @@ def test_ctrl_c_leaves_nothing(files: Path, tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".out", ".err"}  # its own output
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_prune__a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     target = tmp_path / "new/deeper/folder"
 
     def write_and_stop() -> None:
@@ -299,7 +299,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune__a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(folder: Path, *rest: object, **more: object) -> None:
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
@@ -311,7 +311,7 @@ def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(Path().iterdir()) == []
 
 
-def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prune__plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr("orchestration.commands.progress.time.monotonic", lambda: next(clock))
     with (tmp_path / "lines").open("w") as file, Bars(Console(file=file), "ovit: 4 layers") as bars:
@@ -327,7 +327,7 @@ def test_plain_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ]
 
 
-def test_help_is_light_and_names_every_method() -> None:
+def test_prune__help_is_light_and_names_every_method() -> None:
     code = (
         "import sys; from orchestration.cli import app\n"
         "try: app.cli(['prune', '--help'])\n"
@@ -402,7 +402,7 @@ BAD: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_bad_input_is_one_line_and_leaves_no_folder(text: str, run: Run, files: Path) -> None:
+def test_prune__bad_input_is_one_line_and_leaves_no_folder(text: str, run: Run, files: Path) -> None:
     entries = set(files.rglob("*"))
     status, out, error = run(f"prune {text}" if "--out" in text else f"prune {text} --out out")
     assert status == 2, error
@@ -416,7 +416,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(text: str, run: Run, files: 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
-def test_no_gpu_here(run: Run) -> None:
+def test_prune__no_gpu_here(run: Run) -> None:
     status, _, error = run(f"prune {DIMAP} --sparsity 0.5 --device cuda --out out")
     assert (status, error) == (2, "espalier: --device = 'cuda': no CUDA device is here; take cpu\n")
 
@@ -430,7 +430,7 @@ def test_no_gpu_here(run: Run) -> None:
         ("vgg11", "give --layers MODULE=REGEX"),
     ],
 )
-def test_inspect_of_what_cannot_be(path: str, says: str, run: Run) -> None:
+def test_prune__inspect_of_what_cannot_be(path: str, says: str, run: Run) -> None:
     status, out, error = run(f"inspect {path}")
     assert (status, out, len(error.splitlines())) == (2, "", 1)
     assert says in error

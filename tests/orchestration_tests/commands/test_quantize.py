@@ -40,7 +40,7 @@ def check(folder: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), [("vit", "dynamic"), ("swin", "static")])
-def test_without_training(name: str, mode: str, run: Run, files: Path, tmp_path: Path) -> None:
+def test_quantize__without_training(name: str, mode: str, run: Run, files: Path, tmp_path: Path) -> None:
     train = "--train @/train.parquet --images 20" if mode == "static" else ""
     out = good(run, f"quantize @/{name} --mode {mode} {train} --test @/test.parquet --out small")
     lines = dict(line.split(None, 1) for line in out.splitlines())
@@ -57,7 +57,7 @@ def test_without_training(name: str, mode: str, run: Run, files: Path, tmp_path:
     assert f"top-1     {100 * figures['test_top1']:.2f} %, INT8 by onnxruntime" in output
 
 
-def test_training_for_int8(run: Run, files: Path, tmp_path: Path) -> None:
+def test_quantize__training_for_int8(run: Run, files: Path, tmp_path: Path) -> None:
     settings = "epochs=2 batch_size=8 distill={}"
     out = good(run, f"quantize @/vit --mode qat --train @/train.parquet --out small {settings}")
     check(tmp_path / "small", "qat")
@@ -65,7 +65,7 @@ def test_training_for_int8(run: Run, files: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["small"], "nothing of the training is left"
 
 
-def test_a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
+def test_quantize__a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
     command = (
         "quantize",
         str(files / "vit"),
@@ -90,7 +90,7 @@ def test_a_killed_training_goes_on(files: Path, tmp_path: Path) -> None:
     assert first == second
 
 
-def test_a_trained_model_of_another_command_is_not_taken(
+def test_quantize__a_trained_model_of_another_command_is_not_taken(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a kill left between training and writing is used by the same command, and by no other one."""
@@ -123,7 +123,7 @@ def test_a_trained_model_of_another_command_is_not_taken(
     assert not trained.exists()
 
 
-def test_a_weight_that_is_not_zero_leaves_nothing(
+def test_quantize__a_weight_that_is_not_zero_leaves_nothing(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> int:
@@ -150,7 +150,7 @@ def test_a_weight_that_is_not_zero_leaves_nothing(
         ("@/small --mode dynamic", ["model", "/small", "is quantised already"]),
     ],
 )
-def test_what_cannot_be(typed: str, says: list[str], run: Run, files: Path, tmp_path: Path) -> None:
+def test_quantize__what_cannot_be(typed: str, says: list[str], run: Run, files: Path, tmp_path: Path) -> None:
     small = files / "small"
     shutil.rmtree(small, ignore_errors=True)
     shutil.copytree(files / "vit", small)
@@ -163,7 +163,7 @@ def test_what_cannot_be(typed: str, says: list[str], run: Run, files: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_libraries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize__without_the_libraries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.optional_imports.find_spec", lambda name: None)
     status, _, error = run("quantize @/vit --mode dynamic --out small")
     assert status == 2

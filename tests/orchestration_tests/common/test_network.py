@@ -47,13 +47,13 @@ def listening(answer: bytes) -> Iterator[int]:
         b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
     ],
 )
-def test_a_jobs_port_that_answers(answer: bytes) -> None:
+def test_network__a_jobs_port_that_answers(answer: bytes) -> None:
     with listening(answer) as port:
         check_reachable(f"http://{LOOPBACK}:{port}")
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
-def test_a_jobs_port_that_is_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network__a_jobs_port_that_is_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_ANSWER_SECONDS", 0.5)
     began = time.monotonic()
     with listening(answer) as port, pytest.raises(InputError, match="no Ray cluster answers there"):
@@ -61,12 +61,12 @@ def test_a_jobs_port_that_is_none(answer: bytes, monkeypatch: pytest.MonkeyPatch
     assert time.monotonic() - began < 5.0
 
 
-def test_a_client_port_that_listens() -> None:
+def test_network__a_client_port_that_listens() -> None:
     with listening(b"") as port:
         check_reachable(f"ray://{LOOPBACK}:{port}")
 
 
-def test_nobody_listens() -> None:
+def test_network__nobody_listens() -> None:
     with socket.socket() as free:
         free.bind((LOOPBACK, 0))
         for scheme in ("", "ray://", "http://"):

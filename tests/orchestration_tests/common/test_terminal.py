@@ -26,7 +26,7 @@ def trial(state: str = "finished", score: float | None = None, top1: float = 0.5
 
 
 @pytest.mark.parametrize("console", [Console, AnyConsole])
-def test_a_line_that_stays_is_text(console: Any) -> None:
+def test_terminal__a_line_that_stays_is_text(console: Any) -> None:
     sink = io.StringIO()
     display = Display(console(file=sink, width=200))
     display.phase("search", trials=2)
@@ -40,7 +40,7 @@ def test_a_line_that_stays_is_text(console: Any) -> None:
     ]
 
 
-def test_tables_their_titles_and_a_status_are_text() -> None:
+def test_terminal__tables_their_titles_and_a_status_are_text() -> None:
     sink = io.StringIO()
     console = Console(file=sink, width=200)
     table = Table(ODD, title=ODD)
@@ -56,7 +56,7 @@ def test_output_console__has_a_width_of_its_own_in_a_pipe() -> None:
     assert output_console(150).width == 150
 
 
-def test_the_live_line_is_text() -> None:
+def test_terminal__the_live_line_is_text() -> None:
     sink = io.StringIO()
     with Display(Console(file=sink, width=200, force_terminal=True)) as display:
         display.phase(f"lamp {ODD}", trials=2)
@@ -68,14 +68,14 @@ def test_the_live_line_is_text() -> None:
     assert "layers [/x]" in sink.getvalue()
 
 
-def test_keys_are_shown_with_their_brackets() -> None:
+def test_terminal__keys_are_shown_with_their_brackets() -> None:
     sink = io.StringIO()
     Console(file=sink, width=250).print(as_table(recipe_keys("pruning.methods")))
     assert "[dimap, ovit]" in sink.getvalue().replace("'", "").replace('"', "")
     assert "\\[" not in sink.getvalue()
 
 
-def test_nothing_of_ours_is_printed_by_another_console() -> None:
+def test_terminal__nothing_of_ours_is_printed_by_another_console() -> None:
     """rich reads markup in what it prints unless every place says otherwise: one console does."""
     wrong = []
     for path in sorted((ROOT / "orchestration").rglob("*.py")):
@@ -100,7 +100,7 @@ def shown(display: Display, sink: io.StringIO) -> str:
     return sink.getvalue().splitlines()[-1]
 
 
-def test_the_best_of_a_search_by_loss_is_shown() -> None:
+def test_terminal__the_best_of_a_search_by_loss_is_shown() -> None:
     sink = io.StringIO()
     display = Display(Console(file=sink, width=200))
     display.phase("search", trials=3)
@@ -110,7 +110,7 @@ def test_the_best_of_a_search_by_loss_is_shown() -> None:
     assert "best 90.0 %" in shown(display, sink)
 
 
-def test_below_the_final_sparsity_no_gradual_run_is_the_best() -> None:
+def test_terminal__below_the_final_sparsity_no_gradual_run_is_the_best() -> None:
     sink = io.StringIO()
     display = Display(Console(file=sink, width=200))
     display.phase("gradual", trials=1, epochs=3)
@@ -122,7 +122,7 @@ def test_below_the_final_sparsity_no_gradual_run_is_the_best() -> None:
     assert "best 80.0 %" in shown(display, sink)
 
 
-def test_a_resumed_search_begins_with_the_best_that_is_known() -> None:
+def test_terminal__a_resumed_search_begins_with_the_best_that_is_known() -> None:
     known = [
         trial(score=-0.3, top1=0.8),
         trial(score=-0.1, top1=0.7),

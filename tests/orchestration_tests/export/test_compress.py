@@ -55,7 +55,7 @@ def zeros(model: nn.Module) -> dict[str, torch.Tensor]:
     return {layer.name: weights[layer.name].detach() == 0 for layer in find_layers(model)}
 
 
-def test_a_compressed_checkpoint_serves_every_command(run: Run, files: Path) -> None:
+def test_compress__a_compressed_checkpoint_serves_every_command(run: Run, files: Path) -> None:
     out = good(run, "export @/half small --format compressed")
     sizes = [
         sum(path.stat().st_size for path in folder.glob("m*.safetensors*"))
@@ -89,7 +89,7 @@ def test_a_compressed_checkpoint_serves_every_command(run: Run, files: Path) -> 
     assert "6,144 weights in 8 layers" in plan
 
 
-def test_a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> None:
+def test_compress__a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> None:
     """By a method that moves the weights that are left, too: what was zero stays zero."""
     good(run, f"export file://{files}/half small --format compressed")
     good(
@@ -102,7 +102,7 @@ def test_a_compressed_checkpoint_is_pruned_further(run: Run, files: Path) -> Non
     assert all((new[name] | ~mask).all() for name, mask in old.items())
 
 
-def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compress__a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source.factory, "load_hub", lambda name: tiny()[0])
     for name, out in (("hf-hub:me/tiny", "hub"), ("@/dense", "dense")):
         output = good(run, f"export {name} {out} --format compressed")
@@ -133,7 +133,7 @@ def test_a_model_of_a_hub_and_one_without_zeros(run: Run, monkeypatch: pytest.Mo
         ("pull models:/a@b @/full", ("DEST", "/full", "not empty")),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_compress__bad_input_is_one_line_and_leaves_nothing(
     text: str, says: tuple[str, ...], run: Run, files: Path
 ) -> None:
     entries = set(files.rglob("*"))
@@ -145,7 +145,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert set(files.rglob("*")) == entries
 
 
-def test_a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compress__a_disk_that_is_full(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_half(source: Path, target: Path, record: object) -> list[str]:
         (target / "half").write_text("")
         raise OSError(28, "No space left on device")
@@ -179,7 +179,7 @@ def server(files: Path) -> Iterator[Server]:
 
 
 @pytest.mark.cluster
-def test_pull(run: Run, files: Path, server: Server) -> None:
+def test_compress__pull(run: Run, files: Path, server: Server) -> None:
     out = good(run, f"pull models:/espalier-test@champion a --tracking-uri {server.uri}")
     assert "3 files as recorded" in out
     assert f"timm.create_model('local-dir:{Path('a').absolute()}', pretrained=True)" in out

@@ -86,7 +86,7 @@ EVERY = [("vit", name) for name in FORMATS] + [
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY)
-def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, files: Path) -> None:
+def test_engine__a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, files: Path) -> None:
     form = FORMATS[kind]
     images = "--calibration @/images.parquet" if form.calibration == "needed" else ""
     output = good(run, f"export @/{name} out --format {kind} --data @/images.parquet {images}")
@@ -135,7 +135,7 @@ def test_a_file_answers_what_the_model_answers(name: str, kind: str, run: Run, f
 @pytest.mark.parametrize(
     ("known", "shapes"), [(ENGINES, ["[2,3,16,16]", "[1,3,16,16]"]), (ANY_BATCH, ["[?,3,16,16]"])]
 )
-def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
+def test_engine__openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
     known: Mapping[str, Engine], shapes: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good(run, "export @/vit out --format openvino")
@@ -157,7 +157,7 @@ def test_openvino_compiles_for_each_batch_size_but_not_to_check_a_file(
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> None:
+def test_engine__zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> None:
     images = "--calibration @/images.parquet" if calibrated else ""
     good(run, f"export @/vit out --format onnx-int8 --data @/images.parquet {images}")
     assert read_record(Path("out"), "out")["calibration"] == (90 if calibrated else None)
@@ -180,7 +180,7 @@ def test_zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Path) -> No
     assert not any(point.any() for point in points)
 
 
-def test_an_engine_that_answers_something_else_leaves_nothing(
+def test_engine__an_engine_that_answers_something_else_leaves_nothing(
     run: Run, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(source: formats.Source, folder: Path) -> None:
@@ -209,7 +209,9 @@ def tiny_again(files: Path) -> nn.Module:
     return load_checkpoint(str(files / "vit")).model.eval()
 
 
-def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine__an_engine_that_cannot_run_the_file_leaves_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(source: formats.Source, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"no model")
 
@@ -235,7 +237,7 @@ def test_an_engine_that_cannot_run_the_file_leaves_nothing(run: Run, monkeypatch
         ("export @/vit out --format onnx-int8 --calibration @/ten.parquet", ("--calibration", "classes 0…2")),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_engine__bad_input_is_one_line_and_leaves_nothing(
     text: str, says: tuple[str, ...], run: Run, files: Path
 ) -> None:
     entries = set(files.rglob("*"))
@@ -255,7 +257,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ("openvino-int8", "nncf"),
     ],
 )
-def test_a_library_that_is_missing_is_named(
+def test_engine__a_library_that_is_missing_is_named(
     kind: str, package: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = optional_imports.find_spec
@@ -281,19 +283,19 @@ class Fixed(nn.Module):
         return images.reshape(2, -1)
 
 
-def test_operations_that_onnx_has_not_are_named(tmp_path: Path) -> None:
+def test_engine__operations_that_onnx_has_not_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"operations that ONNX has not: aten\.linalg_eig"):
         onnx_export.export_onnx(Odd(), tmp_path / "model.onnx", (3, 8, 8), {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_size_that_is_built_in_is_refused(tmp_path: Path) -> None:
+def test_engine__a_batch_size_that_is_built_in_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="free batch size"):
         torch_export.export_torch(Fixed(), tmp_path / "model.pt2", (3, 8, 8), {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
+def test_engine__a_damaged_export_is_named(run: Run, files: Path) -> None:
     output = good(run, "export @/vit out --format torch-export")
     assert "on 64 images (parts of scikit-learn's two photographs)" in output
     assert read_record(Path("out"), "out")["engine"] == "torch"
@@ -310,14 +312,14 @@ def test_a_damaged_export_is_named(run: Run, files: Path) -> None:
         read_record(Path("out"), "out")
 
 
-def test_photographs_are_the_same_ones_every_time() -> None:
+def test_engine__photographs_are_the_same_ones_every_time() -> None:
     first, again = photographs(5), photographs(5)
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
     assert len({picture.size for picture in first}) > 1
     assert all(np.asarray(picture).std() > 1 for picture in first)
 
 
-def test_every_format_has_an_engine() -> None:
+def test_engine__every_format_has_an_engine() -> None:
     for form in FORMATS.values():
         assert form.kind in registry.ENGINES[form.engine].types
 
@@ -359,7 +361,7 @@ def example(kind: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_examples_of_the_guide_run_where_espalier_is_not(
+def test_engine__the_examples_of_the_guide_run_where_espalier_is_not(
     kind: str, run: Run, files: Path, elsewhere: Path
 ) -> None:
     form = FORMATS[kind]
@@ -381,14 +383,14 @@ def test_the_examples_of_the_guide_run_where_espalier_is_not(
     assert apart.relative < (0.1 if form.kind == "int8" else 0.05), apart
 
 
-def test_checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
+def test_engine__checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
     """A dense folder without classes has no labels in its metadata."""
     dense_folder(tmp_path / "dense")
     source = engine.source_of(tiny()[0], tmp_path / "dense", None)
     assert "labels" not in source.preprocessing
 
 
-def test_calibration_images_do_not_quantise_a_format_in_float(files: Path, tmp_path: Path) -> None:
+def test_engine__calibration_images_do_not_quantise_a_format_in_float(files: Path, tmp_path: Path) -> None:
     """As a benchmark has them, for those of its engines that want them."""
     model = load_checkpoint(str(files / "vit")).model.eval()
     about = preprocessing_of(model)

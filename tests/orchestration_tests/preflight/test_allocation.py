@@ -46,7 +46,7 @@ def allocated(sparsity: float) -> Allocated:
 
 
 @pytest.mark.parametrize("search", [SIZE, FASTEST], ids=["size", "latency"])
-def test_gradual_runs_end_at_the_sparsity_that_was_chosen(
+def test_allocation__gradual_runs_end_at_the_sparsity_that_was_chosen(
     search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = MagicMock()
@@ -58,7 +58,7 @@ def test_gradual_runs_end_at_the_sparsity_that_was_chosen(
     assert (phase, sweep.recipe.pruning.sparsity) == ("schedule", 0.6125)
 
 
-def test_without_a_range_they_end_at_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocation__without_a_range_they_end_at_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = MagicMock()
     monkeypatch.setattr(gradual, "_runs", runs)
     given = recipe(allocation={"pareto": {"against": "macs", "tolerance": 0.05}})
@@ -67,7 +67,9 @@ def test_without_a_range_they_end_at_the_recipes(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("searched", [True, False])
-def test_the_final_row_is_of_the_sparsity_that_the_best_run_had(searched: bool, tmp_path: Path) -> None:
+def test_allocation__the_final_row_is_of_the_sparsity_that_the_best_run_had(
+    searched: bool, tmp_path: Path
+) -> None:
     space = {"pruning.sparsity": {"uniform": [0.6, 0.9]}, "recovery.lr.peak": {"log": [1e-4, 1e-3]}}
     given = recipe(allocation={"trials": 0}, schedule={"space": space if searched else {}})
     values = {"pruning.sparsity": 0.82, "recovery.lr.peak": 2e-4} if searched else {}
@@ -90,7 +92,7 @@ def test_the_final_row_is_of_the_sparsity_that_the_best_run_had(searched: bool, 
         ("pruning.unfit", {"choice": ["refuse", "dense"]}),
     ],
 )
-def test_what_the_allocation_decides_cannot_be_searched_after_it(
+def test_allocation__what_the_allocation_decides_cannot_be_searched_after_it(
     key: str, distribution: dict[str, Any]
 ) -> None:
     given = recipe(schedule={"space": {key: distribution}})
@@ -102,14 +104,14 @@ def test_what_the_allocation_decides_cannot_be_searched_after_it(
     check_allocated(recipe(schedule={"space": {key: distribution}}, allocation={"trials": 0}))
 
 
-def test_nor_can_the_long_run_change_it() -> None:
+def test_allocation__nor_can_the_long_run_change_it() -> None:
     with pytest.raises(
         InputError, match=r"long_run = {'pruning\.scope': 'stage'}: pruning\.scope cannot change"
     ):
         recipe(long_run={"pruning.scope": "stage"})
 
 
-def test_what_it_does_not_decide_can_be_searched() -> None:
+def test_allocation__what_it_does_not_decide_can_be_searched() -> None:
     space = {
         "pruning.schedule.steps": {"integer": [1, 3]},
         "pruning.fisher.batch_size": {"integer": [8, 16]},
@@ -138,7 +140,9 @@ def test_what_it_does_not_decide_can_be_searched() -> None:
         ({"allocation": {"objective": "latency", "between": [0.2, 0.8]}}, None),
     ],
 )
-def test_a_sparse_checkpoint_keeps_its_zeros_or_is_refused(changes: dict[str, Any], says: str | None) -> None:
+def test_allocation__a_sparse_checkpoint_keeps_its_zeros_or_is_refused(
+    changes: dict[str, Any], says: str | None
+) -> None:
     content = load_recipe("demo").model_dump(mode="json", exclude={"dense", "model", "name"})
     content |= {"name": "half", "model": {"checkpoint": "half", "classes": 3}}
     content["pruning"]["schedule"] = {"kind": "one_shot"}

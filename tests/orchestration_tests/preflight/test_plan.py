@@ -37,7 +37,7 @@ DENSE_MILLIONS = {
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_recipe_is_planned(name: str) -> None:
+def test_plan__every_recipe_is_planned(name: str) -> None:
     recipe = load_recipe(name)
     prepared = prepare(recipe, dry_run=True)
     lines = dict(_lines(prepared)) | dict(_needs(prepared))
@@ -62,7 +62,7 @@ def test_every_recipe_is_planned(name: str) -> None:
     assert "sparsity (%)" in terminal(recipe, 80)
 
 
-def test_a_structured_step_is_planned_from_shapes() -> None:
+def test_plan__a_structured_step_is_planned_from_shapes() -> None:
     """Its widths and counts; the layers, budget and costs after it are those of the smaller model."""
     cut = "structured={mlp: 0.75, heads: 0.5, recovery: {epochs: 7}}"
     whole, prepared = (prepare(load_recipe("demo", overrides), dry_run=True) for overrides in ([], [cut]))
@@ -80,7 +80,7 @@ def test_a_structured_step_is_planned_from_shapes() -> None:
     assert shapes["layers.0.blocks.0.attn.qkv.weight"] == (72, 48)
 
 
-def test_the_paper_s_removed_parameters() -> None:
+def test_plan__the_paper_s_removed_parameters() -> None:
     """DIMAP's column for Swin-T, S, B at DIMAP1, 2, 3."""
     column = {"t": (13.7, 32.0, 50.3), "s": (14.2, 33.2, 52.2), "b": (14.3, 33.4, 52.5)}
     for size, expected in column.items():
@@ -91,7 +91,7 @@ def test_the_paper_s_removed_parameters() -> None:
             assert removed == pytest.approx(share, abs=0.3)
 
 
-def test_the_papers_epochs() -> None:
+def test_plan__the_papers_epochs() -> None:
     """oViT: steps every 20 epochs to 90 % at 280 of 300; every 30 in the run of 120."""
     for name, epochs, steps, last in (
         ("ovit/deit_s_90", 300, 15, 280),
@@ -106,7 +106,7 @@ def test_the_papers_epochs() -> None:
         assert (recipe.recovery.epochs, len(plan), max(plan)) == (epochs, steps, last), name
 
 
-def test_the_command_and_its_picture(tmp_path: Path) -> None:
+def test_plan__the_command_and_its_picture(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "orchestration.cli", "plan", "ovit/deit_s_75"]
     done = subprocess.run(
         [*command, "--png", "plan.png"], capture_output=True, text=True, check=True, cwd=tmp_path

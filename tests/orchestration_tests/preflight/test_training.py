@@ -9,7 +9,9 @@ from orchestration.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_bfloat16_on_a_processor_without_it_is_remarked(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training__bfloat16_on_a_processor_without_it_is_remarked(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "_fast_in_bfloat16", lambda: fast)
     recipe = load_recipe("demo", ["recovery.precision=bfloat16"])
     assert [line.split(":")[0] for line in training.remarks(recipe)] == (

@@ -106,7 +106,7 @@ def too_long(number: int, frame: Any) -> None:
 
 
 @pytest.mark.parametrize("cases", [200, pytest.param(1000, marks=pytest.mark.long)])
-def test_recipes_without_traceback_hang_or_memory(
+def test_fuzz_recipes__recipes_without_traceback_hang_or_memory(
     own: str, cases: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(own).parent)

@@ -42,7 +42,7 @@ def recipe(folder: Path, name: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_every_shipped_recipe_is_valid(name: str) -> None:
+def test_loading__every_shipped_recipe_is_valid(name: str) -> None:
     recipe_read = load_recipe(name)
     assert recipe_read.description
     assert load_recipe(str(shipped()[name])) == recipe_read
@@ -51,19 +51,19 @@ def test_every_shipped_recipe_is_valid(name: str) -> None:
         assert single_run(recipe_read, method).pruning.methods == (method,)
 
 
-def test_shipped_recipes_are_described() -> None:
+def test_loading__shipped_recipes_are_described() -> None:
     described = dict(describe_shipped())
     assert "demo" in described
     assert all(text and "\n" not in text for text in described.values())
     assert load_recipe("experiments/demo.yaml") == load_recipe("demo")
 
 
-def test_a_name_comes_from_the_file(tmp_path: Path) -> None:
+def test_loading__a_name_comes_from_the_file(tmp_path: Path) -> None:
     assert load_recipe(recipe(tmp_path, "mine", MINIMAL)).name == "mine"
     assert load_recipe(recipe(tmp_path, "mine", MINIMAL + "name: other\n")).name == "other"
 
 
-def test_extends(tmp_path: Path) -> None:
+def test_loading__extends(tmp_path: Path) -> None:
     recipe(tmp_path, "bases/base", MINIMAL + "seed: 1\npruning: {sparsity: 0.5, floor: 0.1}\n")
     recipe(tmp_path, "middle", "extends: bases/base.yaml\npruning: {sparsity: 0.6}\nname: middle\n")
     recipe_read = load_recipe(
@@ -77,7 +77,7 @@ def test_extends(tmp_path: Path) -> None:
     )
 
 
-def test_extends_a_shipped_recipe(tmp_path: Path) -> None:
+def test_loading__extends_a_shipped_recipe(tmp_path: Path) -> None:
     recipe_read = load_recipe(recipe(tmp_path, "mine", "extends: demo\nrecovery: {lr: {peak: 2e-4}}\n"))
     demo = load_recipe("demo")
     assert recipe_read.recovery.lr.peak == 2e-4
@@ -86,14 +86,14 @@ def test_extends_a_shipped_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_circles_are_refused(length: int, tmp_path: Path) -> None:
+def test_loading__circles_are_refused(length: int, tmp_path: Path) -> None:
     for number in range(length):
         recipe(tmp_path, f"r{number}", f"extends: r{(number + 1) % length}.yaml\n")
     with pytest.raises(InputError, match="goes round in a circle"):
         load_recipe(str(tmp_path / "r0.yaml"))
 
 
-def test_one_base_for_two(tmp_path: Path) -> None:
+def test_loading__one_base_for_two(tmp_path: Path) -> None:
     """What two recipes share is no circle."""
     recipe(tmp_path, "base", MINIMAL)
     recipe(tmp_path, "middle", "extends: base.yaml\n")
@@ -113,13 +113,13 @@ def test_one_base_for_two(tmp_path: Path) -> None:
         ("3", 3.0),
     ],
 )
-def test_numbers(text: str, value: float, tmp_path: Path) -> None:
+def test_loading__numbers(text: str, value: float, tmp_path: Path) -> None:
     path = recipe(tmp_path, "r", MINIMAL + f"recovery: {{lr: {{peak: {text}}}}}\n")
     assert load_recipe(path).recovery.lr.peak == value
     assert load_recipe(path, ["recovery.lr.peak=7", f"recovery.lr.peak={text}"]).recovery.lr.peak == value
 
 
-def test_numbers_where_any_type_will_do() -> None:
+def test_loading__numbers_where_any_type_will_do() -> None:
     """Where the schema would not turn text into a number, YAML must."""
     recipe_read = load_recipe(
         "demo", ["model.args.drop_rate=1e-4", "schedule.space={recovery.lr.peak: {choice: [1e-3]}}"]
@@ -128,11 +128,11 @@ def test_numbers_where_any_type_will_do() -> None:
     assert recipe_read.schedule.space["recovery.lr.peak"].choice == (1e-3,)
 
 
-def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+def test_loading__text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     assert load_recipe(recipe(tmp_path, "r", MINIMAL + "description: e10 by 1e\n")).description == "e10 by 1e"
 
 
-def test_overrides() -> None:
+def test_loading__overrides() -> None:
     recipe_read = load_recipe(
         "demo",
         [
@@ -150,7 +150,7 @@ def test_overrides() -> None:
     assert recipe_read.schedule.space == {}
 
 
-def test_storage_and_tracking_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading__storage_and_tracking_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPALIER_STORAGE", "s3://bucket/runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     recipe_read = load_recipe("demo")
@@ -179,7 +179,7 @@ def test_storage_and_tracking_of_the_environment(monkeypatch: pytest.MonkeyPatch
         ("pruning.=3", "pruning.", ""),
     ],
 )
-def test_mistakes_are_named(override: str, key: str, says: str) -> None:
+def test_loading__mistakes_are_named(override: str, key: str, says: str) -> None:
     with pytest.raises(InputError) as error:
         load_recipe("demo", [override])
     assert error.value.key.startswith(key)
@@ -187,7 +187,7 @@ def test_mistakes_are_named(override: str, key: str, says: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_flatten_put_get() -> None:
+def test_loading__flatten_put_get() -> None:
     content: dict[str, Any] = {"a": {"b": 1, "c": {}}, "d": [1]}
     assert flatten(content) == {"a.b": 1, "a.c": {}, "d": [1]}
     put(content, "a.c.e", 2)
@@ -220,7 +220,7 @@ def outcome(call: Callable[[], Recipe]) -> str:
         "=",
     ],
 )
-def test_yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
+def test_loading__yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
     lines = [
         outcome(lambda: load_recipe("demo", [f"pruning.sparsity={value}"])),
         outcome(lambda: load_recipe(recipe(tmp_path, "r", MINIMAL + f"seed: {value}\n"))),
@@ -229,12 +229,12 @@ def test_yaml_that_only_looks_right(value: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["&a [*a]", "&a {b: [1, *a]}", "&a !!pairs [{b: *a}]"])
-def test_a_value_that_holds_itself_is_refused_where_any_value_may_stand(value: str) -> None:
+def test_loading__a_value_that_holds_itself_is_refused_where_any_value_may_stand(value: str) -> None:
     for key in ("recovery.optimizer_args.momentum", "model.args.depths", "long_run"):
         assert "a value holds itself" in outcome(lambda: load_recipe("demo", [f"{key}={value}"]))  # noqa: B023
 
 
-def test_an_anchor_may_stand_in_many_places() -> None:
+def test_loading__an_anchor_may_stand_in_many_places() -> None:
     found = load_recipe(
         "demo", ["recovery.optimizer_args.betas=[&b 0.9, *b]", "model.args.depths=[&a [1], *a]"]
     )
@@ -242,7 +242,7 @@ def test_an_anchor_may_stand_in_many_places() -> None:
     assert found.recovery.optimizer_args["betas"] == [0.9, 0.9]
 
 
-def test_names_that_no_file_can_have() -> None:
+def test_loading__names_that_no_file_can_have() -> None:
     assert "no such file or recipe" in outcome(lambda: load_recipe("x" * 5000))
     assert "no such file or recipe" in outcome(lambda: load_recipe("a\0b"))
 
@@ -255,7 +255,7 @@ TREES = st.recursive(
 
 @quick(100)
 @given(st.dictionaries(KEYS, TREES, max_size=4))
-def test_flatten_is_undone_by_put(content: dict[str, Any]) -> None:
+def test_loading__flatten_is_undone_by_put(content: dict[str, Any]) -> None:
     again: dict[str, Any] = {}
     for key, value in flatten(content).items():
         assert get(content, key) == value
@@ -263,7 +263,7 @@ def test_flatten_is_undone_by_put(content: dict[str, Any]) -> None:
     assert again == content
 
 
-def test_values_in_place_of_the_recipe_s() -> None:
+def test_loading__values_in_place_of_the_recipe_s() -> None:
     demo = load_recipe("demo")
     before = demo.recovery.lr.peak
     changed = with_values(demo, {"recovery.lr.peak": 2e-3, "pruning.schedule.steps": 3})
@@ -272,7 +272,7 @@ def test_values_in_place_of_the_recipe_s() -> None:
     assert with_values(changed, {"recovery.lr.peak": before, "pruning.schedule.steps": 2}) == demo
 
 
-def test_a_single_run() -> None:
+def test_loading__a_single_run() -> None:
     single = single_run(load_recipe("demo"), "ovit")
     assert single.pruning.methods == ("ovit",)
     assert (single.allocation.trials, single.schedule.trials, single.schedule.space) == (0, 1, {})
@@ -295,7 +295,7 @@ PLACES = st.sampled_from([*FLAT, *sorted({key.rpartition(".")[0] for key in FLAT
 @quick(150)
 @example([("dense.preset", [])])
 @given(st.lists(st.tuples(PLACES | st.text(max_size=8), ANY), min_size=1, max_size=3))
-def test_any_recipe_is_read_or_refused(changes: list[tuple[str, Any]]) -> None:
+def test_loading__any_recipe_is_read_or_refused(changes: list[tuple[str, Any]]) -> None:
     """Whatever is put into the demo: a recipe, or one line about it."""
     content = load_recipe("demo").model_dump(mode="json")
 
@@ -309,20 +309,20 @@ def test_any_recipe_is_read_or_refused(changes: list[tuple[str, Any]]) -> None:
 
 @quick(200)
 @given(st.text(max_size=30) | st.builds("{}={}".format, PLACES, st.text(max_size=12)))
-def test_any_override_is_read_or_refused(override: str) -> None:
+def test_loading__any_override_is_read_or_refused(override: str) -> None:
     assert "\n" not in outcome(lambda: load_recipe("demo", [override]))
 
 
 @quick(150)
 @given(st.text(max_size=60) | st.binary(max_size=60))
-def test_any_file_is_read_or_refused(content: str | bytes) -> None:
+def test_loading__any_file_is_read_or_refused(content: str | bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "any.yaml"
         path.write_bytes(content.encode(errors="surrogatepass") if isinstance(content, str) else content)
         assert "\n" not in outcome(lambda: load_recipe(str(path)))
 
 
-def test_recipes_are_listed_by_the_command() -> None:
+def test_loading__recipes_are_listed_by_the_command() -> None:
     command = Path(sys.executable).parent / "espalier"
     done = subprocess.run([command, "recipes"], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
@@ -330,7 +330,7 @@ def test_recipes_are_listed_by_the_command() -> None:
     assert all(len(line.split()) > 3 for line in lines)
 
 
-def test_a_recipe_travels_typed() -> None:
+def test_loading__a_recipe_travels_typed() -> None:
     """To the driver on a cluster, and with each trial: pickled, it need not be validated again."""
     for name in ("demo", "dimap/swin_t_dimap2"):
         whole = load_recipe(name)

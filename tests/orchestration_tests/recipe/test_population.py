@@ -37,7 +37,7 @@ def pbt(space: dict[str, Any], **changes: Any) -> ScheduleSearch:
         "recovery.lr.peek",  # unknown keys are refused where their neighbours are known
     ],
 )
-def test_numbers_of_recovery_can_change_within_a_run(key: str) -> None:
+def test_population__numbers_of_recovery_can_change_within_a_run(key: str) -> None:
     assert pbt({key: {"uniform": [0.1, 0.2]}}).space[key].uniform == (0.1, 0.2)
 
 
@@ -59,7 +59,7 @@ def test_numbers_of_recovery_can_change_within_a_run(key: str) -> None:
         "pruning.fisher.damp",
     ],
 )
-def test_nothing_else_can(key: str) -> None:
+def test_population__nothing_else_can(key: str) -> None:
     with pytest.raises(ValidationError, match=rf"scheduler: searches what can change .*; {key} cannot"):
         pbt({key: {"uniform": [0.1, 0.2]}})
 
@@ -82,13 +82,13 @@ def test_nothing_else_can(key: str) -> None:
         ),
     ],
 )
-def test_what_a_population_cannot_work_with(changes: dict[str, Any], says: str) -> None:
+def test_population__what_a_population_cannot_work_with(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         pbt(**{"space": RATE, **changes})
     assert pbt(RATE).runs == 3
 
 
-def test_one_run_of_such_a_recipe_is_no_population() -> None:
+def test_population__one_run_of_such_a_recipe_is_no_population() -> None:
     space = "schedule.space={recovery.lr.peak: {log: [1e-5, 1e-3]}}"
     recipe = load_recipe("demo", ["schedule.scheduler=pbt", "schedule.sampler=random", space])
     assert recipe.schedule.scheduler == "pbt"
@@ -97,5 +97,5 @@ def test_one_run_of_such_a_recipe_is_no_population() -> None:
     assert load_recipe("demo").schedule.alone == {"trials": 1, "space": {}}
 
 
-def test_where_a_job_has_it() -> None:
+def test_population__where_a_job_has_it() -> None:
     assert job_key("recovery.lr.peak") == "training.lr.peak"

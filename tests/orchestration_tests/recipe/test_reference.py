@@ -23,7 +23,7 @@ def everything(key: str) -> set[str]:
     return {key_below.name for key_below in recipe_keys(key)}
 
 
-def test_what_shipped_recipes_say_is_listed() -> None:
+def test_reference__what_shipped_recipes_say_is_listed() -> None:
     parts = {known.name.partition(".")[0] for known in recipe_keys()}
     known = set.union(*map(everything, parts))
     for name, _ in describe_shipped():
@@ -32,7 +32,7 @@ def test_what_shipped_recipes_say_is_listed() -> None:
             assert any(key == listed or key.startswith(f"{listed}.") for listed in known), (name, key)
 
 
-def test_the_defaults_are_those_of_a_recipe() -> None:
+def test_reference__the_defaults_are_those_of_a_recipe() -> None:
     defaults = flatten(Recipe.model_validate(MINIMAL).model_dump(mode="json"))
     given = {
         "name",
@@ -53,7 +53,7 @@ def test_the_defaults_are_those_of_a_recipe() -> None:
     assert listed["name"] is None
 
 
-def test_a_key_that_is_not_listed_is_refused() -> None:
+def test_reference__a_key_that_is_not_listed_is_refused() -> None:
     listed = {known.name for known in recipe_keys()}
     assert "recovery.epocs" not in listed
     with pytest.raises(ValidationError, match="epocs"):
@@ -65,7 +65,7 @@ def test_a_key_that_is_not_listed_is_refused() -> None:
         assert flatten(Recipe.model_validate(content).model_dump(mode="json"))[key] == value
 
 
-def test_what_was_said_is_not_said_again() -> None:
+def test_reference__what_was_said_is_not_said_again() -> None:
     names = everything("")
     assert "recovery.lr.peak" not in names
     (short,) = (known for known in recipe_keys() if known.name == "recovery")
@@ -74,6 +74,6 @@ def test_what_was_said_is_not_said_again() -> None:
     assert everything("recovery.lr") == {name for name in everything("recovery") if ".lr." in name}
 
 
-def test_an_unknown_part_is_one_line() -> None:
+def test_reference__an_unknown_part_is_one_line() -> None:
     with pytest.raises(InputError, match=r"key = 'recovry': no recipe has it \(did you mean 'recovery'\?\)"):
         recipe_keys("recovry")

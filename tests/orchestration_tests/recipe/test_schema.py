@@ -27,7 +27,7 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def test_the_least_recipe() -> None:
+def test_schema__the_least_recipe() -> None:
     recipe = Recipe.model_validate(MINIMAL)
     assert recipe.pruning.methods == ("dimap", "ovit")
     assert recipe.registered_model == "espalier-a"
@@ -52,12 +52,12 @@ def test_the_least_recipe() -> None:
         ({"schedule": {"space": {"model.classes": {"choice": [1]}}}}, "only keys of recovery and pruning"),
     ],
 )
-def test_what_contradicts_itself(changes: dict[str, Any], says: str) -> None:
+def test_schema__what_contradicts_itself(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Recipe.model_validate(MINIMAL | changes)
 
 
-def test_a_champion_is_as_sparse_as_the_recipe_unless_it_says_otherwise() -> None:
+def test_schema__a_champion_is_as_sparse_as_the_recipe_unless_it_says_otherwise() -> None:
     assert Recipe.model_validate(MINIMAL | {"pruning": {"sparsity": 0.8}}).promotion.sparsity == 0.8
     own = {"pruning": {"sparsity": 0.8}, "tracking": {"promotion": {"sparsity": 0.6, "tolerance": None}}}
     assert Recipe.model_validate(MINIMAL | own).promotion.model_dump() == {"sparsity": 0.6, "tolerance": None}
@@ -68,11 +68,11 @@ def test_a_champion_is_as_sparse_as_the_recipe_unless_it_says_otherwise() -> Non
     assert Recipe.model_validate(MINIMAL | searched).promotion.sparsity == 0.85
 
 
-def test_pretrained_weights_may_be_fine_tuned() -> None:
+def test_schema__pretrained_weights_may_be_fine_tuned() -> None:
     assert Recipe.model_validate(MINIMAL | {"dense": {"epochs": 2}}).dense is not None
 
 
-def test_the_structured_step_may_have_other_resources() -> None:
+def test_schema__the_structured_step_may_have_other_resources() -> None:
     own = {"workers": 8, "structured": {"workers": 2}}
     recovery = {"batch_size": 2}
     recipe = Recipe.model_validate(
@@ -97,7 +97,7 @@ def test_the_structured_step_may_have_other_resources() -> None:
         )
 
 
-def test_without_a_space_there_is_one_gradual_run() -> None:
+def test_schema__without_a_space_there_is_one_gradual_run() -> None:
     recipe = Recipe.model_validate(MINIMAL | {"schedule": {"trials": 5}})
     assert recipe.schedule.runs == 1
     space = {"recovery.lr.peak": {"log": [1e-4, 1e-3]}}
@@ -105,7 +105,7 @@ def test_without_a_space_there_is_one_gradual_run() -> None:
     assert searched.schedule.runs == 5
 
 
-def test_values_never_change_after_reading() -> None:
+def test_schema__values_never_change_after_reading() -> None:
     recipe = Recipe.model_validate(MINIMAL)
     with pytest.raises(ValidationError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
@@ -122,7 +122,7 @@ def parts(kind: type[BaseModel]) -> set[type[BaseModel]]:
     return kinds
 
 
-def test_no_part_takes_unknown_keys() -> None:
+def test_schema__no_part_takes_unknown_keys() -> None:
     assert len(parts(Recipe)) >= 11
     assert all(issubclass(kind, Settings) for kind in parts(Recipe))
     assert all(kind.model_config["extra"] == "forbid" for kind in parts(Recipe))
@@ -143,7 +143,7 @@ def test_no_part_takes_unknown_keys() -> None:
         ({"choice": []}, False),
     ],
 )
-def test_distributions(content: dict[str, Any], right: bool) -> None:
+def test_schema__distributions(content: dict[str, Any], right: bool) -> None:
     if right:
         assert Distribution.model_validate(content)
         return
@@ -151,7 +151,7 @@ def test_distributions(content: dict[str, Any], right: bool) -> None:
         Distribution.model_validate(content)
 
 
-def test_pruning_and_rates_hold_together() -> None:
+def test_schema__pruning_and_rates_hold_together() -> None:
     with pytest.raises(ValidationError, match="must not lie above peak"):
         LearningRate(peak=1e-4, floor=1e-3)
     with pytest.raises(ValidationError, match="must not name one twice"):
@@ -160,7 +160,7 @@ def test_pruning_and_rates_hold_together() -> None:
         PruningSettings(scope="layer", table={"qkv": 0.75})
 
 
-def test_the_digest_follows_the_content() -> None:
+def test_schema__the_digest_follows_the_content() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert len(digest("x")) == 12
@@ -185,7 +185,7 @@ def seconds(call: Callable[[], object], enough: float) -> float:
     ("arguments", "status"),
     [(["--help"], 0), (["sweep", "--help"], 0), (["sweep", "demo", "pruning.sparsty=0.5"], 2), (["swep"], 2)],
 )
-def test_help_and_mistakes_answer_at_once(arguments: list[str], status: int) -> None:
+def test_schema__help_and_mistakes_answer_at_once(arguments: list[str], status: int) -> None:
     def answer() -> None:
         done = subprocess.run([ESPALIER, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
@@ -195,7 +195,7 @@ def test_help_and_mistakes_answer_at_once(arguments: list[str], status: int) -> 
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sweep", "demo", "pruning.sparsty=0.5"], ["recipes"]])
-def test_help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
+def test_schema__help_and_mistakes_import_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
 sys.argv = ["espalier", *{arguments!r}]

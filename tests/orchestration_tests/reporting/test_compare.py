@@ -95,7 +95,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("│")[1:-1]]
 
 
-def test_the_tables(runs: Path) -> None:
+def test_compare__the_tables(runs: Path) -> None:
     lines = shown(runs, "first", "second", "first").splitlines()
     models = [cells(line) for line in lines if " M → " in line]
     assert [row[:2] for row in models] == [["first", "ovit"], ["", "ovit"], ["second", "ovit"]]
@@ -111,7 +111,7 @@ def test_the_tables(runs: Path) -> None:
     assert any("second: ovit-schedule-003 failed: FileNotFoundError" in line for line in lines)
 
 
-def test_what_differs_shows_no_place_and_no_password(runs: Path) -> None:
+def test_compare__what_differs_shows_no_place_and_no_password(runs: Path) -> None:
     differing = compare.differences(compare.read(str(runs), ["first", "second"]))
     assert set(differing) == {"data.train", "seed"}
     assert all(re.fullmatch(r"train\.parquet \([0-9a-f]{4}\)", text) for text in differing["data.train"])
@@ -119,7 +119,7 @@ def test_what_differs_shows_no_place_and_no_password(runs: Path) -> None:
     assert compare.differences(compare.read(str(runs), ["first"])) == {}
 
 
-def test_a_sweep_that_has_only_one_shot_trials(tmp_path: Path) -> None:
+def test_compare__a_sweep_that_has_only_one_shot_trials(tmp_path: Path) -> None:
     sweep(tmp_path, "early", gradual=False, error=RuntimeError("no trial ran to its end"))
     (compared,) = compare.read(str(tmp_path), ["early"])
     (model,) = compared.models
@@ -128,18 +128,18 @@ def test_a_sweep_that_has_only_one_shot_trials(tmp_path: Path) -> None:
     assert "validation" in page([compared])
 
 
-def test_a_sweep_that_was_begun_again_says_so(tmp_path: Path) -> None:
+def test_compare__a_sweep_that_was_begun_again_says_so(tmp_path: Path) -> None:
     sweep(tmp_path, "again", rows=[row("ovit")], error=KeyboardInterrupt())
     assert "was begun again: the table is of its last end" in shown(tmp_path, "again")
 
 
-def test_a_sweep_of_before_is_read_by_its_results(tmp_path: Path) -> None:
+def test_compare__a_sweep_of_before_is_read_by_its_results(tmp_path: Path) -> None:
     sweep(tmp_path, "old", rows=[row("ovit")])
     (tmp_path / "sweeps/old/state.json").unlink()
     assert "old: state not known" in shown(tmp_path, "old")
 
 
-def test_without_any_finished_trial_there_are_no_results(tmp_path: Path) -> None:
+def test_compare__without_any_finished_trial_there_are_no_results(tmp_path: Path) -> None:
     store(load_recipe("demo", [f"storage={tmp_path}"]))
     with pytest.raises(InputError, match="has no results yet"):
         compare.read(str(tmp_path), ["demo"])
@@ -170,7 +170,7 @@ class Seen(HTMLParser):
         self.words += data
 
 
-def test_the_page_needs_nothing_and_tells_nothing_of_this_machine(runs: Path) -> None:
+def test_compare__the_page_needs_nothing_and_tells_nothing_of_this_machine(runs: Path) -> None:
     result = CliRunner().invoke(
         cli, ["compare", "first", "second", "--storage", str(runs), "--html", str(runs / "page.html")]
     )
@@ -195,7 +195,7 @@ def test_the_page_needs_nothing_and_tells_nothing_of_this_machine(runs: Path) ->
     assert all(words for _, words in seen.pictures)
 
 
-def test_names_are_escaped(tmp_path: Path) -> None:
+def test_compare__names_are_escaped(tmp_path: Path) -> None:
     sweep(tmp_path, "a", 'description="<script>alert(1)</script>"', rows=[row("<b>ovit")])
     text = page(compare.read(str(tmp_path), ["a"]))
     assert "<script>" not in text
@@ -215,5 +215,5 @@ def test_names_are_escaped(tmp_path: Path) -> None:
         ("http://h:1,s3://key:secret@bucket/a", "http://h:1,s3://bucket/a"),
     ],
 )
-def test_a_text_for_others(text: str, expected: str) -> None:
+def test_compare__a_text_for_others(text: str, expected: str) -> None:
     assert strip_paths(text) == expected

@@ -43,7 +43,7 @@ def size(figure: Figure) -> int:
     return len(file.getvalue())
 
 
-def test_what_matters_is_the_most_important() -> None:
+def test_search_plots__what_matters_is_the_most_important() -> None:
     shares = importance(records(40), SPACE)
     assert next(iter(shares)) == "recovery.lr.peak"
     assert shares["recovery.lr.peak"] > 0.5
@@ -52,7 +52,7 @@ def test_what_matters_is_the_most_important() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 40])
-def test_both_figures_are_drawn_and_nothing_is_left_behind(count: int) -> None:
+def test_search_plots__both_figures_are_drawn_and_nothing_is_left_behind(count: int) -> None:
     style = dict(plt.rcParams)
     drawn = search_figures(records(count), SPACE, "a search")
     assert "parallel_coordinates" in drawn
@@ -63,7 +63,7 @@ def test_both_figures_are_drawn_and_nothing_is_left_behind(count: int) -> None:
     assert dict(plt.rcParams) == style
 
 
-def test_the_lines_lie_between_the_ends_of_each_value() -> None:
+def test_search_plots__the_lines_lie_between_the_ends_of_each_value() -> None:
     (axes, _) = search_figures(records(10), SPACE, "a search")["parallel_coordinates"].axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == len(SPACE)]  # type: ignore[arg-type]
     assert len(lines) == 10
@@ -71,13 +71,13 @@ def test_the_lines_lie_between_the_ends_of_each_value() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == list(SPACE)
 
 
-def test_of_many_lines_the_best_are_seen() -> None:
+def test_search_plots__of_many_lines_the_best_are_seen() -> None:
     (axes, _) = search_figures(records(200), SPACE, "a search")["parallel_coordinates"].axes
     lines = [line for line in axes.lines if len(line.get_xdata()) == len(SPACE)]  # type: ignore[arg-type]
     assert [line.get_alpha() for line in lines] == [0.15] * 160 + [0.8] * 40
 
 
-def test_too_little_gives_no_figure() -> None:
+def test_search_plots__too_little_gives_no_figure() -> None:
     two = records(2)
     assert search_figures(records(1), SPACE, "") == {}
     assert search_figures(two, {}, "") == {}
@@ -87,6 +87,6 @@ def test_too_little_gives_no_figure() -> None:
     assert search_figures([*failed, *stopped, two[0], *elsewhere], SPACE, "") == {}
 
 
-def test_trials_that_are_alike_have_no_importance() -> None:
+def test_search_plots__trials_that_are_alike_have_no_importance() -> None:
     trial = records(1)[0]
     assert set(search_figures([trial, trial], SPACE, "")) == {"parallel_coordinates"}

@@ -76,7 +76,7 @@ def shown(folder: Path, name: str | None = None) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def test_the_table_of_a_sweep_at_work(at_work: Path) -> None:
+def test_status__the_table_of_a_sweep_at_work(at_work: Path) -> None:
     lines = shown(at_work).splitlines()
     dense, gradual = (next(line for line in lines if text in line) for text in ("[1/3]", "[2/3]"))
     assert "mine" in dense
@@ -87,13 +87,13 @@ def test_the_table_of_a_sweep_at_work(at_work: Path) -> None:
     assert "mine: ovit-schedule-001 failed: RuntimeError: out of memory" in lines
 
 
-def test_the_folder_moves_with_its_logs(at_work: Path) -> None:
+def test_status__the_folder_moves_with_its_logs(at_work: Path) -> None:
     """What the state says of places holds wherever the storage is mounted."""
     state = json.loads((at_work / "sweeps/mine/state.json").read_text(encoding="utf-8"))
     assert [phase["log"] for phase in state["phases"]] == [None, "sweeps/mine/schedule-ovit-abc/trials.json"]
 
 
-def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
+def test_status__a_trial_is_told_by_its_name(at_work: Path) -> None:
     text = "\n".join(log_lines(str(at_work), "mine", "ovit-schedule-1"))
     assert "ovit-schedule-001: failed after 12 s" in text
     assert "  file.py, line 3\nRuntimeError: out of memory" in text
@@ -104,7 +104,7 @@ def test_a_trial_is_told_by_its_name(at_work: Path) -> None:
         log_lines(str(at_work), "mine", "ovit-shedule-1")
 
 
-def test_the_driver_is_told_by_its_last_lines(at_work: Path) -> None:
+def test_status__the_driver_is_told_by_its_last_lines(at_work: Path) -> None:
     lines = log_lines(str(at_work), "mine", None)
     assert f"process {os.getpid()}" in lines[0]
     assert "a line of the driver" in lines
@@ -119,7 +119,7 @@ def test_the_driver_is_told_by_its_last_lines(at_work: Path) -> None:
         (RuntimeError("no trial ran to its end\nmore"), "failed", "no trial ran to its end"),
     ],
 )
-def test_how_a_sweep_ended(
+def test_status__how_a_sweep_ended(
     tmp_path: Path, display: Display, error: BaseException | None, state: str, reason: str | None
 ) -> None:
     def body() -> None:
@@ -150,7 +150,7 @@ def edited(folder: Path, **changes: Any) -> str:
     return str(state["state"])
 
 
-def test_a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Display) -> None:
+def test_status__a_driver_that_was_killed_is_not_at_work(tmp_path: Path, display: Display) -> None:
     with heartbeat.Heartbeat(str(tmp_path), "mine", display, "/ray/session/logs"):
         pass
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -180,7 +180,7 @@ with heartbeat.Heartbeat(sys.argv[1], "mine", Display(Console(file=io.StringIO()
 """
 
 
-def test_stop_ends_the_driver_as_ctrl_c_does(tmp_path: Path) -> None:
+def test_status__stop_ends_the_driver_as_ctrl_c_does(tmp_path: Path) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", STOPPED, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -199,7 +199,7 @@ def test_stop_ends_the_driver_as_ctrl_c_does(tmp_path: Path) -> None:
         driver.wait()
 
 
-def test_a_word_for_the_run_before_stops_nothing(
+def test_status__a_word_for_the_run_before_stops_nothing(
     tmp_path: Path, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat, "_BEAT_SECONDS", 0.05)
@@ -211,7 +211,7 @@ def test_a_word_for_the_run_before_stops_nothing(
     assert state["state"] == "finished"
 
 
-def test_status_without_a_terminal_is_printed_once(at_work: Path) -> None:
+def test_status__status_without_a_terminal_is_printed_once(at_work: Path) -> None:
     result = CliRunner().invoke(cli, ["status", "--storage", str(at_work)])
     assert (result.exit_code, result.exception) == (0, None)
     assert "ovit: gradual pruning" in result.output
@@ -219,7 +219,7 @@ def test_status_without_a_terminal_is_printed_once(at_work: Path) -> None:
     assert "did you mean 'mine'?" in str(result.exception)
 
 
-def test_a_sweep_of_before_is_listed(tmp_path: Path) -> None:
+def test_status__a_sweep_of_before_is_listed(tmp_path: Path) -> None:
     (tmp_path / "sweeps/old").mkdir(parents=True)
     assert "not known" in shown(tmp_path)
     with pytest.raises(InputError, match="no journal"):

@@ -64,7 +64,7 @@ def run(folder: Path, first: list[float], trials: int, **limits: float) -> list[
 
 
 @pytest.mark.cluster
-def test_a_trial_that_hangs_has_failed_after_its_time(tune_here: None, tmp_path: Path) -> None:
+def test_limits__a_trial_that_hangs_has_failed_after_its_time(tune_here: None, tmp_path: Path) -> None:
     began = time.monotonic()
     found = run(tmp_path, [0.5, HANGS, 0.75], trials=4, trial_minutes=0.1)
     assert time.monotonic() - began < 100
@@ -74,14 +74,14 @@ def test_a_trial_that_hangs_has_failed_after_its_time(tune_here: None, tmp_path:
 
 
 @pytest.mark.cluster
-def test_a_trial_that_fails_is_marked_and_the_search_goes_on(tune_here: None, tmp_path: Path) -> None:
+def test_limits__a_trial_that_fails_is_marked_and_the_search_goes_on(tune_here: None, tmp_path: Path) -> None:
     found = run(tmp_path, [0.5, FAILS, 0.75], trials=4, failures=0.25)
     assert [record.state for record in found] == ["finished", "failed", "finished", "finished"]
     assert "no such layer" in str(found[1].error)
 
 
 @pytest.mark.cluster
-def test_too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> None:
+def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         run(tmp_path, [0.5, FAILS, FAILS, 0.75, 0.875], trials=8, failures=0.2)
     said = str(raised.value)
@@ -111,5 +111,5 @@ def test_too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> No
         ),
     ],
 )
-def test_the_reason_is_the_line_that_names_an_error(said: list[str], reason: str) -> None:
+def test_limits__the_reason_is_the_line_that_names_an_error(said: list[str], reason: str) -> None:
     assert _reason(said) == reason

@@ -19,21 +19,21 @@ def dense(tmp_path: Path) -> str:
     return str(dense_folder(tmp_path / "dense"))
 
 
-def test_top1_decides_and_loss_between_equals(dense: str, tmp_path: Path) -> None:
+def test_one_shot_trial__top1_decides_and_loss_between_equals(dense: str, tmp_path: Path) -> None:
     search = AllocationSearch(images=8, by=("module",))
     found = actor(one_shot_inputs(dense, search, tmp_path)).step()
     assert found["done"]
     assert 0 < found["val_top1"] - found["score"] < 1 / (2 * 8)
 
 
-def test_cross_entropy_decides_where_a_recipe_says_so(dense: str, tmp_path: Path) -> None:
+def test_one_shot_trial__cross_entropy_decides_where_a_recipe_says_so(dense: str, tmp_path: Path) -> None:
     search = AllocationSearch(images=8, by=("module",), objective="cross_entropy")
     inputs = one_shot_inputs(dense, search, tmp_path)
     found = actor(inputs).step()
     assert found["score"] == -found["val_loss"] < 0
 
 
-def test_images_are_added_end_by_end(dense: str, tmp_path: Path) -> None:
+def test_one_shot_trial__images_are_added_end_by_end(dense: str, tmp_path: Path) -> None:
     search = AllocationSearch(images=8, first_images=2, reduction=2, by=("module",))
     trial = actor(one_shot_inputs(dense, search, tmp_path))
     steps = [trial.step() for _ in range(3)]
@@ -43,12 +43,12 @@ def test_images_are_added_end_by_end(dense: str, tmp_path: Path) -> None:
     assert steps[-1]["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
 
 
-def test_a_study_of_losses_is_not_one_of_top1() -> None:
+def test_one_shot_trial__a_study_of_losses_is_not_one_of_top1() -> None:
     one, other = AllocationSearch(), AllocationSearch(objective="cross_entropy")
     assert other.decides() == one.decides() | {"objective": "cross_entropy"}
 
 
-def test_the_zeros_of_a_sparse_model_stay_zero_in_every_trial(tmp_path: Path) -> None:
+def test_one_shot_trial__the_zeros_of_a_sparse_model_stay_zero_in_every_trial(tmp_path: Path) -> None:
     """Half of the weights of one layer and none of the next are zero: the search may move all but those."""
     model, arguments = tiny()
     weights = dict(model.named_parameters())

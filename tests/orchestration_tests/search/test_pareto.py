@@ -32,7 +32,7 @@ TRIALS = [
 ]
 
 
-def test_the_front_is_what_nobody_beats() -> None:
+def test_pareto__the_front_is_what_nobody_beats() -> None:
     assert [one.number for one in front(TRIALS, "macs_sparse")] == [0, 1, 6, 3]
 
 
@@ -50,24 +50,26 @@ def test_the_front_is_what_nobody_beats() -> None:
         ({"at_most": 0.4}, 0),
     ],
 )
-def test_rules(rule: dict[str, float], taken: int) -> None:
+def test_pareto__rules(rule: dict[str, float], taken: int) -> None:
     assert chosen(TRIALS, Pareto.model_validate(rule)).number == taken
 
 
 @pytest.mark.parametrize(("at_most", "taken"), [(0.6, 3), (0.47, 6), (0.34, 1), (0.27, 0)])
-def test_shares_are_of_the_dense_model_that_was_cut_in_width_before(at_most: float, taken: int) -> None:
+def test_pareto__shares_are_of_the_dense_model_that_was_cut_in_width_before(
+    at_most: float, taken: int
+) -> None:
     """It had 1,500 where the trials' own model has 1,000."""
     assert chosen(TRIALS, Pareto(at_most=at_most), 1500).number == taken
 
 
-def test_nothing_so_cheap() -> None:
+def test_pareto__nothing_so_cheap() -> None:
     with pytest.raises(RuntimeError, match=re.escape("at_most (0.3 of the dense model's macs)")) as raised:
         chosen(TRIALS, Pareto(at_most=0.3))
     assert str(raised.value).endswith("the cheapest has 0.400")
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, DENSE)), min_size=1, max_size=30))
-def test_every_trial_is_on_the_front_or_beaten(points: list[tuple[float, int]]) -> None:
+def test_pareto__every_trial_is_on_the_front_or_beaten(points: list[tuple[float, int]]) -> None:
     found = {
         (one.score, one.metrics["macs_sparse"])
         for one in front([trial(number, *point) for number, point in enumerate(points)], "macs_sparse")
@@ -77,7 +79,7 @@ def test_every_trial_is_on_the_front_or_beaten(points: list[tuple[float, int]]) 
         assert beaten != ((score, cost) in found)
 
 
-def test_the_figure_shows_all_the_front_and_the_chosen_one() -> None:
+def test_pareto__the_figure_shows_all_the_front_and_the_chosen_one() -> None:
     rule = Pareto(tolerance=0.085)
     axes = plots.search_front(TRIALS, rule, chosen(TRIALS, rule), "ovit").axes[0]
     drawn = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}

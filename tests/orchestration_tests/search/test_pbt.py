@@ -93,7 +93,9 @@ def searched(folder: Path, *, trials: int, slots: int, **changes: Any) -> tuple[
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(("trials", "slots"), [(3, 3), (2, 1)])
-def test_the_worse_go_on_from_the_better(trials: int, slots: int, tune_here: None, tmp_path: Path) -> None:
+def test_pbt__the_worse_go_on_from_the_better(
+    trials: int, slots: int, tune_here: None, tmp_path: Path
+) -> None:
     """All at once, or by turns on one place."""
     log, search = searched(tmp_path, trials=trials, slots=slots)
     run_search(search, log, Quiet())
@@ -125,7 +127,7 @@ def test_the_worse_go_on_from_the_better(trials: int, slots: int, tune_here: Non
 
 
 @pytest.mark.cluster
-def test_a_population_that_was_broken_off_goes_on(tune_here: None, tmp_path: Path) -> None:
+def test_pbt__a_population_that_was_broken_off_goes_on(tune_here: None, tmp_path: Path) -> None:
     """By the runs that its trials had, wherever those came from; what has ended stays."""
     log, search = searched(tmp_path, trials=3, slots=3)
     log.add(TrialRecord(0, {"x": 0.5}, "finished", 3.0))
@@ -143,7 +145,7 @@ def test_a_population_that_was_broken_off_goes_on(tune_here: None, tmp_path: Pat
         assert str(gone_on.checkpoint) == f"{tmp_path}/train/abc/kept/0.5"
 
 
-def test_values_stay_in_the_space() -> None:
+def test_pbt__values_stay_in_the_space() -> None:
     assert within(SPACE, {"x": 1.2}) == {"x": 1.0}
     assert within(SPACE, {"x": 0.08}) == {"x": 0.1}
     assert within(SPACE, {"x": 0.5}) == {"x": 0.5}
@@ -153,7 +155,7 @@ def given(found: Any) -> list[dict[str, Any]]:
     return list(found._points_to_evaluate)
 
 
-def test_what_is_drawn_first(tmp_path: Path) -> None:
+def test_pbt__what_is_drawn_first(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
     assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 3, 0)) == [{"x": 0.2}]
     log = TrialLog(uri)
@@ -167,7 +169,7 @@ def test_what_is_drawn_first(tmp_path: Path) -> None:
     assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 3, 0)) == []
 
 
-def test_what_a_trial_is_that_starts() -> None:
+def test_pbt__what_a_trial_is_that_starts() -> None:
     values = {"recovery.lr.peak": 1e-3}
     new = Member.at_start("a_1", values, "s3://b/train", None, {})
     assert (new.values, new.origin, new.taken) == (values, None, [])
@@ -185,7 +187,7 @@ def test_what_a_trial_is_that_starts() -> None:
     assert (again.run, again.taken, again.trial) == (taker.run, taker.taken, "b_0")
 
 
-def test_the_job_of_a_trial() -> None:
+def test_pbt__the_job_of_a_trial() -> None:
     plain = TrainJob.model_validate(
         {
             "name": "n",
@@ -203,7 +205,7 @@ def test_the_job_of_a_trial() -> None:
     assert origin == {"checkpoint": "runs/origins/a", "differs": ["training.lr.peak"]}
 
 
-def test_what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pbt__what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a Tune checkpoint beside each of Train's; after an error the run is not left waiting."""
     runs = f"{tmp_path}/train"
     member = Member("a", {"x": 0.5}, runs, "r", origin_of(runs, "a"), [])
@@ -232,7 +234,7 @@ def test_what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch: pyt
     assert waiting.empty()
 
 
-def test_a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pbt__a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes on from it finds it, whatever its own run deletes; a copy that failed is not half there."""
     runs = f"{tmp_path}/train"
     scheduler = Population(SPACE, runs, every=1, share=0.5, epochs=4, slots=2, seed=0)
@@ -247,7 +249,7 @@ def test_a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: pytes
     assert storage.names(f"{runs}/origins") == []
 
 
-def test_what_is_noted_of_a_trial(tmp_path: Path) -> None:
+def test_pbt__what_is_noted_of_a_trial(tmp_path: Path) -> None:
     """What it has become, with the numbers of trials it took from; the run that it was is removed."""
     runs = f"{tmp_path}/train"
     log = TrialLog(f"{tmp_path}/trials.json")

@@ -34,11 +34,11 @@ def trials(count: int) -> list[TrialRecord]:
     ]
 
 
-def test_of_few_trials_all_are_told() -> None:
+def test_proposals__of_few_trials_all_are_told() -> None:
     assert telling(trials(1000)) == trials(1000)
 
 
-def test_of_many_trials_the_best_and_the_newest_are_told() -> None:
+def test_proposals__of_many_trials_the_best_and_the_newest_are_told() -> None:
     known = trials(5000)
     told = telling(known)
     assert len(told) == 1000
@@ -58,7 +58,7 @@ def suggested(limiter: ConcurrencyLimiter, name: str) -> float:
     return float(found["x"])
 
 
-def test_what_is_given_comes_first_and_what_was_broken_off_before_it(tmp_path: Path) -> None:
+def test_proposals__what_is_given_comes_first_and_what_was_broken_off_before_it(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     log.add(TrialRecord(0, {"x": 0.25}, "finished", 0.5))
     log.begin(1, {"x": 0.75}, None)
@@ -68,7 +68,7 @@ def test_what_is_given_comes_first_and_what_was_broken_off_before_it(tmp_path: P
     assert made.suggest("d") is None  # three at once
 
 
-def test_two_objectives_reach_the_study(tmp_path: Path) -> None:
+def test_proposals__two_objectives_reach_the_study(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for number in range(20):
         value = number / 20
@@ -81,7 +81,7 @@ def test_two_objectives_reach_the_study(tmp_path: Path) -> None:
     assert told == [[number / 20, 100 * (number / 20)] for number in range(20)]
 
 
-def test_the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposals__the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = limited(Proposals(search(tmp_path), TrialLog(f"{tmp_path}/trials.json")), 3)
     fits = iter([5, 1, InputError("nodes", 0, "none"), 2])
 
@@ -152,7 +152,7 @@ def listed(log: TrialLog) -> list[tuple[int, dict[str, Any], float | None]]:
 @pytest.mark.parametrize("cost", [None, "macs_sparse"])
 @pytest.mark.parametrize("cheap", [True, False])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_broken_off_at_any_moment_is_the_undisturbed_one(
+def test_proposals__a_search_broken_off_at_any_moment_is_the_undisturbed_one(
     sampler: str, cheap: bool, cost: str | None, tmp_path: Path
 ) -> None:
     """To the bit, with one trial at a time: killed four times, before or after a trial has begun."""
@@ -179,7 +179,7 @@ def test_a_search_broken_off_at_any_moment_is_the_undisturbed_one(
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsga2"])
-def test_what_was_at_work_goes_on_with_its_proposals(sampler: str, tmp_path: Path) -> None:
+def test_proposals__what_was_at_work_goes_on_with_its_proposals(sampler: str, tmp_path: Path) -> None:
     """Three at once: what had been proposed when the driver was killed is proposed again, nothing else."""
     whole = TrialLog(f"{tmp_path}/whole.json", cheap=True)
     played(whole, sampler, 36, at_once=3)
@@ -203,14 +203,16 @@ def generations(made: Proposals) -> list[int]:
     return [one.system_attrs[key] for one in made.study.trials if one.state.name == "COMPLETE"]
 
 
-def test_nsga2_breeds_generations_within_few_trials(tmp_path: Path) -> None:
+def test_proposals__nsga2_breeds_generations_within_few_trials(tmp_path: Path) -> None:
     """The guide's example: 30 trials; Optuna's own first generation is 50 random ones."""
     assert [population(trials) for trials in (2, 4, 30, 100, 625, 10**5)] == [2, 4, 10, 20, 50, 50]
     made = played(TrialLog(f"{tmp_path}/trials.json"), "nsga2", 30, cost="macs_sparse")
     assert generations(made) == [0] * 10 + [1] * 10 + [2] * 10
 
 
-def test_nsga2_keeps_its_generations_when_the_search_goes_on_with_more_trials(tmp_path: Path) -> None:
+def test_proposals__nsga2_keeps_its_generations_when_the_search_goes_on_with_more_trials(
+    tmp_path: Path,
+) -> None:
     uri = f"{tmp_path}/trials.json"
     played(TrialLog(uri), "nsga2", 12, cost="macs_sparse")
     said: list[str] = []
@@ -220,7 +222,9 @@ def test_nsga2_keeps_its_generations_when_the_search_goes_on_with_more_trials(tm
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "nsga2"])
-def test_a_log_whose_order_is_not_known_is_told_and_that_is_said(sampler: str, tmp_path: Path) -> None:
+def test_proposals__a_log_whose_order_is_not_known_is_told_and_that_is_said(
+    sampler: str, tmp_path: Path
+) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for number in range(20):  # as an earlier version wrote it
         values = {"x": number / 20, "y": 0.1, "n": 3, "c": "a", "m": {"kind": "hard"}}
@@ -234,7 +238,7 @@ def test_a_log_whose_order_is_not_known_is_told_and_that_is_said(sampler: str, t
 
 
 @pytest.mark.parametrize("sampler", ["random", "nsga2"])
-def test_nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path: Path) -> None:
+def test_proposals__nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path: Path) -> None:
     space = {"n": optuna.distributions.IntDistribution(1, 4), "c": MIXED["c"]}
     log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
     found = []
@@ -247,7 +251,7 @@ def test_nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path:
     assert len(set(found)) >= 10
 
 
-def test_what_is_given_lies_in_the_space(tmp_path: Path) -> None:
+def test_proposals__what_is_given_lies_in_the_space(tmp_path: Path) -> None:
     """The recipe's own values, as far as they do: the rest is left to the sampler."""
     log = TrialLog(f"{tmp_path}/trials.json")
     first = [{"x": 0.25, "y": 5.0, "n": None, "c": None, "m": {"weight": 0.5, "kind": "soft"}}]
@@ -258,7 +262,7 @@ def test_what_is_given_lies_in_the_space(tmp_path: Path) -> None:
     assert [event.given for event in log.history] == [True]
 
 
-def test_a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path: Path) -> None:
+def test_proposals__a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
     log = TrialLog(uri)
     made = Proposals(search(tmp_path), log)
@@ -270,7 +274,7 @@ def test_a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path: Path) -> 
         assert [trial.value for trial in one.study.trials if trial.state.name == "COMPLETE"] == [0.5]
 
 
-def test_a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> None:
+def test_proposals__a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> None:
     """TPE is told the best and the newest of a round's beginning, and all since, in every life alike."""
     uri = f"{tmp_path}/trials.json"
     log = TrialLog(uri, cheap=True)
@@ -293,7 +297,7 @@ def test_a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_tune_s_copy_of_a_search_leaves_the_display_out(sampler: str, tmp_path: Path) -> None:
+def test_proposals__tune_s_copy_of_a_search_leaves_the_display_out(sampler: str, tmp_path: Path) -> None:
     """A terminal's lock cannot be pickled, and Tune pickles whatever proposes and stops trials."""
     lock = threading.RLock()
     given = search(tmp_path, sampler=sampler, say=lambda text: lock.release())

@@ -71,7 +71,7 @@ def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[Tria
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp", "nsga2"])
-def test_a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
+def test_samplers__a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
     sampler: str, tune_here: None, tmp_path: Path
 ) -> None:
     one, two = (searched(tmp_path / name, sampler=sampler) for name in ("one", "two"))
@@ -84,7 +84,9 @@ def test_a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
-def test_two_objectives_are_both_told_to_the_sampler(sampler: str, tune_here: None, tmp_path: Path) -> None:
+def test_samplers__two_objectives_are_both_told_to_the_sampler(
+    sampler: str, tune_here: None, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"sampler": sampler, "trainable": TwoGoals, "cost": "cost"}
     before = searched(tmp_path, trials=6, **options)
     found = searched(tmp_path, trials=TRIALS, **options)  # goes on with what is known of both
@@ -95,7 +97,7 @@ def test_two_objectives_are_both_told_to_the_sampler(sampler: str, tune_here: No
 
 
 @pytest.mark.cluster
-def test_a_search_goes_on_where_it_was(tune_here: None, tmp_path: Path) -> None:
+def test_samplers__a_search_goes_on_where_it_was(tune_here: None, tmp_path: Path) -> None:
     before = searched(tmp_path, trials=5)
     after = searched(tmp_path, trials=9)
     assert after[:5] == before
@@ -105,7 +107,7 @@ def test_a_search_goes_on_where_it_was(tune_here: None, tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
-def test_the_worse_are_stopped_early(kind: str, tune_here: None, tmp_path: Path) -> None:
+def test_samplers__the_worse_are_stopped_early(kind: str, tune_here: None, tmp_path: Path) -> None:
     found = searched(tmp_path, scheduler=lambda: stopping(kind, "images", 1, 2, 3), sampler="random")
     states = {record.state for record in found}
     assert len(found) == TRIALS
@@ -125,7 +127,7 @@ class Broken(Bowl):
 
 
 @pytest.mark.cluster
-def test_a_trial_that_cannot_even_begin_has_failed(tune_here: None, tmp_path: Path) -> None:
+def test_samplers__a_trial_that_cannot_even_begin_has_failed(tune_here: None, tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     search = Search(
         name="broken",

@@ -87,7 +87,9 @@ def outcome(log: TrialLog) -> dict[int, tuple[str, int]]:
 
 @pytest.mark.parametrize("cheap", [True, False])
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
-def test_the_same_trials_are_stopped_at_the_same_time(kind: str, cheap: bool, tmp_path: Path) -> None:
+def test_schedulers__the_same_trials_are_stopped_at_the_same_time(
+    kind: str, cheap: bool, tmp_path: Path
+) -> None:
     """One at a time, killed a dozen times: of a cheap trial nothing is known before its end."""
     whole = TrialLog(f"{tmp_path}/whole.json", cheap=cheap)
     assert Life(whole, kind, 1).run()
@@ -100,7 +102,7 @@ def test_the_same_trials_are_stopped_at_the_same_time(kind: str, cheap: bool, tm
 
 
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
-def test_what_was_looked_at_is_not_looked_at_again(kind: str, tmp_path: Path) -> None:
+def test_schedulers__what_was_looked_at_is_not_looked_at_again(kind: str, tmp_path: Path) -> None:
     """Three dear ones at once: the rungs hold each comparison once, with the score that it was made by."""
     uri = f"{tmp_path}/killed.json"
     chance = random.Random(kind)
@@ -114,7 +116,7 @@ def test_what_was_looked_at_is_not_looked_at_again(kind: str, tmp_path: Path) ->
         assert [one for _, _, one, _ in record.rungs] == [score(record.number, int(e)) for e in epochs]
 
 
-def test_halving_is_rays_own(tmp_path: Path) -> None:
+def test_schedulers__halving_is_rays_own(tmp_path: Path) -> None:
     """Undisturbed, it decides as Ray's scheduler does that nobody wraps."""
     life = Life(TrialLog(f"{tmp_path}/trials.json"), "asha", 3)
     life.run()
@@ -135,7 +137,7 @@ def test_halving_is_rays_own(tmp_path: Path) -> None:
             plain.on_trial_complete(CONTROLLER, trials[event.number], last)
 
 
-def test_hyperbands_brackets_are_the_seeds(tmp_path: Path) -> None:
+def test_schedulers__hyperbands_brackets_are_the_seeds(tmp_path: Path) -> None:
     """Ray draws them by NumPy's own generator, which nobody else should feel."""
     found = []
     for name in ("one", "two"):

@@ -44,7 +44,7 @@ def holder(place: Path, code: str = HOLD, **more: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def test_the_second_waits_and_takes_over_when_the_first_is_killed(tmp_path: Path) -> None:
+def test_shared_artifacts__the_second_waits_and_takes_over_when_the_first_is_killed(tmp_path: Path) -> None:
     first = holder(tmp_path)
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
@@ -60,7 +60,7 @@ def test_the_second_waits_and_takes_over_when_the_first_is_killed(tmp_path: Path
     first.wait(10)
 
 
-def test_who_waits_can_be_interrupted(tmp_path: Path) -> None:
+def test_shared_artifacts__who_waits_can_be_interrupted(tmp_path: Path) -> None:
     with artifact_lock(str(tmp_path), "dense/a", str, by_cluster=False):
         second = holder(tmp_path)
         assert second.stdout is not None
@@ -81,7 +81,7 @@ with _actor_lock("s3://bucket/dense/a"):
 
 
 @pytest.mark.cluster
-def test_on_a_cluster_too_a_lock_dies_with_its_driver(tune_here: None) -> None:
+def test_shared_artifacts__on_a_cluster_too_a_lock_dies_with_its_driver(tune_here: None) -> None:
     """As for storages where files cannot be locked."""
     import ray
 
@@ -139,7 +139,9 @@ def together(work: Callable[[str, list[str]], Any]) -> tuple[list[str], list[str
     return first, second
 
 
-def test_a_dense_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_artifacts__a_dense_model_is_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = []
 
     def train(one: Sweep, key: str, folder: str) -> float:
@@ -161,7 +163,7 @@ def test_a_dense_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert second[1:] == ["made by another sweep, 50.0 % on validation"]
 
 
-def test_a_model_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_artifacts__a_model_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     class Step(structured_phase._Step):
@@ -188,7 +190,9 @@ def test_a_model_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "structured pruning: another sweep is making it" in second[0]
 
 
-def test_an_elimination_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_artifacts__an_elimination_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
     def make(self: Any, order: Any) -> None:
@@ -214,7 +218,7 @@ def test_an_elimination_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "magnitude: elimination: another sweep is making it" in second[0]
 
 
-def test_scratch_folders_are_each_sweeps_own(tmp_path: Path) -> None:
+def test_shared_artifacts__scratch_folders_are_each_sweeps_own(tmp_path: Path) -> None:
     one, two = (sweep(tmp_path, name, []) for name in ("one", "two"))
     with one.scratch("allocation-ovit-k") as first:
         storage.write_json(f"{first}/state.json", {})
@@ -232,7 +236,7 @@ def trial(value: float, epoch: int | None = None, *, over: bool = False) -> Any:
     return SimpleNamespace(config={"x": value}, last_result=figures, is_finished=lambda: over)
 
 
-def test_equal_proposals_at_once_have_runs_of_their_own() -> None:
+def test_shared_artifacts__equal_proposals_at_once_have_runs_of_their_own() -> None:
     names = RunNames(lambda metrics: metrics.get("epoch", 0) >= 3)
     first = names(trial(1.0, 2))
     assert names(trial(2.0)) != first
@@ -241,13 +245,13 @@ def test_equal_proposals_at_once_have_runs_of_their_own() -> None:
     assert RunNames()(trial(1.0)) == first  # another driver finds what was broken off
 
 
-def test_copies_for_each_trial_know_of_each_other() -> None:
+def test_shared_artifacts__copies_for_each_trial_know_of_each_other() -> None:
     names = RunNames()
     first = copy.deepcopy(names)(trial(1.0))
     assert copy.deepcopy(names)(trial(1.0)) == f"{first}-2"
 
 
-def test_an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
+def test_shared_artifacts__an_equal_proposal_takes_over_only_what_ran_to_its_end() -> None:
     names = RunNames(lambda metrics: metrics.get("epoch", 0) >= 3)
     first = names(trial(1.0, 3, over=True))
     assert names(trial(1.0, 2, over=True)) == first
@@ -269,7 +273,7 @@ def reports_its_name(config: dict[str, Any], started: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) -> None:
+def test_shared_artifacts__trials_know_the_names_of_their_runs(tune_here: None, tmp_path: Path) -> None:
     import optuna
     from helpers import Quiet
     from ray import tune

@@ -60,7 +60,7 @@ def space(
 @pytest.mark.parametrize("scope", ["global", "module", "stage", "layer"])
 @pytest.mark.parametrize("layers", [SWIN, VIT], ids=["swin", "vit"])
 @pytest.mark.parametrize("limits", [{}, {"floor": 0.2, "ceiling": 0.9}])
-def test_own_values_give_the_own_allocation(
+def test_space__own_values_give_the_own_allocation(
     by: tuple[str, ...], scope: Any, layers: list[PrunableLayer], limits: dict[str, float]
 ) -> None:
     losses = losses_of(layers)
@@ -76,7 +76,7 @@ def test_own_values_give_the_own_allocation(
     "method",
     ["dimap", "ovit", "magnitude"],
 )
-def test_the_methods_own_allocation_to_the_weight(method: str) -> None:
+def test_space__the_methods_own_allocation_to_the_weight(method: str) -> None:
     model = tiny_swin()
     pruner = create_pruner(method, **({"block_size": 16, "damp": 1e-4} if method == "ovit" else {}))
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
@@ -93,7 +93,7 @@ def test_the_methods_own_allocation_to_the_weight(method: str) -> None:
 
 @quick(150)
 @given(st.data())
-def test_every_proposal_meets_the_budget_and_the_bounds(data: st.DataObject) -> None:
+def test_space__every_proposal_meets_the_budget_and_the_bounds(data: st.DataObject) -> None:
     layers = data.draw(st.sampled_from([SWIN, VIT]))
     floor, ceiling = data.draw(st.sampled_from([(0.0, 1.0), (0.3, 0.85), (0.55, 0.65)]))
     by = data.draw(st.sampled_from([("stage", "module"), ("stage",), ("module",)]))
@@ -116,7 +116,7 @@ def test_every_proposal_meets_the_budget_and_the_bounds(data: st.DataObject) -> 
 
 @quick(100)
 @given(st.data())
-def test_no_proposal_gives_a_layer_fewer_zeros_than_it_has(data: st.DataObject) -> None:
+def test_space__no_proposal_gives_a_layer_fewer_zeros_than_it_has(data: st.DataObject) -> None:
     """On a model that is sparse already, whatever is proposed, also where the whole is (``between``)."""
     layers = data.draw(st.sampled_from([SWIN, VIT]))
     pruned = {layer.name: int(data.draw(st.floats(0.0, 0.59)) * layer.numel) for layer in layers}
@@ -142,7 +142,7 @@ def test_no_proposal_gives_a_layer_fewer_zeros_than_it_has(data: st.DataObject) 
     assert chosen.allocation(chosen.own_values(), losses).keys() == own.keys()
 
 
-def test_the_ends_of_a_range_are_met_where_floors_round_up() -> None:
+def test_space__the_ends_of_a_range_are_met_where_floors_round_up() -> None:
     """Between whole weights a floor rounds up for each layer, and the budget for all together."""
     layers = [PrunableLayer(f"{i}.weight", "MLP", 0, (3, 7)) for i in range(5)]
     losses = losses_of(layers)
@@ -154,7 +154,7 @@ def test_the_ends_of_a_range_are_met_where_floors_round_up() -> None:
     assert found == {layer.name: 11 for layer in layers}
 
 
-def test_a_proposal_moves_its_groups() -> None:
+def test_space__a_proposal_moves_its_groups() -> None:
     losses = losses_of(SWIN)
     own = allocate(losses, SWIN, budget(SWIN, 0.6), "module")
     chosen = space(SWIN, own)
@@ -166,7 +166,7 @@ def test_a_proposal_moves_its_groups() -> None:
     assert moved["module.QKV"] < before["module.QKV"] - 0.05
 
 
-def test_sparsity_of_stages_and_modules_by_hand() -> None:
+def test_space__sparsity_of_stages_and_modules_by_hand() -> None:
     layers = [
         PrunableLayer("a.weight", "QKV", 0, (10, 10)),
         PrunableLayer("b.weight", "MLP", 0, (10, 30)),
@@ -187,7 +187,7 @@ SPACE = recipe_space(
 INSIDE: dict[str, Any] = {"u": 0.5, "l": 1e-3, "i": 2, "c": "b"}
 
 
-def test_distributions_of_recipe_values() -> None:
+def test_space__distributions_of_recipe_values() -> None:
     kinds = optuna.distributions
     assert dict(SPACE) == {
         "u": kinds.FloatDistribution(0.0, 1.0),
@@ -212,15 +212,15 @@ def test_distributions_of_recipe_values() -> None:
         ({"c": None}, False),
     ],
 )
-def test_what_lies_in_a_space(changes: dict[str, Any], inside: bool) -> None:
+def test_space__what_lies_in_a_space(changes: dict[str, Any], inside: bool) -> None:
     assert contains(SPACE, INSIDE | changes) is inside
 
 
-def test_a_value_that_is_missing_does_not() -> None:
+def test_space__a_value_that_is_missing_does_not() -> None:
     assert not contains(SPACE, {"u": 0.5})
 
 
-def test_layers_move_one_by_one() -> None:
+def test_space__layers_move_one_by_one() -> None:
     losses = losses_of(SWIN)
     own = allocate(losses, SWIN, budget(SWIN, 0.6), "global")
     chosen = space(SWIN, own, by=("layer",))
@@ -234,7 +234,7 @@ def test_layers_move_one_by_one() -> None:
     assert all(found[layer.name] >= own[layer.name] for layer in SWIN[1:])
 
 
-def test_a_study_begins_with_what_was_best_at_its_neighbour() -> None:
+def test_space__a_study_begins_with_what_was_best_at_its_neighbour() -> None:
     losses = losses_of(VIT)
     own = allocate(losses, VIT, budget(VIT, 0.6), "global")
     chosen = space(VIT, own)
@@ -255,11 +255,11 @@ def test_a_study_begins_with_what_was_best_at_its_neighbour() -> None:
         ({"images": 1000, "first_images": 250}, 200, [200]),
     ],
 )
-def test_subsets_grow_to_all_images(settings: dict[str, int], images: int, ends: list[int]) -> None:
+def test_space__subsets_grow_to_all_images(settings: dict[str, int], images: int, ends: list[int]) -> None:
     assert AllocationSearch.model_validate(settings).rungs(images) == ends
 
 
-def test_a_grid_is_every_combination() -> None:
+def test_space__a_grid_is_every_combination() -> None:
     search = ScheduleSearch.model_validate(
         {
             "sampler": "grid",
@@ -275,7 +275,7 @@ def test_a_grid_is_every_combination() -> None:
     assert search.model_copy(update={"trials": 4}).runs == 4
 
 
-def test_a_grid_of_a_continuum_is_refused() -> None:
+def test_space__a_grid_of_a_continuum_is_refused() -> None:
     with pytest.raises(ValueError, match="sampler grid takes choice and integer only"):
         ScheduleSearch.model_validate(
             {"sampler": "grid", "space": {"recovery.lr.peak": {"log": [1e-5, 1e-3]}}}
@@ -288,7 +288,7 @@ CONDITIONAL = {
 }
 
 
-def test_a_key_is_meant_only_under_its_condition() -> None:
+def test_space__a_key_is_meant_only_under_its_condition() -> None:
     search = ScheduleSearch.model_validate({"space": CONDITIONAL})
     values = {"recovery.distill.kind": "hard", "recovery.distill.temperature": 2.0}
     assert search.active(values) == {"recovery.distill.kind": "hard"}
@@ -296,7 +296,7 @@ def test_a_key_is_meant_only_under_its_condition() -> None:
     assert search.active(values) == values
 
 
-def test_a_condition_on_what_is_not_searched_is_refused() -> None:
+def test_space__a_condition_on_what_is_not_searched_is_refused() -> None:
     broken = {"recovery.lr.peak": {"log": [1e-5, 1e-3], "when": {"recovery.preset": "deit"}}}
     with pytest.raises(ValueError, match=r"when names recovery\.preset, which must be another searched key"):
         ScheduleSearch.model_validate({"space": broken})
@@ -308,7 +308,7 @@ SWITCHES = {
 }
 
 
-def test_booleans_null_and_mappings_are_choices() -> None:
+def test_space__booleans_null_and_mappings_are_choices() -> None:
     """As they are, and not as the number or text that they could be taken for; Optuna has them back alike."""
     made = {key: Distribution.model_validate(one) for key, one in SWITCHES.items()}
     assert made["b"].choice == (True, 2)
@@ -336,12 +336,12 @@ def test_booleans_null_and_mappings_are_choices() -> None:
         ([{"a": 1}, None, {"a": 1}], 'choice: {"a": 1} stands there twice'),
     ],
 )
-def test_a_choice_that_stands_there_twice_is_refused(choice: list[Any], says: str) -> None:
+def test_space__a_choice_that_stands_there_twice_is_refused(choice: list[Any], says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
         Distribution.model_validate({"choice": choice})
 
 
-def test_cmaes_over_a_choice_is_refused() -> None:
+def test_space__cmaes_over_a_choice_is_refused() -> None:
     """Optuna would draw it at random, whatever the trials say."""
     space = {"recovery.lr.peak": {"log": [1e-5, 1e-3]}, "recovery.preset": {"choice": ["deit", "light1"]}}
     with pytest.raises(ValueError, match=r"space\.recovery\.preset: sampler cmaes searches numbers"):

@@ -94,7 +94,7 @@ def job(dense: str, folder: Path, pruning: dict[str, Any] | None = None, **targe
     return LatencyJob(dense, settings, LatencyTarget.model_validate(target), str(folder))
 
 
-def test_a_table_is_measured_once_for_a_machine_and_a_target(
+def test_latency_search__a_table_is_measured_once_for_a_machine_and_a_target(
     machine: Machine, dense: str, tmp_path: Path
 ) -> None:
     first, new = job(dense, tmp_path).run()
@@ -123,7 +123,9 @@ def test_a_table_is_measured_once_for_a_machine_and_a_target(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "espalier-latency-1"}'])
-def test_a_damaged_table_is_measured_anew(content: str, machine: Machine, dense: str, tmp_path: Path) -> None:
+def test_latency_search__a_damaged_table_is_measured_anew(
+    content: str, machine: Machine, dense: str, tmp_path: Path
+) -> None:
     first, _ = job(dense, tmp_path).run()
     (file,) = (tmp_path / "latency").iterdir()
     file.write_text(content)
@@ -131,7 +133,7 @@ def test_a_damaged_table_is_measured_anew(content: str, machine: Machine, dense:
     assert machine.measured == 2
 
 
-def test_a_table_that_tells_of_another_machine_is_not_read(
+def test_latency_search__a_table_that_tells_of_another_machine_is_not_read(
     machine: Machine, dense: str, tmp_path: Path
 ) -> None:
     """Even where somebody has given it the name of ours."""
@@ -144,20 +146,22 @@ def test_a_table_that_tells_of_another_machine_is_not_read(
     assert machine.measured == 2
 
 
-def test_more_threads_than_the_machine_has(machine: Machine, dense: str, tmp_path: Path) -> None:
+def test_latency_search__more_threads_than_the_machine_has(
+    machine: Machine, dense: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"allocation\.target\.threads = 9999: the machine that serves has"):
         job(dense, tmp_path, threads=9999).run()
     assert machine.measured == 0
 
 
-def test_a_table_is_told_in_a_line_even_if_zeros_gain_nothing() -> None:
+def test_latency_search__a_table_is_told_in_a_line_even_if_zeros_gain_nothing() -> None:
     line = format_times(linear_table(), LatencyTarget())
     assert line == "csr:float32 (batch 1, threads 1): 10.00 ms dense, 6.40 ms with 90 % zeros"
     assert format_times(linear_table(0.0), LatencyTarget()).endswith("; zeros gain nothing on it")
     assert "17.20 ms with 90 % zeros; zeros gain nothing" in format_times(linear_table(-1.0), LatencyTarget())
 
 
-def test_the_short_form_and_its_defaults() -> None:
+def test_latency_search__the_short_form_and_its_defaults() -> None:
     search = recipe(FAST).allocation
     assert search.rule == RULE
     assert search.reach == (0.5, 0.95)
@@ -171,7 +175,7 @@ def test_the_short_form_and_its_defaults() -> None:
     assert recipe(FAST).promotion.sparsity == 0.5
 
 
-def test_studies_that_are_not_for_speed_are_what_they_were() -> None:
+def test_latency_search__studies_that_are_not_for_speed_are_what_they_were() -> None:
     keys = {"objective", "loss", "between", "target"}
     assert not AllocationSearch().decides().keys() & keys
     assert recipe(FAST).allocation.decides().keys() >= keys
@@ -234,18 +238,18 @@ def test_studies_that_are_not_for_speed_are_what_they_were() -> None:
         ),
     ],
 )
-def test_what_contradicts_itself_is_one_line(allocation: dict[str, Any], line: str) -> None:
+def test_latency_search__what_contradicts_itself_is_one_line(allocation: dict[str, Any], line: str) -> None:
     with pytest.raises(InputError) as raised:
         recipe(allocation)
     assert line in str(raised.value)
 
 
-def test_sparsities_that_the_pattern_does_not_allow() -> None:
+def test_latency_search__sparsities_that_the_pattern_does_not_allow() -> None:
     with pytest.raises(InputError, match=r"allocation\.between = .*2:4 leads to 0\.5, no other"):
         recipe(FAST, pruning={"pattern": "2:4", "sparsity": 0.5})
 
 
-def test_an_engine_that_is_not_installed_is_named_before_anything_starts(
+def test_latency_search__an_engine_that_is_not_installed_is_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find_spec = optional_imports.find_spec
@@ -260,7 +264,7 @@ def test_an_engine_that_is_not_installed_is_named_before_anything_starts(
     prepare(recipe({**FAST, "trials": 0, "target": {"engine": "openvino"}}), dry_run=True)
 
 
-def test_a_model_without_linear_layers_gains_nothing() -> None:
+def test_latency_search__a_model_without_linear_layers_gains_nothing() -> None:
     convolutions = {"architecture": "resnet10t", "classes": 10, "args": {}}
     with pytest.raises(
         InputError, match=r"allocation\.objective = 'latency': no engine gains by zeros but in"
@@ -268,7 +272,7 @@ def test_a_model_without_linear_layers_gains_nothing() -> None:
         prepare(recipe(FAST, model=convolutions), dry_run=True)
 
 
-def test_the_plan_says_what_is_looked_for() -> None:
+def test_latency_search__the_plan_says_what_is_looked_for() -> None:
     lines = dict(_lines(prepare(recipe({**FAST, "loss": 0.02}), dry_run=True)))
     assert lines["objectives"] == (
         "top-1 against latency from 0.5 to 0.95 on csr:float32 (batch 1, threads 1); "
@@ -281,14 +285,14 @@ def trial(number: int, top1: float, seconds: float, dense_top1: float = 0.8) -> 
     return TrialRecord(number, {}, "finished", top1, metrics)
 
 
-def test_the_fastest_within_the_loss_is_taken() -> None:
+def test_latency_search__the_fastest_within_the_loss_is_taken() -> None:
     trials = [trial(0, 0.79, 0.9), trial(1, 0.792, 0.7), trial(2, 0.791, 0.5), trial(3, 0.81, 0.95)]
     assert fastest(trials, RULE).number == 1  # 1 % of 0.8 is 0.008: 0.792 lies within, to the rounding
     assert fastest(trials, Fastest(0.02, (0.5, 0.9), RULE.target)).number == 2
     assert fastest(trials, Fastest(0.0, (0.5, 0.9), RULE.target)).number == 3
 
 
-def test_all_lose_too_much() -> None:
+def test_latency_search__all_lose_too_much() -> None:
     with pytest.raises(
         RuntimeError, match=r"allocation\.loss \(0\.01 of .* the nearest loses 0\.125, at 500\.00 ms"
     ):
@@ -299,7 +303,7 @@ def test_all_lose_too_much() -> None:
 
 @quick(200)
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 50)), min_size=1, max_size=20), st.floats(0, 1))
-def test_nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: float) -> None:
+def test_latency_search__nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: float) -> None:
     trials = [trial(number, top1 / 100, took / 10) for number, (top1, took) in enumerate(points)]
     rule = Fastest(loss, (0.5, 0.9), RULE.target)
     least = 0.8 * (1 - loss) - 1e-9
@@ -314,7 +318,7 @@ def test_nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: f
     assert best in front(trials, "latency")
 
 
-def test_the_figure_is_in_milliseconds() -> None:
+def test_latency_search__the_figure_is_in_milliseconds() -> None:
     trials = [trial(0, 0.79, 0.004), trial(1, 0.8, 0.008)]
     axes = plots.search_front(trials, RULE, trials[1], "lamp").axes[0]
     drawn = {str(line.get_label()): list(line.get_xdata()) for line in axes.lines}
@@ -322,7 +326,7 @@ def test_the_figure_is_in_milliseconds() -> None:
     assert axes.get_xlabel() == "latency of a batch by the table (ms)"
 
 
-def test_a_trial_reports_what_its_model_will_take(dense: str, tmp_path: Path) -> None:
+def test_latency_search__a_trial_reports_what_its_model_will_take(dense: str, tmp_path: Path) -> None:
     """Without Ray: the actor's own steps, for the method's own allocation and for a sparser one."""
     search = AllocationSearch.model_validate({**FAST, "images": 8, "by": ["module"]})
     inputs = one_shot_inputs(dense, search, tmp_path)

@@ -25,7 +25,7 @@ def second(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_lock__a_second_process_is_refused(tmp_path: Path) -> None:
     with local_lock(str(tmp_path), "mine"):
         refused = second(tmp_path, "mine")
         assert f"process {os.getpid()} on" in refused.stderr
@@ -34,13 +34,13 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     assert second(tmp_path, "mine").stdout == "held\n"
 
 
-def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+def test_lock__a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     code = SECOND.replace('print("held")', 'print("held", flush=True); import os; os.kill(os.getpid(), 9)')
     subprocess.run([sys.executable, "-c", code, str(tmp_path), "mine"], timeout=60, check=False)
     assert second(tmp_path, "mine").stdout == "held\n"
 
 
-def test_an_error_inside_frees_the_name(tmp_path: Path) -> None:
+def test_lock__an_error_inside_frees_the_name(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), local_lock(str(tmp_path), "mine"):
         raise ZeroDivisionError
     with local_lock(str(tmp_path), "mine"):

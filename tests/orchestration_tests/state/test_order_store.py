@@ -50,7 +50,7 @@ def stored_order(
     return StoredOrder.of(str(folder), method, settings, **facts)
 
 
-def test_an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
+def test_order_store__an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
     known = stored_order(tmp_path, pruning()).fingerprint
     for same in (
         pruning(sparsity=0.8),
@@ -74,12 +74,12 @@ def test_an_order_is_found_by_what_decides_it(tmp_path: Path) -> None:
     assert stored_order(tmp_path, pruning(), seed=1).fingerprint != known
 
 
-def test_weights_alone_decide_a_first_order_method(tmp_path: Path) -> None:
+def test_order_store__weights_alone_decide_a_first_order_method(tmp_path: Path) -> None:
     known = stored_order(tmp_path, pruning(), "dimap").fingerprint
     assert stored_order(tmp_path, pruning(fisher={}), "dimap", data="e", seed=3).fingerprint == known
 
 
-def test_lambda_is_tried_at_a_sparsity(tmp_path: Path) -> None:
+def test_order_store__lambda_is_tried_at_a_sparsity(tmp_path: Path) -> None:
     tried = {**FISHER, "damp": "auto"}
     orders = [stored_order(tmp_path, pruning(fisher=tried, sparsity=sparsity)) for sparsity in (0.5, 0.6)]
     assert orders[0].fingerprint != orders[1].fingerprint
@@ -94,7 +94,7 @@ def order_as_worker(rank: int, world: int, folder: str, content: dict[str, Any])
         dist.destroy_process_group()
 
 
-def test_parts_of_several_workers_are_one_order(made: dict[str, Any], tmp_path: Path) -> None:
+def test_order_store__parts_of_several_workers_are_one_order(made: dict[str, Any], tmp_path: Path) -> None:
     alone, shared = StoredOrder(str(tmp_path / "one"), "f"), StoredOrder(str(tmp_path / "two"), "f")
     assert not alone.known
     write_order(job(made, alone), torch.device("cpu"))
@@ -110,7 +110,7 @@ def test_parts_of_several_workers_are_one_order(made: dict[str, Any], tmp_path: 
     assert [round(sum(own[sparsity].values()) / total, 3) for sparsity in (0.5, 0.6)] == [0.5, 0.6]
 
 
-def test_an_order_elsewhere_is_copied_once(
+def test_order_store__an_order_elsewhere_is_copied_once(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))

@@ -20,7 +20,7 @@ def recipe(folder: Path | str, *overrides: str) -> Recipe:
     return load_recipe("demo", [f"storage={folder}", *overrides])
 
 
-def test_what_is_stored_runs_again(tmp_path: Path) -> None:
+def test_stored_recipe__what_is_stored_runs_again(tmp_path: Path) -> None:
     first = recipe(tmp_path, "pruning.sparsity=0.6", "pruning.pattern=1x4", "recovery.lr.peak=1e-5")
     store(first)
     assert load(str(tmp_path), "demo") == first
@@ -34,7 +34,9 @@ def test_load__overrides_go_before_what_is_stored(tmp_path: Path) -> None:
         load(str(tmp_path), "demo", ["recovery.lr.peek=2e-5"])
 
 
-def test_it_holds_no_login_and_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_recipe__it_holds_no_login_and_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     uri = "http://me:hunter2@mlflow.example:5000"
     store(recipe("runs", f"tracking.uri={uri}", *DATA))
@@ -52,7 +54,7 @@ def test_it_holds_no_login_and_whole_paths(tmp_path: Path, monkeypatch: pytest.M
     assert load("runs", "demo").tracking.uri == "http://mlflow.example:5000"
 
 
-def test_places_are_stored_as_they_were_given(tmp_path: Path) -> None:
+def test_stored_recipe__places_are_stored_as_they_were_given(tmp_path: Path) -> None:
     teacher = "recovery.distill={teacher: 's3://key:secret@bucket/teacher@1'}"
     train = "data={train: 's3://bucket/imagenet@2024/train', test: 'abfs://box@account/test'}"
     given = recipe(tmp_path, train, "model.classes=3", "tracking.uri='sqlite:////home/me@host/x.db'", teacher)
@@ -65,7 +67,7 @@ def test_places_are_stored_as_they_were_given(tmp_path: Path) -> None:
     assert distill.teacher == "s3://bucket/teacher@1"
 
 
-def test_a_sweep_moves_with_its_storage(tmp_path: Path) -> None:
+def test_stored_recipe__a_sweep_moves_with_its_storage(tmp_path: Path) -> None:
     store(recipe(tmp_path / "a"))
     (tmp_path / "a").rename(tmp_path / "b")
     assert load(str(tmp_path / "b"), "demo").storage == str(tmp_path / "b")
@@ -87,7 +89,7 @@ def test_a_sweep_moves_with_its_storage(tmp_path: Path) -> None:
         "description=words",
     ],
 )
-def test_what_a_sweep_may_go_on_with(tmp_path: Path, override: str) -> None:
+def test_stored_recipe__what_a_sweep_may_go_on_with(tmp_path: Path, override: str) -> None:
     store(recipe(tmp_path))
     check_unchanged(recipe(tmp_path, override))
 
@@ -102,7 +104,7 @@ def test_what_a_sweep_may_go_on_with(tmp_path: Path, override: str) -> None:
         ("schedule.space={recovery.lr.peak: {log: [1e-4, 1e-3]}}", "schedule.space."),
     ],
 )
-def test_another_recipe_is_refused(tmp_path: Path, override: str, says: str) -> None:
+def test_stored_recipe__another_recipe_is_refused(tmp_path: Path, override: str, says: str) -> None:
     store(recipe(tmp_path))
     with pytest.raises(InputError, match="was begun with another recipe") as error:
         check_unchanged(recipe(tmp_path, override))
@@ -111,7 +113,7 @@ def test_another_recipe_is_refused(tmp_path: Path, override: str, says: str) -> 
     check_unchanged(recipe(tmp_path, override, "name=another"))
 
 
-def test_many_differences_are_counted(tmp_path: Path) -> None:
+def test_stored_recipe__many_differences_are_counted(tmp_path: Path) -> None:
     store(recipe(tmp_path))
     overrides = [f"recovery.augment.{key}=0.5" for key in ("flip", "erasing", "mixup", "cutmix")]
     changed = recipe(
@@ -121,7 +123,7 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
         check_unchanged(changed)
 
 
-def test_one_run_is_a_part_of_its_sweep(tmp_path: Path) -> None:
+def test_stored_recipe__one_run_is_a_part_of_its_sweep(tmp_path: Path) -> None:
     whole = recipe(tmp_path)
     single = single_run(whole, "ovit")
     assert changes(whole, single) == {}
@@ -131,14 +133,16 @@ def test_one_run_is_a_part_of_its_sweep(tmp_path: Path) -> None:
     assert changes(whole, other) == {"pruning.sparsity": (0.75, 0.8)}
 
 
-def test_the_same_data_by_another_path_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_recipe__the_same_data_by_another_path_is_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     store(recipe(tmp_path, *DATA))
     whole = DATA[0].replace("some/", f"{tmp_path}/some/")
     check_unchanged(recipe(tmp_path, whole, DATA[1]))
 
 
-def test_unknown_sweeps_are_met_with_the_nearest(tmp_path: Path) -> None:
+def test_stored_recipe__unknown_sweeps_are_met_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no sweep has been run there"):
         sweep_names(str(tmp_path))
     store(recipe(tmp_path))
@@ -146,14 +150,14 @@ def test_unknown_sweeps_are_met_with_the_nearest(tmp_path: Path) -> None:
         load(str(tmp_path), "dmeo")
 
 
-def test_a_sweep_of_before_has_no_recipe(tmp_path: Path) -> None:
+def test_stored_recipe__a_sweep_of_before_has_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "sweeps/old").mkdir(parents=True)
     with pytest.raises(InputError, match="has stored no recipe"):
         load(str(tmp_path), "old")
     check_unchanged(recipe(tmp_path, "name=old"))
 
 
-def test_a_recipe_that_is_no_recipe_is_named(tmp_path: Path) -> None:
+def test_stored_recipe__a_recipe_that_is_no_recipe_is_named(tmp_path: Path) -> None:
     store(recipe(tmp_path))
     file = tmp_path / "sweeps/demo/recipe.json"
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ def trial(number: int, score: float | None, state: str = "finished", error: str 
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_what_is_logged_is_read_back(scheme: str, tmp_path: Path) -> None:
+def test_trial_log__what_is_logged_is_read_back(scheme: str, tmp_path: Path) -> None:
     uri = f"{scheme}{tmp_path}/deep/trials.json"
     log = TrialLog(uri)
     assert (log.trials, log.run_id) == ([], None)
@@ -36,7 +36,7 @@ def test_what_is_logged_is_read_back(scheme: str, tmp_path: Path) -> None:
     assert again.run_id == "abc"
 
 
-def test_each_trial_is_there_at_once(tmp_path: Path) -> None:
+def test_trial_log__each_trial_is_there_at_once(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for number in range(3):
         log.add(trial(number, 0.1))
@@ -44,7 +44,7 @@ def test_each_trial_is_there_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
 
 
-def test_what_was_broken_off_is_known(tmp_path: Path) -> None:
+def test_trial_log__what_was_broken_off_is_known(tmp_path: Path) -> None:
     """A trial that began and never ended: its proposal goes on first, in its own MLflow run."""
     uri = f"{tmp_path}/trials.json"
     log = TrialLog(uri)
@@ -60,14 +60,14 @@ def test_what_was_broken_off_is_known(tmp_path: Path) -> None:
     assert len(TrialLog(uri).pending) == 1
 
 
-def test_failed_trials_are_run_again(tmp_path: Path) -> None:
+def test_trial_log__failed_trials_are_run_again(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for record in (trial(0, 0.5), trial(1, None, "failed"), trial(2, 0.4, "stopped")):
         log.add(record)
     assert [record.number for record in log.ended] == [0, 2]
 
 
-def test_the_best_ran_to_its_end(tmp_path: Path) -> None:
+def test_trial_log__the_best_ran_to_its_end(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     trials = [trial(0, 0.5), trial(1, 0.9, "stopped"), trial(2, 0.7), trial(3, 0.7), trial(4, None, "failed")]
     for record in trials:
@@ -77,14 +77,14 @@ def test_the_best_ran_to_its_end(tmp_path: Path) -> None:
     assert log.best().number == 2
 
 
-def test_scores_of_zero_and_below(tmp_path: Path) -> None:
+def test_trial_log__scores_of_zero_and_below(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     for record in (trial(0, -0.5), trial(1, 0.0), trial(2, -1.0)):
         log.add(record)
     assert log.best().number == 1
 
 
-def test_no_trial_ran_to_its_end(tmp_path: Path) -> None:
+def test_trial_log__no_trial_ran_to_its_end(tmp_path: Path) -> None:
     log = TrialLog(f"{tmp_path}/trials.json")
     with pytest.raises(RuntimeError, match=r"no trial ran to its end$"):
         log.best()
@@ -95,19 +95,19 @@ def test_no_trial_ran_to_its_end(tmp_path: Path) -> None:
         log.best()
 
 
-def test_a_log_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_trial_log__a_log_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "trials.json").write_text('{"trials": [')
     with pytest.raises(InputError, match=r"trials\.json"):
         TrialLog(f"{tmp_path}/trials.json")
 
 
-def test_the_file_is_plain_json(tmp_path: Path) -> None:
+def test_trial_log__the_file_is_plain_json(tmp_path: Path) -> None:
     TrialLog(f"{tmp_path}/trials.json").add(trial(0, 0.25))
     content = json.loads((tmp_path / "trials.json").read_text())
     assert content["trials"][0]["score"] == 0.25
 
 
-def test_cheap_trials_are_written_in_parts(tmp_path: Path) -> None:
+def test_trial_log__cheap_trials_are_written_in_parts(tmp_path: Path) -> None:
     """Each is there at once; what is written for one does not grow with their number."""
     uri = f"{tmp_path}/trials.json"
     log = TrialLog(uri, cheap=True)
@@ -126,7 +126,7 @@ def test_cheap_trials_are_written_in_parts(tmp_path: Path) -> None:
     assert [record.number for record in TrialLog(uri).trials] == list(range(400))
 
 
-def test_a_driver_killed_while_parts_are_joined(tmp_path: Path) -> None:
+def test_trial_log__a_driver_killed_while_parts_are_joined(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
     log = TrialLog(uri, cheap=True)
     for number in range(40):
@@ -141,7 +141,7 @@ def test_a_driver_killed_while_parts_are_joined(tmp_path: Path) -> None:
     assert [record.number for record in TrialLog(uri).trials] == list(range(41))
 
 
-def test_a_resumed_log_goes_on_in_its_last_part(tmp_path: Path) -> None:
+def test_trial_log__a_resumed_log_goes_on_in_its_last_part(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
     for number in range(70):
         TrialLog(uri, cheap=True).add(trial(number, 0.5))

@@ -12,7 +12,7 @@ from orchestration.sweep import dense as dense_phase
 from orchestration.tracking import registry
 
 
-def test_an_alias_that_moves_on_changes_later_sweeps_only(
+def test_dense__an_alias_that_moves_on_changes_later_sweeps_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = {"models:/m@champion": "models:/m/1"}
@@ -28,13 +28,13 @@ def test_an_alias_that_moves_on_changes_later_sweeps_only(
     assert version("second") == "models:/m/2"
 
 
-def test_other_models_are_no_versions() -> None:
+def test_dense__other_models_are_no_versions() -> None:
     sweep: Any = SimpleNamespace(root="/none")
     assert dense_phase._version(sweep, None) is None
     assert dense_phase._version(sweep, "hf-hub:timm/vit") is None
 
 
-def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
+def test_dense__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in between, a sweep ends the phase's run when it is resumed; else nobody would."""

@@ -14,7 +14,7 @@ from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep import gradual
 
 
-def test_mlflow_has_all_before_the_model_says_that_the_phase_is_done(
+def test_gradual__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in between, a sweep ends the phase's run when it is resumed; else nobody would."""

@@ -31,7 +31,9 @@ def opened(uri: str, log: TrialLog) -> tuple[Tracker, OneShotRuns]:
     return tracker, runs
 
 
-def test_a_killed_driver_leaves_no_trial_out_and_none_half_said(uri: str, tmp_path: Path) -> None:
+def test_one_shot_runs__a_killed_driver_leaves_no_trial_out_and_none_half_said(
+    uri: str, tmp_path: Path
+) -> None:
     log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
     tracker, runs = opened(uri, log)
     for number, state in enumerate(("finished", "stopped", "failed", "finished")):

@@ -20,7 +20,7 @@ def printed(*rows: Any) -> str:
     return console.export_text()
 
 
-def test_counts_are_held_against_the_dense_model_that_all_began_with() -> None:
+def test_report__counts_are_held_against_the_dense_model_that_all_began_with() -> None:
     step = {"dense_parameters": 1000, "dense_macs": 9000, "cut": {"mlp": [4, 3]}}
     found = _counts({"costs": COSTS, "structured": step})
     assert found == {
@@ -34,11 +34,11 @@ def test_counts_are_held_against_the_dense_model_that_all_began_with() -> None:
 
 
 @pytest.mark.parametrize("record", [{"costs": COSTS}, {"costs": COSTS, "structured": None}])
-def test_without_a_structured_step_nothing_changes(record: dict[str, Any]) -> None:
+def test_report__without_a_structured_step_nothing_changes(record: dict[str, Any]) -> None:
     assert _counts(record) == COSTS
 
 
-def test_the_structured_model_has_a_column_where_there_is_one() -> None:
+def test_report__the_structured_model_has_a_column_where_there_is_one() -> None:
     assert "structured" not in printed(ROW)
     cut = replace(
         ROW,

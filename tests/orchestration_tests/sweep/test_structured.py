@@ -75,7 +75,7 @@ def job(files: dict[str, str], cut: str) -> TrainJob:
     return structured_job(recipe(files), data(files), cut=cut, dense=files["dense"], lineage=lineage)
 
 
-def test_a_cut_tells_what_it_was_before(cut: str) -> None:
+def test_structured__a_cut_tells_what_it_was_before(cut: str) -> None:
     record = json.loads(Path(cut, "pruning.json").read_text())
     assert record["method"] == "structured"
     assert record["parent"] == "1234"
@@ -87,7 +87,7 @@ def test_a_cut_tells_what_it_was_before(cut: str) -> None:
     assert load_checkpoint(cut).model.get_parameter("head.weight").shape == (3, 12)
 
 
-def test_a_swin_of_a_folder(files: dict[str, str], tmp_path: Path) -> None:
+def test_structured__a_swin_of_a_folder(files: dict[str, str], tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", SWIN)
     found = save(files, str(dense), tmp_path / "cut", heads=[1, 2], importance="magnitude")
     record = json.loads(Path(found, "pruning.json").read_text())
@@ -95,7 +95,7 @@ def test_a_swin_of_a_folder(files: dict[str, str], tmp_path: Path) -> None:
     assert load_checkpoint(found).model.get_submodule("layers.0.blocks.0.attn").num_heads == 1
 
 
-def test_a_shape_that_timm_cannot_hold_is_refused_when_the_model_is_here(
+def test_structured__a_shape_that_timm_cannot_hold_is_refused_when_the_model_is_here(
     files: dict[str, str], tmp_path: Path
 ) -> None:
     """A hub's model is known only then."""
@@ -104,7 +104,7 @@ def test_a_shape_that_timm_cannot_hold_is_refused_when_the_model_is_here(
     assert not (tmp_path / "cut").exists()
 
 
-def test_recovery_learns_from_the_uncut_model(files: dict[str, str], cut: str) -> None:
+def test_structured__recovery_learns_from_the_uncut_model(files: dict[str, str], cut: str) -> None:
     made = job(files, cut)
     assert made.model.checkpoint == cut
     assert made.training.distill is not None
@@ -115,7 +115,7 @@ def test_recovery_learns_from_the_uncut_model(files: dict[str, str], cut: str) -
     assert made.training.distill.teacher == "resnet18"
 
 
-def test_a_recovery_that_was_broken_off_ends_bit_for_bit_the_same(
+def test_structured__a_recovery_that_was_broken_off_ends_bit_for_bit_the_same(
     files: dict[str, str], cut: str, tmp_path: Path
 ) -> None:
     made = job(files, cut)
@@ -133,7 +133,7 @@ def test_a_recovery_that_was_broken_off_ends_bit_for_bit_the_same(
     assert not torch.equal(trained.get_parameter("head.weight"), before.get_parameter("head.weight"))
 
 
-def test_what_is_pruned_afterwards_tells_of_both_steps(
+def test_structured__what_is_pruned_afterwards_tells_of_both_steps(
     files: dict[str, str], cut: str, tmp_path: Path
 ) -> None:
     step = json.loads(Path(cut, "pruning.json").read_text())["structured"]

@@ -45,7 +45,7 @@ def recipe(structured: dict[str, Any]) -> Any:
     return validate({**content, "name": "fast", "data": {"source": "digits"}, "structured": structured})
 
 
-def test_each_candidate_is_as_if_it_alone_had_been_asked_for() -> None:
+def test_structured_latency__each_candidate_is_as_if_it_alone_had_been_asked_for() -> None:
     settings = StructuredSettings.model_validate({**FAST, "importance": "fisher", "recovery": None})
     rest = {"images": 8, "batch_size": 4, "importance": "fisher", "recovery": None}
     alone = tuple(StructuredSettings.model_validate({**rest, **one}) for one in FAST["candidates"])
@@ -54,7 +54,7 @@ def test_each_candidate_is_as_if_it_alone_had_been_asked_for() -> None:
     assert StructuredSettings.model_validate(json.loads(settings.model_dump_json())) == settings
 
 
-def test_a_step_that_is_not_for_speed_is_what_it_was() -> None:
+def test_structured_latency__a_step_that_is_not_for_speed_is_what_it_was() -> None:
     keys = {"objective", "candidates", "loss", "target"}
     assert not StructuredSettings(mlp=0.5).decides().keys() & keys
     assert StructuredSettings.model_validate(FAST).decides().keys() >= keys
@@ -82,19 +82,21 @@ def test_a_step_that_is_not_for_speed_is_what_it_was() -> None:
         ({"mlp": 0.5, "target": {}}, "structured.target = {}: is for objective: latency alone"),
     ],
 )
-def test_what_contradicts_itself_is_one_line(structured: dict[str, Any], line: str) -> None:
+def test_structured_latency__what_contradicts_itself_is_one_line(
+    structured: dict[str, Any], line: str
+) -> None:
     with pytest.raises(InputError) as raised:
         recipe(structured)
     assert line in str(raised.value)
 
 
-def test_every_candidate_must_be_a_shape_that_timm_can_hold() -> None:
+def test_structured_latency__every_candidate_must_be_a_shape_that_timm_can_hold() -> None:
     wrong = {**FAST, "candidates": [{"mlp": 0.5}, {"embed": 13}]}
     with pytest.raises(InputError, match=r"structured\.embed = 13: 13 channels cannot be divided"):
         prepare(recipe(wrong), dry_run=True)
 
 
-def test_the_plan_says_what_is_looked_for() -> None:
+def test_structured_latency__the_plan_says_what_is_looked_for() -> None:
     lines = dict(_lines(prepare(recipe(FAST), dry_run=True)))
     rule = "the fastest of 3 on csr:float32 (batch 1, threads 1) that loses at most 0.1; by taylor, "
     assert lines["structured"].startswith(rule)
@@ -105,7 +107,7 @@ def candidate(top1: float, seconds: float) -> dict[str, Any]:
     return {"cut": {"mlp": [64, 32]}, "top1": top1, "latency": seconds}
 
 
-def test_all_lose_too_much() -> None:
+def test_structured_latency__all_lose_too_much() -> None:
     with pytest.raises(
         RuntimeError, match=r"structured\.loss \(0\.1 .*mlp 64 → 32, loses 0\.125 before recovery"
     ):
@@ -114,7 +116,9 @@ def test_all_lose_too_much() -> None:
 
 @quick(100)
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 9)), min_size=1, max_size=9), st.floats(0, 1))
-def test_nobody_within_the_loss_is_faster(points: list[tuple[int, int]], loss: float) -> None:
+def test_structured_latency__nobody_within_the_loss_is_faster(
+    points: list[tuple[int, int]], loss: float
+) -> None:
     found = [candidate(top1 / 100, took) for top1, took in points]
     within = [one for one in found if one["top1"] >= 0.8 * (1 - loss) - 1e-9]
     if not within:
@@ -144,7 +148,7 @@ class Here:
         yield f"{self.storage}/scratch/{name}"
 
 
-def test_the_fastest_candidate_is_cut_and_all_are_recorded(
+def test_structured_latency__the_fastest_candidate_is_cut_and_all_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks and cuts are real, times are given."""
@@ -177,7 +181,7 @@ def test_the_fastest_candidate_is_cut_and_all_are_recorded(
     assert "mlp 64 → 32: " in here.said[2]
 
 
-def test_whole_models_are_timed_in_their_order(tmp_path: Path) -> None:
+def test_structured_latency__whole_models_are_timed_in_their_order(tmp_path: Path) -> None:
     files = make_files(tmp_path / "files")
     target = Target(Choice.parse("torch"), Placement(1), 2)
     found = measure_models([Path(files["dense"])] * 2, target, rounds=1)

@@ -32,7 +32,7 @@ def told(tracker: MagicMock) -> list[tuple[int, float]]:
     return [call.args[1]["val_top1"][0] for call in tracker.metrics.call_args_list]
 
 
-def test_a_trial_that_goes_back_is_listened_to_again(tmp_path: Path) -> None:
+def test_trial_runs__a_trial_that_goes_back_is_listened_to_again(tmp_path: Path) -> None:
     tracker = MagicMock()
     runs = runs_on(tracker, tmp_path)
     runs.trial_started("a", 0, {"x": 1.0}, None)
@@ -44,7 +44,7 @@ def test_a_trial_that_goes_back_is_listened_to_again(tmp_path: Path) -> None:
     assert [step for step, _ in runs._rates["a"]] == [0, 1, 2, 3, 4, 5]
 
 
-def test_what_a_resumed_run_said_before_is_not_said_again(tmp_path: Path) -> None:
+def test_trial_runs__what_a_resumed_run_said_before_is_not_said_again(tmp_path: Path) -> None:
     tracker = MagicMock()
     tracker.last_step.return_value = 4
     runs = runs_on(tracker, tmp_path)
@@ -56,7 +56,7 @@ def test_what_a_resumed_run_said_before_is_not_said_again(tmp_path: Path) -> Non
         assert [step for step, _ in told(tracker)] == [6]
 
 
-def test_the_tags_say_where_a_model_came_from(tmp_path: Path) -> None:
+def test_trial_runs__the_tags_say_where_a_model_came_from(tmp_path: Path) -> None:
     tracker = MagicMock()
     runs = runs_on(tracker, tmp_path)
     taken = [{"trial": 1, "epoch": 3, "values": {"x": 2.0}}, {"trial": 4, "epoch": 5, "values": {"x": 3.0}}]
@@ -70,7 +70,7 @@ def test_the_tags_say_where_a_model_came_from(tmp_path: Path) -> None:
     assert second == {"espalier.state": "stopped"}
 
 
-def test_weights_that_never_arrived_are_logged_before_they_are_registered(
+def test_trial_runs__weights_that_never_arrived_are_logged_before_they_are_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill in the middle of an upload leaves an artifact that is there, and has no weights."""

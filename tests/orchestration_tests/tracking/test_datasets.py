@@ -28,21 +28,21 @@ def data(tmp_path: Path) -> DataSettings:
     return DataSettings(train=f"{tmp_path}/train", test=f"{tmp_path}/cats.parquet")
 
 
-def test_parts_by_name_number_and_place_for_others(data: DataSettings) -> None:
+def test_datasets__parts_by_name_number_and_place_for_others(data: DataSettings) -> None:
     assert datasets(data, HASH) == [
         Dataset("train", "0123456789ab", "train", 10, "train"),
         Dataset("cats-test", "0123456789ab", "cats.parquet", 3, "test"),
     ]
 
 
-def test_data_of_our_own_bear_their_name(data: DataSettings) -> None:
+def test_datasets__data_of_our_own_bear_their_name(data: DataSettings) -> None:
     assert [dataset.name for dataset in datasets(data, HASH, "digits")] == ["digits-train", "digits-test"]
 
 
 @pytest.mark.parametrize(
     ("source", "kind"), [("train", "local"), ("s3://bucket/train", "s3"), ("gs://bucket/x.parquet", "gs")]
 )
-def test_what_kind_of_place_it_is(source: str, kind: str) -> None:
+def test_datasets__what_kind_of_place_it_is(source: str, kind: str) -> None:
     assert Dataset("train", "0", source, 1, "train").source_type == kind
 
 
@@ -54,25 +54,27 @@ def hash_of(folder: Path, **changes: Any) -> str:
     return prepare(recipe).data_hash
 
 
-def test_the_hash_says_which_images_are_held_out(data: DataSettings, tmp_path: Path) -> None:
+def test_datasets__the_hash_says_which_images_are_held_out(data: DataSettings, tmp_path: Path) -> None:
     assert hash_of(tmp_path) == hash_of(tmp_path, **{"pruning.sparsity": 0.5})
     other = [{"seed": 1}, {"data.holdout": 0.3}, {"data.bad_images": "skip"}, {"data.train": data.test}]
     assert len({hash_of(tmp_path), *(hash_of(tmp_path, **changes) for changes in other)}) == 5
 
 
-def test_images_of_a_file_of_their_own_are_the_same_for_each_seed(data: DataSettings, tmp_path: Path) -> None:
+def test_datasets__images_of_a_file_of_their_own_are_the_same_for_each_seed(
+    data: DataSettings, tmp_path: Path
+) -> None:
     own = {"data.validation": data.test}
     assert hash_of(tmp_path, **own) == hash_of(tmp_path, seed=1, **own) != hash_of(tmp_path)
 
 
-def test_images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> None:
+def test_datasets__images_that_are_gone_are_named(data: DataSettings, tmp_path: Path) -> None:
     (tmp_path / "cats.parquet").unlink()
     with pytest.raises(InputError, match=r"data\.test"):
         datasets(data, HASH)
 
 
 @pytest.mark.parametrize(("done", "expected"), [(False, [["digits-train"]]), (True, [])])
-def test_a_phase_reads_no_test_images(
+def test_datasets__a_phase_reads_no_test_images(
     data: DataSettings, tmp_path: Path, done: bool, expected: list[list[str]]
 ) -> None:
     heard: list[list[str]] = []

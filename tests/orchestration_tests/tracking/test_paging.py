@@ -36,7 +36,7 @@ def below(tracker: Tracker, run: str) -> list[str]:
     return sorted(run.data.tags["number"] for run in runs)
 
 
-def test_runs_are_deleted_when_all_pages_are_read(tracker: Tracker) -> None:
+def test_paging__runs_are_deleted_when_all_pages_are_read(tracker: Tracker) -> None:
     """Of seven below a run three are known: as they were deleted on the way, pages moved under the reader."""
     run = tracker.start("search", None, {}, {})
     for number in range(7):
@@ -46,14 +46,14 @@ def test_runs_are_deleted_when_all_pages_are_read(tracker: Tracker) -> None:
     assert below(tracker, run) == ["1", "2", "6"]
 
 
-def test_all_that_was_left_open_below_a_run_is_ended(tracker: Tracker) -> None:
+def test_paging__all_that_was_left_open_below_a_run_is_ended(tracker: Tracker) -> None:
     run = tracker.start("search", None, {}, {})
     children = [tracker.start(str(number), run, {}, {"number": str(number)}) for number in range(5)]
     assert tracker.resume(run)
     assert {tracker.client.get_run(child).info.status for child in children} == {"KILLED"}
 
 
-def test_an_ended_run_keeps_all_its_parameters_and_figures(tracker: Tracker) -> None:
+def test_paging__an_ended_run_keeps_all_its_parameters_and_figures(tracker: Tracker) -> None:
     run = tracker.start("search", None, {}, {})
     params = {f"key.{number}": number for number in range(230)}
     figures = {f"sparsity.{number}": 0.5 for number in range(1850)}
@@ -64,7 +64,7 @@ def test_an_ended_run_keeps_all_its_parameters_and_figures(tracker: Tracker) -> 
     assert logged.info.status == "FINISHED"
 
 
-def test_models_and_versions_beyond_a_page_are_found(tracker: Tracker) -> None:
+def test_paging__models_and_versions_beyond_a_page_are_found(tracker: Tracker) -> None:
     registry = Registry(tracker.client)
     for number in range(5):
         tracker.client.create_registered_model(f"model-{number}")
@@ -79,7 +79,7 @@ def test_models_and_versions_beyond_a_page_are_found(tracker: Tracker) -> None:
         registry.versions("modl-4")
 
 
-def test_pages_are_asked_for_until_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paging__pages_are_asked_for_until_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     class Page(list[int]):
         token: str | None = None
 

@@ -82,7 +82,7 @@ def aliases(client: MlflowClient) -> dict[str, str]:
         ((0.81, 0.7999), Promotion(tolerance=0.01), "1"),
     ],
 )
-def test_a_champion_gives_way_to_what_is_not_below_it(
+def test_promotion__a_champion_gives_way_to_what_is_not_below_it(
     client: MlflowClient, registry: Registry, accuracies: Sequence[float], rule: Promotion, winner: str
 ) -> None:
     for version in made(client, *accuracies):
@@ -91,7 +91,9 @@ def test_a_champion_gives_way_to_what_is_not_below_it(
     assert carries(client) == winner
 
 
-def test_equal_accuracies_are_told_apart_by_the_loss(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__equal_accuracies_are_told_apart_by_the_loss(
+    client: MlflowClient, registry: Registry
+) -> None:
     better = Promotion(tolerance=None)
     (first,) = made(client, 0.8, validation_loss="0.5")
     (worse,) = made(client, 0.8, validation_loss="0.6")
@@ -102,7 +104,7 @@ def test_equal_accuracies_are_told_apart_by_the_loss(client: MlflowClient, regis
     assert carries(client) == best.version
 
 
-def test_an_old_version_within_the_tolerance_does_not_come_back(
+def test_promotion__an_old_version_within_the_tolerance_does_not_come_back(
     client: MlflowClient, registry: Registry
 ) -> None:
     rule = Promotion(tolerance=0.05)
@@ -119,7 +121,9 @@ def test_an_old_version_within_the_tolerance_does_not_come_back(
 
 
 @pytest.mark.parametrize("data", ["ba9876543210", ""])
-def test_versions_of_other_data_are_not_compared(client: MlflowClient, registry: Registry, data: str) -> None:
+def test_promotion__versions_of_other_data_are_not_compared(
+    client: MlflowClient, registry: Registry, data: str
+) -> None:
     for ours, theirs in ((data, DATA), (DATA, data)):
         (before,), (after,) = made(client, 0.5, data=theirs), made(client, 0.9, data=ours)
         promote(registry, before, "champion", RULE, force=True)
@@ -133,7 +137,9 @@ def test_versions_of_other_data_are_not_compared(client: MlflowClient, registry:
         assert carries(client) == after.version
 
 
-def test_a_champion_has_the_zeros_that_were_asked_for(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__a_champion_has_the_zeros_that_were_asked_for(
+    client: MlflowClient, registry: Registry
+) -> None:
     (thin,) = made(client, 0.99, sparsity="0.6000")
     refused = promote(registry, thin, "champion", RULE)
     assert refused.refused
@@ -143,7 +149,7 @@ def test_a_champion_has_the_zeros_that_were_asked_for(client: MlflowClient, regi
     assert not promote(registry, rounded, "champion", RULE).refused
 
 
-def test_a_sweep_settles_champion_and_sparsities(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__a_sweep_settles_champion_and_sparsities(client: MlflowClient, registry: Registry) -> None:
     kept = made(client, 0.97, 0.96, sparsity="0.6000")
     ends = made(client, 0.90, 0.91)
     settle(registry, [*kept, *ends], RULE)
@@ -160,7 +166,9 @@ def test_a_sweep_settles_champion_and_sparsities(client: MlflowClient, registry:
     assert aliases(client) == {"champion": "5", "sparsity-75": "4", "sparsity-60": "6"}
 
 
-def test_a_sweep_without_enough_zeros_makes_no_champion(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__a_sweep_without_enough_zeros_makes_no_champion(
+    client: MlflowClient, registry: Registry
+) -> None:
     decisions = settle(registry, made(client, 0.9, sparsity="0.5000"), RULE)
     assert [decision.alias for decision in decisions] == ["sparsity-50"]
     assert aliases(client) == {"sparsity-50": "1"}
@@ -170,12 +178,14 @@ def test_a_sweep_without_enough_zeros_makes_no_champion(client: MlflowClient, re
     ("sparsity", "alias"),
     [(0.75, "sparsity-75"), (0.625, "sparsity-62_5"), (0.89996, "sparsity-90"), (1.0, "sparsity-100")],
 )
-def test_aliases_of_sparsities_are_such_as_mlflow_takes(sparsity: float, alias: str) -> None:
+def test_promotion__aliases_of_sparsities_are_such_as_mlflow_takes(sparsity: float, alias: str) -> None:
     assert level_alias(sparsity) == alias
     check_alias(alias, "--alias")
 
 
-def test_the_choice_is_the_best_that_can_be_compared(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__the_choice_is_the_best_that_can_be_compared(
+    client: MlflowClient, registry: Registry
+) -> None:
     first, best, _ = made(client, 0.80, 0.85, 0.82)
     made(client, 0.99, data="ba9876543210")
     made(client, 0.98, sparsity="0.5000")
@@ -188,7 +198,9 @@ def test_the_choice_is_the_best_that_can_be_compared(client: MlflowClient, regis
 @pytest.mark.parametrize(
     "rule", [Promotion(), Promotion(sparsity=0.9, tolerance=0.01), Promotion(sparsity=0.0, tolerance=None)]
 )
-def test_the_rule_is_kept_with_the_model(client: MlflowClient, registry: Registry, rule: Promotion) -> None:
+def test_promotion__the_rule_is_kept_with_the_model(
+    client: MlflowClient, registry: Registry, rule: Promotion
+) -> None:
     made(client, 0.8)
     assert registry.rule("m") == Promotion()
     registry.set_rule("m", Promotion(sparsity=0.1, tolerance=0.5))
@@ -196,7 +208,7 @@ def test_the_rule_is_kept_with_the_model(client: MlflowClient, registry: Registr
     assert registry.rule("m") == rule
 
 
-def test_a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Registry) -> None:
     made(client, 0.8, method="dimap", recipe="abc", git_commit="c0ffee", dense="d0")
     made(client, 0.7, method="ovit", dense="d1", parent="models:/m/1")
     made(client, 0.6, parent="models:/m/2")
@@ -217,7 +229,9 @@ def test_a_chain_leads_to_the_first_parent(client: MlflowClient, registry: Regis
     assert [version.version for version in lineage.chain(registry, "models:/m/3")] == ["3", "2"]
 
 
-def test_a_sweep_ends_with_what_became_of_the_aliases(client: MlflowClient, registry: Registry) -> None:
+def test_promotion__a_sweep_ends_with_what_became_of_the_aliases(
+    client: MlflowClient, registry: Registry
+) -> None:
     def decided(made: Sequence[Version]) -> list[str]:
         rows = [replace(ROW, version=version.version, sparsity=version.sparsity) for version in made]
         return list(alias_lines("m", rows, settle(registry, made, RULE)))
@@ -272,7 +286,7 @@ def _run(
     return end.value.code, output.out, output.err
 
 
-def test_promotion_by_hand(
+def test_promotion__promotion_by_hand(
     client: MlflowClient, registry: Registry, storage: Path, say: Callable[..., tuple[int, str, str]]
 ) -> None:
     made(client, 0.80, 0.85, 0.70)
@@ -319,7 +333,7 @@ def test_promotion_by_hand(
         (("lineage", "m"), ("'m'", "must be models:/NAME@alias or models:/NAME/VERSION")),
     ],
 )
-def test_what_is_not_there_is_one_line(
+def test_promotion__what_is_not_there_is_one_line(
     client: MlflowClient,
     arguments: Sequence[str],
     says: Sequence[str],
@@ -333,7 +347,7 @@ def test_what_is_not_there_is_one_line(
     assert aliases(client) == {}
 
 
-def test_of_several_models_one_is_to_be_named(
+def test_promotion__of_several_models_one_is_to_be_named(
     client: MlflowClient, say: Callable[..., tuple[int, str, str]]
 ) -> None:
     assert say("promote")[0] == 2
@@ -344,12 +358,12 @@ def test_of_several_models_one_is_to_be_named(
 
 
 @pytest.mark.parametrize("name", ["a/b", "a:b", " ", "..", "a@b"])
-def test_names_that_cannot_be_registered(name: str) -> None:
+def test_promotion__names_that_cannot_be_registered(name: str) -> None:
     with pytest.raises(InputError):
         check_name(name, "tracking.registered_model")
 
 
-def test_an_mlflow_that_goes_away_is_one_line_within_seconds() -> None:
+def test_promotion__an_mlflow_that_goes_away_is_one_line_within_seconds() -> None:
     began = time.monotonic()
     with (
         pytest.raises(InputError, match=r"MLflow = 'http://127\.0\.0\.1:9'") as refused,

@@ -55,7 +55,7 @@ def plain_timm(folder: Path, content: bytes) -> torch.Tensor:
     return shares
 
 
-def test_it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_pyfunc_model__it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
     pictures = [png(number) for number in range(70)]  # more than fit into one pass
     answers = model.predict(pd.DataFrame({"image": pictures}))
     assert len(answers) == len(pictures)
@@ -68,14 +68,14 @@ def test_it_answers_as_plain_timm_does(folder: Path, model: mlflow.pyfunc.PyFunc
         assert row["label"] == names[row["class"]]
 
 
-def test_it_is_still_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_pyfunc_model__it_is_still_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     dense_folder(tmp_path)
     loaded = load_checkpoint(str(folder)).model
     for name, weight in load_checkpoint(str(tmp_path)).model.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name])
 
 
-def test_labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> None:
+def test_pyfunc_model__labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> None:
     dense_folder(tmp_path)
     with model_files() as files:
         copytree(files, tmp_path, dirs_exist_ok=True)
@@ -86,14 +86,16 @@ def test_labels_are_the_models_own_where_the_data_names_none(tmp_path: Path) -> 
     assert row["label"] == "xyz"[row["class"]]
 
 
-def test_a_bad_image_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_pyfunc_model__a_bad_image_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
     with pytest.raises(ValueError, match=r"image 1 cannot be decoded \(no image of a known format\)"):
         model.predict(pd.DataFrame({"image": [png(1), b"no image"]}))
     with pytest.raises(mlflow.exceptions.MlflowException, match="image"):
         model.predict(pd.DataFrame({"picture": [png(1)]}))
 
 
-def test_the_example_is_an_image_that_it_answers(folder: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_pyfunc_model__the_example_is_an_image_that_it_answers(
+    folder: Path, model: mlflow.pyfunc.PyFuncModel
+) -> None:
     example = model.input_example
     assert Image.open(io.BytesIO(example["image"].iloc[0])).size == (32, 32)
     answer = model.predict(example).iloc[0]
@@ -103,7 +105,7 @@ def test_the_example_is_an_image_that_it_answers(folder: Path, model: mlflow.pyf
     assert schema.outputs.input_names() == ["class", "label", "probabilities"]
 
 
-def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> None:
+def test_pyfunc_model__an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> None:
     """With its own names of classes, where the data has none; and as near its parent as INT8 comes."""
     parent = dense_folder(tmp_path / "parent")
     served = tmp_path / "int8"
@@ -127,7 +129,7 @@ def test_an_int8_model_is_served_by_its_engine(folder: Path, tmp_path: Path) -> 
         assert row["label"] == "xyz"[row["class"]]
 
 
-def test_nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:
+def test_pyfunc_model__nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:
     files = {path.name: path for path in folder.rglob("*") if path.is_file()}
     assert set(files) == {
         *("config.json", "model.safetensors", "pruning.json"),
@@ -141,14 +143,14 @@ def test_nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:
     assert files["served_model.py"].read_bytes() == CODE.read_bytes()
 
 
-def test_requirements_are_what_is_installed(folder: Path) -> None:
+def test_pyfunc_model__requirements_are_what_is_installed(folder: Path) -> None:
     pinned = dict(line.split("==") for line in (folder / "requirements.txt").read_text().splitlines())
     assert set(pinned) == {"mlflow", "torch", "torchvision", "timm", "safetensors", "pillow"}
     for name, pinned_version in pinned.items():
         assert version(name).partition("+")[0] == pinned_version
 
 
-def test_the_users_project_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyfunc_model__the_users_project_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow copies the lock file of the project it is started in, which may name a private index."""
     (tmp_path / "uv.lock").write_text('source = { registry = "https://user:secret@index/simple" }')
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'mine'\nversion = '1'\n")
@@ -179,14 +181,14 @@ def _pictures() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", _pictures())
-def test_images_are_decoded_as_for_training(name: str) -> None:
+def test_pyfunc_model__images_are_decoded_as_for_training(name: str) -> None:
     content = _pictures()[name]
     ours, theirs = served_model.decode(content), decode(content)
     assert (ours.mode, ours.size) == (theirs.mode, theirs.size)
     assert ours.tobytes() == theirs.tobytes()
 
 
-def test_class_names_are_found_beside_the_images(tmp_path: Path) -> None:
+def test_pyfunc_model__class_names_are_found_beside_the_images(tmp_path: Path) -> None:
     assert classes_of(None) is None
     assert classes_of(str(tmp_path)) is None
     assert classes_of(str(tmp_path / "train.parquet")) is None

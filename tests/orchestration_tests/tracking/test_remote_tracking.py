@@ -94,7 +94,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("known")
-def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
+def test_remote_tracking__all_that_a_sweep_logs_arrives_and_no_login_with_it(
     remote: str, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with server_for(remote, tmp_path / "mlflow") as (uri, ready):
@@ -138,7 +138,7 @@ def test_all_that_a_sweep_logs_arrives_and_no_login_with_it(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("password", [None, "wrong-guess"])
-def test_a_login_that_is_missing_or_wrong_is_one_line(
+def test_remote_tracking__a_login_that_is_missing_or_wrong_is_one_line(
     remote: str, password: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in zip(LOGIN, (USER, password), strict=True):
@@ -154,6 +154,6 @@ def test_a_login_that_is_missing_or_wrong_is_one_line(
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("known")
-def test_another_path_of_the_host_is_no_mlflow(remote: str) -> None:
+def test_remote_tracking__another_path_of_the_host_is_no_mlflow(remote: str) -> None:
     with pytest.raises(InputError, match="no MLflow server answers there"):
         check_uri(remote.removesuffix(PREFIX))

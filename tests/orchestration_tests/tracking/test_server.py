@@ -40,7 +40,7 @@ def until(reached: Callable[[], bool], seconds: float = 15.0) -> None:
 
 
 @pytest.mark.cluster
-def test_two_that_start_together_share_a_server_that_outlives_the_first(tmp_path: Path) -> None:
+def test_server__two_that_start_together_share_a_server_that_outlives_the_first(tmp_path: Path) -> None:
     """In a new folder, where two servers would both make the database; the first is then killed."""
     folder = tmp_path / "mlflow"
     command = [sys.executable, "-c", USER, str(folder)]
@@ -78,7 +78,7 @@ def keeper_of(folder: Path) -> int:
 
 
 @pytest.mark.cluster
-def test_a_server_whose_keeper_is_killed_is_started_again_at_its_place(tmp_path: Path) -> None:
+def test_server__a_server_whose_keeper_is_killed_is_started_again_at_its_place(tmp_path: Path) -> None:
     folder = tmp_path / "mlflow"
     with server_for(None, folder) as (uri, ready):
         ready()
@@ -97,7 +97,7 @@ def test_a_server_whose_keeper_is_killed_is_started_again_at_its_place(tmp_path:
 
 
 @pytest.mark.cluster
-def test_a_server_whose_keeper_was_killed_ends_with_its_last_user(tmp_path: Path) -> None:
+def test_server__a_server_whose_keeper_was_killed_ends_with_its_last_user(tmp_path: Path) -> None:
     server = start_server(tmp_path / "mlflow")
     server.wait_ready()
     family = Family(keeper_of(server.folder), tmp_path, "none")
@@ -137,7 +137,7 @@ def keeper(users: Path, code: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, start_new_session=True)
 
 
-def test_a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
+def test_server__a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
     users, started = tmp_path / "users", tmp_path / "started"
     locks = [os.open(users, os.O_RDWR | os.O_CREAT) for _ in range(2)]
     for lock in locks:
@@ -161,7 +161,7 @@ def test_a_keeper_ends_with_the_last_lock_on_its_file(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_what_a_killed_server_leaves_is_ended_before_it_is_started_again(tmp_path: Path) -> None:
+def test_server__what_a_killed_server_leaves_is_ended_before_it_is_started_again(tmp_path: Path) -> None:
     """MLflow's server has a worker of its own, which holds the port."""
     lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -184,7 +184,7 @@ def test_what_a_killed_server_leaves_is_ended_before_it_is_started_again(tmp_pat
         os.close(lock)
 
 
-def test_a_keeper_that_is_asked_to_end_does_so_at_once(tmp_path: Path) -> None:
+def test_server__a_keeper_that_is_asked_to_end_does_so_at_once(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)  # as the last user, who keeps others away until it has ended
     started = tmp_path / "started"
@@ -197,14 +197,14 @@ def test_a_keeper_that_is_asked_to_end_does_so_at_once(tmp_path: Path) -> None:
     os.close(lock)
 
 
-def test_a_server_that_cannot_start_ends_its_keeper_with_its_status(tmp_path: Path) -> None:
+def test_server__a_server_that_cannot_start_ends_its_keeper_with_its_status(tmp_path: Path) -> None:
     lock = os.open(tmp_path / "users", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_SH)
     assert keeper(tmp_path / "users", "raise SystemExit(7)").wait(10) == 7
     os.close(lock)
 
 
-def test_a_port_that_is_reserved_is_nobody_elses() -> None:
+def test_server__a_port_that_is_reserved_is_nobody_elses() -> None:
     """Also while nobody listens there yet: two servers would both be told of it."""
     first, lock = reserve(23400)
     second, other = reserve(23400)
@@ -219,7 +219,7 @@ def test_a_port_that_is_reserved_is_nobody_elses() -> None:
 
 
 @pytest.mark.cluster
-def test_the_second_in_a_process_uses_the_first_ones(tmp_path: Path) -> None:
+def test_server__the_second_in_a_process_uses_the_first_ones(tmp_path: Path) -> None:
     first = start_server(tmp_path)
     second = start_server(tmp_path, 6000)
     assert second.uri == first.uri

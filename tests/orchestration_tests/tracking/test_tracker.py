@@ -63,7 +63,7 @@ def below(tracker: Tracker, run: str) -> list[str]:
 
 
 @pytest.mark.cluster
-def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -> None:
+def test_tracker__a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -> None:
     before = set(Family(os.getpid(), tmp_path, "none").look())
     with server_for(None, tmp_path / "mlflow") as (uri, ready):
         ready()
@@ -83,7 +83,7 @@ def test_a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -
 
 
 @pytest.mark.cluster
-def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_tracker__a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """Also when that is killed, and can end nothing itself."""
     code = (
         "import sys, time; from pathlib import Path; from orchestration.tracking.server import start_server;"
@@ -108,7 +108,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_given_server_is_left_alone(
+def test_tracker__a_given_server_is_left_alone(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(*arguments: object, **options: object) -> Server:
@@ -123,7 +123,7 @@ def test_a_given_server_is_left_alone(
 
 
 @pytest.mark.cluster
-def test_a_second_server_takes_the_next_port(running: Running, tmp_path: Path) -> None:
+def test_tracker__a_second_server_takes_the_next_port(running: Running, tmp_path: Path) -> None:
     port = int(running.server.uri.rpartition(":")[2])
     server = start_server(tmp_path, port)
     try:
@@ -132,7 +132,7 @@ def test_a_second_server_takes_the_next_port(running: Running, tmp_path: Path) -
         server.stop()
 
 
-def test_a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
+def test_tracker__a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database " * 100)
     server = start_server(tmp_path)
     try:
@@ -143,7 +143,7 @@ def test_a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense", "ftp://host/x"])
-def test_a_uri_that_cannot_serve_is_refused(uri: str) -> None:
+def test_tracker__a_uri_that_cannot_serve_is_refused(uri: str) -> None:
     with pytest.raises(InputError, match=r"tracking\.uri"):
         check_uri(uri)
 
@@ -158,7 +158,7 @@ def test_a_uri_that_cannot_serve_is_refused(uri: str) -> None:
         ("http://user:se@secret@host:5000/x@y", "http://host:5000/x@y"),
     ],
 )
-def test_a_password_is_never_shown(uri: str, shown: str) -> None:
+def test_tracker__a_password_is_never_shown(uri: str, shown: str) -> None:
     assert strip_credentials(uri) == shown
     with pytest.raises(InputError) as refused:
         check_uri(uri.replace("http", "hxxp").replace("sqlite", "sqlyte"))
@@ -181,7 +181,7 @@ def test_a_password_is_never_shown(uri: str, shown: str) -> None:
         "/data/me@host/train",
     ],
 )
-def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
+def test_tracker__an_address_without_a_login_stays_the_same_place(uri: str) -> None:
     assert strip_credentials(uri) == uri
 
 
@@ -196,7 +196,7 @@ def test_an_address_without_a_login_stays_the_same_place(uri: str) -> None:
         ("s3://key:sec/ret@bucket/a@b", "s3://bucket/a@b"),  # no URI, but shown where it is refused
     ],
 )
-def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
+def test_tracker__of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
     assert strip_credentials(uri) == kept
 
 
@@ -214,7 +214,7 @@ def test_of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
         (["/data/x", "s3://key:secret@bucket/y@z"], ["x", "s3://bucket/y@z"]),
     ],
 )
-def test_others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
+def test_tracker__others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
     assert redact(value) == shown
 
 
@@ -222,7 +222,7 @@ def test_others_read_no_password_and_no_place_of_this_machine(value: object, sho
 
 
 @pytest.mark.cluster
-def test_runs_are_logged_in_order_and_nested(tracker: Tracker) -> None:
+def test_tracker__runs_are_logged_in_order_and_nested(tracker: Tracker) -> None:
     parent = tracker.start("parent", None, {"a.b": 1, "list": [1, 2]}, {"espalier.level": "sweep"})
     child = tracker.start("child", parent, {}, {})
     for step in range(30):
@@ -252,7 +252,7 @@ def test_runs_are_logged_in_order_and_nested(tracker: Tracker) -> None:
 
 
 @pytest.mark.cluster
-def test_many_points_and_params_go_in_batches(tracker: Tracker) -> None:
+def test_tracker__many_points_and_params_go_in_batches(tracker: Tracker) -> None:
     params = {f"key.{number}": number for number in range(230)}
     run = tracker.start("large", None, params, {})
     tracker.metrics(run, {"loss": [(step, float(step)) for step in range(2000)]})
@@ -265,7 +265,7 @@ def test_many_points_and_params_go_in_batches(tracker: Tracker) -> None:
 
 
 @pytest.mark.cluster
-def test_a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running) -> None:
+def test_tracker__a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running) -> None:
     killed = Tracker(running.server.uri, "tests")
     parent = killed.start("parent", None, {}, {})
     open_child, closed_child = killed.start("open", parent, {}, {}), killed.start("closed", parent, {}, {})
@@ -285,7 +285,7 @@ def test_a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running)
 
 
 @pytest.mark.cluster
-def test_what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Running) -> None:
+def test_tracker__what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Running) -> None:
     before = Tracker(running.server.uri, "deleted")
     sweep = before.start("my sweep", None, {}, {})
     phase = before.start("dense", sweep, {}, {})
@@ -315,7 +315,9 @@ def test_what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Runnin
 
 
 @pytest.mark.cluster
-def test_two_may_make_an_experiment_at_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker__two_may_make_an_experiment_at_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Tracker(running.server.uri, "at once")
     look, looks = MlflowClient.get_experiment_by_name, []
 
@@ -329,7 +331,7 @@ def test_two_may_make_an_experiment_at_once(running: Running, monkeypatch: pytes
 
 
 @pytest.mark.cluster
-def test_a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) -> None:
+def test_tracker__a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) -> None:
     """The sweep that had begun it would end it as left open, when it is resumed itself."""
     killed = Tracker(running.server.uri, "tests")
     first = killed.start("one", None, {}, {"espalier.sweep": "one"})
@@ -352,7 +354,7 @@ def test_a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) ->
 
 
 @pytest.mark.cluster
-def test_an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path) -> None:
+def test_tracker__an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path) -> None:
     run = tracker.start("cut short", None, {}, {})
     for name in ("pruning.json", "config.json", "model.safetensors", "z.txt"):
         (tmp_path / name).write_text(name)
@@ -380,7 +382,9 @@ def test_an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_path: Path)
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("status", ["KILLED", "FAILED"])
-def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracker_module.Status) -> None:
+def test_tracker__open_runs_are_ended_with_what_ended_us(
+    running: Running, status: tracker_module.Status
+) -> None:
     tracker = Tracker(running.server.uri, "tests")
     run = tracker.start("broken off", None, {}, {})
     tracker.abandon(status)
@@ -388,7 +392,7 @@ def test_open_runs_are_ended_with_what_ended_us(running: Running, status: tracke
 
 
 @pytest.mark.cluster
-def test_a_refusal_of_the_server_surfaces_in_flush(tracker: Tracker) -> None:
+def test_tracker__a_refusal_of_the_server_surfaces_in_flush(tracker: Tracker) -> None:
     from mlflow.exceptions import MlflowException
 
     tracker.metrics("0" * 32, {"loss": [(0, 1.0)]})
@@ -400,7 +404,9 @@ DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@buc
 
 
 @pytest.mark.cluster
-def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker__datasets_are_inputs_of_a_run_once(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
     run = tracker.start("inputs", None, {}, {})
     read = datasets(DATA, "0123456789abcdef")
@@ -419,7 +425,9 @@ def test_datasets_are_inputs_of_a_run_once(tracker: Tracker, monkeypatch: pytest
 
 
 @pytest.mark.cluster
-def test_two_may_log_the_same_images_at_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker__two_may_log_the_same_images_at_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As sweeps do that start together. One try each is refused about once in four times."""
     monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
     trackers = [Tracker(running.server.uri, "inputs at once") for _ in range(2)]
@@ -440,7 +448,7 @@ def watchers() -> list[threading.Thread]:
 
 
 @pytest.mark.cluster
-def test_the_machine_is_watched_until_the_run_ends(
+def test_tracker__the_machine_is_watched_until_the_run_ends(
     running: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracker_module, "_MONITOR_SECONDS", 0.2)
@@ -460,7 +468,7 @@ def test_the_machine_is_watched_until_the_run_ends(
 
 
 @pytest.mark.cluster
-def test_a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
+def test_tracker__a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
     with server_for(None, tmp_path) as (uri, ready):
         ready()
         tracker = Tracker(uri, "tests")
@@ -474,7 +482,7 @@ def test_a_server_that_dies_holds_nobody_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_server_that_is_away_for_a_while_misses_nothing(tmp_path: Path) -> None:
+def test_tracker__a_server_that_is_away_for_a_while_misses_nothing(tmp_path: Path) -> None:
     """What is logged meanwhile is sent when it is back: in order, none lost, none doubled."""
     server = start_server(tmp_path)
     try:
@@ -503,7 +511,7 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.cluster
-def test_who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_away(
+def test_tracker__who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is known must not be taken for a new one."""
@@ -551,7 +559,7 @@ def test_who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_away(
 
 
 @pytest.mark.cluster
-def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_path: Path) -> None:
+def test_tracker__versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_path: Path) -> None:
     versions = []
     for method in ("dimap", "ovit"):
         folder = tmp_path / method
@@ -582,7 +590,7 @@ def test_versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_
 
 
 @pytest.mark.cluster
-def test_a_version_of_before_gets_what_it_lacks(tracker: Tracker, tmp_path: Path) -> None:
+def test_tracker__a_version_of_before_gets_what_it_lacks(tracker: Tracker, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     run = tracker.start("before", None, {}, {})
     tracker.folder(run, tmp_path, "checkpoint")
@@ -606,7 +614,7 @@ def test_a_version_of_before_gets_what_it_lacks(tracker: Tracker, tmp_path: Path
 @pytest.mark.parametrize(
     "reference", ["models:/absent@champion", "models:/absent/1", "models:/espalier", "models:/x@"]
 )
-def test_what_the_registry_does_not_hold_is_one_line(running: Running, reference: str) -> None:
+def test_tracker__what_the_registry_does_not_hold_is_one_line(running: Running, reference: str) -> None:
     with pytest.raises(InputError) as refused, registry.pulled(reference, running.server.uri):
         pass
     assert len(str(refused.value).splitlines()) == 1

@@ -34,7 +34,7 @@ def losses(seed: int = 0, unit: int = 1, levels: int | None = None) -> dict[str,
     return {name: one.sort().values.repeat_interleave(unit) for name, one in drawn.items()}
 
 
-def test_the_last_pattern_that_matches_counts() -> None:
+def test_bounds__the_last_pattern_that_matches_counts() -> None:
     found = per_layer("floor", {r"attn\.qkv": 0.2, r"blocks\.1\..*": 0.3, r"mlp\.fc\d": 0.4}, LAYERS, 0.0)
     assert [found[name] for name in NAMES] == [0.2, 0.4, 0.3, 0.4, 0.3]
     found = per_layer("floor", {r"attn\.in_proj": 0.1}, LAYERS, 0.5)
@@ -53,21 +53,21 @@ def test_the_last_pattern_that_matches_counts() -> None:
         (float("nan"), "floor = nan: must lie"),
     ],
 )
-def test_what_cannot_be_is_named(values: float | dict[str, float], message: str) -> None:
+def test_bounds__what_cannot_be_is_named(values: float | dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         per_layer("floor", values, LAYERS, 0.0)
     with pytest.raises(InputError, match=message):
         Sharing("global", floor=values).allocate(losses(), LAYERS, 100)
 
 
-def test_a_pattern_that_is_nearly_a_name_is_told_which() -> None:
+def test_bounds__a_pattern_that_is_nearly_a_name_is_told_which() -> None:
     with pytest.raises(InputError, match=r"did you mean 'blocks\.0\.mlp\.fc1'"):
         per_layer("table", {"blocks.0.mlp.fcl": 0.1}, LAYERS, 0.0)
 
 
 @given(data=st.data(), unit=st.sampled_from([1, 4]))
 @quick(60)
-def test_bounds_are_whole_units_inside_of_what_is_asked(data: st.DataObject, unit: int) -> None:
+def test_bounds__bounds_are_whole_units_inside_of_what_is_asked(data: st.DataObject, unit: int) -> None:
     low, high = sorted([data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1))])
     pruned = {name: data.draw(st.integers(0, numel // unit)) * unit for name, numel in NUMEL.items()}
     reach = {name: data.draw(st.integers(0, numel // unit)) * unit for name, numel in NUMEL.items()}
@@ -87,7 +87,7 @@ def test_bounds_are_whole_units_inside_of_what_is_asked(data: st.DataObject, uni
 @pytest.mark.parametrize("scope", ["global", "module", "stage", "layer"])
 @given(seed=st.integers(0, 99), data=st.data())
 @quick(30)
-def test_floors_and_ceilings_by_pattern_hold_and_the_budget_is_met(
+def test_bounds__floors_and_ceilings_by_pattern_hold_and_the_budget_is_met(
     scope: str, seed: int, data: st.DataObject
 ) -> None:
     low, high = {r"attn\..*": 0.25, r"blocks\.1\.mlp\.fc1": 0.5}, {r"mlp\.fc1": 0.75}
@@ -118,7 +118,7 @@ def sorted_out(
 
 @given(data=st.data(), unit=st.sampled_from([1, 4]), levels=st.sampled_from([1, 2, 5, None]))
 @quick(120)
-def test_a_threshold_is_a_plain_sort_with_many_ties_too(
+def test_bounds__a_threshold_is_a_plain_sort_with_many_ties_too(
     data: st.DataObject, unit: int, levels: int | None
 ) -> None:
     found = losses(data.draw(st.integers(0, 99)), unit, levels)
@@ -131,7 +131,7 @@ def test_a_threshold_is_a_plain_sort_with_many_ties_too(
     assert by_threshold(found, LAYERS, total, limits, unit) == sorted_out(found, limits, total, unit)
 
 
-def test_losses_one_bit_apart_are_told_apart() -> None:
+def test_bounds__losses_one_bit_apart_are_told_apart() -> None:
     one = torch.tensor([1e-300, 1.0, 1.0, 1e300], dtype=torch.float64)
     next_to_it = torch.nextafter(one, torch.tensor(torch.inf, dtype=torch.float64))
     layers = [lone_layer(4, 1, name="a"), lone_layer(4, 1, name="b")]
@@ -142,7 +142,7 @@ def test_losses_one_bit_apart_are_told_apart() -> None:
     assert by_threshold({"a": infinite, "b": one}, layers, 6) == {"a": 2, "b": 4}
 
 
-def test_no_layer_goes_beyond_its_reach_or_gets_anything_back() -> None:
+def test_bounds__no_layer_goes_beyond_its_reach_or_gets_anything_back() -> None:
     found = losses()
     reach = {name: numel // 2 for name, numel in NUMEL.items()}
     short = {name: one[: reach[name]] for name, one in found.items()}
@@ -157,7 +157,7 @@ def test_no_layer_goes_beyond_its_reach_or_gets_anything_back() -> None:
         Sharing("global").allocate(found, LAYERS, 87, pruned=pruned)
 
 
-def test_infeasible_budgets_of_whole_blocks_are_told_in_weights() -> None:
+def test_bounds__infeasible_budgets_of_whole_blocks_are_told_in_weights() -> None:
     found = losses(unit=4)
     with pytest.raises(InputError, match=r"budget = 100: .*nearest feasible: 176 weights"):
         Sharing("global", floor=0.5).allocate(found, LAYERS, 100, unit=4)
@@ -174,7 +174,7 @@ TABLE = {r"attn\.(qkv|in_proj)": 0.5, r"mlp\.fc1": 0.25}
 BY_TABLE = [60, 10, 60, 10, 16]
 
 
-def test_a_table_that_meets_the_budget_is_taken_as_it_is() -> None:
+def test_bounds__a_table_that_meets_the_budget_is_taken_as_it_is() -> None:
     found = Sharing(table=TABLE).allocate(losses(), LAYERS, sum(BY_TABLE))
     assert list(found.values()) == BY_TABLE
     assert list(found) == NAMES
@@ -182,7 +182,7 @@ def test_a_table_that_meets_the_budget_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("total", [0, 100, 155, 157, 300, TOTAL])
 @pytest.mark.parametrize("unit", [1, 4])
-def test_another_table_is_projected_onto_the_budget(total: int, unit: int) -> None:
+def test_bounds__another_table_is_projected_onto_the_budget(total: int, unit: int) -> None:
     total = total // unit * unit
     found = Sharing(table=TABLE).allocate(losses(unit=unit), LAYERS, total, unit=unit)
     assert sum(found.values()) == total
@@ -195,14 +195,14 @@ def test_another_table_is_projected_onto_the_budget(total: int, unit: int) -> No
     assert max(shifts, default=0) - min(shifts, default=0) < 2 * unit / 32  # up to the rounding
 
 
-def test_a_table_stays_within_floors_and_ceilings() -> None:
+def test_bounds__a_table_stays_within_floors_and_ceilings() -> None:
     sharing = Sharing(floor={r"mlp\.fc1": 0.5}, ceiling={r"attn\.qkv": 0.4}, table=TABLE)
     found = sharing.allocate(losses(), LAYERS, 160)
     assert sum(found.values()) == 160
     assert list(found.values())[:4] == [48, 20, 48, 20]
 
 
-def test_what_a_table_leaves_out_is_named() -> None:
+def test_bounds__what_a_table_leaves_out_is_named() -> None:
     limits = bounds(LAYERS)
     with pytest.raises(InputError, match=r"table = .*says nothing about blocks\.1\.attn\.in_proj_weight"):
         by_table({r"attn\.qkv": 0.5, r"mlp\.fc1": 0.5}, LAYERS, 100, limits)
@@ -212,7 +212,7 @@ def test_what_a_table_leaves_out_is_named() -> None:
         by_table({**TABLE, r"mlp\.fc1": 2}, LAYERS, 100, limits)
 
 
-def test_a_model_is_pruned_by_a_table() -> None:
+def test_bounds__a_model_is_pruned_by_a_table() -> None:
     model = tiny_vit()
     layers: list[PrunableLayer] = find_layers(model)
     table = {r".*": 0.5, r"blocks\.0\..*": 0.25, r"blocks\.3\..*": 0.75}

@@ -33,7 +33,7 @@ def problems(
 
 @given(problem=problems())
 @quick(300)
-def test_projection_is_exact_and_within_bounds(
+def test_sharing__projection_is_exact_and_within_bounds(
     problem: tuple[list[float], list[int], int, list[int], list[int]],
 ) -> None:
     desired, sizes, total, lower, upper = problem
@@ -64,7 +64,7 @@ def nearest(wish: np.ndarray, size: np.ndarray, total: int, low: np.ndarray, hig
 
 @given(problem=problems(largest=40, groups=4, far=9.0))
 @quick(200)
-def test_projection_is_the_nearest_in_the_weighted_norm_up_to_rounding(
+def test_sharing__projection_is_the_nearest_in_the_weighted_norm_up_to_rounding(
     problem: tuple[list[float], list[int], int, list[int], list[int]],
 ) -> None:
     desired, sizes, total, lower, upper = problem
@@ -74,26 +74,26 @@ def test_projection_is_the_nearest_in_the_weighted_norm_up_to_rounding(
     assert (np.abs(counts - expected) < 1 + 1e-6).all()
 
 
-def test_every_group_gets_the_same_shift() -> None:
+def test_sharing__every_group_gets_the_same_shift() -> None:
     assert project([0.2, 0.4], [100, 1000], 530) == [30, 500]
     # the first is stopped by its bound, the rest goes to the second
     assert project([0.2, 0.4], [100, 1000], 530, upper=[25, 1000]) == [25, 505]
 
 
-def test_rounding_goes_to_the_largest_remainders() -> None:
+def test_sharing__rounding_goes_to_the_largest_remainders() -> None:
     assert project([0.15, 0.18, 0.17], [10, 10, 10], 5) == [1, 2, 2]
     assert project([0.1, 0.1, 0.1], [7, 7, 7], 2) == [1, 1, 0]  # ties: the first
 
 
 @given(sizes=st.lists(st.integers(1, 10**7), min_size=1, max_size=8), data=st.data())
 @quick(150)
-def test_on_budget_it_stays_unchanged(sizes: list[int], data: st.DataObject) -> None:
+def test_sharing__on_budget_it_stays_unchanged(sizes: list[int], data: st.DataObject) -> None:
     counts = [data.draw(st.integers(0, size)) for size in sizes]
     desired = [count / size for count, size in zip(counts, sizes, strict=True)]
     assert project(desired, sizes, sum(counts)) == counts
 
 
-def test_infeasible_budgets_name_the_nearest_feasible() -> None:
+def test_sharing__infeasible_budgets_name_the_nearest_feasible() -> None:
     with pytest.raises(InputError, match=r"budget = 31: .*nearest feasible: 30 weights"):
         project([0.5, 0.5], [10, 20], 31)
     with pytest.raises(InputError, match=r"budget = 6: .*nearest feasible: 7 weights"):
@@ -105,12 +105,12 @@ def test_infeasible_budgets_name_the_nearest_feasible() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [-0.01, 1.01, float("nan"), float("inf")])
-def test_a_sparsity_outside_its_range_is_named(sparsity: float) -> None:
+def test_sharing__a_sparsity_outside_its_range_is_named(sparsity: float) -> None:
     with pytest.raises(InputError, match="sparsity"):
         budget([lone_layer(3, 3)], sparsity)
 
 
-def test_the_budget_is_a_count_of_weights() -> None:
+def test_sharing__the_budget_is_a_count_of_weights() -> None:
     layers = [lone_layer(10, 10, name="a"), lone_layer(1, 1, name="b")]
     assert [budget(layers, sparsity) for sparsity in (0, 0.5, 0.75, 1)] == [0, 50, 76, 101]
 
@@ -143,7 +143,7 @@ def lowest(found: dict[str, Tensor], layers: list[PrunableLayer], total: int) ->
 
 @given(seed=st.integers(0, 999), ties=st.booleans(), total=st.integers(0, NUMEL))
 @quick(100)
-def test_a_threshold_takes_the_lowest_losses(seed: int, ties: bool, total: int) -> None:
+def test_sharing__a_threshold_takes_the_lowest_losses(seed: int, ties: bool, total: int) -> None:
     found = losses(seed, ties=ties)
     assert by_threshold(found, LAYERS, total) == lowest(found, LAYERS, total)
     assert allocate(found, LAYERS, total, "global") == lowest(found, LAYERS, total)
@@ -152,7 +152,9 @@ def test_a_threshold_takes_the_lowest_losses(seed: int, ties: bool, total: int) 
 @pytest.mark.parametrize("scope", get_args(Scope))
 @given(seed=st.integers(0, 999), total=st.integers(0, NUMEL))
 @quick(60)
-def test_groups_share_one_sparsity_and_each_has_its_threshold(scope: Scope, seed: int, total: int) -> None:
+def test_sharing__groups_share_one_sparsity_and_each_has_its_threshold(
+    scope: Scope, seed: int, total: int
+) -> None:
     found = losses(seed)
     allocation = allocate(found, LAYERS, total, scope)
     assert list(allocation) == [layer.name for layer in LAYERS]
@@ -168,7 +170,7 @@ def test_groups_share_one_sparsity_and_each_has_its_threshold(scope: Scope, seed
 
 
 @pytest.mark.parametrize(("scope", "groups"), [("layer", 4), ("module", 2), ("stage", 2), ("global", 1)])
-def test_scopes_group_as_they_say(scope: Scope, groups: int) -> None:
+def test_sharing__scopes_group_as_they_say(scope: Scope, groups: int) -> None:
     assert len({GROUP_OF[scope](layer) for layer in LAYERS}) == groups
     names = {frozenset(x.name for x in LAYERS if GROUP_OF[scope](x) == GROUP_OF[scope](y)) for y in LAYERS}
     expected = {
@@ -183,7 +185,9 @@ def test_scopes_group_as_they_say(scope: Scope, groups: int) -> None:
 @pytest.mark.parametrize("scope", get_args(Scope))
 @given(seed=st.integers(0, 99), data=st.data())
 @quick(60)
-def test_floors_and_ceilings_hold_for_every_layer(scope: Scope, seed: int, data: st.DataObject) -> None:
+def test_sharing__floors_and_ceilings_hold_for_every_layer(
+    scope: Scope, seed: int, data: st.DataObject
+) -> None:
     low, high = sorted([data.draw(st.integers(0, 100)), data.draw(st.integers(0, 100))])
     least = {layer.name: -(-low * layer.numel // 100) for layer in LAYERS}
     most = {layer.name: high * layer.numel // 100 for layer in LAYERS}
@@ -194,7 +198,7 @@ def test_floors_and_ceilings_hold_for_every_layer(scope: Scope, seed: int, data:
     assert all(least[name] <= count <= most[name] for name, count in allocation.items())
 
 
-def test_within_the_floors_and_ceilings_the_lowest_losses_go() -> None:
+def test_sharing__within_the_floors_and_ceilings_the_lowest_losses_go() -> None:
     found = {"a": torch.arange(10.0), "b": torch.arange(10.0) + 100}
     layers = [lone_layer(10, name="a"), lone_layer(10, name="b")]
     assert allocate(found, layers, 10, "global") == {"a": 10, "b": 0}
@@ -204,7 +208,7 @@ def test_within_the_floors_and_ceilings_the_lowest_losses_go() -> None:
         allocate(found, layers, 15, "global", ceiling=0.7)
 
 
-def test_floor_and_ceiling_may_be_the_same_round_number() -> None:
+def test_sharing__floor_and_ceiling_may_be_the_same_round_number() -> None:
     layers = [lone_layer(10, 10, name="a"), lone_layer(10, 10, name="b")]
     found = {"a": torch.arange(100.0), "b": torch.arange(100.0)}
     for percent in range(101):
@@ -213,14 +217,14 @@ def test_floor_and_ceiling_may_be_the_same_round_number() -> None:
         assert allocate(found, layers, 2 * percent, "global", floor=share, ceiling=share) == expected
 
 
-def test_an_unknown_scope_is_named() -> None:
+def test_sharing__an_unknown_scope_is_named() -> None:
     with pytest.raises(InputError, match=r"scope = 'modul'.*did you mean 'module'"):
         allocate(losses(), LAYERS, 5, "modul")  # type: ignore[arg-type]
 
 
 @given(data=st.data())
 @quick(150)
-def test_a_gradual_run_only_adds_zeros_and_ends_at_the_allocation(data: st.DataObject) -> None:
+def test_sharing__a_gradual_run_only_adds_zeros_and_ends_at_the_allocation(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 500), min_size=1, max_size=6))
     layers = [lone_layer(size, name=str(i)) for i, size in enumerate(sizes)]
     final = {layer.name: data.draw(st.integers(0, layer.numel)) for layer in layers}
@@ -235,7 +239,7 @@ def test_a_gradual_run_only_adds_zeros_and_ends_at_the_allocation(data: st.DataO
     assert reached == final
 
 
-def test_scaling_keeps_the_proportions() -> None:
+def test_sharing__scaling_keeps_the_proportions() -> None:
     layers = [lone_layer(100, name="a"), lone_layer(1000, name="b")]
     assert scale({"a": 80, "b": 200}, layers, 140, {"a": 0, "b": 0}) == {"a": 40, "b": 100}
     # what one layer has already is not given back; the other waits for it

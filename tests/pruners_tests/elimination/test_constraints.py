@@ -41,7 +41,7 @@ def assert_constrained_surgery(
     alive_share=st.sampled_from([1.0, 0.6, 0.2]),
 )
 @quick(40)
-def test_a_few_of_each_group(seed: int, groups: int, pattern: str, alive_share: float) -> None:
+def test_constraints__a_few_of_each_group(seed: int, groups: int, pattern: str, alive_share: float) -> None:
     form = Pattern.parse(pattern)
     weights, fisher, alive = blocks_of(
         seed, 2, groups * 4 // form.group * form.group or form.group, alive_share=alive_share
@@ -60,7 +60,7 @@ def test_a_few_of_each_group(seed: int, groups: int, pattern: str, alive_share: 
         assert torch.equal(at_end, before.clamp_min(form.group - form.keep))
 
 
-def test_a_full_group_still_follows_the_others() -> None:
+def test_constraints__a_full_group_still_follows_the_others() -> None:
     weights, fisher, alive = blocks_of(5, 1, 8, alive_share=1.0)
     weights[0, :4] *= 1e-3  # the first group fills up first
     groups = (torch.arange(8) // 4).unsqueeze(0)
@@ -79,20 +79,20 @@ def test_a_full_group_still_follows_the_others() -> None:
     alive_share=st.sampled_from([1.0, 0.5]),
 )
 @quick(40)
-def test_groups_fall_whole(seed: int, size: int, groups: int, alive_share: float) -> None:
+def test_constraints__groups_fall_whole(seed: int, size: int, groups: int, alive_share: float) -> None:
     problem = blocks_of(seed, 3, size * groups, alive_share=alive_share, unit=size)
     done = eliminated(*problem, constraint=WholeGroups(size))
     assert_constrained_surgery(done, *problem, [whole_groups(size, one) for one in problem[2]])
 
 
-def test_groups_fall_whole_in_some_steps_too() -> None:
+def test_constraints__groups_fall_whole_in_some_steps_too() -> None:
     problem = blocks_of(7, 2, 40, alive_share=0.8, unit=4)
     done = eliminated(*problem, constraint=WholeGroups(4), steps=12)
     assert done.order.shape == (2, 12)
     assert_constrained_surgery(done, *problem, [whole_groups(4, one) for one in problem[2]])
 
 
-def test_the_joint_loss_is_that_of_the_group_not_the_sum_of_its_weights() -> None:
+def test_constraints__the_joint_loss_is_that_of_the_group_not_the_sum_of_its_weights() -> None:
     """Two pairs; in the first each weight alone seems cheap, as the other can take over: but not both."""
     fisher = torch.eye(4, dtype=torch.float64).unsqueeze(0).clone()
     fisher[0, 0, 1] = fisher[0, 1, 0] = 0.99

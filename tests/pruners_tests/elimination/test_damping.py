@@ -26,7 +26,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 @given(losses=st.lists(st.sampled_from([0.5, 1.0, 2.0, math.inf, math.nan]), min_size=6, max_size=6))
 @quick(60)
-def test_the_least_loss_wins_and_of_equal_ones_the_larger_damp(losses: list[float]) -> None:
+def test_damping__the_least_loss_wins_and_of_equal_ones_the_larger_damp(losses: list[float]) -> None:
     by_damp = dict(zip(LADDER, losses, strict=True))
     finite = {damp: loss for damp, loss in by_damp.items() if math.isfinite(loss)}
     if not finite:
@@ -38,12 +38,12 @@ def test_the_least_loss_wins_and_of_equal_ones_the_larger_damp(losses: list[floa
     assert choice.losses == {d: loss if math.isfinite(loss) else math.inf for d, loss in by_damp.items()}
 
 
-def test_the_order_of_the_ladder_does_not_matter() -> None:
+def test_damping__the_order_of_the_ladder_does_not_matter() -> None:
     assert choose_damp(lambda damp: 1.0, LADDER[::-1]).damp == LADDER[0]
     assert choose_damp(lambda damp: damp).damp == LADDER[-1]
 
 
-def test_a_damp_that_fails_is_passed_over() -> None:
+def test_damping__a_damp_that_fails_is_passed_over() -> None:
     def loss_at(damp: float) -> float:
         if damp < 1e-6:
             raise InputError("damp", damp, "too small")
@@ -56,7 +56,7 @@ def test_a_damp_that_fails_is_passed_over() -> None:
     assert "1e-09: inf" in choice.why
 
 
-def test_if_all_fail_or_anything_else_does_it_is_an_error() -> None:
+def test_damping__if_all_fail_or_anything_else_does_it_is_an_error() -> None:
     def failing(key: str) -> float:
         raise InputError(key, 1, "boom")
 
@@ -67,7 +67,7 @@ def test_if_all_fail_or_anything_else_does_it_is_an_error() -> None:
 
 
 @every_method
-def test_the_curve_is_that_of_pruning_with_each_and_the_best_is_taken(method: str) -> None:
+def test_damping__the_curve_is_that_of_pruning_with_each_and_the_best_is_taken(method: str) -> None:
     model = tiny_vit()
     report = prune(model, method, 0.7, batches=batches(7), **OPTIONS)
     assert report.damp is not None
@@ -85,7 +85,7 @@ def test_the_curve_is_that_of_pruning_with_each_and_the_best_is_taken(method: st
     assert state(model) == states[report.damp.damp]
 
 
-def test_several_passes_choose_the_same() -> None:
+def test_damping__several_passes_choose_the_same() -> None:
     one, many = tiny_vit(), tiny_vit()
     report = prune(one, "ovit", 0.7, batches=batches(7), **OPTIONS)
     memory = max(fisher_bytes(layer, 32) for layer in find_layers(one))
@@ -115,7 +115,7 @@ def told_apart(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_held_out_batches_are_those_that_follow_the_gradients(once: bool) -> None:
+def test_damping__held_out_batches_are_those_that_follow_the_gradients(once: bool) -> None:
     given = told_apart(30)
     labels = [tuple(labels.tolist()) for _, labels in given]
     assert len(set(labels)) == 30
@@ -125,7 +125,7 @@ def test_held_out_batches_are_those_that_follow_the_gradients(once: bool) -> Non
     assert loss.held_out == labels[4:20] * len(LADDER)  # sixteen of them
 
 
-def test_held_out_batches_may_be_given() -> None:
+def test_damping__held_out_batches_may_be_given() -> None:
     loss = Recorder()
     first, last = told_apart(9)[:6], told_apart(9)[6:]
     report = prune(tiny_vit(), "ovit", 0.5, batches=first, held_out=iter(last), loss=loss, **OPTIONS)
@@ -134,7 +134,7 @@ def test_held_out_batches_may_be_given() -> None:
     assert report.damp is not None
 
 
-def test_of_single_images_the_batches_that_hold_them_are_not_held_out() -> None:
+def test_damping__of_single_images_the_batches_that_hold_them_are_not_held_out() -> None:
     loss = Recorder()
     labels = [tuple(labels.tolist()) for _, labels in told_apart(6)]
     options = {**OPTIONS, "gradients": 6, "per_sample": True}  # of batches of four
@@ -154,7 +154,7 @@ def loss_of_one(record: Recorder) -> Recorder:
     return Outside()
 
 
-def test_without_batches_to_hold_out_it_is_refused_and_the_model_untouched() -> None:
+def test_damping__without_batches_to_hold_out_it_is_refused_and_the_model_untouched() -> None:
     model = uneven()
     before = state(model)
     for arguments in ({"batches": batches(4)}, {"batches": batches(6), "held_out": []}):
@@ -164,7 +164,7 @@ def test_without_batches_to_hold_out_it_is_refused_and_the_model_untouched() -> 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, InputError, KeyboardInterrupt, None])
-def test_the_model_is_untouched_where_a_try_fails(error: type[BaseException] | None) -> None:
+def test_damping__the_model_is_untouched_where_a_try_fails(error: type[BaseException] | None) -> None:
     model = uneven()
     before = state(model)
     scored = []
@@ -185,7 +185,7 @@ def test_the_model_is_untouched_where_a_try_fails(error: type[BaseException] | N
     assert state(model) == before
 
 
-def test_a_method_without_a_fisher_or_a_pruner_of_ones_own() -> None:
+def test_damping__a_method_without_a_fisher_or_a_pruner_of_ones_own() -> None:
     with pytest.raises(InputError, match="damp = 'auto': lamp has no Fisher to damp"):
         prune(tiny_vit(), "lamp", 0.5, batches=batches(7), damp="auto")
     report = prune(

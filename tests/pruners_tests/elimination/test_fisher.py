@@ -48,7 +48,7 @@ def outer_products(count: int, name: str, size: int) -> Tensor:
 
 @pytest.mark.parametrize("block_size", [1, 5, 8, 25, 63, 64, 65, 100, 175, 192])  # halved from 64 on
 @pytest.mark.parametrize("count", [1, 7, 200])  # less than wait for a product, and more
-def test_sums_are_the_outer_products(block_size: int, count: int) -> None:
+def test_fisher__sums_are_the_outer_products(block_size: int, count: int) -> None:
     fisher = filled(count, block_size)
     assert fisher.count == count
     for layer in LAYERS:
@@ -60,7 +60,7 @@ def test_sums_are_the_outer_products(block_size: int, count: int) -> None:
         assert torch.equal(some, fisher.total(layer.name)[:1])
 
 
-def test_large_blocks_are_kept_by_three_quarters() -> None:
+def test_fisher__large_blocks_are_kept_by_three_quarters() -> None:
     fisher = filled(3, {"QKV": 64, "MLP": 6})
     assert sum(part.numel() for part in fisher.sums["a.weight"]) == 3 * 64 * 64 * 3 // 4
     assert sum(part.numel() for part in fisher.sums["b.weight"]) == 36
@@ -68,7 +68,7 @@ def test_large_blocks_are_kept_by_three_quarters() -> None:
 
 @given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @quick(25)
-def test_gradients_one_by_one_or_many_at_once(cuts: list[int]) -> None:
+def test_fisher__gradients_one_by_one_or_many_at_once(cuts: list[int]) -> None:
     every = gradients(sum(cuts))
     one, many = (BlockFisher(LAYERS, block_size=7) for _ in range(2))
     for gradient in every:
@@ -85,7 +85,7 @@ def test_gradients_one_by_one_or_many_at_once(cuts: list[int]) -> None:
         assert torch.equal(one.total(layer.name), many.total(layer.name))
 
 
-def test_more_gradients_after_a_flush() -> None:
+def test_fisher__more_gradients_after_a_flush() -> None:
     fisher = BlockFisher(LAYERS, block_size=8)
     for number, gradient in enumerate(gradients(20)):
         fisher.add(gradient)
@@ -96,7 +96,7 @@ def test_more_gradients_after_a_flush() -> None:
     torch.testing.assert_close(fisher.total("a.weight").double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_each_module_has_its_block_size() -> None:
+def test_fisher__each_module_has_its_block_size() -> None:
     fisher = filled(9, {"QKV": 70, "MLP": 2})
     assert [fisher.block_size(layer.name) for layer in LAYERS] == [70, 2]
     for layer, size in zip(LAYERS, (70, 2), strict=True):
@@ -115,24 +115,24 @@ def test_each_module_has_its_block_size() -> None:
         ({"MPL": 8, "QKV": 3}, r"needs a size for MLP too \(did you mean 'MPL'\?\)"),
     ],
 )
-def test_block_sizes_that_cannot_be_are_named(block_size: int | dict[str, int], message: str) -> None:
+def test_fisher__block_sizes_that_cannot_be_are_named(block_size: int | dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BlockFisher(LAYERS, block_size=block_size)
 
 
 @pytest.mark.parametrize("damp", [0.0, -1e-8, float("nan"), float("inf")])
-def test_a_damp_that_is_not_positive_is_named(damp: float) -> None:
+def test_fisher__a_damp_that_is_not_positive_is_named(damp: float) -> None:
     with pytest.raises(InputError, match="damp = "):
         BlockFisher(LAYERS, damp=damp)
 
 
-def test_blocks_hold_whole_groups_of_a_pattern() -> None:
+def test_fisher__blocks_hold_whole_groups_of_a_pattern() -> None:
     layers = [lone_layer(4, 16, name="a.weight"), lone_layer(1, 8, name="b.weight")]
     fisher = BlockFisher(layers, block_size=10, pattern=Pattern.parse("2:4"))
     assert [fisher.block_size(layer.name) for layer in layers] == [12, 8]
 
 
-def test_a_convolution_is_read_with_its_inputs_last_where_a_pattern_needs_it() -> None:
+def test_fisher__a_convolution_is_read_with_its_inputs_last_where_a_pattern_needs_it() -> None:
     layer = lone_layer(2, 4, 3)
     gradient = torch.arange(24.0).reshape(layer.shape)
     fisher = BlockFisher([layer], block_size=4, pattern=Pattern.parse("2:4"))
@@ -142,7 +142,7 @@ def test_a_convolution_is_read_with_its_inputs_last_where_a_pattern_needs_it() -
     assert torch.equal(fisher.total(layer.name)[1], torch.outer(row, row))
 
 
-def test_relative_damp_is_a_share_of_the_mean_of_the_living_diagonal() -> None:
+def test_fisher__relative_damp_is_a_share_of_the_mean_of_the_living_diagonal() -> None:
     fisher = filled(30, 8, damp=0.1, relative=True)
     for layer in LAYERS:
         diagonal = outer_products(30, layer.name, min(8, layer.numel)).diagonal(dim1=1, dim2=2)
@@ -151,7 +151,7 @@ def test_relative_damp_is_a_share_of_the_mean_of_the_living_diagonal() -> None:
     assert filled(30, 8, damp=0.1).damping("a.weight") == 0.1
 
 
-def test_sums_in_float64_are_exact_where_float32_rounds() -> None:
+def test_fisher__sums_in_float64_are_exact_where_float32_rounds() -> None:
     double, single = filled(200, 64, dtype=torch.float64), filled(200, 64)
     expected = outer_products(200, "a.weight", 64)
     assert double.total("a.weight").dtype == torch.float64
@@ -161,7 +161,7 @@ def test_sums_in_float64_are_exact_where_float32_rounds() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("bad", [0, 2, 140])
-def test_a_bad_gradient_names_layer_and_batch(value: float, bad: int) -> None:
+def test_fisher__a_bad_gradient_names_layer_and_batch(value: float, bad: int) -> None:
     every = gradients(bad + 2)
     every[bad]["b.weight"][1, 2] = value
     fisher = BlockFisher(LAYERS, block_size=8)
@@ -175,7 +175,7 @@ def test_a_bad_gradient_names_layer_and_batch(value: float, bad: int) -> None:
         take()
 
 
-def test_squares_that_overflow_are_named() -> None:
+def test_fisher__squares_that_overflow_are_named() -> None:
     fisher = BlockFisher(LAYERS, block_size=8)
     fisher.add({layer.name: torch.full(layer.shape, 1e30) for layer in LAYERS})
     with pytest.raises(InputError, match=r"a\.weight.*squares overflow torch.float32 by batch 1"):
@@ -186,7 +186,7 @@ def test_squares_that_overflow_are_named() -> None:
     assert float(double.total("b.weight")[0, 0, 0]) == pytest.approx(1e60)
 
 
-def test_a_layer_that_is_done_with_gives_its_memory_back() -> None:
+def test_fisher__a_layer_that_is_done_with_gives_its_memory_back() -> None:
     fisher = filled(3)
     fisher.discard("a.weight")
     fisher.discard("a.weight")
@@ -195,7 +195,7 @@ def test_a_layer_that_is_done_with_gives_its_memory_back() -> None:
 
 @given(numel=st.integers(1, 40), size=st.integers(1, 50), boolean=st.booleans())
 @quick(50)
-def test_blocks_are_the_flat_tensor_padded_with_zeros(numel: int, size: int, boolean: bool) -> None:
+def test_fisher__blocks_are_the_flat_tensor_padded_with_zeros(numel: int, size: int, boolean: bool) -> None:
     flat = torch.ones(numel, dtype=torch.bool) if boolean else torch.arange(1.0, numel + 1)
     blocks = to_blocks(flat, size)
     assert blocks.shape == (-(-numel // size), size)

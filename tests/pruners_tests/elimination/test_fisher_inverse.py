@@ -33,7 +33,7 @@ def all_slots(fisher: BlockFisher) -> tuple[Tensor, Tensor]:
 
 
 @every_size
-def test_it_is_that_of_the_mean_with_damp(size: int) -> None:
+def test_fisher_inverse__it_is_that_of_the_mean_with_damp(size: int) -> None:
     fisher = filled(400, size)
     slots, alive = all_slots(fisher)
     found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
@@ -46,7 +46,7 @@ def test_it_is_that_of_the_mean_with_damp(size: int) -> None:
 
 
 @every_size
-def test_the_dead_stand_alone(size: int) -> None:
+def test_fisher_inverse__the_dead_stand_alone(size: int) -> None:
     fisher = filled(50, size)
     slots, alive = all_slots(fisher)
     dead = [0, 3, size - 1]
@@ -61,7 +61,7 @@ def test_the_dead_stand_alone(size: int) -> None:
 
 
 @every_size
-def test_only_the_slots_that_are_asked_for(size: int) -> None:
+def test_fisher_inverse__only_the_slots_that_are_asked_for(size: int) -> None:
     fisher = filled(50, size)
     slots = torch.tensor([[1, 2, 5, 7], [0, 3, 4, 6]])
     alive = torch.tensor([[True, True, True, True], [True, False, True, True]])
@@ -77,7 +77,7 @@ def test_only_the_slots_that_are_asked_for(size: int) -> None:
 
 
 @every_size
-def test_slots_may_come_in_any_order_that_puts_the_living_first(size: int) -> None:
+def test_fisher_inverse__slots_may_come_in_any_order_that_puts_the_living_first(size: int) -> None:
     fisher = filled(50, size)
     _, alive = all_slots(fisher)
     alive[0, [0, 3, size - 2]] = False
@@ -95,7 +95,7 @@ def test_slots_may_come_in_any_order_that_puts_the_living_first(size: int) -> No
 
 
 @every_size
-def test_a_singular_fisher_is_held_by_the_damp_alone(size: int) -> None:
+def test_fisher_inverse__a_singular_fisher_is_held_by_the_damp_alone(size: int) -> None:
     fisher = filled(2, size, damp=1e-8)  # two directions of many are known
     slots, alive = all_slots(fisher)
     found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
@@ -104,7 +104,7 @@ def test_a_singular_fisher_is_held_by_the_damp_alone(size: int) -> None:
 
 
 @every_size
-def test_sums_whose_rounding_exceeds_the_damp_are_damped_at_that_level(size: int) -> None:
+def test_fisher_inverse__sums_whose_rounding_exceeds_the_damp_are_damped_at_that_level(size: int) -> None:
     """In float32 a sum of one gradient is not quite of rank 1: without more than λ it may be indefinite."""
     fisher = filled(1, size, scale=1e3, damp=1e-12)
     slots, alive = all_slots(fisher)
@@ -116,7 +116,7 @@ def test_sums_whose_rounding_exceeds_the_damp_are_damped_at_that_level(size: int
 
 
 @every_size
-def test_a_fisher_without_gradients_is_refused(size: int) -> None:
+def test_fisher_inverse__a_fisher_without_gradients_is_refused(size: int) -> None:
     fisher = BlockFisher(LAYERS, block_size=size)
     fisher.flush()
     slots, alive = all_slots(fisher)
@@ -128,7 +128,7 @@ def test_a_fisher_without_gradients_is_refused(size: int) -> None:
 
 @every_size
 @pytest.mark.parametrize("broken", [-1.0, torch.nan, torch.inf])
-def test_a_block_that_is_not_positive_definite_is_refused(broken: float, size: int) -> None:
+def test_fisher_inverse__a_block_that_is_not_positive_definite_is_refused(broken: float, size: int) -> None:
     fisher = filled(50, size)
     fisher.sums["b.weight"][0][0].fill_(broken)
     slots, alive = all_slots(fisher)
@@ -138,7 +138,9 @@ def test_a_block_that_is_not_positive_definite_is_refused(broken: float, size: i
 
 @every_size
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_layer_without_gradients_gets_the_inverse_of_the_damp(relative: bool, size: int) -> None:
+def test_fisher_inverse__a_layer_without_gradients_gets_the_inverse_of_the_damp(
+    relative: bool, size: int
+) -> None:
     fisher = BlockFisher(LAYERS, block_size=size, damp=1e-8, relative=relative)
     fisher.add({layer.name: torch.zeros(layer.shape) for layer in LAYERS})
     fisher.flush()
@@ -151,7 +153,9 @@ def test_a_layer_without_gradients_gets_the_inverse_of_the_damp(relative: bool, 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_layer_of_zero_gradients_gives_finite_weights_and_falls_first(method: str, relative: bool) -> None:
+def test_fisher_inverse__a_layer_of_zero_gradients_gives_finite_weights_and_falls_first(
+    method: str, relative: bool
+) -> None:
     """Dead inputs: the other layer's weights count for more, whatever their size."""
     random = torch.Generator().manual_seed(0)
     weights = {layer.name: torch.randn(layer.shape, generator=random) for layer in LAYERS}

@@ -50,7 +50,7 @@ def together(found: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @every_model
-def test_each_is_the_masked_gradient_of_one_batch_in_eval_mode(kind: str) -> None:
+def test_gradients__each_is_the_masked_gradient_of_one_batch_in_eval_mode(kind: str) -> None:
     model, layers, masks = prepared(kind)
     found = together(gradients(model, layers, masks, batches(4), LOSS, limit=3))
     for number, (images, labels) in enumerate(batches(3)):
@@ -63,7 +63,7 @@ def test_each_is_the_masked_gradient_of_one_batch_in_eval_mode(kind: str) -> Non
 
 
 @every_model
-def test_each_is_the_masked_gradient_of_one_image_if_so_asked(kind: str) -> None:
+def test_gradients__each_is_the_masked_gradient_of_one_image_if_so_asked(kind: str) -> None:
     model, layers, masks = prepared(kind)
     images = torch.randn(19, 3, 32, 32, generator=torch.Generator().manual_seed(1))  # 16 go at a time
     labels = torch.arange(19) % 5
@@ -77,7 +77,7 @@ def test_each_is_the_masked_gradient_of_one_image_if_so_asked(kind: str) -> None
             torch.testing.assert_close(found[name][number], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_those_of_the_images_average_to_that_of_the_batch() -> None:
+def test_gradients__those_of_the_images_average_to_that_of_the_batch() -> None:
     model, layers, masks = prepared("vit")
     images = together(gradients(model, layers, masks, batches(1), LOSS, per_sample=True))
     batch = together(gradients(model, layers, masks, batches(1), LOSS))
@@ -86,7 +86,7 @@ def test_those_of_the_images_average_to_that_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0, 6), (1, 5), (4, 2), (6, 0), (9, 0), (None, 0)])
-def test_no_more_batches_are_drawn_than_the_limit(limit: int | None, left: int) -> None:
+def test_gradients__no_more_batches_are_drawn_than_the_limit(limit: int | None, left: int) -> None:
     model, layers, masks = prepared("vit")
     source = iter(batches(6))
     found = list(gradients(model, layers, masks, source, LOSS, limit=limit))
@@ -95,7 +95,7 @@ def test_no_more_batches_are_drawn_than_the_limit(limit: int | None, left: int) 
 
 
 @pytest.mark.parametrize(("limit", "found", "left"), [(3, 3, 5), (4, 4, 5), (5, 5, 4), (None, 24, 0)])
-def test_the_limit_counts_images_where_each_has_its_gradient(
+def test_gradients__the_limit_counts_images_where_each_has_its_gradient(
     limit: int | None, found: int, left: int
 ) -> None:
     model, layers, masks = prepared("vit")
@@ -108,7 +108,7 @@ def test_the_limit_counts_images_where_each_has_its_gradient(
 
 
 @either
-def test_modes_and_gradients_are_restored_in_the_end_or_when_it_is_left(per_sample: bool) -> None:
+def test_gradients__modes_and_gradients_are_restored_in_the_end_or_when_it_is_left(per_sample: bool) -> None:
     model = uneven()
     layers = find_layers(model)
     masks = MaskSet.dense(model, layers)
@@ -123,7 +123,7 @@ def test_modes_and_gradients_are_restored_in_the_end_or_when_it_is_left(per_samp
 
 
 @either
-def test_modes_are_restored_after_an_error(per_sample: bool) -> None:
+def test_gradients__modes_are_restored_after_an_error(per_sample: bool) -> None:
     model = uneven()
     layers = find_layers(model)
     before = state(model)
@@ -137,7 +137,7 @@ def test_modes_are_restored_after_an_error(per_sample: bool) -> None:
     assert state(model) == before
 
 
-def test_the_mean_loss_weighs_batches_by_their_images() -> None:
+def test_gradients__the_mean_loss_weighs_batches_by_their_images() -> None:
     model = tiny_vit().train()
     given = [*batches(2), (batches(1)[0][0][:1], batches(1)[0][1][:1])]
     total, images = summed_loss(model, given, LOSS)

@@ -54,7 +54,7 @@ def all_slots(blocks: int, size: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 31, 63, 64, 65, 190, 192, 255, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inverses_of_all_sizes(size: int, dtype: torch.dtype) -> None:
+def test_kernels__inverses_of_all_sizes(size: int, dtype: torch.dtype) -> None:
     whole, parts = sums_of(size, 2, size, size // 2 if size >= 64 else size, dtype)
     slots, alive = all_slots(2, size)
     found, sound = inverted(parts, slots, alive, 0.01, 1e-3)
@@ -72,7 +72,9 @@ def test_inverses_of_all_sizes(size: int, dtype: torch.dtype) -> None:
     dead=st.sampled_from([0.0, 0.3, 1.0]),
 )
 @quick(60)
-def test_some_slots_some_of_them_dead(seed: int, size: int, half: float, chosen: float, dead: float) -> None:
+def test_kernels__some_slots_some_of_them_dead(
+    seed: int, size: int, half: float, chosen: float, dead: float
+) -> None:
     whole, parts = sums_of(seed, 3, size, round(half * size), torch.float64)
     random = torch.Generator().manual_seed(seed)
     left = max(round(chosen * size), 1)
@@ -90,7 +92,7 @@ def test_some_slots_some_of_them_dead(seed: int, size: int, half: float, chosen:
 
 
 @pytest.mark.parametrize("size", [6, 64])
-def test_what_is_not_positive_definite_is_said_of_its_block_alone(size: int) -> None:
+def test_kernels__what_is_not_positive_definite_is_said_of_its_block_alone(size: int) -> None:
     """As LAPACK says it: indefinite, a zero on the diagonal, NaN, infinite."""
     half = size // 2 if size >= 64 else size
     damp = 2.0**-40
@@ -118,7 +120,7 @@ def test_what_is_not_positive_definite_is_said_of_its_block_alone(size: int) -> 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 17])
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_every_part_is_worked_on_once(count: int, at_once: int) -> None:
+def test_kernels__every_part_is_worked_on_once(count: int, at_once: int) -> None:
     taken: list[int] = []
     names: set[str] = set()
 
@@ -135,7 +137,7 @@ def test_every_part_is_worked_on_once(count: int, at_once: int) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("bad", [0, 3])
-def test_an_error_on_a_thread_is_passed_on_and_the_next_call_works(at_once: int, bad: int) -> None:
+def test_kernels__an_error_on_a_thread_is_passed_on_and_the_next_call_works(at_once: int, bad: int) -> None:
     def work(part: slice) -> None:
         if part.start <= bad < part.stop:
             raise ArithmeticError(f"boom at {bad}")
@@ -166,7 +168,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def test_threads_work_in_a_forked_process_and_in_its_parent() -> None:
+def test_kernels__threads_work_in_a_forked_process_and_in_its_parent() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=60
     )

@@ -45,7 +45,7 @@ def in_one_pass(method: str, **options: object) -> tuple[PruneReport, dict[str, 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("share", [1.0, 3.3])
-def test_several_passes_end_as_one(method: str, share: float) -> None:
+def test_memory__several_passes_end_as_one(method: str, share: float) -> None:
     report, expected = in_one_pass(method)
     model, memory = tiny_vit(), int(share * LARGEST)
     passes = ordering(model, pruner_of(method), memory).passes
@@ -68,7 +68,7 @@ def test_several_passes_end_as_one(method: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"pattern": "1x4"}, {"double": True}], ids=str)
-def test_so_they_do_with_a_pattern_or_double_sums(options: dict[str, object]) -> None:
+def test_memory__so_they_do_with_a_pattern_or_double_sums(options: dict[str, object]) -> None:
     report, expected = in_one_pass("ovit", **options)
     model = tiny_vit()
     memory = (8 if "double" in options else 4) * LARGEST
@@ -78,7 +78,7 @@ def test_so_they_do_with_a_pattern_or_double_sums(options: dict[str, object]) ->
     assert state(model) == expected
 
 
-def test_an_order_of_several_passes_gives_the_weights_at_any_allocation() -> None:
+def test_memory__an_order_of_several_passes_gives_the_weights_at_any_allocation() -> None:
     model = tiny_vit()
     one, many = (ordering(model, pruner_of("ovit"), memory) for memory in (1 << 30, LARGEST))
     whole, parts = one.order(), many.order()
@@ -93,7 +93,7 @@ def test_an_order_of_several_passes_gives_the_weights_at_any_allocation() -> Non
 
 
 @pytest.mark.parametrize("memory", [1 << 30, LARGEST])
-def test_the_order_of_one_damp_outlives_that_of_the_next(memory: int) -> None:
+def test_memory__the_order_of_one_damp_outlives_that_of_the_next(memory: int) -> None:
     work = ordering(tiny_vit(), pruner_of("ovit"), memory)
     counts = {layer.name: layer.numel // 2 for layer in work.layers}
 
@@ -110,7 +110,7 @@ def test_the_order_of_one_damp_outlives_that_of_the_next(memory: int) -> None:
         assert all(torch.equal(weights(alone)[name], one) for name, one in weights(order).items())
 
 
-def test_a_method_without_a_fisher_takes_no_pass() -> None:
+def test_memory__a_method_without_a_fisher_takes_no_pass() -> None:
     model = tiny_vit()
     layers = find_layers(model)
     masks = MaskSet.dense(model, layers)
@@ -119,7 +119,7 @@ def test_a_method_without_a_fisher_takes_no_pass() -> None:
     assert set(work.order()) == {layer.name for layer in layers}
 
 
-def test_batches_that_can_be_read_once_are_refused_where_they_are_needed_again() -> None:
+def test_memory__batches_that_can_be_read_once_are_refused_where_they_are_needed_again() -> None:
     model = uneven()
     before = state(model)
     with pytest.raises(
@@ -134,7 +134,7 @@ def test_batches_that_can_be_read_once_are_refused_where_they_are_needed_again()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_budget_too_small_for_one_layer_names_it(method: str) -> None:
+def test_memory__a_budget_too_small_for_one_layer_names_it(method: str) -> None:
     model = uneven()
     before = state(model)
     need = rf"bytes are not enough for the Fisher of blocks\.0\.mlp\.fc1\.weight alone, which takes {LARGEST}"
@@ -143,7 +143,7 @@ def test_a_budget_too_small_for_one_layer_names_it(method: str) -> None:
     assert state(model) == before
 
 
-def test_groups_keep_the_order_and_fit() -> None:
+def test_memory__groups_keep_the_order_and_fit() -> None:
     layers = [lone_layer(size, 64, name=f"{size}.weight") for size in (1, 2, 8, 3, 1, 5, 4)]
     sizes = {layer.name: 64 for layer in layers}
     budget = fisher_bytes(layers[2], 64)
@@ -155,7 +155,7 @@ def test_groups_keep_the_order_and_fit() -> None:
     assert layer_groups([], {}, 0) == []
 
 
-def test_what_is_free_is_some_share_of_the_machine() -> None:
+def test_memory__what_is_free_is_some_share_of_the_machine() -> None:
     assert 0 < free_bytes(torch.device("cpu")) < 1 << 50
 
 
@@ -194,7 +194,9 @@ def some_gradients(layers: Mapping[str, tuple[int, ...]], count: int) -> dict[st
     ("size", "whole"),
     [(2, 48), (7, 42), (16, 48), (63, 126), (64, 128), (100, 200), (192, 384), (256, 512)],
 )
-def test_sums_and_waiting_gradients_are_at_most_three_halves(size: int, whole: int, peak: list[int]) -> None:
+def test_memory__sums_and_waiting_gradients_are_at_most_three_halves(
+    size: int, whole: int, peak: list[int]
+) -> None:
     layers = [lone_layer(3, whole, name="a.weight"), lone_layer(5, whole, name="b.weight")]
     fisher = BlockFisher(layers, block_size=size)
     for count in (1, 300, 5):
@@ -205,7 +207,7 @@ def test_sums_and_waiting_gradients_are_at_most_three_halves(size: int, whole: i
     assert peak[0] <= sum(fisher_bytes(layer, size) for layer in layers)
 
 
-def test_so_they_are_with_a_block_size_for_each_module(peak: list[int]) -> None:
+def test_memory__so_they_are_with_a_block_size_for_each_module(peak: list[int]) -> None:
     layers = [
         lone_layer(2, 192, name="a.weight", module="QKV"),
         lone_layer(30, 192, name="b.weight", module="MLP"),
@@ -220,7 +222,7 @@ def test_so_they_are_with_a_block_size_for_each_module(peak: list[int]) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("block_size", [1, 16, SIZE, 64, 192, {"QKV": 64, "PRJ": 8, "MLP": 3}], ids=str)
-def test_a_budget_is_kept(method: str, block_size: int | dict[str, int], peak: list[int]) -> None:
+def test_memory__a_budget_is_kept(method: str, block_size: int | dict[str, int], peak: list[int]) -> None:
     model = tiny_vit()
     pruner = replace(pruner_of(method), block_size=block_size)
     sizes = pruner.fisher(find_layers(model))

@@ -33,7 +33,7 @@ cases = given(
 )
 
 
-def test_both_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obs__both_paths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for name in ("_by_blocks", "_batched"):
         real = getattr(obs, name)
@@ -60,7 +60,7 @@ def assert_surgery(
 @both_paths
 @cases
 @quick(40)
-def test_same_pivots_losses_and_weights_as_the_surgeon(
+def test_obs__same_pivots_losses_and_weights_as_the_surgeon(
     path: str, seed: int, blocks: int, size: int, alive_share: float
 ) -> None:
     problem = blocks_of(seed, blocks, size, alive_share=alive_share)
@@ -72,7 +72,7 @@ def test_same_pivots_losses_and_weights_as_the_surgeon(
 @both_paths
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([7, 40]), share=st.sampled_from([0.1, 0.5, 0.9]))
 @quick(25)
-def test_some_steps_are_the_first_of_all_and_losses_go_on_from_those_before(
+def test_obs__some_steps_are_the_first_of_all_and_losses_go_on_from_those_before(
     path: str, seed: int, size: int, share: float
 ) -> None:
     problem = blocks_of(seed, 3, size, alive_share=0.8)
@@ -87,7 +87,7 @@ def test_some_steps_are_the_first_of_all_and_losses_go_on_from_those_before(
 @both_paths
 @cases
 @quick(25)
-def test_weights_are_the_closed_form_of_what_remains(
+def test_obs__weights_are_the_closed_form_of_what_remains(
     path: str, seed: int, blocks: int, size: int, alive_share: float
 ) -> None:
     weights, fisher, alive = blocks_of(seed, blocks, size, alive_share=alive_share)
@@ -108,7 +108,7 @@ def test_weights_are_the_closed_form_of_what_remains(
 @both_paths
 @cases
 @quick(25)
-def test_losses_ascend_and_are_half_the_squared_coefficients(
+def test_obs__losses_ascend_and_are_half_the_squared_coefficients(
     path: str, seed: int, blocks: int, size: int, alive_share: float
 ) -> None:
     problem = blocks_of(seed, blocks, size, alive_share=alive_share)
@@ -127,7 +127,7 @@ def test_losses_ascend_and_are_half_the_squared_coefficients(
 
 @pytest.mark.parametrize("size", [64, 192])
 @pytest.mark.parametrize("alive_share", [1.0, 0.5])
-def test_compiled_and_batched_agree_at_full_size(size: int, alive_share: float) -> None:
+def test_obs__compiled_and_batched_agree_at_full_size(size: int, alive_share: float) -> None:
     problem = blocks_of(1, 3, size, alive_share=alive_share)
     compiled, batched = (eliminated(*problem, constraint=rule) for rule in RULES.values())
     for block in range(3):
@@ -139,7 +139,7 @@ def test_compiled_and_batched_agree_at_full_size(size: int, alive_share: float) 
     torch.testing.assert_close(compiled.losses, batched.losses, rtol=1e-9, atol=0)
 
 
-def test_threads_share_the_blocks_and_change_nothing() -> None:
+def test_obs__threads_share_the_blocks_and_change_nothing() -> None:
     problem = blocks_of(2, 5, 40, alive_share=0.7)
     with threads(1):
         one = eliminated(*problem)
@@ -156,7 +156,7 @@ def test_threads_share_the_blocks_and_change_nothing() -> None:
 
 
 @both_paths
-def test_the_loss_is_the_quadratic_form_of_the_whole_change(path: str) -> None:
+def test_obs__the_loss_is_the_quadratic_form_of_the_whole_change(path: str) -> None:
     weights, fisher, alive = blocks_of(3, 1, 8, alive_share=1.0)
     done = eliminated(weights, fisher, alive, constraint=RULES[path])
     for count in range(1, 9):
@@ -165,7 +165,7 @@ def test_the_loss_is_the_quadratic_form_of_the_whole_change(path: str) -> None:
 
 
 @both_paths
-def test_correlations_are_followed(path: str) -> None:
+def test_obs__correlations_are_followed(path: str) -> None:
     """Two weights that do the same: once one has fallen the other carries both, and stays."""
     fisher = torch.tensor([[[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
     weights = torch.tensor([[0.5, 0.6, 0.7]], dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_correlations_are_followed(path: str) -> None:
 
 
 @both_paths
-def test_blocks_without_a_living_weight(path: str) -> None:
+def test_obs__blocks_without_a_living_weight(path: str) -> None:
     weights, fisher, alive = blocks_of(0, 2, 4, alive_share=1.0)
     alive[0] = False
     done = eliminated(weights, fisher, alive, constraint=RULES[path])

@@ -22,7 +22,7 @@ CORRELATED = [name for name in PRUNERS if "ovit" in name]
 
 @every_method
 @pytest.mark.parametrize("scope", get_args(Scope))
-def test_weights_at_any_allocation_are_those_of_pruning_anew(method: str, scope: Scope) -> None:
+def test_order__weights_at_any_allocation_are_those_of_pruning_anew(method: str, scope: Scope) -> None:
     known = ordered(method)
     for sparsity in (0.25, 0.6, 0.95):
         anew, fresh, counts = known.pruned(sparsity, scope=scope)
@@ -37,7 +37,7 @@ def test_weights_at_any_allocation_are_those_of_pruning_anew(method: str, scope:
 @every_method
 @given(data=st.data())
 @quick(30)
-def test_any_allocation_gives_exact_nested_masks_and_leaves_the_old_weights(
+def test_order__any_allocation_gives_exact_nested_masks_and_leaves_the_old_weights(
     method: str, data: st.DataObject
 ) -> None:
     known = ordered(method)
@@ -61,7 +61,7 @@ def test_any_allocation_gives_exact_nested_masks_and_leaves_the_old_weights(
 @pytest.mark.parametrize("method", CORRELATED)
 @given(data=st.data())
 @quick(25)
-def test_survivors_are_the_closed_form_at_any_allocation(method: str, data: st.DataObject) -> None:
+def test_order__survivors_are_the_closed_form_at_any_allocation(method: str, data: st.DataObject) -> None:
     """w_K + F_KK⁻¹·F_KS·w_S of each block, in float64, S without what was zero before."""
     known = ordered(method)
     fisher = known.fisher
@@ -84,7 +84,7 @@ def test_survivors_are_the_closed_form_at_any_allocation(method: str, data: st.D
 
 
 @every_method
-def test_what_a_share_of_the_layers_gives_is_merged(method: str) -> None:
+def test_order__what_a_share_of_the_layers_gives_is_merged(method: str) -> None:
     known = ordered(method)
     half = [layer.name for layer in known.layers[::2]]
     parts = [
@@ -99,7 +99,7 @@ def test_what_a_share_of_the_layers_gives_is_merged(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", CORRELATED)
-def test_survivors_of_short_weights_never_become_zero(method: str, dtype: torch.dtype) -> None:
+def test_order__survivors_of_short_weights_never_become_zero(method: str, dtype: torch.dtype) -> None:
     """Weights so small that their updates round to nothing in a short type are still kept."""
     known = ordered(method)
     for layer in known.layers[:4]:
@@ -115,7 +115,7 @@ def test_survivors_of_short_weights_never_become_zero(method: str, dtype: torch.
             assert int((weight != 0).sum()) >= alive - count
 
 
-def test_a_layer_without_updates_keeps_what_stays() -> None:
+def test_order__a_layer_without_updates_keeps_what_stays() -> None:
     order = LayerOrder(torch.tensor([2, 0, 1, 3]), torch.tensor([0.0, 1.0, 2.0, 3.0]))
     weight = torch.tensor([[1.0, 2.0], [0.5, 4.0]])
     assert order.weight(weight, 2).tolist() == [[0.0, 2.0], [0.0, 4.0]]
@@ -123,7 +123,7 @@ def test_a_layer_without_updates_keeps_what_stays() -> None:
     assert order.weight(weight.half(), 2).dtype == torch.float16
 
 
-def test_an_order_that_does_not_reach_so_far_says_so() -> None:
+def test_order__an_order_that_does_not_reach_so_far_says_so() -> None:
     order = LayerOrder(torch.tensor([2, 0]), torch.tensor([0.0, 1.0]))
     assert order.mask((2, 2), 2).tolist() == [[False, True], [False, True]]
     with pytest.raises(InputError, match="count = 3: the order of this layer reaches 2 of 4 weights"):
@@ -164,13 +164,13 @@ def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
     return order, weight, states
 
 
-def test_stretches_over_other_blocks_each_time_add_up() -> None:
+def test_order__stretches_over_other_blocks_each_time_add_up() -> None:
     order, weight, states = stretches_by_hand()
     for count, expected in enumerate(states):
         torch.testing.assert_close(order.weight(weight, count), expected)
 
 
-def test_no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order__no_two_threads_write_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     order, weight, states = stretches_by_hand()
     written: list[set[int]] = []
     real = UpdateSegment.apply_

@@ -22,7 +22,7 @@ every_method = pytest.mark.parametrize("method", PRUNERS)
 
 
 @every_method
-def test_two_files_read_back_the_same(method: str, tmp_path: Path) -> None:
+def test_order_files__two_files_read_back_the_same(method: str, tmp_path: Path) -> None:
     known = ordered(method)
     known.order.save(tmp_path / "new" / "folder", "abc")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [ORDER, UPDATES]
@@ -37,7 +37,7 @@ def test_two_files_read_back_the_same(method: str, tmp_path: Path) -> None:
 
 
 @every_method
-def test_without_the_updates_there_are_the_masks(method: str, tmp_path: Path) -> None:
+def test_order_files__without_the_updates_there_are_the_masks(method: str, tmp_path: Path) -> None:
     known = ordered(method)
     known.order.save(tmp_path, "abc")
     (tmp_path / UPDATES).unlink()
@@ -54,7 +54,7 @@ def test_without_the_updates_there_are_the_masks(method: str, tmp_path: Path) ->
 
 
 @every_method
-def test_the_first_file_holds_two_numbers_a_weight(method: str, tmp_path: Path) -> None:
+def test_order_files__the_first_file_holds_two_numbers_a_weight(method: str, tmp_path: Path) -> None:
     known = ordered(method)
     known.order.save(tmp_path, "abc")
     numel = sum(layer.numel for layer in known.layers)
@@ -68,7 +68,7 @@ def test_the_first_file_holds_two_numbers_a_weight(method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4"])
 @pytest.mark.parametrize("method", ["dimap", "ovit", "woodfisher"])
-def test_a_pattern_reads_back(method: str, pattern: str, tmp_path: Path) -> None:
+def test_order_files__a_pattern_reads_back(method: str, pattern: str, tmp_path: Path) -> None:
     model = tiny_conv()
     weights = {layer.name: model.get_parameter(layer.name).detach().clone() for layer in layers_of(model)}
     report = prune(model, method, 0.5, batches=batches(3), layers=layers_of(model), pattern=pattern)
@@ -80,7 +80,7 @@ def test_a_pattern_reads_back(method: str, pattern: str, tmp_path: Path) -> None
     assert all(torch.equal(weight, model.get_parameter(name)) for name, weight in new.items())
 
 
-def test_one_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_order_files__one_of_something_else_is_refused(tmp_path: Path) -> None:
     ordered("ovit").order.save(tmp_path, "abc")
     for updates in (True, False):
         with pytest.raises(InputError, match=rf"order = .*{ORDER}.*belongs to another model, other data or"):
@@ -94,7 +94,9 @@ def test_one_of_something_else_is_refused(tmp_path: Path) -> None:
 
 @given(cut=st.integers(0, 10**9), name=st.sampled_from([ORDER, UPDATES]))
 @quick(40)
-def test_a_truncated_file_is_refused(cut: int, name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_order_files__a_truncated_file_is_refused(
+    cut: int, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("order")
     ordered("ovit-blocks-of-7").order.save(folder, "abc")
     whole = (folder / name).read_bytes()
@@ -103,7 +105,7 @@ def test_a_truncated_file_is_refused(cut: int, name: str, tmp_path_factory: pyte
         EliminationOrder.load(folder, "abc")
 
 
-def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
+def test_order_files__what_is_not_ours_is_refused(tmp_path: Path) -> None:
     path = tmp_path / ORDER
     for content in (b"", b"not an order, but long enough to hold a header's length"):
         path.write_bytes(content)
@@ -120,7 +122,7 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
             EliminationOrder.load(folder, "abc")
 
 
-def test_a_fingerprint_follows_every_bit_and_every_setting() -> None:
+def test_order_files__a_fingerprint_follows_every_bit_and_every_setting() -> None:
     weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
     settings = {"method": "ovit", "damp": 1e-8, "data": ["x", 1]}
     first = fingerprint(weights, settings)

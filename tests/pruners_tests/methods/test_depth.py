@@ -79,7 +79,7 @@ def reach(layer: PrunableLayer, depth: float) -> int:
 
 @every_pruner
 @pytest.mark.parametrize("depth", [0.02, 0.3, 0.45])
-def test_it_reaches_so_deep_and_begins_as_the_whole(kind: str, depth: float) -> None:
+def test_depth__it_reaches_so_deep_and_begins_as_the_whole(kind: str, depth: float) -> None:
     whole, some = ordered(kind, 1.0), ordered(kind, depth)
     for layer in LAYERS:
         one = some[layer.name]
@@ -97,7 +97,7 @@ def test_it_reaches_so_deep_and_begins_as_the_whole(kind: str, depth: float) -> 
 
 @every_pruner
 @pytest.mark.parametrize("depths", [(0.3,), (0.1, 0.3, 0.6), (0.02, 0.04, 0.5)], ids=str)
-def test_going_on_ends_as_the_whole(kind: str, depths: tuple[float, ...]) -> None:
+def test_depth__going_on_ends_as_the_whole(kind: str, depths: tuple[float, ...]) -> None:
     whole = ordered(kind, 1.0)
     known: EliminationOrder | None = None
     for depth in (*depths, 1.0):
@@ -117,7 +117,7 @@ def test_going_on_ends_as_the_whole(kind: str, depths: tuple[float, ...]) -> Non
 
 
 @every_pruner
-def test_weights_within_reach_are_those_of_the_whole(kind: str) -> None:
+def test_depth__weights_within_reach_are_those_of_the_whole(kind: str) -> None:
     weights, _, _ = problem(kind)
     whole, some = ordered(kind, 1.0), ordered(kind, 0.3)
     for layer in LAYERS:
@@ -128,7 +128,7 @@ def test_weights_within_reach_are_those_of_the_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [0.05, 0.3, 0.8])
-def test_few_passes_suffice_however_unlike_the_blocks_are(
+def test_depth__few_passes_suffice_however_unlike_the_blocks_are(
     depth: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = lone_layer(300, 48)
@@ -147,13 +147,13 @@ def test_few_passes_suffice_however_unlike_the_blocks_are(
     assert len(passes) <= 4
 
 
-def test_to_go_no_deeper_than_is_known_gives_what_is_known() -> None:
+def test_depth__to_go_no_deeper_than_is_known_gives_what_is_known() -> None:
     known = ordered("ovit", 0.5)
     again = ordered("ovit", 0.3, known)
     assert all(again[name].indices is known[name].indices for name in known)
 
 
-def test_one_thread_gives_the_same_as_two() -> None:
+def test_depth__one_thread_gives_the_same_as_two() -> None:
     weights, _, _ = problem("blocks of 17")
     two = ordered("blocks of 17", 1.0, ordered("blocks of 17", 0.3))
     with threads(1):

@@ -32,13 +32,13 @@ floats = st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-6 else 
 
 @given(weights=st.lists(floats, min_size=1, max_size=30))
 @quick(150)
-def test_the_score_is_the_formula(weights: list[float]) -> None:
+def test_dimap__the_score_is_the_formula(weights: list[float]) -> None:
     magnitudes = torch.tensor(weights).abs().sort().values
     found = importance(magnitudes).tolist()
     assert found == pytest.approx(sorted(written_out(weights)), rel=1e-12)
 
 
-def test_the_largest_scores_1_and_zeros_score_0() -> None:
+def test_dimap__the_largest_scores_1_and_zeros_score_0() -> None:
     assert importance(torch.tensor([0.0, 0.0, 3.0, 4.0])).tolist() == pytest.approx([0, 0, 9 / 25, 1])
     assert importance(torch.zeros(3)).tolist() == [0, 0, 0]
     assert importance(torch.zeros(0)).tolist() == []
@@ -46,7 +46,9 @@ def test_the_largest_scores_1_and_zeros_score_0() -> None:
 
 @given(weights=st.lists(floats, min_size=1, max_size=30), factor=st.sampled_from([1e-3, 0.5, 7.0]))
 @quick(50)
-def test_the_score_does_not_depend_on_the_scale_of_a_layer(weights: list[float], factor: float) -> None:
+def test_dimap__the_score_does_not_depend_on_the_scale_of_a_layer(
+    weights: list[float], factor: float
+) -> None:
     magnitudes = torch.tensor(weights, dtype=torch.float64).abs().sort().values
     assert torch.allclose(importance(magnitudes * factor), importance(magnitudes), rtol=1e-9)
 
@@ -57,7 +59,7 @@ def dense_masks(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @given(weights=st.lists(floats, min_size=1, max_size=30))
 @quick(50)
-def test_a_layer_keeps_its_ranking_by_magnitude(weights: list[float]) -> None:
+def test_dimap__a_layer_keeps_its_ranking_by_magnitude(weights: list[float]) -> None:
     layer = lone_layer(1, len(weights))
     named = {layer.name: torch.tensor([weights])}
     order = Dimap().order(named, [layer], dense_masks(named), None)[layer.name]
@@ -67,7 +69,7 @@ def test_a_layer_keeps_its_ranking_by_magnitude(weights: list[float]) -> None:
     assert sorted(order.indices.tolist()) == list(range(len(weights)))
 
 
-def test_modules_share_one_ratio_and_each_has_one_threshold() -> None:
+def test_dimap__modules_share_one_ratio_and_each_has_one_threshold() -> None:
     model = tiny_swin()
     random = torch.Generator().manual_seed(0)
     layers = find_layers(model)
@@ -97,7 +99,7 @@ def test_modules_share_one_ratio_and_each_has_one_threshold() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.83])
-def test_lamp_is_the_same_score_with_one_threshold_for_the_model(sparsity: float) -> None:
+def test_dimap__lamp_is_the_same_score_with_one_threshold_for_the_model(sparsity: float) -> None:
     model = tiny_swin()
     layers = find_layers(model)
     random = torch.Generator().manual_seed(1)
@@ -130,7 +132,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_parameter_column_of_the_paper(name: str) -> None:
+def test_dimap__the_parameter_column_of_the_paper(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     layers = find_layers(model)

@@ -9,7 +9,7 @@ from helpers import CONVOLUTIONS, tiny_conv, tiny_swin
 from pruners import Scope, find_layers, prune
 
 
-def test_uniform_takes_the_smallest_of_every_layer() -> None:
+def test_magnitude__uniform_takes_the_smallest_of_every_layer() -> None:
     model = tiny_swin()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     report = prune(model, "magnitude", 0.6)
@@ -25,7 +25,9 @@ def test_uniform_takes_the_smallest_of_every_layer() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize(("method", "scope"), [("magnitude_global", None), ("magnitude", "global")])
-def test_global_is_a_sort_of_all_weights(method: str, scope: Scope | None, sparsity: float) -> None:
+def test_magnitude__global_is_a_sort_of_all_weights(
+    method: str, scope: Scope | None, sparsity: float
+) -> None:
     model = tiny_swin()
     layers = find_layers(model)
     with torch.no_grad():
@@ -41,7 +43,7 @@ def test_global_is_a_sort_of_all_weights(method: str, scope: Scope | None, spars
         assert report.allocation[layers[0].name] < 0.05 * layers[0].numel
 
 
-def test_blocks_of_four_fall_by_their_norm() -> None:
+def test_magnitude__blocks_of_four_fall_by_their_norm() -> None:
     model = tiny_conv()
     layers = find_layers(model, CONVOLUTIONS)
     weight = model.get_parameter("2.weight").detach().clone()
@@ -53,7 +55,7 @@ def test_blocks_of_four_fall_by_their_norm() -> None:
     assert int((~kept).sum()) == weight.numel() // 2
 
 
-def test_of_each_four_the_two_smallest_fall() -> None:
+def test_magnitude__of_each_four_the_two_smallest_fall() -> None:
     model = tiny_conv()
     layers = find_layers(model, CONVOLUTIONS)
     weight = model.get_parameter("2.weight").detach().clone()

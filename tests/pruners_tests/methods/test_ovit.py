@@ -49,7 +49,7 @@ def by_brute_force(given: Problem, size: int, pattern: str) -> tuple[list[float]
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x4"])
 @pytest.mark.parametrize("alive_share", [1.0, 0.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_losses_and_weights_at_every_count(
+def test_ovit__losses_and_weights_at_every_count(
     numel: int, size: int, pattern: str, alive_share: float, seed: int
 ) -> None:
     given = problem(seed, numel, alive_share, unit=4 if pattern == "1x4" else 1)
@@ -65,7 +65,7 @@ def test_losses_and_weights_at_every_count(
 
 
 @pytest.mark.parametrize(("numel", "size"), [(9, 1), (1, 4), (22, 7)], ids=str)
-def test_odd_sizes_too(numel: int, size: int) -> None:
+def test_ovit__odd_sizes_too(numel: int, size: int) -> None:
     given = problem(0, numel, 1.0)
     order = given.ordered(OViT(block_size=size, damp=DAMP))
     losses, states = by_brute_force(given, min(size, numel), "unstructured")
@@ -75,7 +75,7 @@ def test_odd_sizes_too(numel: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x4"])
-def test_how_many_blocks_are_worked_on_at_a_time_changes_nothing(
+def test_ovit__how_many_blocks_are_worked_on_at_a_time_changes_nothing(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = problem(0, 60, 1.0)
@@ -90,7 +90,7 @@ def test_how_many_blocks_are_worked_on_at_a_time_changes_nothing(
     torch.testing.assert_close(together.weight(given.weight, 28), apart.weight(given.weight, 28))
 
 
-def test_dead_weights_fall_first_the_pruned_before_other_zeros() -> None:
+def test_ovit__dead_weights_fall_first_the_pruned_before_other_zeros() -> None:
     given = problem(0, 12, 1.0)
     given.mask[0, [3, 7]] = False  # pruned, though their weights have drifted from zero
     given.weight[0, [1, 9]] = 0.0  # zero, though not pruned
@@ -103,7 +103,7 @@ def test_dead_weights_fall_first_the_pruned_before_other_zeros() -> None:
 
 @given(scale=st.sampled_from([0.0, 1e-6, 1e-3]), count=st.integers(0, 30), seed=st.integers(0, 99))
 @quick(40)
-def test_a_singular_fisher_gives_finite_weights(scale: float, count: int, seed: int) -> None:
+def test_ovit__a_singular_fisher_gives_finite_weights(scale: float, count: int, seed: int) -> None:
     """Dead inputs, or none of the gradients' directions known: λ = 1e-8 alone holds the block together."""
     given = problem(seed, 30, 0.8, scale=scale)
     few = replace(given, gradients=given.gradients[:2])
@@ -113,7 +113,7 @@ def test_a_singular_fisher_gives_finite_weights(scale: float, count: int, seed: 
     assert torch.isfinite(order.weight(few.weight, count)).all()
 
 
-def test_the_fast_variant_is_ovit_with_few_gradients_and_relative_damp() -> None:
+def test_ovit__the_fast_variant_is_ovit_with_few_gradients_and_relative_damp() -> None:
     fast = OViTFast()
     assert (fast.gradients, fast.damp, fast.relative) == (256, 1e-2, True)
     assert (OViT().gradients, OViT().damp, OViT().relative) == (4096, 1e-8, False)
@@ -127,7 +127,7 @@ def test_the_fast_variant_is_ovit_with_few_gradients_and_relative_damp() -> None
 
 @pytest.mark.parametrize("scope", [None, "module", "global", "layer", "stage"])
 @pytest.mark.parametrize("earlier", [0.0, 0.3])
-def test_dimap_shares_out_and_ovit_prunes(scope: str | None, earlier: float) -> None:
+def test_ovit__dimap_shares_out_and_ovit_prunes(scope: str | None, earlier: float) -> None:
     """dimap+ovit: exactly DIMAP's counts; inside each layer oViT's order, masks and weights."""
     models = [tiny_swin() for _ in range(3)]
     for model in models:
@@ -151,7 +151,7 @@ def test_dimap_shares_out_and_ovit_prunes(scope: str | None, earlier: float) -> 
         assert both.allocation != ovit.allocation
 
 
-def test_what_is_missing_is_named() -> None:
+def test_ovit__what_is_missing_is_named() -> None:
     given = problem(0, 12, 1.0)
     layer = given.layer
     with pytest.raises(InputError, match="fisher: ovit needs a Fisher with gradients"):

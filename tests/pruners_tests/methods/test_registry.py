@@ -13,13 +13,13 @@ from pruners.methods.registry import SECOND_ORDER, MethodSpec
 
 
 @pytest.mark.parametrize("module", ["pruners.methods.registry", "trainers.config.pruning"])
-def test_the_table_is_read_without_torch(module: str) -> None:
+def test_registry__the_table_is_read_without_torch(module: str) -> None:
     code = f"import sys, {module}\nassert not {{'torch', 'numpy', 'numba'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_entry_is_true_of_its_class(name: str) -> None:
+def test_registry__an_entry_is_true_of_its_class(name: str) -> None:
     spec: MethodSpec = METHODS[name]
     made: Any = create_pruner(name)
     assert (spec.name, made.name) == (name, name)
@@ -29,5 +29,5 @@ def test_an_entry_is_true_of_its_class(name: str) -> None:
     assert spec.summary.endswith(".")
 
 
-def test_no_class_stands_in_the_table_twice() -> None:
+def test_registry__no_class_stands_in_the_table_twice() -> None:
     assert len({(spec.module, spec.class_name) for spec in METHODS.values()}) == len(METHODS)

@@ -44,7 +44,7 @@ def all_at_once(given: Problem, size: int, fallen: list[int]) -> Tensor:
 @pytest.mark.parametrize(("numel", "size"), [(24, 8), (22, 8), (22, 192), (9, 1)], ids=str)
 @pytest.mark.parametrize("alive_share", [1.0, 0.5])
 @pytest.mark.parametrize("seed", range(4))
-def test_scores_order_and_weights_are_the_formula(
+def test_woodfisher__scores_order_and_weights_are_the_formula(
     numel: int, size: int, alive_share: float, seed: int
 ) -> None:
     given = problem(seed, numel, alive_share)
@@ -62,7 +62,7 @@ def test_scores_order_and_weights_are_the_formula(
 
 @pytest.mark.parametrize("alive_share", [1.0, 0.6])
 @pytest.mark.parametrize("seed", range(4))
-def test_of_each_four_the_two_of_least_score_fall(alive_share: float, seed: int) -> None:
+def test_woodfisher__of_each_four_the_two_of_least_score_fall(alive_share: float, seed: int) -> None:
     given = problem(seed, 24, alive_share)
     order = given.ordered(WoodFisher(block_size=8, damp=DAMP, pattern="2:4"))
     score = scores(given, 8)
@@ -78,7 +78,7 @@ def test_of_each_four_the_two_of_least_score_fall(alive_share: float, seed: int)
 
 @pytest.mark.parametrize("alive_share", [1.0, 0.6])
 @pytest.mark.parametrize("seed", range(4))
-def test_blocks_of_four_fall_by_the_sum_of_their_scores(alive_share: float, seed: int) -> None:
+def test_woodfisher__blocks_of_four_fall_by_the_sum_of_their_scores(alive_share: float, seed: int) -> None:
     given = problem(seed, 24, alive_share, unit=4)
     order = given.ordered(WoodFisher(block_size=8, damp=DAMP, pattern="1x4"))
     sums = scores(given, 8).reshape(-1, 4).sum(1)
@@ -93,7 +93,7 @@ def test_blocks_of_four_fall_by_the_sum_of_their_scores(alive_share: float, seed
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_not_ovit_where_weights_are_correlated_and_is_where_they_are_not() -> None:
+def test_woodfisher__it_is_not_ovit_where_weights_are_correlated_and_is_where_they_are_not() -> None:
     given = problem(3, 24, 1.0)
     apart = [given.ordered(kind(block_size=1, damp=DAMP)) for kind in (WoodFisher, OViT)]
     assert torch.equal(apart[0].indices, apart[1].indices)
@@ -104,7 +104,9 @@ def test_it_is_not_ovit_where_weights_are_correlated_and_is_where_they_are_not()
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)  # of a single weight they are one
 
 
-def test_how_many_blocks_are_worked_on_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_woodfisher__how_many_blocks_are_worked_on_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given = problem(0, 60, 0.8)
     pruner = WoodFisher(block_size=8, damp=DAMP)
     together = given.ordered(pruner)

@@ -17,7 +17,7 @@ from pruners.allocation.projection import budget, project
 from pruners.model.costs import cost_model
 
 
-def test_linear_and_convolution_by_hand() -> None:
+def test_costs__linear_and_convolution_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 5))
     costs = count_costs(model, (3, 4, 4), {"0.weight": 54, "2.weight": 128})
     assert costs.parameters == (3 * 8 * 9 + 8) + (128 * 5 + 5)
@@ -34,7 +34,7 @@ def test_linear_and_convolution_by_hand() -> None:
     }
 
 
-def test_vit_by_hand_with_the_attention_products() -> None:
+def test_costs__vit_by_hand_with_the_attention_products() -> None:
     model = tiny_vit()
     width, depth, tokens, classes = 8, 4, 17, 5
     block = tokens * 12 * width**2 + 2 * tokens**2 * width  # qkv, proj and MLP; q·k and attention·v
@@ -49,7 +49,7 @@ def test_vit_by_hand_with_the_attention_products() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_is_kept(training: bool) -> None:
+def test_costs__the_mode_of_the_model_is_kept(training: bool) -> None:
     model = tiny_vit().train(training)
     count_costs(model, (3, 32, 32), {})
     assert model.training is training
@@ -75,7 +75,7 @@ class Attentive(nn.Module):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_the_attention_of_torch_by_hand(fast: bool) -> None:
+def test_costs__the_attention_of_torch_by_hand(fast: bool) -> None:
     tokens, width = 16, 8
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
@@ -127,7 +127,7 @@ class Functional(nn.Module):
         return torch.addmm(self.added, self.tied(self.scaled(x[:, :4])), x[:4, :4])
 
 
-def test_a_product_counts_for_the_weight_in_it_however_it_is_called() -> None:
+def test_costs__a_product_counts_for_the_weight_in_it_however_it_is_called() -> None:
     found = cost_model(Functional(), (1, 6, 4))
     expected = {
         "parts": 6 * 4 * 12,
@@ -163,7 +163,7 @@ NOT_PRODUCTS = ("batch_norm", "layer_norm", "group_norm", "adaptive_avg_pool2d",
         "efficientnet_b0",
     ],
 )
-def test_dense_figures_agree_with_fvcore(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_costs__dense_figures_agree_with_fvcore(name: str, caplog: pytest.LogCaptureFixture) -> None:
     fused = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)  # fvcore knows no scaled_dot_product_attention: it would count nothing
     try:
@@ -197,7 +197,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_columns_of_the_paper(name: str) -> None:
+def test_costs__the_columns_of_the_paper(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     parameters, macs, parameters_removed, macs_removed = PAPER[name]

@@ -167,7 +167,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_layers_of_an_architecture(name: str) -> None:
+def test_families__layers_of_an_architecture(name: str) -> None:
     model, expected = on_meta(name), ARCHITECTURES[name]
     layers = find_layers(model)
     counts = Counter(layer.module for layer in layers)
@@ -188,7 +188,7 @@ def test_layers_of_an_architecture(name: str) -> None:
     } == expected.dense
 
 
-def test_the_sum_over_modules_is_the_papers() -> None:
+def test_families__the_sum_over_modules_is_the_papers() -> None:
     """What DIMAP prunes of Swin-T at 35 %: 32.0 % of 28.3 million (METHODS)."""
     weights = sum(layer.numel for layer in find_layers(on_meta("swin_tiny_patch4_window7_224")))
     assert 0.35 * weights / 28.288e6 == pytest.approx(0.320, abs=0.0005)
@@ -203,7 +203,7 @@ def test_the_sum_over_modules_is_the_papers() -> None:
         *("mixnet_s", "mnasnet_050", "mobilenetv2_050", "fbnetc_100", "efficientnet_x_b3"),
     ],
 )
-def test_every_product_in_a_block_is_taken_but_depthwise_ones(name: str) -> None:
+def test_families__every_product_in_a_block_is_taken_but_depthwise_ones(name: str) -> None:
     model = on_meta(name)
     blocks = re.compile(r"(layer\d|blocks\.\d+)\.\d+\.")
     expected = {
@@ -229,7 +229,7 @@ def test_every_product_in_a_block_is_taken_but_depthwise_ones(name: str) -> None
         ("vit_relpos_small_patch16_224", 4 * 12),  # but not the MLPs that make the position bias
     ],
 )
-def test_other_transformers_by_the_usual_names(name: str, layers: int) -> None:
+def test_families__other_transformers_by_the_usual_names(name: str, layers: int) -> None:
     found = find_layers(on_meta(name))
     assert {layer.module for layer in found} == {"QKV", "PRJ", "MLP"}
     assert len(found) == layers
@@ -298,7 +298,7 @@ def test_other_transformers_by_the_usual_names(name: str, layers: int) -> None:
         ),
     ],
 )
-def test_transformers_with_attention_of_their_own(
+def test_families__transformers_with_attention_of_their_own(
     name: str, modules: dict[str, int], stages: Sequence[int], left: set[str]
 ) -> None:
     model = timm.create_model(name) if "levit" in name else on_meta(name)
@@ -310,7 +310,7 @@ def test_transformers_with_attention_of_their_own(
     assert kinds == left
 
 
-def test_what_stays_dense_can_be_named() -> None:
+def test_families__what_stays_dense_can_be_named() -> None:
     """The patterns that are told take what they say."""
     model = on_meta("mobilevit_s")
     layers = find_layers(model)
@@ -327,7 +327,7 @@ def test_what_stays_dense_can_be_named() -> None:
         assert (len(found), sum(layer.numel for layer in found)) == (group.layers, group.weights)
 
 
-def test_torchvisions_transformer_has_the_same_weights_by_other_names() -> None:
+def test_families__torchvisions_transformer_has_the_same_weights_by_other_names() -> None:
     with torch.device("meta"):
         model = torchvision.models.vit_b_16()
     assert family_of(model) is ANY_TRANSFORMER  # though the class is called VisionTransformer there too
@@ -345,19 +345,19 @@ def test_torchvisions_transformer_has_the_same_weights_by_other_names() -> None:
         ("caformer_s18", "stages.0.blocks.0.token_mixer.pwconv1.weight"),
     ],
 )
-def test_half_known_attention_is_refused(name: str, unknown: str) -> None:
+def test_families__half_known_attention_is_refused(name: str, unknown: str) -> None:
     with pytest.raises(InputError, match="give patterns") as raised:
         find_layers(on_meta(name))
     assert raised.value.value == unknown
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mixer_b16_224", "poolformer_s12", "focalnet_tiny_srf"])
-def test_a_model_of_no_known_attention_asks_for_patterns(name: str) -> None:
+def test_families__a_model_of_no_known_attention_asks_for_patterns(name: str) -> None:
     with pytest.raises(InputError, match="give patterns of its own"):
         find_layers(on_meta(name))
 
 
-def test_what_stays_dense_says_why() -> None:
+def test_families__what_stays_dense_says_why() -> None:
     for family in (*FAMILIES, ANY_TRANSFORMER):
         assert all(len(reason) > 10 for reason in family.dense.values())
         for expression in (family.inside, *family.dense, *sum(family.patterns.values(), ())):

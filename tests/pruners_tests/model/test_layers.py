@@ -22,7 +22,7 @@ def on_meta(name: str) -> nn.Module:
     return model
 
 
-def test_swin_modules_stages_and_order() -> None:
+def test_layers__swin_modules_stages_and_order() -> None:
     layers = find_layers(on_meta("swin_tiny_patch4_window7_224"))
     assert Counter(layer.module for layer in layers) == {"QKV": 12, "PRJ": 12, "MLP": 24}
     assert Counter(layer.stage for layer in layers) == {0: 8, 1: 8, 2: 24, 3: 8}
@@ -34,14 +34,14 @@ def test_swin_modules_stages_and_order() -> None:
     assert not [layer.name for layer in layers if "downsample" in layer.name or "head" in layer.name]
 
 
-def test_an_isotropic_model_is_cut_into_four_equal_groups_of_blocks() -> None:
+def test_layers__an_isotropic_model_is_cut_into_four_equal_groups_of_blocks() -> None:
     layers = find_layers(on_meta("deit_tiny_patch16_224"))
     blocks = {int(layer.name.split(".")[1]): layer.stage for layer in layers}
     assert blocks == {block: block // 3 for block in range(12)}
     assert Counter(layer.module for layer in layers) == {"QKV": 12, "PRJ": 12, "MLP": 24}
 
 
-def test_patterns_of_oViT_for_resnet() -> None:
+def test_layers__patterns_of_oViT_for_resnet() -> None:
     layers = find_layers(
         on_meta("resnet50d"), {"CONV": [r"conv1\.(3|6)", r"layer\d\.\d\.(conv\d|downsample.1)"]}
     )
@@ -51,21 +51,21 @@ def test_patterns_of_oViT_for_resnet() -> None:
     assert Counter(layer.stage for layer in layers) == {0: 2 + 9 + 1, 1: 12 + 1, 2: 18 + 1, 3: 9 + 1}
 
 
-def test_layers_outside_the_blocks_join_their_neighbour() -> None:
+def test_layers__layers_outside_the_blocks_join_their_neighbour() -> None:
     layers = find_layers(on_meta("xcit_nano_12_p16_224"))
     stage_of = {layer.name: layer.stage for layer in layers}
     assert stage_of["blocks.0.mlp.fc1.weight"] == 0
     assert {stage for name, stage in stage_of.items() if name.startswith("cls_attn_blocks")} == {3}
 
 
-def test_a_pattern_matches_whole_names_only() -> None:
+def test_layers__a_pattern_matches_whole_names_only() -> None:
     model = tiny_vit()
     assert len(find_layers(model, {"A": ["blocks.0.attn.qkv"]})) == 1
     with pytest.raises(InputError, match=r"layers\.A = 'tn.qkv'.*must match"):
         find_layers(model, {"A": ["tn.qkv"]})
 
 
-def test_a_pattern_that_matches_nothing_is_named_with_what_is_close() -> None:
+def test_layers__a_pattern_that_matches_nothing_is_named_with_what_is_close() -> None:
     with pytest.raises(
         InputError, match=r"layers\.QKV = 'attn\.\[qkv\]'.*did you mean 'attn\.qkv'"
     ) as raised:
@@ -73,7 +73,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_what_is_close() -> None:
     assert raised.value.key == "layers.QKV"
 
 
-def test_a_model_of_other_names_asks_for_patterns() -> None:
+def test_layers__a_model_of_other_names_asks_for_patterns() -> None:
     with pytest.raises(InputError, match=r"layers = 'Sequential'.*give patterns of its own"):
         find_layers(nn.Sequential(nn.Linear(3, 3)))
 
@@ -107,7 +107,7 @@ class SomeAttention(Pooling):
         ("blocks.3.attn", Half(), "blocks.3.attn"),
     ],
 )
-def test_a_part_that_no_pattern_takes_is_named_rather_than_skipped(
+def test_layers__a_part_that_no_pattern_takes_is_named_rather_than_skipped(
     place: str, part: nn.Module, named: str
 ) -> None:
     model = tiny_vit()
@@ -122,7 +122,7 @@ def test_a_part_that_no_pattern_takes_is_named_rather_than_skipped(
     )  # patterns of one's own say what is meant
 
 
-def test_what_is_outside_attention_and_mlp_stays_dense_without_a_word() -> None:
+def test_layers__what_is_outside_attention_and_mlp_stays_dense_without_a_word() -> None:
     model = tiny_vit()
     model.neck = Pooling()
     assert len(find_layers(model)) == 16
@@ -137,7 +137,7 @@ def test_what_is_outside_attention_and_mlp_stays_dense_without_a_word() -> None:
         (partial(prune.identity, name="weight"), "weight_orig"),
     ],
 )
-def test_a_weight_computed_from_others_is_refused_by_name(
+def test_layers__a_weight_computed_from_others_is_refused_by_name(
     wrap: Callable[[nn.Module], object], parameter: str, patterns: dict[str, list[str]] | None
 ) -> None:
     model = tiny_vit()
@@ -155,7 +155,7 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_weights_of_torchs_own_attention_are_candidates(tied: bool) -> None:
+def test_layers__the_weights_of_torchs_own_attention_are_candidates(tied: bool) -> None:
     layers = find_layers(Encoder())
     assert [(layer.name, layer.module) for layer in layers] == [
         ("attn.in_proj_weight", "QKV"),
@@ -173,7 +173,7 @@ def test_the_weights_of_torchs_own_attention_are_candidates(tied: bool) -> None:
         assert len(find_layers(apart, {"A": [r"attn\.(q|k|v)_proj"]})) == 3
 
 
-def test_torchs_own_encoder_is_isotropic() -> None:
+def test_layers__torchs_own_encoder_is_isotropic() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 8, enable_nested_tensor=False)
     layers = find_layers(encoder)
     assert Counter(layer.module for layer in layers) == {"QKV": 8, "PRJ": 8, "MLP": 16}
@@ -194,7 +194,7 @@ def test_torchs_own_encoder_is_isotropic() -> None:
         (["vit.encoder.layer.0.mlp.fc1", "vit.encoder.layer.5.mlp.fc1"], [0, 1]),
     ],
 )
-def test_stages_by_the_names_of_lists(names: list[str], stages: list[int]) -> None:
+def test_layers__stages_by_the_names_of_lists(names: list[str], stages: list[int]) -> None:
     root = nn.Module()
     for name in names:  # as deep as it says, a Linear at its end
         *path, last = name.split(".")
@@ -208,12 +208,12 @@ def test_stages_by_the_names_of_lists(names: list[str], stages: list[int]) -> No
     assert [found[f"{name}.weight"] for name in names] == stages
 
 
-def test_a_pattern_that_is_no_regular_expression_is_named() -> None:
+def test_layers__a_pattern_that_is_no_regular_expression_is_named() -> None:
     with pytest.raises(InputError, match=r"layers\.A = '\('.*must be a regular expression"):
         find_layers(tiny_vit(), {"A": ["("]})
 
 
-def test_a_layer_of_two_modules_is_refused() -> None:
+def test_layers__a_layer_of_two_modules_is_refused() -> None:
     with pytest.raises(InputError, match=r"blocks\.0\.attn\.qkv\.weight already belongs to A"):
         find_layers(tiny_vit(), {"A": [r"attn\.qkv"], "B": [r"attn\.(qkv|proj)"]})
     twice = find_layers(tiny_vit(), {"A": [r"attn\.qkv", r"attn\.(qkv|proj)"]})
@@ -221,14 +221,14 @@ def test_a_layer_of_two_modules_is_refused() -> None:
 
 
 @pytest.mark.parametrize("pruned", ["mlp.fc1", "head"])
-def test_a_tied_weight_is_refused(pruned: str) -> None:
+def test_layers__a_tied_weight_is_refused(pruned: str) -> None:
     model = tiny_vit()
     model.head = model.blocks[0].mlp.fc1
     with pytest.raises(InputError, match="tied weights cannot be pruned"):
         find_layers(model, {"A": [pruned]})
 
 
-def test_biases_norms_and_tables_are_never_taken() -> None:
+def test_layers__biases_norms_and_tables_are_never_taken() -> None:
     model = tiny_swin()
     with pytest.raises(InputError):
         find_layers(model, {"A": [r"norm1"]})

@@ -39,7 +39,9 @@ def example() -> MaskSet:
 
 @given(masks=mask_sets())
 @quick(60)
-def test_a_saved_file_reads_back_the_same(masks: MaskSet, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_masks__a_saved_file_reads_back_the_same(
+    masks: MaskSet, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     masks.save(path)
     loaded = MaskSet.load(path)
@@ -49,14 +51,14 @@ def test_a_saved_file_reads_back_the_same(masks: MaskSet, tmp_path_factory: pyte
     assert loaded.pruned() == masks.pruned()
 
 
-def test_the_file_holds_one_bit_a_weight(tmp_path: Path) -> None:
+def test_masks__the_file_holds_one_bit_a_weight(tmp_path: Path) -> None:
     MaskSet({"a.weight": torch.ones(1000, 1001, dtype=torch.bool)}).save(tmp_path / "m")
     assert (tmp_path / "m").stat().st_size < 1000 * 1001 / 8 + 1000
 
 
 @given(cut=st.integers(0, 10**6))
 @quick(60)
-def test_a_truncated_file_is_refused(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_masks__a_truncated_file_is_refused(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     example().save(path)
     whole = path.read_bytes()
@@ -95,14 +97,14 @@ BITS = torch.tensor([255], dtype=torch.uint8)
         ({"a": torch.ones(1)}, ours(a=[8])),  # no bits
     ],
 )
-def test_a_foreign_file_is_refused(
+def test_masks__a_foreign_file_is_refused(
     tmp_path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 ) -> None:
     with pytest.raises(InputError, match="mask file"):
         MaskSet.load(foreign(tmp_path / "m", tensors, metadata))
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_masks__what_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("not a mask file, but long enough to hold a header length")
     for path in (tmp_path / "text", tmp_path / "missing", tmp_path):
         with pytest.raises(InputError, match="masks"):
@@ -111,13 +113,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @given(one=mask_sets(), other=mask_sets())
 @quick(150)
-def test_fingerprints_are_equal_iff_the_masks_are(one: MaskSet, other: MaskSet) -> None:
+def test_masks__fingerprints_are_equal_iff_the_masks_are(one: MaskSet, other: MaskSet) -> None:
     assert (one.fingerprint() == other.fingerprint()) == same(one, other)
     backwards = MaskSet({name: one[name].clone() for name in reversed(list(one))})
     assert backwards.fingerprint() == one.fingerprint()
 
 
-def test_fingerprints_tell_bits_shapes_and_names_apart() -> None:
+def test_masks__fingerprints_tell_bits_shapes_and_names_apart() -> None:
     bits = torch.tensor([True, False, True, False, False, False])
     flipped = bits.clone()
     flipped[5] = True
@@ -134,7 +136,7 @@ def test_fingerprints_tell_bits_shapes_and_names_apart() -> None:
     assert len({masks.fingerprint() for masks in sets}) == len(sets)
 
 
-def test_counts() -> None:
+def test_masks__counts() -> None:
     masks = MaskSet({"a": torch.tensor([[True, False], [False, False]]), "b": torch.ones(4).bool()})
     assert masks.pruned() == {"a": 3, "b": 0}
     assert masks.numel == 8
@@ -142,7 +144,7 @@ def test_counts() -> None:
     assert MaskSet({}).sparsity == 0.0
 
 
-def test_dense_and_zeros_of_a_model() -> None:
+def test_masks__dense_and_zeros_of_a_model() -> None:
     model = tiny_vit()
     layers = find_layers(model)
     assert MaskSet.dense(model, layers).sparsity == 0.0
@@ -154,7 +156,7 @@ def test_dense_and_zeros_of_a_model() -> None:
     }
 
 
-def test_masks_are_applied_in_place_and_elsewhere_nothing_changes() -> None:
+def test_masks__masks_are_applied_in_place_and_elsewhere_nothing_changes() -> None:
     model = tiny_vit()
     layers = find_layers(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -168,7 +170,7 @@ def test_masks_are_applied_in_place_and_elsewhere_nothing_changes() -> None:
     assert math.prod(layers[0].shape) == masks[layers[0].name].numel()
 
 
-def test_other_tensors_of_the_same_names_are_masked() -> None:
+def test_masks__other_tensors_of_the_same_names_are_masked() -> None:
     masks = MaskSet({"a": torch.tensor([True, False]), "b": torch.tensor([False])})
     moments = {"a": torch.tensor([2.0, torch.nan]), "c": torch.tensor([3.0])}
     masks.mask_(moments)

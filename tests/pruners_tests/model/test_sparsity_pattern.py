@@ -24,7 +24,9 @@ from pruners.model.sparsity_pattern import fitting_layers
         (Pattern("1x16", 16, 0, whole=True), None, 16),
     ],
 )
-def test_what_is_written_is_meant(expected: Pattern, forced: float | None, unit: int) -> None:
+def test_sparsity_pattern__what_is_written_is_meant(
+    expected: Pattern, forced: float | None, unit: int
+) -> None:
     pattern = Pattern.parse(expected.name)
     assert pattern == expected
     assert (pattern.forced, pattern.unit) == (forced, unit)
@@ -52,7 +54,7 @@ def test_what_is_written_is_meant(expected: Pattern, forced: float | None, unit:
         "nm",
     ],
 )
-def test_a_typo_is_refused(text: str) -> None:
+def test_sparsity_pattern__a_typo_is_refused(text: str) -> None:
     with pytest.raises(
         InputError, match=r"pattern = .*must be unstructured, N:M as 2:4 or 4:8, or 1xB as 1x4"
     ):
@@ -66,7 +68,7 @@ LINEAR, CONV, ODD = (
 )
 
 
-def test_the_inputs_must_be_a_multiple_of_the_group() -> None:
+def test_sparsity_pattern__the_inputs_must_be_a_multiple_of_the_group() -> None:
     fits = {
         text: [layer.name for layer in (LINEAR, CONV, ODD) if Pattern.parse(text).fits(layer)]
         for text in ("unstructured", "2:4", "1x4", "4:8")
@@ -75,7 +77,7 @@ def test_the_inputs_must_be_a_multiple_of_the_group() -> None:
     assert fits == {"unstructured": [*both, "odd.weight"], "2:4": both, "1x4": both, "4:8": ["linear.weight"]}
 
 
-def test_layers_that_do_not_fit_are_refused_by_name_or_left_out() -> None:
+def test_sparsity_pattern__layers_that_do_not_fit_are_refused_by_name_or_left_out() -> None:
     layers, pattern = [LINEAR, CONV, ODD], Pattern.parse("2:4")
     with pytest.raises(
         InputError, match=r"2:4.*cannot fit odd\.weight, which has 6 inputs \(no multiple of 4\)"
@@ -92,7 +94,9 @@ def test_layers_that_do_not_fit_are_refused_by_name_or_left_out() -> None:
 
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "1x4"])
 @pytest.mark.parametrize("shape", [(3, 8), (2, 4, 3), (2, 8, 3, 2)])
-def test_flat_is_undone_by_shaped_one_at_a_time_or_batched(text: str, shape: tuple[int, ...]) -> None:
+def test_sparsity_pattern__flat_is_undone_by_shaped_one_at_a_time_or_batched(
+    text: str, shape: tuple[int, ...]
+) -> None:
     pattern = Pattern.parse(text)
     several = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
     flat = pattern.flat(several, batched=True)
@@ -104,7 +108,7 @@ def test_flat_is_undone_by_shaped_one_at_a_time_or_batched(text: str, shape: tup
         assert back.is_contiguous()
 
 
-def test_groups_are_neighbouring_inputs_of_one_output_and_one_kernel_position() -> None:
+def test_sparsity_pattern__groups_are_neighbouring_inputs_of_one_output_and_one_kernel_position() -> None:
     out, inputs, rows, columns = 2, 8, 3, 2
     weight = torch.arange(out * inputs * rows * columns).reshape(out, inputs, rows, columns)
     found = {frozenset(group.tolist()) for group in Pattern.parse("2:4").flat(weight).reshape(-1, 4)}
@@ -124,7 +128,9 @@ def test_groups_are_neighbouring_inputs_of_one_output_and_one_kernel_position() 
     dead=st.sampled_from([0, 0.4]),
 )
 @quick(60)
-def test_in_each_group_the_smallest_may_fall_and_the_dead_count(seed: int, text: str, dead: float) -> None:
+def test_sparsity_pattern__in_each_group_the_smallest_may_fall_and_the_dead_count(
+    seed: int, text: str, dead: float
+) -> None:
     pattern = Pattern.parse(text)
     random = torch.Generator().manual_seed(seed)
     magnitudes = torch.rand(6 * pattern.group, generator=random)
@@ -142,7 +148,7 @@ def test_in_each_group_the_smallest_may_fall_and_the_dead_count(seed: int, text:
         assert {place for place in places if free[place]} == {*gone, *living[:left]}
 
 
-def test_blocks_that_are_zero_in_part_are_refused_where_whole_ones_are_needed() -> None:
+def test_sparsity_pattern__blocks_that_are_zero_in_part_are_refused_where_whole_ones_are_needed() -> None:
     alive = torch.ones(16, dtype=torch.bool)
     alive[4:8] = False
     Pattern.parse("1x4").check_zeros("a.weight", alive)

@@ -63,14 +63,14 @@ def worth(model: nn.Module, kind: str) -> tuple[Channels, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_worth_is_the_sum_over_single_weights(kind: str) -> None:
+def test_channels__worth_is_the_sum_over_single_weights(kind: str) -> None:
     model = tiny_mlp()
     _, found = worth(model, kind)
     assert found.tolist() == pytest.approx(by_loops(model, kind), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["taylor", "fisher"])
-def test_a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind: str) -> None:
+def test_channels__a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind: str) -> None:
     model = tiny_mlp()
     with torch.no_grad():
         model.get_parameter("2.weight")[:, 2] = 0.0
@@ -87,7 +87,7 @@ def test_a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind: str) -> N
     assert torch.allclose(smaller(images), model(images), atol=1e-6)
 
 
-def test_magnitude_takes_no_gradients() -> None:
+def test_channels__magnitude_takes_no_gradients() -> None:
     def never() -> None:
         raise AssertionError("gradients were asked for")
 
@@ -105,7 +105,9 @@ def test_magnitude_takes_no_gradients() -> None:
         ("taylor", [[1.0, torch.inf]], "NaN or Inf"),
     ],
 )
-def test_bad_saliencies_are_refused(kind: str, gradient: list[list[float]] | None, says: str) -> None:
+def test_channels__bad_saliencies_are_refused(
+    kind: str, gradient: list[list[float]] | None, says: str
+) -> None:
     source = [] if gradient is None else [{"a": torch.tensor(gradient)}]
     if kind == "hessian":
         says = "must be one of magnitude, taylor, fisher"
@@ -113,13 +115,13 @@ def test_bad_saliencies_are_refused(kind: str, gradient: list[list[float]] | Non
         saliencies(kind, {"a": torch.ones(2)}, source)
 
 
-def test_of_equals_the_first_stay() -> None:
+def test_channels__of_equals_the_first_stay() -> None:
     assert most_important(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2).tolist() == [True, False, False, True]
 
 
 @quick(40)
 @given(st.integers(1, 4), st.integers(1, 6), st.data())
-def test_the_best_of_each_group_stay(groups: int, size: int, data: st.DataObject) -> None:
+def test_channels__the_best_of_each_group_stay(groups: int, size: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, size))
     values = data.draw(st.lists(st.integers(0, 9), min_size=groups * size, max_size=groups * size))
     stays = most_important(torch.tensor(values, dtype=torch.float64), keep, groups)
@@ -131,7 +133,9 @@ def test_the_best_of_each_group_stay(groups: int, size: int, data: st.DataObject
 
 @quick(40)
 @given(st.lists(st.booleans(), min_size=4, max_size=4), st.lists(st.booleans(), min_size=3, max_size=3))
-def test_slices_keep_their_order_and_zeros_their_places(rows: list[bool], columns: list[bool]) -> None:
+def test_channels__slices_keep_their_order_and_zeros_their_places(
+    rows: list[bool], columns: list[bool]
+) -> None:
     """Channels with two places each, as queries and keys have, and others along the second dimension."""
     weight = torch.arange(24.0).reshape(8, 3) + 1
     places = torch.tensor([[i, i + 4] for i in range(4)])
@@ -145,7 +149,7 @@ def test_slices_keep_their_order_and_zeros_their_places(rows: list[bool], column
     assert np.count_nonzero(zeroed) == weight.numpy()[mesh].size
 
 
-def test_two_groups_may_cut_the_same_dimension() -> None:
+def test_channels__two_groups_may_cut_the_same_dimension() -> None:
     cut = Cut({"w": torch.Size([4, 1])})
     for first, dropped in ((0, 0), (2, 1)):
         member = Member("w", 0, torch.tensor([[first], [first + 1]]))

@@ -24,7 +24,7 @@ def members(channels: Channels) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("architecture", "block"), [(VIT, "blocks.1"), (SWIN, "layers.1.blocks.0")])
-def test_an_mlp_and_an_attention(architecture: str, block: str) -> None:
+def test_dependency__an_mlp_and_an_attention(architecture: str, block: str) -> None:
     graph = ChannelDependencies(tiny(architecture)[0], IMAGES)
     assert members(graph.of(f"{block}.mlp.fc1")) == {
         f"{block}.mlp.fc1.weight": (0, 1),
@@ -42,7 +42,7 @@ def test_an_mlp_and_an_attention(architecture: str, block: str) -> None:
     assert places == tuple((channel, 16 + channel, 32 + channel) for channel in range(16))
 
 
-def test_the_embedding_of_a_vit_is_everywhere() -> None:
+def test_dependency__the_embedding_of_a_vit_is_everywhere() -> None:
     model = tiny(VIT)[0]
     found = members(ChannelDependencies(model, IMAGES).of("patch_embed.proj"))
     elsewhere = {name for name in dict(model.named_parameters()) if name not in found}
@@ -51,7 +51,7 @@ def test_the_embedding_of_a_vit_is_everywhere() -> None:
     assert found["cls_token"] == found["pos_embed"] == (2, 1)
 
 
-def test_layer_scales_and_other_tokens_are_coupled_too() -> None:
+def test_dependency__layer_scales_and_other_tokens_are_coupled_too() -> None:
     arguments = {**VIT_ARGS, "init_values": 0.1}
     scaled = timm.create_model(VIT, num_classes=3, **arguments)
     found = members(ChannelDependencies(scaled, IMAGES).of("patch_embed.proj"))
@@ -62,7 +62,7 @@ def test_layer_scales_and_other_tokens_are_coupled_too() -> None:
     assert found["head_dist.weight"] == (1, 1)
 
 
-def test_merged_patches_lie_beside_each_other() -> None:
+def test_dependency__merged_patches_lie_beside_each_other() -> None:
     """torch-pruning finds one place of a channel in a norm over four patches."""
     model = tiny(SWIN)[0]
     found = ChannelDependencies(model, IMAGES).of("patch_embed.proj")
@@ -78,7 +78,7 @@ def test_merged_patches_lie_beside_each_other() -> None:
     assert seen[0].flatten().nonzero().flatten().tolist() == norm.positions[5].tolist()
 
 
-def test_relative_positions_have_no_channels() -> None:
+def test_dependency__relative_positions_have_no_channels() -> None:
     model = tiny(SWIN)[0]
     graph = ChannelDependencies(model, IMAGES)
     roots = ["patch_embed.proj", "layers.1.downsample.reduction", "layers.0.blocks.0.attn.qkv"]
@@ -100,20 +100,20 @@ class _Merging(nn.Module):
         return merged
 
 
-def test_what_is_miscounted_is_an_error() -> None:
+def test_dependency__what_is_miscounted_is_an_error() -> None:
     graph = ChannelDependencies(_Merging(), IMAGES)
     with pytest.raises(InputError, match=r"merge\.weight.*torch-pruning finds no channel of its own"):
         graph.of("stem")
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_dependency__the_model_is_left_as_it_was() -> None:
     model = uneven()
     before = state(model)
     ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("patch_embed.proj")
     assert state(model) == before
 
 
-def test_it_works_where_nothing_is_differentiated() -> None:
+def test_dependency__it_works_where_nothing_is_differentiated() -> None:
     model = tiny_swin().requires_grad_(False)
     with torch.no_grad():
         found = ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("layers.0.blocks.0.mlp.fc1")
@@ -121,7 +121,9 @@ def test_it_works_where_nothing_is_differentiated() -> None:
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
-def test_without_torch_pruning_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependency__without_torch_pruning_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'espalier\[deploy\]'"):
         ChannelDependencies(tiny(VIT)[0], IMAGES)

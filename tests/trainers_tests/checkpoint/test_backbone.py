@@ -42,7 +42,7 @@ def sparse(folder: Path, architecture: str) -> tuple[nn.Module, dict[str, torch.
         (RESNET, {"out_indices": (2, 4)}),
     ],
 )
-def test_features_are_those_of_the_pruned_model(
+def test_backbone__features_are_those_of_the_pruned_model(
     architecture: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model, pruned = sparse(tmp_path / "m", architecture)

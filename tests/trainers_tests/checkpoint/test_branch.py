@@ -51,7 +51,7 @@ def donor(
     return means, log
 
 
-def test_moments_steps_and_draws_go_on_with_other_settings(
+def test_branch__moments_steps_and_draws_go_on_with_other_settings(
     donor: tuple[dict[str, Any], Log], files: dict[str, str]
 ) -> None:
     means, log = donor
@@ -81,7 +81,7 @@ def test_moments_steps_and_draws_go_on_with_other_settings(
     assert abs(session.masks.sparsity - 0.7) < 1e-3
 
 
-def test_equal_settings_end_with_the_bits_of_the_other_run(
+def test_branch__equal_settings_end_with_the_bits_of_the_other_run(
     donor: tuple[dict[str, Any], Log], files: dict[str, str], tmp_path: Path
 ) -> None:
     means, log = donor
@@ -93,7 +93,7 @@ def test_equal_settings_end_with_the_bits_of_the_other_run(
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["0.7"]
 
 
-def test_other_settings_end_elsewhere_and_go_on_from_their_own(
+def test_branch__other_settings_end_elsewhere_and_go_on_from_their_own(
     donor: tuple[dict[str, Any], Log], files: dict[str, str], tmp_path: Path
 ) -> None:
     means, log = donor
@@ -115,7 +115,7 @@ def test_other_settings_end_elsewhere_and_go_on_from_their_own(
         ({"batch_size": 10}, KEYS, r"training\.batch_size 8 there and 10 here"),
     ],
 )
-def test_what_may_not_differ_is_refused(
+def test_branch__what_may_not_differ_is_refused(
     training: dict[str, Any],
     differs: tuple[str, ...],
     says: str,
@@ -128,7 +128,7 @@ def test_what_may_not_differ_is_refused(
         Session.open(branched(files, {**means, **training}, checkpoint, differs), CPU, branch=checkpoint)
 
 
-def test_a_checkpoint_of_its_own_is_held_to_all_keys(
+def test_branch__a_checkpoint_of_its_own_is_held_to_all_keys(
     donor: tuple[dict[str, Any], Log], files: dict[str, str]
 ) -> None:
     means, log = donor
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_its_own_is_held_to_all_keys(
         Session.open(branched(files, {**means, "weight_decay": 0.1}, checkpoint), CPU, resume=checkpoint)
 
 
-def test_settings_of_the_groups_are_kept_where_they_are_asked_for() -> None:
+def test_branch__settings_of_the_groups_are_kept_where_they_are_asked_for() -> None:
     rest = {"plain": {}, "groups": [{"lr": 1.0, "weight_decay": 0.5, "step": 7, "betas": [0.9, 0.99]}]}
     new = [{"lr": 2.0, "weight_decay": 0.1, "betas": (0.9, 0.99), "params": [0]}]
     resumed = unflatten_optimizer({}, rest, new)["param_groups"][0]
@@ -146,7 +146,7 @@ def test_settings_of_the_groups_are_kept_where_they_are_asked_for() -> None:
     assert (own["lr"], own["weight_decay"], own["step"], own["params"]) == (2.0, 0.1, 7, [0])
 
 
-def test_an_origin_that_is_gone_or_damaged_is_named(
+def test_branch__an_origin_that_is_gone_or_damaged_is_named(
     donor: tuple[dict[str, Any], Log], files: dict[str, str], tmp_path: Path
 ) -> None:
     means, log = donor

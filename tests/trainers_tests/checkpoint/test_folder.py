@@ -35,7 +35,7 @@ def pruned_folder(folder: Path, architecture: str = VIT) -> tuple[Path, torch.nn
 
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
-def test_plain_timm_gives_the_same_outputs(architecture: str, tmp_path: Path) -> None:
+def test_folder__plain_timm_gives_the_same_outputs(architecture: str, tmp_path: Path) -> None:
     folder, model, _ = pruned_folder(tmp_path / "m", architecture)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_plain_timm_gives_the_same_outputs(architecture: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
-def test_what_is_saved_is_loaded(architecture: str, tmp_path: Path) -> None:
+def test_folder__what_is_saved_is_loaded(architecture: str, tmp_path: Path) -> None:
     folder, model, masks = pruned_folder(tmp_path / "m", architecture)
     for uri in (str(folder), f"file://{folder}"):
         loaded = load_checkpoint(uri)
@@ -60,7 +60,7 @@ def test_what_is_saved_is_loaded(architecture: str, tmp_path: Path) -> None:
     assert {key: content[key] for key in expected} == expected
 
 
-def test_a_dense_folder_has_no_masks(tmp_path: Path) -> None:
+def test_folder__a_dense_folder_has_no_masks(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "m")
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
@@ -70,7 +70,7 @@ def test_a_dense_folder_has_no_masks(tmp_path: Path) -> None:
     assert load_checkpoint(str(folder)).masks is None
 
 
-def test_the_record(tmp_path: Path) -> None:
+def test_folder__the_record(tmp_path: Path) -> None:
     folder, _, masks = pruned_folder(tmp_path / "m")
     record = json.loads((folder / "pruning.json").read_text())
     assert record["format"] == CHECKPOINT_FORMAT
@@ -80,7 +80,7 @@ def test_the_record(tmp_path: Path) -> None:
     assert {"python", "espalier", "torch", "timm"} <= set(record["versions"])
 
 
-def test_nothing_is_pickled(tmp_path: Path) -> None:
+def test_folder__nothing_is_pickled(tmp_path: Path) -> None:
     folder, _, masks = pruned_folder(tmp_path / "m")
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o044 == 0o044, f"{path.name} cannot be read by others"
@@ -95,7 +95,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert size_on_disk(folder) == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def test_masks_of_a_plain_timm_folder_are_its_zeros(tmp_path: Path) -> None:
+def test_folder__masks_of_a_plain_timm_folder_are_its_zeros(tmp_path: Path) -> None:
     folder, _, masks = pruned_folder(tmp_path / "m")
     (folder / "masks.safetensors").unlink()
     (folder / "pruning.json").unlink()
@@ -108,7 +108,7 @@ def test_masks_of_a_plain_timm_folder_are_its_zeros(tmp_path: Path) -> None:
     assert load_checkpoint(str(dense)).masks is None
 
 
-def test_masks_of_chosen_layers(tmp_path: Path) -> None:
+def test_folder__masks_of_chosen_layers(tmp_path: Path) -> None:
     folder, model, masks = pruned_folder(tmp_path / "m")
     (folder / "masks.safetensors").unlink()
     (folder / "pruning.json").unlink()
@@ -150,7 +150,7 @@ def flip(path: Path) -> None:
         ("model.safetensors", lambda path: path.write_bytes(b"PK" * 99), "model.safetensors is truncated"),
     ],
 )
-def test_damage_is_named(name: str, damage: object, says: str, tmp_path: Path) -> None:
+def test_folder__damage_is_named(name: str, damage: object, says: str, tmp_path: Path) -> None:
     folder, _, _ = pruned_folder(tmp_path / "m")
     damage(folder / name)  # type: ignore[operator]
     with pytest.raises(InputError, match=says) as error:
@@ -161,7 +161,7 @@ def test_damage_is_named(name: str, damage: object, says: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "masks.safetensors"])
-def test_a_file_of_another_checkpoint_is_foreign(name: str, tmp_path: Path) -> None:
+def test_folder__a_file_of_another_checkpoint_is_foreign(name: str, tmp_path: Path) -> None:
     folder, _, _ = pruned_folder(tmp_path / "m")
     other, _, _ = pruned_folder(tmp_path / "o", SWIN)
     shutil.copy(other / name, folder / name)
@@ -170,7 +170,7 @@ def test_a_file_of_another_checkpoint_is_foreign(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("changes", [{"architecture": "nothing_of_timm"}, {"model_args": {"depths": 3}}])
-def test_a_foreign_folder_that_timm_refuses(changes: dict[str, object], tmp_path: Path) -> None:
+def test_folder__a_foreign_folder_that_timm_refuses(changes: dict[str, object], tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "m")
     (folder / "pruning.json").unlink()
     edit_json(folder / "config.json", **changes)
@@ -178,7 +178,7 @@ def test_a_foreign_folder_that_timm_refuses(changes: dict[str, object], tmp_path
         load_checkpoint(str(folder))
 
 
-def test_weights_of_another_architecture(tmp_path: Path) -> None:
+def test_folder__weights_of_another_architecture(tmp_path: Path) -> None:
     folder, other = dense_folder(tmp_path / "m"), dense_folder(tmp_path / "o", SWIN)
     (folder / "pruning.json").unlink()
     shutil.copy(other / "model.safetensors", folder / "model.safetensors")
@@ -187,7 +187,7 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_masks_of_another_architecture(tmp_path: Path) -> None:
+def test_folder__masks_of_another_architecture(tmp_path: Path) -> None:
     folder, _, _ = pruned_folder(tmp_path / "m")
     other, _, _ = pruned_folder(tmp_path / "o", SWIN)
     (folder / "pruning.json").unlink()
@@ -196,7 +196,7 @@ def test_masks_of_another_architecture(tmp_path: Path) -> None:
         load_checkpoint(str(folder))
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_folder__no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load_checkpoint(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no such folder"):
@@ -218,7 +218,9 @@ class Far:
 
 
 @pytest.mark.parametrize(("answers", "says"), [(True, "no such f"), (False, "cannot be reached")])
-def test_what_is_not_there_far_away(answers: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder__what_is_not_there_far_away(
+    answers: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("trainers.storage", "trainers.sources.files"):
         monkeypatch.setattr(f"{module}.resolve", lambda uri, key: (Far(answers), uri))
     for call in (load_checkpoint, read_table):
@@ -228,14 +230,14 @@ def test_what_is_not_there_far_away(answers: bool, says: str, monkeypatch: pytes
         assert "\n" not in str(error.value)
 
 
-def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
+def test_folder__a_second_save_replaces_the_first(tmp_path: Path) -> None:
     folder, _, _ = pruned_folder(tmp_path / "m")
     model, arguments = tiny(VIT, seed=5)
     save_checkpoint(folder, model, model_args=arguments, masks=None, record={"method": "dense"})
     assert load_checkpoint(str(folder)).masks is None
 
 
-def test_a_figure_that_is_no_number_leaves_a_record_that_is_json(tmp_path: Path) -> None:
+def test_folder__a_figure_that_is_no_number_leaves_a_record_that_is_json(tmp_path: Path) -> None:
     model, arguments = tiny()
     figures = {"val_loss": float("nan"), "val_top1": 0.25, "losses": (1.0, float("inf"))}
     save_checkpoint(tmp_path / "one", model, model_args=arguments, masks=None, record={"figures": figures})

@@ -78,7 +78,7 @@ def load_packed() -> Callable[[str], nn.Module]:
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64])
-def test_every_bit_comes_back(kind: torch.dtype, tmp_path: Path) -> None:
+def test_packed__every_bit_comes_back(kind: torch.dtype, tmp_path: Path) -> None:
     """Also NaN with payloads (quiet and signalling), infinities, the least numbers, and both zeros."""
     size = torch.empty(0, dtype=kind).element_size()
     random = np.random.default_rng(0)
@@ -97,7 +97,7 @@ def test_every_bit_comes_back(kind: torch.dtype, tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_size < 0.5 * words.nbytes + 1500
 
 
-def test_the_bits_are_as_the_docstring_says(tmp_path: Path) -> None:
+def test_packed__the_bits_are_as_the_docstring_says(tmp_path: Path) -> None:
     weight = torch.zeros(3, 333)
     weight[0, 0], weight[0, 9], weight[2, 332] = 1.0, -0.0, 3.0
     write_packed(tmp_path / "file", {"w": weight}, None)
@@ -108,7 +108,7 @@ def test_the_bits_are_as_the_docstring_says(tmp_path: Path) -> None:
     assert planes == bytes(6) + bytes([0x80, 0x00, 0x40, 0x3F, 0x80, 0x40])  # 3f800000, 80000000, 40400000
 
 
-def test_what_packing_does_not_make_smaller_stays(tmp_path: Path) -> None:
+def test_packed__what_packing_does_not_make_smaller_stays(tmp_path: Path) -> None:
     full, almost, small = torch.ones(100, 100), torch.ones(100, 100), torch.zeros(8, 8)
     almost.view(-1)[:300] = 0.0  # 1,200 bytes less, 1,250 of bits more
     given = {"full": full, "almost": almost, "small": small, "none": torch.zeros(0, 4)}
@@ -117,7 +117,7 @@ def test_what_packing_does_not_make_smaller_stays(tmp_path: Path) -> None:
     assert same(given, read_packed(tmp_path / "file")[0])
 
 
-def test_masks_that_are_not_the_zeros(tmp_path: Path) -> None:
+def test_packed__masks_that_are_not_the_zeros(tmp_path: Path) -> None:
     """A kept weight may be zero by chance, a pruned one -0.0, and a pruned layer may stay dense."""
     weights = {name: torch.zeros(40, 40) for name in ("chance", "negative", "equal")}
     masks = {name: torch.zeros(40, 40, dtype=torch.bool) for name in (*weights, "dense")}
@@ -141,7 +141,7 @@ def test_masks_that_are_not_the_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_compressed_folder_is_the_same_model(
+def test_packed__a_compressed_folder_is_the_same_model(
     architecture: str, pattern: str, tmp_path: Path, load_packed: Callable[[str], nn.Module]
 ) -> None:
     source, model = pruned(tmp_path / "m", architecture, pattern)
@@ -167,7 +167,7 @@ def test_a_compressed_folder_is_the_same_model(
     )
 
 
-def test_three_quarters_of_zeros_take_less_than_thirty_percent(tmp_path: Path) -> None:
+def test_packed__three_quarters_of_zeros_take_less_than_thirty_percent(tmp_path: Path) -> None:
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 384, "depth": 4}
     model = timm.create_model(VIT, num_classes=3, **arguments)
     report = prune(model, "magnitude", 0.75)
@@ -180,7 +180,7 @@ def test_three_quarters_of_zeros_take_less_than_thirty_percent(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_and_nan(
+def test_packed__half_precision_and_nan(
     kind: torch.dtype, tmp_path: Path, load_packed: Callable[[str], nn.Module]
 ) -> None:
     """A foreign folder in another type: timm makes the same of it, packed or not."""
@@ -207,7 +207,7 @@ def test_half_precision_and_nan(
     assert result.sparsity == pytest.approx(0.75, abs=1e-3)
 
 
-def test_a_model_without_zeros(tmp_path: Path) -> None:
+def test_packed__a_model_without_zeros(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "m")
     assert packed(source, tmp_path / "c") == []
     loaded = load_checkpoint(str(tmp_path / "c"))
@@ -215,7 +215,7 @@ def test_a_model_without_zeros(tmp_path: Path) -> None:
     assert same(load_file(source / "model.safetensors"), dict(loaded.model.state_dict()))
 
 
-def test_plain_timm_finds_no_weights_in_it(tmp_path: Path) -> None:
+def test_packed__plain_timm_finds_no_weights_in_it(tmp_path: Path) -> None:
     """Its glob would take any file of a known ending, and for ``features_only`` none of the tensors in it."""
     source, _ = pruned(tmp_path / "m")
     packed(source, tmp_path / "c")
@@ -274,7 +274,7 @@ def deflated(numel: int) -> Tensor:
         (edited(lambda stored, about: None), "timm cannot load it"),  # the other layers are still packed
     ],
 )
-def test_damage_is_named(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+def test_packed__damage_is_named(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
     source, _ = pruned(tmp_path / "m")
     packed(source, tmp_path / "c")
     whole = (tmp_path / "c/pruning.json").read_text()

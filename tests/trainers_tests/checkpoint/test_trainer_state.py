@@ -35,7 +35,7 @@ NAMES += ["trainer.json"]
 
 @quick(60)
 @given(st.sampled_from(NAMES), st.integers(0, 10**9), st.integers(1, 255), st.booleans())
-def test_a_byte_flipped_or_the_end_cut_off(
+def test_trainer_state__a_byte_flipped_or_the_end_cut_off(
     saved: Path, name: str, where: int, change: int, cut: bool
 ) -> None:
     file = saved / name
@@ -54,7 +54,7 @@ def test_a_byte_flipped_or_the_end_cut_off(
     assert damage(saved) is None
 
 
-def test_a_file_that_is_missing(saved: Path, tmp_path: Path) -> None:
+def test_trainer_state__a_file_that_is_missing(saved: Path, tmp_path: Path) -> None:
     for name in NAMES:
         copy = tmp_path / name
         shutil.copytree(saved, copy)
@@ -71,14 +71,16 @@ def test_a_file_that_is_missing(saved: Path, tmp_path: Path) -> None:
         ({"epochs": 3}, {"sparsity": 0.8}, r"pruning\.sparsity 0\.7 there and 0\.8 here"),
     ],
 )
-def test_a_checkpoint_of_another_recipe(
+def test_trainer_state__a_checkpoint_of_another_recipe(
     training: dict[str, object], pruning: dict[str, object], says: str, files: dict[str, str], saved: Path
 ) -> None:
     with pytest.raises(InputError, match=says):
         run(make_job(files, training, pruning), lambda progress: None, CPU, resume=saved)
 
 
-def test_what_does_not_change_the_result_may_change(files: dict[str, str], saved: Path) -> None:
+def test_trainer_state__what_does_not_change_the_result_may_change(
+    files: dict[str, str], saved: Path
+) -> None:
     reports = []
     run(
         make_job(files, {"epochs": 3, "checkpoint_every": 1, "data_workers": 1}, {}, name="other"),

@@ -23,7 +23,7 @@ from trainers.sources.parquet import decode
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_every_kind_of_picture_goes_through(kind: str, tmp_path: Path) -> None:
+def test_arrow_store__every_kind_of_picture_goes_through(kind: str, tmp_path: Path) -> None:
     made, size = PICTURES[kind]
     uri = write(tmp_path / "a.parquet", cells([made()], [0]))
     image = decode(Store.open(uri).cell(0))
@@ -36,7 +36,7 @@ def test_every_kind_of_picture_goes_through(kind: str, tmp_path: Path) -> None:
     assert (augmented.shape, augmented.dtype) == ((16, 16, 3), torch.uint8)
 
 
-def test_wide_greys_keep_their_shades() -> None:
+def test_arrow_store__wide_greys_keep_their_shades() -> None:
     """Pillow alone would clip 16 bits at 255."""
     pixels = np.asarray(decode({"bytes": grey16(), "path": None}))[..., 0]
     assert np.abs(pixels - GRADIENT).max() <= 1
@@ -44,12 +44,12 @@ def test_wide_greys_keep_their_shades() -> None:
     assert np.abs(integers - GRADIENT).max() <= 1
 
 
-def test_a_rotated_picture_stands_upright() -> None:
+def test_arrow_store__a_rotated_picture_stands_upright() -> None:
     pixels = np.asarray(decode({"bytes": rotated(), "path": None}), dtype=float)[..., 0]
     assert np.abs(pixels - np.rot90(GRADIENT, 3)).mean() < 3
 
 
-def test_shards_are_one_store_that_travels_by_its_path(tmp_path: Path) -> None:
+def test_arrow_store__shards_are_one_store_that_travels_by_its_path(tmp_path: Path) -> None:
     for name, labels in (("a", [0, 1, 2]), ("b", [1]), ("c", [2, 0])):
         write(tmp_path / "shards" / f"{name}.parquet", table(labels, first=10 * ord(name)))
     store = Store.open(str(tmp_path / "shards"))
@@ -64,14 +64,14 @@ def test_shards_are_one_store_that_travels_by_its_path(tmp_path: Path) -> None:
     assert decode(store.cell(4)).tobytes() == decode(png(10 * ord("c"), shade=100)).tobytes()
 
 
-def test_a_store_follows_its_files(tmp_path: Path) -> None:
+def test_arrow_store__a_store_follows_its_files(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([0, 1]))
     assert len(Store.open(uri)) == 2
     write(tmp_path / "a.parquet", table([0, 1, 2]))
     assert len(Store.open(uri)) == 3
 
 
-def test_large_row_groups_and_small_ones(tmp_path: Path) -> None:
+def test_arrow_store__large_row_groups_and_small_ones(tmp_path: Path) -> None:
     labels = [i % 7 for i in range(600)]
     made = table(labels)
     store = Store.open(write(tmp_path / "a.parquet", made, row_group_size=11))
@@ -87,12 +87,12 @@ def faulty(tmp_path: Path) -> str:
     return write(tmp_path / "a.parquet", cells(contents, [0, 1, 2, 0, None, 2]))
 
 
-def test_a_row_without_a_label_is_named(faulty: str) -> None:
+def test_arrow_store__a_row_without_a_label_is_named(faulty: str) -> None:
     with pytest.raises(InputError, match=r"a\.parquet, row 4 has no label"):
         Store.open(faulty, key="data.train")
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_arrow_store__a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", cells([png(0), BROKEN, None], [0, 1, 2]))
     images = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")
     for row in (1, 2):
@@ -100,7 +100,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
             images[row]
 
 
-def test_skipped_the_next_takes_its_place(faulty: str) -> None:
+def test_arrow_store__skipped_the_next_takes_its_place(faulty: str) -> None:
     settings = DataSettings(train=faulty, validation=faulty, bad_images="skip")
     images = datasets.split(settings, "train", datasets.eval_transform(CONFIG), 0)
     assert images.store.left_out == ["a.parquet, row 4: no label"]
@@ -109,7 +109,7 @@ def test_skipped_the_next_takes_its_place(faulty: str) -> None:
     assert [training[Sample(i, 0)][2:] for i in range(5)] == [(0, 0), (2, 1), (2, 0), (2, 1), (2, 0)]
 
 
-def test_a_truncated_shard(tmp_path: Path) -> None:
+def test_arrow_store__a_truncated_shard(tmp_path: Path) -> None:
     write(tmp_path / "shards" / "a.parquet", table([0, 1]))
     whole = Path(write(tmp_path / "shards" / "b.parquet", table([0, 1])))
     whole.write_bytes(whole.read_bytes()[:-50])
@@ -123,7 +123,7 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
         Store.open(str(tmp_path / "shards"), tolerant=True)
 
 
-def test_a_damaged_row_group(tmp_path: Path) -> None:
+def test_arrow_store__a_damaged_row_group(tmp_path: Path) -> None:
     """What was read before it stays, if the recipe is tolerant."""
     labels = [i % 3 for i in range(600)]
     file = Path(write(tmp_path / "a.parquet", table(labels), row_group_size=300, compression="zstd"))
@@ -138,7 +138,7 @@ def test_a_damaged_row_group(tmp_path: Path) -> None:
     assert len(store.left_out) == 1
 
 
-def test_no_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrow_store__no_room_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = write(tmp_path / "a.parquet", table([0]))
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "file"))

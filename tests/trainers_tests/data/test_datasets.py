@@ -57,34 +57,34 @@ def part(settings: DataSettings, name: str, seed: int = 0) -> list[int]:
     return labels(datasets.split(settings, name, datasets.eval_transform(CONFIG), seed))
 
 
-def test_a_part_of_train_is_held_out(files: DataSettings) -> None:
+def test_datasets__a_part_of_train_is_held_out(files: DataSettings) -> None:
     train, validation = part(files, "train"), part(files, "validation")
     assert sorted(train + validation) == list(range(COUNT))
     assert len(validation) == round(0.2 * COUNT)
 
 
-def test_the_split_is_fixed_by_the_seed(files: DataSettings) -> None:
+def test_datasets__the_split_is_fixed_by_the_seed(files: DataSettings) -> None:
     assert part(files, "validation", 3) == part(files, "validation", 3)
     assert part(files, "validation", 3) != part(files, "validation", 4)
 
 
-def test_validation_files_leave_train_whole(files: DataSettings) -> None:
+def test_datasets__validation_files_leave_train_whole(files: DataSettings) -> None:
     given_files = files.model_copy(update={"validation": files.test})
     assert part(given_files, "train") == list(range(COUNT))
     assert part(given_files, "validation") == part(given_files, "test") == [0, 1]
 
 
-def test_one_image_is_held_out_at_least(tmp_path: Path) -> None:
+def test_datasets__one_image_is_held_out_at_least(tmp_path: Path) -> None:
     few = DataSettings(train=write(tmp_path / "a.parquet", table([0, 1, 2])), holdout=0.01)
     assert len(part(few, "validation")) == 1
 
 
-def test_no_test_images(tmp_path: Path) -> None:
+def test_datasets__no_test_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.test"):
         part(DataSettings(train=write(tmp_path / "a.parquet", table([0]))), "test")
 
 
-def test_pixels_are_those_of_the_image(tmp_path: Path) -> None:
+def test_datasets__pixels_are_those_of_the_image(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([1]))
     image, label = datasets.images(uri, datasets.eval_transform(CONFIG), key="data")[0]
     expected = (
@@ -103,7 +103,7 @@ def training_pixels(
     return normalise(torch.stack(pixels), torch.stack(rectangles))
 
 
-def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> None:
+def test_datasets__training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> None:
     image = datasets.decode(png(0))
     assert torch.equal(training_pixels(image, AugmentSettings())[0], datasets.eval_transform(CONFIG)(image))
 
@@ -118,7 +118,7 @@ def test_training_without_augmentation_sees_the_same_pixels(tmp_path: Path) -> N
         {"erasing": 1.0},
     ],
 )
-def test_augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]) -> None:
+def test_datasets__augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]) -> None:
     image = datasets.decode(png(0))
 
     def seen(seed: int) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_augmentations_change_pixels_and_follow_the_seed(augment: dict[str, Any]
     assert any(not torch.allclose(image, plain, atol=1e-6) for image in seen(0))
 
 
-def test_pixels_are_erased_as_torchvision_does() -> None:
+def test_datasets__pixels_are_erased_as_torchvision_does() -> None:
     """The same draws, the same rectangle: on normalised images, after all else."""
     image = datasets.decode(png(0))
     theirs = transforms.Compose([datasets.eval_transform(CONFIG), transforms.RandomErasing(0.7)])
@@ -142,7 +142,7 @@ def test_pixels_are_erased_as_torchvision_does() -> None:
     assert 5 < sum(bool((image == 0).any()) for image in expected) < 20
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+def test_datasets__an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     content = table([0, 1]).to_pydict()
     content["image"][1] = {"bytes": b"nothing", "path": "x"}
     broken = pa.table({"image": pa.array(content["image"], IMAGES), "label": content["label"]})
@@ -154,7 +154,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 
 @quick(60)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5))
-def test_together_the_workers_see_each_image_once(count: int, batch: int, world: int) -> None:
+def test_datasets__together_the_workers_see_each_image_once(count: int, batch: int, world: int) -> None:
     loaders = [datasets.eval_loader(Numbers(count), batch, rank, world) for rank in range(world)]
     seen = [label for loader in loaders for _, batch_of in loader for label in batch_of.tolist()]
     assert Counter(seen) == Counter(range(count))
@@ -162,7 +162,7 @@ def test_together_the_workers_see_each_image_once(count: int, batch: int, world:
 
 @quick(60)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 12), st.integers(1, 4), st.integers(0, 99))
-def test_fixed_batches_are_the_same_for_any_number_of_workers(
+def test_datasets__fixed_batches_are_the_same_for_any_number_of_workers(
     size: int, batch: int, count: int, world: int, seed: int
 ) -> None:
     def batches(rank: int, world: int) -> list[list[int]]:
@@ -177,7 +177,7 @@ def test_fixed_batches_are_the_same_for_any_number_of_workers(
     assert len(set(flat[:size])) == min(size, len(flat))  # no image twice before all were seen
 
 
-def test_shared_memory_that_is_too_small_is_told_before_training(
+def test_datasets__shared_memory_that_is_too_small_is_told_before_training(
     files: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three processes hold two batches of eight images of 16×16 each: 36,864 bytes; Docker gives little."""

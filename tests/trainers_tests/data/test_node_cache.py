@@ -51,7 +51,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_a_checkpoint_far_away_is_read_once(tmp_path: Path, copied: list[str]) -> None:
+def test_node_cache__a_checkpoint_far_away_is_read_once(tmp_path: Path, copied: list[str]) -> None:
     """By a run whose teacher is the dense model too, by the next run on this machine, and by trials."""
     files = make_files(tmp_path)
     dense_folder(tmp_path / "far/dense")
@@ -70,7 +70,7 @@ def test_a_checkpoint_far_away_is_read_once(tmp_path: Path, copied: list[str]) -
     assert torch.equal(result.get_parameter("head.weight"), second.get_parameter("head.weight"))
 
 
-def test_what_a_killed_process_left_is_no_copy(
+def test_node_cache__what_a_killed_process_left_is_no_copy(
     tmp_path: Path, copied: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense_folder(tmp_path / "far/dense")
@@ -85,7 +85,7 @@ def test_what_a_killed_process_left_is_no_copy(
     verify(node_copy("far://dense"), "far://dense")
 
 
-def test_local_folders_are_used_where_they_are(tmp_path: Path, cache: Path) -> None:
+def test_node_cache__local_folders_are_used_where_they_are(tmp_path: Path, cache: Path) -> None:
     assert node_copy(str(tmp_path)) == tmp_path
     assert not cache.exists()
 
@@ -102,7 +102,7 @@ def held_out(folder: Path, side: int = 16) -> tuple[datasets.ImageTable, dict[st
 
 
 @pytest.mark.parametrize("side", [16, 23])  # as it is, and resized and cropped
-def test_pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
+def test_node_cache__pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
     images, config = held_out(tmp_path, side)
     config |= {"crop_pct": 0.9}
     images = datasets.ImageTable(images.store, datasets.eval_transform(config), images._rows)
@@ -116,7 +116,7 @@ def test_pixels_are_those_of_timm_to_the_bit(side: int, tmp_path: Path) -> None:
     assert torch.equal(next(pixels.batches(5, 7, 4))[0], result[5:])
 
 
-def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_cache__they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     monkeypatch.setattr(datasets, "decode", lambda cell: decoded.append(1) or decode(cell))
     images, config = held_out(tmp_path)
@@ -132,7 +132,7 @@ def test_they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(list((tmp_path / "cache/pixels").glob("*/images.npy"))) == 3
 
 
-def test_a_notice_saves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_cache__a_notice_saves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked at each look; a second machine that goes is another notice."""
     monkeypatch.setattr(gradual, "_CLOCK_STEPS", 1)
     monkeypatch.setattr(gradual, "_ASK_SECONDS", -1.0)
@@ -143,7 +143,7 @@ def test_a_notice_saves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(log.saved) == [2, 6, 28]
 
 
-def test_a_compressed_folder_can_still_become_int8(tmp_path: Path) -> None:
+def test_node_cache__a_compressed_folder_can_still_become_int8(tmp_path: Path) -> None:
     """What training for INT8 found out lies beside the weights."""
     model, arguments = tiny()
     ranges = {"blocks.0.attn.qkv.input.min": torch.tensor(-1.5)}

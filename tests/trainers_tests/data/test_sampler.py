@@ -33,7 +33,7 @@ def joined(workers: list[list[list[Sample]]], step: int, size: int, batch: int) 
 
 @quick(150)
 @given(SIZES, st.integers(1, 4), st.integers(0, 5))
-def test_workers_share_the_batches_of_one(sizes: tuple[int, int], world: int, number: int) -> None:
+def test_sampler__workers_share_the_batches_of_one(sizes: tuple[int, int], world: int, number: int) -> None:
     size, batch = sizes
     alone, shared = epoch(size, batch, 1, number)[0], epoch(size, batch, world, number)
     assert [sorted(batch) for batch in alone] == [
@@ -46,7 +46,7 @@ def test_workers_share_the_batches_of_one(sizes: tuple[int, int], world: int, nu
 
 @quick(100)
 @given(SIZES, st.integers(1, 4), st.integers(0, 20))
-def test_an_epoch_goes_on_where_it_was(sizes: tuple[int, int], world: int, step: int) -> None:
+def test_sampler__an_epoch_goes_on_where_it_was(sizes: tuple[int, int], world: int, step: int) -> None:
     whole = epoch(*sizes, world, 2)
     rest = epoch(*sizes, world, 2, start=step)
     assert rest == [worker[step:] for worker in whole]
@@ -54,7 +54,7 @@ def test_an_epoch_goes_on_where_it_was(sizes: tuple[int, int], world: int, step:
 
 @quick(100)
 @given(SIZES, st.integers(1, 4))
-def test_shares_add_up_to_the_mean_over_the_batch(sizes: tuple[int, int], world: int) -> None:
+def test_sampler__shares_add_up_to_the_mean_over_the_batch(sizes: tuple[int, int], world: int) -> None:
     """Σ over workers of share·(their mean) / world is the mean over all images."""
     size, batch = sizes
     samplers = [EpochBatches(size, batch, rank=rank, world=world, seed=3) for rank in range(world)]
@@ -68,11 +68,11 @@ def test_shares_add_up_to_the_mean_over_the_batch(sizes: tuple[int, int], world:
         assert sum(sums) == pytest.approx(sum(rows) / len(rows))
 
 
-def test_epochs_are_shuffled_anew() -> None:
+def test_sampler__epochs_are_shuffled_anew() -> None:
     assert epoch(40, 8, 1, 0) != epoch(40, 8, 1, 1)
     assert epoch(40, 8, 1, 1) == epoch(40, 8, 1, 1)
 
 
-def test_a_batch_that_is_smaller_than_the_workers() -> None:
+def test_sampler__a_batch_that_is_smaller_than_the_workers() -> None:
     with pytest.raises(InputError, match=r"training\.batch_size = 3, .*4 workers|at least one for each of 4"):
         EpochBatches(10, 3, rank=0, world=4)

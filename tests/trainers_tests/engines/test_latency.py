@@ -34,7 +34,7 @@ def target(engine: str, batch: int = 1) -> Target:
     return Target(Choice.parse(engine), Placement(1), batch)
 
 
-def test_layers_are_known_by_what_they_multiply() -> None:
+def test_latency__layers_are_known_by_what_they_multiply() -> None:
     """A ViT's for each of 4 patches and the class; a Swin's for a quarter of them in each stage."""
     model, _ = tiny(VIT)
     shapes = linear_shapes(model, find_layers(model))
@@ -49,7 +49,7 @@ def test_layers_are_known_by_what_they_multiply() -> None:
     assert shapes["layers.1.blocks.0.mlp.fc1.weight"] == LinearShape(64, 16, 4)
 
 
-def test_convolutions_are_a_part_of_the_rest() -> None:
+def test_latency__convolutions_are_a_part_of_the_rest() -> None:
     model = timm.create_model("resnet10t", num_classes=3)
     layers = find_layers(model)
     assert layers
@@ -59,7 +59,7 @@ def test_convolutions_are_a_part_of_the_rest() -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4"])
 @quick(30)
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(0.0, 0.99), st.integers(0, 5))
-def test_zeros_are_as_many_as_asked_and_keep_the_pattern(
+def test_latency__zeros_are_as_many_as_asked_and_keep_the_pattern(
     pattern: str, outputs: int, groups: int, sparsity: float, seed: int
 ) -> None:
     form = Pattern.parse(pattern)
@@ -75,13 +75,13 @@ def test_zeros_are_as_many_as_asked_and_keep_the_pattern(
         assert set(each) == {2}
 
 
-def test_a_pattern_that_leads_to_one_sparsity_is_timed_there() -> None:
+def test_latency__a_pattern_that_leads_to_one_sparsity_is_timed_there() -> None:
     assert sparsities(Pattern.parse("2:4")) == (0.0, 0.5)
     assert sparsities(Pattern.parse("1x4")) == LAYER_SPARSITIES
 
 
 @pytest.mark.parametrize("engine", ["csr", "torch", "onnxruntime", "openvino"])
-def test_a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path) -> None:
+def test_latency__a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path) -> None:
     shape = LinearShape(12, 8, 5)
     weight = pruned_at(shape, 0.9, UNSTRUCTURED, np.random.default_rng(0))
     choice = Choice.parse(engine)
@@ -92,7 +92,9 @@ def test_a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_engines_that_read_files(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency__engines_that_read_files(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(latency, "sparsities", lambda pattern, free=(): (0.0, 0.9))
     folder = dense_folder(tmp_path / "dense")
     shapes = {"blocks.0.attn.qkv.weight": LinearShape(48, 16, 5)}
@@ -105,7 +107,7 @@ def test_engines_that_read_files(engine: str, tmp_path: Path, monkeypatch: pytes
     assert min(curve.seconds) > 0
 
 
-def test_an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
+def test_latency__an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "dense")
     broken = Target(Choice("csr", "nothing"), Placement(1), 1)
     with pytest.raises(RuntimeError, match="csr:nothing cannot be timed") as raised:
@@ -114,7 +116,7 @@ def test_an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", "csr"])
-def test_a_table_foretells_what_a_vit_takes(
+def test_latency__a_table_foretells_what_a_vit_takes(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of one with 95 % zeros within a factor of 3, as the machine may be busy."""

@@ -34,7 +34,7 @@ def tables(draw: st.DrawFn) -> LatencyTable:
 
 @quick(100)
 @given(curves(), st.floats(0.0, 1.0))
-def test_a_curve_is_exact_where_it_was_measured_and_between_its_neighbours_elsewhere(
+def test_latency_table__a_curve_is_exact_where_it_was_measured_and_between_its_neighbours_elsewhere(
     curve: Curve, part: float
 ) -> None:
     known = list(zip(curve.sparsities, curve.seconds, strict=True))
@@ -45,7 +45,7 @@ def test_a_curve_is_exact_where_it_was_measured_and_between_its_neighbours_elsew
     assert curve.at(1.0) == curve.seconds[-1]
 
 
-def test_a_curve_that_rises_stays_as_it_was_measured() -> None:
+def test_latency_table__a_curve_that_rises_stays_as_it_was_measured() -> None:
     """An engine that is slower with a few zeros than with none is told so."""
     curve = Curve((0.0, 0.5, 0.9), (1.0, 3.0, 0.5))
     assert curve.at(0.25) == 2.0
@@ -56,20 +56,20 @@ def test_a_curve_that_rises_stays_as_it_was_measured() -> None:
     ("sparsities", "seconds"),
     [((), ()), ((0.0, 0.5), (1.0,)), ((0.5, 0.0), (1.0, 1.0)), ((0.5, 0.5), (1, 1))],
 )
-def test_no_curve(sparsities: tuple[float, ...], seconds: tuple[float, ...]) -> None:
+def test_latency_table__no_curve(sparsities: tuple[float, ...], seconds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"curve|ascend"):
         Curve(sparsities, seconds)
 
 
 @quick(100)
 @given(tables())
-def test_json_keeps_every_bit(table: LatencyTable) -> None:
+def test_latency_table__json_keeps_every_bit(table: LatencyTable) -> None:
     assert LatencyTable.from_json(json.loads(json.dumps(table.as_json()))) == table
 
 
 @quick(100)
 @given(tables(), st.data())
-def test_a_model_is_its_layers_and_a_rest_that_is_never_negative(
+def test_latency_table__a_model_is_its_layers_and_a_rest_that_is_never_negative(
     table: LatencyTable, data: st.DataObject
 ) -> None:
     assert min(table.rest.seconds) >= 0
@@ -91,7 +91,7 @@ def test_a_model_is_its_layers_and_a_rest_that_is_never_negative(
 
 @given(tables())
 @quick(20)
-def test_what_is_no_table_is_refused(table: LatencyTable) -> None:
+def test_latency_table__what_is_no_table_is_refused(table: LatencyTable) -> None:
     content = table.as_json()
     assume(content["curves"])
     for broken in (

@@ -38,7 +38,7 @@ def images(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_answers_and_is_timed(
+def test_process__it_answers_and_is_timed(
     folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a folder of this name where the command is typed is another project's
@@ -60,14 +60,14 @@ def test_it_answers_and_is_timed(
         assert process.seconds(1, 1) > 0, "a question that failed ends nothing"
 
 
-def test_what_cannot_be_loaded_is_said_in_a_line(images: Path, tmp_path: Path) -> None:
+def test_process__what_cannot_be_loaded_is_said_in_a_line(images: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError) as error:
         EngineProcess(TORCH, tmp_path / "none", ALONE, images)
     assert "no such folder" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_engine_that_dies_says_how(
+def test_process__an_engine_that_dies_says_how(
     folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "python"
@@ -81,13 +81,13 @@ def test_an_engine_that_dies_says_how(
         EngineProcess(TORCH, folder, ALONE, images)
 
 
-def test_peak_memory_is_of_this_process() -> None:
+def test_process__peak_memory_is_of_this_process() -> None:
     before = peak_memory()
     held = np.ones(30_000_000)
     assert peak_memory() - before > 0.8 * held.nbytes or before > 1e9
 
 
-def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
+def test_process__openvino_sends_nothing_home(tmp_path: Path) -> None:
     """Its tools, and NNCF's, note a client's number in the home folder before they send anything."""
     script = (
         "from trainers.optional_imports import import_openvino; import_openvino(); import nncf; "
@@ -101,7 +101,7 @@ def test_openvino_sends_nothing_home(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*cid*"))
 
 
-def test_openvino_leaves_signals_alone() -> None:
+def test_process__openvino_leaves_signals_alone() -> None:
     """On processors with AVX-512 a second ``Core`` that went after the first left a freed signal stack."""
     script = (
         "import gc, os, signal; from trainers.optional_imports import openvino_core; "
@@ -125,7 +125,7 @@ def test_openvino_leaves_signals_alone() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 4, 5)])
-def test_sparse_rows_compute_the_same(bias: bool, shape: tuple[int, ...]) -> None:
+def test_process__sparse_rows_compute_the_same(bias: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(5, 9, bias=bias)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_sparse_rows_compute_the_same(bias: bool, shape: tuple[int, ...]) -> Non
     assert torch.allclose(SparseRows(dense)(inputs), dense(inputs), atol=1e-6)
 
 
-def test_csr_runs_a_pruned_model(tmp_path: Path) -> None:
+def test_process__csr_runs_a_pruned_model(tmp_path: Path) -> None:
     from trainers.checkpoint.folder import save_checkpoint
 
     model, arguments = tiny()
@@ -159,7 +159,7 @@ def test_csr_runs_a_pruned_model(tmp_path: Path) -> None:
     assert np.allclose(run(pictures), expected, atol=1e-5)
 
 
-def test_2_of_4_is_known() -> None:
+def test_process__2_of_4_is_known() -> None:
     layer = nn.Linear(64, 32)
     assert not keeps_2_of_4(layer)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_2_of_4_is_known() -> None:
     assert not keeps_2_of_4(narrow)
 
 
-def test_pictures_are_the_same_bits_everywhere() -> None:
+def test_process__pictures_are_the_same_bits_everywhere() -> None:
     about = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.25] * 3}
     pictures = pattern_images(about, 6)
     assert pictures.dtype == np.float32

@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", JOBS)
-def test_workers_train_as_one(kind: str, files: dict[str, str], tmp_path: Path) -> None:
+def test_ddp__workers_train_as_one(kind: str, files: dict[str, str], tmp_path: Path) -> None:
     alone = Log(tmp_path / "alone")
     run(job(kind, files), alone, CPU)
     expected = torch.tensor([loss for row in alone.metrics for loss in row["step_loss"]])

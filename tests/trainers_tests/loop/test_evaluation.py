@@ -31,7 +31,7 @@ LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0], [0.0, 0.5
 LABELS = torch.tensor([0, 1, 0, 0, 1])
 
 
-def test_by_hand() -> None:
+def test_evaluation__by_hand() -> None:
     losses = [math.log(1 + math.exp(-x)) for x in (2.0, 1.0, -3.0, 1.0, 0.5)]
     result = evaluate(Given(), [(LOGITS[:2], LABELS[:2]), (LOGITS[2:], LABELS[2:])])
     assert result.top1 == pytest.approx(4 / 5)
@@ -39,7 +39,7 @@ def test_by_hand() -> None:
     assert result.images == 5
 
 
-def test_uneven_batches_count_by_image() -> None:
+def test_evaluation__uneven_batches_count_by_image() -> None:
     first = evaluate(Given(), [(LOGITS, LABELS)])
     many = evaluate(Given(), [(LOGITS[i : i + 1], LABELS[i : i + 1]) for i in range(5)])
     assert first.top1 == many.top1
@@ -47,7 +47,7 @@ def test_uneven_batches_count_by_image() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_eval_mode_and_no_gradients(training: bool) -> None:
+def test_evaluation__eval_mode_and_no_gradients(training: bool) -> None:
     model = Given().train(training)
     evaluate(model, [(LOGITS, LABELS)])
     assert model.modes == [False]
@@ -55,7 +55,7 @@ def test_eval_mode_and_no_gradients(training: bool) -> None:
     assert model.weight.grad is None
 
 
-def test_nothing_to_evaluate() -> None:
+def test_evaluation__nothing_to_evaluate() -> None:
     with pytest.raises(ValueError, match="no images"):
         evaluate(Given(), [])
 
@@ -67,7 +67,9 @@ def test_nothing_to_evaluate() -> None:
     ),
     st.lists(st.floats(0.0, 1e6), min_size=2, max_size=2),
 )
-def test_one_more_right_image_beats_any_loss(counts: tuple[int, list[int]], losses: list[float]) -> None:
+def test_evaluation__one_more_right_image_beats_any_loss(
+    counts: tuple[int, list[int]], losses: list[float]
+) -> None:
     images, right = counts
     first, second = (Evaluation(r / images, loss, images) for r, loss in zip(right, losses, strict=True))
     if right[0] > right[1]:

@@ -120,7 +120,7 @@ def zeros(model: nn.Module, session: Session) -> int:
 @pytest.mark.parametrize(
     "what", [(VIT, "dimap"), (VIT, "ovit"), (SWIN, "magnitude"), (SWIN, "ovit")], ids=":".join
 )
-def test_a_gradual_run(
+def test_gradual__a_gradual_run(
     what: tuple[str, str],
     files: dict[str, str],
     dense: dict[str, str],
@@ -167,7 +167,7 @@ def _costs_fall(metrics: list[dict[str, Any]], numel: int) -> None:
     )
 
 
-def test_the_rate_jumps_with_each_pruning_step(
+def test_gradual__the_rate_jumps_with_each_pruning_step(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path
 ) -> None:
     log = Log(tmp_path)
@@ -182,7 +182,7 @@ def test_the_rate_jumps_with_each_pruning_step(
     assert all(1e-4 <= rate <= 2e-3 + 1e-12 for rate in flat)
 
 
-def test_pruned_weights_have_no_moments(
+def test_gradual__pruned_weights_have_no_moments(
     files: dict[str, str], dense: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right after a pruning step the optimizer knows nothing of what fell."""
@@ -208,7 +208,7 @@ def test_pruned_weights_have_no_moments(
 
 @pytest.mark.parametrize("method", ["dimap", "ovit", None])
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_resumed_run_ends_as_the_undisturbed_one(
+def test_gradual__a_resumed_run_ends_as_the_undisturbed_one(
     method: str | None, at: int, files: dict[str, str], dense: dict[str, str], tmp_path: Path
 ) -> None:
     """Bit for bit, on one CPU thread: weights, masks, the optimizer and all that is reported."""
@@ -224,7 +224,9 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
-def test_a_run_that_goes_on_says_its_last_report_again(files: dict[str, str], tmp_path: Path) -> None:
+def test_gradual__a_run_that_goes_on_says_its_last_report_again(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     """Whoever compares runs by it may have been killed when it was said."""
     whole, rest = Log(tmp_path / "whole"), Log(tmp_path / "rest")
     run(job(files, None, None), whole, CPU, repeat=True)
@@ -233,7 +235,7 @@ def test_a_run_that_goes_on_says_its_last_report_again(files: dict[str, str], tm
     assert rest.metrics == whole.metrics[1:]
 
 
-def test_the_same_seed_gives_the_same_run(files: dict[str, str], tmp_path: Path) -> None:
+def test_gradual__the_same_seed_gives_the_same_run(files: dict[str, str], tmp_path: Path) -> None:
     logs = [Log(tmp_path / str(number)) for number in range(3)]
     for log, seed in zip(logs, (4, 4, 5), strict=True):
         run(job(files, None, None, seed=seed, training={"epochs": 2}), log, CPU)
@@ -241,7 +243,7 @@ def test_the_same_seed_gives_the_same_run(files: dict[str, str], tmp_path: Path)
     assert logs[0].metrics != logs[2].metrics
 
 
-def test_dense_training_learns(files: dict[str, str], tmp_path: Path) -> None:
+def test_gradual__dense_training_learns(files: dict[str, str], tmp_path: Path) -> None:
     log = Log(tmp_path)
     training = {"epochs": 12, "augment": {}, "lr": {"kind": "cosine", "peak": 1e-2, "warmup_epochs": 1}}
     run(job(files, None, None, training=training), log, CPU)
@@ -254,7 +256,7 @@ def test_dense_training_learns(files: dict[str, str], tmp_path: Path) -> None:
     assert not (log.saved[12] / "masks.safetensors").exists()
 
 
-def test_a_searched_allocation_is_met_to_the_weight(
+def test_gradual__a_searched_allocation_is_met_to_the_weight(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path, sessions: list[Session]
 ) -> None:
     model = timm.create_model(f"local-dir:{dense[VIT]}", pretrained=True)
@@ -272,7 +274,7 @@ def test_a_searched_allocation_is_met_to_the_weight(
     assert record["figures"]["val_top1"] == log.metrics[-1]["val_top1"]
 
 
-def test_an_allocation_of_another_sparsity_is_no_silent_one(
+def test_gradual__an_allocation_of_another_sparsity_is_no_silent_one(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path
 ) -> None:
     layers = find_layers(timm.create_model(f"local-dir:{dense[VIT]}", pretrained=True))
@@ -303,7 +305,7 @@ def sparse(dense: dict[str, str], tmp_path: Path) -> tuple[str, dict[str, torch.
 
 
 @pytest.mark.parametrize("layers", [None, {"MLP": [r"mlp\.fc\d"]}], ids=["all", "of the MLPs alone"])
-def test_zeros_of_before_stay_zero_through_training(
+def test_gradual__zeros_of_before_stay_zero_through_training(
     files: dict[str, str],
     sparse: tuple[str, dict[str, torch.Tensor]],
     tmp_path: Path,
@@ -325,7 +327,7 @@ def test_zeros_of_before_stay_zero_through_training(
     assert log.metrics[-1]["sparsity"] == pytest.approx(TARGET, abs=1e-3)
 
 
-def test_no_allocation_brings_zeros_back(
+def test_gradual__no_allocation_brings_zeros_back(
     files: dict[str, str], sparse: tuple[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     checkpoint, zeros = sparse
@@ -370,7 +372,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     return at
 
 
-def test_a_loss_that_is_nan_ends_the_run(
+def test_gradual__a_loss_that_is_nan_ends_the_run(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
 ) -> None:
     """Step, layer and images are named, and the weights of before are those of the last checkpoint."""
@@ -384,7 +386,7 @@ def test_a_loss_that_is_nan_ends_the_run(
     assert len(log.metrics) == 1
 
 
-def test_steps_that_are_not_finite_may_be_left_out(
+def test_gradual__steps_that_are_not_finite_may_be_left_out(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
 ) -> None:
     poisoned({7, 9})
@@ -395,7 +397,7 @@ def test_steps_that_are_not_finite_may_be_left_out(
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_too_many_steps_that_are_not_finite(
+def test_gradual__too_many_steps_that_are_not_finite(
     files: dict[str, str], dense: dict[str, str], tmp_path: Path, poisoned: Callable[[set[int]], None]
 ) -> None:
     poisoned(set(range(5, 30)))
@@ -404,21 +406,21 @@ def test_too_many_steps_that_are_not_finite(
 
 
 @pytest.mark.parametrize("mixing", [{"mixup": 0.5}, {"cutmix": 1.0}])
-def test_mixed_images(mixing: dict[str, float], files: dict[str, str], tmp_path: Path) -> None:
+def test_gradual__mixed_images(mixing: dict[str, float], files: dict[str, str], tmp_path: Path) -> None:
     training = {"epochs": 1, "augment": mixing, "label_smoothing": 0.1}
     log = Log(tmp_path)
     run(job(files, None, None, training=training), log, CPU)
     assert log.metrics[0]["train_loss"] > 0
 
 
-def test_mixed_images_with_an_odd_last_batch(files: dict[str, str], tmp_path: Path) -> None:
+def test_gradual__mixed_images_with_an_odd_last_batch(files: dict[str, str], tmp_path: Path) -> None:
     odd = {**files, "train": write(tmp_path / "odd.parquet", table([i % 3 for i in range(21)]))}
     log = Log(tmp_path)
     run(job(odd, None, None, training={"epochs": 1, "augment": {"mixup": 0.5}}), log, CPU)
     assert log.metrics[0]["step"] == 3
 
 
-def test_an_unknown_optimizer(files: dict[str, str]) -> None:
+def test_gradual__an_unknown_optimizer(files: dict[str, str]) -> None:
     with pytest.raises(InputError, match=r"training\.optimizer = 'adamv'"):
         run(job(files, None, None, training={"optimizer": "adamv"}), lambda progress: None, CPU)
 
@@ -427,7 +429,7 @@ def test_an_unknown_optimizer(files: dict[str, str]) -> None:
     "optimizer",
     ["sgd", "lamb", "lion"],
 )
-def test_other_optimizers_resume_too(
+def test_gradual__other_optimizers_resume_too(
     optimizer: str, files: dict[str, str], dense: dict[str, str], tmp_path: Path
 ) -> None:
     whole, rest = Log(tmp_path / "whole"), Log(tmp_path / "rest")

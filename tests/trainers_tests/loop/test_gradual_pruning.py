@@ -58,7 +58,7 @@ def shares(weights: dict[str, Tensor]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_meets_the_target_to_the_weight(
+def test_gradual_pruning__every_method_meets_the_target_to_the_weight(
     method: str, given: dict[str, Any], tmp_path: Path
 ) -> None:
     metrics, weights = ran(given, tmp_path, method, sparsity=0.7)
@@ -71,7 +71,7 @@ def test_every_method_meets_the_target_to_the_weight(
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1x4"])
 @pytest.mark.parametrize("method", ["lamp", "ovit"])
-def test_a_pattern_holds_in_every_group_after_training(
+def test_gradual_pruning__a_pattern_holds_in_every_group_after_training(
     method: str, pattern: str, given: dict[str, Any], tmp_path: Path
 ) -> None:
     metrics, weights = ran(given, tmp_path, method, sparsity=0.5, pattern=pattern)
@@ -84,14 +84,16 @@ def test_a_pattern_holds_in_every_group_after_training(
             assert (counts == (4 if pattern == "4:8" else 2)).all()
 
 
-def test_a_table_is_met_in_every_layer(given: dict[str, Any], tmp_path: Path) -> None:
+def test_gradual_pruning__a_table_is_met_in_every_layer(given: dict[str, Any], tmp_path: Path) -> None:
     sparsities = {r"attn\..*": 0.25, r"mlp\.fc\d": 0.75}
     total = (16 * 64 * 0.25 + 16 * 128 * 0.75) / (16 * 64 + 16 * 128)
     _, weights = ran(given, tmp_path, "ovit", sparsity=total, table=sparsities)
     assert shares(weights) == {name: 0.25 if "attn" in name else 0.75 for name in weights}
 
 
-def test_floors_and_ceilings_by_name_hold_in_every_layer(given: dict[str, Any], tmp_path: Path) -> None:
+def test_gradual_pruning__floors_and_ceilings_by_name_hold_in_every_layer(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     limits = {"floor": {r"attn\.qkv": 0.75}, "ceiling": {r"mlp\.fc1": 0.5}}
     _, weights = ran(given, tmp_path, "ovit", sparsity=0.6, scope="global", **limits)
     _, without = ran(given, tmp_path / "without", "ovit", sparsity=0.6, scope="global")
@@ -103,7 +105,9 @@ def test_floors_and_ceilings_by_name_hold_in_every_layer(given: dict[str, Any], 
         assert not all(low <= share <= high for share in free)
 
 
-def test_damp_auto_is_chosen_anew_at_every_step_and_reported(given: dict[str, Any], tmp_path: Path) -> None:
+def test_gradual_pruning__damp_auto_is_chosen_anew_at_every_step_and_reported(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     metrics, _ = ran(given, tmp_path, "ovit", sparsity=0.7, fisher={**FISHER, "damp": "auto"})
     curves = [{damp: row[f"damp_loss_{damp:g}"] for damp in LADDER} for row in metrics[:2]]
     assert [row["damp"] for row in metrics[:2]] == [min(curve, key=curve.__getitem__) for curve in curves]
@@ -111,7 +115,9 @@ def test_damp_auto_is_chosen_anew_at_every_step_and_reported(given: dict[str, An
     assert "damp" not in metrics[2]
 
 
-def test_a_pattern_that_does_not_fit_names_the_layer(given: dict[str, Any], tmp_path: Path) -> None:
+def test_gradual_pruning__a_pattern_that_does_not_fit_names_the_layer(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(
         InputError, match=r"1x24.*cannot fit blocks\.0\.attn\.qkv\.weight, which has 16 inputs"
     ):

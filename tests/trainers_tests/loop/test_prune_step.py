@@ -33,7 +33,7 @@ def given_batches(count: int) -> Gradients:
     return Gradients(lambda: batches(count))
 
 
-def test_a_given_allocation_is_met_to_the_weight() -> None:
+def test_prune_step__a_given_allocation_is_met_to_the_weight() -> None:
     model = tiny_swin()
     layers = find_layers(model)
     target = {layer.name: number * 7 for number, layer in enumerate(layers)}
@@ -48,7 +48,7 @@ def test_a_given_allocation_is_met_to_the_weight() -> None:
 
 
 @pytest.mark.parametrize("ceiling", [1.0, 0.8])
-def test_it_is_what_one_shot_does(ceiling: float) -> None:
+def test_prune_step__it_is_what_one_shot_does(ceiling: float) -> None:
     stepped, at_once = tiny_swin(), tiny_swin()
     layers = find_layers(stepped)
     source = given_batches(3)
@@ -61,7 +61,7 @@ def test_it_is_what_one_shot_does(ceiling: float) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 16])
-def test_layers_are_shared_out_evenly(world: int) -> None:
+def test_prune_step__layers_are_shared_out_evenly(world: int) -> None:
     sizes = (900, 500, 400, 300, 100, 100, 50)
     layers = [PrunableLayer(f"{i}.weight", "MLP", 0, (size, 1)) for i, size in enumerate(sizes)]
     owner = owners(layers, world)
@@ -71,7 +71,7 @@ def test_layers_are_shared_out_evenly(world: int) -> None:
     assert owner == owners(layers[::-1], world)
 
 
-def test_workers_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_step__workers_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.distributed.all_equal", lambda text: False)
     model = tiny_swin()
     layers = find_layers(model)
@@ -119,7 +119,7 @@ def taken(
     per_sample=st.booleans(),
 )
 @quick(80)
-def test_the_gradients_are_of_the_same_images_for_any_number_of_workers(
+def test_prune_step__the_gradients_are_of_the_same_images_for_any_number_of_workers(
     gradients: int, batch: int, world: int, per_sample: bool
 ) -> None:
     settings = FisherSettings(gradients=gradients, batch_size=batch, per_sample=per_sample)
@@ -134,7 +134,7 @@ def test_the_gradients_are_of_the_same_images_for_any_number_of_workers(
         assert len(set(labels_taken)) == len(labels_taken)
 
 
-def test_a_method_has_its_own_number_of_gradients_and_nothing_is_held_out_without_need() -> None:
+def test_prune_step__a_method_has_its_own_number_of_gradients_and_nothing_is_held_out_without_need() -> None:
     source = gradient_source(
         Numbers(9),
         FisherSettings(batch_size=2, memory="3MiB"),  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_a_method_has_its_own_number_of_gradients_and_nothing_is_held_out_withou
     assert source.memory == 3 << 20
 
 
-def test_the_layers_of_a_recipe() -> None:
+def test_prune_step__the_layers_of_a_recipe() -> None:
     model = tiny_conv()
     settings = PruningSettings(layers=CONVOLUTIONS, pattern="4:8", sparsity=0.5)  # type: ignore[arg-type]
     assert [layer.name for layer in prunable_layers(model, settings)] == ["2.weight", "4.weight"]
@@ -170,7 +170,7 @@ def test_the_layers_of_a_recipe() -> None:
         ([("a", 800), ("b", 100)], 100),
     ],
 )
-def test_all_workers_have_the_least_that_any_of_them_may_take(
+def test_prune_step__all_workers_have_the_least_that_any_of_them_may_take(
     everywhere: list[tuple[str, int]], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainers.distributed.all_gather", lambda value: everywhere)

@@ -71,7 +71,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("means", MEANS)
-def test_zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
+def test_recovery__zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
     means: str, files: dict[str, str], tmp_path: Path, watched: list[int]
 ) -> None:
     """Steps 0 … 27, 7 an epoch; checkpoints after 5, 10, …; broken off in the second and the last epoch."""
@@ -92,7 +92,7 @@ def test_zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
         assert rest.metrics == whole.metrics[at // 7 :]
 
 
-def test_the_average_is_what_is_shown(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__the_average_is_what_is_shown(files: dict[str, str], tmp_path: Path) -> None:
     """Evaluated and saved; it begins anew at a pruning step, so that no weight of before is in it."""
     logs = {}
     for decay in (None, 1e-6, 0.99):
@@ -103,7 +103,7 @@ def test_the_average_is_what_is_shown(files: dict[str, str], tmp_path: Path) -> 
     assert losses[0.99] != pytest.approx(losses[None], rel=1e-3)
 
 
-def test_frozen_parameters_stay(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__frozen_parameters_stay(files: dict[str, str], tmp_path: Path) -> None:
     log = Log(tmp_path)
     run(make_job(files, {"freeze": ["patch_embed"]}, {}), log, CPU)
     first, second = (
@@ -126,24 +126,26 @@ def test_frozen_parameters_stay(files: dict[str, str], tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(training: dict[str, Any], says: str, files: dict[str, str]) -> None:
+def test_recovery__what_cannot_be_used_is_named(
+    training: dict[str, Any], says: str, files: dict[str, str]
+) -> None:
     with pytest.raises(InputError, match=says):
         run(make_job(files, training, {}), lambda progress: None, CPU)
 
 
-def test_a_teacher_with_other_classes(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__a_teacher_with_other_classes(files: dict[str, str], tmp_path: Path) -> None:
     second = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT_ARGS)
     save_checkpoint(tmp_path / "five", second, model_args=VIT_ARGS, masks=None, record={})
     with pytest.raises(InputError, match="has 5 classes, and the model 3"):
         run(make_job(files, {"distill": {"teacher": str(tmp_path / "five")}}, {}), lambda progress: None, CPU)
 
 
-def test_dense_training_has_no_dense_teacher(files: dict[str, str]) -> None:
+def test_recovery__dense_training_has_no_dense_teacher(files: dict[str, str]) -> None:
     with pytest.raises(InputError, match="name a teacher"):
         run(make_job(files, {"distill": {}}), lambda progress: None, CPU)
 
 
-def test_distillation_teaches(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__distillation_teaches(files: dict[str, str], tmp_path: Path) -> None:
     """By hard lessons alone, the student ends with the teacher's answers, whatever the labels say."""
     teacher = Log(tmp_path / "teacher")
     run(make_job(files, {"epochs": 12, "lr": {"peak": 1e-2}}), teacher, CPU)
@@ -154,7 +156,7 @@ def test_distillation_teaches(files: dict[str, str], tmp_path: Path) -> None:
     assert taught.metrics[-1]["val_top1"] > 0.6
 
 
-def test_a_distilled_head(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__a_distilled_head(files: dict[str, str], tmp_path: Path) -> None:
     """DeiT's: trained with two outputs, evaluated with one."""
     arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     model = timm.create_model(
@@ -175,7 +177,7 @@ def test_a_distilled_head(files: dict[str, str], tmp_path: Path) -> None:
     assert len(log.metrics) == 4
 
 
-def test_accumulation_is_the_same_step(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__accumulation_is_the_same_step(files: dict[str, str], tmp_path: Path) -> None:
     logs = [Log(tmp_path / str(parts)) for parts in (1, 4)]
     for log, parts in zip(logs, (1, 4), strict=True):
         run(make_job(files, {"accumulate": parts}), log, CPU)
@@ -183,7 +185,7 @@ def test_accumulation_is_the_same_step(files: dict[str, str], tmp_path: Path) ->
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_constant_holds_the_zeros_of_a_checkpoint(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__constant_holds_the_zeros_of_a_checkpoint(files: dict[str, str], tmp_path: Path) -> None:
     pruned = Log(tmp_path / "pruned")
     run(make_job(files, {}, {}), pruned, CPU)
     start = {"checkpoint": str(pruned.last), "classes": 3}
@@ -197,7 +199,7 @@ def test_constant_holds_the_zeros_of_a_checkpoint(files: dict[str, str], tmp_pat
         run(make_job(files, {}, {**constant, "sparsity": 0.6}, model=start), held, CPU)
 
 
-def test_steps_within_epochs(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__steps_within_epochs(files: dict[str, str], tmp_path: Path) -> None:
     """Sparsity rises in the middle of epochs, and the rate jumps there."""
     points = {"kind": "points", "points": {3: 0.5, 10: 0.7}, "unit": "steps"}
     log = Log(tmp_path)
@@ -208,7 +210,7 @@ def test_steps_within_epochs(files: dict[str, str], tmp_path: Path) -> None:
     assert peaks == [0, 3, 10]
 
 
-def test_every_sparsity_that_is_kept(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__every_sparsity_that_is_kept(files: dict[str, str], tmp_path: Path) -> None:
     schedule = {"kind": "points", "points": {0: 0.3, 1: 0.5, 2: 0.6, 3: 0.7}}
     pruning = {"schedule": schedule, "keep": [0.5, 0.6]}
     log = Log(tmp_path / "run")
@@ -239,13 +241,13 @@ def faulty(files: dict[str, str], folder: Path) -> dict[str, str]:
     return {"train": write(folder / "faulty.parquet", broken), "validation": files["validation"]}
 
 
-def test_images_that_cannot_be_read_end_the_run(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__images_that_cannot_be_read_end_the_run(files: dict[str, str], tmp_path: Path) -> None:
     job = make_job(files, {}, data=faulty(files, tmp_path))
     with pytest.raises(InputError, match=r"faulty\.parquet, row (7|20) cannot be decoded"):
         run(job, lambda progress: None, CPU)
 
 
-def test_or_are_skipped_and_counted(files: dict[str, str], tmp_path: Path) -> None:
+def test_recovery__or_are_skipped_and_counted(files: dict[str, str], tmp_path: Path) -> None:
     data = {**faulty(files, tmp_path), "bad_images": "skip"}
     log = Log(tmp_path)
     run(make_job(files, {}, data=data), log, CPU)

@@ -36,7 +36,7 @@ def cyclic(peak: float, floor: float, **more: object) -> LearningRate:
         (2, 0.95, 4, [0, 3]),  # the last step still has an epoch to recover
     ],
 )
-def test_pruning_epochs(steps: int, last_at: float, epochs: int, expected: list[int]) -> None:
+def test_schedules__pruning_epochs(steps: int, last_at: float, epochs: int, expected: list[int]) -> None:
     assert list(pruning_plan(PruningSchedule(steps=steps, last_at=last_at), 0.9, epochs)) == expected
 
 
@@ -44,7 +44,7 @@ def test_pruning_epochs(steps: int, last_at: float, epochs: int, expected: list[
     ("steps", "last_at", "epochs", "says"),
     [(4, 0.2, 10, "3 of 10 epochs allow 3 steps"), (2, 0.0, 10, "1 of 10 epochs allow 1 steps")],
 )
-def test_steps_that_do_not_fit(steps: int, last_at: float, epochs: int, says: str) -> None:
+def test_schedules__steps_that_do_not_fit(steps: int, last_at: float, epochs: int, says: str) -> None:
     with pytest.raises(InputError, match=says) as error:
         pruning_plan(PruningSchedule(steps=steps, last_at=last_at), 0.9, epochs)
     assert (error.value.key, error.value.value) == ("pruning.schedule.steps", steps)
@@ -61,7 +61,9 @@ def test_steps_that_do_not_fit(steps: int, last_at: float, epochs: int, says: st
         (0.0, 3, 0.5, [0.0, 0.25, 0.5]),
     ],
 )
-def test_step_sparsities(start: float | None, steps: int, target: float, expected: list[float]) -> None:
+def test_schedules__step_sparsities(
+    start: float | None, steps: int, target: float, expected: list[float]
+) -> None:
     values = list(pruning_plan(PruningSchedule(start=start, steps=steps), target, 100).values())
     assert values == pytest.approx(expected)
     assert values[-1] == target
@@ -75,7 +77,7 @@ def test_step_sparsities(start: float | None, steps: int, target: float, expecte
     st.floats(0.0, 0.99),
     st.tuples(st.integers(1, 60), SHARE),
 )
-def test_sparsity_only_rises(
+def test_schedules__sparsity_only_rises(
     kind: Any, steps: int, start: float, last_at: float, run: tuple[int, float]
 ) -> None:
     epochs, target = run
@@ -95,7 +97,7 @@ def test_sparsity_only_rises(
     assert all(0.0 <= sparsity <= 1.0 for sparsity in sparsities)
 
 
-def test_polynomial_by_hand() -> None:
+def test_schedules__polynomial_by_hand() -> None:
     """Zhu & Gupta: s_f + (s_0 − s_f)(1 − t/n)³."""
     schedule = PruningSchedule(kind="polynomial", start=0.1, steps=5, last_at=0.8)
     plan = pruning_plan(schedule, 0.9, 10)
@@ -103,13 +105,13 @@ def test_polynomial_by_hand() -> None:
     assert plan == pytest.approx(expected)
 
 
-def test_one_shot_and_constant() -> None:
+def test_schedules__one_shot_and_constant() -> None:
     assert pruning_plan(PruningSchedule(kind="one_shot", first_at=0.2), 0.7, 10) == {2: 0.7}
     assert pruning_plan(PruningSchedule(kind="one_shot"), 0.7, 10) == {0: 0.7}
     assert pruning_plan(PruningSchedule(kind="constant"), 0.7, 10) == {}
 
 
-def test_the_paper_s_300_epochs() -> None:
+def test_schedules__the_paper_s_300_epochs() -> None:
     """oViT: 40 % at 0, every 20 epochs, 60 % at 40, 75 % at 100, 90 % at 280, linear in between."""
     schedule = PruningSchedule.model_validate("ovit_300_90")
     plan = pruning_plan(schedule, 0.9, 300)
@@ -126,11 +128,13 @@ def test_the_paper_s_300_epochs() -> None:
         ("ovit_120_75", 0.75, 120, {0: 0.5, 30: 0.5 + 0.25 / 3, 60: 0.5 + 0.5 / 3, 90: 0.75}),
     ],
 )
-def test_published_schedules(name: str, target: float, epochs: int, steps: dict[int, float]) -> None:
+def test_schedules__published_schedules(
+    name: str, target: float, epochs: int, steps: dict[int, float]
+) -> None:
     assert pruning_plan(PruningSchedule.model_validate(name), target, epochs) == pytest.approx(steps)
 
 
-def test_points_by_steps() -> None:
+def test_schedules__points_by_steps() -> None:
     schedule = PruningSchedule(kind="points", points={5: 0.5, 25: 0.9}, every=7, unit="steps")
     plan = pruning_plan(schedule, 0.9, 100)
     assert plan == pytest.approx({5: 0.5, 12: 0.64, 19: 0.78, 25: 0.9})
@@ -149,7 +153,7 @@ def test_points_by_steps() -> None:
         ("ovit_30", "must be one of ovit_300_90"),
     ],
 )
-def test_schedules_that_are_none(content: object, says: str) -> None:
+def test_schedules__schedules_that_are_none(content: object, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         PruningSchedule.model_validate(content)
 
@@ -166,7 +170,9 @@ def test_schedules_that_are_none(content: object, says: str) -> None:
         ("ovit_300_90", 0.75, "not at 0.9"),
     ],
 )
-def test_schedules_that_do_not_reach_the_target(schedule: object, sparsity: float, says: str) -> None:
+def test_schedules__schedules_that_do_not_reach_the_target(
+    schedule: object, sparsity: float, says: str
+) -> None:
     with pytest.raises(ValidationError, match=says):
         PruningSettings.model_validate({"sparsity": sparsity, "schedule": schedule})
 
@@ -178,13 +184,13 @@ def test_schedules_that_do_not_reach_the_target(schedule: object, sparsity: floa
         ({"points": {0: 0.5, 10: 0.9}, "every": 0.3}, 100, "pruning.schedule.every"),
     ],
 )
-def test_points_that_do_not_fit_the_run(content: dict[str, Any], length: int, key: str) -> None:
+def test_schedules__points_that_do_not_fit_the_run(content: dict[str, Any], length: int, key: str) -> None:
     with pytest.raises(InputError) as error:
         pruning_plan(PruningSchedule(kind="points", **content), 0.9, length)
     assert error.value.key == key
 
 
-def test_learning_rates_by_name() -> None:
+def test_schedules__learning_rates_by_name() -> None:
     """The papers' numbers, at their epochs."""
 
     def at(name: str, epochs: int, jumps: Sequence[int], *when: float) -> list[float]:
@@ -202,7 +208,7 @@ def test_learning_rates_by_name() -> None:
     assert at("dimap", 30, [0], 0, 7.5, 15, 30) == pytest.approx([2e-8, 1.001e-5, 2e-5, 2e-7], rel=1e-3)
 
 
-def test_other_curves_by_hand() -> None:
+def test_schedules__other_curves_by_hand() -> None:
     line = LearningRate(kind="linear", peak=1.0, floor=0.2, warmup_epochs=2, warmup_from=0.5)
     values = [learning_rate(line, epoch, 10) for epoch in (0, 1, 2, 6, 10)]
     assert values == pytest.approx([0.5, 0.75, 1.0, 0.6, 0.2])
@@ -214,14 +220,14 @@ def test_other_curves_by_hand() -> None:
     )
 
 
-def test_cosine_by_hand() -> None:
+def test_schedules__cosine_by_hand() -> None:
     rate = LearningRate(kind="cosine", peak=1.0, floor=0.2, warmup_epochs=2)
     expected = {0: 0.0, 1: 0.5, 2: 1.0, 4: 0.2 + 0.8 * 0.85355339, 6: 0.6, 10: 0.2}
     values = {epoch: learning_rate(rate, epoch, 10) for epoch in expected}
     assert values == pytest.approx(expected, abs=1e-6)
 
 
-def test_cyclic_by_hand() -> None:
+def test_schedules__cyclic_by_hand() -> None:
     """oViT's 75 % run: 2e-4 → 1e-5 in 30 epochs, again and again."""
     values = {
         epoch: learning_rate(cyclic(2e-4, 1e-5), epoch, 120, [0, 30, 60, 90])
@@ -232,7 +238,7 @@ def test_cyclic_by_hand() -> None:
     assert list(values.values()) == pytest.approx(expected, rel=1e-3)
 
 
-def test_cycles_of_unlike_length() -> None:
+def test_schedules__cycles_of_unlike_length() -> None:
     """Each cycle ends at the floor just before the next jump, the last with the run."""
     jumps = [0, 2, 6]
     for jump, end in ((0, 2), (2, 6), (6, 10)):
@@ -241,7 +247,7 @@ def test_cycles_of_unlike_length() -> None:
         assert learning_rate(cyclic(1.0, 0.1), (jump + end) / 2, 10, jumps) == pytest.approx(0.55)
 
 
-def test_a_peak_for_each_cycle() -> None:
+def test_schedules__a_peak_for_each_cycle() -> None:
     """oViT's 120 epochs: 2e-4 for the first two cycles, 4e-4 for the last two."""
     rate = cyclic(2e-4, 1e-5, cycle_peaks=[2e-4, 2e-4, 4e-4])
     peaks = [learning_rate(rate, jump, 120, [0, 30, 60, 90]) for jump in (0, 30, 60, 90)]
@@ -249,11 +255,11 @@ def test_a_peak_for_each_cycle() -> None:
     assert learning_rate(rate, 59.9999, 120, [0, 30, 60, 90]) == pytest.approx(1e-5, rel=1e-2)
 
 
-def test_without_pruning_steps_a_cycle_is_the_whole_run() -> None:
+def test_schedules__without_pruning_steps_a_cycle_is_the_whole_run() -> None:
     assert learning_rate(cyclic(1.0, 0.0), 2.5, 10) == pytest.approx(0.75)
 
 
-def test_warm_up_leads_to_the_peak_and_then_the_cycle() -> None:
+def test_schedules__warm_up_leads_to_the_peak_and_then_the_cycle() -> None:
     rate = cyclic(1.0, 0.0, warmup_epochs=2)
     values = [learning_rate(rate, epoch, 10, [0, 5]) for epoch in (0, 1, 2, 5, 7.5)]
     assert values == pytest.approx([0.0, 0.5, 0.6, 1.0, 0.5], abs=1e-6)
@@ -273,7 +279,7 @@ def test_warm_up_leads_to_the_peak_and_then_the_cycle() -> None:
     SHARE,
     st.sets(st.integers(0, 49)),
 )
-def test_rates_stay_between_floor_and_peak(
+def test_schedules__rates_stay_between_floor_and_peak(
     content: dict[str, object], epochs: int, where: float, jumps: set[int]
 ) -> None:
     rate = LearningRate.model_validate(content)
@@ -286,7 +292,7 @@ def test_rates_stay_between_floor_and_peak(
 
 @quick(100)
 @given(st.sets(st.integers(1, 39), max_size=6), st.integers(0, 39), st.floats(0.001, 0.999))
-def test_cycles_fall_and_jump_with_the_pruning(jumps: set[int], epoch: int, part: float) -> None:
+def test_schedules__cycles_fall_and_jump_with_the_pruning(jumps: set[int], epoch: int, part: float) -> None:
     rate, steps = cyclic(1.0, 0.1), sorted({0, *jumps})
     here = learning_rate(rate, epoch + part, 40, steps)
     if epoch in steps:

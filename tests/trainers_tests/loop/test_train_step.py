@@ -32,7 +32,7 @@ def session(request: pytest.FixtureRequest, tmp_path: Path) -> Session:
 
 
 @pytest.mark.parametrize("session", MEANS, indirect=True)
-def test_a_step_reads_nothing_back(session: Session) -> None:
+def test_train_step__a_step_reads_nothing_back(session: Session) -> None:
     session.step = 1  # every tenth step looks whether the loss is finite
     for batch in session.train:
         train_step(session, batch)
@@ -42,7 +42,7 @@ def test_a_step_reads_nothing_back(session: Session) -> None:
 
 
 @pytest.mark.parametrize("session", ["plain"], indirect=True)
-def test_the_device_without_values_notices_a_read(session: Session) -> None:
+def test_train_step__the_device_without_values_notices_a_read(session: Session) -> None:
     batch = next(iter(session.train))
     with pytest.raises(RuntimeError, match="meta"):
         train_step(session, batch)  # step 0: it looks whether the loss is finite

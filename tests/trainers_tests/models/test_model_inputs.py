@@ -47,7 +47,7 @@ def pretrained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("pretrained")
-def test_another_size_than_that_of_the_pretrained_weights(tmp_path: Path) -> None:
+def test_model_inputs__another_size_than_that_of_the_pretrained_weights(tmp_path: Path) -> None:
     """timm resamples the position embeddings, and leaves its preprocessing as it was."""
     args = VIT_ARGS | {"img_size": 32}
     settings = ModelSettings(architecture=VIT, pretrained=True, classes=3, args=args)
@@ -60,7 +60,7 @@ def test_another_size_than_that_of_the_pretrained_weights(tmp_path: Path) -> Non
     assert plain.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_a_folder_whose_configuration_says_another_size(tmp_path: Path) -> None:
+def test_model_inputs__a_folder_whose_configuration_says_another_size(tmp_path: Path) -> None:
     """As earlier versions and timm itself write it."""
     model = timm.create_model(VIT, num_classes=3, **VIT_ARGS)
     assert model.pretrained_cfg["input_size"] == (3, 224, 224)
@@ -69,7 +69,7 @@ def test_a_folder_whose_configuration_says_another_size(tmp_path: Path) -> None:
     assert factory.input_size(loaded) == (3, 16, 16)
 
 
-def test_one_class_is_refused(run: Run) -> None:
+def test_model_inputs__one_class_is_refused(run: Run) -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 2"):
         ModelSettings(architecture=VIT, classes=1)
     status, _, error = run("sweep demo --dry-run model.classes=1")
@@ -77,14 +77,16 @@ def test_one_class_is_refused(run: Run) -> None:
     assert "model.classes = 1" in error
 
 
-def test_channels_that_no_picture_has(run: Run) -> None:
+def test_model_inputs__channels_that_no_picture_has(run: Run) -> None:
     status, _, error = run("sweep demo --dry-run model.args.in_chans=1")
     assert (status, error.count("\n")) == (2, 1)
     assert "in_chans must be 3" in error
 
 
 @pytest.mark.parametrize(("classes", "channels"), [(1, 3), (3, 1)])
-def test_a_checkpoint_for_other_pictures(classes: int, channels: int, run: Run, tmp_path: Path) -> None:
+def test_model_inputs__a_checkpoint_for_other_pictures(
+    classes: int, channels: int, run: Run, tmp_path: Path
+) -> None:
     args = VIT_ARGS | {"in_chans": channels}
     model = timm.create_model(VIT, num_classes=classes, **args)
     save_checkpoint(tmp_path / "model", model, model_args=args, masks=None, record={})
@@ -99,7 +101,7 @@ def test_a_checkpoint_for_other_pictures(classes: int, channels: int, run: Run, 
         assert f"{classes} classes and {channels} channels" in error
 
 
-def test_a_fisher_of_zeros_says_nothing() -> None:
+def test_model_inputs__a_fisher_of_zeros_says_nothing() -> None:
     """Of one class the loss is always 0: every order would be magnitude's, under another name."""
     model = tiny_vit()
     model.head = nn.Linear(8, 1)
@@ -117,7 +119,7 @@ def test_a_fisher_of_zeros_says_nothing() -> None:
     assert not fisher.blank
 
 
-def test_batch_norms_never_see_one_image(tmp_path: Path) -> None:
+def test_model_inputs__batch_norms_never_see_one_image(tmp_path: Path) -> None:
     """57 images by 8 would leave one to the last batch, and 8 in 5 parts would be some of one."""
     files = make_files(tmp_path, images=57)
     model = {"checkpoint": str(normed_folder(tmp_path / "normed")), "classes": 3}
@@ -130,7 +132,7 @@ def test_batch_norms_never_see_one_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_worker_has_two_images_in_each_step(world: int) -> None:
+def test_model_inputs__a_worker_has_two_images_in_each_step(world: int) -> None:
     samplers = [EpochBatches(33, 8, rank=rank, world=world, normed=True) for rank in range(world)]
     assert [len(sampler) for sampler in samplers] == [4] * world  # the same for any number of workers
     assert all(len(batch) >= 2 for sampler in samplers for batch in sampler)
@@ -143,7 +145,7 @@ def test_a_worker_has_two_images_in_each_step(world: int) -> None:
         EpochBatches(1, 8, normed=True)
 
 
-def test_parts_differ_by_one_image_at_most() -> None:
+def test_model_inputs__parts_differ_by_one_image_at_most() -> None:
     images, labels = torch.arange(7), torch.arange(7)
     parts = [(part.tolist(), last) for part, _, last in _parts(images, labels, 3)]
     assert parts == [([0, 1, 2], False), ([3, 4], False), ([5, 6], True)]

@@ -65,7 +65,7 @@ def of_timm(**settings: Any) -> dict[str, Any]:
     }
 
 
-def test_timms_own_with_the_average_unless_it_is_not_wanted(tmp_path: Path) -> None:
+def test_weights_file__timms_own_with_the_average_unless_it_is_not_wanted(tmp_path: Path) -> None:
     file = saved(tmp_path / "best.pth.tar", of_timm(model_kwargs=VIT_ARGS))
     model, chosen = load_weights(file)  # architecture and arguments are in it
     check_same(model, seed=1)
@@ -106,7 +106,7 @@ def test_timms_own_with_the_average_unless_it_is_not_wanted(tmp_path: Path) -> N
         "deit-ema",
     ],
 )
-def test_names_are_unwrapped(tmp_path: Path, content: Any, chosen: str) -> None:
+def test_weights_file__names_are_unwrapped(tmp_path: Path, content: Any, chosen: str) -> None:
     model, source = load_weights(saved(tmp_path / "a.pth", content), VIT, VIT_ARGS)
     check_same(model)
     assert source == chosen
@@ -122,7 +122,9 @@ def original_swin(state: State) -> dict[str, Tensor]:
     return renamed | {"layers.0.blocks.0.attn.relative_position_index": indices}
 
 
-def test_the_original_swin_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_file__the_original_swin_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class CfgNode(dict[str, Any]):
         """yacs' own, as its pickles name it."""
 
@@ -140,7 +142,7 @@ def test_the_original_swin_with_its_settings(tmp_path: Path, monkeypatch: pytest
     check_same(model, architecture=SWIN)
 
 
-def test_a_bare_safetensors_file(tmp_path: Path) -> None:
+def test_weights_file__a_bare_safetensors_file(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "a.safetensors")
     check_same(load_weights(str(tmp_path / "a.safetensors"), VIT, VIT_ARGS)[0])
 
@@ -173,13 +175,15 @@ WIDER = {**VIT_ARGS, "img_size": 32}
         ),
     ],
 )
-def test_what_cannot_be_loaded(tmp_path: Path, content: Any, arguments: dict[str, Any], says: str) -> None:
+def test_weights_file__what_cannot_be_loaded(
+    tmp_path: Path, content: Any, arguments: dict[str, Any], says: str
+) -> None:
     with pytest.raises(InputError, match=says) as refused:
         load_weights(saved(tmp_path / "a.pth", content), VIT, arguments)
     assert "\n" not in str(refused.value)
 
 
-def test_no_file_no_architecture_and_damage(tmp_path: Path) -> None:
+def test_weights_file__no_file_no_architecture_and_damage(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_weights(str(tmp_path / "a.pth"), VIT)
     file = saved(tmp_path / "a.pth", state())
@@ -191,13 +195,13 @@ def test_no_file_no_architecture_and_damage(tmp_path: Path) -> None:
             load_weights(str(tmp_path / "b.pth"), VIT, VIT_ARGS)
 
 
-def test_other_images_by_their_size(tmp_path: Path) -> None:
+def test_weights_file__other_images_by_their_size(tmp_path: Path) -> None:
     """Position tables are fitted to other images where these are asked for."""
     model, _ = load_weights(saved(tmp_path / "a.pth", state()), VIT, WIDER)
     assert model.pos_embed.shape[1] == 1 + 4**2
 
 
-def test_a_folder_of_it(tmp_path: Path) -> None:
+def test_weights_file__a_folder_of_it(tmp_path: Path) -> None:
     file = saved(tmp_path / "best.pth.tar", of_timm())
     arguments = [f"{key}={json.dumps(value)}" for key, value in VIT_ARGS.items()]
     lines = list(import_weights(file, str(tmp_path / "mine"), None, arguments, average=True))
@@ -210,7 +214,7 @@ def test_a_folder_of_it(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_file_that_knows_its_model_is_taken_by_every_command(tmp_path: Path) -> None:
+def test_weights_file__a_file_that_knows_its_model_is_taken_by_every_command(tmp_path: Path) -> None:
     file = saved(tmp_path / "best.pth.tar", of_timm(model_kwargs=VIT_ARGS))
     loaded = load_checkpoint(file)
     check_same(loaded.model, seed=1)
@@ -231,7 +235,7 @@ def recipe(tmp_path: Path, model: dict[str, Any], *more: str) -> Any:
     )
 
 
-def test_a_recipe_starts_from_a_file(tmp_path: Path) -> None:
+def test_weights_file__a_recipe_starts_from_a_file(tmp_path: Path) -> None:
     file = saved(tmp_path / "a.pth", state())
     about = {"architecture": VIT, "classes": 3, "args": VIT_ARGS}
     own = recipe(tmp_path, about | {"checkpoint": file}, "dense=null")
@@ -245,7 +249,7 @@ def test_a_recipe_starts_from_a_file(tmp_path: Path) -> None:
     assert prepare(recipe(tmp_path, other, "dense={epochs: 1}")).layers  # which trains it
 
 
-def test_what_a_recipe_may_not_say() -> None:
+def test_weights_file__what_a_recipe_may_not_say() -> None:
     for model, says in (
         ({"architecture": VIT, "checkpoint": "folder"}, "only where checkpoint is a file"),
         ({"architecture": VIT, "checkpoint": "a.pth", "pretrained": True}, "drop pretrained"),
@@ -255,7 +259,9 @@ def test_what_a_recipe_may_not_say() -> None:
             ModelSettings.model_validate(model)
 
 
-def test_plain_timm_puts_a_new_head_on_a_folder_that_came_without_its_name(tmp_path: Path) -> None:
+def test_weights_file__plain_timm_puts_a_new_head_on_a_folder_that_came_without_its_name(
+    tmp_path: Path,
+) -> None:
     folder = dense_folder(tmp_path / "a", SWIN)
     config = json.loads((folder / "config.json").read_text())
     del config["pretrained_cfg"]["classifier"]
@@ -271,7 +277,7 @@ def test_plain_timm_puts_a_new_head_on_a_folder_that_came_without_its_name(tmp_p
 VITS = {"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 384}
 
 
-def test_a_folder_of_transformers_is_named_with_timms_counterpart(tmp_path: Path) -> None:
+def test_weights_file__a_folder_of_transformers_is_named_with_timms_counterpart(tmp_path: Path) -> None:
     folder = dense_folder(tmp_path / "a")
     (folder / "config.json").write_text(json.dumps(VITS))
     with pytest.raises(InputError, match=r"ViTForImageClassification.*counterpart is vit_small_patch16_224"):
@@ -300,5 +306,5 @@ def test_a_folder_of_transformers_is_named_with_timms_counterpart(tmp_path: Path
         ({"model_type": "swin", "embed_dim": 100, "window_size": 3}, None),
     ],
 )
-def test_timms_counterpart(config: dict[str, Any], name: str | None) -> None:
+def test_weights_file__timms_counterpart(config: dict[str, Any], name: str | None) -> None:
     assert counterpart(config) == name

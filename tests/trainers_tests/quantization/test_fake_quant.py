@@ -48,7 +48,7 @@ def aware_job(files: dict[str, str], training: dict[str, Any], architecture: str
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
 @pytest.mark.parametrize("aware", [False, True], ids=WAYS)
-def test_what_is_prepared_has_the_models_own_parameters(architecture: str, aware: bool) -> None:
+def test_fake_quant__what_is_prepared_has_the_models_own_parameters(architecture: str, aware: bool) -> None:
     model, _, _ = pruned(architecture)
     model.train()
     prepared = Prepared(model, SIZE, aware=aware)
@@ -59,7 +59,7 @@ def test_what_is_prepared_has_the_models_own_parameters(architecture: str, aware
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
 @pytest.mark.parametrize("aware", [False, True], ids=WAYS)
-def test_int8_answers_are_close_at_every_batch_size(architecture: str, aware: bool) -> None:
+def test_fake_quant__int8_answers_are_close_at_every_batch_size(architecture: str, aware: bool) -> None:
     model, _, masks = pruned(architecture)
     batch = images(9)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_int8_answers_are_close_at_every_batch_size(architecture: str, aware: bo
         assert (result - expected[:count]).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_evaluation_moves_no_range() -> None:
+def test_fake_quant__evaluation_moves_no_range() -> None:
     model, _, _ = pruned(VIT)
     prepared = Prepared(model, SIZE, aware=True)
     prepared.calibrate([images(8)])
@@ -88,7 +88,7 @@ def test_evaluation_moves_no_range() -> None:
     assert not torch.equal(before["head.input.max"], prepared.ranges()["head.input.max"])
 
 
-def test_ranges_come_back() -> None:
+def test_fake_quant__ranges_come_back() -> None:
     batch = images(8)
     answers, ranges = [], None
     for _ in range(2):
@@ -135,7 +135,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
-def test_zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
+def test_fake_quant__zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
     architecture: str, files: dict[str, str], tmp_path: Path, watched: list[int]
 ) -> None:
     job = aware_job(files, {"checkpoint_steps": 5, "distill": {"kind": "soft"}}, architecture)
@@ -151,7 +151,7 @@ def test_zeros_hold_and_a_resumed_run_is_the_undisturbed_one(
         assert rest.metrics == whole.metrics[at // 7 :]
 
 
-def test_what_is_saved_is_a_checkpoint_of_its_own(files: dict[str, str], tmp_path: Path) -> None:
+def test_fake_quant__what_is_saved_is_a_checkpoint_of_its_own(files: dict[str, str], tmp_path: Path) -> None:
     """Float weights with the parent's zeros, that timm loads, and ranges that its record knows."""
     log = Log(tmp_path)
     run(aware_job(files, {"epochs": 1}), log, CPU)
@@ -168,13 +168,13 @@ def test_what_is_saved_is_a_checkpoint_of_its_own(files: dict[str, str], tmp_pat
         load_checkpoint(str(log.last))
 
 
-def test_training_for_int8_learns(files: dict[str, str], tmp_path: Path) -> None:
+def test_fake_quant__training_for_int8_learns(files: dict[str, str], tmp_path: Path) -> None:
     log = Log(tmp_path)
     run(aware_job(files, {"epochs": 12, "lr": {"peak": 1e-2}}), log, CPU)
     assert log.metrics[-1]["val_top1"] > 0.6 > log.metrics[0]["val_top1"]
 
 
-def test_workers_agree_and_resume_exactly(files: dict[str, str], tmp_path: Path) -> None:
+def test_fake_quant__workers_agree_and_resume_exactly(files: dict[str, str], tmp_path: Path) -> None:
     """Two workers see other images, and end with the same ranges; broken off, they end with the same bits."""
     job = aware_job(files, {"epochs": 2, "checkpoint_steps": 5}).model_dump(mode="json")
     mp.spawn(train_as_worker, args=(2, str(tmp_path), job), nprocs=2)
@@ -188,7 +188,7 @@ def test_workers_agree_and_resume_exactly(files: dict[str, str], tmp_path: Path)
     assert same_files(tmp_path / "again" / "workers-2-0" / "step-14", saved[0]) == []
 
 
-def test_more_images_than_there_are(files: dict[str, str]) -> None:
+def test_fake_quant__more_images_than_there_are(files: dict[str, str]) -> None:
     job = aware_job(files, {}).model_dump() | {"quantize": {"images": 51}}
     with pytest.raises(InputError, match=r"quantize\.images = 51.*there are 50 images"):
         run(TrainJob.model_validate(job), lambda progress: None, CPU)
@@ -203,25 +203,25 @@ def test_more_images_than_there_are(files: dict[str, str]) -> None:
         ({"compile": True}, r"training\.compile"),
     ],
 )
-def test_what_fake_quantisation_does_not_know(
+def test_fake_quant__what_fake_quantisation_does_not_know(
     training: dict[str, Any], says: str, files: dict[str, str]
 ) -> None:
     with pytest.raises(ValidationError, match=says):
         aware_job(files, training)
 
 
-def test_it_does_not_prune(files: dict[str, str]) -> None:
+def test_fake_quant__it_does_not_prune(files: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match="drop pruning"):
         make_job(files, {}, {}, quantize={})
 
 
-def test_batch_norms_are_not_trained() -> None:
+def test_fake_quant__batch_norms_are_not_trained() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     with pytest.raises(InputError, match=r"has batch norms.*take static"):
         Prepared(model, SIZE, aware=True)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_quant__without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainers.optional_imports.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs torchao.*pip install 'espalier\[deploy\]'"):
         Prepared(tiny()[0], SIZE, aware=True)

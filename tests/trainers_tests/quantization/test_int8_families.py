@@ -71,7 +71,7 @@ def small(name: str) -> nn.Module:
 
 
 @MODELS
-def test_static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
+def test_int8_families__static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
     model = small(name)
     masks = MaskSet.from_zeros(model, find_layers(model))
     save_checkpoint(
@@ -96,12 +96,12 @@ def test_static_runs_at_every_batch_size(name: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_exports_to_every_format(name: str, form: str, tmp_path: Path) -> None:
+def test_int8_families__every_family_exports_to_every_format(name: str, form: str, tmp_path: Path) -> None:
     _exports(name, form, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["onnx-int8", "openvino-int8"])
-def test_a_cnn_exports_to_int8(form: str, tmp_path: Path) -> None:
+def test_int8_families__a_cnn_exports_to_int8(form: str, tmp_path: Path) -> None:
     _exports("test_efficientnet", form, tmp_path)
 
 
@@ -118,7 +118,7 @@ def _exports(name: str, kind: str, folder: Path) -> None:
         assert apart.holds(form.kind), apart
 
 
-def test_what_no_way_of_quantising_does_is_known_from_the_model() -> None:
+def test_int8_families__what_no_way_of_quantising_does_is_known_from_the_model() -> None:
     with torch.device("meta"):
         cnn, vit, convnext = (
             timm.create_model(name) for name in ("resnet18", "vit_tiny_patch16_224", "convnext_tiny")
@@ -139,7 +139,7 @@ def test_what_no_way_of_quantising_does_is_known_from_the_model() -> None:
     check_share(round(0.51 * weights), cnn)
 
 
-def test_who_is_a_transformer() -> None:
+def test_int8_families__who_is_a_transformer() -> None:
     with torch.device("meta"):
         cnn, swin = map(timm.create_model, ("resnet18", "swin_tiny_patch4_window7_224"))
     assert not has_attention(cnn)
@@ -169,7 +169,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ('export "" out --format onnx', ("model = ''", "is empty")),
     ],
 )
-def test_it_is_refused_before_work_begins(typed: str, says: tuple[str, ...], run: Run) -> None:
+def test_int8_families__it_is_refused_before_work_begins(typed: str, says: tuple[str, ...], run: Run) -> None:
     status, out, error = run(typed)
     assert (status, out, len(error.splitlines())) == (2, "", 1), error
     assert not [part for part in says if part not in error], error
@@ -177,7 +177,7 @@ def test_it_is_refused_before_work_begins(typed: str, says: tuple[str, ...], run
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
-def test_weights_that_are_equal(mode: Any, tmp_path: Path) -> None:
+def test_int8_families__weights_that_are_equal(mode: Any, tmp_path: Path) -> None:
     """The exporter keeps one of them; each is found in the file by its name."""
     model, arguments = tiny(VIT)
     names = [f"blocks.{block}.{layer}.weight" for block in (0, 1) for layer in ("mlp.fc1", "attn.proj")]
@@ -192,7 +192,9 @@ def test_weights_that_are_equal(mode: Any, tmp_path: Path) -> None:
     assert set(names) <= read_weights(tmp_path / "int8" / "model.onnx").keys()
 
 
-def test_a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(tmp_path: Path) -> None:
+def test_int8_families__a_weight_that_the_engine_transposes_is_read_as_timm_lays_it_out(
+    tmp_path: Path,
+) -> None:
     """``Gemm`` takes a square weight as it is, and its INT8 form transposed."""
     weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
     weight[np.triu_indices(8, 1)] = 0

@@ -61,7 +61,9 @@ CASES = pytest.mark.parametrize("case", [(way, name) for way in WAYS for name in
 
 
 @CASES
-def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str, str], Path]) -> None:
+def test_int8_folder__every_pruned_weight_is_0(
+    case: tuple[str, str], folders: dict[tuple[str, str], Path]
+) -> None:
     """Read from the file by onnx alone: int8 initialisers by their names, and their zero points."""
     _, _, masks = pruned(case[1])
     model = onnx.load(folders[case] / ONNX_FILE)
@@ -83,7 +85,7 @@ def test_every_pruned_weight_is_0(case: tuple[str, str], folders: dict[tuple[str
 
 
 @CASES
-def test_no_pair_of_products_overflows_16_bits(
+def test_int8_folder__no_pair_of_products_overflows_16_bits(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     """255 · 64 · 2 fits; processors without VNNI cut off what does not."""
@@ -92,7 +94,7 @@ def test_no_pair_of_products_overflows_16_bits(
 
 
 @CASES
-def test_answers_are_close_at_every_batch_size(
+def test_int8_folder__answers_are_close_at_every_batch_size(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     model, _, _ = pruned(case[1])
@@ -107,7 +109,7 @@ def test_answers_are_close_at_every_batch_size(
 
 
 @CASES
-def test_the_record_says_how_often_the_class_is_that_of_float32(
+def test_int8_folder__the_record_says_how_often_the_class_is_that_of_float32(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     model, _, _ = pruned(case[1])
@@ -119,7 +121,7 @@ def test_the_record_says_how_often_the_class_is_that_of_float32(
 
 
 @CASES
-def test_the_folder_says_all_and_nothing_of_this_machine(
+def test_int8_folder__the_folder_says_all_and_nothing_of_this_machine(
     case: tuple[str, str], folders: dict[tuple[str, str], Path]
 ) -> None:
     folder = folders[case]
@@ -146,7 +148,9 @@ def test_the_folder_says_all_and_nothing_of_this_machine(
         assert not any(directory.encode() in path.read_bytes() for directory in source_model), path.name
 
 
-def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_int8_folder__a_weight_that_came_back_is_named(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
     """The check can fail: one pruned weight of one layer is set, and so is a zero point."""
     name, (_, _, masks) = "blocks.1.mlp.fc1.weight", pruned(VIT)
     for way, stored in (("static", name), ("dynamic", f"{name}.T")):
@@ -172,7 +176,7 @@ def test_a_weight_that_came_back_is_named(folders: dict[tuple[str, str], Path], 
         check_zeros(folders["static", VIT] / ONNX_FILE, pruned(SWIN)[2])
 
 
-def test_an_engine_that_answers_otherwise_is_noticed(
+def test_int8_folder__an_engine_that_answers_otherwise_is_noticed(
     folders: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(int8_folder.Int8Model):
@@ -184,7 +188,7 @@ def test_an_engine_that_answers_otherwise_is_noticed(
         int8_folder.quantize_folder(folders["static", VIT].parent / "parent", tmp_path, "dynamic")
 
 
-def test_what_is_quantised_is_not_quantised_again(
+def test_int8_folder__what_is_quantised_is_not_quantised_again(
     folders: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"model = .*is quantised already"):
@@ -196,13 +200,13 @@ def test_what_is_quantised_is_not_quantised_again(
     assert not list(tmp_path.iterdir())
 
 
-def test_images_of_another_shape(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_int8_folder__images_of_another_shape(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     parent = folders["static", VIT].parent / "parent"
     with pytest.raises(InputError, match=r"\(3, 32, 32\).*the model takes \(3, 16, 16\)"):
         int8_folder.quantize_folder(parent, tmp_path, "static", [images(4, side=32)])
 
 
-def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+def test_int8_folder__a_damaged_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path
     for name in (ONNX_FILE, "config.json"):
         (folder / name).write_text("{}")
@@ -220,7 +224,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         int8_folder.read_record(folder, "x", key="model")
 
 
-def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_int8_folder__compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     """By plain pyarrow and ONNX Runtime, as the guide says, and by us; packed twice it is the same."""
     source = folders["static", VIT]
     packed = tmp_path / "packed"
@@ -256,7 +260,9 @@ def test_compressed_and_run(folders: dict[tuple[str, str], Path], tmp_path: Path
         )
 
 
-def test_a_compressed_file_that_is_no_such_one(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_int8_folder__a_compressed_file_that_is_no_such_one(
+    folders: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
     """Also one that would inflate to more than its record says is refused, and not read whole."""
     source = folders["static", VIT]
     int8_folder.pack(source, tmp_path, int8_folder.read_record(source, "x", key="model"))

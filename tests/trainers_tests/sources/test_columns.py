@@ -43,7 +43,7 @@ def hub(labels: dict[str, Any], kinds: dict[str, Any], *, image: str = "img", na
     return result.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def test_the_one_image_and_class_label_of_the_metadata(tmp_path: Path) -> None:
+def test_columns__the_one_image_and_class_label_of_the_metadata(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", hub({"id": [7, 8, 9], "labels": [2, 0, 1]}, {"labels": CLASS_LABEL}))
     check_table(uri, 3, key="data.train")
     store = Store.open(uri)
@@ -52,7 +52,7 @@ def test_the_one_image_and_class_label_of_the_metadata(tmp_path: Path) -> None:
     assert names_of(uri) == tuple(NAMES)
 
 
-def test_several_columns_are_not_guessed_at(tmp_path: Path) -> None:
+def test_columns__several_columns_are_not_guessed_at(tmp_path: Path) -> None:
     labels = {"coarse_label": [0, 0, 1], "fine_label": [2, 0, 1]}
     uri = write(tmp_path / "a.parquet", hub(labels, dict.fromkeys(labels, CLASS_LABEL)))
     with pytest.raises(InputError, match=r"several.*labels \(coarse_label, fine_label\).*label_column"):
@@ -69,7 +69,7 @@ def test_several_columns_are_not_guessed_at(tmp_path: Path) -> None:
         Store.open(mixed)
 
 
-def test_without_metadata_a_number_is_no_label(tmp_path: Path) -> None:
+def test_columns__without_metadata_a_number_is_no_label(tmp_path: Path) -> None:
     plain = pa.table({"img": pa.array([{"bytes": png(0), "path": ""}], IMAGES), "id": [5]})
     uri = write(tmp_path / "a.parquet", plain)
     with pytest.raises(InputError, match=r"needs a column 'label'; it has img, id .*label_column"):
@@ -77,7 +77,7 @@ def test_without_metadata_a_number_is_no_label(tmp_path: Path) -> None:
     assert Store.open(uri, columns=Columns(label="id")).labels.tolist() == [5]
 
 
-def test_a_column_is_not_both() -> None:
+def test_columns__a_column_is_not_both() -> None:
     with pytest.raises(ValueError, match="label_column: is the image_column too"):
         DataSettings(train="a", image_column="x", label_column="x")
 
@@ -91,7 +91,7 @@ def test_a_column_is_not_both() -> None:
         pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())]),
     ],
 )
-def test_images_of_every_type_of_arrow_s(kind: pa.DataType, tmp_path: Path) -> None:
+def test_columns__images_of_every_type_of_arrow_s(kind: pa.DataType, tmp_path: Path) -> None:
     contents = [png(0), png(1), None]
     nested = pa.types.is_struct(kind)
     cells = [{"bytes": content, "path": "x"} if nested else content for content in contents]
@@ -104,7 +104,7 @@ def test_images_of_every_type_of_arrow_s(kind: pa.DataType, tmp_path: Path) -> N
     assert [decode(both.cell(row)).size for row in range(4)] == [(16, 16)] * 4
 
 
-def test_a_row_group_over_two_gigabytes(tmp_path: Path) -> None:
+def test_columns__a_row_group_over_two_gigabytes(tmp_path: Path) -> None:
     """Arrow holds no struct of over 2 GB in one array; the file is small, as all rows are alike."""
     blob, rows = bytes(range(256)) * (8 << 12), 260
     path = tmp_path / "a.parquet"
@@ -128,7 +128,7 @@ def test_a_row_group_over_two_gigabytes(tmp_path: Path) -> None:
     assert labels == list(range(rows))
 
 
-def test_a_folder_of_train_and_test_is_no_training_data(tmp_path: Path) -> None:
+def test_columns__a_folder_of_train_and_test_is_no_training_data(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name, labels in (("train-00000-of-00002", [0]), ("train-00001-of-00002", [1]), ("test-0000", [2])):
         write(data / f"{name}.parquet", table(labels))
@@ -143,7 +143,7 @@ def test_a_folder_of_train_and_test_is_no_training_data(tmp_path: Path) -> None:
         Store.open(str(tmp_path))
 
 
-def test_names_of_parts_are_no_names_of_files(tmp_path: Path) -> None:
+def test_columns__names_of_parts_are_no_names_of_files(tmp_path: Path) -> None:
     """``trainer``, ``latest`` and macOS's ``._`` files are not taken for parts."""
     for name in ("trainers", "latest", "contest"):
         write(tmp_path / f"{name}.parquet", table([0]))
@@ -153,7 +153,7 @@ def test_names_of_parts_are_no_names_of_files(tmp_path: Path) -> None:
     assert Store.open(result).labels.tolist() == [1]  # no glob, as there is a file of this name
 
 
-def test_contradicting_classes_are_refused(tmp_path: Path) -> None:
+def test_columns__contradicting_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="label 1 is 'birch' in train and 'cedar' in test"):
         check_alike({"train": NAMES, "validation": [], "test": ["ash", "cedar"]}, key="data")
     check_alike({"train": NAMES, "test": NAMES[:2]}, key="data")
@@ -168,7 +168,7 @@ def test_contradicting_classes_are_refused(tmp_path: Path) -> None:
         names_of(f"{tmp_path}/a*.parquet")
 
 
-def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
+def test_columns__a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
     uris = {}
     for part, names in (("train", NAMES), ("test", ["birch", "ash", "cedar"])):
         made = hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}, image="image", names=names)
@@ -198,7 +198,7 @@ def test_a_dry_run_refuses_parts_that_contradict(tmp_path: Path) -> None:
         prepare(load_recipe(str(recipe), given), dry_run=True)
 
 
-def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
+def test_columns__class_names_stay_with_the_model(tmp_path: Path) -> None:
     """Through saving, loading, serving and a new head, as timm's own label_names."""
     from orchestration.tracking.served_model import _checkpoint
 
@@ -233,7 +233,7 @@ def test_class_names_stay_with_the_model(tmp_path: Path) -> None:
         ("a.json", [], None),
     ],
 )
-def test_class_maps(name: str, content: Any, names: tuple[str, ...] | None, tmp_path: Path) -> None:
+def test_columns__class_maps(name: str, content: Any, names: tuple[str, ...] | None, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     if names is not None:
@@ -243,7 +243,7 @@ def test_class_maps(name: str, content: Any, names: tuple[str, ...] | None, tmp_
         read_map(file, "--classes")
 
 
-def test_commands_name_the_columns(tmp_path: Path, run: Run) -> None:
+def test_columns__commands_name_the_columns(tmp_path: Path, run: Run) -> None:
     """A table with labels of two kinds: which is meant is said, else refused."""
     names = {"coarse_label": [0, 0, 1], "fine_label": [2, 0, 1]}
     write(tmp_path / "a.parquet", hub(names, dict.fromkeys(names, CLASS_LABEL)))
@@ -279,7 +279,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) -> None:
+def test_columns__a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) -> None:
     """Also where it was fetched after the recipe had been checked; else the model takes the data's names."""
     uri = write(tmp_path / "a.parquet", hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}))
     made = {"name": "x", "seed": 0, "data": {"train": uri}, "training": {"epochs": 1}}
@@ -293,7 +293,7 @@ def test_a_training_run_refuses_a_checkpoint_of_other_classes(tmp_path: Path) ->
     assert factory.label_names(model) == tuple(NAMES)
 
 
-def test_what_mlflow_is_told_of_classes(tmp_path: Path) -> None:
+def test_columns__what_mlflow_is_told_of_classes(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", hub({"label": [0]}, {"label": CLASS_LABEL}))
     assert classes_of(uri) == {"ash": 0, "birch": 1, "cedar": 2}
     assert labels_of(uri) == NAMES

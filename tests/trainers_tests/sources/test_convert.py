@@ -73,14 +73,14 @@ def described(label: object) -> bytes:
         ),
     ],
 )
-def test_samples(files: Files, expected: list[int], tmp_path: Path) -> None:
+def test_convert__samples(files: Files, expected: list[int], tmp_path: Path) -> None:
     labelled = rows(tar(tmp_path / "a.tar", files))
     assert [label for _, label in labelled] == expected
     assert labelled[0][0].startswith("a.")
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz", "tgz", "tar.xz"])
-def test_packed_tars(ending: str, tmp_path: Path) -> None:
+def test_convert__packed_tars(ending: str, tmp_path: Path) -> None:
     files = [("a.jpg", np.random.default_rng(0).bytes(5000)), ("a.cls", b"3")]
     path = tar(tmp_path / f"train-0.{ending}", files + [(f"b{name[1:]}", content) for name, content in files])
     assert rows(path) == [("a.jpg", 3), ("b.jpg", 3)]
@@ -91,7 +91,7 @@ def test_packed_tars(ending: str, tmp_path: Path) -> None:
         rows(path)
 
 
-def test_a_cut_or_damaged_tar_is_not_taken_for_a_short_one(tmp_path: Path) -> None:
+def test_convert__a_cut_or_damaged_tar_is_not_taken_for_a_short_one(tmp_path: Path) -> None:
     """Python's tarfile ends at any header that it cannot read, without a word."""
     path = tar(tmp_path / "a.tar", [(f"{n}.{kind}", b"1") for n in range(3) for kind in ("jpg", "cls")])
     whole, second = path.read_bytes(), 4 * 512  # a header and a block of content for each file
@@ -118,12 +118,12 @@ def test_a_cut_or_damaged_tar_is_not_taken_for_a_short_one(tmp_path: Path) -> No
         ([("a.jpg", b"1"), ("a.JPG", b"1")], "a has two files .jpg"),
     ],
 )
-def test_a_sample_that_cannot_be_used_is_named(files: Files, says: str, tmp_path: Path) -> None:
+def test_convert__a_sample_that_cannot_be_used_is_named(files: Files, says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         rows(tar(tmp_path / "a.tar", files))
 
 
-def test_unlabelled_samples_are_left_out_if_wanted(tmp_path: Path) -> None:
+def test_convert__unlabelled_samples_are_left_out_if_wanted(tmp_path: Path) -> None:
     files = [("a.jpg", b"1"), ("b.jpg", b"2"), ("b.cls", b"1"), ("c.jpg", b"3"), ("c.cls", b"-1")]
     path = tar(tmp_path / "a.tar", files)
     assert rows(path, unlabelled="skip") == [("", -1), ("b.jpg", 1), ("", -1)]
@@ -132,7 +132,7 @@ def test_unlabelled_samples_are_left_out_if_wanted(tmp_path: Path) -> None:
         assert (shard.images, shard.skipped) == (1, 2)
 
 
-def test_labels_of_tars_by_a_class_map(tmp_path: Path) -> None:
+def test_convert__labels_of_tars_by_a_class_map(tmp_path: Path) -> None:
     files = [("a.jpg", b"1"), ("a.cls", b"cat"), ("b.jpg", b"1"), ("b.cls", b"1")]
     path = tar(tmp_path / "a.tar", files)
     assert [label for _, label in rows(path, classes=("ant", "bee", "cat"))] == [2, 1]
@@ -141,7 +141,7 @@ def test_labels_of_tars_by_a_class_map(tmp_path: Path) -> None:
     assert [label for _, label in rows(tar(tmp_path / "b.tar", files[2:]), first=1)] == [0]
 
 
-def test_tars_of_several_parts_are_told_apart(tmp_path: Path) -> None:
+def test_convert__tars_of_several_parts_are_told_apart(tmp_path: Path) -> None:
     for name in ("set-train-00", "set-train-01", "set-validation-00"):
         tar(tmp_path / f"{name}.tar", [("a.jpg", b"1"), ("a.cls", b"3")])
     with pytest.raises(InputError, match=r"several parts: train .*validation .*by a glob"):
@@ -157,7 +157,7 @@ def images(root: Path, *paths: str) -> Path:
     return root
 
 
-def test_what_a_system_leaves_is_no_class_and_no_image(tmp_path: Path) -> None:
+def test_convert__what_a_system_leaves_is_no_class_and_no_image(tmp_path: Path) -> None:
     root = images(tmp_path / "x", "ant/a.png", "ant/@eaDir/thumb.jpg", "ant/._a.png", "bee/b.png")
     images(root, ".ipynb_checkpoints/b.png", "__MACOSX/ant/a.png", "@eaDir/x.jpg", "bee/.trash/c.png")
     classes, labelled, notes = class_folders(root, SourceOptions())
@@ -172,7 +172,9 @@ def test_what_a_system_leaves_is_no_class_and_no_image(tmp_path: Path) -> None:
     assert [path.name for path in images_below(root / "bee")] == ["b.png", "d.png"]
 
 
-def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(tmp_path: Path) -> None:
+def test_convert__numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(
+    tmp_path: Path,
+) -> None:
     from timm.utils.misc import natural_key as timms
     from torchvision.datasets import ImageFolder
 
@@ -198,14 +200,14 @@ def test_numbered_folders_are_sorted_as_torchvision_s_unless_timm_s_are_wanted(t
         (("images/a/x.png", "images/b/x.png"), "holds images alone, which holds folders"),
     ],
 )
-def test_a_level_too_high(paths: tuple[str, ...], says: str, tmp_path: Path) -> None:
+def test_convert__a_level_too_high(paths: tuple[str, ...], says: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=says):
         plan(images(tmp_path, *paths))
     named = tuple(sorted({path.partition("/")[0] for path in paths}))
     assert plan(tmp_path, SourceOptions(classes=named)).classes == named  # it may be meant
 
 
-def test_one_class_map_for_all_parts(tmp_path: Path) -> None:
+def test_convert__one_class_map_for_all_parts(tmp_path: Path) -> None:
     """A part that lacks a class keeps the labels of the others."""
     part = images(tmp_path / "v", "ant/a.png", "cat/b.png")
     names = ("ant", "bee", "cat", "dog")
@@ -264,7 +266,7 @@ KAGGLE = "ImageId,PredictionString\nILSVRC2012_val_00000003,n03 1 2 3 4\n"
         ),
     ],
 )
-def test_one_folder_and_a_file_of_labels(
+def test_convert__one_folder_and_a_file_of_labels(
     *,
     file: str,
     content: str,
@@ -299,13 +301,15 @@ def test_one_folder_and_a_file_of_labels(
         ("a.csv", "id,width,label2\nILSVRC2012_val_00000001,500,0\n", "must have two columns"),
     ],
 )
-def test_a_file_of_labels_that_does_not_fit(file: str, content: str, says: str, tmp_path: Path) -> None:
+def test_convert__a_file_of_labels_that_does_not_fit(
+    file: str, content: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / file).write_text(content)
     with pytest.raises(InputError, match=says):
         plan(flat(tmp_path / "val"), SourceOptions(labels=tmp_path / file))
 
 
-def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
+def test_convert__folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
     """As its development kit counts, which is not the order of the sorted ids; inner nodes are no classes."""
     from scipy.io import savemat
 
@@ -321,7 +325,7 @@ def test_folders_by_ilsvrc_s_numbers(tmp_path: Path) -> None:
         class_folders(images(root, "4/d.png"), SourceOptions(ids=tmp_path / "meta.mat"))
 
 
-def test_one_conversion_at_a_time(tmp_path: Path) -> None:
+def test_convert__one_conversion_at_a_time(tmp_path: Path) -> None:
     """And what a killed one left, also of shards that there are none of any more, goes with the next."""
     made, out = plan(images(tmp_path / "x", "ant/a.png", "bee/b.png")), tmp_path / "out"
     out.mkdir()

@@ -17,7 +17,7 @@ from pruners.errors import InputError
 from trainers.sources.parquet import check_table, decode, read_table
 
 
-def test_one_file(tmp_path: Path) -> None:
+def test_parquet__one_file(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([2, 0, 1]))
     read = read_table(uri)
     assert read.column_names == ["image", "label"]
@@ -26,7 +26,7 @@ def test_one_file(tmp_path: Path) -> None:
     assert read_table(uri, ["label"]).column_names == ["label"]
 
 
-def test_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
+def test_parquet__a_folder_in_the_order_of_names(tmp_path: Path) -> None:
     for name, label in (("b", 1), ("a", 0), ("c", 2)):
         write(tmp_path / f"{name}.parquet", table([label]))
     (tmp_path / "README.md").write_text("not data")
@@ -34,12 +34,12 @@ def test_a_folder_in_the_order_of_names(tmp_path: Path) -> None:
     check_table(str(tmp_path), 3, key="data.train")
 
 
-def test_more_columns_are_no_matter(tmp_path: Path) -> None:
+def test_parquet__more_columns_are_no_matter(tmp_path: Path) -> None:
     more = table([0, 1]).append_column("split", pa.array(["train", "train"]))
     assert read_table(write(tmp_path / "a.parquet", more)).column_names == ["image", "label"]
 
 
-def test_images_as_plain_bytes(tmp_path: Path) -> None:
+def test_parquet__images_as_plain_bytes(tmp_path: Path) -> None:
     plain = pa.table({"image": pa.array([png(0)], pa.binary()), "label": [0]})
     uri = write(tmp_path / "a.parquet", plain)
     check_table(uri, 1, key="data")
@@ -49,12 +49,12 @@ def test_images_as_plain_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", [None, {"bytes": None, "path": "a.png"}, "text", 3])
-def test_cells_without_bytes(cell: object) -> None:
+def test_parquet__cells_without_bytes(cell: object) -> None:
     with pytest.raises(TypeError):
         decode(cell)
 
 
-def test_the_fingerprint_follows_labels_and_images(tmp_path: Path) -> None:
+def test_parquet__the_fingerprint_follows_labels_and_images(tmp_path: Path) -> None:
     prints = {
         check_table(write(tmp_path / f"{number}.parquet", content), 3, key="data")
         for number, content in enumerate(
@@ -106,7 +106,7 @@ def scribble(bad: object) -> pa.Table:
         (holding(lambda: scribble(png(0)[:60])), "row 0 holds no image"),
     ],
 )
-def test_what_is_refused(make: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+def test_parquet__what_is_refused(make: Callable[[Path], None], says: str, tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     make(path)
     with pytest.raises(InputError, match=says) as error:
@@ -116,27 +116,27 @@ def test_what_is_refused(make: Callable[[Path], None], says: str, tmp_path: Path
     assert "\n" not in str(error.value)
 
 
-def test_the_bad_file_of_a_folder(tmp_path: Path) -> None:
+def test_parquet__the_bad_file_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", table([0, 1]))
     write(tmp_path / "b.parquet", table([1, 9]))
     with pytest.raises(InputError, match="label 9"):
         check_table(str(tmp_path), 3, key="data")
 
 
-def test_files_of_different_types(tmp_path: Path) -> None:
+def test_parquet__files_of_different_types(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", table([0, 1]))
     write(tmp_path / "b.parquet", table(["a"], kind=pa.string()))
     with pytest.raises(InputError, match=str(tmp_path)):
         read_table(str(tmp_path))
 
 
-def test_every_row_group_has_its_labels_checked(tmp_path: Path) -> None:
+def test_parquet__every_row_group_has_its_labels_checked(tmp_path: Path) -> None:
     uri = write(tmp_path / "a.parquet", table([0, 1, 2, 5]), row_group_size=1)
     with pytest.raises(InputError, match="label 5"):
         check_table(uri, 3, key="data")
 
 
-def test_a_first_row_group_without_rows(tmp_path: Path) -> None:
+def test_parquet__a_first_row_group_without_rows(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", table([0]).slice(0, 0))
     write(tmp_path / "b.parquet", table([0, 1]))
     assert check_table(str(tmp_path), 3, key="data")
@@ -144,7 +144,7 @@ def test_a_first_row_group_without_rows(tmp_path: Path) -> None:
 
 @quick(150)
 @given(st.integers(0, len(png(0)) - 1), st.integers(1, 255), st.booleans())
-def test_broken_images_are_broken_in_one_way(offset: int, change: int, cut: bool) -> None:
+def test_parquet__broken_images_are_broken_in_one_way(offset: int, change: int, cut: bool) -> None:
     content = bytearray(png(0))
     content[offset] ^= change
     with contextlib.suppress(OSError):

@@ -60,7 +60,7 @@ def cut(architecture: str, widths: dict[str, Any], importance: str = "magnitude"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_plain_timm_loads_what_was_cut(name: str, tmp_path: Path) -> None:
+def test_cut__plain_timm_loads_what_was_cut(name: str, tmp_path: Path) -> None:
     made, plan = cut(*KINDS[name], importance="fisher")
     save_cut(tmp_path / "cut", made, plan, {}, sparse=False)
     plain = timm.create_model(f"local-dir:{tmp_path / 'cut'}", pretrained=True).eval()
@@ -76,12 +76,12 @@ def test_plain_timm_loads_what_was_cut(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("importance", ["magnitude", "taylor", "fisher"])
 @pytest.mark.parametrize("architecture", [VIT, SWIN])
-def test_the_same_channels_are_chosen_again(architecture: str, importance: str) -> None:
+def test_cut__the_same_channels_are_chosen_again(architecture: str, importance: str) -> None:
     item, other = (cut(architecture, {"mlp": 0.5, "embed": 0.5}, importance)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(item.parameters(), other.parameters(), strict=True))
 
 
-def test_hidden_units_that_went_were_the_least() -> None:
+def test_cut__hidden_units_that_went_were_the_least() -> None:
     """By hand: the uncut model with the activations of those units silenced says the same."""
     model, _ = lively(VIT)
     made, _ = cut(VIT, {"mlp": 0.5})
@@ -95,7 +95,7 @@ def test_hidden_units_that_went_were_the_least() -> None:
         assert torch.allclose(made(images(4)), model(images(4)), atol=1e-4)
 
 
-def test_a_head_goes_with_its_column_of_positions() -> None:
+def test_cut__a_head_goes_with_its_column_of_positions() -> None:
     model, _ = lively(SWIN)
     made, _ = cut(SWIN, {"heads": [1, 2]})
     name = "layers.0.blocks.0.attn"
@@ -110,7 +110,7 @@ def test_a_head_goes_with_its_column_of_positions() -> None:
     assert torch.equal(kept, proj.weight[:, 4 * head : 4 * head + 4])
 
 
-def test_queries_make_up_for_the_scale_of_smaller_heads() -> None:
+def test_cut__queries_make_up_for_the_scale_of_smaller_heads() -> None:
     model, _ = lively(SWIN)
     made, _ = cut(SWIN, {"head_dim": [0.25, 1.0]})
     name = "layers.0.blocks.0.attn.qkv.weight"
@@ -124,7 +124,7 @@ def test_queries_make_up_for_the_scale_of_smaller_heads() -> None:
             assert float(near.min()) < 1e-6
 
 
-def test_a_distilled_model_with_scaled_layers(tmp_path: Path) -> None:
+def test_cut__a_distilled_model_with_scaled_layers(tmp_path: Path) -> None:
     arguments = {**VIT_ARGS, "init_values": 0.5}
     size = {"input_size": (3, 16, 16)}
     model = timm.create_model(
@@ -137,7 +137,7 @@ def test_a_distilled_model_with_scaled_layers(tmp_path: Path) -> None:
     assert load_checkpoint(str(tmp_path / "cut")).model.get_parameter("dist_token").shape == (1, 1, 12)
 
 
-def test_zeros_of_before_stay(tmp_path: Path) -> None:
+def test_cut__zeros_of_before_stay(tmp_path: Path) -> None:
     model, arguments = lively(VIT)
     for layer in find_layers(model):
         weight = model.get_parameter(layer.name)
@@ -154,7 +154,7 @@ def test_zeros_of_before_stay(tmp_path: Path) -> None:
     assert record["sparsity"] == pytest.approx(masks.sparsity)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_cut__the_model_is_left_as_it_was() -> None:
     model, arguments = lively(SWIN)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = StructuredSettings(embed=0.5, importance="fisher")
@@ -235,7 +235,7 @@ def _norms_that_see_all(monkeypatch: pytest.MonkeyPatch) -> None:
         (_norms_that_see_all, "vit embed", "beside the uncut model"),
     ],
 )
-def test_what_is_wrong_is_noticed(
+def test_cut__what_is_wrong_is_noticed(
     wrong: Callable[[pytest.MonkeyPatch], None], kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut(*KINDS[kind])
@@ -244,7 +244,7 @@ def test_what_is_wrong_is_noticed(
         cut(*KINDS[kind])
 
 
-def test_another_number_of_parameters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut__another_number_of_parameters_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "trainers.structured.cut.cost_model",
         lambda model, size: type("Wrong", (), {"parameters": 7, "macs": 1}),
@@ -253,7 +253,7 @@ def test_another_number_of_parameters_is_noticed(monkeypatch: pytest.MonkeyPatch
         cut(VIT, {"mlp": 0.5})
 
 
-def test_another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut__another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, plan = cut(SWIN, {"mlp": 0.5})
     original = load_checkpoint
 
@@ -268,7 +268,7 @@ def test_another_model_in_the_file_is_noticed(tmp_path: Path, monkeypatch: pytes
         save_cut(tmp_path / "cut", made, plan, {}, sparse=False)
 
 
-def test_other_weights_than_timm_takes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut__other_weights_than_timm_takes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def lose(state: dict[str, Tensor], plan: Plan) -> None:
         del state["norm.bias"]
 

@@ -27,7 +27,7 @@ def built(architecture: str, **arguments: Any) -> nn.Module:
     return model
 
 
-def test_shapes_are_read_off_models() -> None:
+def test_shapes__shapes_are_read_off_models() -> None:
     assert Shape.of(built(VIT, **VIT_ARGS)) == Shape("vit", 16, (2,), (8,), (64,), (2,))
     assert Shape.of(built(SWIN, **SWIN_ARGS)) == Shape("swin", 8, (2, 2), (4, 8), (32, 64), (1, 1))
     assert Shape.of(built("deit_tiny_distilled_patch16_224")).heads == (3,)
@@ -37,7 +37,7 @@ def test_shapes_are_read_off_models() -> None:
     "architecture",
     ["convnext_atto", "swinv2_tiny_window8_256", "xcit_nano_12_p16_224", "beit_base_patch16_224"],
 )
-def test_other_families_are_refused(architecture: str) -> None:
+def test_shapes__other_families_are_refused(architecture: str) -> None:
     with pytest.raises(InputError, match="only timm's ViT, DeiT and Swin"):
         Shape.of(built(architecture))
 
@@ -51,12 +51,12 @@ def test_other_families_are_refused(architecture: str) -> None:
         ({"global_pool": "map"}, "pools by attention"),
     ],
 )
-def test_parts_that_are_not_known_are_refused(change: dict[str, Any], says: str) -> None:
+def test_shapes__parts_that_are_not_known_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Shape.of(built(VIT, **VIT_ARGS, **change))
 
 
-def test_blocks_of_uneven_width_are_refused() -> None:
+def test_shapes__blocks_of_uneven_width_are_refused() -> None:
     model = built(VIT, **VIT_ARGS)
     block: Any = model.get_submodule("blocks.1")
     block.mlp = timm.layers.Mlp(16, 32, 16)
@@ -87,7 +87,7 @@ def test_blocks_of_uneven_width_are_refused() -> None:
         (A_SWIN, {"embed": 0.75}, {"embed": [48, 36]}),
     ],
 )
-def test_what_can_be_had(shape: Shape, asked: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_shapes__what_can_be_had(shape: Shape, asked: dict[str, Any], expected: dict[str, Any]) -> None:
     assert target_shape(shape, StructuredSettings(**asked)).differences(shape) == expected
 
 
@@ -118,7 +118,7 @@ def test_what_can_be_had(shape: Shape, asked: dict[str, Any], expected: dict[str
         (A_SWIN, {"embed": 49}, "embed", "at most 48"),
     ],
 )
-def test_what_cannot_is_refused_with_the_nearest(
+def test_shapes__what_cannot_is_refused_with_the_nearest(
     shape: Shape, asked: dict[str, Any], key: str, says: str
 ) -> None:
     with pytest.raises(InputError, match=says) as error:
@@ -128,7 +128,7 @@ def test_what_cannot_is_refused_with_the_nearest(
 
 @quick(200)
 @given(st.integers(1, 1500), st.integers(1, 6000))
-def test_timm_makes_exactly_the_hidden_channels(width: int, hidden: int) -> None:
+def test_shapes__timm_makes_exactly_the_hidden_channels(width: int, hidden: int) -> None:
     """``int(width * ratio)``, which 0.1 + 0.2 may bring one below."""
     shape = Shape("vit", width, (1,), (width,), (hidden,), (1,))
     assert int(width * shape.arguments({})["mlp_ratio"]) == hidden
@@ -136,7 +136,7 @@ def test_timm_makes_exactly_the_hidden_channels(width: int, hidden: int) -> None
 
 @quick(8)
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 70))
-def test_a_vit_is_built_as_it_was_planned(heads: int, dim: int, hidden: int) -> None:
+def test_shapes__a_vit_is_built_as_it_was_planned(heads: int, dim: int, hidden: int) -> None:
     shape = Shape("vit", heads * dim, (heads,), (dim,), (hidden,), (2,))
     assert Shape.of(built(VIT, **shape.arguments(VIT_ARGS))) == shape
 
@@ -148,13 +148,13 @@ def test_a_vit_is_built_as_it_was_planned(heads: int, dim: int, hidden: int) -> 
     st.tuples(st.integers(1, 7), st.integers(1, 7)),
     st.tuples(st.integers(1, 40), st.integers(1, 70)),
 )
-def test_a_swin_is_built_as_it_was_planned(
+def test_shapes__a_swin_is_built_as_it_was_planned(
     embed: int, heads: tuple[int, int], dims: tuple[int, int], hidden: tuple[int, int]
 ) -> None:
     shape = Shape("swin", embed, heads, dims, hidden, (1, 1))
     assert Shape.of(built(SWIN, **shape.arguments(SWIN_ARGS))) == shape
 
 
-def test_a_cut_in_words() -> None:
+def test_shapes__a_cut_in_words() -> None:
     shape = target_shape(A_SWIN, StructuredSettings(heads=0.5, mlp=(0.5, 1, 1)))
     assert format_cut(shape.differences(A_SWIN)) == "heads 2/4/8 → 1/2/4, mlp 192/384/768 → 96/384/768"
