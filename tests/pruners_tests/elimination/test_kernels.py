@@ -145,7 +145,7 @@ def test_kernels__an_error_on_a_thread_is_passed_on_and_the_next_call_works(at_o
     with threads(at_once):
         with pytest.raises(ArithmeticError, match=f"boom at {bad}"):
             kernels.on_threads(work, 4)
-        test_every_part_is_worked_on_once(4, at_once)
+        test_kernels__every_part_is_worked_on_once(4, at_once)
 
 
 FORKED = """
