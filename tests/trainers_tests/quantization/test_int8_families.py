@@ -85,10 +85,8 @@ def test_int8_families__static_runs_at_every_batch_size(name: str, tmp_path: Pat
     engine = int8_folder.Int8Model(tmp_path / "int8" / "model.onnx", threads=1)
     answers = engine(batch)
     apart = Agreement.of(answers.numpy(), torch_answers(model, batch.numpy()))
-    # that the engine answers as torch's own INT8 does is checked where the file is written; this is what INT8
-    # itself costs untrained networks of random norms
-    assert apart.relative < 0.15, apart
-    assert apart.top1 > 0.9, apart
+    # that the engine answers as torch's own INT8 does is checked where the file is written
+    assert_as_int8(apart)
     for count in (1, 2, 7):
         torch.testing.assert_close(engine(batch[:count]), answers[:count], rtol=1e-3, atol=1e-5)
 
@@ -96,7 +94,11 @@ def test_int8_families__static_runs_at_every_batch_size(name: str, tmp_path: Pat
 @pytest.mark.long
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_int8_families__every_family_exports_to_every_format(name: str, form: str, tmp_path: Path) -> None:
+def test_int8_families__every_family_exports_to_every_format(
+    name: str, form: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if (name, form) == ("efficientformer_l1", "openvino-int8"):  # `espalier export` refuses such a file
+        request.applymarker(pytest.mark.xfail(reason="NNCF's INT8 of it, untrained, is 0.4 off", strict=True))
     _exports(name, form, tmp_path)
 
 
@@ -115,7 +117,16 @@ def _exports(name: str, kind: str, folder: Path) -> None:
     expected = torch_answers(model, batch)
     for count in (1, 2, 7):
         apart = Agreement.of(run(batch[:count].copy()), expected[:count])
-        assert apart.holds(form.kind), apart
+        if form.kind == "float32":
+            assert apart.holds(form.kind), apart
+        else:
+            assert_as_int8(apart)
+
+
+def assert_as_int8(apart: Agreement) -> None:
+    """What INT8 itself costs untrained networks of random norms, in every engine (trained ones lose less)."""
+    assert apart.relative < 0.15, apart
+    assert apart.top1 > 0.9, apart
 
 
 def test_int8_families__what_no_way_of_quantising_does_is_known_from_the_model() -> None:
