@@ -46,7 +46,7 @@ def test_dense__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     sweep: Any = SimpleNamespace(
         recipe=None, data=None, lineage={}, begin=lambda *_: None, runs=lambda *_: runs
     )
-    job = SimpleNamespace(model_dump=lambda mode: {"model": {}, "training": {}})
+    job = SimpleNamespace(model_dump=lambda mode, include: {key: {} for key in include})
     monkeypatch.setattr(dense_phase, "dense_job", lambda *_: job)
     best = SimpleNamespace(seconds=1.0)
     monkeypatch.setattr(dense_phase, "run_training", lambda *_, **__: (best, str(trained)))
