@@ -16,6 +16,7 @@ __all__ = [
     "ray_worker",
     "remote_calls",
     "sources",
+    "sparse",
     "storage",
     "structured",
 ]

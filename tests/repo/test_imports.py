@@ -47,6 +47,7 @@ FLOORS = (
     {"trainers.data"},
     {"trainers.checkpoint"},
     {"trainers.export"},
+    {"trainers.sparse"},
     {"trainers.engines"},
     {"trainers.quantization"},
     {"trainers.loop"},

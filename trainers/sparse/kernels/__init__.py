@@ -1,0 +1,12 @@
+"""Machine code made for the host: a writer of LLVM's text form, and the kernels that are written with it."""
+
+__all__ = [
+    "attention",
+    "builder",
+    "driver",
+    "host",
+    "linear",
+    "norm",
+    "tile",
+    "vector_math",
+]

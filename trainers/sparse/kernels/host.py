@@ -1,0 +1,81 @@
+"""The processor this runs on, and machine code for it: LLVM by way of llvmlite, no compiler needed."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from trainers.sparse.kernels.builder import Code
+
+_LOCK = threading.Lock()  # LLVM's set-up is not made for several threads at once
+
+
+def _target_machine() -> Any:
+    """A new one each time: an engine takes its machine over."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+    )
+
+
+def lanes() -> int:
+    """Float32 numbers in a vector register: 16 (AVX-512), 8 (AVX2) or 4 (SSE, NEON)."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16
+    return 8 if features.get("avx2") else 4
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit numbers in vectors of 16 sums (AVX-512 VNNI)."""
+    return bool(llvm.get_host_cpu_features().get("avx512vnni"))
+
+
+class Machine:
+    """Functions compiled for this processor; they live as long as the object.
+
+    Args:
+        functions: finished :class:`~trainers.sparse.kernels.builder.Code`, in any order.
+    """
+
+    def __init__(self, functions: Iterable[Code]) -> None:
+        functions = list(functions)
+        defined = {code.name for code in functions}
+        declared = {line for code in functions for line in code.declared}
+        outside = sorted(line for line in declared if line.split("@")[1].split("(")[0] not in defined)
+        text = "\n".join([*outside, *(code.finish() for code in functions)])
+        with _LOCK:
+            machine = _target_machine()
+            module = llvm.parse_assembly(text)
+            module.triple = machine.triple
+            module.data_layout = str(machine.target_data)
+            module.verify()
+            options = llvm.create_pipeline_tuning_options(speed_level=2)
+            options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+            passes = llvm.create_pass_builder(machine, options)
+            passes.getModulePassManager().run(module, passes)
+            self._text = str(module)
+            self._engine = llvm.create_mcjit_compiler(module, machine)
+            self._engine.finalize_object()
+        self._names = defined
+
+    def address(self, name: str) -> int:
+        """Where a function begins."""
+        if name not in self._names:
+            raise KeyError(name)
+        return int(self._engine.get_function_address(name))
+
+    def assembly(self) -> str:
+        """The machine code in words, for those who look where the time goes."""
+        return str(_target_machine().emit_assembly(llvm.parse_assembly(self._text)))
+
+
+def function(address: int, arguments: int) -> Any:
+    """A compiled function as Python calls it, with so many 64-bit arguments; the interpreter's lock is let
+    go."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)

@@ -1,0 +1,133 @@
+"""Linear layers on tiles: the product with a sparse or a dense matrix, bias, GELU or residual in one pass.
+
+Called as :mod:`~trainers.sparse.kernels.tile` says, with the arguments named below.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from trainers.sparse.kernels.builder import Code, Value, Variable
+from trainers.sparse.kernels.tile import Tile
+from trainers.sparse.kernels.vector_math import gelu
+
+# arguments: two places, then addresses and sizes
+X, Y, INPUTS, OUTPUTS, BIAS, GROUPS, FIRST, MIDDLE, LAST, ROWS, COLUMNS, VALUES = 0, 3, *range(6, 16)
+ARGUMENTS = 16
+
+End = Literal["none", "gelu"]
+Start = Literal["bias", "residual", "sum"]
+UNROLLED = 2  # nonzeros a turn of the inner loop
+DENSE_BLOCK = (
+    6  # outputs of a dense product at a time: with 4 vectors 24 sums, which leaves registers to load into
+)
+
+
+def _begin(tile: Tile, start: Start, y: Value, bias: Value) -> list[Variable]:
+    """Sums of one output, with what they begin with."""
+    code = tile.code
+    if start == "sum":
+        return [code.variable(value) for value in tile.loads(y)]
+    first = code.splat(code.load("float", bias))
+    if start == "bias":
+        return [code.variable(first) for _ in tile.offsets]
+    return [code.variable(value + first) for value in tile.loads(y)]
+
+
+def _end(tile: Tile, end: End, sums: list[Variable], y: Value) -> None:
+    values = [total.get() for total in sums]
+    tile.stores([gelu(tile.code, value) for value in values] if end == "gelu" else values, y)
+
+
+def sparse_linear(
+    name: str, lanes: int, width: int, *, residual: bool = False, end: End = "none", unrolled: int = UNROLLED
+) -> Code:
+    """``y = W x + bias`` (``y += W x + bias`` with ``residual``), of the weights the nonzeros alone.
+
+    A zero that is not stored multiplies nothing: an input of infinity or NaN reaches only the outputs that
+    have a nonzero for it, whereas a dense product makes NaN of ``0 · inf``.
+    """
+    code = Code(name, lanes)
+    tile = Tile(code, width)
+    group = code.variable(tile.pointer(GROUPS))
+    row, column, value = (code.variable(tile.pointer(i)) for i in (ROWS, COLUMNS, VALUES))
+    start_x, start_y = tile.place(X), tile.place(Y)
+    begin: Start = "residual" if residual else "bias"
+    only = code.compare("slt", tile.number(LAST), code.whole(0))
+    several = code.compare("sge", tile.number(LAST), code.whole(0))
+
+    def nonzero(panel: Value, sums: list[Variable], number: int) -> None:
+        index = code.convert("zext", code.load("i16", column.get(), 2 * number), "i64")
+        x = code.at(panel, index * tile.row_bytes)
+        weight = code.splat(code.load("float", value.get(), 4 * number))
+        for total, offset in zip(sums, tile.offsets, strict=True):
+            total.set(code.fma(weight, code.load("vector", x, offset), total.get()))
+
+    def advance(nonzeros: int) -> None:
+        column.set(code.at(column.get(), 2 * nonzeros))
+        value.set(code.at(value.get(), 4 * nonzeros))
+
+    def segment(count: Value, start: Start, last: End) -> None:
+        bias = tile.pointer(BIAS)
+        with code.loop(count):
+            first, each, rows = (
+                code.convert("zext", code.load("i32", group.get(), 4 * i), "i64") for i in range(3)
+            )
+            panel = code.at(start_x, first * tile.row_bytes)
+            whole = each / unrolled
+            left = each - whole * unrolled
+            with code.loop(rows):
+                output = code.convert("zext", code.load("i32", row.get()), "i64")
+                y = code.at(start_y, output * tile.row_bytes)
+                sums = _begin(tile, start, y, code.at(bias, output * 4))
+                with code.loop(whole):
+                    for number in range(unrolled):
+                        nonzero(panel, sums, number)
+                    advance(unrolled)
+                with code.loop(left):
+                    nonzero(panel, sums, 0)
+                    advance(1)
+                _end(tile, last, sums, y)
+                row.set(code.at(row.get(), 4))
+            group.set(code.at(group.get(), 16))
+
+    with code.when(only):
+        segment(tile.number(FIRST), begin, end)
+    with code.when(several):
+        segment(tile.number(FIRST), begin, "none")
+        segment(tile.number(MIDDLE), "sum", "none")
+        segment(tile.number(LAST), "sum", end)
+    return code
+
+
+def dense_linear(name: str, lanes: int, width: int, *, residual: bool = False, end: End = "none") -> Code:
+    """The same with all weights (``weights.pack_dense`` in blocks of :data:`DENSE_BLOCK` outputs)."""
+    code = Code(name, lanes)
+    tile = Tile(code, width)
+    start_x, start_y = tile.place(X), tile.place(Y)
+    begin: Start = "residual" if residual else "bias"
+    weight = code.variable(tile.pointer(VALUES))
+    bias, inputs, outputs = tile.pointer(BIAS), tile.number(INPUTS), tile.number(OUTPUTS)
+
+    def block(output: Value, size: int) -> None:
+        y = code.at(start_y, output * tile.row_bytes)
+        at = [(code.at(y, r * tile.row_bytes), code.at(bias, output * 4 + 4 * r)) for r in range(size)]
+        sums = [_begin(tile, begin, *places) for places in at]
+        with code.loop(inputs) as k:
+            x = code.at(start_x, k * tile.row_bytes)
+            loaded = tile.loads(x)
+            for r in range(size):
+                w = code.splat(code.load("float", weight.get(), 4 * r))
+                for v in range(width):
+                    sums[r][v].set(code.fma(w, loaded[v], sums[r][v].get()))
+            weight.set(code.at(weight.get(), 4 * size))
+        for r in range(size):
+            _end(tile, end, sums[r], at[r][0])
+
+    size = DENSE_BLOCK
+    whole = outputs / size * size
+    with code.loop(whole, step=size) as output:
+        block(output, size)
+    with code.loop(outputs, start=whole) as output:
+        block(output, 1)
+    return code

@@ -1,0 +1,206 @@
+"""A pruned vision transformer, from its folder to logits: numpy in, numpy out, without torch.
+
+from trainers.sparse.runtime import load
+model = load("deit_s_90")
+logits = model(images)            # float32 [images, channels, height, width] → [images, classes]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from trainers.sparse import engine, layout
+from trainers.sparse.engine import Array, LinearLayer, Plan
+from trainers.sparse.kernels import host
+from trainers.sparse.program import LayerNorm, Linear, Program, from_json
+
+PROGRAM, TENSORS = "program.json", "tensors.safetensors"
+
+
+class SparseModel:
+    """A model that runs.
+
+    Args:
+        program: its operations.
+        tensors: its weights, as :func:`load` reads them.
+        threads: how many share the work of a call.
+        sparse_from: share of zeros from which a layer runs sparse.
+        widest: vectors of tokens in a tile.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: dict[str, NDArray[np.generic]],
+        *,
+        threads: int = 1,
+        sparse_from: float = engine.SPARSE_FROM,
+        widest: int = layout.WIDEST,
+    ) -> None:
+        self.program, self.threads = program, threads
+        self._lanes = host.lanes()
+        self._widths = layout.tile_widths(layout.vectors_of(program.tokens, self._lanes), widest)
+        self.layers, self._norms = {}, {}
+        for operation in program.operations:
+            if isinstance(operation, Linear):
+                self.layers[operation.layer] = LinearLayer.of(
+                    dense_weight(tensors, operation.layer),
+                    _real(tensors, f"{operation.layer}/bias"),
+                    lanes=self._lanes,
+                    widest=max(self._widths),
+                    sparse_from=sparse_from,
+                )
+            elif isinstance(operation, LayerNorm):
+                self._norms[operation.layer] = (
+                    _real(tensors, f"{operation.layer}/scale"),
+                    _real(tensors, f"{operation.layer}/shift"),
+                )
+        self._start = layout.to_tiles(_real(tensors, "start"), self._widths, self._lanes)
+        self._head = {name: _real(tensors, name) for name in tensors if name.startswith("head/")}
+        self._machine = engine.compiled(program, self._widths, self._lanes, self.layers)
+        self._run = host.function(self._machine.address("driver"), 3)
+        self._plans: dict[int, Plan] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+
+    def __call__(self, images: Array) -> Array:
+        """Logits of some images.
+
+        Args:
+            images: float32 ``[images, channels, height, width]``, normalised as ``program.preprocessing``
+                says.
+
+        Raises:
+            ValueError: images of another shape or type.
+        """
+        expected = (self.program.channels, self.program.height, self.program.width)
+        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.float32:
+            raise ValueError(f"images: float32 [n, {expected}] is needed, not {images.dtype} {images.shape}")
+        if not len(images):
+            return np.zeros((0, self.program.classes), dtype=np.float32)
+        with self._lock:
+            plan = self.plan(len(images))
+            self._load(images, plan)
+            self._execute(plan)
+            return self._logits(plan)
+
+    def plan(self, batch: int) -> Plan:
+        """Buffers and arguments for a batch size; those of another are let go."""
+        if batch not in self._plans:
+            self._plans.clear()
+            self._plans[batch] = engine.plan(
+                self.program,
+                self._machine,
+                self.layers,
+                self._norms,
+                lanes=self._lanes,
+                widths=self._widths,
+                batch=batch,
+                threads=self.threads,
+            )
+        return self._plans[batch]
+
+    def _load(self, images: Array, plan: Plan) -> None:
+        """Pixels into ``patches``, one patch a token, and the position embedding into ``stream``."""
+        program, (rows, columns), (high, wide) = self.program, self.program.grid, self.program.patch
+        count, features = plan.batch, program.channels * high * wide
+        split = images.reshape(count, program.channels, rows, high, columns, wide)
+        pixels = split.transpose(0, 1, 3, 5, 2, 4).reshape(count, features, rows * columns)
+        patches = plan.buffers["patches"].reshape(count, -1)
+        start = 0
+        for width in self._widths:
+            size = width * self._lanes
+            tile = patches[:, start * features : (start + size) * features].reshape(count, features, size)
+            before = max(0, program.prefix - start)
+            first = max(0, start - program.prefix)
+            part = pixels[:, :, first : first + size - before]
+            tile[:, :, before : before + part.shape[2]] = part
+            start += size
+        plan.buffers["stream"].reshape(count, -1)[:] = self._start
+
+    def _execute(self, plan: Plan) -> None:
+        plan.stages[:, 4:] = 0
+        arguments = [(plan.stages.ctypes.data, len(plan.stages), own.ctypes.data) for own in plan.scratch]
+        waiting = [self._pool.submit(self._run, *each) for each in arguments[1:]] if self._pool else []
+        self._run(*arguments[0])
+        for each in waiting:
+            each.result()
+
+    def _logits(self, plan: Plan) -> Array:
+        program, lanes = self.program, self._lanes
+        features = program.buffers[program.output]
+        tiles = plan.buffers[program.output].reshape(plan.batch, -1)
+        wanted = program.tokens if program.pool == "avg" else max(1, program.prefix)
+        tokens, start = np.empty((plan.batch, wanted, features), dtype=np.float32), 0
+        for width in self._widths:
+            size = width * lanes
+            tile = tiles[:, start * features : (start + size) * features].reshape(plan.batch, features, size)
+            part = tokens[:, start : start + size]
+            part[:] = tile[:, :, : part.shape[1]].transpose(0, 2, 1)
+            start += size
+        if program.pool == "prefix":
+            each = [
+                tokens[:, i] @ self._head[f"head/weight{i}"].T + self._head[f"head/bias{i}"]
+                for i in range(program.prefix)
+            ]
+            return np.mean(each, axis=0, dtype=np.float32)
+        pooled = tokens[:, 0] if program.pool == "token" else tokens[:, program.prefix :].mean(axis=1)
+        if program.pool_norm is not None:
+            centred = pooled - pooled.mean(axis=1, keepdims=True)
+            deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(program.pool_norm))
+            pooled = centred / deviation * self._head["head/scale"] + self._head["head/shift"]
+        if "head/weight0" not in self._head:
+            return np.ascontiguousarray(pooled)
+        return np.asarray(pooled @ self._head["head/weight0"].T + self._head["head/bias0"])
+
+
+def _real(tensors: dict[str, NDArray[np.generic]], name: str) -> Array:
+    if name not in tensors:
+        raise ValueError(f"tensor {name} is missing")
+    return np.ascontiguousarray(tensors[name], dtype=np.float32)
+
+
+def dense_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> Array:
+    """A layer's matrix ``[outputs, inputs]``, from all its numbers or from its nonzeros (row by row: how
+    many in each row, their columns, their values)."""
+    if f"{layer}/weight" in tensors:
+        return _real(tensors, f"{layer}/weight")
+    counts, columns = tensors[f"{layer}/counts"], tensors[f"{layer}/columns"]
+    inputs = int(np.asarray(tensors[f"{layer}/inputs"]).item())
+    weight = np.zeros((len(counts), inputs), dtype=np.float32)
+    weight[np.repeat(np.arange(len(counts)), counts), columns.astype(np.int64)] = tensors[f"{layer}/values"]
+    return weight
+
+
+def load(folder: str | Path, *, threads: int = 1, sparse_from: float = engine.SPARSE_FROM) -> SparseModel:
+    """A model from its folder (:func:`trainers.sparse.packing.pack` writes it).
+
+    Raises:
+        ValueError: a folder of another format or version, or one whose files are not as they were written.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / PROGRAM).read_text(encoding="utf-8")
+        sums = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: no folder of a sparse model ({error})") from error
+    for name, expected in sums.items():
+        if checksum(folder / name) != expected:
+            raise ValueError(f"{folder}: {name} is not as it was written (its checksum differs)")
+    return SparseModel(
+        from_json(text, str(folder)), load_file(folder / TENSORS), threads=threads, sparse_from=sparse_from
+    )
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

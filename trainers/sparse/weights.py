@@ -1,0 +1,94 @@
+"""Weight matrices in the order in which the kernels read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PANEL_BYTES = 24 * 1024  # of a tile's activations: what stays in a 32 KiB L1 cache beside the rest
+MOST_PANEL_BYTES = 4 * PANEL_BYTES  # of a panel of few nonzeros, which comes from the L2 cache in part
+ROW_NONZEROS = 20  # of a row in a panel: fewer, and reading and writing its sums costs more than L1 saves
+MOST_COLUMNS = 65536  # of a panel: column numbers have 16 bits
+
+
+@dataclass(frozen=True)
+class SparseWeights:
+    """The nonzeros of a matrix ``[outputs, inputs]``, panel by panel of inputs.
+
+    Within a panel the rows are sorted by how many nonzeros they have there, so that a loop over the
+    nonzeros of a row runs equally often for many rows, and the processor foresees its end. Rows without any
+    in a panel are left out, except in the first and last panel, where sums begin and end.
+
+    Args:
+        outputs, inputs: the matrix's size.
+        panels: number of panels.
+        groups: ``[groups, 4]`` int32: first input of the panel, nonzeros a row, rows, 0.
+        segments: groups in the first panel, in those between, in the last. With one panel only the first
+            counts.
+        rows: int32, the output of each row visited.
+        columns: uint16, the input of each nonzero, counted from the panel's first.
+        values: float32, the nonzeros.
+    """
+
+    outputs: int
+    inputs: int
+    panels: int
+    groups: NDArray[np.int32]
+    segments: tuple[int, int, int]
+    rows: NDArray[np.int32]
+    columns: NDArray[np.uint16]
+    values: NDArray[np.float32]
+
+    @property
+    def bytes(self) -> int:
+        return self.groups.nbytes + self.rows.nbytes + self.columns.nbytes + self.values.nbytes
+
+
+def panel_inputs(width: int, lanes: int, density: float) -> int:
+    """Inputs in a panel, for tiles of ``width`` vectors and a matrix with a share ``density`` of nonzeros."""
+    one = 4 * lanes * width
+    wanted = ROW_NONZEROS / max(density, 1e-6)
+    return max(8, PANEL_BYTES // one, min(MOST_PANEL_BYTES // one, int(wanted)))
+
+
+def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
+    """The nonzeros of a matrix, in panels of about ``panel`` inputs (evened out)."""
+    outputs, inputs = weight.shape
+    panels = max(1, -(-inputs // min(panel, MOST_COLUMNS)))
+    edges = [inputs * i // panels for i in range(panels + 1)]
+    groups, rows, columns, values = [], [], [], []
+    segments = [0, 0, 0]
+    for number in range(panels):
+        part = weight[:, edges[number] : edges[number + 1]]
+        counts = np.count_nonzero(part, axis=1)
+        order = np.argsort(counts, kind="stable")
+        if 0 < number < panels - 1:
+            order = order[counts[order] > 0]
+        kinds, sizes = np.unique(counts[order], return_counts=True)
+        groups += [(edges[number], count, size, 0) for count, size in zip(kinds, sizes, strict=True)]
+        segments[0 if number == 0 else 2 if number == panels - 1 else 1] += len(kinds)
+        where = np.nonzero(part[order])
+        rows.append(order)
+        columns.append(where[1])
+        values.append(part[order][where])
+    return SparseWeights(
+        outputs,
+        inputs,
+        panels,
+        np.array(groups, dtype=np.int32).reshape(-1, 4),
+        (segments[0], segments[1], segments[2]),
+        np.concatenate(rows).astype(np.int32),
+        np.concatenate(columns).astype(np.uint16),
+        np.concatenate(values).astype(np.float32),
+    )
+
+
+def pack_dense(weight: NDArray[np.float32], block: int) -> NDArray[np.float32]:
+    """``[outputs, inputs]`` in blocks of ``block`` outputs, ``[block][input][output in block]``; the
+    outputs that fill no block follow one by one."""
+    outputs, inputs = weight.shape
+    whole = outputs // block * block
+    blocks = weight[:whole].reshape(-1, block, inputs).transpose(0, 2, 1)
+    return np.ascontiguousarray(np.concatenate([blocks.ravel(), weight[whole:].ravel()]), dtype=np.float32)
