@@ -160,11 +160,8 @@ def _check(model: Any) -> None:
         if type(block.mlp).__name__ != "Mlp" or not _exact_gelu(block.mlp.act):
             raise ValueError(f"blocks.{index}.mlp: only an MLP with GELU in its exact form is packed")
         identities |= {
-            f"blocks.{index}.attn.{part}": getattr(block.attn, part) for part in ("q_norm", "k_norm")
-        }
-        identities |= {
-            f"blocks.{index}.{part}": getattr(owner, part, nn.Identity())
-            for owner, part in ((block.attn, "norm"), (block.mlp, "norm"))
+            f"blocks.{index}.{owner}.{part}": getattr(getattr(block, owner), part, nn.Identity())
+            for owner, part in (("attn", "q_norm"), ("attn", "k_norm"), ("attn", "norm"), ("mlp", "norm"))
         }
     for name, part in identities.items():
         if not isinstance(part, nn.Identity):

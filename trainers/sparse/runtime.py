@@ -151,7 +151,7 @@ class SparseModel:
                 tokens[:, i] @ self._head[f"head/weight{i}"].T + self._head[f"head/bias{i}"]
                 for i in range(program.prefix)
             ]
-            return np.mean(each, axis=0, dtype=np.float32)
+            return np.asarray(sum(each) / np.float32(program.prefix), dtype=np.float32)
         pooled = tokens[:, 0] if program.pool == "token" else tokens[:, program.prefix :].mean(axis=1)
         if program.pool_norm is not None:
             centred = pooled - pooled.mean(axis=1, keepdims=True)
@@ -159,7 +159,8 @@ class SparseModel:
             pooled = centred / deviation * self._head["head/scale"] + self._head["head/shift"]
         if "head/weight0" not in self._head:
             return np.ascontiguousarray(pooled)
-        return np.asarray(pooled @ self._head["head/weight0"].T + self._head["head/bias0"])
+        logits: Array = pooled @ self._head["head/weight0"].T + self._head["head/bias0"]
+        return logits
 
 
 def _real(tensors: dict[str, NDArray[np.generic]], name: str) -> Array:
@@ -173,10 +174,10 @@ def dense_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> Array:
     many in each row, their columns, their values)."""
     if f"{layer}/weight" in tensors:
         return _real(tensors, f"{layer}/weight")
-    counts, columns = tensors[f"{layer}/counts"], tensors[f"{layer}/columns"]
+    counts, columns = (np.asarray(tensors[f"{layer}/{name}"], np.int64) for name in ("counts", "columns"))
     inputs = int(np.asarray(tensors[f"{layer}/inputs"]).item())
     weight = np.zeros((len(counts), inputs), dtype=np.float32)
-    weight[np.repeat(np.arange(len(counts)), counts), columns.astype(np.int64)] = tensors[f"{layer}/values"]
+    weight[np.repeat(np.arange(len(counts)), counts), columns] = tensors[f"{layer}/values"]
     return weight
 
 

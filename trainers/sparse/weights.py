@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trainers.sparse.kernels.linear import AHEAD
+
 PANEL_BYTES = 24 * 1024  # of a tile's activations: what stays in a 32 KiB L1 cache beside the rest
 MOST_PANEL_BYTES = 4 * PANEL_BYTES  # of a panel of few nonzeros, which comes from the L2 cache in part
 ROW_NONZEROS = 20  # of a row in a panel: fewer, and reading and writing its sums costs more than L1 saves
@@ -24,10 +26,11 @@ class SparseWeights:
     Args:
         outputs, inputs: the matrix's size.
         panels: number of panels.
-        groups: ``[groups, 4]`` int32: first input of the panel, nonzeros a row, rows, 0.
+        groups: ``[groups, 4]`` int32: first input of the panel, nonzeros a row, rows, and in the
+            first group of a panel its inputs, which are fetched then (else 0).
         segments: groups in the first panel, in those between, in the last. With one panel only the first
             counts.
-        rows: int32, the output of each row visited.
+        rows: int32, the output of each row visited, then ``AHEAD`` more that are only fetched ahead.
         columns: uint16, the input of each nonzero, counted from the panel's first.
         values: float32, the nonzeros.
     """
@@ -67,7 +70,11 @@ def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
         if 0 < number < panels - 1:
             order = order[counts[order] > 0]
         kinds, sizes = np.unique(counts[order], return_counts=True)
-        groups += [(edges[number], count, size, 0) for count, size in zip(kinds, sizes, strict=True)]
+        width = edges[number + 1] - edges[number]
+        groups += [
+            (edges[number], count, size, width * (place == 0))
+            for place, (count, size) in enumerate(zip(kinds, sizes, strict=True))
+        ]
         segments[0 if number == 0 else 2 if number == panels - 1 else 1] += len(kinds)
         where = np.nonzero(part[order])
         rows.append(order)
@@ -79,7 +86,7 @@ def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
         panels,
         np.array(groups, dtype=np.int32).reshape(-1, 4),
         (segments[0], segments[1], segments[2]),
-        np.concatenate(rows).astype(np.int32),
+        np.concatenate([*rows, np.zeros(AHEAD, dtype=np.int64)]).astype(np.int32),
         np.concatenate(columns).astype(np.uint16),
         np.concatenate(values).astype(np.float32),
     )

@@ -137,6 +137,13 @@ class Code:
         kind, align = self._placed(value.type, align)
         self.line(f"store {kind} {value.text}, ptr {where.text}, align {align}")
 
+    def prefetch(self, pointer: Value, offset: Value | int = 0, *, write: bool = False) -> None:
+        """A hint that the line of memory at an address is soon read, or written."""
+        where = self.at(pointer, offset)
+        self.declared.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        hints = [self.whole(int(write), "i32"), self.whole(3, "i32"), self.whole(1, "i32")]
+        self.invoke("@llvm.prefetch.p0", [where, *hints])
+
     def _placed(self, kind: str, align: int) -> tuple[str, int]:
         kind = {"vector": self.vector, "integers": self.integers}.get(kind, kind)
         sizes = {self.vector: self.vector_bytes, self.integers: self.vector_bytes}

@@ -15,6 +15,8 @@ from trainers.sparse.kernels.vector_math import gelu
 X, Y, INPUTS, OUTPUTS, BIAS, GROUPS, FIRST, MIDDLE, LAST, ROWS, COLUMNS, VALUES = 0, 3, *range(6, 16)
 ARGUMENTS = 16
 
+AHEAD = 8  # outputs that are asked for before their sums are begun
+
 End = Literal["none", "gelu"]
 Start = Literal["bias", "residual", "sum"]
 UNROLLED = 2  # nonzeros a turn of the inner loop
@@ -40,7 +42,15 @@ def _end(tile: Tile, end: End, sums: list[Variable], y: Value) -> None:
 
 
 def sparse_linear(
-    name: str, lanes: int, width: int, *, residual: bool = False, end: End = "none", unrolled: int = UNROLLED
+    name: str,
+    lanes: int,
+    width: int,
+    *,
+    residual: bool = False,
+    end: End = "none",
+    unrolled: int = UNROLLED,
+    px: bool = True,
+    py: bool = True,
 ) -> Code:
     """``y = W x + bias`` (``y += W x + bias`` with ``residual``), of the weights the nonzeros alone.
 
@@ -74,11 +84,18 @@ def sparse_linear(
                 code.convert("zext", code.load("i32", group.get(), 4 * i), "i64") for i in range(3)
             )
             panel = code.at(start_x, first * tile.row_bytes)
+            inputs = code.convert("zext", code.load("i32", group.get(), 12), "i64")
+            with code.loop(inputs * tile.row_bytes, step=64) as offset:
+                code.prefetch(panel, offset)
             whole = each / unrolled
             left = each - whole * unrolled
             with code.loop(rows):
                 output = code.convert("zext", code.load("i32", row.get()), "i64")
                 y = code.at(start_y, output * tile.row_bytes)
+                if start != "sum":
+                    later = code.convert("zext", code.load("i32", row.get(), 4 * AHEAD), "i64")
+                    for line in range(0, tile.row_bytes, 64):
+                        code.prefetch(code.at(start_y, later * tile.row_bytes), line, write=True)
                 sums = _begin(tile, start, y, code.at(bias, output * 4))
                 with code.loop(whole):
                     for number in range(unrolled):
