@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from trainers.sparse import layout
 from trainers.sparse.engine import LinearLayer, bits
 from trainers.sparse.kernels import attention as attention_kernel
-from trainers.sparse.kernels import host
+from trainers.sparse.kernels import host, int8
 from trainers.sparse.kernels import linear as linear_kernels
 from trainers.sparse.kernels import norm as norm_kernel
 from trainers.sparse.kernels.builder import Code
+from trainers.sparse.weights import BlockWeights
 
 Array = NDArray[np.float32]
 LANES = host.lanes()
@@ -25,6 +26,10 @@ def _made(kind: str, width: int, flags: tuple[Any, ...]) -> Code:
     if kind in {"sparse", "dense"}:
         make = linear_kernels.sparse_linear if kind == "sparse" else linear_kernels.dense_linear
         return make("kernel", LANES, width, residual=flags[0], end=flags[1])
+    if kind == "int8":
+        return int8.sparse_int8("kernel", LANES, width, residual=flags[0], end=flags[1])
+    if kind == "quantize":
+        return int8.quantize("kernel", LANES, width)
     return {"norm": norm_kernel.layer_norm, "attention": attention_kernel.attention}[kind](
         "kernel", LANES, width
     )
@@ -115,3 +120,27 @@ def attention(qkv: Array, heads: int, scale: float, widest: int = layout.WIDEST)
         return [keys]
 
     return call("attention", qkv, np.zeros((len(qkv), features), np.float32), fill, widest=widest)
+
+
+def int8_linear(
+    x: Array, weights: BlockWeights, bias: Array, *, gelu: bool = False, residual: Array | None = None
+) -> Array:
+    """A linear layer with INT8 weights in blocks, its inputs quantized token by token."""
+    before = np.zeros((len(x), weights.outputs), np.float32) if residual is None else residual
+    blocks = weights.inputs // int8.BLOCK
+
+    def sizes(arguments: NDArray[np.int64], widths: Sequence[int]) -> None:
+        arguments[int8.INPUTS] = weights.inputs
+
+    packed = call("quantize", x, np.zeros((len(x), blocks + int8.EXTRA_ROWS), np.float32), sizes)
+
+    def fill(arguments: NDArray[np.int64], widths: Sequence[int]) -> None:
+        arguments[int8.INPUT_BLOCKS], arguments[int8.OUTPUTS] = blocks, weights.outputs
+        arguments[int8.COUNT] = len(weights.groups)
+        arguments[int8.BIAS] = bias.ctypes.data
+        for name, array in (("GROUPS", weights.groups), ("ROWS", weights.rows), ("COLUMNS", weights.columns)):
+            arguments[getattr(int8, name)] = array.ctypes.data
+        arguments[int8.BLOCKS] = weights.blocks.ctypes.data
+        arguments[int8.STEPS], arguments[int8.SUMS] = weights.steps.ctypes.data, weights.sums.ctypes.data
+
+    return call("int8", packed, before, fill, residual is not None, "gelu" if gelu else "none")

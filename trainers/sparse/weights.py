@@ -99,3 +99,61 @@ def pack_dense(weight: NDArray[np.float32], block: int) -> NDArray[np.float32]:
     whole = outputs // block * block
     blocks = weight[:whole].reshape(-1, block, inputs).transpose(0, 2, 1)
     return np.ascontiguousarray(np.concatenate([blocks.ravel(), weight[whole:].ravel()]), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """An INT8 matrix with zeros in blocks of four inputs: for each output a step, and its blocks that are
+    not zero.
+
+    Args:
+        outputs, inputs: the matrix's size; inputs is a multiple of four.
+        groups: ``[groups, 4]`` int32: 0, blocks a row, rows, 0.
+        rows: int32, the output of each row visited.
+        columns: uint16, the block of inputs of each block.
+        blocks: int8 ``[blocks, 4]``.
+        steps, sums: float32 ``[outputs]``: a weight is its step times its int8; the sum of an output's int8.
+    """
+
+    outputs: int
+    inputs: int
+    groups: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    columns: NDArray[np.uint16]
+    blocks: NDArray[np.int8]
+    steps: NDArray[np.float32]
+    sums: NDArray[np.float32]
+
+    @property
+    def bytes(self) -> int:
+        arrays = (self.groups, self.rows, self.columns, self.blocks, self.steps, self.sums)
+        return sum(array.nbytes for array in arrays)
+
+
+def pack_blocks(weight: NDArray[np.float32]) -> BlockWeights:
+    """A matrix ``[outputs, inputs]`` to INT8, symmetric, each output with its own step (largest weight /
+    127).
+
+    Raises:
+        ValueError: a number of inputs that four does not divide.
+    """
+    outputs, inputs = weight.shape
+    if inputs % 4:
+        raise ValueError(f"{inputs} inputs: blocks of 1 × 4 need a multiple of four")
+    steps = np.maximum(np.abs(weight).max(axis=1), 1e-30).astype(np.float32) / np.float32(127)
+    whole = np.rint(weight / steps[:, None]).astype(np.int8).reshape(outputs, inputs // 4, 4)
+    used = whole.any(axis=2)
+    counts = used.sum(axis=1)
+    order = np.argsort(counts, kind="stable")
+    kinds, sizes = np.unique(counts, return_counts=True)
+    where = np.nonzero(used[order])
+    return BlockWeights(
+        outputs,
+        inputs,
+        np.array([(0, count, size, 0) for count, size in zip(kinds, sizes, strict=True)], dtype=np.int32),
+        order.astype(np.int32),
+        where[1].astype(np.uint16),
+        np.ascontiguousarray(whole[order][where]),
+        steps,
+        whole.sum(axis=(1, 2), dtype=np.int64).astype(np.float32),
+    )

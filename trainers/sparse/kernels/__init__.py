@@ -5,6 +5,7 @@ __all__ = [
     "builder",
     "driver",
     "host",
+    "int8",
     "linear",
     "norm",
     "tile",
