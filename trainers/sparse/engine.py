@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass, field
 
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 
 from trainers.sparse import layout
 from trainers.sparse.kernels import attention as attention_kernel
-from trainers.sparse.kernels import driver
+from trainers.sparse.kernels import driver, int8
 from trainers.sparse.kernels import linear as linear_kernels
 from trainers.sparse.kernels import norm as norm_kernel
 from trainers.sparse.kernels.builder import Code
 from trainers.sparse.kernels.host import Machine
-from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program
-from trainers.sparse.weights import SparseWeights, pack_dense, pack_sparse, panel_inputs
+from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program, Quantize
+from trainers.sparse.weights import BlockWeights, SparseWeights, pack_dense, pack_sparse, panel_inputs
 
 Array = NDArray[np.float32]
 SPARSE_FROM = 0.3  # zeros from which a layer runs sparse
@@ -32,6 +31,21 @@ class LinearLayer:
     bias: Array
     sparse: SparseWeights | None
     dense: Array | None
+    blocks: BlockWeights | None = None
+
+    @property
+    def kind(self) -> str:
+        return "int8" if self.blocks else "sparse" if self.sparse else "dense"
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weights."""
+        parts = (self.sparse, self.blocks)
+        return (
+            self.bias.nbytes
+            + sum(part.bytes for part in parts if part)
+            + (0 if self.dense is None else self.dense.nbytes)
+        )
 
     @classmethod
     def of(
@@ -56,6 +70,9 @@ class LinearLayer:
 
     def fill(self, arguments: NDArray[np.int64]) -> None:
         """The arguments of its kernel, except the places."""
+        if self.blocks is not None:
+            self._fill_int8(self.blocks, arguments)
+            return
         k = linear_kernels
         arguments[k.INPUTS], arguments[k.OUTPUTS] = self.inputs, self.outputs
         arguments[k.BIAS] = self.bias.ctypes.data
@@ -70,10 +87,18 @@ class LinearLayer:
         arguments[k.COLUMNS] = self.sparse.columns.ctypes.data
         arguments[k.VALUES] = self.sparse.values.ctypes.data
 
+    def _fill_int8(self, blocks: BlockWeights, arguments: NDArray[np.int64]) -> None:
+        arguments[int8.INPUT_BLOCKS], arguments[int8.OUTPUTS] = self.inputs // int8.BLOCK, self.outputs
+        arguments[int8.BIAS], arguments[int8.COUNT] = self.bias.ctypes.data, len(blocks.groups)
+        arguments[int8.GROUPS], arguments[int8.ROWS] = blocks.groups.ctypes.data, blocks.rows.ctypes.data
+        arguments[int8.COLUMNS] = blocks.columns.ctypes.data
+        arguments[int8.BLOCKS] = blocks.blocks.ctypes.data
+        arguments[int8.STEPS], arguments[int8.SUMS] = blocks.steps.ctypes.data, blocks.sums.ctypes.data
+
 
 def kernel_name(operation: Operation, width: int, layers: dict[str, LinearLayer]) -> str:
     if isinstance(operation, Linear):
-        kind = "dense" if layers[operation.layer].sparse is None else "sparse"
+        kind = layers[operation.layer].kind
         return f"{kind}{'_residual' * operation.residual}{'_gelu' * operation.gelu}_{width}"
     return f"{operation.kind}_{width}"
 
@@ -82,10 +107,15 @@ def kernel(operation: Operation, width: int, lanes: int, layers: dict[str, Linea
     """The kernel of an operation, for tiles of a width."""
     name = kernel_name(operation, width, layers)
     if isinstance(operation, Linear):
-        sparse = layers[operation.layer].sparse is not None
-        make = linear_kernels.sparse_linear if sparse else linear_kernels.dense_linear
+        make = {
+            "sparse": linear_kernels.sparse_linear,
+            "dense": linear_kernels.dense_linear,
+            "int8": int8.sparse_int8,
+        }[layers[operation.layer].kind]
         end: linear_kernels.End = "gelu" if operation.gelu else "none"
         return make(name, lanes, width, residual=operation.residual, end=end)
+    if isinstance(operation, Quantize):
+        return int8.quantize(name, lanes, width)
     if isinstance(operation, LayerNorm):
         return norm_kernel.layer_norm(name, lanes, width)
     return attention_kernel.attention(name, lanes, width)
@@ -138,6 +168,55 @@ class Plan:
         return sum(array.nbytes for array in [*self.buffers.values(), *self.scratch])
 
 
+@dataclass
+class _Memory:
+    """Where a plan's buffers lie: those of all threads, and in a thread's scratch (bytes from its begin)."""
+
+    program: Program
+    lanes: int
+    buffers: dict[str, Array]
+    local: dict[str, int]
+    scores: int
+    keys: NDArray[np.int64]
+    vectors: int
+
+    def place(self, arguments: NDArray[np.int64], at: int, name: str) -> None:
+        """The three numbers that place a buffer, into arguments from ``at`` on."""
+        if name in self.local:
+            arguments[at : at + 3] = self.local[name], 0, 1
+        else:
+            step = 4 * self.lanes * self.program.buffers[name]
+            arguments[at : at + 3] = self.buffers[name].ctypes.data, step, 0
+
+
+def _arguments(
+    operation: Operation,
+    memory: _Memory,
+    layers: dict[str, LinearLayer],
+    norms: dict[str, tuple[Array, Array]],
+) -> NDArray[np.int64]:
+    """What an operation's kernel is called with."""
+    arguments = np.zeros(16, dtype=np.int64)
+    memory.place(arguments, 0, operation.input)  # of every kernel the first two places
+    memory.place(arguments, 3, operation.output)
+    if isinstance(operation, Linear):
+        layers[operation.layer].fill(arguments)
+    elif isinstance(operation, Quantize):
+        arguments[int8.INPUTS] = operation.inputs
+    elif isinstance(operation, LayerNorm):
+        k, (scale, shift) = norm_kernel, norms[operation.layer]
+        arguments[k.FEATURES], arguments[k.EPSILON] = len(scale), bits(operation.epsilon)
+        arguments[k.SCALE], arguments[k.SHIFT] = scale.ctypes.data, shift.ctypes.data
+    else:
+        a = attention_kernel
+        arguments[a.SCORES : a.SCORES + 3] = memory.scores, 0, 1
+        arguments[a.FEATURES], arguments[a.HEADS] = operation.heads * operation.size, operation.heads
+        arguments[a.HEAD_SIZE], arguments[a.SCALE] = operation.size, bits(operation.scale)
+        arguments[a.VECTORS], arguments[a.TILES] = memory.vectors, len(memory.keys)
+        arguments[a.KEY_TILES] = memory.keys.ctypes.data
+    return arguments
+
+
 def plan(
     program: Program,
     machine: Machine,
@@ -168,49 +247,18 @@ def plan(
         ],
         dtype=np.int64,
     )
-    threads_own = [layout.aligned(size) for _ in range(threads)]
-    made = Plan(batch, buffers, np.zeros((0, 0), np.int64), threads_own, items)
+    scratch = [layout.aligned(size) for _ in range(threads)]
+    made = Plan(batch, buffers, np.zeros((0, 0), np.int64), scratch, items)
     left = program.tokens - starts * lanes
     keys = np.stack([starts, widths, np.minimum(left, np.array(widths) * lanes)], axis=1).astype(np.int64)
 
-    def place(arguments: NDArray[np.int64], at: int, name: str) -> None:
-        if name in local:
-            arguments[at : at + 3] = local[name], 0, 1
-        else:
-            arguments[at : at + 3] = buffers[name].ctypes.data, 4 * lanes * program.buffers[name], 0
-
-    def arguments_of(operation: Operation) -> NDArray[np.int64]:
-        arguments = np.zeros(16, dtype=np.int64)
-        if isinstance(operation, Linear):
-            layers[operation.layer].fill(arguments)
-            place(arguments, linear_kernels.X, operation.input)
-            place(arguments, linear_kernels.Y, operation.output)
-        elif isinstance(operation, LayerNorm):
-            k, (scale, shift) = norm_kernel, norms[operation.layer]
-            place(arguments, k.X, operation.input)
-            place(arguments, k.Y, operation.output)
-            arguments[k.FEATURES], arguments[k.EPSILON] = len(scale), bits(operation.epsilon)
-            arguments[k.SCALE], arguments[k.SHIFT] = scale.ctypes.data, shift.ctypes.data
-        else:
-            a = attention_kernel
-            place(arguments, a.QKV, operation.input)
-            place(arguments, a.Y, operation.output)
-            arguments[a.SCORES : a.SCORES + 3] = scores, 0, 1
-            arguments[a.FEATURES], arguments[a.HEADS] = operation.heads * operation.size, operation.heads
-            arguments[a.HEAD_SIZE], arguments[a.SCALE] = operation.size, bits(operation.scale)
-            arguments[a.VECTORS], arguments[a.KEY_TILES], arguments[a.TILES] = (
-                vectors,
-                keys.ctypes.data,
-                len(keys),
-            )
-        return arguments
-
+    memory = _Memory(program, lanes, buffers, local, scores, keys, vectors)
     stages = []
     made.kept.append(keys)
     for operations in stages_of(program):
         table = np.zeros((len(operations), driver.OPERATION), dtype=np.int64)
         for row, operation in zip(table, operations, strict=True):
-            arguments = arguments_of(operation)
+            arguments = _arguments(operation, memory, layers, norms)
             made.kept.append(arguments)
             for width in set(widths):
                 row[2 * width - 2] = machine.address(kernel_name(operation, width, layers))
@@ -224,8 +272,3 @@ def plan(
 def bits(number: float) -> int:
     """A float32 as the low half of an argument."""
     return int(struct.unpack("<i", struct.pack("<f", number))[0])
-
-
-def head_scale(size: int) -> float:
-    """What scores are multiplied with: ``1 / sqrt(size)``."""
-    return 1 / math.sqrt(size)

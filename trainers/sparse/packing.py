@@ -13,8 +13,10 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from trainers.sparse.engine import SPARSE_FROM
-from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program, to_json
+from trainers.sparse.kernels.int8 import EXTRA_ROWS
+from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program, Quantize, to_json
 from trainers.sparse.runtime import PROGRAM, TENSORS, checksum
+from trainers.sparse.weights import to_int8
 
 Tensors = dict[str, NDArray[np.generic]]
 
@@ -24,15 +26,31 @@ def numbers(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def add_linear(
-    tensors: Tensors, name: str, weight: Tensor, bias: Tensor | None, factor: Tensor | None = None
+    tensors: Tensors,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    factor: Tensor | None = None,
+    int8: bool = False,
 ) -> None:
-    """A linear layer's tensors; with ``factor`` (LayerScale) its outputs are multiplied by it."""
+    """A linear layer's tensors; with ``factor`` (LayerScale) its outputs are multiplied by it, with
+    ``int8`` the weights are bytes, of which blocks of four zeros are left out."""
     weight = weight.detach().float()
     bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
     if factor is not None:
         weight, bias = weight * factor.detach()[:, None], bias * factor.detach()
     tensors[f"{name}/bias"] = numbers(bias)
     matrix = numbers(weight)
+    if int8:
+        whole, tensors[f"{name}/steps"] = to_int8(matrix)
+        blocks = whole.reshape(len(whole), -1, 4)
+        rows, columns = np.nonzero(blocks.any(axis=2))
+        tensors[f"{name}/counts"] = np.bincount(rows, minlength=len(matrix)).astype(np.int32)
+        tensors[f"{name}/columns"] = columns.astype(np.uint16)
+        tensors[f"{name}/blocks"] = np.ascontiguousarray(blocks[rows, columns])
+        tensors[f"{name}/inputs"] = np.array([matrix.shape[1]], dtype=np.int64)
+        return
     if np.count_nonzero(matrix) > (1 - SPARSE_FROM) * matrix.size or matrix.shape[1] > 65535:
         tensors[f"{name}/weight"] = matrix
         return
@@ -51,8 +69,11 @@ def add_norm(tensors: Tensors, name: str, norm: nn.LayerNorm) -> float:
     return float(norm.eps)
 
 
-def vision_transformer(model: Any) -> tuple[Program, Tensors]:
+def vision_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tensors]:
     """Program and tensors of timm's ``VisionTransformer`` (ViT, DeiT, with LayerScale, distilled or not).
+
+    With ``int8`` the linear layers of the blocks have INT8 weights, and inputs that are quantized token by
+    token.
 
     Raises:
         ValueError: a part that the engine has no operation for, by its name.
@@ -78,20 +99,32 @@ def vision_transformer(model: Any) -> tuple[Program, Tensors]:
         sizes = {qkv: 3 * heads * size, "context": heads * size, "hidden": hidden}
         if any(buffers.setdefault(buffer, features) != features for buffer, features in sizes.items()):
             raise ValueError(f"{name}: blocks of different sizes")
-        add_linear(tensors, f"{name}.attn.qkv", attention.qkv.weight, attention.qkv.bias)
-        add_linear(
-            tensors, f"{name}.attn.proj", attention.proj.weight, attention.proj.bias, _gamma(block.ls1)
-        )
-        add_linear(tensors, f"{name}.mlp.fc1", block.mlp.fc1.weight, block.mlp.fc1.bias)
-        add_linear(tensors, f"{name}.mlp.fc2", block.mlp.fc2.weight, block.mlp.fc2.bias, _gamma(block.ls2))
+
+        def linear(
+            part: str, module: Any, source: str, target: str, *, name: str = name, **options: Any
+        ) -> list[Operation]:
+            layer, factor = f"{name}.{part}", options.pop("factor", None)
+            as_bytes = int8 and module.in_features % 4 == 0
+            add_linear(tensors, layer, module.weight, module.bias, factor=factor, int8=as_bytes)
+            if not as_bytes:
+                return [Linear(layer, source, target, **options)]
+            rows = module.in_features // 4 + EXTRA_ROWS
+            buffers["quantized"] = max(buffers.get("quantized", 0), rows)
+            return [
+                Quantize(source, "quantized", module.in_features),
+                Linear(layer, "quantized", target, int8=True, **options),
+            ]
+
         operations += [
             LayerNorm(f"{name}.norm1", "stream", "norm", add_norm(tensors, f"{name}.norm1", block.norm1)),
-            Linear(f"{name}.attn.qkv", "norm", qkv),
+            *linear("attn.qkv", attention.qkv, "norm", qkv),
             Attention(qkv, "context", heads, size, float(attention.scale)),
-            Linear(f"{name}.attn.proj", "context", "stream", residual=True),
+            *linear(
+                "attn.proj", attention.proj, "context", "stream", residual=True, factor=_gamma(block.ls1)
+            ),
             LayerNorm(f"{name}.norm2", "stream", "norm", add_norm(tensors, f"{name}.norm2", block.norm2)),
-            Linear(f"{name}.mlp.fc1", "norm", "hidden", gelu=True),
-            Linear(f"{name}.mlp.fc2", "hidden", "stream", residual=True),
+            *linear("mlp.fc1", block.mlp.fc1, "norm", "hidden", gelu=True),
+            *linear("mlp.fc2", block.mlp.fc2, "hidden", "stream", residual=True, factor=_gamma(block.ls2)),
         ]
     if isinstance(model.norm, nn.LayerNorm):
         operations.append(LayerNorm("norm", "stream", "stream", add_norm(tensors, "norm", model.norm)))
@@ -111,7 +144,7 @@ def vision_transformer(model: Any) -> tuple[Program, Tensors]:
         patch=tuple(embedding.kernel_size),
         prefix=prefix,
         buffers=buffers,
-        local=tuple(name for name in ("norm", "hidden") if name in buffers),
+        local=tuple(name for name in ("norm", "hidden", "quantized") if name in buffers),
         operations=tuple(operations),
         output="stream",
         pool="prefix" if distilled else model.global_pool,
@@ -172,17 +205,18 @@ def _exact_gelu(part: nn.Module) -> bool:
     return type(part).__name__ == "GELU" and getattr(part, "approximate", "none") == "none"
 
 
-def pack(model: nn.Module, folder: str | Path) -> Program:
+def pack(model: nn.Module, folder: str | Path, *, int8: bool = False) -> Program:
     """Writes a model's folder: ``program.json``, ``tensors.safetensors`` and their checksums.
 
     Args:
         model: a timm ``VisionTransformer``; its zeros are left out.
         folder: an empty folder, or one that is made.
+        int8: INT8 weights, where zeros save time in blocks of 1 × 4.
 
     Raises:
         ValueError: a model with a part that the engine cannot run.
     """
-    program, tensors = vision_transformer(model)
+    program, tensors = vision_transformer(model, int8=int8)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(program), default=str, indent=1)

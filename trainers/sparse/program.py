@@ -12,14 +12,26 @@ FORMAT, VERSION = "espalier-sparse", 1
 @dataclass(frozen=True)
 class Linear:
     """``output = W input + bias``, added to what the output holds with ``residual``, with GELU after it with
-    ``gelu``; ``layer`` names its tensors."""
+    ``gelu``; ``layer`` names its tensors. With ``int8`` the weights are bytes in blocks of 1 × 4 and the
+    input was quantized."""
 
     layer: str
     input: str
     output: str
     residual: bool = False
     gelu: bool = False
+    int8: bool = False
     kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The first ``inputs`` features of each token in bytes, with the token's own step and zero point."""
+
+    input: str
+    output: str
+    inputs: int
+    kind: Literal["quantize"] = "quantize"
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,9 @@ class Attention:
     kind: Literal["attention"] = "attention"
 
 
-Operation = Linear | LayerNorm | Attention
-_KINDS: dict[str, type[Linear] | type[LayerNorm] | type[Attention]] = {
+Operation = Linear | Quantize | LayerNorm | Attention
+_KINDS: dict[str, type[Linear] | type[Quantize] | type[LayerNorm] | type[Attention]] = {
+    "quantize": Quantize,
     "linear": Linear,
     "layer_norm": LayerNorm,
     "attention": Attention,

@@ -21,6 +21,7 @@ from trainers.sparse import engine, layout
 from trainers.sparse.engine import Array, LinearLayer, Plan
 from trainers.sparse.kernels import host
 from trainers.sparse.program import LayerNorm, Linear, Program, from_json
+from trainers.sparse.weights import pack_blocks
 
 PROGRAM, TENSORS = "program.json", "tensors.safetensors"
 
@@ -51,13 +52,7 @@ class SparseModel:
         self.layers, self._norms = {}, {}
         for operation in program.operations:
             if isinstance(operation, Linear):
-                self.layers[operation.layer] = LinearLayer.of(
-                    dense_weight(tensors, operation.layer),
-                    _real(tensors, f"{operation.layer}/bias"),
-                    lanes=self._lanes,
-                    widest=max(self._widths),
-                    sparse_from=sparse_from,
-                )
+                self.layers[operation.layer] = self._linear(operation, tensors, sparse_from)
             elif isinstance(operation, LayerNorm):
                 self._norms[operation.layer] = (
                     _real(tensors, f"{operation.layer}/scale"),
@@ -70,6 +65,20 @@ class SparseModel:
         self._plans: dict[int, Plan] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+
+    def _linear(
+        self, operation: Linear, tensors: dict[str, NDArray[np.generic]], sparse_from: float
+    ) -> LinearLayer:
+        layer = operation.layer
+        bias = _real(tensors, f"{layer}/bias")
+        if operation.int8:
+            if not host.has_vnni():
+                raise ValueError(f"{layer}: INT8 needs a processor with AVX-512 VNNI")
+            blocks = pack_blocks(int8_weight(tensors, layer), _real(tensors, f"{layer}/steps"))
+            return LinearLayer(blocks.outputs, blocks.inputs, bias, None, None, blocks)
+        weight = dense_weight(tensors, layer)
+        widest = max(self._widths)
+        return LinearLayer.of(weight, bias, lanes=self._lanes, widest=widest, sparse_from=sparse_from)
 
     def __call__(self, images: Array) -> Array:
         """Logits of some images.
@@ -179,6 +188,16 @@ def dense_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> Array:
     weight = np.zeros((len(counts), inputs), dtype=np.float32)
     weight[np.repeat(np.arange(len(counts)), counts), columns] = tensors[f"{layer}/values"]
     return weight
+
+
+def int8_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> NDArray[np.int8]:
+    """A layer's int8 matrix ``[outputs, inputs]``, from its blocks of 1 × 4 (how many in each row, which,
+    their bytes)."""
+    counts, columns = (np.asarray(tensors[f"{layer}/{name}"], np.int64) for name in ("counts", "columns"))
+    inputs = int(np.asarray(tensors[f"{layer}/inputs"]).item())
+    weight = np.zeros((len(counts), inputs // 4, 4), dtype=np.int8)
+    weight[np.repeat(np.arange(len(counts)), counts), columns] = tensors[f"{layer}/blocks"]
+    return weight.reshape(len(counts), inputs)
 
 
 def load(folder: str | Path, *, threads: int = 1, sparse_from: float = engine.SPARSE_FROM) -> SparseModel:

@@ -130,19 +130,24 @@ class BlockWeights:
         return sum(array.nbytes for array in arrays)
 
 
-def pack_blocks(weight: NDArray[np.float32]) -> BlockWeights:
-    """A matrix ``[outputs, inputs]`` to INT8, symmetric, each output with its own step (largest weight /
-    127).
+def to_int8(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix ``[outputs, inputs]`` as int8, symmetric, and each output's step (its largest weight /
+    127)."""
+    steps = np.maximum(np.abs(weight).max(axis=1), 1e-30).astype(np.float32) / np.float32(127)
+    return np.rint(weight / steps[:, None]).astype(np.int8), steps
+
+
+def pack_blocks(whole: NDArray[np.int8], steps: NDArray[np.float32]) -> BlockWeights:
+    """The blocks of an int8 matrix ``[outputs, inputs]`` that hold anything but zeros.
 
     Raises:
         ValueError: a number of inputs that four does not divide.
     """
-    outputs, inputs = weight.shape
+    outputs, inputs = whole.shape
     if inputs % 4:
         raise ValueError(f"{inputs} inputs: blocks of 1 × 4 need a multiple of four")
-    steps = np.maximum(np.abs(weight).max(axis=1), 1e-30).astype(np.float32) / np.float32(127)
-    whole = np.rint(weight / steps[:, None]).astype(np.int8).reshape(outputs, inputs // 4, 4)
-    used = whole.any(axis=2)
+    blocks = whole.reshape(outputs, inputs // 4, 4)
+    used = blocks.any(axis=2)
     counts = used.sum(axis=1)
     order = np.argsort(counts, kind="stable")
     kinds, sizes = np.unique(counts, return_counts=True)
@@ -153,7 +158,7 @@ def pack_blocks(weight: NDArray[np.float32]) -> BlockWeights:
         np.array([(0, count, size, 0) for count, size in zip(kinds, sizes, strict=True)], dtype=np.int32),
         order.astype(np.int32),
         where[1].astype(np.uint16),
-        np.ascontiguousarray(whole[order][where]),
+        np.ascontiguousarray(blocks[order][where]),
         steps,
-        whole.sum(axis=(1, 2), dtype=np.int64).astype(np.float32),
+        whole.sum(axis=1, dtype=np.int64).astype(np.float32),
     )

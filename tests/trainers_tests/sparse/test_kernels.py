@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_tiles import LANES, Array, attention, layer_norm, linear
+from sparse_tiles import LANES, Array, attention, int8_linear, layer_norm, linear
 from torch import from_numpy as tensor
 from torch.nn import functional
 
 from trainers.sparse import layout, weights
+from trainers.sparse.kernels import host
 
 SIZES = st.integers(1, 70)
 TOKENS = st.integers(1, 5 * LANES)
@@ -186,3 +187,45 @@ def test_packed_nonzeros_are_those_of_the_matrix() -> None:
             at += each
         row += rows
     np.testing.assert_array_equal(again, weight)
+
+
+@pytest.mark.skipif(not host.has_vnni(), reason="needs AVX-512 VNNI")
+@settings(max_examples=60, deadline=None)
+@given(
+    outputs=SIZES,
+    blocks=st.integers(1, 20),
+    tokens=TOKENS,
+    sparsity=st.sampled_from([0.0, 0.75, 0.9, 1.0]),
+    gelu=st.booleans(),
+    residual=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_an_int8_layer_is_the_product_of_what_was_rounded(
+    *, outputs: int, blocks: int, tokens: int, sparsity: float, gelu: bool, residual: bool, seed: int
+) -> None:
+    weight = normal(seed, outputs, 4 * blocks)
+    weight[np.repeat(np.random.default_rng(seed).random((outputs, blocks)) < sparsity, 4, axis=1)] = 0
+    x, bias, before = (
+        normal(seed + 1, tokens, 4 * blocks),
+        normal(seed + 2, outputs),
+        normal(seed + 3, tokens, outputs),
+    )
+    whole, steps = weights.to_int8(weight)
+    result = int8_linear(
+        x, weights.pack_blocks(whole, steps), bias, gelu=gelu, residual=before if residual else None
+    )
+    low, high = np.minimum(x.min(axis=1), 0), np.maximum(x.max(axis=1), 0)
+    step = np.maximum((high - low) / 255, 1e-30)[:, None]
+    zero = np.rint(-low[:, None] / step)
+    rounded = (np.clip(np.rint(x / step + zero), 0, 255) - zero) * step
+    expected = rounded @ (whole * steps[:, None]).T + bias + (before if residual else 0)
+    expected = functional.gelu(tensor(expected.astype(np.float32))).numpy() if gelu else expected
+    # a number half way between two steps may be rounded to either
+    tie = 1.01 * step * np.abs(weight).max(initial=0) * 2 + 1e-4
+    assert (np.abs(result - expected) <= tie).all()
+    assert np.median(np.abs(result - expected)) <= 1e-4
+
+
+def test_blocks_need_inputs_by_fours() -> None:
+    with pytest.raises(ValueError, match="6 inputs"):
+        weights.pack_blocks(np.ones((2, 6), np.int8), np.ones(2, np.float32))

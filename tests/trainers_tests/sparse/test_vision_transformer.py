@@ -15,6 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from trainers.sparse.kernels import host
 from trainers.sparse.packing import pack, vision_transformer
 from trainers.sparse.runtime import SparseModel, load
 
@@ -150,3 +151,29 @@ def test_a_folder_that_was_changed_or_is_of_another_version_is_refused(tmp_path:
         load(tmp_path)
     with pytest.raises(ValueError, match="no folder of a sparse model"):
         load(tmp_path / "missing")
+
+
+@pytest.mark.skipif(not host.has_vnni(), reason="needs AVX-512 VNNI")
+def test_an_int8_model_is_near_torchs_and_smaller(tmp_path: Path) -> None:
+    model = tiny(init_values=0.5)
+    with torch.no_grad():
+        for module in model.blocks.modules():
+            if isinstance(module, nn.Linear):
+                kept = torch.rand(module.out_features, module.in_features // 4) < 0.25
+                module.weight.normal_(0, 0.2).mul_(kept.repeat_interleave(4, 1))
+    pack(model, tmp_path / "real")
+    pack(model, tmp_path / "int8", int8=True)
+    with torch.no_grad():
+        expected = model(images(3)).numpy()
+    result = load(tmp_path / "int8", threads=2)(images(3).numpy())
+    assert 0 < np.abs(result - expected).max() < 0.05 * np.abs(expected).max()
+    sizes = {
+        name: sum(layer.bytes for layer in load(tmp_path / name).layers.values()) for name in ("real", "int8")
+    }
+    assert sizes["int8"] < 0.7 * sizes["real"]
+
+
+def test_int8_without_the_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "has_vnni", lambda: False)
+    with pytest.raises(ValueError, match="AVX-512 VNNI"):
+        SparseModel(*vision_transformer(tiny(), int8=True))
