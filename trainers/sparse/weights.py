@@ -147,7 +147,7 @@ def pack_blocks(whole: NDArray[np.int8], steps: NDArray[np.float32]) -> BlockWei
     if inputs % 4:
         raise ValueError(f"{inputs} inputs: blocks of 1 × 4 need a multiple of four")
     blocks = whole.reshape(outputs, inputs // 4, 4)
-    used = blocks.any(axis=2)
+    used: NDArray[np.bool_] = np.asarray(blocks.any(axis=2))
     counts = used.sum(axis=1)
     order = np.argsort(counts, kind="stable")
     kinds, sizes = np.unique(counts, return_counts=True)
