@@ -62,6 +62,7 @@ def sparse_linear(
     group = code.variable(tile.pointer(GROUPS))
     row, column, value = (code.variable(tile.pointer(i)) for i in (ROWS, COLUMNS, VALUES))
     start_x, start_y = tile.place(X), tile.place(Y)
+    following = code.variable(start_x)
     begin: Start = "residual" if residual else "bias"
     only = code.compare("slt", tile.number(LAST), code.whole(0))
     several = code.compare("sge", tile.number(LAST), code.whole(0))
@@ -85,8 +86,12 @@ def sparse_linear(
             )
             panel = code.at(start_x, first * tile.row_bytes)
             inputs = code.convert("zext", code.load("i32", group.get(), 12), "i64")
-            with code.loop(inputs * tile.row_bytes, step=64) as offset:
-                code.prefetch(panel, offset)
+            panel_bytes = inputs * tile.row_bytes
+            with code.when(code.compare("sgt", inputs, code.whole(0))):
+                following.set(code.at(panel, panel_bytes))
+            if start != "sum":
+                with code.loop(panel_bytes, step=64) as offset:
+                    code.prefetch(panel, offset)
             whole = each / unrolled
             left = each - whole * unrolled
             with code.loop(rows):
@@ -106,6 +111,9 @@ def sparse_linear(
                     advance(1)
                 _end(tile, last, sums, y)
                 row.set(code.at(row.get(), 4))
+                for line in range(0, 128, 64):  # of the next panel, or of the next tile, which lies behind
+                    code.prefetch(following.get(), line)
+                following.set(code.at(following.get(), 128))
             group.set(code.at(group.get(), 16))
 
     with code.when(only):
