@@ -41,6 +41,32 @@ def _end(tile: Tile, end: End, sums: list[Variable], y: Value) -> None:
     tile.stores([gelu(tile.code, value) for value in values] if end == "gelu" else values, y)
 
 
+def _nonzero(
+    tile: Tile, panel: Value, column: Variable, value: Variable, sums: list[Variable], number: int
+) -> None:
+    """Adds one weight's products: a broadcast, and as many multiplications as the tile has vectors."""
+    code = tile.code
+    index = code.convert("zext", code.load("i16", column.get(), 2 * number), "i64")
+    x = code.at(panel, index * tile.row_bytes)
+    weight = code.splat(code.load("float", value.get(), 4 * number))
+    for total, offset in zip(sums, tile.offsets, strict=True):
+        total.set(code.fma(weight, code.load("vector", x, offset), total.get()))
+
+
+def _fetch(code: Code, start: Value, size: Value) -> None:
+    """Asks for some bytes of memory."""
+    with code.loop(size, step=64) as offset:
+        code.prefetch(start, offset)
+
+
+def _fetch_output(tile: Tile, row: Variable, y: Value) -> None:
+    """Asks for the output whose sums are begun ``AHEAD`` turns later."""
+    code = tile.code
+    later = code.convert("zext", code.load("i32", row.get(), 4 * AHEAD), "i64")
+    for line in range(0, tile.row_bytes, 64):
+        code.prefetch(code.at(y, later * tile.row_bytes), line, write=True)
+
+
 def sparse_linear(
     name: str,
     lanes: int,
@@ -67,13 +93,6 @@ def sparse_linear(
     only = code.compare("slt", tile.number(LAST), code.whole(0))
     several = code.compare("sge", tile.number(LAST), code.whole(0))
 
-    def nonzero(panel: Value, sums: list[Variable], number: int) -> None:
-        index = code.convert("zext", code.load("i16", column.get(), 2 * number), "i64")
-        x = code.at(panel, index * tile.row_bytes)
-        weight = code.splat(code.load("float", value.get(), 4 * number))
-        for total, offset in zip(sums, tile.offsets, strict=True):
-            total.set(code.fma(weight, code.load("vector", x, offset), total.get()))
-
     def advance(nonzeros: int) -> None:
         column.set(code.at(column.get(), 2 * nonzeros))
         value.set(code.at(value.get(), 4 * nonzeros))
@@ -90,24 +109,21 @@ def sparse_linear(
             with code.when(code.compare("sgt", inputs, code.whole(0))):
                 following.set(code.at(panel, panel_bytes))
             if start != "sum":
-                with code.loop(panel_bytes, step=64) as offset:
-                    code.prefetch(panel, offset)
+                _fetch(code, panel, panel_bytes)
             whole = each / unrolled
             left = each - whole * unrolled
             with code.loop(rows):
                 output = code.convert("zext", code.load("i32", row.get()), "i64")
                 y = code.at(start_y, output * tile.row_bytes)
                 if start != "sum":
-                    later = code.convert("zext", code.load("i32", row.get(), 4 * AHEAD), "i64")
-                    for line in range(0, tile.row_bytes, 64):
-                        code.prefetch(code.at(start_y, later * tile.row_bytes), line, write=True)
+                    _fetch_output(tile, row, start_y)
                 sums = _begin(tile, start, y, code.at(bias, output * 4))
                 with code.loop(whole):
                     for number in range(unrolled):
-                        nonzero(panel, sums, number)
+                        _nonzero(tile, panel, column, value, sums, number)
                     advance(unrolled)
                 with code.loop(left):
-                    nonzero(panel, sums, 0)
+                    _nonzero(tile, panel, column, value, sums, 0)
                     advance(1)
                 _end(tile, last, sums, y)
                 row.set(code.at(row.get(), 4))
