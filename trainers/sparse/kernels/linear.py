@@ -42,7 +42,7 @@ def _end(tile: Tile, end: End, sums: list[Variable], y: Value) -> None:
 
 
 def _nonzero(
-    tile: Tile, panel: Value, column: Variable, value: Variable, sums: list[Variable], number: int
+    tile: Tile, panel: Value, column: Variable, value: Variable, *, sums: list[Variable], number: int
 ) -> None:
     """Adds one weight's products: a broadcast, and as many multiplications as the tile has vectors."""
     code = tile.code
@@ -120,10 +120,10 @@ def sparse_linear(
                 sums = _begin(tile, start, y, code.at(bias, output * 4))
                 with code.loop(whole):
                     for number in range(unrolled):
-                        _nonzero(tile, panel, column, value, sums, number)
+                        _nonzero(tile, panel, column, value, sums=sums, number=number)
                     advance(unrolled)
                 with code.loop(left):
-                    _nonzero(tile, panel, column, value, sums, 0)
+                    _nonzero(tile, panel, column, value, sums=sums, number=0)
                     advance(1)
                 _end(tile, last, sums, y)
                 row.set(code.at(row.get(), 4))
