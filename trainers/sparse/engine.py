@@ -182,7 +182,7 @@ class _Memory:
     keys: NDArray[np.int64]
     vectors: int
 
-    def place(self, arguments: NDArray[np.int64], at: int, name: str) -> None:
+    def locate(self, arguments: NDArray[np.int64], at: int, name: str) -> None:
         """The three numbers that place a buffer, into arguments from ``at`` on."""
         if name in self.local:
             arguments[at : at + 3] = self.local[name], 0, 1
@@ -199,8 +199,8 @@ def _arguments(
 ) -> NDArray[np.int64]:
     """What an operation's kernel is called with."""
     arguments = np.zeros(16, dtype=np.int64)
-    memory.place(arguments, 0, operation.input)  # of every kernel the first two places
-    memory.place(arguments, 3, operation.output)
+    memory.locate(arguments, 0, operation.input)  # of every kernel the first two places
+    memory.locate(arguments, 3, operation.output)
     if isinstance(operation, Linear):
         layers[operation.layer].fill(arguments)
     elif isinstance(operation, Quantize):

@@ -51,9 +51,9 @@ class SparseWeights:
 
 def panel_inputs(width: int, lanes: int, density: float) -> int:
     """Inputs in a panel, for tiles of ``width`` vectors and a matrix with a share ``density`` of nonzeros."""
-    one = 4 * lanes * width
+    row_bytes = 4 * lanes * width
     wanted = ROW_NONZEROS / max(density, 1e-6)
-    return max(8, PANEL_BYTES // one, min(MOST_PANEL_BYTES // one, int(wanted)))
+    return max(8, PANEL_BYTES // row_bytes, min(MOST_PANEL_BYTES // row_bytes, int(wanted)))
 
 
 def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
@@ -72,8 +72,8 @@ def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
         kinds, sizes = np.unique(counts[order], return_counts=True)
         width = edges[number + 1] - edges[number]
         groups += [
-            (edges[number], count, size, width * (place == 0))
-            for place, (count, size) in enumerate(zip(kinds, sizes, strict=True))
+            (edges[number], count, size, width * (index == 0))
+            for index, (count, size) in enumerate(zip(kinds, sizes, strict=True))
         ]
         segments[0 if number == 0 else 2 if number == panels - 1 else 1] += len(kinds)
         where = np.nonzero(part[order])

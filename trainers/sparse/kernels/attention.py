@@ -24,7 +24,7 @@ def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a pr
     code = Code(name, lanes)
     tile = Tile(code, width)
     rows = 4 if width >= 4 else 8
-    queries, output, scores = tile.place(QKV), tile.place(Y), tile.place(SCORES)
+    queries, output, scores = tile.address(QKV), tile.address(Y), tile.address(SCORES)
     features, heads, size = tile.number(FEATURES), tile.number(HEADS), tile.number(HEAD_SIZE)
     image = tile.vector / tile.number(VECTORS) * tile.number(VECTORS)
     table, tiles = tile.pointer(KEY_TILES), tile.number(TILES)
@@ -37,7 +37,7 @@ def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a pr
         with code.loop(tiles) as number:
             entry = code.at(table, number * 24)
             first, vectors, tokens = (code.load("i64", entry, 8 * i) for i in range(3))
-            visit(tile.place(QKV, image + first), vectors * code.vector_bytes, tokens, before.get())
+            visit(tile.address(QKV, image + first), vectors * code.vector_bytes, tokens, before.get())
             before.set(before.get() + tokens)
 
     def score(head: Value, largest: list[Value]) -> None:
@@ -46,14 +46,14 @@ def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a pr
 
         def block(keys: Value, step: Value, key: Value, number: Value, count: int) -> None:
             sums = [[code.variable(code.splat(0.0)) for _ in tile.offsets] for _ in range(count)]
-            place = code.variable(code.at(keys, key * 4))
+            pointer = code.variable(code.at(keys, key * 4))
             with code.loop(size) as d:
                 loaded = tile.loads(code.at(query, d * tile.row_bytes))
                 for r in range(count):
-                    factor = code.splat(code.load("float", place.get(), 4 * r))
+                    factor = code.splat(code.load("float", pointer.get(), 4 * r))
                     for total, value in zip(sums[r], loaded, strict=True):
                         total.set(code.fma(factor, value, total.get()))
-                place.set(code.at(place.get(), step))
+                pointer.set(code.at(pointer.get(), step))
             for r in range(count):
                 values = [total.get() for total in sums[r]]
                 tile.stores(values, code.at(scores, (number + r) * tile.row_bytes))

@@ -32,7 +32,7 @@ def quantize(name: str, lanes: int, width: int) -> Code:
     and the token's smallest and largest value at the ends. INPUTS is a multiple of four."""
     code = Code(name, lanes)
     tile = Tile(code, width)
-    x, y, inputs = tile.place(X), tile.place(Y), tile.number(INPUTS)
+    x, y, inputs = tile.address(X), tile.address(Y), tile.number(INPUTS)
     lowest, highest = ([code.variable(code.splat(0.0)) for _ in tile.offsets] for _ in range(2))
     with code.loop(inputs) as k:
         for low, high, value in zip(lowest, highest, tile.loads(code.at(x, k * tile.row_bytes)), strict=True):
@@ -83,7 +83,7 @@ def sparse_int8(name: str, lanes: int, width: int, *, residual: bool = False, en
     tile = Tile(code, width)
     group = code.variable(tile.pointer(GROUPS))
     row, column, value = (code.variable(tile.pointer(i)) for i in (ROWS, COLUMNS, BLOCKS))
-    x, y = tile.place(QUANTIZED), tile.place(OUTPUT)
+    x, y = tile.address(QUANTIZED), tile.address(OUTPUT)
     bias, weight_steps, weight_sums = (tile.pointer(i) for i in (BIAS, STEPS, SUMS))
     after = code.at(x, tile.number(INPUT_BLOCKS) * tile.row_bytes)
     none = Value(code, code.integers, "zeroinitializer")
@@ -101,7 +101,7 @@ def sparse_int8(name: str, lanes: int, width: int, *, residual: bool = False, en
             row.set(code.at(row.get(), 4))
             column.set(code.at(column.get(), each * 2))
             value.set(code.at(value.get(), each * 4))
-            place = code.at(y, output * tile.row_bytes)
+            pointer = code.at(y, output * tile.row_bytes)
             by, total_weight, more = (
                 code.splat(code.load("float", start, output * 4))
                 for start in (weight_steps, weight_sums, bias)
@@ -112,7 +112,7 @@ def sparse_int8(name: str, lanes: int, width: int, *, residual: bool = False, en
                 real = code.convert("sitofp", total.get(), "vector") - zero * total_weight
                 values.append(code.fma(real * by, step, more))
             if residual:
-                values = [value + old for value, old in zip(values, tile.loads(place), strict=True)]
-            tile.stores([gelu(code, value) for value in values] if end == "gelu" else values, place)
+                values = [value + old for value, old in zip(values, tile.loads(pointer), strict=True)]
+            tile.stores([gelu(code, value) for value in values] if end == "gelu" else values, pointer)
         group.set(code.at(group.get(), 16))
     return code

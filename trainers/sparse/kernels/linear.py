@@ -87,7 +87,7 @@ def sparse_linear(
     tile = Tile(code, width)
     group = code.variable(tile.pointer(GROUPS))
     row, column, value = (code.variable(tile.pointer(i)) for i in (ROWS, COLUMNS, VALUES))
-    start_x, start_y = tile.place(X), tile.place(Y)
+    start_x, start_y = tile.address(X), tile.address(Y)
     following = code.variable(start_x)
     begin: Start = "residual" if residual else "bias"
     only = code.compare("slt", tile.number(LAST), code.whole(0))
@@ -145,7 +145,7 @@ def dense_linear(name: str, lanes: int, width: int, *, residual: bool = False, e
     """The same with all weights (``weights.pack_dense`` in blocks of :data:`DENSE_BLOCK` outputs)."""
     code = Code(name, lanes)
     tile = Tile(code, width)
-    start_x, start_y = tile.place(X), tile.place(Y)
+    start_x, start_y = tile.address(X), tile.address(Y)
     begin: Start = "residual" if residual else "bias"
     weight = code.variable(tile.pointer(VALUES))
     bias, inputs, outputs = tile.pointer(BIAS), tile.number(INPUTS), tile.number(OUTPUTS)

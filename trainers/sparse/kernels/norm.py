@@ -14,7 +14,7 @@ def layer_norm(name: str, lanes: int, width: int) -> Code:
     variance from a second pass."""
     code = Code(name, lanes)
     tile = Tile(code, width)
-    x, y, features = tile.place(X), tile.place(Y), tile.number(FEATURES)
+    x, y, features = tile.address(X), tile.address(Y), tile.number(FEATURES)
     scale, shift, zero = tile.pointer(SCALE), tile.pointer(SHIFT), code.splat(0.0)
     share = code.splat(code.real(1.0) / code.convert("sitofp", features, "float"))
     sums = [code.variable(zero) for _ in tile.offsets]

@@ -38,7 +38,7 @@ class Tile:
         """A float32, in the low half of an argument."""
         return self.code.load("float", self.arguments, 8 * argument)
 
-    def place(self, argument: int, vector: Value | None = None) -> Value:
+    def address(self, argument: int, vector: Value | None = None) -> Value:
         """Where a buffer's tile begins, of this tile or of the one at ``vector``."""
         base, step, local = (self.number(argument + i) for i in range(PLACE))
         where = base + step * (vector or self.vector) + local * self.scratch
