@@ -16,19 +16,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pruners.arithmetic import ceil_div
+
 WIDEST = 4  # vectors in a tile: as many sums are kept in registers
 
 
 def vectors_of(tokens: int, lanes: int) -> int:
     """Vectors that hold so many tokens."""
-    return -(-tokens // lanes)
+    return ceil_div(tokens, lanes)
 
 
 def tile_widths(vectors: int, widest: int = WIDEST) -> list[int]:
     """The tiles of ``vectors`` vectors, as even as can be: 13 are 4 + 3 + 3 + 3. The wider come first."""
     if not vectors:
         return []
-    tiles = -(-vectors // widest)
+    tiles = ceil_div(vectors, widest)
     least, more = divmod(vectors, tiles)
     return [least + 1] * more + [least] * (tiles - more)
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from trainers.checkpoint import checksums
 from trainers.sparse.engine import SPARSE_FROM
 from trainers.sparse.kernels.int8 import EXTRA_ROWS
 from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program, Quantize, to_json
-from trainers.sparse.runtime import PROGRAM, TENSORS, checksum
+from trainers.sparse.runtime import PROGRAM, TENSORS
 from trainers.sparse.weights import to_int8
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -222,6 +223,6 @@ def pack(model: nn.Module, folder: str | Path, *, int8: bool = False) -> Program
     text = json.dumps(to_json(program), default=str, indent=1)
     (folder / PROGRAM).write_text(text, encoding="utf-8")
     save_file(tensors, folder / TENSORS)
-    sums = {name: checksum(folder / name) for name in (PROGRAM, TENSORS)}
+    sums = checksums.sums(folder, (PROGRAM, TENSORS))
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     return program

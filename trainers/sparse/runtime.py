@@ -7,7 +7,6 @@ logits = model(images)            # float32 [images, channels, height, width] â†
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from trainers.checkpoint.checksums import sha256
 from trainers.sparse import engine, layout
 from trainers.sparse.engine import Array, LinearLayer, Plan
 from trainers.sparse.kernels import host
@@ -213,14 +213,8 @@ def load(folder: str | Path, *, threads: int = 1, sparse_from: float = engine.SP
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: no folder of a sparse model ({error})") from error
     for name, expected in sums.items():
-        if checksum(folder / name) != expected:
+        if sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not as it was written (its checksum differs)")
     return SparseModel(
         from_json(text, str(folder)), load_file(folder / TENSORS), threads=threads, sparse_from=sparse_from
     )
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pruners.arithmetic import ceil_div
 from trainers.sparse.kernels.linear import AHEAD
 
 PANEL_BYTES = 24 * 1024  # of a tile's activations: what stays in a 32 KiB L1 cache beside the rest
@@ -59,7 +60,7 @@ def panel_inputs(width: int, lanes: int, density: float) -> int:
 def pack_sparse(weight: NDArray[np.float32], panel: int) -> SparseWeights:
     """The nonzeros of a matrix, in panels of about ``panel`` inputs (evened out)."""
     outputs, inputs = weight.shape
-    panels = max(1, -(-inputs // min(panel, MOST_COLUMNS)))
+    panels = max(1, ceil_div(inputs, min(panel, MOST_COLUMNS)))
     edges = [inputs * i // panels for i in range(panels + 1)]
     groups, rows, columns, values = [], [], [], []
     segments = [0, 0, 0]
