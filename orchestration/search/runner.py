@@ -21,7 +21,7 @@ from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from trainers.loop.report import TRIAL_KEYS
+from trainers.loop.report import TRIAL_KEYS, recordable
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
@@ -40,9 +40,12 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
         RuntimeError: more trials failed than the limits allow.
     """
     one_trial_pays()
-    for record, before in log.unsaid:
-        observer.trial_started(f"ended-{record.number}", record.number, record.values, before)
-        run_id = observer.trial_ended(f"ended-{record.number}", record)
+    for record, report, before in log.unsaid:
+        trial_id = f"ended-{record.number}"
+        observer.trial_started(trial_id, record.number, record.values, before)
+        if report:
+            observer.trial_reported(trial_id, report)
+        run_id = observer.trial_ended(trial_id, record)
         log.add(replace(record, run_id=run_id or before))
     missing = search.trials - len(log.ended)
     if missing <= 0:
@@ -217,7 +220,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             trace="\n".join(lines) if lines else None,
             given=dict(trial.config) in list(self._search.first),
         )
-        self._log.end(record)
+        self._log.end(record, recordable(running.metrics))
         run_id = self._observer.trial_ended(trial.trial_id, record)
         record = self._log.add(replace(record, run_id=run_id))
         if self._proposals is not None:

@@ -7,9 +7,9 @@ counts these events: each has its ``when``, so that a resumed search can go thro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from trainers import storage
 
@@ -80,6 +80,14 @@ class Event:
     time: float = 0.0
     score: float = 0.0
     at_end: bool = False
+
+
+class Unsaid(NamedTuple):
+    """A trial whose end is known to the log alone: its record, its last report, its MLflow run."""
+
+    record: TrialRecord
+    report: dict[str, Any]
+    run_id: str | None
 
 
 class TrialLog:
@@ -158,17 +166,26 @@ class TrialLog:
         if goes_on and not self._cheap:
             self.save()
 
-    def end(self, record: TrialRecord) -> None:
-        """Note that a trial has ended and is not to be started again, before all who watch are informed."""
+    def end(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
+        """Note that a trial has ended and is not to be started again, before all who watch are informed.
+
+        Args:
+            record: of the trial; its figures may be those of an earlier epoch, the best one.
+            report: the trial's last one, of which those who watch may not have heard either.
+        """
         if not self._cheap and str(record.number) in self._running:
-            self._running[str(record.number)]["end"] = asdict(record)
+            self._running[str(record.number)] |= {"end": asdict(record), "report": dict(report)}
             self.save()
 
     @property
-    def unsaid(self) -> list[tuple[TrialRecord, str | None]]:
-        """Trials that had ended when the driver was killed, with their MLflow runs; they are to be added."""
+    def unsaid(self) -> list[Unsaid]:
+        """Trials that had ended when the driver was killed; they are to be added."""
         entries = (self._running[str(number)] for number in self.running)
-        return [(TrialRecord(**entry["end"]), entry.get("run_id")) for entry in entries if "end" in entry]
+        return [
+            Unsaid(TrialRecord(**entry["end"]), entry.get("report", {}), entry.get("run_id"))
+            for entry in entries
+            if "end" in entry
+        ]
 
     def events(self) -> Iterator[Event]:
         """All events of the log, trial by trial; :attr:`history` sorts them."""

@@ -111,3 +111,12 @@ def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
         for key, value in figures.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def recordable(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record keeps of a report: its own figures and series, where JSON can hold them as numbers."""
+    own = {key: report[key] for key in EpochReport.__annotations__ if key in report}
+    series = {
+        key: own[key] for key in ("step_loss", "step_lr") if key in own and all(map(math.isfinite, own[key]))
+    }
+    return finite_numbers(own) | series
