@@ -150,7 +150,7 @@ def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
 def _finish(sweep: Sweep, results: Results) -> tuple[list[Row], list[Decision]]:
     """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
     rows = make_rows(sweep, results)
-    decisions = _promote(sweep, rows)
+    decisions = sweep.tracker.patiently(_promote, sweep, rows)
     dense, allocated, recovered = results.dense, results.allocated, results.recovered
     series = {
         f"{method}, one shot": [trial for study in allocation.studies.values() for trial in study.trials]

@@ -214,9 +214,12 @@ def register(
     Returns:
         The version's number.
     """
+    return tracker.patiently(_register, tracker.client, model, run, dict(tags), artifact)
+
+
+def _register(client: MlflowClient, model: str, run: str, tags: dict[str, str], artifact: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    client = tracker.client
     try:
         client.get_registered_model(model)
     except MlflowException:
@@ -224,14 +227,14 @@ def register(
             client.create_registered_model(model, description="Pruned by espalier; timm checkpoint folders")
         client.get_registered_model(model)
     if artifact != ARTIFACT:
-        tags = {**tags, "artifact": artifact}
+        tags |= {"artifact": artifact}
     for version in all_pages(client.search_model_versions, f"name='{model}'"):
         if version.run_id == run and str(version.source).endswith(f"/{artifact}"):
             for key in tags.keys() - dict(version.tags).keys():
                 client.set_model_version_tag(model, version.version, key, tags[key])
             return str(version.version)
     source = f"{client.get_run(run).info.artifact_uri}/{artifact}"
-    made = client.create_model_version(model, source, run, tags=dict(tags), await_creation_for=0)
+    made = client.create_model_version(model, source, run, tags=tags, await_creation_for=0)
     return str(made.version)
 
 

@@ -141,7 +141,7 @@ class Tracker:
             self._open.add(made[0])
             return made[0]
 
-        return self._sender.submit(self._patiently, send).result()
+        return self._sender.submit(self.patiently, send).result()
 
     def log(self, run: EndedRun) -> Future[str]:
         """Log a run that is over, in three requests (more for very many figures); its id comes later."""
@@ -187,14 +187,14 @@ class Tracker:
         return children
 
     def _search(self, condition: str) -> list[Run]:
-        return self._patiently(all_pages, self.client.search_runs, [self.experiment], condition)
+        return self.patiently(all_pages, self.client.search_runs, [self.experiment], condition)
 
     def knows(self, run: str) -> bool:
         """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
         from mlflow.exceptions import MlflowException
 
         try:
-            known_run = self._patiently(self.client.get_run, run)
+            known_run = self.patiently(self.client.get_run, run)
         except MlflowException:
             return False
         if known_run.info.lifecycle_stage == "deleted":
@@ -205,7 +205,8 @@ class Tracker:
     def has(self, run: str, artifact: str) -> bool:
         """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
         folder = artifact.rpartition("/")[0] or None
-        return any(entry.path == artifact for entry in self.client.list_artifacts(run, folder))
+        listed = self.patiently(self.client.list_artifacts, run, folder)
+        return any(entry.path == artifact for entry in listed)
 
     def resume(
         self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
@@ -231,15 +232,15 @@ class Tracker:
                 self.client.set_tag(run, key, value)
         left = f"tags.`mlflow.parentRunId` = '{run}' and attributes.status = 'RUNNING'"
         for child in self._search(left) if end_below else ():
-            self._patiently(self.client.set_terminated, child.info.run_id, "KILLED")
-        self._patiently(self.client.update_run, run, "RUNNING")
+            self.patiently(self.client.set_terminated, child.info.run_id, "KILLED")
+        self.patiently(self.client.update_run, run, "RUNNING")
         self._open.add(run)
         return True
 
     def last_step(self, run: str, key: str) -> int:
         """The step of a metric's last point; -1 if it has none."""
         self.flush()
-        history = self._patiently(self.client.get_metric_history, run, key)
+        history = self.patiently(self.client.get_metric_history, run, key)
         return max((point.step for point in history), default=-1)
 
     def metrics(self, run: str, points: Mapping[str, list[tuple[int, float]]]) -> None:
@@ -331,7 +332,7 @@ class Tracker:
                 else:
                     self.client.log_artifact(run, str(entry), name)
 
-        self._sender.submit(self._patiently, send).result()
+        self._sender.submit(self.patiently, send).result()
 
     def finish(self, run: str, status: Status = "FINISHED") -> None:
         self._open.discard(run)
@@ -384,11 +385,22 @@ class Tracker:
     def _send(self, call: Callable[..., T], *arguments: Any) -> Future[T]:
         if len(self._sent) > _WAITING:  # logging faster than MLflow takes it waits here
             self._sent.pop(0).result()
-        self._sent.append(future := self._sender.submit(self._patiently, call, *arguments))
+        self._sent.append(future := self._sender.submit(self.patiently, call, *arguments))
         return future
 
-    def _patiently(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Try again while the server does not answer: what is to be sent waits here, in order."""
+    def patiently(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that asks MLflow, again while the server does not answer.
+
+        Args:
+            call: may be called again at any point: what it has done already it leaves as it is.
+            arguments: of the call.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            mlflow.exceptions.MlflowException: the server refused, or was away for an hour.
+        """
         from mlflow.exceptions import MlflowException
 
         deadline, pause = time.monotonic() + _PATIENCE_SECONDS, 1.0

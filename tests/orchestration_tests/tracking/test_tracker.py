@@ -533,6 +533,8 @@ def test_tracker__who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_aw
             lambda: tracker.resume(known),
             lambda: tracker.last_step(known, "loss"),
             lambda: tracker.folder(known, tmp_path / "artifact", "model"),
+            lambda: tracker.has(known, "model/absent"),
+            lambda: registry.register(tracker, "espalier-away", known, {"method": "ovit"}),
         ]
         server.stop()
         with ThreadPoolExecutor(len(calls)) as pool:
@@ -542,9 +544,12 @@ def test_tracker__who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_aw
             server = start_server(tmp_path, port)
             assert server.uri == tracker.uri
             server.wait_ready()
-            new, resumed, last, _ = (one.result(60) for one in waiting)
+            new, resumed, last, _, has, version = (one.result(60) for one in waiting)
         assert resumed is True
         assert last == 3
+        assert has is False
+        assert version == "1"
+        assert len(tracker.client.search_model_versions("name='espalier-away'")) == 1
         assert tracker.client.get_run(str(new)).data.params == {"lr": "0.1"}
         assert tracker.client.get_run(left).info.status == "KILLED"
         assert tracker.client.get_run(known).info.status == "RUNNING"
