@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -21,7 +21,7 @@ from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from trainers.loop.report import TRIAL_KEYS
+from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
@@ -107,7 +107,7 @@ class _Running:
     started: float
     trial: Trial
     late: str | None = None  # why it is ended by force
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: EpochReport = field(default_factory=EpochReport)
     member: dict[str, Any] = field(default_factory=dict)  # of a population
 
 
@@ -165,8 +165,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         numbers = {trial.trial_id: self._first + position for position, trial in enumerate(trials)}
         running.member = take_note(self._log, running.number, result, numbers)
         if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
-            running.metrics = result
-            self._observer.trial_reported(trial.trial_id, result)
+            running.metrics = cast(EpochReport, result)
+            self._observer.trial_reported(trial.trial_id, running.metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         running = self._running[trial.trial_id]
@@ -200,14 +200,14 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         folder = running.metrics.get("kept_at")
         whole = state == "finished" and bool(kept)
         last = max(kept, key=float) if whole else ""
-        figures = kept[last] if whole else running.metrics
+        figures = cast(EpochReport, kept[last]) if whole else running.metrics
+        known = figures_of(figures, (*TRIAL_KEYS, self._search.cost or ""))
         record = TrialRecord(
             number=running.number,
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in (*TRIAL_KEYS, self._search.cost or "") if key in figures}
-            | history(running.member),
+            metrics=cast(EpochReport, known | history(running.member)),
             checkpoint=f"{folder}/{last}" if whole and folder else None,
             kept={level: {"checkpoint": f"{folder}/{level}", **kept[level]} for level in kept}
             if whole

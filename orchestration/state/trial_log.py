@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from trainers import storage
+from trainers.loop.report import EpochReport, figures_of
 
 _PART = 32  # one-shot trials in a file
 State = Literal["finished", "stopped", "failed"]
@@ -28,7 +29,7 @@ class TrialRecord:
     values: dict[str, Any]
     state: State
     score: float | None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: EpochReport = field(default_factory=EpochReport)
     checkpoint: str | None = None
     run_id: str | None = None
     seconds: float = 0.0
@@ -50,6 +51,10 @@ class TrialRecord:
         error = self.error or f"its score is {self.score:g}"
         for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": error}.items():
             object.__setattr__(self, key, value)
+
+    def cost(self, key: str) -> float:
+        """The figure of a second objective, which is to be small."""
+        return float(figures_of(self.metrics, [key])[key])
 
     @property
     def percent(self) -> str:

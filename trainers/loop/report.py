@@ -8,8 +8,8 @@ kept of a trial, so that no other list of these keys is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict, cast
 
 COST_KEYS = ("parameters", "parameters_sparse", "macs", "macs_sparse")
 """Keys of costs (:class:`pruners.model.costs.Costs`)."""
@@ -52,6 +52,7 @@ class EpochReport(TypedDict, total=False):
         dense_top1: top-1 of the dense model on the same images.
         allocation: number of pruned weights by layer.
         shares: sparsity of each group of layers.
+        pbt: which member of a population the trial is, as the search adds it.
     """
 
     epoch: int
@@ -82,6 +83,7 @@ class EpochReport(TypedDict, total=False):
     dense_top1: float
     allocation: dict[str, int]
     shares: dict[str, float]
+    pbt: dict[str, Any]
 
 
 SERIES_KEYS = ("train_loss", "val_loss", "val_top1", "sparsity", "lr", *COST_KEYS, *LATENCY_KEYS)
@@ -102,6 +104,12 @@ TRIAL_KEYS = (
     "shares",
 )
 """Keys of the last report that are kept in the record of a trial."""
+
+
+def figures_of(report: EpochReport, keys: Iterable[str]) -> dict[str, Any]:
+    """The figures of a report under these keys, in their order, as far as it has them."""
+    figures = cast(Mapping[str, Any], report)
+    return {key: figures[key] for key in keys if key in figures}
 
 
 def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
