@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.search.limits import FailureStopper, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
-from orchestration.search.ray_patches import one_trial_pays
 from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
+from pruners.errors import first_line
 from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of
 from trainers.storage import resolve
 
@@ -28,6 +30,26 @@ _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
 _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
+
+
+def one_trial_pays() -> None:
+    """Make Tune treat an out-of-memory kill as the death of an actor, which it is.
+
+    Tune knows two failures of a call to a trial's actor, the actor's death and an error in the call, and ends
+    the whole experiment at any other. Ray tells a kill by its memory monitor by an error that is neither.
+    There is no place to say otherwise, so the method that decides is wrapped.
+    """
+    original = RayActorManager._actor_task_failed
+    if getattr(original, "tells_memory", False):
+        return
+
+    def fail_trial(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=first_line(exception))
+        original(self, tracked_actor_task=tracked_actor_task, exception=exception)
+
+    fail_trial.tells_memory = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = fail_trial
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:

@@ -8,10 +8,10 @@ import pytest
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from orchestration.search.ray_patches import one_trial_pays
+from orchestration.search.runner import one_trial_pays
 
 
-def test_ray_patches__a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runner__a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Exception] = []
 
     def decides(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
