@@ -22,16 +22,16 @@ RunPage = Callable[[str], Page]
 def run_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[RunPage]:
-    """Runs a page in an empty folder; commands run in this process, but for those that start Ray."""
+    """Runs a page in an empty folder; commands run in this process, but for those that start others."""
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "ESPALIER_STORAGE"):
         monkeypatch.delenv(name, raising=False)
     kept: list[str] = []
 
     def command(words: list[str]) -> None:
-        if words[0] == "sweep" and "--dry-run" not in words:
-            sweep = run(*words, cwd=tmp_path)
-            kept.append(sweep.err + sweep.out)
+        if words[0] in {"data", "sweep"} and "--dry-run" not in words:
+            ended = run(*words, cwd=tmp_path)
+            kept.append(ended.err + ended.out)
         else:
             cli(words, standalone_mode=False)
 

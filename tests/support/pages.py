@@ -11,7 +11,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(
-    r"^```(?:\{code-block\} )?(python|bash|yaml|text)\n(?::caption: (\S+)\n\n?)?(.*?)^```",
+    r"^```(python|bash|text|\{code-block\} yaml)\n(?::caption: (\S+)\n\n)?(.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
 _FIGURE = re.compile(r"\d[\d.,:]*")
@@ -47,9 +47,8 @@ def run_page(name: str, command: Callable[[list[str]], None], read: Callable[[],
     for language, caption, code in _BLOCK.findall((DOCS / name).read_text(encoding="utf-8")):
         if language == "text":
             check_shown(code, page.printed[-1])
-        elif language == "yaml":
-            if caption:
-                Path(caption).write_text(code, encoding="utf-8")
+        elif caption:
+            Path(caption).write_text(code, encoding="utf-8")
         elif language == "python":
             exec(compile(code, name, "exec"), page.names)
             page.printed.append(read())
