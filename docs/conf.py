@@ -66,7 +66,14 @@ def _dashes(app: Any, doctree: nodes.document) -> None:
             text.parent.replace(text, nodes.Text(" – "))
 
 
+def _whole_sentences(app: Any, what: str, *rest: Any) -> None:
+    """Of a value or a property napoleon takes for a type what stands before a colon in the first line."""
+    if what in {"attribute", "data", "property"}:
+        rest[-1][:0] = ["..", ""]  # before the docstring's lines: an empty comment, which has no colon
+
+
 def setup(app: Any) -> None:
     """Formulas need no script: browsers draw MathML."""
+    app.connect("autodoc-process-docstring", _whole_sentences, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("doctree-read", _dashes)

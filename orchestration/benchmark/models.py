@@ -21,6 +21,7 @@ from orchestration.export.engine import EXPORT_RECORD, read_record, source_of, t
 from orchestration.export.formats import FORMATS, Source
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
+from trainers.checkpoint.records import ExportRecord
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
@@ -57,7 +58,7 @@ class Variant:
     sparsity: float
     weights: str | None
     source: Source | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: ExportRecord = field(default_factory=ExportRecord)
     _files: dict[str, File] = field(default_factory=dict)
 
     @property
@@ -192,13 +193,13 @@ def _open(
 ) -> Variant:
     local = Path(absolute(location))
     if "://" not in location and (local / EXPORT_RECORD).is_file():
-        record = read_record(local, name)
-        about = record.get("source", {})
-        sparsity = float(about.get("sparsity", 0.0))
-        return Variant(label, local, record["preprocessing"], sparsity, about.get("weights"), record=record)
+        exported = read_record(local, name)
+        about = exported.get("source", {})
+        sparsity, weights = float(about.get("sparsity", 0.0)), about.get("weights")
+        return Variant(label, local, exported["preprocessing"], sparsity, weights, record=exported)
     if "://" not in location and int8_folder.is_int8(local):
         return _quantised(stack, local, name, label)
-    folder, record = stack.enter_context(as_checkpoint_folder(location))
+    folder, _ = stack.enter_context(as_checkpoint_folder(location))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
     source = source_of(loaded.model.float().eval(), folder, calibration, columns)
@@ -210,8 +211,13 @@ def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant
     about = int8_folder.read_record(folder, name, key="model")
     path = stack.enter_context(int8_folder.engine_file(folder, about))
     file = ONNX_FILE if ONNX_FILE in about["files"] else int8_folder.PACKED_MODEL
-    record = {"engine": int8_folder.ENGINE, "type": "int8", "file": str(path.absolute()), "files": [file]}
-    record["probe"] = about["probe"]
+    record: ExportRecord = {
+        "engine": int8_folder.ENGINE,
+        "type": "int8",
+        "file": str(path.absolute()),
+        "files": {file: about["files"][file]},
+        "probe": about["probe"],
+    }
     preprocessing = read_preprocessing(path)
     return Variant(label, folder, preprocessing, about["sparsity"], about["float"], record=record)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from orchestration.cli import options
 from orchestration.cli.export import of_registry
-from orchestration.common import defaults
-from orchestration.common.environment import INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 @click.command()
@@ -23,10 +24,8 @@ from orchestration.common.environment import INTERRUPTED
     help="Of the images. Another number than the checkpoint's brings a new classifier.",
 )
 @click.option("--out", required=True, metavar="FOLDER", help="Where the result goes.")
-@click.option(
-    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
-)
-@click.option("--seed", default=defaults.SEED, show_default=True, type=click.IntRange(min=0))
+@options.layers
+@options.seed
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
 @options.columns
 @of_registry
@@ -38,22 +37,18 @@ def finetune(**typed: Any) -> None:
     The result is the best model on validation. After Ctrl-C the same command goes on.
     """
     from orchestration.commands.training_options import FinetuneOptions
-    from orchestration.common.terminal import Console
 
-    options = FinetuneOptions(**typed)
-    options.check()
-    try:
-        with Console(stderr=True).status(f"espalier finetune: loading {options.checkpoint}"):
-            from orchestration.commands.finetune import Finetuning
+    asked = FinetuneOptions(**typed)
+    asked.check()
 
-            work = Finetuning.of(options)
-        lines = work.run()
-    except KeyboardInterrupt:
-        from orchestration.commands.progress import leave
+    def work(status: Status) -> list[str]:
+        from orchestration.commands.finetune import Finetuning
 
-        leave(INTERRUPTED)
-    for line in lines:
-        click.echo(line)
+        finetuning = Finetuning.of(asked)
+        status.stop()
+        return finetuning.run()
+
+    options.print_result(f"espalier finetune: loading {asked.checkpoint}", work)
 
 
 COMMANDS = (finetune,)

@@ -1,20 +1,33 @@
-"""Options and arguments that several commands have."""
+"""Options and arguments that several commands have, and how those that work long are run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from orchestration.common import defaults
+from orchestration.common.environment import INTERRUPTED
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from trainers.sources.columns import Columns
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 overrides = click.argument("overrides", nargs=-1, metavar="[KEY.SUB=VALUE]...")
+layers = click.option(
+    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
+)
+seed = click.option(
+    "--seed",
+    default=defaults.SEED,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of all that is drawn at random.",
+)
 
 
 def storage(help_text: str) -> Callable[[F], F]:
@@ -40,3 +53,24 @@ def named(options: dict[str, Any]) -> Columns:
     from trainers.sources.columns import Columns
 
     return Columns(options.pop("image_column"), options.pop("label_column"))
+
+
+def print_result(text: str, work: Callable[[Status], Iterable[str]]) -> None:
+    """Show a status line while ``work`` is done, then print the lines that it returns; Ctrl-C ends at once.
+
+    Args:
+        text: of the status line.
+        work: stops the status line before it shows progress of its own. What it needs is imported in it, so
+            that the line is there first.
+    """
+    from orchestration.common.terminal import Console
+
+    try:
+        with Console(stderr=True).status(text) as status:
+            lines = work(status)
+    except KeyboardInterrupt:
+        from orchestration.commands.progress import leave
+
+        leave(INTERRUPTED)
+    for line in lines:
+        click.echo(line)

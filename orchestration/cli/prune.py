@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from orchestration.cli import options
 from orchestration.common import defaults
-from orchestration.common.environment import INTERRUPTED
 from pruners.methods.registry import METHODS, SECOND_ORDER
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 @click.command()
@@ -39,9 +41,7 @@ from pruners.methods.registry import METHODS, SECOND_ORDER
 @click.option(
     "--ceiling", type=float, default=defaults.CEILING, show_default=True, help="Largest sparsity of a layer."
 )
-@click.option(
-    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
-)
+@options.layers
 @click.option("--gradients", type=click.IntRange(min=1), help="How many. Default: the method's (4096; 256).")
 @click.option("--batch-size", default=defaults.BATCH_SIZE, show_default=True, type=click.IntRange(min=1))
 @click.option("--per-sample", is_flag=True, help="A gradient of each image instead of each batch.")
@@ -49,13 +49,7 @@ from pruners.methods.registry import METHODS, SECOND_ORDER
 @click.option("--damp", help="λ of the Fisher, or auto: the best of 1e-4 … 1e-9 on held-out images.")
 @click.option("--relative/--absolute", default=None, help="λ is a share of the mean of a layer's diagonal.")
 @click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
-@click.option(
-    "--seed",
-    default=defaults.SEED,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Of the images taken.",
-)
+@options.seed
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")
 @options.columns
 def prune(**typed: Any) -> None:
@@ -64,29 +58,23 @@ def prune(**typed: Any) -> None:
     MODEL is a checkpoint folder, hf-hub:NAME, or the name of a timm model (its pretrained weights).
     """
     from orchestration.commands.prune_options import PruneOptions
-    from orchestration.common.terminal import Console
 
-    options = PruneOptions(**typed)
-    options.check()
-    try:
-        with Console(stderr=True).status(f"espalier prune: loading {options.model}"):
-            from orchestration.commands.prune import PruneJob
+    asked = PruneOptions(**typed)
+    asked.check()
 
-            job = PruneJob.of(options)
-        lines = job.run()
-    except KeyboardInterrupt:
-        from orchestration.commands.progress import leave
+    def work(status: Status) -> list[str]:
+        from orchestration.commands.prune import PruneJob
 
-        leave(INTERRUPTED)
-    for line in lines:
-        click.echo(line)
+        job = PruneJob.of(asked)
+        status.stop()
+        return job.run()
+
+    options.print_result(f"espalier prune: loading {asked.model}", work)
 
 
 @click.command("inspect")
 @click.argument("path")
-@click.option(
-    "--layers", multiple=True, metavar="MODULE=REGEX", help="Default: by the model's family; repeatable."
-)
+@options.layers
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def inspect_model(path: str, layers: tuple[str, ...], as_json: bool) -> None:
     """Layers, zeros and costs of a model.

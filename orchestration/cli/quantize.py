@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from orchestration.cli import options
 from orchestration.cli.export import of_registry
-from orchestration.common import defaults
-from orchestration.common.environment import INTERRUPTED
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 @click.command()
@@ -27,13 +28,7 @@ from orchestration.common.environment import INTERRUPTED
     "--images", type=click.IntRange(min=1), help="That ranges are taken from. Default: 512 at most."
 )
 @click.option("--out", required=True, metavar="FOLDER", help="Where the INT8 folder goes.")
-@click.option(
-    "--seed",
-    default=defaults.SEED,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Of the images taken.",
-)
+@options.seed
 @click.option("--device", help="qat: cpu or cuda. Default: cuda where there is one.")
 @options.columns
 @of_registry
@@ -45,26 +40,23 @@ def quantize(**typed: Any) -> None:
     say otherwise). After Ctrl-C the same command goes on with its training.
     """
     from orchestration.commands.training_options import QuantizeOptions
-    from orchestration.common.terminal import Console
 
-    options = QuantizeOptions(**typed)
-    options.check()
+    asked = QuantizeOptions(**typed)
+    asked.check()
+
+    def work(status: Status) -> list[str]:
+        from orchestration.commands.output import forget_training
+        from orchestration.commands.quantize import quantise
+
+        lines = quantise(asked, status)
+        forget_training(asked.hidden)
+        return lines
+
     try:
-        with Console(stderr=True).status(f"espalier quantize: {options.checkpoint}") as status:
-            from orchestration.commands.output import forget_training
-            from orchestration.commands.quantize import quantise
-
-            lines = quantise(options, status)
-            forget_training(options.hidden)
+        options.print_result(f"espalier quantize: {asked.checkpoint}", work)
     except RuntimeError as error:
-        click.echo(f"espalier: {options.checkpoint} is not quantised: {error}", err=True)
+        click.echo(f"espalier: {asked.checkpoint} is not quantised: {error}", err=True)
         raise click.exceptions.Exit(1) from None
-    except KeyboardInterrupt:
-        from orchestration.commands.progress import leave
-
-        leave(INTERRUPTED)
-    for line in lines:
-        click.echo(line)
 
 
 COMMANDS = (quantize,)

@@ -1,6 +1,6 @@
 """Ray's private API, as far as the cluster package needs it, in one place for upgrades.
 
-Checked with Ray 2.60.0. Tune's private API lies in ``orchestration/search/ray_patches.py``.
+Checked with Ray 2.60.0. Tune's private API lies in ``orchestration/search/runner.py``.
 """
 
 from __future__ import annotations

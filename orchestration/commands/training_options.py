@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
@@ -21,17 +21,14 @@ from trainers.storage import absolute
 _DEFAULTS = {"epochs": 10, "lr": {"peak": 1e-4}, "checkpoint_every": 1}
 
 
-@dataclass(frozen=True)
-class FinetuneOptions(ColumnOptions):
-    """The options as they were typed."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(ColumnOptions):
+    """Options of the commands that may train a checkpoint, as they were typed."""
 
     checkpoint: str
-    train: str
     out: str
     settings: tuple[str, ...] = ()
     validation: str | None = None
-    classes: int | None = None
-    layers: tuple[str, ...] = ()
     seed: int = defaults.SEED
     device: str | None = None
     tracking_uri: str | None = None
@@ -45,6 +42,23 @@ class FinetuneOptions(ColumnOptions):
         """
         if self.device is not None:
             one_of("--device", self.device, ("cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(CheckpointOptions):
+    """Options of ``espalier finetune``."""
+
+    train: str
+    classes: int | None = None
+    layers: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Check the options together.
+
+        Raises:
+            InputError: the first thing that cannot work, by its option or key and value.
+        """
+        super().check()
         layer_patterns(self.layers)
         _ = self.training  # raises where a setting is wrong
 
@@ -58,7 +72,7 @@ class FinetuneOptions(ColumnOptions):
         return load_part(TrainingSettings, self.settings, _DEFAULTS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AwareOptions(FinetuneOptions):
     """Options of the training for INT8; ``images`` are what its ranges begin with."""
 
@@ -74,22 +88,14 @@ class AwareOptions(FinetuneOptions):
         return load_part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
 
 
-@dataclass(frozen=True)
-class QuantizeOptions(ColumnOptions):
-    """The options as they were typed."""
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(CheckpointOptions):
+    """Options of ``espalier quantize``."""
 
-    checkpoint: str
     mode: str
-    out: str
-    settings: tuple[str, ...] = ()
     train: str | None = None
-    validation: str | None = None
     test: str | None = None
     images: int | None = None
-    seed: int = defaults.SEED
-    device: str | None = None
-    tracking_uri: str | None = None
-    storage: str = defaults.STORAGE
 
     def check(self) -> None:
         """Check the options together.
@@ -98,8 +104,7 @@ class QuantizeOptions(ColumnOptions):
             InputError: the first thing that cannot work, by its option or key and value.
         """
         one_of("--mode", self.mode, get_args(Mode))
-        if self.device is not None:
-            one_of("--device", self.device, ("cpu", "cuda"))
+        super().check()
         of_training = {"--validation": self.validation, "KEY=VALUE": " ".join(self.settings) or None}
         if self.mode != "qat":
             self._refuse(of_training | {"--device": self.device}, "trains nothing; it goes with --mode qat")
@@ -121,20 +126,8 @@ class QuantizeOptions(ColumnOptions):
     def aware(self) -> AwareOptions:
         """Options of the training; its result lies hidden beside ``out`` until the INT8 folder is written."""
         assert self.train is not None, "checked"
-        return AwareOptions(
-            checkpoint=self.checkpoint,
-            train=self.train,
-            out=str(self.hidden),
-            settings=self.settings,
-            validation=self.validation,
-            seed=self.seed,
-            device=self.device,
-            tracking_uri=self.tracking_uri,
-            storage=self.storage,
-            images=self.images,
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
+        shared = {field.name: getattr(self, field.name) for field in fields(CheckpointOptions)}
+        return AwareOptions(**shared | {"train": self.train, "images": self.images, "out": str(self.hidden)})
 
     def _refuse(self, given: Mapping[str, object], why: str) -> None:
         for key, value in given.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from orchestration.tracking.pyfunc_model import labels_beside
 from pruners.errors import InputError, first_line
 from trainers.checkpoint.checksums import as_json, read_verified, sums
 from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
+from trainers.checkpoint.records import ExportRecord
 from trainers.data import datasets
 from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
 from trainers.engines.agreement import TOLERANCE, Agreement
@@ -141,13 +142,13 @@ def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
     return logits
 
 
-def read_record(folder: Path, name: str) -> dict[str, Any]:
+def read_record(folder: Path, name: str) -> ExportRecord:
     """The record of a folder that :func:`export` wrote, after checking its files.
 
     Raises:
         InputError: it is none, or a file is missing or not what the record says.
     """
-    return read_verified(
+    content = read_verified(
         folder,
         EXPORT_RECORD,
         name,
@@ -155,6 +156,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
         writer="espalier export",
         fits=lambda content: content["kind"] in FORMATS,
     )
+    return cast(ExportRecord, content)
 
 
 def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
@@ -219,7 +221,7 @@ def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> d
 
 def _content(
     options: ExportOptions, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
-) -> dict[str, Any]:
+) -> ExportRecord:
     form = options.form
     return {
         "format": FORMAT,
@@ -228,7 +230,7 @@ def _content(
         "type": form.kind,
         "file": form.file,
         "calibration": None if source.calibration is None else len(source.calibration),
-        "preprocessing": source.preprocessing,
+        "preprocessing": dict(source.preprocessing),
         "check": by | {"batches": {str(size): agreement.as_dict() for size, agreement in check.items()}},
         "versions": versions() | installed(*form.packages),
     }

@@ -96,6 +96,8 @@ class Tracking(Settings):
     promotion: Promotion = Promotion()
 
 
+LEFT_OUT = "left_out"
+"""In what a field says of itself: the settings that hold where it is left out, key by key."""
 AWARE: dict[str, Any] = {"epochs": 10, "lr": {"kind": "linear", "peak": 1e-4, "floor": 1e-5}}
 """How training for INT8 goes where nothing else is said: the rate is that of the oViT paper's."""
 
@@ -118,7 +120,9 @@ class Quantization(Calibration):
 
     mode: Mode = "static"
     recovery: AwareTraining | None = Field(
-        None, description="qat: how it is trained. Default: 10 epochs, from 1e-4 down to 1e-5"
+        None,
+        description="qat: how it is trained. Left out: 10 epochs, from 1e-4 down to 1e-5",
+        json_schema_extra={LEFT_OUT: AWARE},
     )
 
     @model_validator(mode="after")

@@ -22,9 +22,9 @@ from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, lo
 from orchestration.state.trial_log import TrialRecord
 from pruners.errors import InputError
 from trainers import storage
+from trainers.loop.report import COST_KEYS, figures_of
 
 _LABEL = re.compile(r"(.+)-(allocation|schedule|long_run)(?:-([\d.]+))?")
-_COSTS = ("sparsity", "parameters", "parameters_sparse", "macs", "macs_sparse")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> 
                     dense=dense,
                     one_shot=one_shot.metrics["val_top1"] if one_shot else None,
                     recovered=recovered.metrics["val_top1"] if recovered else None,
-                    **{key: last.metrics[key] for key in _COSTS},
+                    **figures_of(last.metrics, ("sparsity", *COST_KEYS)),
                 )
             )
     return rows

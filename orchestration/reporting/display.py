@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from orchestration.common.terminal import Console
 from orchestration.state.trial_log import TrialRecord
+from trainers.loop.report import EpochReport
 
 _PLAIN_SECONDS = 10.0
 _KEPT_LINES = 100
@@ -150,7 +151,7 @@ class Display:
         self._show()
         return None
 
-    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+    def trial_reported(self, trial_id: str, metrics: EpochReport) -> None:
         for note in metrics.get("notes", []):
             self.say(f"      {note}")
         self._running[trial_id] = min(metrics.get("epoch", 0) / self._epochs, 1.0)

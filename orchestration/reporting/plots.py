@@ -152,7 +152,7 @@ def search_front(trials: Sequence[TrialRecord], rule: Rule, chosen: TrialRecord,
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for series, style, label in ((done, "o", "trial"), (best, ".-", "front"), ([chosen], "D", "chosen")):
-        costs = [scale * trial.metrics[rule.cost] for trial in series]
+        costs = [scale * trial.cost(rule.cost) for trial in series]
         axes.plot(costs, [100 * trial.metrics["val_top1"] for trial in series], style, label=label)
     axes.set_xlabel(words)
     axes.set_ylabel("validation top-1 (%)")

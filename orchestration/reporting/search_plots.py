@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import optuna
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -83,13 +84,14 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
     figure = Figure((max(_SIZE[0], 0.9 * len(space) + 2), _SIZE[1] + 0.8), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(records, key=lambda record: record.metrics["val_top1"])
-    top1 = [100 * record.metrics["val_top1"] for record in ranked]
-    colours = ScalarMappable(Normalize(min(top1), max(top1)), "viridis")
-    for left, (record, value) in enumerate(zip(ranked, top1, strict=True), start=-len(ranked)):
+    top1 = np.array([100 * record.metrics["val_top1"] for record in ranked])
+    scale = ScalarMappable(Normalize(top1.min(), top1.max()), "viridis")
+    colours = scale.to_rgba(top1)
+    for left, (record, colour) in enumerate(zip(ranked, colours, strict=True), start=-len(ranked)):
         values = to_optuna(space, record.values)
         heights = [_height(distribution, values[key]) for key, distribution in space.items()]
         alpha, width = (0.8, 1.5) if -left <= _STRONG else (0.15, 0.7)
-        axes.plot(heights, color=colours.to_rgba(value), alpha=alpha, linewidth=width)
+        axes.plot(heights, color=colour, alpha=alpha, linewidth=width)
     for position, distribution in enumerate(space.values()):
         axes.axvline(position, color="lightgrey", zorder=0)
         for height, text in _marks(distribution):
@@ -99,7 +101,7 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
     axes.set_xticks(range(len(space)), list(space), rotation=30, ha="right")
     axes.set_yticks([])
     axes.set_title(title)
-    figure.colorbar(colours, ax=axes, label="validation top-1 (%)")
+    figure.colorbar(scale, ax=axes, label="validation top-1 (%)")
     return figure
 
 

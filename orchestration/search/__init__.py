@@ -6,7 +6,6 @@ __all__ = [
     "pareto",
     "pbt",
     "pbt_trial",
-    "ray_patches",
     "runner",
     "samplers",
     "schedulers",

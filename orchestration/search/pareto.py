@@ -32,7 +32,7 @@ def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
         cost: the metric that is to be small.
     """
     done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
-    return unbeaten(done, cost=lambda item: item.metrics[cost], worth=lambda item: item.score or 0.0)
+    return unbeaten(done, cost=lambda item: item.cost(cost), worth=lambda item: item.score or 0.0)
 
 
 def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = None) -> TrialRecord:
@@ -62,7 +62,7 @@ def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = No
 
 def _share(trial: TrialRecord, rule: Pareto, whole: float | None) -> float:
     """A trial's cost as a share of the dense model's."""
-    return float(trial.metrics[rule.cost] / (whole or trial.metrics[rule.cost.removesuffix("_sparse")]))
+    return trial.cost(rule.cost) / (whole or trial.cost(rule.cost.removesuffix("_sparse")))
 
 
 def fastest(trials: Sequence[TrialRecord], rule: Fastest) -> TrialRecord:
@@ -80,5 +80,5 @@ def fastest(trials: Sequence[TrialRecord], rule: Fastest) -> TrialRecord:
             return trial
     raise RuntimeError(
         f"no trial is within allocation.loss ({rule.loss:g} of the dense model's top-1); the nearest loses "
-        f"{losses[-1]:.3f}, at {best[-1].metrics[rule.cost] * 1e3:.2f} ms"
+        f"{losses[-1]:.3f}, at {best[-1].cost(rule.cost) * 1e3:.2f} ms"
     )

@@ -7,27 +7,49 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.search.limits import FailureStopper, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
-from orchestration.search.ray_patches import one_trial_pays
 from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from trainers.loop.report import TRIAL_KEYS, recordable
+from pruners.errors import first_line
+from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of, recordable
 from trainers.storage import resolve
 
 _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
 _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
+
+
+def one_trial_pays() -> None:
+    """Make Tune treat an out-of-memory kill as the death of an actor, which it is.
+
+    Tune knows two failures of a call to a trial's actor, the actor's death and an error in the call, and ends
+    the whole experiment at any other. Ray tells a kill by its memory monitor by an error that is neither.
+    There is no place to say otherwise, so the method that decides is wrapped.
+    """
+    original = RayActorManager._actor_task_failed
+    if getattr(original, "tells_memory", False):
+        return
+
+    def fail_trial(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=first_line(exception))
+        original(self, tracked_actor_task=tracked_actor_task, exception=exception)
+
+    fail_trial.tells_memory = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = fail_trial
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
@@ -110,7 +132,7 @@ class _Running:
     started: float
     trial: Trial
     late: str | None = None  # why it is ended by force
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: EpochReport = field(default_factory=EpochReport)
     member: dict[str, Any] = field(default_factory=dict)  # of a population
 
 
@@ -168,8 +190,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         numbers = {trial.trial_id: self._first + position for position, trial in enumerate(trials)}
         running.member = take_note(self._log, running.number, result, numbers)
         if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
-            running.metrics = result
-            self._observer.trial_reported(trial.trial_id, result)
+            running.metrics = cast(EpochReport, result)
+            self._observer.trial_reported(trial.trial_id, running.metrics)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         running = self._running[trial.trial_id]
@@ -203,14 +225,14 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         folder = running.metrics.get("kept_at")
         whole = state == "finished" and bool(kept)
         last = max(kept, key=float) if whole else ""
-        figures = kept[last] if whole else running.metrics
+        figures = cast(EpochReport, kept[last]) if whole else running.metrics
+        known = figures_of(figures, (*TRIAL_KEYS, self._search.cost or ""))
         record = TrialRecord(
             number=running.number,
             values=dict(trial.config),
             state=state,
             score=figures.get("score"),
-            metrics={key: figures[key] for key in (*TRIAL_KEYS, self._search.cost or "") if key in figures}
-            | history(running.member),
+            metrics=cast(EpochReport, known | history(running.member)),
             checkpoint=f"{folder}/{last}" if whole and folder else None,
             kept={level: {"checkpoint": f"{folder}/{level}", **kept[level]} for level in kept}
             if whole

@@ -164,7 +164,7 @@ class Proposals:
 
     def _results(self, record: TrialRecord) -> list[float] | None:
         """The objectives that a sampler is told; ``None`` for a failed trial."""
-        figures = {**record.metrics, "score": record.score}
+        figures: dict[str, Any] = {**record.metrics, "score": record.score}
         goals = ["score"] + ([self._search.cost] if self._search.cost else [])
         values = [figures.get(goal) for goal in goals]
         finite = [float(value) for value in values if value is not None and math.isfinite(value)]

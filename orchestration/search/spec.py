@@ -12,6 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from orchestration.search.limits import NONE, Limits
 from orchestration.search.space import Space
 from orchestration.state.trial_log import TrialRecord
+from trainers.loop.report import EpochReport
 
 
 class Observer(Protocol):
@@ -22,7 +23,7 @@ class Observer(Protocol):
     ) -> str | None:
         """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
 
-    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None: ...
+    def trial_reported(self, trial_id: str, metrics: EpochReport) -> None: ...
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
         """Returns the trial's run in the tracker."""

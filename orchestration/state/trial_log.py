@@ -7,11 +7,12 @@ counts these events: each has its ``when``, so that a resumed search can go thro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from trainers import storage
+from trainers.loop.report import EpochReport, figures_of
 
 _PART = 32  # one-shot trials in a file
 State = Literal["finished", "stopped", "failed"]
@@ -28,7 +29,7 @@ class TrialRecord:
     values: dict[str, Any]
     state: State
     score: float | None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: EpochReport = field(default_factory=EpochReport)
     checkpoint: str | None = None
     run_id: str | None = None
     seconds: float = 0.0
@@ -50,6 +51,10 @@ class TrialRecord:
         error = self.error or f"its score is {self.score:g}"
         for key, value in {"state": "failed", "score": None, "checkpoint": None, "error": error}.items():
             object.__setattr__(self, key, value)
+
+    def cost(self, key: str) -> float:
+        """The figure of a second objective, which is to be small."""
+        return float(figures_of(self.metrics, [key])[key])
 
     @property
     def percent(self) -> str:
@@ -86,7 +91,7 @@ class Unsaid(NamedTuple):
     """A trial whose end is known to the log alone: its record, its last report, its MLflow run."""
 
     record: TrialRecord
-    report: dict[str, Any]
+    report: EpochReport
     run_id: str | None
 
 
@@ -166,7 +171,7 @@ class TrialLog:
         if goes_on and not self._cheap:
             self.save()
 
-    def end(self, record: TrialRecord, report: Mapping[str, Any]) -> None:
+    def end(self, record: TrialRecord, report: EpochReport) -> None:
         """Note that a trial has ended and is not to be started again, before all who watch are informed.
 
         Args:

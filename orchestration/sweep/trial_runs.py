@@ -22,7 +22,7 @@ from orchestration.tracking.pyfunc_model import MARK, model_files
 from orchestration.tracking.tracker import EndedRun, Status, Tracker
 from trainers import storage
 from trainers.checkpoint.folder import PRUNING_RECORD, TRAINER_FILES
-from trainers.loop.report import SERIES_KEYS
+from trainers.loop.report import SERIES_KEYS, EpochReport, figures_of
 
 STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -78,14 +78,14 @@ class TrialRuns:
         self._display.trial_started(trial_id, number, values)
         return self._runs[trial_id]
 
-    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+    def trial_reported(self, trial_id: str, metrics: EpochReport) -> None:
         self._display.trial_reported(trial_id, metrics)
         step = int(metrics.get("step", 0))
         self._look_back(trial_id, step - len(metrics.get("step_loss", [])), metrics.get("pbt", {}).get("run"))
         if step <= self._known.get(trial_id, -1):  # said before the run was broken off
             return
         self._known[trial_id] = step
-        points = {key: [(step, metrics[key])] for key in SERIES_KEYS if key in metrics}
+        points = {key: [(step, value)] for key, value in figures_of(metrics, SERIES_KEYS).items()}
         losses, rates = metrics.get("step_loss", []), metrics.get("step_lr", [])
         first = step - len(losses)
         if losses:  # every step of the epoch, not its mean alone
@@ -174,7 +174,7 @@ class TrialRuns:
         """The phase ends: its run shows the best trial's figures."""
         if self._left_alone:
             return
-        figures = {key: [(0, best.metrics[key])] for key in SERIES_KEYS if key in best.metrics}
+        figures = {key: [(0, value)] for key, value in figures_of(best.metrics, SERIES_KEYS).items()}
         self._tracker.metrics(self.run, {f"best.{key}": points for key, points in figures.items()})
         self._tracker.tags(self.run, {"espalier.best": self._run_of(best)})
         self._tracker.finish(self.run)
@@ -194,9 +194,9 @@ class TrialRuns:
 
 def _history(record: TrialRecord) -> dict[str, str]:
     """Tags of a population's member: its final values, and the trials that its weights came from."""
-    taken = record.metrics.get("pbt.taken")
-    if taken is None:
+    if "pbt.taken" not in record.metrics:
         return {}
+    taken = figures_of(record.metrics, ["pbt.taken"])["pbt.taken"]
     steps = [f"trial {step['trial']} after epoch {step['epoch']}" for step in taken]
     return {
         "pbt.exploits": str(len(taken)),
@@ -240,7 +240,7 @@ class OneShotRuns(TrialRuns):
     def trial_started(self, trial_id: str, number: int, values: dict[str, Any], before: str | None) -> None:
         self._display.trial_started(trial_id, number, values)
 
-    def trial_reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+    def trial_reported(self, trial_id: str, metrics: EpochReport) -> None:
         self._display.trial_reported(trial_id, metrics)
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> None:
@@ -256,9 +256,8 @@ class OneShotRuns(TrialRuns):
         super().close(best)
 
     def _say(self, record: TrialRecord) -> None:
-        figures = record.metrics
-        metrics = {key: figures[key] for key in SERIES_KEYS if key in figures}
-        metrics |= {f"sparsity.{key}": value for key, value in figures.get("shares", {}).items()}
+        metrics = figures_of(record.metrics, SERIES_KEYS)
+        metrics |= {f"sparsity.{key}": value for key, value in record.metrics.get("shares", {}).items()}
         tags = {**self._tags, "espalier.level": "trial", "espalier.state": record.state}
         tags |= {_NUMBER: str(record.number)} | ({"espalier.error": record.error} if record.error else {})
         self._ids[record.number] = self._tracker.log(

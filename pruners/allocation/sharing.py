@@ -38,6 +38,11 @@ GROUP_OF: dict[Scope, Callable[[PrunableLayer], Hashable]] = {
 class Sharing:
     """How a budget is divided among layers.
 
+    >>> sharing = Sharing("global", floor=0.25, ceiling={r"fc\\d": 0.5})
+    >>> order = pruners.prune(model, "magnitude", 0.25).order
+    >>> sum(sharing.allocate(order.losses, layers, total=2000).values())
+    2000
+
     Args:
         scope: which layers share one threshold; every such group gets the same sparsity.
         floor: least sparsity of a layer: one for all layers, or by patterns on their names (the last
@@ -127,6 +132,11 @@ def allocate(
     pruned: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Divide a budget by thresholds, with the same sparsity for every group of ``scope``.
+
+    >>> order = pruners.prune(model, "dimap", 0.25).order
+    >>> allocation = allocate(order.losses, layers, 3000, "module")
+    >>> sum(allocation.values())
+    3000
 
     Args:
         losses: for each layer the losses of its weights in their elimination order, ascending.

@@ -180,7 +180,15 @@ class LayerOrder:
 
 
 class EliminationOrder(dict[str, LayerOrder]):
-    """The orders of some layers, by parameter name: prune once, allocate many times."""
+    """The orders of some layers, by parameter name: prune once, allocate many times.
+
+    >>> before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    >>> order = pruners.prune(model, "ovit", 0.75, batches=loader, block_size=16).order
+    >>> allocation = pruners.allocate(order.losses, layers, total=3000, scope="global")
+    >>> weights, masks = order.weights_at(before, allocation)
+    >>> sum(masks.pruned().values())
+    3000
+    """
 
     @property
     def losses(self) -> dict[str, Tensor]:

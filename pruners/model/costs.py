@@ -99,6 +99,11 @@ def cost_model(model: nn.Module, input_size: tuple[int, int, int]) -> CostModel:
 def count_costs(model: nn.Module, input_size: tuple[int, int, int], pruned: Mapping[str, int]) -> Costs:
     """Count the parameters and MACs of a model.
 
+    >>> report = pruners.prune(model, "dimap", 0.75)
+    >>> costs = count_costs(model, (3, 16, 16), report.allocation)
+    >>> costs.parameters - costs.parameters_sparse == sum(report.allocation.values())
+    True
+
     Args:
         model: the model; it is left as it was.
         input_size: (channels, height, width) of an image.

@@ -59,6 +59,11 @@ def find_layers(model: nn.Module, patterns: Mapping[str, Sequence[str]] | None =
 
     Stages are numbered from 0. The blocks of an isotropic model are divided into four equal groups.
 
+    >>> find_layers(model)[0]
+    PrunableLayer(name='blocks.0.attn.qkv.weight', module='QKV', stage=0, shape=(48, 16))
+    >>> [layer.name for layer in find_layers(model, {"MLP": [r"mlp\\.fc1"]})]
+    ['blocks.0.mlp.fc1.weight', 'blocks.1.mlp.fc1.weight']
+
     Args:
         model: the model, on any device, the meta device too.
         patterns: for each module's name regular expressions on the end of a layer's name, without

@@ -22,7 +22,17 @@ _FORMAT = "espalier-masks-2"
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """A boolean tensor for each prunable layer (by parameter name); ``True`` is a kept weight."""
+    """A boolean tensor for each prunable layer (by parameter name); ``True`` is a kept weight.
+
+    >>> report = pruners.prune(model, "dimap", 0.75)
+    >>> masks = MaskSet.from_zeros(model, layers)
+    >>> masks.sparsity
+    0.75
+    >>> masks["blocks.0.attn.qkv.weight"].shape
+    torch.Size([48, 16])
+    >>> with torch.no_grad():  # after a step of training: zeros stay zero
+    ...     masks.mask_(dict(model.named_parameters()))
+    """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._masks = dict(masks)

@@ -104,7 +104,8 @@ def test_docs__commands_recipes_code_and_links_of_a_page(page: Path) -> None:
     for line in commands(page):
         for override in parsed(line).params.get("overrides", ()):
             assert override.partition("=")[0] in keys(), line
-    for recipe in blocks(page, "yaml"):
+    named = [block.partition("\n\n")[2] for block in blocks(page, "{code-block} yaml")]  # below their caption
+    for recipe in (*blocks(page, "yaml"), *named):
         validate(merged(MINIMAL, yaml.safe_load(recipe)))
     for code in (*blocks(page, "python"), *blocks(page, "{code-block} python")):
         compile(code, str(page), "exec")

@@ -84,6 +84,12 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder.
 
+    >>> report = pruners.prune(model, "dimap", 0.75)
+    >>> record = {"method": report.method, "sparsity": report.sparsity}
+    >>> save_checkpoint(Path("pruned"), model, model_args=arguments, masks=report.masks, record=record)
+    >>> sorted(path.name for path in Path("pruned").iterdir())
+    ['config.json', 'masks.safetensors', 'model.safetensors', 'pruning.json']
+
     Args:
         folder: made if need be.
         model: a timm model.
@@ -138,6 +144,11 @@ def load_checkpoint(
 
     Checksums are verified first. For a timm folder that espalier did not write, masks are taken from the
     zeros of the weights.
+
+    >>> save_checkpoint(Path("dense"), model, model_args=arguments, masks=None, record={"method": "dense"})
+    >>> checkpoint = load_checkpoint("dense")
+    >>> checkpoint.record["method"], checkpoint.masks
+    ('dense', None)
 
     Args:
         uri: a path, any pyarrow URI, or ``hf-hub:NAME``.

@@ -1,4 +1,4 @@
-"""What the records of checkpoint folders (``pruning.json``) and INT8 folders (``quantization.json``) contain.
+"""What the records of folders contain: checkpoints, INT8 models and files for engines.
 
 Keys may be missing: records of earlier versions have fewer, and a folder says only what is known of its
 model. Readers therefore take a record as a plain mapping; these types serve who writes one.
@@ -93,6 +93,41 @@ class QuantizationRecord(Provenance, _Builtins, total=False):
     figures: dict[str, Any]
     probe: dict[str, Any]
     packed_from: str
+    versions: dict[str, str]
+    files: dict[str, str]
+
+
+class ExportRecord(TypedDict, total=False):
+    """``export.json``: a model's file for an engine.
+
+    Attributes:
+        format: :data:`orchestration.export.engine.FORMAT`.
+        kind: the export format.
+        engine: that runs the file.
+        type: data type that the engine computes in.
+        file: what the engine is given.
+        calibration: number of images that fixed the ranges of activations, if any did.
+        preprocessing: of its images (:func:`trainers.data.preprocessing.preprocessing_of`).
+        check: on which ``images`` its answers were compared with torch's, the ``tolerance``, and what came
+            out in ``batches`` of each size.
+        int8_share: share of the parameters that are int8, of an INT8 file.
+        probe: number of synthetic ``images``, and their ``logits``.
+        source: what is known of the checkpoint (:class:`Provenance`), and the hash of its ``weights``.
+        versions: of the packages that the result depends on.
+        files: SHA-256 of each file of the folder.
+    """
+
+    format: str
+    kind: str
+    engine: str
+    type: str
+    file: str
+    calibration: int | None
+    preprocessing: dict[str, Any]
+    check: dict[str, Any]
+    int8_share: float
+    probe: dict[str, Any]
+    source: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, str]
 

@@ -46,7 +46,7 @@ class EngineProcess:
         EngineError: the engine cannot load the model.
 
     Example:
-        >>> with EngineProcess(choice, folder, Placement(threads=1), images) as process:
+        >>> with EngineProcess(choice, folder, Placement(threads=1), images) as process:  # doctest: +SKIP
         ...     process.warm(batch=8)
         ...     seconds = process.seconds(batch=8, calls=10)
     """

@@ -31,6 +31,10 @@ def export_onnx(
     The file's input is :data:`INPUT`, (batch, channels, height, width), normalised; its output
     :data:`OUTPUT`, (batch, classes). No path of this machine is written into it.
 
+    >>> export_onnx(model, Path("model.onnx"), (3, 16, 16), {"labels": "cat, dog, fox, owl"})
+    >>> read_metadata(Path("model.onnx"))["labels"]
+    'cat, dog, fox, owl'
+
     Args:
         model: a timm model.
         path: the file to write.

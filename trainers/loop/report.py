@@ -8,8 +8,8 @@ kept of a trial, so that no other list of these keys is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict, cast
 
 COST_KEYS = ("parameters", "parameters_sparse", "macs", "macs_sparse")
 """Keys of costs (:class:`pruners.model.costs.Costs`)."""
@@ -52,6 +52,7 @@ class EpochReport(TypedDict, total=False):
         dense_top1: top-1 of the dense model on the same images.
         allocation: number of pruned weights by layer.
         shares: sparsity of each group of layers.
+        pbt: which member of a population the trial is, as the search adds it.
     """
 
     epoch: int
@@ -82,6 +83,7 @@ class EpochReport(TypedDict, total=False):
     dense_top1: float
     allocation: dict[str, int]
     shares: dict[str, float]
+    pbt: dict[str, Any]
 
 
 SERIES_KEYS = ("train_loss", "val_loss", "val_top1", "sparsity", "lr", *COST_KEYS, *LATENCY_KEYS)
@@ -104,6 +106,12 @@ TRIAL_KEYS = (
 """Keys of the last report that are kept in the record of a trial."""
 
 
+def figures_of(report: EpochReport, keys: Iterable[str]) -> dict[str, Any]:
+    """The figures of a report under these keys, in their order, as far as it has them."""
+    figures = cast(Mapping[str, Any], report)
+    return {key: figures[key] for key in keys if key in figures}
+
+
 def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
     """The figures that JSON can hold as numbers: without NaN, infinities, texts and lists."""
     return {
@@ -113,10 +121,10 @@ def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
     }
 
 
-def recordable(report: Mapping[str, Any]) -> dict[str, Any]:
+def recordable(report: EpochReport) -> EpochReport:
     """What a record keeps of a report: its own figures and series, where JSON can hold them as numbers."""
-    own = {key: report[key] for key in EpochReport.__annotations__ if key in report}
+    own = figures_of(report, EpochReport.__annotations__)
     series = {
         key: own[key] for key in ("step_loss", "step_lr") if key in own and all(map(math.isfinite, own[key]))
     }
-    return finite_numbers(own) | series
+    return cast(EpochReport, finite_numbers(own) | series)

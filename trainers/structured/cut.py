@@ -31,10 +31,12 @@ class Plan:
     """A planned cut, which timm can build.
 
     Attributes:
-        before, after: widths of the model, and of the smaller one.
+        before: widths of the model.
+        after: widths of the smaller one.
         arguments: keyword arguments with which timm builds the smaller model.
         skeleton: the smaller model on the meta device.
-        dense, costs: what the model costs, and what the smaller one does.
+        dense: what the model costs.
+        costs: what the smaller one costs.
     """
 
     before: Shape

@@ -77,3 +77,24 @@ def test_reference__what_was_said_is_not_said_again() -> None:
 def test_reference__an_unknown_part_is_one_line() -> None:
     with pytest.raises(InputError, match=r"key = 'recovry': no recipe has it \(did you mean 'recovery'\?\)"):
         recipe_keys("recovry")
+
+
+def test_reference__both_defaults_of_the_training_for_int8_are_said() -> None:
+    """Left out it is 10 epochs; given without ``epochs`` it has those of all training."""
+    listed = {known.name: known for known in recipe_keys("quantize")}
+    wanted = {**MINIMAL, "quantize": {"mode": "qat"}}
+    given = {**MINIMAL, "quantize": {"mode": "qat", "recovery": {}}}
+    left_out, without = (Recipe.model_validate(content).quantize for content in (wanted, given))
+    assert left_out is not None
+    assert without is not None
+    for key in ("epochs", "lr.kind", "lr.peak", "lr.floor"):
+        first, second = (
+            flatten(quantization.training.model_dump(mode="json"))[key]
+            for quantization in (left_out, without)
+            if quantization.training is not None
+        )
+        assert first != second
+        row = listed[f"quantize.recovery.{key}"]
+        assert row.default == f"{first} or {second}"
+        assert f"{first} where quantize.recovery is left out" in row.text
+    assert listed["quantize.recovery.batch_size"].default == "64"

@@ -1,11 +1,15 @@
-"""A search that goes on: what a killed driver had written down and nobody had heard."""
+"""A search that goes on: what a killed driver wrote down and nobody heard; and a kill for memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from orchestration.search.runner import run_search
+import pytest
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from orchestration.search.runner import one_trial_pays, run_search
 from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers.loop.report import recordable
@@ -76,3 +80,22 @@ def test_recordable__series_with_a_loss_that_is_no_number_are_left_out() -> None
     nan = float("nan")
     report = {"step": 2, "train_loss": nan, "step_loss": [1.0, nan], "step_lr": [0.1, 0.2]}
     assert recordable(report) == {"step": 2, "step_lr": [0.1, 0.2]}
+
+
+def test_one_trial_pays__a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Exception] = []
+
+    def decides(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        seen.append(exception)
+
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", decides)
+    one_trial_pays()
+    one_trial_pays()  # wrapped once
+    manager: Any = RayActorManager.__new__(RayActorManager)
+    other = ValueError("another")
+    low = OutOfMemoryError("low on memory\nmore")
+    manager._actor_task_failed(tracked_actor_task=None, exception=low)  # as Ray calls it
+    manager._actor_task_failed(tracked_actor_task=None, exception=other)
+    assert isinstance(seen[0], RayActorError)
+    assert str(seen[0]) == "low on memory"
+    assert seen[1:] == [other]

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from commands import Family
+from mlflow import MlflowClient
 
 from orchestration.common.network import reserve
 from orchestration.tracking import server as server_module
-from orchestration.tracking.server import answers, start_server
+from orchestration.tracking import tracker as tracker_module
+from orchestration.tracking.server import Server, answers, start_server
 from orchestration.tracking.tracker import server_for
 
 USER = """
@@ -232,3 +234,83 @@ def test_server__the_second_in_a_process_uses_the_first_ones(tmp_path: Path) -> 
     assert not second.lives()
     with pytest.raises(RuntimeError, match="ended"):
         second.wait_ready()
+
+
+@pytest.mark.cluster
+def test_server__a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -> None:
+    before = set(Family(os.getpid(), tmp_path, "none").look())
+    with server_for(None, tmp_path / "mlflow") as (uri, ready):
+        ready()
+        assert uri.startswith("http://127.0.0.1:")
+        assert answers(uri, 1.0)
+        assert MlflowClient(uri).search_experiments()
+        grown = set(Family(os.getpid(), tmp_path, "none").look()) - before
+        assert grown
+    assert not answers(uri, 1.0)
+    for _ in range(20):
+        left = grown & set(Family(os.getpid(), tmp_path, "none").look())
+        if not left:
+            break
+        time.sleep(0.25)
+    assert not left
+    assert (tmp_path / "mlflow/mlflow.db").is_file()
+
+
+@pytest.mark.cluster
+def test_server__a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also when that is killed, and can end nothing itself."""
+    code = (
+        "import sys, time; from pathlib import Path; from orchestration.tracking.server import start_server;"
+        f"server = start_server(Path({str(tmp_path)!r}));"
+        "server.wait_ready(); print(server.uri, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as starter:
+        family = Family(starter.pid, tmp_path, "none")
+        try:
+            assert starter.stdout is not None
+            uri = starter.stdout.readline().strip()
+            assert answers(uri, 1.0)
+            assert len(family.look()) > 1
+            os.kill(starter.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while family.look() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert family.look() == {}
+            assert not answers(uri, 1.0)
+        finally:
+            family.end()
+
+
+@pytest.mark.cluster
+def test_server__a_given_server_is_left_alone(
+    running: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*arguments: object, **options: object) -> Server:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr(tracker_module, "start_server", start)
+    with server_for(running.uri, tmp_path / "mlflow") as (uri, ready):
+        ready()
+        assert uri == running.uri
+    assert answers(uri, 1.0)
+    assert not (tmp_path / "mlflow").exists()
+
+
+@pytest.mark.cluster
+def test_server__a_second_server_takes_the_next_port(running: Server, tmp_path: Path) -> None:
+    port = int(running.uri.rpartition(":")[2])
+    server = start_server(tmp_path, port)
+    try:
+        assert int(server.uri.rpartition(":")[2]) > port
+    finally:
+        server.stop()
+
+
+def test_server__a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    server = start_server(tmp_path)
+    try:
+        with pytest.raises(RuntimeError, match="ended with status"):
+            server.wait_ready()
+    finally:
+        server.stop()

@@ -1,224 +1,30 @@
-"""MLflow: a server of ours over a folder, and a tracker whose runs are read back through the client."""
+"""A tracker whose runs are read back through MLflow's client."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Family
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from orchestration.common.redaction import redact
 from orchestration.tracking import registry
 from orchestration.tracking import tracker as tracker_module
-from orchestration.tracking.check import check_uri
 from orchestration.tracking.datasets import datasets
-from orchestration.tracking.server import Server, answers, start_server
+from orchestration.tracking.server import Server, start_server
 from orchestration.tracking.tracker import Tracker, server_for
-from pruners.errors import InputError
-from pruners.redaction import strip_credentials
 from trainers.config.data import DataSettings
 
-
-@dataclass(frozen=True)
-class Running:
-    server: Server
-    folder: Path
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    server = start_server(folder)
-    try:
-        server.wait_ready()
-        yield Running(server, folder)
-    finally:
-        server.stop()
-
-
-@pytest.fixture
-def tracker(running: Running) -> Iterator[Tracker]:
-    made = Tracker(running.server.uri, "tests")
-    yield made
-    made.abandon("KILLED")
+DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@bucket/cats.parquet")
 
 
 def below(tracker: Tracker, run: str) -> list[str]:
     runs = tracker.client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{run}'")
     return [entry.info.run_id for entry in runs]
-
-
-# the server
-
-
-@pytest.mark.cluster
-def test_tracker__a_server_of_ours_is_on_loopback_and_leaves_no_process(tmp_path: Path) -> None:
-    before = set(Family(os.getpid(), tmp_path, "none").look())
-    with server_for(None, tmp_path / "mlflow") as (uri, ready):
-        ready()
-        assert uri.startswith("http://127.0.0.1:")
-        assert answers(uri, 1.0)
-        assert MlflowClient(uri).search_experiments()
-        grown = set(Family(os.getpid(), tmp_path, "none").look()) - before
-        assert grown
-    assert not answers(uri, 1.0)
-    for _ in range(20):
-        left = grown & set(Family(os.getpid(), tmp_path, "none").look())
-        if not left:
-            break
-        time.sleep(0.25)
-    assert not left
-    assert (tmp_path / "mlflow/mlflow.db").is_file()
-
-
-@pytest.mark.cluster
-def test_tracker__a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Also when that is killed, and can end nothing itself."""
-    code = (
-        "import sys, time; from pathlib import Path; from orchestration.tracking.server import start_server;"
-        f"server = start_server(Path({str(tmp_path)!r}));"
-        "server.wait_ready(); print(server.uri, flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as starter:
-        family = Family(starter.pid, tmp_path, "none")
-        try:
-            assert starter.stdout is not None
-            uri = starter.stdout.readline().strip()
-            assert answers(uri, 1.0)
-            assert len(family.look()) > 1
-            os.kill(starter.pid, signal.SIGKILL)
-            deadline = time.monotonic() + 10
-            while family.look() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert family.look() == {}
-            assert not answers(uri, 1.0)
-        finally:
-            family.end()
-
-
-@pytest.mark.cluster
-def test_tracker__a_given_server_is_left_alone(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start(*arguments: object, **options: object) -> Server:
-        raise AssertionError("a server was started")
-
-    monkeypatch.setattr(tracker_module, "start_server", start)
-    with server_for(running.server.uri, tmp_path / "mlflow") as (uri, ready):
-        ready()
-        assert uri == running.server.uri
-    assert answers(uri, 1.0)
-    assert not (tmp_path / "mlflow").exists()
-
-
-@pytest.mark.cluster
-def test_tracker__a_second_server_takes_the_next_port(running: Running, tmp_path: Path) -> None:
-    port = int(running.server.uri.rpartition(":")[2])
-    server = start_server(tmp_path, port)
-    try:
-        assert int(server.uri.rpartition(":")[2]) > port
-    finally:
-        server.stop()
-
-
-def test_tracker__a_server_that_cannot_start_says_so(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("no database " * 100)
-    server = start_server(tmp_path)
-    try:
-        with pytest.raises(RuntimeError, match="ended with status"):
-            server.wait_ready()
-    finally:
-        server.stop()
-
-
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense", "ftp://host/x"])
-def test_tracker__a_uri_that_cannot_serve_is_refused(uri: str) -> None:
-    with pytest.raises(InputError, match=r"tracking\.uri"):
-        check_uri(uri)
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("http://user:secret@host:5000", "http://host:5000"),
-        ("https://user:p%40ss@host/path", "https://host/path"),
-        ("http://host:5000", "http://host:5000"),
-        ("sqlite:///runs/mlflow.db", "sqlite:///runs/mlflow.db"),
-        ("http://user:se@secret@host:5000/x@y", "http://host:5000/x@y"),
-    ],
-)
-def test_tracker__a_password_is_never_shown(uri: str, shown: str) -> None:
-    assert strip_credentials(uri) == shown
-    with pytest.raises(InputError) as refused:
-        check_uri(uri.replace("http", "hxxp").replace("sqlite", "sqlyte"))
-    assert "secret" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "s3://bucket/imagenet@2024/train",
-        "sqlite:////home/me@host/x.db",
-        "file:///data/me@host/train",
-        "http://host:5000/a@b",
-        "http://[::1]:5000/a@b",
-        "http://host/a?b=c@d#e@f",
-        "s3://bucket/x?region=eu-west-1&endpoint_override=host:9000",
-        "abfs://container@account.dfs.core.windows.net/train",  # a container is no user
-        "gs://anonymous@bucket/train",
-        "hdfs://me@host:8020/train",
-        "/data/me@host/train",
-    ],
-)
-def test_tracker__an_address_without_a_login_stays_the_same_place(uri: str) -> None:
-    assert strip_credentials(uri) == uri
-
-
-@pytest.mark.parametrize(
-    ("uri", "kept"),
-    [
-        ("abfs://box:secret@account.dfs.core.windows.net/a@b", "abfs://box@account.dfs.core.windows.net/a@b"),
-        ("abfs://box@acc/a?client_secret=s&tenant_id=1", "abfs://box@acc/a?tenant_id=1"),
-        ("abfs://box@acc/a?client_secret=s", "abfs://box@acc/a"),
-        ("postgresql://user:secret/1@host/db", "postgresql://host/db"),  # SQLAlchemy takes the slash
-        ("mysql+pymysql://user:12/secret@host:3306/db", "mysql+pymysql://host:3306/db"),
-        ("s3://key:sec/ret@bucket/a@b", "s3://bucket/a@b"),  # no URI, but shown where it is refused
-    ],
-)
-def test_tracker__of_an_address_only_the_secret_goes(uri: str, kept: str) -> None:
-    assert strip_credentials(uri) == kept
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("/data/mine/train.parquet", "train.parquet"),
-        ("~/mine/train", "train"),
-        ("file:///data/mine/train", "train"),
-        ("s3://bucket/mine/train", "s3://bucket/mine/train"),
-        ("s3://key:secret@bucket/train", "s3://bucket/train"),
-        ("models:/espalier-a@champion", "models:/espalier-a@champion"),
-        (0.5, 0.5),
-        ({"a": {"b": "/data/x"}}, {"a": {"b": "x"}}),
-        (["/data/x", "s3://key:secret@bucket/y@z"], ["x", "s3://bucket/y@z"]),
-    ],
-)
-def test_tracker__others_read_no_password_and_no_place_of_this_machine(value: object, shown: object) -> None:
-    assert redact(value) == shown
-
-
-# the tracker
 
 
 @pytest.mark.cluster
@@ -265,14 +71,14 @@ def test_tracker__many_points_and_params_go_in_batches(tracker: Tracker) -> None
 
 
 @pytest.mark.cluster
-def test_tracker__a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Running) -> None:
-    killed = Tracker(running.server.uri, "tests")
+def test_tracker__a_run_is_resumed_and_what_was_left_open_below_it_ends(running: Server) -> None:
+    killed = Tracker(running.uri, "tests")
     parent = killed.start("parent", None, {}, {})
     open_child, closed_child = killed.start("open", parent, {}, {}), killed.start("closed", parent, {}, {})
     killed.finish(closed_child)
     killed.flush()
 
-    tracker = Tracker(running.server.uri, "tests")
+    tracker = Tracker(running.uri, "tests")
     assert tracker.experiment == killed.experiment
     assert tracker.resume(parent)
     assert set(below(tracker, parent)) == {open_child, closed_child}
@@ -285,8 +91,8 @@ def test_tracker__a_run_is_resumed_and_what_was_left_open_below_it_ends(running:
 
 
 @pytest.mark.cluster
-def test_tracker__what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Running) -> None:
-    before = Tracker(running.server.uri, "deleted")
+def test_tracker__what_was_deleted_in_the_ui_is_restored_and_that_is_said(running: Server) -> None:
+    before = Tracker(running.uri, "deleted")
     sweep = before.start("my sweep", None, {}, {})
     phase = before.start("dense", sweep, {}, {})
     before.abandon("KILLED")
@@ -294,19 +100,19 @@ def test_tracker__what_was_deleted_in_the_ui_is_restored_and_that_is_said(runnin
     before.client.delete_experiment(before.experiment)
 
     lines: list[str] = []
-    tracker = Tracker(running.server.uri, "deleted", lines.append)
+    tracker = Tracker(running.uri, "deleted", lines.append)
     assert tracker.experiment == before.experiment
     assert tracker.resume(sweep)
     assert tracker.resume(phase)
     tracker.metrics(phase, {"loss": [(0, 1.0)]})
     tracker.close("FINISHED")
     assert lines[0] == "the MLflow experiment deleted had been deleted; it is restored, with its runs"
-    client = MlflowClient(running.server.uri)
+    client = MlflowClient(running.uri)
     assert client.get_run(phase).data.metrics == {"loss": 1.0}
     assert [client.get_run(run).info.lifecycle_stage for run in (sweep, phase)] == ["active"] * 2
 
     client.delete_run(phase)
-    again = Tracker(running.server.uri, "deleted", lines.append)
+    again = Tracker(running.uri, "deleted", lines.append)
     assert again.knows(phase)
     again.finish(phase)
     again.close("FINISHED")
@@ -316,9 +122,9 @@ def test_tracker__what_was_deleted_in_the_ui_is_restored_and_that_is_said(runnin
 
 @pytest.mark.cluster
 def test_tracker__two_may_make_an_experiment_at_once(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Tracker(running.server.uri, "at once")
+    first = Tracker(running.uri, "at once")
     look, looks = MlflowClient.get_experiment_by_name, []
 
     def late(self: MlflowClient, name: str) -> object:
@@ -326,24 +132,24 @@ def test_tracker__two_may_make_an_experiment_at_once(
         return None if len(looks) == 1 else look(self, name)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
-    assert Tracker(running.server.uri, "at once").experiment == first.experiment
+    assert Tracker(running.uri, "at once").experiment == first.experiment
     assert looks == ["at once"] * 2
 
 
 @pytest.mark.cluster
-def test_tracker__a_phase_that_another_sweep_goes_on_with_is_its_own(running: Running) -> None:
+def test_tracker__a_phase_that_another_sweep_goes_on_with_is_its_own(running: Server) -> None:
     """The sweep that had begun it would end it as left open, when it is resumed itself."""
-    killed = Tracker(running.server.uri, "tests")
+    killed = Tracker(running.uri, "tests")
     first = killed.start("one", None, {}, {"espalier.sweep": "one"})
     phase = killed.start("dense", first, {}, {"espalier.sweep": "one"})
     killed.flush()
 
-    taking = Tracker(running.server.uri, "tests")
+    taking = Tracker(running.uri, "tests")
     two = taking.start("two", None, {}, {"espalier.sweep": "two"})
     assert taking.resume(phase, parent=two, sweep="two")
     assert below(taking, first) == []
     assert below(taking, two) == [phase]
-    back = Tracker(running.server.uri, "tests")
+    back = Tracker(running.uri, "tests")
     assert back.resume(first, sweep="one")
     assert taking.client.get_run(phase).info.status == "RUNNING"
     back.abandon("KILLED")
@@ -383,12 +189,12 @@ def test_tracker__an_artifact_that_has_its_mark_has_all(tracker: Tracker, tmp_pa
 @pytest.mark.cluster
 @pytest.mark.parametrize("status", ["KILLED", "FAILED"])
 def test_tracker__open_runs_are_ended_with_what_ended_us(
-    running: Running, status: tracker_module.Status
+    running: Server, status: tracker_module.Status
 ) -> None:
-    tracker = Tracker(running.server.uri, "tests")
+    tracker = Tracker(running.uri, "tests")
     run = tracker.start("broken off", None, {}, {})
     tracker.abandon(status)
-    assert MlflowClient(running.server.uri).get_run(run).info.status == status
+    assert MlflowClient(running.uri).get_run(run).info.status == status
 
 
 @pytest.mark.cluster
@@ -398,9 +204,6 @@ def test_tracker__a_refusal_of_the_server_surfaces_in_flush(tracker: Tracker) ->
     tracker.metrics("0" * 32, {"loss": [(0, 1.0)]})
     with pytest.raises(MlflowException):
         tracker.flush()
-
-
-DATA = DataSettings(train="/data/mine/train.parquet", test="s3://key:hunter2@bucket/cats.parquet")
 
 
 @pytest.mark.cluster
@@ -426,11 +229,11 @@ def test_tracker__datasets_are_inputs_of_a_run_once(
 
 @pytest.mark.cluster
 def test_tracker__two_may_log_the_same_images_at_once(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As sweeps do that start together. One try each is refused about once in four times."""
     monkeypatch.setattr("orchestration.tracking.datasets.count_rows", lambda uri, key: len(uri))
-    trackers = [Tracker(running.server.uri, "inputs at once") for _ in range(2)]
+    trackers = [Tracker(running.uri, "inputs at once") for _ in range(2)]
     runs = [tracker.start("inputs", None, {}, {}) for tracker in trackers]
     for number in range(24):
         inputs = datasets(DataSettings(train=f"/data/{number}/train.parquet"), f"{number:012d}")
@@ -449,10 +252,10 @@ def watchers() -> list[threading.Thread]:
 
 @pytest.mark.cluster
 def test_tracker__the_machine_is_watched_until_the_run_ends(
-    running: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    running: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracker_module, "_MONITOR_SECONDS", 0.2)
-    tracker = Tracker(running.server.uri, "tests")
+    tracker = Tracker(running.uri, "tests")
     run = tracker.start("watched", None, {}, {})
     tracker.monitor(run)
     assert len(watchers()) == 1
@@ -462,7 +265,7 @@ def test_tracker__the_machine_is_watched_until_the_run_ends(
         time.sleep(0.2)
     tracker.abandon("KILLED")
     assert watchers() == []
-    assert MlflowClient(running.server.uri).get_run(run).info.status == "KILLED"
+    assert MlflowClient(running.uri).get_run(run).info.status == "KILLED"
     assert "system/cpu_utilization_percentage" in seen
     assert "monitoring" not in "".join(capfd.readouterr())
 
@@ -558,69 +361,3 @@ def test_tracker__who_starts_or_goes_on_with_a_run_waits_for_a_server_that_is_aw
         tracker.close("FINISHED")
     finally:
         server.stop()
-
-
-# the registry
-
-
-@pytest.mark.cluster
-def test_tracker__versions_are_registered_once_and_pulled_by_alias(tracker: Tracker, tmp_path: Path) -> None:
-    versions = []
-    for method in ("dimap", "ovit"):
-        folder = tmp_path / method
-        folder.mkdir()
-        (folder / "config.json").write_text(f'"{method}"')
-        run = tracker.start(method, None, {}, {})
-        tracker.folder(run, folder, "checkpoint")
-        tags = registry.describe({"method": method, "sparsity": 0.75, "figures": {"val_top1": 0.9}})
-        made = registry.register(tracker, "espalier-test", run, tags)
-        assert registry.register(tracker, "espalier-test", run, tags) == made
-        versions.append(made)
-    assert versions == ["1", "2"]
-    for version, method in zip(versions, ("dimap", "ovit"), strict=True):
-        tracker.client.set_registered_model_alias("espalier-test", "champion", version)
-        assert registry.version_of("models:/espalier-test@champion", tracker.uri).endswith(f"/{version}")
-        with registry.pulled("models:/espalier-test@champion", tracker.uri) as folder:
-            assert (folder / "config.json").read_text() == f'"{method}"'
-        assert not folder.exists()
-    with registry.pulled("models:/espalier-test/1", tracker.uri) as folder:
-        assert (folder / "config.json").read_text() == '"dimap"'
-    newest, oldest = [
-        version for version in registry.versions(tracker.uri) if version.model == "espalier-test"
-    ]
-    assert (newest.uri, newest.aliases) == ("models:/espalier-test/2", ("champion",))
-    assert (oldest.uri, oldest.aliases) == ("models:/espalier-test/1", ())
-    assert oldest.tags == {"method": "dimap", "sparsity": "0.7500", "validation_top1": "0.900000"}
-    assert (oldest.sparsity, oldest.top1, oldest.data) == (0.75, 0.9, "")
-
-
-@pytest.mark.cluster
-def test_tracker__a_version_of_before_gets_what_it_lacks(tracker: Tracker, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    run = tracker.start("before", None, {}, {})
-    tracker.folder(run, tmp_path, "checkpoint")
-    registry.register(tracker, "espalier-before", run, {"method": "ovit"})
-    record = {"method": "dimap", "parent": "d0", "data": "d1", "recipe_digest": "r", "git_commit": None}
-    registry.register(tracker, "espalier-before", run, registry.describe(record))
-    (version,) = tracker.client.search_model_versions("name='espalier-before'")
-    assert version.tags == {
-        "method": "ovit",  # what is there stays
-        "sparsity": "0.0000",
-        "validation_top1": "nan",
-        "dense": "d0",
-        "data": "d1",
-        "recipe": "r",
-    }
-    assert tracker.has(run, "checkpoint/config.json")
-    assert not tracker.has(run, "checkpoint/MLmodel")
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize(
-    "reference", ["models:/absent@champion", "models:/absent/1", "models:/espalier", "models:/x@"]
-)
-def test_tracker__what_the_registry_does_not_hold_is_one_line(running: Running, reference: str) -> None:
-    with pytest.raises(InputError) as refused, registry.pulled(reference, running.server.uri):
-        pass
-    assert len(str(refused.value).splitlines()) == 1
-    assert reference in str(refused.value)
