@@ -5,10 +5,13 @@
 
 __all__ = [
     "engine",
+    "families",
     "kernels",
     "layout",
     "packing",
+    "plan",
     "program",
     "runtime",
     "weights",
+    "windows",
 ]

@@ -144,6 +144,27 @@ class Code:
         hints = [self.whole(int(write), "i32"), self.whole(3, "i32"), self.whole(1, "i32")]
         self.invoke("@llvm.prefetch.p0", [where, *hints])
 
+    def gathered(self, pointer: Value, offsets: Value, mask: Value) -> Value:
+        """Float32 from ``pointer`` + each of the vector's ``offsets`` (bytes); 0 beyond the mask."""
+        kind = f"<{self.lanes} x ptr>"
+        at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
+        zero = Value(self, self.vector, "zeroinitializer")
+        values = [at, self.whole(4, "i32"), mask, zero]
+        return self.call(self.vector, f"llvm.masked.gather.v{self.lanes}f32.v{self.lanes}p0", *values)
+
+    def first_lanes(self, count: Value) -> Value:
+        """A mask of the first ``count`` lanes."""
+        numbers = ", ".join(f"i32 {lane}" for lane in range(self.lanes))
+        return self.compare(
+            "slt", Value(self, self.integers, f"<{numbers}>"), self.splat(self.convert("trunc", count, "i32"))
+        )
+
+    def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
+        """Stores the lanes where the mask is set, at any address."""
+        name = f"@llvm.masked.store.v{self.lanes}f32.p0"
+        self.declared.add(f"declare void {name}({value.type}, ptr, i32, {mask.type})")
+        self.invoke(name, [value, pointer, self.whole(4, "i32"), mask])
+
     def _placed(self, kind: str, align: int) -> tuple[str, int]:
         kind = {"vector": self.vector, "integers": self.integers}.get(kind, kind)
         sizes = {self.vector: self.vector_bytes, self.integers: self.vector_bytes}
