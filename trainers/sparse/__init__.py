@@ -4,10 +4,12 @@
 """
 
 __all__ = [
+    "break_even",
     "engine",
     "families",
     "kernels",
     "layout",
+    "modules",
     "packing",
     "plan",
     "program",

@@ -23,15 +23,14 @@ from trainers.sparse.program import (
     Operation,
     Patches,
     Quantize,
+    Rows,
     Start,
     WindowAttention,
 )
 from trainers.sparse.weights import BlockWeights, SparseWeights, pack_dense, pack_sparse, panel_inputs
 
 Array = NDArray[np.float32]
-SPARSE_FROM = (
-    0.4  # zeros from which a layer runs sparse: at 36 % both take equally long (1536 × 384, AVX-512)
-)
+SPARSE_FROM = 0.4  # zeros from which a layer is kept without them in a folder
 
 
 @dataclass
@@ -143,6 +142,7 @@ _WRITERS: dict[type, Callable[[str, int, int], Code]] = {
     Patches: gather.gather,
     Merge: gather.gather,
     Start: gather.copy,
+    Rows: gather.rows,
     Attention: attention_kernel.attention,
 }
 

@@ -27,6 +27,7 @@ from trainers.sparse.program import (
     Patches,
     Program,
     Quantize,
+    Rows,
     Start,
     WindowAttention,
 )
@@ -60,7 +61,8 @@ class Plan:
         stages: int64 ``[stages, driver.STAGE]``.
         operations, tables, items: of each stage: its operations, the driver's table of them, and what they
             are called for (first vector and width of a tile; number of a window and 1).
-        pixels: the arguments in which the address of the images is still to be set.
+        pixels, rows: the arguments in which the address of the images, and of the array that rows are
+            written to, is still to be set.
     """
 
     tilings: list[Tiling]
@@ -71,6 +73,7 @@ class Plan:
     tables: list[Integers] = field(default_factory=list)
     items: list[Integers] = field(default_factory=list)
     pixels: list[Integers] = field(default_factory=list)
+    rows: list[Integers] = field(default_factory=list)
     kept: list[NDArray[np.generic]] = field(default_factory=list)  # what addresses point to
 
     @property
@@ -127,12 +130,13 @@ class Executor:
         self._plans: dict[int, Plan] = {}
         self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
-    def run(self, batch: int, images: Array | None = None) -> Plan:
+    def run(self, batch: int, images: Array | None = None, rows: Array | None = None) -> Plan:
         """Runs all operations.
 
         Args:
             batch: number of images.
             images: float32 ``[batch, channels, height, width]`` if the program reads pixels.
+            rows: float32 ``[batch × tokens, features]``, contiguous, if the program writes rows.
 
         Returns:
             The plan, whose buffers hold the results until the next call.
@@ -142,6 +146,9 @@ class Executor:
             images = np.ascontiguousarray(images)
             for arguments in plan.pixels:
                 arguments[gather.SOURCE] = images.ctypes.data
+        if rows is not None:
+            for arguments in plan.rows:
+                arguments[gather.TARGET] = rows.ctypes.data
         plan.stages[:, driver.NEXT :] = 0
         function = host.function(self._kernels.driver, 3)
         calls = [(plan.stages.ctypes.data, len(plan.stages), own.ctypes.data) for own in plan.scratch]
@@ -189,6 +196,12 @@ class Executor:
         arguments = np.zeros(16, dtype=np.int64)
         if isinstance(operation, WindowAttention):
             self._window_arguments(operation, number, arguments, plan, memory)
+            return arguments
+        if isinstance(operation, Rows):
+            memory.locate(arguments, 0, operation.input)
+            arguments[gather.WRITTEN] = self.program.buffers[operation.input]
+            arguments[gather.TOKENS] = plan.tilings[number].images * plan.tilings[number].tokens
+            plan.rows.append(arguments)
             return arguments
         memory.locate(arguments, 3, operation.output)  # of every other kernel the second place
         if isinstance(operation, Patches):
@@ -323,6 +336,7 @@ class _Memory:
             operation.output: number
             for number, level in enumerate(program.levels)
             for operation in level.operations
+            if not isinstance(operation, Rows)
         }
         self.buffers = {
             name: layout.aligned(tilings[written.get(name, 0)].vectors * lanes * features)

@@ -108,10 +108,18 @@ class Merge:
     kind: Literal["merge"] = "merge"
 
 
-Operation = Linear | Quantize | LayerNorm | Attention | WindowAttention | Patches | Start | Merge
+@dataclass(frozen=True)
+class Rows:
+    """The features of each token as a row of an array outside."""
+
+    input: str
+    kind: Literal["rows"] = "rows"
+
+
+Operation = Linear | Quantize | LayerNorm | Attention | WindowAttention | Patches | Start | Merge | Rows
 _KINDS: dict[str, Any] = {
     kind.kind: kind
-    for kind in (Linear, Quantize, LayerNorm, Attention, WindowAttention, Patches, Start, Merge)
+    for kind in (Linear, Quantize, LayerNorm, Attention, WindowAttention, Patches, Start, Merge, Rows)
 }
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trainers.checkpoint.checksums import sha256
-from trainers.sparse import engine, layout
+from trainers.sparse import layout
+from trainers.sparse.break_even import break_even
 from trainers.sparse.engine import Array, LinearLayer
 from trainers.sparse.kernels import host
 from trainers.sparse.plan import Executor, Plan, Weights
@@ -34,7 +35,8 @@ class SparseModel:
         program: its operations.
         tensors: its weights, as :func:`load` reads them.
         threads: how many share the work of a call.
-        sparse_from: share of zeros from which a layer runs sparse.
+        sparse_from: share of zeros from which a layer runs sparse; default: where it is faster on this
+            machine (:mod:`trainers.sparse.break_even`).
         widest: vectors of tokens in a tile.
     """
 
@@ -44,11 +46,12 @@ class SparseModel:
         tensors: dict[str, NDArray[np.generic]],
         *,
         threads: int = 1,
-        sparse_from: float = engine.SPARSE_FROM,
+        sparse_from: float | None = None,
         widest: int = layout.WIDEST,
     ) -> None:
         self.program, self.threads = program, threads
         self._lanes, self._widest = host.lanes(), widest
+        sparse_from = break_even() if sparse_from is None else sparse_from
         norms = {
             operation.layer: (
                 _real(tensors, f"{operation.layer}/scale"),
@@ -168,7 +171,7 @@ def int8_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> NDArray[
     return weight.reshape(len(counts), inputs)
 
 
-def load(folder: str | Path, *, threads: int = 1, sparse_from: float = engine.SPARSE_FROM) -> SparseModel:
+def load(folder: str | Path, *, threads: int = 1, sparse_from: float | None = None) -> SparseModel:
     """A model from its folder (:func:`trainers.sparse.packing.pack` writes it).
 
     Raises:

@@ -144,6 +144,19 @@ class Code:
         hints = [self.whole(int(write), "i32"), self.whole(3, "i32"), self.whole(1, "i32")]
         self.invoke("@llvm.prefetch.p0", [where, *hints])
 
+    def lane_numbers(self, first: int = 0) -> Value:
+        """``first``, ``first`` + 1 … in the lanes."""
+        numbers = ", ".join(f"i32 {first + lane}" for lane in range(self.lanes))
+        return Value(self, self.integers, f"<{numbers}>")
+
+    def scatter(self, value: Value, pointer: Value, offsets: Value, mask: Value) -> None:
+        """Stores each lane where the mask is set at ``pointer`` + its offset (bytes)."""
+        kind = f"<{self.lanes} x ptr>"
+        at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
+        name = f"@llvm.masked.scatter.v{self.lanes}f32.v{self.lanes}p0"
+        self.declared.add(f"declare void {name}({value.type}, {kind}, i32, {mask.type})")
+        self.invoke(name, [value, at, self.whole(4, "i32"), mask])
+
     def gathered(self, pointer: Value, offsets: Value, mask: Value) -> Value:
         """Float32 from ``pointer`` + each of the vector's ``offsets`` (bytes); 0 beyond the mask."""
         kind = f"<{self.lanes} x ptr>"
@@ -152,12 +165,9 @@ class Code:
         values = [at, self.whole(4, "i32"), mask, zero]
         return self.call(self.vector, f"llvm.masked.gather.v{self.lanes}f32.v{self.lanes}p0", *values)
 
-    def first_lanes(self, count: Value) -> Value:
-        """A mask of the first ``count`` lanes."""
-        numbers = ", ".join(f"i32 {lane}" for lane in range(self.lanes))
-        return self.compare(
-            "slt", Value(self, self.integers, f"<{numbers}>"), self.splat(self.convert("trunc", count, "i32"))
-        )
+    def first_lanes(self, count: Value, first: int = 0) -> Value:
+        """A mask of the lanes whose number, counted from ``first``, is below ``count``."""
+        return self.compare("slt", self.lane_numbers(first), self.splat(self.convert("trunc", count, "i32")))
 
     def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
         """Stores the lanes where the mask is set, at any address."""

@@ -1,4 +1,4 @@
-"""Tiles that begin: numbers gathered from elsewhere (pixels, tokens that are merged), and copies."""
+"""Tiles that begin or end: numbers gathered from elsewhere (pixels, tokens that are merged), copies, rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ SOURCE, Y, GROUPS, FEATURES, OFFSETS, INDEX, STRIDES, INDEX_STEP = 0, 3, *range(
 # of a copy: it repeats every VECTORS vectors
 X, VECTORS = 0, 6
 COPIED = 7
+# of rows: a tile at X, TARGET's rows of WRITTEN features, of the first TOKENS tokens
+TARGET, WRITTEN, TOKENS = 3, 6, 7
 
 
 def gather(name: str, lanes: int, width: int) -> Code:
@@ -47,4 +49,24 @@ def copy(name: str, lanes: int, width: int) -> Code:
     x, y = tile.address(X, tile.vector - tile.vector / vectors * vectors), tile.address(Y)
     with code.loop(tile.number(COPIED)) as k:
         tile.stores(tile.loads(code.at(x, k * tile.row_bytes)), code.at(y, k * tile.row_bytes))
+    return code
+
+
+def rows(name: str, lanes: int, width: int) -> Code:
+    """A tile's tokens as rows of an array ``[tokens, features]``."""
+    code = Code(name, lanes)
+    tile = Tile(code, width)
+    features = tile.number(WRITTEN)
+    first = tile.vector * lanes
+    left = tile.number(TOKENS) - first
+    x = tile.address(X)
+    target = code.variable(code.at(tile.pointer(TARGET), first * features * 4))
+    steps = code.splat(code.convert("trunc", features * 4, "i32"))
+    offsets = [code.lane_numbers(v * lanes) * steps for v in range(width)]
+    masks = [code.first_lanes(left, v * lanes) for v in range(width)]
+    with code.loop(features) as k:
+        values = tile.loads(code.at(x, k * tile.row_bytes))
+        for value, offset, mask in zip(values, offsets, masks, strict=True):
+            code.scatter(value, target.get(), offset, mask)
+        target.set(code.at(target.get(), 4))
     return code
