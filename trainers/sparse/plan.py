@@ -61,6 +61,7 @@ class Plan:
         stages: int64 ``[stages, driver.STAGE]``.
         operations, tables, items: of each stage: its operations, the driver's table of them, and what they
             are called for (first vector and width of a tile; number of a window and 1).
+        calls: the driver's arguments, for each thread.
         pixels, rows: the arguments in which the address of the images, and of the array that rows are
             written to, is still to be set.
     """
@@ -72,6 +73,7 @@ class Plan:
     operations: list[list[Operation]] = field(default_factory=list)
     tables: list[Integers] = field(default_factory=list)
     items: list[Integers] = field(default_factory=list)
+    calls: list[tuple[int, int, int]] = field(default_factory=list)
     pixels: list[Integers] = field(default_factory=list)
     rows: list[Integers] = field(default_factory=list)
     kept: list[NDArray[np.generic]] = field(default_factory=list)  # what addresses point to
@@ -128,6 +130,8 @@ class Executor:
         self._orders = [token_order(level) for level in program.levels]
         self._biases: dict[str, Array] = {}
         self._plans: dict[int, Plan] = {}
+        self._kernels.require([])
+        self._run = host.function(self._kernels.driver, 3)
         self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
     def run(self, batch: int, images: Array | None = None, rows: Array | None = None) -> Plan:
@@ -150,10 +154,8 @@ class Executor:
             for arguments in plan.rows:
                 arguments[gather.TARGET] = rows.ctypes.data
         plan.stages[:, driver.NEXT :] = 0
-        function = host.function(self._kernels.driver, 3)
-        calls = [(plan.stages.ctypes.data, len(plan.stages), own.ctypes.data) for own in plan.scratch]
-        waiting = [self._pool.submit(function, *each) for each in calls[1:]] if self._pool else []
-        function(*calls[0])
+        waiting = [self._pool.submit(self._run, *each) for each in plan.calls[1:]] if self._pool else []
+        self._run(*plan.calls[0])
         for each in waiting:
             each.result()
         return plan
@@ -189,6 +191,8 @@ class Executor:
                 plan.items.append(items)
                 rows.append((table.ctypes.data, len(operations), items.ctypes.data, len(items), 0, 0))
         plan.stages = np.array(rows, dtype=np.int64).reshape(-1, driver.STAGE)
+        stages = plan.stages.ctypes.data, len(plan.stages)
+        plan.calls = [(*stages, own.ctypes.data) for own in plan.scratch]
         return plan
 
     def _arguments(self, operation: Operation, number: int, plan: Plan, memory: _Memory) -> Integers:

@@ -36,7 +36,7 @@ def masked(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     bias=st.booleans(),
     threads=st.integers(1, 2),
 )
-def test_a_layer_is_torchs(shape: list[int], inputs: int, outputs: int, bias: bool, threads: int) -> None:
+def test_modules__a_layer_is_torchs(shape: list[int], inputs: int, outputs: int, bias: bool, threads: int) -> None:
     dense = masked(nn.Linear(inputs, outputs, bias=bias), 0.6)
     layer = SparseLinear(dense, threads=threads)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_a_layer_is_torchs(shape: list[int], inputs: int, outputs: int, bias: bo
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_of_another_type_are_named() -> None:
+def test_modules__inputs_of_another_type_are_named() -> None:
     with pytest.raises(ValueError, match=r"not torch.float64 on cpu"):
         SparseLinear(nn.Linear(2, 2))(torch.zeros(1, 2, dtype=torch.float64))
 
@@ -63,7 +63,7 @@ def test_inputs_of_another_type_are_named() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_layers_of_a_model_that_is_not_packed(name: str, options: dict[str, Any]) -> None:
+def test_modules__the_layers_of_a_model_that_is_not_packed(name: str, options: dict[str, Any]) -> None:
     if name == "swinv2_tiny_window8_256":
         options = {**options, "num_heads": (2, 4), "embed_dim": 32}
     model = masked(timm.create_model(name, num_classes=3, **options))
@@ -93,7 +93,7 @@ class Reader(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-def test_layers_that_cannot_be_taken_stay_and_are_named() -> None:
+def test_modules__layers_that_cannot_be_taken_stay_and_are_named() -> None:
     model = masked(Reader(), 0.9)
     swapped = sparse_linear_modules(model, torch.randn(3, 4), sparse_from=0.3)
     assert swapped.sparse == ("first",)
@@ -101,13 +101,13 @@ def test_layers_that_cannot_be_taken_stay_and_are_named() -> None:
     assert "NonDynamicallyQuantizableLinear" in swapped.left["attention.out_proj"]
 
 
-def test_a_model_without_zeros_is_refused_with_the_reasons() -> None:
+def test_modules__a_model_without_zeros_is_refused_with_the_reasons() -> None:
     model = Reader()
     with pytest.raises(ValueError, match=r"1 have less than 50% zeros; .*: read is not called"):
         sparse_linear_modules(model, torch.randn(3, 4), sparse_from=0.5)
 
 
-def test_break_even_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_break_even__is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even_module, "measure_break_even", lambda: 0.25)
     assert break_even(tmp_path) == 0.25
     monkeypatch.setattr(break_even_module, "measure_break_even", lambda: pytest.fail("measured again"))
@@ -122,17 +122,17 @@ def test_break_even_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytes
     assert break_even(tmp_path) == 0.3
 
 
-def test_break_even_without_a_cache_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_break_even__without_a_cache_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even_module, "measure_break_even", lambda: 0.25)
     (tmp_path / "file").touch()
     assert break_even(tmp_path / "file") == 0.25
 
 
-def test_the_measured_break_even_is_a_share() -> None:
+def test_break_even__what_is_measured_is_a_share() -> None:
     assert 0 < measure_break_even() < 1
 
 
-def test_lines_cross_where_they_meet() -> None:
+def test_break_even__lines_cross_where_they_meet() -> None:
     assert crossing(3.0, (0.2, 0.6), (4.0, 2.0)) == pytest.approx(0.4)
     assert crossing(1.0, (0.2, 0.6), (4.0, 3.9)) == 1.0
     assert crossing(9.0, (0.2, 0.6), (4.0, 2.0)) == 0.0

@@ -79,22 +79,22 @@ def assert_same(model: nn.Module, counts: tuple[int, ...] = (2,), **options: Any
     ],
     ids=str,
 )
-def test_a_tiny_model_is_torchs(options: dict[str, Any]) -> None:
+def test_swin__a_tiny_model_is_torchs(options: dict[str, Any]) -> None:
     assert_same(tiny(**options))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_sparsity_batch_and_thread_count(sparsity: float, threads: int) -> None:
+def test_swin__every_sparsity_batch_and_thread_count(sparsity: float, threads: int) -> None:
     assert_same(tiny(sparsity), (1, 3, 5, 1), threads=threads)
 
 
-def test_no_images_give_no_logits() -> None:
+def test_swin__no_images_give_no_logits() -> None:
     model = tiny()
     assert SparseModel(*packed(model))(images(model, 0).numpy()).shape == (0, 5)
 
 
-def test_a_folder_gives_the_same(tmp_path: Path) -> None:
+def test_swin__a_folder_gives_the_same(tmp_path: Path) -> None:
     model = tiny(window_size=5)
     pack(model, tmp_path)
     with torch.no_grad():
@@ -107,13 +107,13 @@ def test_a_folder_gives_the_same(tmp_path: Path) -> None:
     ("options", "named"),
     [({"global_pool": "max"}, "global_pool 'max'"), ({"norm_layer": RmsNorm}, "RmsNorm here is not packed")],
 )
-def test_a_part_that_is_not_packed_is_named(options: dict[str, Any], named: str) -> None:
+def test_swin__a_part_that_is_not_packed_is_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         packed(tiny(**options))
 
 
 @pytest.mark.skipif(not host.has_vnni(), reason="needs AVX-512 VNNI")
-def test_an_int8_model_is_near_torchs() -> None:
+def test_swin__an_int8_model_is_near_torchs() -> None:
     model = tiny(0.5, block=4, num_heads=(1, 2, 4))
     with torch.no_grad():
         expected = model(images(model, 3)).numpy()
@@ -127,7 +127,7 @@ def test_an_int8_model_is_near_torchs() -> None:
     window=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     data=st.data(),
 )
-def test_every_token_is_in_one_window_and_windows_are_few_runs(
+def test_swin__every_token_is_in_one_window_and_windows_are_few_runs(
     grid: tuple[int, int], window: tuple[int, int], data: st.DataObject
 ) -> None:
     shift = (data.draw(st.integers(0, window[0] - 1)), data.draw(st.integers(0, window[1] - 1)))
@@ -149,7 +149,7 @@ def test_every_token_is_in_one_window_and_windows_are_few_runs(
     size=st.integers(1, 9),
     images_of=st.integers(1, 5),
 )
-def test_blocks_of_any_grid_window_and_heads_are_torchs(
+def test_swin__blocks_of_any_grid_window_and_heads_are_torchs(
     *, grid: tuple[int, int], window: int, heads: int, size: int, images_of: int
 ) -> None:
     model = tiny(
@@ -162,7 +162,7 @@ def test_blocks_of_any_grid_window_and_heads_are_torchs(
     assert_same(model, (images_of,))
 
 
-def test_masked_neighbours_take_no_longer() -> None:
+def test_exponential__masked_neighbours_take_no_longer() -> None:
     """The share of a masked neighbour, e^-100, is 0 and no denormal number, with which all is slow."""
     with torch.no_grad():
         x = torch.tensor([[-100.0], [-87.8], [-87.0], [0.0]])
