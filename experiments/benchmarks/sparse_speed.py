@@ -5,14 +5,15 @@
         [--clock wall] [--rounds 9] [--profile] [--plot FILE]
 
 Random weights, random masks of one sparsity in every linear layer of the blocks; where the processor has the
-instructions, INT8 with zeros in blocks of 1 × 4 besides. Answers in float32 are compared with torch's before
-anything is timed (INT8: within 10 % of the largest). All engines run in turns, round by round; a ratio is
-the median over the rounds of the quotient within a round. OpenVINO is asked for float32: by itself it takes
-bfloat16 where the processor multiplies that faster, which is timed too and stated for comparison only.
-``--scaling`` is two threads against one, ``--growth`` the time from 75 to 95 % of zeros against the share of
-weights that is left. ``--clock cpu`` counts the seconds that the process had a processor (one thread only),
-which a busy machine disturbs less. The last line sums up; the exit status is 1 when a stated figure is
-missed.
+instructions, INT8 with zeros in blocks of 1 × 4 besides; of single layers 2:4 and half of the weights too.
+Answers in float32 are compared with torch's before anything is timed (INT8: within 10 % of the largest). All
+engines run in turns, round by round; a ratio is the median over the rounds of the quotient within a round.
+OpenVINO is asked for float32: by itself it takes bfloat16 where the processor multiplies that faster, which
+is timed too and stated for comparison only. ``--scaling`` is two threads against one (beside a dense product
+of torch's: on two halves of one core neither gains), ``--growth`` the time from 75 to 95 % of zeros against
+the share of weights that is left. ``--clock cpu`` counts the seconds that the process had a processor (one
+thread only), which a busy machine disturbs less. The last line sums up; the exit status is 1 when a stated
+figure is missed.
 """
 
 from __future__ import annotations
@@ -63,10 +64,39 @@ DEIT = "deit_small_patch16_224"
 BFLOAT16 = "openvino bf16"  # timed beside the dense engines, but not float32
 GROWTH = (0.75, 0.8, 0.85, 0.9, 0.95)
 RELATIVE, RELATIVE_INT8 = 1e-4, 0.1  # of the largest answer
-# name: share of zeros, INT8 in blocks of 1 × 4
-VARIANTS = {"75%": (0.75, False), "90%": (0.9, False), "95%": (0.95, False)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pruned model.
+
+    Args:
+        sparsity: share of zeros.
+        int8: whether weights are INT8, and zeros in blocks of 1 × 4.
+        group: of so many inputs of an output the share is 0; 0 for zeros anywhere.
+    """
+
+    sparsity: float
+    int8: bool = False
+    group: int = 0
+
+    def mask(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight with random zeros, of the same variance."""
+        block = 4 if self.int8 else 1
+        random = torch.rand_like(weight[:, ::block])
+        if self.group:
+            groups = random.reshape(len(random), -1, self.group)
+            least = groups.sort(dim=2).values[:, :, int(self.sparsity * self.group)]
+            kept = (groups >= least[:, :, None]).reshape(random.shape)
+        else:
+            kept = random >= self.sparsity
+        return weight * kept.repeat_interleave(block, dim=1) / max(1 - self.sparsity, 1e-6) ** 0.5
+
+
+VARIANTS = {"75%": Variant(0.75), "90%": Variant(0.9), "95%": Variant(0.95)}
 if host.has_vnni():
-    VARIANTS |= {"75% int8": (0.75, True), "90% int8": (0.9, True)}
+    VARIANTS |= {"75% int8": Variant(0.75, int8=True), "90% int8": Variant(0.9, int8=True)}
+OF_LAYERS = {"2:4": Variant(0.5, group=4), "50%": Variant(0.5), **VARIANTS}
 
 Run = Callable[[], Any]
 Row = tuple[str, float, float]  # what, measured, stated
@@ -204,12 +234,6 @@ class LayerRun:
         self._executor.run(1)
 
 
-def masked(weight: torch.Tensor, sparsity: float, block: int = 1) -> torch.Tensor:
-    """A weight with a share of random zeros, in blocks of some inputs, of the same variance."""
-    kept = (torch.rand_like(weight[:, ::block]) >= sparsity).repeat_interleave(block, dim=1)
-    return weight * kept / max(1 - sparsity, 1e-6) ** 0.5
-
-
 def check(name: str, answer: np.ndarray, expected: np.ndarray, relative: float = RELATIVE) -> None:
     off = np.abs(answer - expected).max() / np.abs(expected).max()
     if not off <= relative:
@@ -225,20 +249,23 @@ def layers(timer: Timer) -> list[Row]:
             example = torch.randn(count, inputs)
             runs = dense_engines(linear, example, 1)
             dense = list(runs)
-            for variant, (sparsity, int8) in VARIANTS.items():
-                weight = masked(linear.weight.detach(), sparsity, 4 if int8 else 1)
-                run = LayerRun(weight.numpy(), linear.bias.detach().numpy(), example.numpy(), int8=int8)
+            for label, variant in OF_LAYERS.items():
+                weight = variant.mask(linear.weight.detach())
+                run = LayerRun(
+                    weight.numpy(), linear.bias.detach().numpy(), example.numpy(), int8=variant.int8
+                )
                 run()
                 expected = nn.functional.linear(example, weight, linear.bias).detach().numpy()
-                check(f"{name} {variant}", run.answer(), expected, RELATIVE_INT8 if int8 else RELATIVE)
-                runs[variant] = run
+                relative = RELATIVE_INT8 if variant.int8 else RELATIVE
+                check(f"{name} {label}", run.answer(), expected, relative)
+                runs[label] = run
             taken = timer.times(runs)
             best = fastest_dense(taken, dense)
-            gains = {variant: ratio(taken, best, variant) for variant in VARIANTS}
-            for variant, (sparsity, int8) in VARIANTS.items():
-                least = LEAST_LAYER.get((sparsity, batch))
-                if least and not int8:
-                    rows.append((f"{name} batch {batch} {variant}", gains[variant], least))
+            gains = {label: ratio(taken, best, label) for label in OF_LAYERS}
+            for label, variant in VARIANTS.items():
+                least = LEAST_LAYER.get((variant.sparsity, batch))
+                if least and not variant.int8:
+                    rows.append((f"{name} batch {batch} {label}", gains[label], least))
             told = ", ".join(f"{1e3 * median(taken[each]):.3g}" for each in dense)
             print(
                 f"{name} {outputs}×{inputs}, {count} tokens: {' / '.join(dense)} {told} ms; "
@@ -251,14 +278,14 @@ def layers(timer: Timer) -> list[Row]:
     return rows
 
 
-def pruned(model: Model, sparsity: float, block: int = 1) -> nn.Module:
+def pruned(model: Model, variant: Variant) -> nn.Module:
     """A model with random masks in the linear layers of its blocks."""
     torch.manual_seed(0)
     made = model.create()
     with torch.no_grad():
         for name, module in made.named_modules():
             if "blocks." in name and isinstance(module, nn.Linear):
-                module.weight.copy_(masked(module.weight, sparsity, block))
+                module.weight.copy_(variant.mask(module.weight))
     return made
 
 
@@ -278,11 +305,11 @@ def whole(timer: Timer, name: str, batch: int, threads: int, *, profile: bool) -
     images = torch.randn(batch, 3, *model_size(dense_model))
     runs = dense_engines(dense_model, images, threads)
     dense, ready = list(runs), {}
-    for variant, (sparsity, int8) in VARIANTS.items():
-        sparse_model = pruned(model, sparsity, 4 if int8 else 1)
-        ready[variant] = SparseModel(*packed(sparse_model, int8=int8), threads=threads)
-        relative = RELATIVE_INT8 if int8 else RELATIVE
-        runs[variant] = checked(f"{name} {variant}", sparse_model, ready[variant], images, relative)
+    for label, variant in VARIANTS.items():
+        sparse_model = pruned(model, variant)
+        ready[label] = SparseModel(*packed(sparse_model, int8=variant.int8), threads=threads)
+        relative = RELATIVE_INT8 if variant.int8 else RELATIVE
+        runs[label] = checked(f"{name} {label}", sparse_model, ready[label], images, relative)
     taken = timer.times(runs)
     best = fastest_dense(taken, dense)
     gains = {variant: ratio(taken, best, variant) for variant in ready}
@@ -294,9 +321,9 @@ def whole(timer: Timer, name: str, batch: int, threads: int, *, profile: bool) -
     for variant in ready if profile else []:
         print(f"  {variant}: {operation_times(ready[variant], images.numpy())}", flush=True)
     return [
-        (f"{what}, {variant}", gains[variant], model.least[sparsity])
-        for variant, (sparsity, int8) in VARIANTS.items()
-        if sparsity in model.least and not int8
+        (f"{what}, {label}", gains[label], model.least[variant.sparsity])
+        for label, variant in VARIANTS.items()
+        if variant.sparsity in model.least and not variant.int8
     ]
 
 
@@ -315,7 +342,7 @@ def gained(gains: dict[str, float], over: str) -> str:
 
 def scaling(timer: Timer, name: str, batch: int) -> list[Row]:
     """Two threads against one, at 90 %."""
-    model = pruned(MODELS[name], 0.9)
+    model = pruned(MODELS[name], Variant(0.9))
     images = torch.randn(batch, 3, *model_size(model))
     runs = {
         f"{threads} threads": checked(
@@ -323,10 +350,22 @@ def scaling(timer: Timer, name: str, batch: int) -> list[Row]:
         )
         for threads in (1, 2)
     }
+    square = torch.randn(768, 768)
+    runs |= {f"product, {threads} threads": product(square, threads) for threads in (1, 2)}
     taken = timer.times(runs)
-    gain = ratio(taken, *runs)
-    print(f"{name}, batch {batch}, 90%: {milliseconds(taken)}; {gain:.2f}×", flush=True)
+    gain, most = (ratio(taken, *pair) for pair in (list(runs)[:2], list(runs)[2:]))
+    print(f"{name}, batch {batch}, 90%: {milliseconds(taken)}; {gain:.2f}×, product {most:.2f}×", flush=True)
     return [(f"{name} batch {batch} 90%, two threads over one", gain, LEAST_THREADS)]
+
+
+def product(square: torch.Tensor, threads: int) -> Run:
+    """A dense product of torch's."""
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        square @ square
+
+    return run
 
 
 def growth(timer: Timer, name: str, batch: int, plot: Path | None) -> list[Row]:
@@ -335,7 +374,7 @@ def growth(timer: Timer, name: str, batch: int, plot: Path | None) -> list[Row]:
     images = torch.randn(batch, 3, *model_size(MODELS[name].create()))
     runs = {}
     for sparsity in GROWTH:
-        model = pruned(MODELS[name], sparsity)
+        model = pruned(MODELS[name], Variant(sparsity))
         runs[f"{sparsity:.0%}"] = checked(name, model, SparseModel(*packed(model)), images, RELATIVE)
     taken = timer.times(runs)
     left = 1 - np.array(GROWTH)
