@@ -36,7 +36,9 @@ def masked(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
     bias=st.booleans(),
     threads=st.integers(1, 2),
 )
-def test_modules__a_layer_is_torchs(shape: list[int], inputs: int, outputs: int, bias: bool, threads: int) -> None:
+def test_modules__a_layer_is_torchs(
+    shape: list[int], inputs: int, outputs: int, bias: bool, threads: int
+) -> None:
     dense = masked(nn.Linear(inputs, outputs, bias=bias), 0.6)
     layer = SparseLinear(dense, threads=threads)
     for _ in range(2):

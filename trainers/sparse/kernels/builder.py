@@ -120,6 +120,33 @@ class Code:
         order = f"<{self.lanes} x i32> zeroinitializer"
         return self.value(width, f"shufflevector {width} {first.text}, {width} poison, {order}")
 
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """As many vectors as each has lanes, rows as columns: pairs of rows exchange halves, then quarters,
+        and so on."""
+        values, distance = list(rows), self.lanes // 2
+        while distance:
+            for first in range(self.lanes):
+                if first & distance:
+                    continue
+                pair = values[first], values[first + distance]
+                for number, shift in ((0, 0), (1, distance)):
+                    # lane i of both: from the first row below the distance, from the second above it
+                    order = [
+                        (i ^ distance) + self.lanes + shift if i & distance else i + shift
+                        for i in range(self.lanes)
+                    ]
+                    values[first + number * distance] = self._shuffled(*pair, order)
+            distance //= 2
+        return values
+
+    def _shuffled(self, left: Value, right: Value, order: Sequence[int]) -> Value:
+        """Lanes of two vectors, numbered through."""
+        mask = ", ".join(f"i32 {number}" for number in order)
+        kind = left.type
+        return self.value(
+            kind, f"shufflevector {kind} {left.text}, {kind} {right.text}, <{self.lanes} x i32> <{mask}>"
+        )
+
     # memory
     def at(self, pointer: Value, offset: Value | int) -> Value:
         """The address ``offset`` bytes further on."""

@@ -59,14 +59,22 @@ def rows(name: str, lanes: int, width: int) -> Code:
     features = tile.number(WRITTEN)
     first = tile.vector * lanes
     left = tile.number(TOKENS) - first
-    x = tile.address(X)
-    target = code.variable(code.at(tile.pointer(TARGET), first * features * 4))
+    x, target = tile.address(X), code.at(tile.pointer(TARGET), first * features * 4)
+    whole = features / lanes * lanes
+    # squares of lanes × lanes numbers: what is stored is whole lines of memory
+    with code.loop(whole, step=lanes) as k:
+        square = code.at(x, k * tile.row_bytes)
+        for v, offset in enumerate(tile.offsets):
+            loaded = [code.load("vector", square, r * tile.row_bytes + offset) for r in range(lanes)]
+            for lane, value in enumerate(code.transpose(loaded)):
+                token = v * lanes + lane
+                with code.when(code.compare("sgt", left, code.whole(token))):
+                    code.store(value, code.at(target, (features * token + k) * 4), align=4)
     steps = code.splat(code.convert("trunc", features * 4, "i32"))
     offsets = [code.lane_numbers(v * lanes) * steps for v in range(width)]
     masks = [code.first_lanes(left, v * lanes) for v in range(width)]
-    with code.loop(features) as k:
+    with code.loop(features, start=whole) as k:
         values = tile.loads(code.at(x, k * tile.row_bytes))
-        for value, offset, mask in zip(values, offsets, masks, strict=True):
-            code.scatter(value, target.get(), offset, mask)
-        target.set(code.at(target.get(), 4))
+        for value, places, mask in zip(values, offsets, masks, strict=True):
+            code.scatter(value, code.at(target, k * 4), places, mask)
     return code
