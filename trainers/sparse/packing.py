@@ -10,17 +10,29 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from trainers.checkpoint import checksums
+from trainers.sparse.families.swin import check as check_swin
 from trainers.sparse.families.swin import swin_transformer
 from trainers.sparse.families.tensors import Tensors
+from trainers.sparse.families.vision_transformer import check as check_vision_transformer
 from trainers.sparse.families.vision_transformer import vision_transformer
 from trainers.sparse.program import Program, to_json
 from trainers.sparse.runtime import PROGRAM, TENSORS
 
+_VIT = check_vision_transformer, vision_transformer
 _FAMILIES = {
-    "VisionTransformer": vision_transformer,
-    "VisionTransformerDistilled": vision_transformer,
-    "SwinTransformer": swin_transformer,
+    "VisionTransformer": _VIT,
+    "VisionTransformerDistilled": _VIT,
+    "SwinTransformer": (check_swin, swin_transformer),
 }
+
+
+def check(model: Any) -> None:
+    """Raises ``ValueError`` for a model, or a part, with no operation of the engine's; weights do not
+    matter."""
+    kind = type(model).__name__
+    if kind not in _FAMILIES:
+        raise ValueError(f"{kind}: only timm's VisionTransformer and SwinTransformer are packed")
+    _FAMILIES[kind][0](model)
 
 
 def packed(model: Any, *, int8: bool = False) -> tuple[Program, Tensors]:
@@ -33,10 +45,8 @@ def packed(model: Any, *, int8: bool = False) -> tuple[Program, Tensors]:
     Raises:
         ValueError: another model, or a part that the engine has no operation for, by its name.
     """
-    kind = type(model).__name__
-    if kind not in _FAMILIES:
-        raise ValueError(f"{kind}: only timm's VisionTransformer and SwinTransformer are packed")
-    return _FAMILIES[kind](model, int8=int8)
+    check(model)
+    return _FAMILIES[type(model).__name__][1](model, int8=int8)
 
 
 def pack(model: nn.Module, folder: str | Path, *, int8: bool = False) -> Program:

@@ -20,7 +20,7 @@ def swin_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tensor
     Raises:
         ValueError: a part that the engine has no operation for, by its name.
     """
-    _check(model)
+    check(model)
     writer, embedding = Writer(int8), model.patch_embed.proj
     add_linear(writer.tensors, "patch_embed.proj", embedding.weight.flatten(1), embedding.bias)
     patches = writer.buffer("patches", embedding.weight[0].numel())
@@ -100,8 +100,8 @@ def _block(writer: Writer, name: str, block: Any, number: int) -> list[Operation
     ]
 
 
-def _check(model: Any) -> None:
-    """Raises ``ValueError`` for a part with no operation of the engine's."""
+def check(model: Any) -> None:
+    """Raises ``ValueError`` for a part with no operation of the engine's; weights do not matter."""
     if model.head.global_pool.pool_type != "avg":
         raise ValueError(f"global_pool {model.head.global_pool.pool_type!r}: avg is packed")
     if model.patch_embed.norm is not None and not isinstance(model.patch_embed.norm, nn.Identity):

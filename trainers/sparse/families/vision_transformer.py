@@ -31,7 +31,7 @@ def vision_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tens
     Raises:
         ValueError: a part that the engine has no operation for, by its name.
     """
-    _check(model)
+    check(model)
     writer = Writer(int8)
     tensors, embedding, dim = writer.tensors, model.patch_embed.proj, int(model.embed_dim)
     prefix = int(model.num_prefix_tokens)
@@ -109,8 +109,8 @@ def _gamma(scale: nn.Module) -> Tensor | None:
     return None if isinstance(scale, nn.Identity) else scale.gamma  # type: ignore[return-value]
 
 
-def _check(model: Any) -> None:
-    """Raises ``ValueError`` for a part with no operation of the engine's."""
+def check(model: Any) -> None:
+    """Raises ``ValueError`` for a part with no operation of the engine's; weights do not matter."""
     if type(model).__name__ == "VisionTransformer" and model.global_pool not in {"token", "avg"}:
         raise ValueError(f"global_pool {model.global_pool!r}: token or avg is packed")
     if getattr(model, "attn_pool", None) is not None:
