@@ -1,6 +1,7 @@
 """Training, pruning, export and timing of one model, by one worker or several; only ray_worker knows Ray."""
 
 __all__ = [
+    "cache_folder",
     "checkpoint",
     "config",
     "data",

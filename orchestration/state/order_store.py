@@ -17,8 +17,8 @@ from orchestration.common.hashing import digest
 from pruners.elimination.order import EliminationOrder, merge
 from pruners.methods.registry import SECOND_ORDER
 from trainers import storage
+from trainers.cache_folder import cache_folder
 from trainers.config.pruning import PruningSettings
-from trainers.data.arrow_store import cache_folder
 from trainers.loop.elimination import ORDER_FACTS
 
 

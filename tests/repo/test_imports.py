@@ -34,6 +34,7 @@ FLOORS = (
     {"pruners.one_shot"},
     {"pruners"},
     {
+        "trainers.cache_folder",
         "trainers.host_memory",
         "trainers.distributed",
         "trainers.optional_imports",

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.sparse import layout
-from trainers.sparse.engine import LinearLayer, bits
+from trainers.sparse.engine import LinearLayer
 from trainers.sparse.kernels import attention as attention_kernel
 from trainers.sparse.kernels import host, int8
 from trainers.sparse.kernels import linear as linear_kernels
 from trainers.sparse.kernels import norm as norm_kernel
 from trainers.sparse.kernels.builder import Code
+from trainers.sparse.kernels.vector_math import exponential
+from trainers.sparse.plan import bits
 from trainers.sparse.weights import BlockWeights
 
 Array = NDArray[np.float32]
@@ -144,3 +146,19 @@ def int8_linear(
         arguments[int8.STEPS], arguments[int8.SUMS] = weights.steps.ctypes.data, weights.sums.ctypes.data
 
     return call("int8", packed, before, fill, residual is not None, "gelu" if gelu else "none")
+
+
+def exponentials(x: Array) -> Array:
+    """``e^x`` as the attention kernels compute it."""
+    code = Code("exponentials", LANES)
+    source, target, count = code.parameters("i64", "i64", "i64")
+    with code.loop(count) as i:
+        address = code.convert("inttoptr", source + i * code.vector_bytes, "ptr")
+        result = exponential(code, code.load("vector", address))
+        code.store(result, code.convert("inttoptr", target + i * code.vector_bytes, "ptr"))
+    made = host.Machine([code])
+    inputs, outputs = layout.aligned(x.size + LANES), layout.aligned(x.size + LANES)
+    inputs[: x.size] = x.ravel()
+    run = host.function(made.address("exponentials"), 3)
+    run(inputs.ctypes.data, outputs.ctypes.data, layout.vectors_of(x.size, LANES))
+    return outputs[: x.size].reshape(x.shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from filelock import FileLock
 from pyarrow import fs
 
 from pruners.errors import InputError, first_line
+from trainers.cache_folder import cache_folder
 from trainers.sources.columns import Columns
 from trainers.sources.files import table_files
 from trainers.sources.parquet import image_batches, open_parquet
@@ -116,12 +116,6 @@ class Store:
     def __setstate__(self, state: tuple[Path, str]) -> None:
         self._path, self.uri = state
         self._open()
-
-
-def cache_folder() -> Path:
-    """The folder of this node's caches: ``$ESPALIER_CACHE``, or ``~/.cache/espalier``."""
-    given = os.environ.get("ESPALIER_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "espalier"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from trainers import storage
-from trainers.data.arrow_store import cache_folder
+from trainers.cache_folder import cache_folder
 from trainers.data.datasets import ImageTable
 
 _CHECKPOINTS, _PIXELS = "checkpoints", "pixels"

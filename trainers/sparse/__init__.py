@@ -4,11 +4,16 @@
 """
 
 __all__ = [
+    "break_even",
     "engine",
+    "families",
     "kernels",
     "layout",
+    "modules",
     "packing",
+    "plan",
     "program",
     "runtime",
     "weights",
+    "windows",
 ]

@@ -1,27 +1,36 @@
-"""A program with its weights, made ready for this processor: kernels, packed weights, buffers, stages."""
+"""What a program needs on this processor: packed weights, and the kernels of its operations."""
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.sparse import layout
 from trainers.sparse.kernels import attention as attention_kernel
-from trainers.sparse.kernels import driver, int8
+from trainers.sparse.kernels import driver, gather, int8
 from trainers.sparse.kernels import linear as linear_kernels
 from trainers.sparse.kernels import norm as norm_kernel
+from trainers.sparse.kernels import window_attention as window_kernel
 from trainers.sparse.kernels.builder import Code
 from trainers.sparse.kernels.host import Machine
-from trainers.sparse.program import Attention, LayerNorm, Linear, Operation, Program, Quantize
+from trainers.sparse.program import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Merge,
+    Operation,
+    Patches,
+    Quantize,
+    Rows,
+    Start,
+    WindowAttention,
+)
 from trainers.sparse.weights import BlockWeights, SparseWeights, pack_dense, pack_sparse, panel_inputs
 
 Array = NDArray[np.float32]
-SPARSE_FROM = (
-    0.4  # zeros from which a layer runs sparse: at 36 % both take equally long (1536 × 384, AVX-512)
-)
+SPARSE_FROM = 0.4  # zeros from which a layer is kept without them in a folder
 
 
 @dataclass
@@ -99,9 +108,14 @@ class LinearLayer:
 
 
 def kernel_name(operation: Operation, width: int, layers: dict[str, LinearLayer]) -> str:
+    """The name of an operation's kernel for tiles of a width; that of a window has none."""
     if isinstance(operation, Linear):
         kind = layers[operation.layer].kind
         return f"{kind}{'_residual' * operation.residual}{'_gelu' * operation.gelu}_{width}"
+    if isinstance(operation, WindowAttention):
+        return f"window_attention{'_masked' * any(operation.shift)}_{_area(operation)}"
+    if isinstance(operation, (Patches, Merge)):
+        return f"gather_{width}"
     return f"{operation.kind}_{width}"
 
 
@@ -116,161 +130,58 @@ def kernel(operation: Operation, width: int, lanes: int, layers: dict[str, Linea
         }[layers[operation.layer].kind]
         end: linear_kernels.End = "gelu" if operation.gelu else "none"
         return make(name, lanes, width, residual=operation.residual, end=end)
-    if isinstance(operation, Quantize):
-        return int8.quantize(name, lanes, width)
-    if isinstance(operation, LayerNorm):
-        return norm_kernel.layer_norm(name, lanes, width)
-    return attention_kernel.attention(name, lanes, width)
+    if isinstance(operation, WindowAttention):
+        masked = any(operation.shift)
+        return window_kernel.window_attention(name, lanes, _area(operation), masked=masked)
+    return _WRITERS[type(operation)](name, lanes, width)
 
 
-def compiled(program: Program, widths: list[int], lanes: int, layers: dict[str, LinearLayer]) -> Machine:
-    """All kernels that a program needs for tiles of some widths, and the driver."""
-    needed = {
-        kernel_name(operation, width, layers): (operation, width)
-        for operation in program.operations
-        for width in sorted(set(widths))
-    }
-    codes = [kernel(operation, width, lanes, layers) for operation, width in needed.values()]
-    return Machine([driver.driver("driver", lanes), *codes])
+_WRITERS: dict[type, Callable[[str, int, int], Code]] = {
+    Quantize: int8.quantize,
+    LayerNorm: norm_kernel.layer_norm,
+    Patches: gather.gather,
+    Merge: gather.gather,
+    Start: gather.copy,
+    Rows: gather.rows,
+    Attention: attention_kernel.attention,
+}
 
 
-def stages_of(program: Program) -> list[list[Operation]]:
-    """Operations cut into stages: attention reads all tiles of an image, so that a stage begins with it."""
-    stages: list[list[Operation]] = [[]]
-    for operation in program.operations:
-        if isinstance(operation, Attention) and stages[-1]:
-            stages.append([])
-        stages[-1].append(operation)
-    return stages
+def _area(operation: WindowAttention) -> int:
+    return operation.window[0] * operation.window[1]
 
 
-@dataclass
-class Plan:
-    """The buffers of a batch size, and the driver's arguments for it.
+class Kernels:
+    """The kernels of a program, compiled when tiles of a width need them first.
 
     Args:
-        batch: images.
-        buffers: those that all threads see.
-        stages: int64 ``[stages, driver.STAGE]``.
-        scratch: a thread's own memory, one array a thread.
-        items: int64 ``[tiles, driver.ITEM]``, all tiles of the batch.
-        tables: for each stage int64 ``[operations, driver.OPERATION]``.
+        lanes: numbers in a vector.
+        layers: the program's linear layers, by name.
     """
 
-    batch: int
-    buffers: dict[str, Array]
-    stages: NDArray[np.int64]
-    scratch: list[Array]
-    items: NDArray[np.int64]
-    tables: list[NDArray[np.int64]] = field(default_factory=list)
-    kept: list[NDArray[np.generic]] = field(default_factory=list)  # what addresses point to
+    def __init__(self, lanes: int, layers: dict[str, LinearLayer]) -> None:
+        self._lanes, self._layers = lanes, layers
+        self._machines: dict[str, Machine] = {}
+
+    def require(self, needed: Iterable[tuple[Operation, int]]) -> None:
+        """Compiles what is missing for operations on tiles of widths, and the driver."""
+        missing = {kernel_name(*each, self._layers): each for each in needed}
+        codes = [
+            kernel(operation, width, self._lanes, self._layers)
+            for name, (operation, width) in missing.items()
+            if name not in self._machines
+        ]
+        if "driver" not in self._machines:
+            codes.append(driver.driver("driver", self._lanes))
+        if codes:
+            self._machines |= dict.fromkeys([code.name for code in codes], Machine(codes))
+
+    def address(self, operation: Operation, width: int) -> int:
+        """Where the kernel of an operation begins."""
+        name = kernel_name(operation, width, self._layers)
+        return self._machines[name].address(name)
 
     @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for array in [*self.buffers.values(), *self.scratch])
-
-
-@dataclass
-class _Memory:
-    """Where a plan's buffers lie: those of all threads, and in a thread's scratch (bytes from its begin)."""
-
-    program: Program
-    lanes: int
-    buffers: dict[str, Array]
-    local: dict[str, int]
-    scores: int
-    keys: NDArray[np.int64]
-    vectors: int
-
-    def locate(self, arguments: NDArray[np.int64], at: int, name: str) -> None:
-        """The three numbers that place a buffer, into arguments from ``at`` on."""
-        if name in self.local:
-            arguments[at : at + 3] = self.local[name], 0, 1
-        else:
-            step = 4 * self.lanes * self.program.buffers[name]
-            arguments[at : at + 3] = self.buffers[name].ctypes.data, step, 0
-
-
-def _arguments(
-    operation: Operation,
-    memory: _Memory,
-    layers: dict[str, LinearLayer],
-    norms: dict[str, tuple[Array, Array]],
-) -> NDArray[np.int64]:
-    """What an operation's kernel is called with."""
-    arguments = np.zeros(16, dtype=np.int64)
-    memory.locate(arguments, 0, operation.input)  # of every kernel the first two places
-    memory.locate(arguments, 3, operation.output)
-    if isinstance(operation, Linear):
-        layers[operation.layer].fill(arguments)
-    elif isinstance(operation, Quantize):
-        arguments[int8.INPUTS] = operation.inputs
-    elif isinstance(operation, LayerNorm):
-        k, (scale, shift) = norm_kernel, norms[operation.layer]
-        arguments[k.FEATURES], arguments[k.EPSILON] = len(scale), bits(operation.epsilon)
-        arguments[k.SCALE], arguments[k.SHIFT] = scale.ctypes.data, shift.ctypes.data
-    else:
-        a = attention_kernel
-        arguments[a.SCORES : a.SCORES + 3] = memory.scores, 0, 1
-        arguments[a.FEATURES], arguments[a.HEADS] = operation.heads * operation.size, operation.heads
-        arguments[a.HEAD_SIZE], arguments[a.SCALE] = operation.size, bits(operation.scale)
-        arguments[a.VECTORS], arguments[a.TILES] = memory.vectors, len(memory.keys)
-        arguments[a.KEY_TILES] = memory.keys.ctypes.data
-    return arguments
-
-
-def plan(
-    program: Program,
-    machine: Machine,
-    layers: dict[str, LinearLayer],
-    norms: dict[str, tuple[Array, Array]],
-    *,
-    lanes: int,
-    widths: list[int],
-    batch: int,
-    threads: int,
-) -> Plan:
-    """Memory and arguments for a batch size."""
-    vectors, wide = sum(widths), max(widths)
-    common = [name for name in program.buffers if name not in program.local]
-    buffers = {name: layout.aligned(batch * vectors * lanes * program.buffers[name]) for name in common}
-    local, size = {}, 0
-    for name in program.local:
-        local[name] = 4 * size
-        size += program.buffers[name] * wide * lanes
-    scores = 4 * size
-    size += program.tokens * wide * lanes
-    starts = np.cumsum([0, *widths[:-1]])
-    items = np.array(
-        [
-            (image * vectors + start, width)
-            for image in range(batch)
-            for start, width in zip(starts, widths, strict=True)
-        ],
-        dtype=np.int64,
-    )
-    scratch = [layout.aligned(size) for _ in range(threads)]
-    made = Plan(batch, buffers, np.zeros((0, 0), np.int64), scratch, items)
-    left = program.tokens - starts * lanes
-    keys = np.stack([starts, widths, np.minimum(left, np.array(widths) * lanes)], axis=1).astype(np.int64)
-
-    memory = _Memory(program, lanes, buffers, local, scores, keys, vectors)
-    stages = []
-    made.kept.append(keys)
-    for operations in stages_of(program):
-        table = np.zeros((len(operations), driver.OPERATION), dtype=np.int64)
-        for row, operation in zip(table, operations, strict=True):
-            arguments = _arguments(operation, memory, layers, norms)
-            made.kept.append(arguments)
-            for width in set(widths):
-                row[2 * width - 2] = machine.address(kernel_name(operation, width, layers))
-                row[2 * width - 1] = arguments.ctypes.data
-        made.tables.append(table)
-        stages.append((table.ctypes.data, len(operations), items.ctypes.data, len(items), 0, 0))
-    made.stages = np.array(stages, dtype=np.int64)
-    return made
-
-
-def bits(number: float) -> int:
-    """A float32 as the low half of an argument."""
-    return int(struct.unpack("<i", struct.pack("<f", number))[0])
+    def driver(self) -> int:
+        """Where the driver begins."""
+        return self._machines["driver"].address("driver")

@@ -12,6 +12,8 @@ in registers::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +40,70 @@ def tile_widths(vectors: int, widest: int = WIDEST) -> list[int]:
 def aligned(size: int, kind: type = np.float32) -> NDArray[np.float32]:
     """A zeroed array of one dimension that begins at a multiple of 64 bytes."""
     width = np.dtype(kind).itemsize
-    raw = np.zeros(size * width + 64, dtype=np.uint8)
+    raw = np.zeros(size * width + 128, dtype=np.uint8)  # a vector that begins at the last number ends inside
     start = -raw.ctypes.data % 64
     return raw[start : start + size * width].view(kind)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles that the tokens of a batch fill.
+
+    Args:
+        images, tokens: number of images, and of tokens in each.
+        lanes: numbers in a vector.
+        apart: whether each image begins a tile of its own; else one image follows the other without a gap,
+            and tiles may hold tokens of two.
+        widest: vectors in the widest tile.
+    """
+
+    images: int
+    tokens: int
+    lanes: int
+    apart: bool
+    widest: int = WIDEST
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Vectors in each tile."""
+        if self.apart:
+            return tile_widths(vectors_of(self.tokens, self.lanes), self.widest) * self.images
+        return tile_widths(vectors_of(self.images * self.tokens, self.lanes), self.widest)
+
+    @property
+    def vectors(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def pitch(self) -> int:
+        """Slots from the first token of an image to that of the next; a slot is a lane of a vector."""
+        return vectors_of(self.tokens, self.lanes) * self.lanes if self.apart else self.tokens
+
+    @cached_property
+    def items(self) -> NDArray[np.int64]:
+        """First vector and width of each tile."""
+        starts = np.cumsum([0, *self.widths[:-1]]) if self.widths else np.zeros(0)
+        return np.stack([starts, np.array(self.widths)], axis=1).astype(np.int64)
+
+    def slots(self, order: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Where the tokens lie, ``[images, tokens]``; with ``order`` an image's token ``t`` lies where
+        otherwise token ``order[t]`` would."""
+        within = np.arange(self.tokens) if order is None else order
+        return np.arange(self.images)[:, None] * self.pitch + within
+
+    def addresses(
+        self, slots: NDArray[np.int64], features: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Bytes from a buffer's begin to the first feature of a slot, and from there to its next feature.
+
+        Args:
+            slots: of any shape.
+            features: of the buffer.
+        """
+        tile = np.repeat(np.arange(len(self.widths)), self.widths)[slots // self.lanes]
+        first, width = self.items[tile, 0], self.items[tile, 1]
+        start = 4 * (self.lanes * features * first + slots - first * self.lanes)
+        return start, 4 * self.lanes * width
 
 
 def to_tiles(tokens: NDArray[np.float32], widths: Sequence[int], lanes: int) -> NDArray[np.float32]:

@@ -58,13 +58,93 @@ class Attention:
     kind: Literal["attention"] = "attention"
 
 
-Operation = Linear | Quantize | LayerNorm | Attention
-_KINDS: dict[str, type[Linear] | type[Quantize] | type[LayerNorm] | type[Attention]] = {
-    "quantize": Quantize,
-    "linear": Linear,
-    "layer_norm": LayerNorm,
-    "attention": Attention,
+@dataclass(frozen=True)
+class WindowAttention:
+    """Multi-head attention within the windows of a grid of tokens, with a relative position bias.
+
+    Args:
+        layer: names its tensors: ``relative_position`` ``[heads, keys, queries]``, tokens of a window row by
+            row, and ``padding``, what ``input`` would hold for a token of zeros: where windows reach beyond
+            the grid such tokens are keys as others are.
+        window, shift: rows and columns.
+    """
+
+    layer: str
+    input: str
+    output: str
+    heads: int
+    size: int
+    scale: float
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    kind: Literal["window_attention"] = "window_attention"
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The pixels of an image, one patch a token, channel by channel; prefix tokens get zeros."""
+
+    output: str
+    kind: Literal["patches"] = "patches"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every image's tokens begin with (class token, position embedding): the tensor ``layer``
+    ``[tokens, features]``."""
+
+    layer: str
+    output: str
+    kind: Literal["start"] = "start"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Two by two tokens of the level before as one token, their features one after the other: upper left,
+    lower left, upper right, lower right; zeros beyond an odd edge."""
+
+    input: str
+    output: str
+    kind: Literal["merge"] = "merge"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The features of each token as a row of an array outside."""
+
+    input: str
+    kind: Literal["rows"] = "rows"
+
+
+Operation = Linear | Quantize | LayerNorm | Attention | WindowAttention | Patches | Start | Merge | Rows
+_KINDS: dict[str, Any] = {
+    kind.kind: kind
+    for kind in (Linear, Quantize, LayerNorm, Attention, WindowAttention, Patches, Start, Merge, Rows)
 }
+
+
+@dataclass(frozen=True)
+class Level:
+    """Operations on one grid of tokens.
+
+    Args:
+        grid: rows and columns of tokens in an image.
+        operations: in order.
+        prefix: tokens before those of the grid (class token, distillation token).
+    """
+
+    grid: tuple[int, int]
+    operations: tuple[Operation, ...]
+    prefix: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def apart(self) -> bool:
+        """Whether each image begins a tile of its own, as attention over all its tokens wants it."""
+        return any(isinstance(operation, (Attention, Start)) for operation in self.operations)
 
 
 @dataclass(frozen=True)
@@ -74,12 +154,10 @@ class Program:
     Args:
         channels, height, width: of the images.
         patch: height and width of a patch, in pixels.
-        prefix: tokens before those of the patches (class token, distillation token).
-        buffers: features of each buffer. ``patches`` holds the images' pixels, one patch a token, and
-            ``stream`` begins with the position embedding; both exist in every program.
+        buffers: features of each buffer (of the widest operation that writes it).
         local: buffers that are used within one tile, between two attentions, and that a thread keeps to
-            itself.
-        operations: in order.
+            itself; each other is written on one level only.
+        levels: in order, with fewer tokens each; a plain vision transformer has one.
         output: the buffer that holds the features at the end.
         pool: ``token`` (the first), ``avg`` (the mean of the patches' tokens) or ``prefix`` (the mean of
             the logits of the prefix tokens, each with its own head: distilled DeiT).
@@ -91,10 +169,9 @@ class Program:
     height: int
     width: int
     patch: tuple[int, int]
-    prefix: int
     buffers: dict[str, int]
     local: tuple[str, ...]
-    operations: tuple[Operation, ...]
+    levels: tuple[Level, ...]
     output: str
     pool: Literal["token", "avg", "prefix"]
     classes: int
@@ -102,12 +179,9 @@ class Program:
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.height // self.patch[0], self.width // self.patch[1]
-
-    @property
-    def tokens(self) -> int:
-        return self.prefix + self.grid[0] * self.grid[1]
+    def operations(self) -> list[Operation]:
+        """Those of all levels."""
+        return [operation for level in self.levels for operation in level.operations]
 
 
 def to_json(program: Program) -> dict[str, Any]:
@@ -128,10 +202,20 @@ def from_json(text: str, where: str) -> Program:
         version = data.pop("version")
         if version != VERSION:
             raise ValueError(f"{where}: version {version} of the format, this reads version {VERSION}")
-        operations = tuple(_KINDS[entry["kind"]](**entry) for entry in data.pop("operations"))
+        levels = tuple(_level(entry) for entry in data.pop("levels"))
         known = {entry.name for entry in fields(Program)}
         kept = {name: value for name, value in data.items() if name in known}
         kept["patch"], kept["local"] = tuple(kept["patch"]), tuple(kept["local"])
-        return Program(operations=operations, **kept)
+        return Program(levels=levels, **kept)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{where}: no program of a sparse model ({error})") from error
+
+
+def _level(data: dict[str, Any]) -> Level:
+    operations = tuple(
+        _KINDS[entry["kind"]](
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+        )
+        for entry in data["operations"]
+    )
+    return Level(tuple(data["grid"]), operations, data["prefix"])

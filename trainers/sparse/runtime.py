@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trainers.checkpoint.checksums import sha256
-from trainers.sparse import engine, layout
-from trainers.sparse.engine import Array, LinearLayer, Plan
+from trainers.sparse import layout
+from trainers.sparse.break_even import break_even
+from trainers.sparse.engine import Array, LinearLayer
 from trainers.sparse.kernels import host
+from trainers.sparse.plan import Executor, Plan, Weights
 from trainers.sparse.program import LayerNorm, Linear, Program, from_json
 from trainers.sparse.weights import pack_blocks
 
 PROGRAM, TENSORS = "program.json", "tensors.safetensors"
+TABLES = ("/relative_position", "/padding")  # tensors of attention within windows
 
 
 class SparseModel:
@@ -33,7 +35,8 @@ class SparseModel:
         program: its operations.
         tensors: its weights, as :func:`load` reads them.
         threads: how many share the work of a call.
-        sparse_from: share of zeros from which a layer runs sparse.
+        sparse_from: share of zeros from which a layer runs sparse; default: where it is faster on this
+            machine (:mod:`trainers.sparse.break_even`).
         widest: vectors of tokens in a tile.
     """
 
@@ -43,28 +46,33 @@ class SparseModel:
         tensors: dict[str, NDArray[np.generic]],
         *,
         threads: int = 1,
-        sparse_from: float = engine.SPARSE_FROM,
+        sparse_from: float | None = None,
         widest: int = layout.WIDEST,
     ) -> None:
         self.program, self.threads = program, threads
-        self._lanes = host.lanes()
-        self._widths = layout.tile_widths(layout.vectors_of(program.tokens, self._lanes), widest)
-        self.layers, self._norms = {}, {}
-        for operation in program.operations:
-            if isinstance(operation, Linear):
-                self.layers[operation.layer] = self._linear(operation, tensors, sparse_from)
-            elif isinstance(operation, LayerNorm):
-                self._norms[operation.layer] = (
-                    _real(tensors, f"{operation.layer}/scale"),
-                    _real(tensors, f"{operation.layer}/shift"),
-                )
-        self._start = layout.to_tiles(_real(tensors, "start"), self._widths, self._lanes)
-        self._head = {name: _real(tensors, name) for name in tensors if name.startswith("head/")}
-        self._machine = engine.compiled(program, self._widths, self._lanes, self.layers)
-        self._run = host.function(self._machine.address("driver"), 3)
-        self._plans: dict[int, Plan] = {}
+        self._lanes, self._widest = host.lanes(), widest
+        sparse_from = break_even() if sparse_from is None else sparse_from
+        norms = {
+            operation.layer: (
+                _real(tensors, f"{operation.layer}/scale"),
+                _real(tensors, f"{operation.layer}/shift"),
+            )
+            for operation in program.operations
+            if isinstance(operation, LayerNorm)
+        }
+        self.layers = {
+            operation.layer: self._linear(operation, tensors, sparse_from)
+            for operation in program.operations
+            if isinstance(operation, Linear)
+        }
+        others = {
+            name: _real(tensors, name)
+            for name in tensors
+            if name == "start" or name.endswith(TABLES) or name.startswith("head/")
+        }
+        self._head = {name: array for name, array in others.items() if name.startswith("head/")}
+        self.executor = Executor(program, Weights(self.layers, norms, others), threads=threads, widest=widest)
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
 
     def _linear(
         self, operation: Linear, tensors: dict[str, NDArray[np.generic]], sparse_from: float
@@ -77,8 +85,7 @@ class SparseModel:
             blocks = pack_blocks(int8_weight(tensors, layer), _real(tensors, f"{layer}/steps"))
             return LinearLayer(blocks.outputs, blocks.inputs, bias, None, None, blocks)
         weight = dense_weight(tensors, layer)
-        widest = max(self._widths)
-        return LinearLayer.of(weight, bias, lanes=self._lanes, widest=widest, sparse_from=sparse_from)
+        return LinearLayer.of(weight, bias, lanes=self._lanes, widest=self._widest, sparse_from=sparse_from)
 
     def __call__(self, images: Array) -> Array:
         """Logits of some images.
@@ -96,72 +103,18 @@ class SparseModel:
         if not len(images):
             return np.zeros((0, self.program.classes), dtype=np.float32)
         with self._lock:
-            plan = self.plan(len(images))
-            self._load(images, plan)
-            self._execute(plan)
-            return self._logits(plan)
-
-    def plan(self, batch: int) -> Plan:
-        """Buffers and arguments for a batch size; those of another are let go."""
-        if batch not in self._plans:
-            self._plans.clear()
-            self._plans[batch] = engine.plan(
-                self.program,
-                self._machine,
-                self.layers,
-                self._norms,
-                lanes=self._lanes,
-                widths=self._widths,
-                batch=batch,
-                threads=self.threads,
-            )
-        return self._plans[batch]
-
-    def _load(self, images: Array, plan: Plan) -> None:
-        """Pixels into ``patches``, one patch a token, and the position embedding into ``stream``."""
-        program, (rows, columns), (high, wide) = self.program, self.program.grid, self.program.patch
-        count, features = plan.batch, program.channels * high * wide
-        split = images.reshape(count, program.channels, rows, high, columns, wide)
-        pixels = split.transpose(0, 1, 3, 5, 2, 4).reshape(count, features, rows * columns)
-        patches = plan.buffers["patches"].reshape(count, -1)
-        start = 0
-        for width in self._widths:
-            size = width * self._lanes
-            tile = patches[:, start * features : (start + size) * features].reshape(count, features, size)
-            before = max(0, program.prefix - start)
-            first = max(0, start - program.prefix)
-            part = pixels[:, :, first : first + size - before]
-            tile[:, :, before : before + part.shape[2]] = part
-            start += size
-        plan.buffers["stream"].reshape(count, -1)[:] = self._start
-
-    def _execute(self, plan: Plan) -> None:
-        plan.stages[:, 4:] = 0
-        arguments = [(plan.stages.ctypes.data, len(plan.stages), own.ctypes.data) for own in plan.scratch]
-        waiting = [self._pool.submit(self._run, *each) for each in arguments[1:]] if self._pool else []
-        self._run(*arguments[0])
-        for each in waiting:
-            each.result()
+            return self._logits(self.executor.run(len(images), images))
 
     def _logits(self, plan: Plan) -> Array:
-        program, lanes = self.program, self._lanes
-        features = program.buffers[program.output]
-        tiles = plan.buffers[program.output].reshape(plan.batch, -1)
-        wanted = program.tokens if program.pool == "avg" else max(1, program.prefix)
-        tokens, start = np.empty((plan.batch, wanted, features), dtype=np.float32), 0
-        for width in self._widths:
-            size = width * lanes
-            tile = tiles[:, start * features : (start + size) * features].reshape(plan.batch, features, size)
-            part = tokens[:, start : start + size]
-            part[:] = tile[:, :, : part.shape[1]].transpose(0, 2, 1)
-            start += size
+        program = self.program
+        tokens, prefix = self._tokens(plan), program.levels[-1].prefix
         if program.pool == "prefix":
             each = [
                 tokens[:, i] @ self._head[f"head/weight{i}"].T + self._head[f"head/bias{i}"]
-                for i in range(program.prefix)
+                for i in range(prefix)
             ]
-            return np.asarray(sum(each) / np.float32(program.prefix), dtype=np.float32)
-        pooled = tokens[:, 0] if program.pool == "token" else tokens[:, program.prefix :].mean(axis=1)
+            return np.asarray(sum(each) / np.float32(prefix), dtype=np.float32)
+        pooled = tokens[:, 0] if program.pool == "token" else tokens[:, prefix:].mean(axis=1)
         if program.pool_norm is not None:
             centred = pooled - pooled.mean(axis=1, keepdims=True)
             deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(program.pool_norm))
@@ -170,6 +123,24 @@ class SparseModel:
             return np.ascontiguousarray(pooled)
         logits: Array = pooled @ self._head["head/weight0"].T + self._head["head/bias0"]
         return logits
+
+    def _tokens(self, plan: Plan) -> Array:
+        """The features of the tokens that are pooled, ``[images, tokens, features]``."""
+        program, tiling, level = self.program, plan.tilings[-1], self.program.levels[-1]
+        buffer = plan.buffers[program.output]
+        if not tiling.apart:
+            tokens = layout.from_tiles(buffer, tiling.widths, tiling.lanes, tiling.images * tiling.tokens)
+            return tokens.reshape(tiling.images, tiling.tokens, -1)
+        tiles, features = buffer.reshape(tiling.images, -1), program.buffers[program.output]
+        wanted = level.tokens if program.pool == "avg" else max(1, level.prefix)
+        tokens, start = np.empty((tiling.images, wanted, features), dtype=np.float32), 0
+        for width in tiling.widths[: len(tiling.widths) // tiling.images]:
+            size = width * tiling.lanes
+            tile = tiles[:, start * features : (start + size) * features].reshape(-1, features, size)
+            part = tokens[:, start : start + size]
+            part[:] = tile[:, :, : part.shape[1]].transpose(0, 2, 1)
+            start += size
+        return tokens
 
 
 def _real(tensors: dict[str, NDArray[np.generic]], name: str) -> Array:
@@ -200,7 +171,7 @@ def int8_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> NDArray[
     return weight.reshape(len(counts), inputs)
 
 
-def load(folder: str | Path, *, threads: int = 1, sparse_from: float = engine.SPARSE_FROM) -> SparseModel:
+def load(folder: str | Path, *, threads: int = 1, sparse_from: float | None = None) -> SparseModel:
     """A model from its folder (:func:`trainers.sparse.packing.pack` writes it).
 
     Raises:

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from trainers.sparse.kernels import host
-from trainers.sparse.packing import pack, vision_transformer
+from trainers.sparse.packing import pack, packed, vision_transformer
 from trainers.sparse.runtime import SparseModel, load
 
 TINY: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_a_part_that_is_not_packed_is_named(options: dict[str, Any], named: str)
 
 def test_another_kind_of_model_is_named() -> None:
     with pytest.raises(ValueError, match="Linear"):
-        vision_transformer(nn.Linear(2, 2))
+        packed(nn.Linear(2, 2))
 
 
 def test_a_folder_is_read_back_without_torch(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ __all__ = [
     "attention",
     "builder",
     "driver",
+    "gather",
     "host",
     "int8",
     "linear",
     "norm",
     "tile",
     "vector_math",
+    "window_attention",
 ]

@@ -120,6 +120,33 @@ class Code:
         order = f"<{self.lanes} x i32> zeroinitializer"
         return self.value(width, f"shufflevector {width} {first.text}, {width} poison, {order}")
 
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """As many vectors as each has lanes, rows as columns: pairs of rows exchange halves, then quarters,
+        and so on."""
+        values, distance = list(rows), self.lanes // 2
+        while distance:
+            for first in range(self.lanes):
+                if first & distance:
+                    continue
+                pair = values[first], values[first + distance]
+                for number, shift in ((0, 0), (1, distance)):
+                    # lane i of both: from the first row below the distance, from the second above it
+                    order = [
+                        (i ^ distance) + self.lanes + shift if i & distance else i + shift
+                        for i in range(self.lanes)
+                    ]
+                    values[first + number * distance] = self._shuffled(*pair, order)
+            distance //= 2
+        return values
+
+    def _shuffled(self, left: Value, right: Value, order: Sequence[int]) -> Value:
+        """Lanes of two vectors, numbered through."""
+        mask = ", ".join(f"i32 {number}" for number in order)
+        kind = left.type
+        return self.value(
+            kind, f"shufflevector {kind} {left.text}, {kind} {right.text}, <{self.lanes} x i32> <{mask}>"
+        )
+
     # memory
     def at(self, pointer: Value, offset: Value | int) -> Value:
         """The address ``offset`` bytes further on."""
@@ -143,6 +170,37 @@ class Code:
         self.declared.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         hints = [self.whole(int(write), "i32"), self.whole(3, "i32"), self.whole(1, "i32")]
         self.invoke("@llvm.prefetch.p0", [where, *hints])
+
+    def lane_numbers(self, first: int = 0) -> Value:
+        """``first``, ``first`` + 1 … in the lanes."""
+        numbers = ", ".join(f"i32 {first + lane}" for lane in range(self.lanes))
+        return Value(self, self.integers, f"<{numbers}>")
+
+    def scatter(self, value: Value, pointer: Value, offsets: Value, mask: Value) -> None:
+        """Stores each lane where the mask is set at ``pointer`` + its offset (bytes)."""
+        kind = f"<{self.lanes} x ptr>"
+        at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
+        name = f"@llvm.masked.scatter.v{self.lanes}f32.v{self.lanes}p0"
+        self.declared.add(f"declare void {name}({value.type}, {kind}, i32, {mask.type})")
+        self.invoke(name, [value, at, self.whole(4, "i32"), mask])
+
+    def gathered(self, pointer: Value, offsets: Value, mask: Value) -> Value:
+        """Float32 from ``pointer`` + each of the vector's ``offsets`` (bytes); 0 beyond the mask."""
+        kind = f"<{self.lanes} x ptr>"
+        at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
+        zero = Value(self, self.vector, "zeroinitializer")
+        values = [at, self.whole(4, "i32"), mask, zero]
+        return self.call(self.vector, f"llvm.masked.gather.v{self.lanes}f32.v{self.lanes}p0", *values)
+
+    def first_lanes(self, count: Value, first: int = 0) -> Value:
+        """A mask of the lanes whose number, counted from ``first``, is below ``count``."""
+        return self.compare("slt", self.lane_numbers(first), self.splat(self.convert("trunc", count, "i32")))
+
+    def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
+        """Stores the lanes where the mask is set, at any address."""
+        name = f"@llvm.masked.store.v{self.lanes}f32.p0"
+        self.declared.add(f"declare void {name}({value.type}, ptr, i32, {mask.type})")
+        self.invoke(name, [value, pointer, self.whole(4, "i32"), mask])
 
     def _placed(self, kind: str, align: int) -> tuple[str, int]:
         kind = {"vector": self.vector, "integers": self.integers}.get(kind, kind)

@@ -31,6 +31,12 @@ def lanes() -> int:
     return 8 if features.get("avx2") else 4
 
 
+def processor() -> str:
+    """What the speed of a kernel depends on: the kind of processor, its vectors, and LLVM's version."""
+    version = ".".join(map(str, llvm.llvm_version_info))
+    return f"{llvm.get_host_cpu_name()}, {lanes()} lanes, LLVM {version}"
+
+
 def has_vnni() -> bool:
     """Whether the processor multiplies 8-bit numbers in vectors of 16 sums (AVX-512 VNNI)."""
     return bool(llvm.get_host_cpu_features().get("avx512vnni"))

@@ -8,7 +8,7 @@ from trainers.sparse.kernels.builder import Code, Value
 _EXPONENTIAL = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0)
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.42860682030941723e-06  # their sum is ln 2; the first has few bits
-_LOWEST, _HIGHEST = -87.0, 88.0  # beyond, e^x is no normal float32
+_LOWEST, _HIGHEST = -88.0, 88.0  # beyond, e^x is no normal float32; at the lowest its power of 2 comes out 0
 
 # erf(x) = x · P(x²) / Q(x²) for |x| <= 4, the rational approximation that XLA and Eigen use; last first
 _ERF_P = (
@@ -42,7 +42,8 @@ def _bounded(code: Code, x: Value, low: float, high: float) -> Value:
 
 
 def exponential(code: Code, x: Value) -> Value:
-    """``e^x`` to about 1e-7 of its value; below -87 it stays at ``e^-87``."""
+    """``e^x`` to about 1e-7 of its value; below about -87.7 it is 0: products with numbers that small, which
+    are no normal float32, take a hundred times as long."""
     x = _bounded(code, x, _LOWEST, _HIGHEST)
     power = code.nearest(x * _LOG2_E)
     rest = code.fma(power, code.splat(-_LN2_HIGH), x)

@@ -1,0 +1,7 @@
+"""timm's models as programs: one module for each family."""
+
+__all__ = [
+    "swin",
+    "tensors",
+    "vision_transformer",
+]

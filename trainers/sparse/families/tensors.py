@@ -1,0 +1,157 @@
+"""A model's tensors as its folder holds them, and the blocks that all families share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainers.sparse.engine import SPARSE_FROM
+from trainers.sparse.kernels.int8 import EXTRA_ROWS
+from trainers.sparse.program import LayerNorm, Linear, Operation, Quantize
+from trainers.sparse.weights import to_int8
+
+Tensors = dict[str, NDArray[np.generic]]
+
+
+def numbers(tensor: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def add_linear(
+    tensors: Tensors,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    factor: Tensor | None = None,
+    int8: bool = False,
+) -> None:
+    """A linear layer's tensors; with ``factor`` (LayerScale) its outputs are multiplied by it, with
+    ``int8`` the weights are bytes, of which blocks of four zeros are left out."""
+    weight = weight.detach().float()
+    bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+    if factor is not None:
+        weight, bias = weight * factor.detach()[:, None], bias * factor.detach()
+    tensors[f"{name}/bias"] = numbers(bias)
+    matrix = numbers(weight)
+    if int8:
+        whole, tensors[f"{name}/steps"] = to_int8(matrix)
+        blocks = whole.reshape(len(whole), -1, 4)
+        rows, columns = np.nonzero(blocks.any(axis=2))
+        tensors[f"{name}/counts"] = np.bincount(rows, minlength=len(matrix)).astype(np.int32)
+        tensors[f"{name}/columns"] = columns.astype(np.uint16)
+        tensors[f"{name}/blocks"] = np.ascontiguousarray(blocks[rows, columns])
+        tensors[f"{name}/inputs"] = np.array([matrix.shape[1]], dtype=np.int64)
+        return
+    if np.count_nonzero(matrix) > (1 - SPARSE_FROM) * matrix.size or matrix.shape[1] > 65535:
+        tensors[f"{name}/weight"] = matrix
+        return
+    rows, columns = np.nonzero(matrix)
+    tensors[f"{name}/counts"] = np.bincount(rows, minlength=len(matrix)).astype(np.int32)
+    tensors[f"{name}/columns"] = columns.astype(np.uint16)
+    tensors[f"{name}/values"] = matrix[rows, columns]
+    tensors[f"{name}/inputs"] = np.array([matrix.shape[1]], dtype=np.int64)
+
+
+def add_norm(tensors: Tensors, name: str, norm: nn.LayerNorm) -> float:
+    """A LayerNorm's tensors; returns its epsilon."""
+    size = int(np.prod(norm.normalized_shape))
+    tensors[f"{name}/scale"] = numbers(torch.ones(size) if norm.weight is None else norm.weight)
+    tensors[f"{name}/shift"] = numbers(torch.zeros(size) if norm.bias is None else norm.bias)
+    return float(norm.eps)
+
+
+@dataclass
+class Writer:
+    """Collects the tensors and buffers of a program while its operations are listed.
+
+    Args:
+        int8: whether linear layers have INT8 weights, and inputs that are quantized token by token.
+    """
+
+    int8: bool = False
+    tensors: Tensors = field(default_factory=dict)
+    buffers: dict[str, int] = field(default_factory=dict)
+
+    def buffer(self, name: str, features: int) -> str:
+        """A buffer of at least so many features; returns its name."""
+        self.buffers[name] = max(self.buffers.get(name, 0), features)
+        return name
+
+    def norm(self, name: str, norm: nn.LayerNorm, source: str, target: str) -> Operation:
+        """A LayerNorm."""
+        features = int(np.prod(norm.normalized_shape))
+        return LayerNorm(name, source, self.buffer(target, features), add_norm(self.tensors, name, norm))
+
+    def linear(
+        self,
+        name: str,
+        module: nn.Linear,
+        source: str,
+        target: str,
+        *,
+        factor: Tensor | None = None,
+        residual: bool = False,
+        gelu: bool = False,
+    ) -> list[Operation]:
+        """A linear layer; in INT8 with the quantization of its inputs, if there are a multiple of four."""
+        as_bytes = self.int8 and module.in_features % 4 == 0
+        add_linear(self.tensors, name, module.weight, module.bias, factor=factor, int8=as_bytes)
+        self.buffer(target, module.out_features)
+        if not as_bytes:
+            return [Linear(name, source, target, residual, gelu)]
+        quantized = self.buffer("quantized", module.in_features // 4 + EXTRA_ROWS)
+        return [
+            Quantize(source, quantized, module.in_features),
+            Linear(name, quantized, target, residual, gelu, int8=True),
+        ]
+
+    def mlp(self, name: str, block: Any, stream: str, scale: Tensor | None = None) -> list[Operation]:
+        """The second half of a block: ``stream += MLP(norm2(stream))``."""
+        return [
+            self.norm(f"{name}.norm2", block.norm2, stream, "norm"),
+            *self.linear(f"{name}.mlp.fc1", block.mlp.fc1, "norm", "hidden", gelu=True),
+            *self.linear(f"{name}.mlp.fc2", block.mlp.fc2, "hidden", stream, factor=scale, residual=True),
+        ]
+
+    def head(self, *heads: nn.Module) -> None:
+        """The classifiers."""
+        for number, head in enumerate(heads):
+            if isinstance(head, nn.Linear):
+                bias = torch.zeros(head.out_features) if head.bias is None else head.bias
+                self.tensors[f"head/weight{number}"] = numbers(head.weight)
+                self.tensors[f"head/bias{number}"] = numbers(bias)
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """The buffers that a thread keeps to itself."""
+        return tuple(name for name in LOCAL if name in self.buffers)
+
+
+LOCAL = ("patches", "merged", "norm", "hidden", "quantized")
+
+
+def check_mlp(name: str, mlp: nn.Module) -> None:
+    """Raises ``ValueError`` for another MLP than those with GELU in its exact form."""
+    act = getattr(mlp, "act", None)
+    exact = type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
+    if type(mlp).__name__ != "Mlp" or not exact:
+        raise ValueError(f"{name}.mlp: only an MLP with GELU in its exact form is packed")
+    check_identity(f"{name}.mlp.norm", getattr(mlp, "norm", None))
+
+
+def check_identity(name: str, part: nn.Module | None) -> None:
+    """Raises ``ValueError`` where a part does something."""
+    if part is not None and not isinstance(part, nn.Identity):
+        raise ValueError(f"{name}: a {type(part).__name__} here is not packed")
+
+
+def check_norm(name: str, part: nn.Module) -> None:
+    """Raises ``ValueError`` where a norm is no LayerNorm."""
+    if not isinstance(part, nn.LayerNorm):
+        raise ValueError(f"{name}: a {type(part).__name__} here is not packed, only a LayerNorm")
