@@ -4,6 +4,7 @@ __all__ = [
     "checkpoint",
     "config",
     "data",
+    "deploy",
     "distributed",
     "engines",
     "export",

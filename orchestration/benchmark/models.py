@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orchestration.commands.model_source import as_checkpoint_folder, resolved
-from orchestration.export.engine import EXPORT_RECORD, read_record, source_of, torch_answers
-from orchestration.export.formats import FORMATS, Source
+from orchestration.export.engine import source_of
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
+from trainers.deploy.checked import is_exported, read_record, torch_answers
+from trainers.deploy.formats import FORMATS, Source
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
 from trainers.export.onnx import ONNX_FILE, read_preprocessing
 from trainers.quantization import int8_folder
 from trainers.sources.columns import Columns
+from trainers.sparse.engine import SPARSE_FROM
 from trainers.storage import absolute
 
 
@@ -82,6 +84,10 @@ class Variant:
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
             return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
+        if choice == Choice("sparse", "float32") and not any(
+            zeros(module) >= SPARSE_FROM for module in linear
+        ):
+            return f"no linear layer has {100 * SPARSE_FROM:.0f} % zeros"
         if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
             return "no linear layer keeps 2:4"
         return None
@@ -132,7 +138,7 @@ class Variant:
 
 def form_of(choice: Choice) -> str | None:
     """The export format that an engine runs in a data type; ``None``: the checkpoint itself."""
-    if choice.engine not in ("onnxruntime", "openvino"):
+    if choice.engine not in ("onnxruntime", "openvino", "sparse"):
         return None
     wanted = (choice.engine, choice.stored)
     return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == wanted)
@@ -191,7 +197,7 @@ def _open(
     columns: Columns | None,
 ) -> Variant:
     local = Path(absolute(location))
-    if "://" not in location and (local / EXPORT_RECORD).is_file():
+    if "://" not in location and is_exported(local):
         record = read_record(local, name)
         about = record.get("source", {})
         sparsity = float(about.get("sparsity", 0.0))

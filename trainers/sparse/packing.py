@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def vision_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tens
     Raises:
         ValueError: a part that the engine has no operation for, by its name.
     """
-    _check(model)
+    check(model)
     tensors: Tensors = {}
     embedding, dim = model.patch_embed.proj, int(model.embed_dim)
     prefix = int(model.num_prefix_tokens)
@@ -178,8 +180,8 @@ def _gamma(scale: nn.Module) -> Tensor | None:
     return None if isinstance(scale, nn.Identity) else scale.gamma  # type: ignore[return-value]
 
 
-def _check(model: Any) -> None:
-    """Raises ``ValueError`` for a part with no operation of the engine's."""
+def check(model: Any) -> None:
+    """Raises ``ValueError`` for a part with no operation of the engine's; weights do not matter."""
     kind = type(model).__name__
     if kind not in {"VisionTransformer", "VisionTransformerDistilled"}:
         raise ValueError(f"{kind}: only timm's VisionTransformer is packed")
@@ -206,18 +208,28 @@ def _exact_gelu(part: nn.Module) -> bool:
     return type(part).__name__ == "GELU" and getattr(part, "approximate", "none") == "none"
 
 
-def pack(model: nn.Module, folder: str | Path, *, int8: bool = False) -> Program:
+def pack(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    int8: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> Program:
     """Writes a model's folder: ``program.json``, ``tensors.safetensors`` and their checksums.
 
     Args:
         model: a timm ``VisionTransformer``; its zeros are left out.
         folder: an empty folder, or one that is made.
         int8: INT8 weights, where zeros save time in blocks of 1 × 4.
+        preprocessing: how images are prepared, and the names of the classes
+            (:mod:`trainers.data.preprocessing`); default: timm's own configuration.
 
     Raises:
         ValueError: a model with a part that the engine cannot run.
     """
     program, tensors = vision_transformer(model, int8=int8)
+    if preprocessing is not None:
+        program = replace(program, preprocessing=dict(preprocessing))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(program), default=str, indent=1)

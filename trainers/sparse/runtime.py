@@ -1,29 +1,52 @@
 """A pruned vision transformer, from its folder to logits: numpy in, numpy out, without torch.
 
-from trainers.sparse.runtime import load
-model = load("deit_s_90")
+from trainers.sparse import load
+model = load("deit_s_90", threads=2)
 logits = model(images)            # float32 [images, channels, height, width] → [images, classes]
+model.predict(["cat.jpg"])        # label, name and probabilities of each
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trainers.checkpoint.checksums import sha256
-from trainers.sparse import engine, layout
+from trainers.sparse import engine, images, layout
 from trainers.sparse.engine import Array, LinearLayer, Plan
 from trainers.sparse.kernels import host
 from trainers.sparse.program import LayerNorm, Linear, Program, from_json
 from trainers.sparse.weights import pack_blocks
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PROGRAM, TENSORS = "program.json", "tensors.safetensors"
+_TOGETHER = 16  # images of a pass of :meth:`SparseModel.predict`
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image.
+
+    Attributes:
+        label: the number of the likeliest class.
+        name: its name, if the folder knows it.
+        probabilities: of all classes, summing to 1.
+    """
+
+    label: int
+    name: str | None
+    probabilities: Array
 
 
 class SparseModel:
@@ -79,6 +102,41 @@ class SparseModel:
         weight = dense_weight(tensors, layer)
         widest = max(self._widths)
         return LinearLayer.of(weight, bias, lanes=self._lanes, widest=widest, sparse_from=sparse_from)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How images are prepared, and the names of the classes (:mod:`trainers.data.preprocessing`)."""
+        return self.program.preprocessing
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """How each linear layer runs: ``sparse``, ``int8`` (without its blocks of zeros) or ``dense``."""
+        return {name: layer.kind for name, layer in self.layers.items()}
+
+    def predict(self, files: Iterable[str | Path | IO[bytes] | Image]) -> list[Prediction]:
+        """Classes of images.
+
+        Args:
+            files: of images, or images of Pillow's.
+
+        Returns:
+            What the model says of each.
+
+        Raises:
+            OSError: a file that is missing, or no image.
+        """
+        pixels = [images.prepared(file, self.preprocessing) for file in files]
+        names: list[str] = list(self.preprocessing.get("labels", ()))
+        predictions = []
+        for begin in range(0, len(pixels), _TOGETHER):
+            logits = self(np.stack(pixels[begin : begin + _TOGETHER])).astype(np.float64)
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+            shares /= shares.sum(axis=1, keepdims=True)
+            for row in shares:
+                best = int(row.argmax())
+                name = names[best] if best < len(names) else None
+                predictions.append(Prediction(best, name, row.astype(np.float32)))
+        return predictions
 
     def __call__(self, images: Array) -> Array:
         """Logits of some images.
