@@ -96,7 +96,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     model, layers, cut = _model(recipe)
     if recipe.quantize is not None and model is not None:
         check_mode(model, recipe.quantize.mode, [layer.name for layer in layers], "quantize.mode")
-    _check_packable(recipe, model)
+    if model is not None and any(kind.startswith("sparse") for kind in recipe.export):
+        check_packable(model, "export")
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
@@ -136,16 +137,6 @@ def _check_int8(recipe: Recipe) -> None:
         require("quantize.mode", recipe.quantize.mode, *NEEDS)
         if recipe.quantize.training is not None:
             check_training(recipe.quantize.training, "quantize.recovery.")
-
-
-def _check_packable(recipe: Recipe, model: torch.nn.Module | None) -> None:
-    """Check that the sparse engine can run the model, where it is asked for.
-
-    Raises:
-        InputError: it cannot.
-    """
-    if model is not None and any(kind.startswith("sparse") for kind in recipe.export):
-        check_packable(model, "export")
 
 
 def _check_formats(recipe: Recipe) -> None:
@@ -291,6 +282,8 @@ def _check_latency(
             check_linear(model, layers)
     for part, target in wanted.items():
         check(target.choice, "cpu", key=f"{part}.target.engine")
+        if target.engine == "sparse" and model is not None:
+            check_packable(model, f"{part}.target.engine")
         if local and not os.environ.get("RAY_ADDRESS"):
             check_threads(target, os.cpu_count() or 1, key=f"{part}.target.threads")
 

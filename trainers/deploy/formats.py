@@ -231,7 +231,7 @@ def _sparse_remarks(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 _BLOCK = 4  # inputs of a block in which INT8 leaves zeros out
-_LEAST_IN_BLOCKS = 0.9
+_LEAST_IN_BLOCKS = 0.85
 _LEAST_LEFT_OUT = 0.4
 _NAMED = 4  # most layers that a line names
 
