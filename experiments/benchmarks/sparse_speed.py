@@ -1,7 +1,7 @@
 """The sparse engine against dense float32 in torch, ONNX Runtime and OpenVINO: single layers, whole models.
 
-    python experiments/benchmarks/sparse_speed.py [--layers] [--whole] [--threads 1 2] [--clock wall]
-        [--rounds 9] [--profile] [--model deit_small_patch16_224]
+    python experiments/benchmarks/sparse_speed.py [--layers] [--whole] [--memory] [--threads 1 2]
+        [--clock wall] [--rounds 9] [--profile] [--model deit_small_patch16_224]
 
 Random weights, random masks of one sparsity in every linear layer of the blocks; where the processor has the
 instructions, INT8 with zeros in blocks of 1 × 4 besides. Answers in float32 are compared with torch's before
@@ -31,6 +31,7 @@ import onnxruntime
 import openvino
 import timm
 import torch
+from sparse_memory import memory
 from torch import nn
 
 from trainers.sparse import engine, layout
@@ -283,6 +284,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="of processes (sparse_memory.py)")
     parser.add_argument("--profile", action="store_true", help="times of each kind of operation")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
@@ -293,10 +295,12 @@ def main() -> None:
         raise SystemExit("--clock cpu: processor seconds say nothing about several threads")
     torch.set_num_threads(1)
     timer = Timer(given.rounds, time.process_time if given.clock == "cpu" else time.perf_counter)
-    both = not (given.layers or given.whole)
+    both = not (given.layers or given.whole or given.memory)
     rows = layers(timer) if given.layers or both else []
     for threads in given.threads if given.whole or both else []:
         rows += whole(timer, given.model, threads, profile=given.profile)
+    for batch in TOKENS if given.memory or both else ():
+        rows += memory(given.model, batch)
     missed = [f"{what}: {gain:.2f}× of {least}×" for what, gain, least in rows if gain < least]
     print(f"{len(rows) - len(missed)} of {len(rows)} stated ratios reached; missed: {missed or 'none'}")
     sys.exit(1 if missed else 0)

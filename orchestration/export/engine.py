@@ -134,4 +134,5 @@ def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> d
 def _end(target: Path, options: ExportOptions) -> Iterator[str]:
     size = sum(path.stat().st_size for path in target.iterdir() if path.name != EXPORT_RECORD)
     yield f"{'written to':<12}{options.out} ({size / 1e6:.2f} MB)"
-    yield f"{'run it by':<12}the example for {options.kind} in docs/guides/export.md"
+    guide = "sparse_engine" if options.form.engine == "sparse" else "export"
+    yield f"{'run it by':<12}the example for {options.kind} in docs/guides/{guide}.md"
