@@ -5,6 +5,7 @@ __all__ = [
     "checkpoint",
     "config",
     "data",
+    "deploy",
     "distributed",
     "engines",
     "export",

@@ -1,6 +1,6 @@
 """The sparse engine against dense float32 in torch, ONNX Runtime and OpenVINO: single layers, whole models.
 
-    python experiments/benchmarks/sparse_speed.py [--layers] [--whole] [--scaling] [--growth]
+    python experiments/benchmarks/sparse_speed.py [--layers] [--whole] [--scaling] [--growth] [--memory]
         [--model deit_small_patch16_224 vit_cifar10 swin_cifar10] [--batch 1 16] [--threads 1 2]
         [--clock wall] [--rounds 9] [--profile] [--plot FILE]
 
@@ -36,6 +36,7 @@ import onnxruntime
 import openvino
 import timm
 import torch
+from sparse_memory import memory
 from torch import nn
 
 from trainers.sparse import engine, layout
@@ -431,7 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("layers", "whole", "scaling", "growth")
+    parts = ("layers", "whole", "scaling", "growth", "memory")
     for part in parts:
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--profile", action="store_true", help="times of each kind of operation")
@@ -457,6 +458,8 @@ def main() -> None:
             rows += scaling(timer, DEIT, batch)
         if "growth" in asked:
             rows += growth(timer, DEIT, batch, given.plot if batch == given.batch[-1] else None)
+        if "memory" in asked:
+            rows += memory(DEIT, batch)
     missed = [f"{what}: {gain:.2f} of {least}" for what, gain, least in rows if gain < least]
     print(f"{len(rows) - len(missed)} of {len(rows)} stated figures reached; missed: {missed or 'none'}")
     sys.exit(1 if missed else 0)

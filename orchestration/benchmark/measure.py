@@ -77,7 +77,7 @@ class Row:
     @property
     def wrong(self) -> bool:
         """Whether the engine's answers are not the model's."""
-        return self.agreement is not None and not self.agreement.holds(self.choice.kind)
+        return self.agreement is not None and not self.agreement.holds(self.choice.kind, self.choice.engine)
 
 
 @dataclass

@@ -17,17 +17,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orchestration.commands.model_source import as_checkpoint_folder, resolved
-from orchestration.export.engine import EXPORT_RECORD, read_record, source_of, torch_answers
-from orchestration.export.formats import FORMATS, Source
+from orchestration.export.engine import source_of
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
 from trainers.checkpoint.records import ExportRecord
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images, pattern_images
+from trainers.deploy.checked import is_exported, read_record, torch_answers
+from trainers.deploy.formats import FORMATS, Source
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
 from trainers.export.onnx import ONNX_FILE, read_preprocessing
 from trainers.quantization import int8_folder
 from trainers.sources.columns import Columns
+from trainers.sparse.break_even import break_even
 from trainers.storage import absolute
 
 
@@ -83,6 +85,8 @@ class Variant:
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
             return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
+        if choice == Choice("sparse", "float32") and max(map(zeros, linear), default=0.0) < break_even():
+            return f"no linear layer has {100 * break_even():.0f} % zeros"
         if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
             return "no linear layer keeps 2:4"
         return None
@@ -133,7 +137,7 @@ class Variant:
 
 def form_of(choice: Choice) -> str | None:
     """The export format that an engine runs in a data type; ``None``: the checkpoint itself."""
-    if choice.engine not in ("onnxruntime", "openvino"):
+    if choice.engine not in ("onnxruntime", "openvino", "sparse"):
         return None
     wanted = (choice.engine, choice.stored)
     return next(name for name, form in FORMATS.items() if (form.engine, form.kind) == wanted)
@@ -192,11 +196,13 @@ def _open(
     columns: Columns | None,
 ) -> Variant:
     local = Path(absolute(location))
-    if "://" not in location and (local / EXPORT_RECORD).is_file():
+    if "://" not in location and is_exported(local):
         exported = read_record(local, name)
         about = exported.get("source", {})
-        sparsity, weights = float(about.get("sparsity", 0.0)), about.get("weights")
-        return Variant(label, local, exported["preprocessing"], sparsity, weights, record=exported)
+        sparsity = float(about.get("sparsity", 0.0))
+        return Variant(
+            label, local, exported["preprocessing"], sparsity, about.get("weights"), record=exported
+        )
     if "://" not in location and int8_folder.is_int8(local):
         return _quantised(stack, local, name, label)
     folder, _ = stack.enter_context(as_checkpoint_folder(location))

@@ -15,8 +15,9 @@ from trainers.engines.registry import Placement
 FORMAT = "espalier-benchmark-1"
 GAIN = 1.05
 """A model counts as faster from here on, and if the quartiles of the two do not overlap."""
-_OVER = {"csr": Choice("torch", "float32"), "2:4": Choice("compile", "bfloat16")}
-"""Engines for sparse models alone, and what runs the same model densely."""
+_FLOAT32 = tuple(Choice(engine, "float32") for engine in ("torch", "compile", "onnxruntime", "openvino"))
+_OVER = {"csr": _FLOAT32[:1], "sparse": _FLOAT32, "2:4": (Choice("compile", "bfloat16"),)}
+"""Engines for sparse models alone, and those that run the same model densely, of which the fastest counts."""
 
 
 @dataclass(frozen=True)
@@ -187,20 +188,24 @@ class Report:
     def _zeros(self) -> Iterator[str]:
         """What the zeros of each sparse model gave on each engine, in measured time."""
         for model, choice in dict.fromkeys((r.model, r.choice) for r in self.rows if r.timed and r.sparsity):
-            other = _OVER.get(choice.engine)
-            if other is None and (model == self.first or model not in self.same_size):
+            others = _OVER.get(choice.engine)
+            if others is None and (model == self.first or model not in self.same_size):
                 continue
-            gains = []
+            gains, dense_by_batch = [], {}
             for batch in self.batches:
                 row = self.row(model, choice, batch)
                 dense = (
-                    self.row(self.first, choice, batch) if other is None else self.row(model, other, batch)
+                    self.row(self.first, choice, batch)
+                    if others is None
+                    else self._fastest(model, others, batch)
                 )
                 if row is not None and dense is not None:
                     gains.append((batch, gain(row, dense), dense.latency / row.latency))
+                    dense_by_batch[batch] = dense.choice
             if not gains:
                 continue
-            over = f"{self.first} there" if other is None else f"it on {other}"
+            named = " and ".join(dict.fromkeys(map(str, dense_by_batch.values())))
+            over = f"{self.first} there" if others is None else f"it on {named}"
             shares = ", ".join(f"{ratio:.2f}× at batch {batch}" for batch, _, ratio in gains)
             if not any(faster for _, faster, _ in gains):
                 yield f"zeros of {model} give nothing on {choice}: {shares} as fast as {over}"
@@ -208,6 +213,11 @@ class Report:
                 where = [str(batch) for batch, faster, _ in gains if not faster]
                 but = f"; nothing at batch {' and '.join(where)}" if where else ""
                 yield f"zeros of {model} on {choice}: {shares} as fast as {over}{but}"
+
+    def _fastest(self, model: str, choices: Sequence[Choice], batch: int) -> Row | None:
+        """The fastest timed row of a model on one of some engines."""
+        rows = [row for choice in choices if (row := self.row(model, choice, batch)) is not None]
+        return min(rows, key=lambda row: row.latency, default=None)
 
 
 def gain(row: Row, over: Row) -> bool:

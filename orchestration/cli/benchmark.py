@@ -19,7 +19,8 @@ from orchestration.common.environment import INTERRUPTED
     "--engines",
     metavar="ENGINE[:TYPE],…",
     help="torch, compile (both: float32, bfloat16), csr (float32), onnxruntime (float32, int8), openvino "
-    "(float32, bfloat16, int8, int8-bfloat16), 2:4 (bfloat16, float16; CUDA). Default: all that are found, "
+    "(float32, bfloat16, int8, int8-bfloat16), sparse (float32, int8), 2:4 (bfloat16, float16; CUDA). "
+    "Default: all that are found, "
     "in their first type.",
 )
 @click.option("--batch", default=defaults.BATCHES, show_default=True, help="Images at once.")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from orchestration.cli import options
-from orchestration.export import formats
 from pruners.errors import InputError
+from trainers.deploy import formats
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,7 +83,8 @@ def export(
     if kind != COMPRESSED:
         formats.FORMATS[kind].check(kind, calibration)
         with console.status(f"espalier export: {checkpoint}"):
-            from orchestration.export.engine import CheckError, ExportOptions, export
+            from orchestration.export.engine import ExportOptions, export
+            from trainers.deploy.checked import CheckError
 
             asked = ExportOptions(checkpoint, out, kind, data, calibration, tracking_uri, storage, **named)
             try:

@@ -52,12 +52,12 @@ def _evaluate(
     checkpoint: str, data_uri: str, batch_size: int, columns: Columns | None = None
 ) -> Iterator[str]:
     from trainers.data import datasets
+    from trainers.deploy.runnable import load_runnable
     from trainers.loop.evaluation import evaluate
-    from trainers.quantization import int8_folder
     from trainers.sources.classes import check_known, names_of
     from trainers.sources.parquet import check_table
 
-    loaded = int8_folder.load_runnable(checkpoint, key="model")
+    loaded = load_runnable(checkpoint, key="model")
     channels = loaded.config["input_size"][0]
     if loaded.classes < 2 or channels != 3:
         what = f"is for {loaded.classes} classes and {channels} channels"
@@ -67,7 +67,8 @@ def _evaluate(
     check_known(loaded.labels, names, key="--data", uri=data_uri)
     images = datasets.images(data_uri, datasets.eval_transform(loaded.config), key="--data", columns=columns)
     result = evaluate(loaded.model, datasets.eval_loader(images, batch_size))
-    by = "" if loaded.engine is None else f", INT8 by {loaded.engine}"
+    kind = loaded.kind.replace("int8", "INT8")
+    by = "" if loaded.engine is None else f", {kind} by {loaded.engine}"
     yield f"images    {result.images}"
     yield f"top-1     {100 * result.top1:.2f} %{by}"
     yield f"loss      {result.loss:.4f}"

@@ -3,6 +3,5 @@
 __all__ = [
     "compress",
     "engine",
-    "formats",
     "sample_images",
 ]

@@ -1,8 +1,6 @@
 """``espalier export`` to a format that an engine reads: written, run by that engine, compared, then kept.
 
-The folder OUT holds the engine's file and ``export.json`` (:data:`EXPORT_RECORD`): where it came from, how it
-was checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
-anybody can tell later and elsewhere whether an engine still answers so.
+The folder OUT is one of :mod:`trainers.deploy.checked`.
 """
 
 from __future__ import annotations
@@ -10,42 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from orchestration.commands.model_source import as_checkpoint_folder, check_images, resolved
 from orchestration.commands.output import free_folder, whole_folder
 from orchestration.common import defaults
 from orchestration.export import sample_images
-from orchestration.export.formats import FORMATS, Format, Source
 from orchestration.tracking.pyfunc_model import labels_beside
-from pruners.errors import InputError, first_line
-from trainers.checkpoint.checksums import as_json, read_verified, sums
-from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, versions, weights_hash
-from trainers.checkpoint.records import ExportRecord
+from pruners.errors import InputError
+from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, weights_hash
 from trainers.data import datasets
-from trainers.data.preprocessing import PROBES, Images, pattern_images, preprocessing_of
-from trainers.engines.agreement import TOLERANCE, Agreement
-from trainers.engines.registry import ANY_BATCH, Placement, Run
+from trainers.data.preprocessing import Images, preprocessing_of
+from trainers.deploy.checked import BATCHES, EXPORT_RECORD, write_checked
+from trainers.deploy.formats import FORMATS, Format, Source
 from trainers.models import factory
-from trainers.optional_imports import installed
-from trainers.quantization.checks import check_mode, share_of
+from trainers.quantization.checks import check_mode
 from trainers.sources.columns import ColumnOptions, Columns
 
-EXPORT_RECORD = "export.json"
-FORMAT = "espalier-export-1"
-BATCHES = (1, 2, 7, 64)
-"""Sizes of the batches that a file has to answer before it is kept."""
 CALIBRATION = 256
 _SEED = 0
-
-
-class CheckError(RuntimeError):
-    """A file whose engine does not answer what the model answers."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +66,12 @@ def export(options: ExportOptions, say: Callable[[str], None]) -> None:
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
         if form.kind == "int8" and options.calibration is None:
-            check_mode(model, "dynamic", (), "--format onnx-int8 without --calibration")
+            check_mode(model, "dynamic", (), f"--format {options.kind} without --calibration")
         images, name = _real_images(model, options.data, options.columns)
         source = source_of(model, checkpoint, options.calibration, options.columns)
+        origin = _provenance(location, checkpoint, record)
         with whole_folder(target, options.out, "OUT") as folder:
-            form.write(source, folder)
-            run = _loaded(form, folder)
-            check = _check(run, form, model, images)
-            say(f"{'compared':<12}with torch, on {len(images)} images ({name})")
-            for batch, agreement in check.items():
-                say(f"{f'batch {batch}':<12}{agreement}")
-            worst = max(check.values(), key=lambda agreement: agreement.relative)
-            if not worst.holds(form.kind):
-                raise CheckError(
-                    f"{options.kind}: {form.engine} does not answer what the model answers (relative "
-                    f"difference {worst.relative:.2g}, and {form.kind} allows {TOLERANCE[form.kind]:g}); "
-                    "nothing is kept"
-                )
-            content = _content(options, source, {"images": name, "tolerance": TOLERANCE[form.kind]}, check)
-            if form.int8_values is not None:
-                content["int8_share"] = share_of(form.int8_values(folder), model)
-                say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
-            content["probe"] = {"images": PROBES, "logits": run(_probes(source)).tolist()}
-            content["source"] = _provenance(location, checkpoint, record)
-            content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
-            (folder / EXPORT_RECORD).write_text(as_json(content), encoding="utf-8")
-            for path in folder.iterdir():
-                path.chmod(0o644)  # some libraries make files that only their owner can read
+            write_checked(source, options.kind, folder, images, name, origin=origin, say=say)
     for line in _end(target, options):
         say(line)
 
@@ -133,30 +97,6 @@ def source_of(
     if calibration is None:
         return source
     return Source(model, source.preprocessing, _calibration(model, calibration, columns))
-
-
-def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
-    """Logits of a float32 model in eval mode, (N, classes)."""
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
-    return logits
-
-
-def read_record(folder: Path, name: str) -> ExportRecord:
-    """The record of a folder that :func:`export` wrote, after checking its files.
-
-    Raises:
-        InputError: it is none, or a file is missing or not what the record says.
-    """
-    content = read_verified(
-        folder,
-        EXPORT_RECORD,
-        name,
-        key="model",
-        writer="espalier export",
-        fits=lambda content: content["kind"] in FORMATS,
-    )
-    return cast(ExportRecord, content)
 
 
 def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
@@ -185,58 +125,14 @@ def _calibration(model: nn.Module, uri: str, columns: Columns | None) -> Images:
     return torch.stack([table[int(row)][0] for row in drawn]).numpy()
 
 
-def _loaded(form: Format, folder: Path) -> Run:
-    try:
-        return ANY_BATCH[form.engine].load(folder / form.file, form.kind, Placement(torch.get_num_threads()))
-    except Exception as error:  # whatever an engine raises
-        raise CheckError(
-            f"{form.engine} cannot load the file ({first_line(error)}); nothing is kept"
-        ) from None
-
-
-def _probes(source: Source) -> Images:
-    """Made-up pictures; the checked file's answers to them are recorded, for checks later and elsewhere.
-
-    The file's answers and not torch's: the pictures may lie outside of what INT8 was calibrated for.
-    """
-    return pattern_images(source.preprocessing, PROBES)
-
-
-def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int, Agreement]:
-    """The engine's answers to the first images, batch by batch, against torch's."""
-    expected = torch_answers(model, images)
-    try:
-        return {size: Agreement.of(run(images[:size].copy()), expected[:size]) for size in BATCHES}
-    except Exception as error:  # whatever an engine raises
-        raise CheckError(
-            f"{form.engine} cannot run the file ({first_line(error)}); nothing is kept"
-        ) from None
-
-
 def _provenance(location: str, checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: record[key] for key in ("architecture", "method", "sparsity", "parent") if key in record}
     local = (checkpoint / WEIGHTS).exists() or not location.startswith("hf-hub:")
     return known | ({"weights": weights_hash(str(checkpoint))} if local else {"source": location})
 
 
-def _content(
-    options: ExportOptions, source: Source, by: dict[str, Any], check: Mapping[int, Agreement]
-) -> ExportRecord:
-    form = options.form
-    return {
-        "format": FORMAT,
-        "kind": options.kind,
-        "engine": form.engine,
-        "type": form.kind,
-        "file": form.file,
-        "calibration": None if source.calibration is None else len(source.calibration),
-        "preprocessing": dict(source.preprocessing),
-        "check": by | {"batches": {str(size): agreement.as_dict() for size, agreement in check.items()}},
-        "versions": versions() | installed(*form.packages),
-    }
-
-
 def _end(target: Path, options: ExportOptions) -> Iterator[str]:
     size = sum(path.stat().st_size for path in target.iterdir() if path.name != EXPORT_RECORD)
     yield f"{'written to':<12}{options.out} ({size / 1e6:.2f} MB)"
-    yield f"{'run it by':<12}the example for {options.kind} in docs/guides/export.md"
+    guide = "sparse_engine" if options.form.engine == "sparse" else "export"
+    yield f"{'run it by':<12}the example for {options.kind} in docs/guides/{guide}.md"

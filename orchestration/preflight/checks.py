@@ -38,6 +38,7 @@ from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
 from trainers.config.data import DataSettings
 from trainers.config.latency import LatencyTarget
+from trainers.deploy.formats import FORMATS, check_packable
 from trainers.engines.registry import check
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
@@ -84,10 +85,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     structured = recipe.structured
     for part, training in trainings(recipe).items():
         check_training(training, f"{part}.")
-    if recipe.quantize is not None:
-        require("quantize.mode", recipe.quantize.mode, *NEEDS)
-        if recipe.quantize.training is not None:
-            check_training(recipe.quantize.training, "quantize.recovery.")
+    _check_int8(recipe)
+    _check_formats(recipe)
     _check_schedule(recipe)
     check_allocated(recipe)
     _check_space(recipe)
@@ -97,6 +96,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     model, layers, cut = _model(recipe)
     if recipe.quantize is not None and model is not None:
         check_mode(model, recipe.quantize.mode, [layer.name for layer in layers], "quantize.mode")
+    if model is not None and any(kind.startswith("sparse") for kind in recipe.export):
+        check_packable(model, "export")
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
@@ -124,6 +125,31 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
+
+
+def _check_int8(recipe: Recipe) -> None:
+    """Check that INT8 can be written here, and trained for if that is asked.
+
+    Raises:
+        InputError: a library is missing, or the training cannot be.
+    """
+    if recipe.quantize is not None:
+        require("quantize.mode", recipe.quantize.mode, *NEEDS)
+        if recipe.quantize.training is not None:
+            check_training(recipe.quantize.training, "quantize.recovery.")
+
+
+def _check_formats(recipe: Recipe) -> None:
+    """Check that this machine can write the files that are asked for, and run them.
+
+    Raises:
+        InputError: a library is missing, or an instruction of the processor.
+    """
+    for kind in recipe.export:
+        form = FORMATS[kind]
+        calibration = "data.train" if form.calibration == "needed" else None
+        with InputError.renamed({"--format": "export"}):
+            form.check(kind, calibration)
 
 
 def _costs(recipe: Recipe, model: torch.nn.Module, shares: Mapping[str, int]) -> Costs:
@@ -256,6 +282,8 @@ def _check_latency(
             check_linear(model, layers)
     for part, target in wanted.items():
         check(target.choice, "cpu", key=f"{part}.target.engine")
+        if target.engine == "sparse" and model is not None:
+            check_packable(model, f"{part}.target.engine")
         if local and not os.environ.get("RAY_ADDRESS"):
             check_threads(target, os.cpu_count() or 1, key=f"{part}.target.threads")
 

@@ -141,6 +141,8 @@ def _more(recipe: Recipe) -> list[tuple[str, str]]:
         training = recipe.quantize.training
         length = f", {training.epochs} epochs, zeros held" if training is not None else ""
         lines.append(("INT8", f"{recipe.quantize.mode}{length}"))
+    if recipe.export:
+        lines.append(("export", ", ".join(recipe.export)))
     return lines
 
 

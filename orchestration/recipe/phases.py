@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pruners.errors import InputError
 
-Phase = Literal["dense", "structured", "allocation", "schedule", "long_run", "quantize"]
+Phase = Literal["dense", "structured", "allocation", "schedule", "long_run", "quantize", "export"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from orchestration.common import defaults
 from orchestration.recipe.phases import Phase
 from orchestration.recipe.search import AllocationSearch, ScheduleSearch
-from trainers.config.base import Amount, Name, Seed, Settings, Share, ShortName, Workers
+from trainers.config.base import Amount, Distinct, Name, Seed, Settings, Share, ShortName, Workers
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.pruning import PruningSettings
 from trainers.config.quantization import Calibration, Mode, check_training
@@ -19,6 +19,12 @@ from trainers.config.training import TrainingSettings
 
 # keys that a long run may change: methods, layers and patterns stay those of the search before it
 _OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
+
+
+ExportFormat = Literal[
+    "onnx", "onnx-int8", "openvino", "openvino-int8", "sparse", "sparse-int8", "torch-export"
+]
+"""The formats of :data:`trainers.deploy.formats.FORMATS`."""
 
 
 class WorkerRange(Settings):
@@ -168,6 +174,9 @@ class Recipe(Settings):
         {}, description="recipe key -> value: a last gradual run with the best schedule's values and these"
     )
     quantize: Quantization | None = Field(None, description="the best model of each method as INT8")
+    export: Annotated[tuple[ExportFormat, ...], Distinct] = Field(
+        (), description="the best model of each method as files for engines"
+    )
     resources: PhaseResources = PhaseResources()
     tracking: Tracking = Tracking()
 
@@ -184,6 +193,15 @@ class Recipe(Settings):
                 raise ValueError(
                     f"long_run: {key} cannot change; only keys below {', '.join(_OF_LONG_RUN)} do"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _zeros_stand_as_the_engine_wants(self) -> Recipe:
+        if "sparse-int8" in self.export and self.pruning.pattern != "1x4":
+            raise ValueError(
+                f"export: sparse-int8 leaves zeros out in blocks alone; pruning.pattern must be 1x4, "
+                f"not {self.pruning.pattern}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -25,14 +25,15 @@ RESULTS = "results.json"  # beside it once the sweep has ended: its table of fin
 _FILE = "recipe.json"
 _SHOWN = 6
 # Keys that may change while a sweep goes on: number and limits of trials, share of the cluster, methods and
-# sparsities beside those that are done, a long run or INT8 after them, storage and tracking. Results that
-# are known stay right.
+# sparsities beside those that are done, a long run, INT8 or files for engines after them, storage and
+# tracking. Results that are known stay right.
 _FREE = (
     *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
     "allocation.cpus_per_trial",
     "allocation.gpus_per_trial",
     "allocation.sparsities",
     "description",
+    "export",
     "long_run",
     "pruning.methods",
     "quantize",

@@ -1,12 +1,12 @@
-"""A sweep, phase by phase: dense, structured, allocation, gradual runs, quantization."""
+"""A sweep, phase by phase: dense, structured, allocation, gradual runs, INT8 and files for engines."""
 
 __all__ = [
     "allocation",
     "artifacts",
     "context",
     "dense",
+    "deploy",
     "gradual",
-    "quantize",
     "report",
     "run",
     "structured",

@@ -96,11 +96,23 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """A method's model as an engine takes it: its folder, and the bytes of its files."""
+
+    folder: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Results:
-    """What all phases of a sweep have found, by method; ``structured`` is the dense model cut in width."""
+    """What all phases of a sweep have found, by method; ``structured`` is the dense model cut in width.
+
+    ``exported`` are a method's folders for engines, by format.
+    """
 
     dense: Dense
     structured: Dense | None
     allocated: Mapping[str, Allocated | None]
     recovered: Mapping[str, Recovered]
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    exported: Mapping[str, Mapping[str, Exported]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from orchestration.tracking.promotion import Decision
 from orchestration.tracking.registry import CHAMPION
 from trainers import storage
 from trainers.checkpoint.folder import CONFIG, MASKS, PRUNING_RECORD, WEIGHTS
+from trainers.deploy.checked import EXPORT_RECORD
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Row:
     """Figures of a method's model: the one at the end, or one ``kept`` on the way there.
 
     Accuracies are of ``part``, in 0…1. Counts are held against the dense model that all began with;
-    ``structured`` figures are of the step between, if there was one.
+    ``structured`` figures are of the step between, if there was one; ``exported`` are the files for engines,
+    by format: ``top1`` by that engine, ``bytes``, and the ``folder`` in the storage.
     """
 
     method: str
@@ -52,6 +54,7 @@ class Row:
     int8: float | None = None
     int8_bytes: int | None = None
     int8_version: str | None = None
+    exported: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def make_rows(sweep: Sweep, results: Results) -> list[Row]:
@@ -68,6 +71,7 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
     checkpoints += [study.checkpoint for by_level in studies.values() for study in by_level.values()]
     checkpoints += [model.checkpoint for by_level in models.values() for model in by_level.values()]
     checkpoints += [model.folder for model in results.quantized.values()]
+    checkpoints += [entry.folder for kinds in results.exported.values() for entry in kinds.values()]
     top1 = _measure(sweep, checkpoints, part)
     rows = []
     for method, level in ((method, level) for method, by_level in models.items() for level in by_level):
@@ -96,6 +100,14 @@ def make_rows(sweep: Sweep, results: Results) -> list[Row]:
                 int8=top1[quantized.folder] if quantized else None,
                 int8_bytes=quantized.bytes if quantized else None,
                 int8_version=quantized.version if quantized else None,
+                exported={
+                    kind: {
+                        "top1": top1[entry.folder],
+                        "bytes": entry.bytes,
+                        "folder": entry.folder.removeprefix(f"{sweep.storage}/"),
+                    }
+                    for kind, entry in (results.exported.get(method, {}) if level == goal else {}).items()
+                },
             )
         )
     return rows
@@ -118,7 +130,7 @@ def _counts(record: Mapping[str, Any]) -> dict[str, int]:
 def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, float]:
     """Top-1 of each checkpoint; what was measured before is read back."""
     known = {
-        checkpoint: f"{sweep.storage}/figures/{digest(content_hash(checkpoint), sweep.data_hash, part)}.json"
+        checkpoint: f"{sweep.storage}/figures/{digest(_content(checkpoint), sweep.data_hash, part)}.json"
         for checkpoint in checkpoints
     }
     missing = [checkpoint for checkpoint, file in known.items() if not storage.exists(file)]
@@ -128,6 +140,13 @@ def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, f
         for checkpoint, figure in zip(missing, figures, strict=True):
             storage.write_json(known[checkpoint], figure)
     return {checkpoint: float(storage.read_json(file)["top1"]) for checkpoint, file in known.items()}
+
+
+def _content(folder: str) -> str:
+    """A hash of what a folder answers by: of a model, or of files for an engine."""
+    if storage.exists(f"{folder}/{EXPORT_RECORD}"):
+        return digest(storage.read_json(f"{folder}/{EXPORT_RECORD}")["files"])
+    return content_hash(folder)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -143,6 +162,10 @@ def table(rows: Sequence[Row]) -> Table:
     has_int8 = any(row.int8 is not None for row in rows)
     for heading in ("INT8", "on disk") if has_int8 else ():
         made.add_column(heading, justify="right")
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.exported))
+    for kind in kinds:
+        made.add_column(kind, justify="right")
+        made.add_column("on disk", justify="right")
     made.add_column("registered")
     for row in rows:
         of_int8 = (percent(row.int8), "" if row.int8_bytes is None else megabytes(row.int8_bytes))
@@ -158,9 +181,14 @@ def table(rows: Sequence[Row]) -> Table:
             _steps(row.macs, row.structured_macs, row.macs_sparse),
             megabytes(row.bytes),
             *(of_int8 if has_int8 else ()),
+            *(cell for kind in kinds for cell in _of_engine(row.exported.get(kind))),
             row.version if row.int8_version is None else f"{row.version}, {row.int8_version}",
         )
     return made
+
+
+def _of_engine(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+    return ("", "") if entry is None else (percent(entry["top1"]), megabytes(entry["bytes"]))
 
 
 def _steps(*counts: int | None) -> str:
@@ -177,6 +205,9 @@ def print_end(
         if row.kept:  # the same run as its method's last model
             continue
         console.print(f"{row.method}: {row.run}", highlight=False, soft_wrap=True)
+        for kind, entry in row.exported.items():
+            folder = f"{sweep.storage}/{entry['folder']}".removeprefix("file://")
+            console.print(f"{kind}: {folder}", highlight=False, soft_wrap=True, markup=False)
     for line in (
         *alias_lines(sweep.recipe.registered_model, rows, decisions),
         f"open the UI:       espalier ui --storage {sweep.recipe.storage}"

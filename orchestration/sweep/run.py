@@ -25,8 +25,8 @@ from orchestration.sweep.allocation import allocation_phase
 from orchestration.sweep.artifacts import Allocated, Results
 from orchestration.sweep.context import SCRATCH, Sweep
 from orchestration.sweep.dense import dense_phase
+from orchestration.sweep.deploy import export_phase, quantize_phase
 from orchestration.sweep.gradual import long_run_phase, schedule_phase
-from orchestration.sweep.quantize import quantize_phase
 from orchestration.sweep.report import Row, as_json, make_rows, print_end
 from orchestration.sweep.structured import structured_phase
 from orchestration.tracking.lineage import RECIPE
@@ -46,7 +46,7 @@ def run_sweep(
     recipe_name: str,
     phase_range: PhaseRange = ALL_PHASES,
 ) -> list[Row]:
-    """Dense → structured step → allocation, schedules, long run and INT8 of each method → registry → table.
+    """Dense → structured step → allocation, schedules, long run, INT8, export of each method → table.
 
     Args:
         phase_range: the phases to run; without the last one there is no table.
@@ -66,6 +66,7 @@ def run_sweep(
         "schedule": methods,
         "long_run": methods * bool(recipe.long_run),
         "quantize": methods * (recipe.quantize is not None),
+        "export": methods * bool(recipe.export),
     }
     display.plan(sum(phases[phase] for phase in PHASES if phase_range.reaches(phase)))
     folder = tracking_folder(recipe.storage)
@@ -135,7 +136,10 @@ def _run_phases(sweep: Sweep) -> Results | None:
             method: quantize_phase(sweep, method, recovered_method)
             for method, recovered_method in recovered.items()
         }
-    return Results(original, structured, allocated, recovered, quantized)
+    exported = {}
+    if recipe.export and reaches("export"):
+        exported = {method: export_phase(sweep, method, of_method) for method, of_method in recovered.items()}
+    return Results(original, structured, allocated, recovered, quantized, exported)
 
 
 def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:

@@ -23,13 +23,19 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from pruners.one_shot import pattern_budget
 from trainers import storage
-from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint, verify, weights_hash
+from trainers.checkpoint.records import PROVENANCE_KEYS
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.jobs import OrderJob
 from trainers.config.pruning import PruningSettings
 from trainers.config.quantization import Mode
 from trainers.config.structured import StructuredSettings
 from trainers.data import datasets as data
+from trainers.data.preprocessing import preprocessing_of
+from trainers.deploy.checked import BATCHES, write_checked
+from trainers.deploy.formats import FORMATS
+from trainers.deploy.formats import Source as EngineSource
+from trainers.deploy.runnable import load_runnable
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate
 from trainers.loop.prune_step import prunable_layers, sharing_of
@@ -202,6 +208,53 @@ def quantise(job: Int8Job) -> None:
         storage.upload(Path(made), job.target)
 
 
+@dataclass(frozen=True)
+class EngineFileJob:
+    """A checkpoint to write for an engine, as a folder at ``target``.
+
+    Attributes:
+        kind: name of the format (:data:`trainers.deploy.formats.FORMATS`).
+        labels: names of the classes, where they are known.
+    """
+
+    source: str
+    target: str
+    kind: str
+    data: DataSettings
+    seed: int
+    labels: list[str] | None
+
+
+def write_engine_file(job: EngineFileJob) -> None:
+    """Write a checkpoint for an engine, which must answer what torch answers on images of validation.
+
+    Raises:
+        InputError: a model that the format cannot hold.
+        CheckError: the engine's answers differ.
+    """
+    _use_all_processors("cpu")
+    with storage.local_copy(job.source) as source, tempfile.TemporaryDirectory(prefix="espalier-") as made:
+        record = verify(source, job.source, key="checkpoint")
+        model = load_checkpoint(str(source)).model.float().eval()
+        transform = data.eval_transform(models.data_config(model))
+        calibration = None
+        if FORMATS[job.kind].calibration == "needed":
+            train = data.split(job.data, "train", transform, job.seed)
+            calibration = torch.cat(data.calibration_batches(train, None, job.seed)).numpy()
+        validation = data.split(job.data, "validation", transform, job.seed)
+        rows = [validation[row % len(validation)][0] for row in range(max(BATCHES))]
+        origin = {key: record[key] for key in PROVENANCE_KEYS if key in record}
+        write_checked(
+            EngineSource(model, preprocessing_of(model, job.labels), calibration),
+            job.kind,
+            Path(made),
+            torch.stack(rows).numpy(),
+            "validation",
+            origin=origin | {"weights": weights_hash(str(source))},
+        )
+        storage.upload(Path(made), job.target)
+
+
 def measure(
     checkpoints: list[str],
     images: DataSettings,
@@ -215,7 +268,7 @@ def measure(
     _use_all_processors(device)
     figures = []
     for checkpoint in checkpoints:
-        runnable = int8.load_runnable(checkpoint, key="checkpoint")
+        runnable = load_runnable(checkpoint, key="checkpoint")
         table = data.split(images, part, data.eval_transform(runnable.config), seed)
         first = Subset(table, range(len(table) if most is None else min(most, len(table))))
         result = evaluate(runnable.model.to(device), data.eval_loader(first, 128))

@@ -1,15 +1,20 @@
 """A checkpoint or an INT8 model as MLflow serves it: image bytes in; class, label and probabilities out.
 
 This file is logged beside the checkpoint's own ("models from code"), and runs where neither espalier nor Ray
-is installed: it imports nothing of ours, and nothing is pickled.
+is installed; nothing is pickled. Where espalier is installed, a sparse checkpoint is run by its sparse engine
+if that is faster there; the environment variable :data:`ENGINE` decides otherwise.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +29,12 @@ from torch import Tensor
 
 _TOGETHER = 64  # images of one forward pass
 _INT8 = "model.onnx"
+ENGINE = "ESPALIER_ENGINE"
+"""``auto`` (the faster one), ``torch`` or ``sparse``."""
+_ENGINES = ("auto", "torch", "sparse")
+_LEAST_ZEROS = 0.4  # share of the weights of linear layers; with fewer the sparse engine gains nothing
+_RELATIVE = 1e-3  # difference of the answers of two engines
+_ROUNDS = 5
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 Run = Callable[[Tensor], Tensor]
 """Prepared images (N, 3, H, W) to logits (N, classes)."""
@@ -85,7 +96,71 @@ def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
     labels = model.pretrained_cfg.get("label_names") or []
     if isinstance(labels, Mapping):  # timm takes {index: name} too
         labels = [labels[key] for key in sorted(labels, key=int)]
-    return lambda pixels: model(pixels.to(device)), resolve_model_data_config(model), list(labels)
+    config = resolve_model_data_config(model)
+
+    def run(pixels: Tensor) -> Tensor:
+        answers: Tensor = model(pixels.to(device))
+        return answers
+
+    return run if device == "cuda" else _faster(model, run, config["input_size"]), config, list(labels)
+
+
+def _faster(model: torch.nn.Module, by_torch: Run, size: tuple[int, int, int]) -> Run:
+    """What answers one image sooner on this machine: torch, or the sparse engine, if it can run the model.
+
+    Args:
+        model: of timm's, on the CPU.
+        by_torch: runs it.
+        size: channels, height and width of an image.
+
+    Raises:
+        ValueError: :data:`ENGINE` asks for an engine that there is not, or that cannot run the model.
+    """
+    asked = os.environ.get(ENGINE, "auto")
+    if asked not in _ENGINES:
+        raise ValueError(f"{ENGINE} = {asked!r}: must be one of {', '.join(_ENGINES)}")
+    if asked == "torch" or (asked == "auto" and _zeros(model) < _LEAST_ZEROS):
+        return by_torch
+    try:
+        from trainers.sparse import load
+        from trainers.sparse.packing import pack
+
+        with TemporaryDirectory(prefix="espalier-") as folder:
+            pack(model, folder)
+            engine = load(folder, threads=torch.get_num_threads())
+    except (ImportError, ValueError) as error:  # not installed, or a model that it has no kernels for
+        if asked == "sparse":
+            raise ValueError(f"{ENGINE} = 'sparse': {error}") from None
+        return by_torch
+
+    def by_engine(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(engine(np.ascontiguousarray(pixels.numpy())))
+
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, answer = by_torch(image), by_engine(image)
+        if not torch.linalg.vector_norm(answer - expected) <= _RELATIVE * torch.linalg.vector_norm(expected):
+            raise ValueError("the sparse engine does not answer what torch answers")
+        if asked == "sparse" or _seconds(by_engine, image) < _seconds(by_torch, image):
+            return by_engine
+    return by_torch
+
+
+def _zeros(model: torch.nn.Module) -> float:
+    """The share of zeros among the weights of linear layers."""
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(int((weight == 0).sum()) for weight in weights) / max(sum(map(torch.numel, weights)), 1)
+
+
+def _seconds(run: Run, image: Tensor) -> float:
+    """The median time of a few answers, after a first one."""
+    run(image)
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        run(image)
+        times.append(time.perf_counter() - began)
+    return median(times)
 
 
 def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:

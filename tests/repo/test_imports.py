@@ -51,6 +51,7 @@ FLOORS = (
     {"trainers.sparse"},
     {"trainers.engines"},
     {"trainers.quantization"},
+    {"trainers.deploy"},
     {"trainers.loop"},
     {"trainers.structured", "trainers.ray_worker"},
     {"orchestration.common"},

@@ -101,7 +101,7 @@ class ExportRecord(TypedDict, total=False):
     """``export.json``: a model's file for an engine.
 
     Attributes:
-        format: :data:`orchestration.export.engine.FORMAT`.
+        format: :data:`trainers.deploy.checked.FORMAT`.
         kind: the export format.
         engine: that runs the file.
         type: data type that the engine computes in.

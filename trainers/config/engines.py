@@ -15,6 +15,7 @@ TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "csr": ("float32",),
         "onnxruntime": ("float32", "int8"),
         "openvino": ("float32", "bfloat16", "int8", "int8-bfloat16"),
+        "sparse": ("float32", "int8"),
         "2:4": ("bfloat16", "float16"),
     }
 )

@@ -8,8 +8,8 @@ from pruners.errors import InputError, did_you_mean
 from trainers.config.base import Count, Positive, Settings
 from trainers.config.engines import Choice
 
-MEASURED = ("csr", "torch", "onnxruntime", "openvino")
-"""Engines that run a single layer in the same way as inside a model; first the one that zeros make faster."""
+MEASURED = ("csr", "sparse", "torch", "onnxruntime", "openvino")
+"""Engines that run a single layer in the same way as inside a model; first those that zeros make faster."""
 
 
 class LatencyTarget(Settings):

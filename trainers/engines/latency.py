@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pruners.errors import first_line
+from pruners.errors import InputError, first_line
 from pruners.model.costs import cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import Pattern
@@ -30,12 +30,15 @@ from trainers.engines.latency_table import Curve, LinearShape
 from trainers.engines.process import EngineError, EngineProcess
 from trainers.engines.registry import SPARSE_ENOUGH, Placement
 from trainers.models import factory
+from trainers.sparse.break_even import break_even
 
 LAYER_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Sparsities at which a layer is timed, unless the pattern fixes the sparsity."""
 MODEL_SPARSITIES = (0.0, 0.5, 0.9)
 """Sparsities at which the whole model is timed: 0, the least that an engine treats as sparse, and high."""
 _ROUNDS = 9
+_SPARSE_FROM = {"csr": lambda: SPARSE_ENOUGH, "sparse": break_even}
+"""By engine, the least share of zeros with which a layer runs without them on this machine."""
 _OPSET, _IR = 18, 10  # versions of ONNX that all supported engines read
 
 
@@ -223,14 +226,14 @@ def _curves(
 ) -> dict[LinearShape | None, Curve]:
     """The times of each shape, and under ``None`` of the whole model, in ascending order of sparsity.
 
-    The engine ``csr`` runs a layer with fewer zeros than :data:`SPARSE_ENOUGH` as a dense one.
+    The engines of :data:`_SPARSE_FROM` run a layer with fewer zeros as a dense one.
     """
     times_by_shape: dict[LinearShape | None, dict[float, float]] = {}
     for (shape, sparsity), took in seconds.items():
         times_by_shape.setdefault(shape, {})[sparsity] = took
-    if choice.engine == "csr":
+    if choice.engine in _SPARSE_FROM:
         for times in times_by_shape.values():
-            times[nextafter(SPARSE_ENOUGH, 0.0)] = times[0.0]
+            times[nextafter(_SPARSE_FROM[choice.engine](), 0.0)] = times[0.0]
     return {
         shape: Curve(*zip(*sorted(times.items()), strict=True)) for shape, times in times_by_shape.items()
     }
@@ -243,6 +246,14 @@ def _whole(folder: Path, target: Target, scratch: Path) -> _File:
     np.save(images, pattern_images(preprocessing_of(model), target.batch), allow_pickle=False)
     if target.choice.engine in ("csr", "torch"):
         return folder, images
+    if target.choice.engine == "sparse":
+        from trainers.sparse.packing import pack
+
+        try:
+            pack(model, scratch / "packed", preprocessing=preprocessing_of(model))
+        except ValueError as error:
+            raise InputError("model", type(model).__name__, f"the sparse engine: {error}") from None
+        return scratch / "packed", images
     from trainers.export.onnx import ONNX_FILE, export_onnx
 
     export_onnx(model, scratch / ONNX_FILE, factory.input_size(model), {})
@@ -250,9 +261,10 @@ def _whole(folder: Path, target: Target, scratch: Path) -> _File:
 
 
 def _layer_file(weight: NDArray[np.float32], choice: Choice, path: Path) -> Path:
-    """Write a linear layer as the engine loads it: safetensors for torch, else ONNX as in exported models."""
+    """Write a linear layer as the engine loads it: safetensors for those that read checkpoints and for
+    ``sparse``, else ONNX as in exported models."""
     bias = np.zeros(len(weight), np.float32)
-    if choice.engine in ("csr", "torch"):
+    if choice.engine in ("csr", "sparse", "torch"):
         from safetensors.numpy import save_file
 
         file = path.with_name(f"{path.name}.safetensors")

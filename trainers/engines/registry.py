@@ -1,4 +1,4 @@
-"""Inference engines behind one protocol: torch in several ways, ONNX Runtime, OpenVINO.
+"""Inference engines behind one protocol: torch in several ways, ONNX Runtime, OpenVINO, our sparse one.
 
 Nothing heavy is imported before an engine loads a model: a process that runs ONNX Runtime does not load
 torch, so that its measured memory is that of the engine.
@@ -188,6 +188,42 @@ class OpenVino:
         return lambda images: np.array(compiled(images.shape)(images)[0], np.float32)
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """The engine of :mod:`trainers.sparse`: runs the folder that it packs, or the ``.safetensors`` of one
+    linear layer.
+
+    Attributes:
+        types: data types in which it computes.
+        devices: where it runs.
+    """
+
+    types: tuple[str, ...] = TYPES["sparse"]
+    devices: tuple[str, ...] = ("cpu",)
+
+    def lacking(self, kind: str, device: str) -> str | None:
+        """See :class:`Engine`."""
+        lacks = missing("llvmlite")
+        if lacks is not None or kind != "int8":
+            return lacks
+        from trainers.sparse.kernels import host
+
+        return None if host.has_vnni() else "this processor has no AVX-512 VNNI, which INT8 needs here"
+
+    def load(self, path: Path, kind: str, placement: Placement) -> Run:
+        """See :class:`Engine`."""
+        if path.suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            from trainers.sparse.single import SingleLinear
+
+            state = load_file(path)
+            return SingleLinear(state["weight"], state["bias"], threads=placement.threads)
+        from trainers.sparse import load
+
+        return load(path, threads=placement.threads)
+
+
 def _linear(path: Path) -> nn.Module:
     """A model of one linear layer, from a file with its ``weight`` and ``bias``."""
     from safetensors.torch import load_file
@@ -262,6 +298,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
         "csr": Torch(types=TYPES["csr"], devices=("cpu",), change=_sparse_rows),
         "onnxruntime": OnnxRuntime(),
         "openvino": OpenVino(),
+        "sparse": Sparse(),
         "2:4": Torch(types=TYPES["2:4"], devices=("cuda",), change=_semi_structured),
     }
 )

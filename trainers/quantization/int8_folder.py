@@ -283,6 +283,7 @@ class Runnable:
         sparsity: share of zeros among the prunable weights.
         engine: name and version of the engine, if it is not torch.
         labels: names of the classes, if they are known.
+        kind: the data type that it computes in.
     """
 
     model: nn.Module
@@ -291,6 +292,7 @@ class Runnable:
     sparsity: float
     engine: str | None = None
     labels: Sequence[str] = ()
+    kind: str = "float32"
 
 
 def load_runnable(uri: str, *, key: str) -> Runnable:
@@ -309,7 +311,7 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
             about, model = read_preprocessing(path), Int8Model(path)
     engine, labels = record["engine"], about.get("labels", ())
     config = transform_settings(about)
-    return Runnable(model, config, about["classes"], record["sparsity"], engine, labels)
+    return Runnable(model, config, about["classes"], record["sparsity"], engine, labels, kind="int8")
 
 
 def _of_torch(loaded: Checkpoint) -> Runnable:

@@ -49,6 +49,16 @@ class LinearLayer:
         return "int8" if self.blocks else "sparse" if self.sparse else "dense"
 
     @property
+    def left_out(self) -> int:
+        """How many weights are zeros that are neither kept nor multiplied."""
+        kept = self.outputs * self.inputs
+        if self.sparse is not None:
+            kept = len(self.sparse.values)
+        elif self.blocks is not None:
+            kept = self.blocks.blocks.size
+        return self.outputs * self.inputs - kept
+
+    @property
     def bytes(self) -> int:
         """Memory of the weights."""
         parts = (self.sparse, self.blocks)

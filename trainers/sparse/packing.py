@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +51,28 @@ def packed(model: Any, *, int8: bool = False) -> tuple[Program, Tensors]:
     return _FAMILIES[type(model).__name__][1](model, int8=int8)
 
 
-def pack(model: nn.Module, folder: str | Path, *, int8: bool = False) -> Program:
+def pack(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    int8: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+) -> Program:
     """Writes a model's folder: ``program.json``, ``tensors.safetensors`` and their checksums.
 
     Args:
         model: a timm ``VisionTransformer`` or ``SwinTransformer``; its zeros are left out.
         folder: an empty folder, or one that is made.
         int8: INT8 weights, where zeros save time in blocks of 1 × 4.
+        preprocessing: how images are prepared, and the names of the classes
+            (:mod:`trainers.data.preprocessing`); default: timm's own configuration.
 
     Raises:
         ValueError: a model with a part that the engine cannot run.
     """
     program, tensors = packed(model, int8=int8)
+    if preprocessing is not None:
+        program = replace(program, preprocessing=dict(preprocessing))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(to_json(program), default=str, indent=1)

@@ -1,22 +1,28 @@
 """A pruned vision transformer, from its folder to logits: numpy in, numpy out, without torch.
 
-from trainers.sparse.runtime import load
-model = load("deit_s_90")
+from trainers.sparse import load
+model = load("deit_s_90", threads=2)
 logits = model(images)            # float32 [images, channels, height, width] → [images, classes]
+model.predict(["cat.jpg"])        # label, name and probabilities of each
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from trainers.checkpoint.checksums import sha256
-from trainers.sparse import layout
+from trainers.sparse import images, layout
 from trainers.sparse.break_even import break_even
 from trainers.sparse.engine import Array, LinearLayer
 from trainers.sparse.kernels import host
@@ -24,8 +30,27 @@ from trainers.sparse.plan import Executor, Plan, Weights
 from trainers.sparse.program import LayerNorm, Linear, Program, from_json
 from trainers.sparse.weights import pack_blocks
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 PROGRAM, TENSORS = "program.json", "tensors.safetensors"
 TABLES = ("/relative_position", "/padding")  # tensors of attention within windows
+_TOGETHER = 16  # images of a pass of :meth:`SparseModel.predict`
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image.
+
+    Attributes:
+        label: the number of the likeliest class.
+        name: its name, if the folder knows it.
+        probabilities: of all classes, summing to 1.
+    """
+
+    label: int
+    name: str | None
+    probabilities: Array
 
 
 class SparseModel:
@@ -86,6 +111,41 @@ class SparseModel:
             return LinearLayer(blocks.outputs, blocks.inputs, bias, None, None, blocks)
         weight = dense_weight(tensors, layer)
         return LinearLayer.of(weight, bias, lanes=self._lanes, widest=self._widest, sparse_from=sparse_from)
+
+    @property
+    def preprocessing(self) -> Mapping[str, Any]:
+        """How images are prepared, and the names of the classes (:mod:`trainers.data.preprocessing`)."""
+        return self.program.preprocessing
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """How each linear layer runs: ``sparse``, ``int8`` (without its blocks of zeros) or ``dense``."""
+        return {name: layer.kind for name, layer in self.layers.items()}
+
+    def predict(self, files: Iterable[str | Path | IO[bytes] | Image]) -> list[Prediction]:
+        """Classes of images.
+
+        Args:
+            files: of images, or images of Pillow's.
+
+        Returns:
+            What the model says of each.
+
+        Raises:
+            OSError: a file that is missing, or no image.
+        """
+        pixels = [images.prepared(file, self.preprocessing) for file in files]
+        names: list[str] = list(self.preprocessing.get("labels", ()))
+        predictions = []
+        for begin in range(0, len(pixels), _TOGETHER):
+            logits = self(np.stack(pixels[begin : begin + _TOGETHER])).astype(np.float64)
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+            shares /= shares.sum(axis=1, keepdims=True)
+            for row in shares:
+                best = int(row.argmax())
+                name = names[best] if best < len(names) else None
+                predictions.append(Prediction(best, name, row.astype(np.float32)))
+        return predictions
 
     def __call__(self, images: Array) -> Array:
         """Logits of some images.
@@ -186,6 +246,15 @@ def load(folder: str | Path, *, threads: int = 1, sparse_from: float | None = No
     for name, expected in sums.items():
         if sha256(folder / name) != expected:
             raise ValueError(f"{folder}: {name} is not as it was written (its checksum differs)")
-    return SparseModel(
-        from_json(text, str(folder)), load_file(folder / TENSORS), threads=threads, sparse_from=sparse_from
-    )
+    program = from_json(text, str(folder))
+    model = SparseModel(program, load_file(folder / TENSORS), threads=threads, sparse_from=sparse_from)
+    _return_freed_memory()
+    return model
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what the compiler and the packing of weights have freed: about 10 MB that glibc
+    would keep for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -23,29 +23,32 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from orchestration.export import engine, formats
-from orchestration.export.engine import read_record, torch_answers
-from orchestration.export.formats import FORMATS, Source
+from orchestration.export import engine
 from orchestration.export.sample_images import photographs
 from pruners import find_layers, prune
 from pruners.errors import InputError
 from trainers import optional_imports
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.data.preprocessing import pattern_images, preprocessing_of
+from trainers.deploy import checked, formats
+from trainers.deploy.checked import read_record, torch_answers
+from trainers.deploy.formats import FORMATS, Source
 from trainers.engines import registry
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ANY_BATCH, ENGINES, Engine, Placement
 from trainers.export import onnx as onnx_export
 from trainers.export import openvino, torch_export
 from trainers.optional_imports import openvino_core
+from trainers.sparse import load
+from trainers.sparse.kernels import host
 
 GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
 PLACES = re.compile(rb"/(?:work|tmp|root|home|usr|opt|var|build)/[ -~]{0,60}|site-packages")
 
 
-def pruned(folder: Path, architecture: str = VIT) -> Path:
+def pruned(folder: Path, architecture: str = VIT, pattern: str = "unstructured") -> Path:
     model, arguments = tiny(architecture)
-    report = prune(model, "magnitude", 0.75)
+    report = prune(model, "magnitude", 0.75, pattern=pattern)
     record = {"method": "magnitude", "sparsity": report.sparsity, "allocation": report.allocation}
     save_checkpoint(folder, model, model_args=arguments, masks=report.masks, record=record)
     (folder / "classes.json").write_text(json.dumps({"ash": 1, "birch": 0, "cedar": 2}))
@@ -56,6 +59,7 @@ def pruned(folder: Path, architecture: str = VIT) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     pruned(folder / "vit")
+    pruned(folder / "blocks", pattern="1x4")
     pruned(folder / "swin", SWIN)
     write(folder / "images.parquet", table([0, 1, 2] * 30))
     write(folder / "ten.parquet", table(list(range(10))))
@@ -66,6 +70,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def metadata(folder: Path) -> dict[str, str]:
     """Of the file itself, by whatever reads it."""
+    if (folder / "program.json").is_file():
+        return {"preprocessing": json.dumps(dict(load(folder).preprocessing))}
     path = next(folder.glob("model.*[!n]"))
     if path.suffix == ".onnx":
         return onnx_export.read_metadata(path)
@@ -80,8 +86,15 @@ def matmuls(path: Path) -> list[np.ndarray[Any, Any]]:
     return [array for array in arrays if array.dtype == np.int8 and array.ndim == 2]
 
 
-EVERY = [("vit", name) for name in FORMATS] + [
-    pytest.param("swin", name, marks=[] if name == "onnx" else [pytest.mark.long]) for name in FORMATS
+NEEDS_VNNI = pytest.mark.skipif(not host.has_vnni(), reason="needs AVX-512 VNNI")
+IN_BLOCKS = "sparse-int8"  # zeros of the others may stand anywhere
+EVERY = [("vit", name) for name in FORMATS if name != IN_BLOCKS] + [
+    pytest.param("blocks", IN_BLOCKS, marks=NEEDS_VNNI),
+    *(
+        pytest.param("swin", name, marks=[] if name == "onnx" else [pytest.mark.long])
+        for name in FORMATS
+        if not name.startswith("sparse")
+    ),
 ]
 
 
@@ -94,6 +107,7 @@ def test_engine__a_file_answers_what_the_model_answers(name: str, kind: str, run
         "compared",
         *("batch 1", "batch 2", "batch 7", "batch 64"),
         *(("int8",) if form.kind.startswith("int8") else ()),
+        *(("layers",) if form.engine == "sparse" else ()),
         *("written to", "run it by"),
     ]
     assert "on 64 images (the first of images.parquet)" in output
@@ -109,7 +123,7 @@ def test_engine__a_file_answers_what_the_model_answers(name: str, kind: str, run
         answer = known[form.engine].load(out / form.file, form.kind, Placement(1))
         for size in (1, 3, 5, 1):
             apart = Agreement.of(answer(pictures[:size]), torch_answers(model, pictures[:size]))
-            assert apart.holds(form.kind), apart
+            assert apart.holds(form.kind, form.engine), apart
     probe = np.array(record["probe"]["logits"], np.float32)
     assert np.allclose(probe, answer(pattern_images(record["preprocessing"], 4)), atol=1e-6)
     # what the file says of itself
@@ -192,9 +206,9 @@ def test_engine__an_engine_that_answers_something_else_leaves_nothing(
     wrong = formats.Format("", "model.pt2", "torch", "float32", (), "none", other)
     # the model that answers are compared with is another object
     monkeypatch.setattr(
-        engine, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
+        checked, "torch_answers", lambda model, images: torch_answers(tiny_again(files), images)
     )
-    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "torch-export": wrong})
+    monkeypatch.setattr(checked, "FORMATS", {**FORMATS, "torch-export": wrong})
     (Path("mine")).mkdir()
     status, out, error = run("export @/vit out --format torch-export")
     assert status == 1
@@ -216,7 +230,7 @@ def test_engine__an_engine_that_cannot_run_the_file_leaves_nothing(
         (folder / "model.onnx").write_bytes(b"no model")
 
     wrong = formats.Format("", "model.onnx", "onnxruntime", "float32", (), "none", broken)
-    monkeypatch.setattr(engine, "FORMATS", {**FORMATS, "onnx": wrong})
+    monkeypatch.setattr(checked, "FORMATS", {**FORMATS, "onnx": wrong})
     status, _, error = run("export @/vit out --format onnx")
     assert (status, len(error.splitlines())) == (1, 1)
     assert "onnxruntime cannot load the file" in error
@@ -360,7 +374,7 @@ def example(kind: str) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if not kind.startswith("sparse")])
 def test_engine__the_examples_of_the_guide_run_where_espalier_is_not(
     kind: str, run: Run, files: Path, elsewhere: Path
 ) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -16,14 +19,17 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from image_tables import dense_folder, edit_json, png
+from image_tables import VIT, dense_folder, edit_json, png, tiny
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from orchestration.tracking import served_model
 from orchestration.tracking.pyfunc_model import CODE, classes_of, model_files
-from trainers.checkpoint.folder import load_checkpoint
+from pruners import prune
+from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
 from trainers.quantization import int8_folder
 from trainers.sources.parquet import decode
+from trainers.sparse.runtime import SparseModel
 
 CLASSES = {"ash": 1, "birch": 0, "cedar": 2}
 
@@ -127,6 +133,80 @@ def test_pyfunc_model__an_int8_model_is_served_by_its_engine(folder: Path, tmp_p
         row = answers.iloc[number]
         assert row["probabilities"] == pytest.approx(plain_timm(parent, png(number)).tolist(), abs=0.05)
         assert row["label"] == "xyz"[row["class"]]
+
+
+@pytest.fixture
+def sparse_folder(tmp_path: Path) -> Path:
+    """A checkpoint with 90 % zeros that MLflow can load."""
+    model, arguments = tiny(VIT)
+    pruned = prune(model, "magnitude", 0.9)
+    record = {"method": "magnitude", "sparsity": pruned.sparsity, "allocation": pruned.allocation}
+    save_checkpoint(tmp_path / "sparse", model, model_args=arguments, masks=pruned.masks, record=record)
+    with model_files(CLASSES) as files:
+        copytree(files, tmp_path / "sparse", dirs_exist_ok=True)
+    return tmp_path / "sparse"
+
+
+def loaded(
+    folder: Path, calls: list[int], patch: pytest.MonkeyPatch, engine_seconds: float = 0.0
+) -> mlflow.pyfunc.PyFuncModel:
+    """The served model; calls of the sparse engine are counted from then on."""
+    called = SparseModel.__call__
+
+    def counted(self: SparseModel, images: Any) -> Any:
+        calls.append(len(images))
+        time.sleep(engine_seconds)
+        return called(self, images)
+
+    patch.setattr(SparseModel, "__call__", counted)
+    model = mlflow.pyfunc.load_model(str(folder))
+    calls.clear()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_seconds", "by_engine"),
+    [("sparse", 0.0, True), ("torch", 1.0, False), ("auto", 0.05, True), ("auto", 0.0, False)],
+)
+def test_pyfunc_model__a_sparse_model_is_served_by_the_faster_engine_or_the_one_asked_for(
+    asked: str, torch_seconds: float, by_engine: bool, sparse_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is faster is played: torch waits, or the sparse engine does."""
+    monkeypatch.setenv("ESPALIER_ENGINE", asked)
+    forward, calls = VisionTransformer.forward, list[int]()
+
+    def slow(self: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(torch_seconds if asked == "auto" else 0)
+        return forward(self, images)
+
+    monkeypatch.setattr(VisionTransformer, "forward", slow)
+    model = loaded(sparse_folder, calls, monkeypatch, 0.0 if by_engine else 0.05)
+    pictures = [png(number) for number in range(3)]
+    answers = model.predict(pd.DataFrame({"image": pictures}))
+    assert calls == ([3] if by_engine else [])
+    for number, picture in enumerate(pictures):
+        expected = plain_timm(sparse_folder, picture).tolist()
+        assert answers.iloc[number]["probabilities"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_pyfunc_model__a_dense_model_stays_torchs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    loaded(folder, calls, monkeypatch).predict(pd.DataFrame({"image": [png(1)]}))
+    assert calls == []
+
+
+def test_pyfunc_model__an_engine_that_is_none_is_named(
+    sparse_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPALIER_ENGINE", "spars")
+    with pytest.raises(ValueError, match="ESPALIER_ENGINE = 'spars': must be one of auto, torch, sparse"):
+        mlflow.pyfunc.load_model(str(sparse_folder))
+    monkeypatch.setenv("ESPALIER_ENGINE", "sparse")
+    monkeypatch.setitem(sys.modules, "trainers.sparse.packing", None)
+    with pytest.raises(ValueError, match=r"ESPALIER_ENGINE = 'sparse': .*trainers\.sparse\.packing"):
+        mlflow.pyfunc.load_model(str(sparse_folder))
+    monkeypatch.setenv("ESPALIER_ENGINE", "auto")
+    mlflow.pyfunc.load_model(str(sparse_folder))
 
 
 def test_pyfunc_model__nothing_is_pickled_and_no_place_is_named(folder: Path) -> None:

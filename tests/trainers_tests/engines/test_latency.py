@@ -13,18 +13,20 @@ import torch
 from helpers import quick
 from hypothesis import given
 from hypothesis import strategies as st
-from image_tables import SWIN, VIT, dense_folder, tiny
+from image_tables import SWIN, VIT, dense_folder, normed_folder, tiny
 
 from pruners import find_layers, prune
+from pruners.errors import InputError
 from pruners.model.sparsity_pattern import Pattern
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.config.engines import Choice
-from trainers.data.preprocessing import pattern_images, preprocessing_of
 from trainers.engines import latency
 from trainers.engines.latency import LAYER_SPARSITIES, Target, linear_shapes, measure, pruned_at, sparsities
 from trainers.engines.latency_table import LatencyTable, LinearShape
 from trainers.engines.process import EngineProcess
 from trainers.engines.registry import Placement, load
+from trainers.sparse.break_even import break_even
+from trainers.sparse.single import SingleLinear
 
 UNSTRUCTURED = Pattern()
 WIDE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -91,7 +93,23 @@ def test_latency__a_layer_alone_is_that_layer_on_every_engine(engine: str, tmp_p
         assert np.allclose(run(inputs), inputs @ weight.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_latency__a_layer_alone_on_the_sparse_engine_stays_in_tiles(sparsity: float, tmp_path: Path) -> None:
+    """As inside a model: what is timed is no change of order."""
+    shape = LinearShape(12, 8, 70)
+    weight = pruned_at(shape, sparsity, UNSTRUCTURED, np.random.default_rng(0))
+    choice = Choice.parse("sparse")
+    run = load(choice, latency._layer_file(weight, choice, tmp_path / "layer"), Placement(2))
+    assert isinstance(run, SingleLinear)
+    for batch in (1, 3, 1):
+        inputs = np.random.default_rng(batch).standard_normal((batch, 1, 70, 8), np.float32)
+        for _ in range(2):
+            tiles = run(inputs)
+        assert np.allclose(run.outputs(), inputs @ weight.T, atol=1e-5)
+        assert tiles.ndim == 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "sparse"])
 def test_latency__engines_that_read_files(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,11 +117,12 @@ def test_latency__engines_that_read_files(
     folder = dense_folder(tmp_path / "dense")
     shapes = {"blocks.0.attn.qkv.weight": LinearShape(48, 16, 5)}
     whole, curves = measure(folder, shapes, target(engine, 2), UNSTRUCTURED, 1)
-    assert whole.sparsities == (0.0, 0.9)
+    timed = (0.0, np.nextafter(break_even(), 0), 0.9) if engine == "sparse" else (0.0, 0.9)
+    assert whole.sparsities == timed
     assert min(whole.seconds) > 0
     assert list(curves) == list(shapes.values())
     (curve,) = curves.values()
-    assert curve.sparsities == (0.0, 0.9)
+    assert curve.sparsities == timed
     assert min(curve.seconds) > 0
 
 
@@ -115,7 +134,13 @@ def test_latency__an_engine_that_fails_is_told_in_a_line(tmp_path: Path) -> None
     assert len(str(raised.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("engine", ["torch", "csr"])
+def test_latency__a_model_that_the_sparse_engine_lacks_is_named(tmp_path: Path) -> None:
+    folder = normed_folder(tmp_path / "dense")
+    with pytest.raises(InputError, match=r"model = 'ResNet': the sparse engine: .*ResNet"):
+        measure(folder, {}, target("sparse"), UNSTRUCTURED, 1)
+
+
+@pytest.mark.parametrize("engine", ["torch", "csr", "sparse"])
 def test_latency__a_table_foretells_what_a_vit_takes(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,12 +160,14 @@ def test_latency__a_table_foretells_what_a_vit_takes(
         if engine == "csr":  # a layer with fewer zeros than half is run as a dense one
             assert curve.at(0.49) == pytest.approx(curve.at(0.0))
             assert len(curve.sparsities) == 4
+        if engine == "sparse":
+            assert curve.at(break_even() - 1e-6) == pytest.approx(curve.at(0.0))
         assert all(low < high for low, high in pairwise(curve.sparsities))
     report = prune(model, "magnitude", 0.95)
     save_checkpoint(tmp_path / "pruned", model, model_args=WIDE, masks=report.masks, record=record)
-    images = tmp_path / "images.npy"
-    np.save(images, pattern_images(preprocessing_of(model), 1))
-    with EngineProcess(on.choice, tmp_path / "pruned", on.placement, images) as process:
+    (tmp_path / "scratch").mkdir()
+    file, images = latency._whole(tmp_path / "pruned", on, tmp_path / "scratch")
+    with EngineProcess(on.choice, file, on.placement, images) as process:
         took = statistics.median(process.seconds(1, 10) for _ in range(7))
     assert table.at({}) >= whole.at(0.0) * (1 - 1e-9)
     assert 1 / 3 < table.at(report.allocation) / took < 3

@@ -15,14 +15,14 @@ from image_tables import VIT, images, table, tiny, write
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from orchestration.export.engine import torch_answers
-from orchestration.export.formats import FORMATS, Source
 from pruners import find_layers, prune
 from pruners.errors import InputError
 from pruners.model.layers import has_attention
 from pruners.model.masks import MaskSet
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.data.preprocessing import preprocessing_of
+from trainers.deploy.checked import torch_answers
+from trainers.deploy.formats import FORMATS, Source
 from trainers.engines.agreement import Agreement
 from trainers.engines.registry import ANY_BATCH, Placement
 from trainers.export.onnx import quantize_onnx

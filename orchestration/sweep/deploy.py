@@ -1,4 +1,8 @@
-"""INT8 after the last gradual run of a method: trained for it if asked, written, measured, registered."""
+"""After the last gradual run of a method: its INT8 form, and its files for engines.
+
+INT8 is trained for if that is asked, written, measured and registered; a file for an engine is written,
+checked by that engine and logged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from orchestration.recipe.jobs import aware_job
 from orchestration.recipe.schema import Quantization
 from orchestration.state.trial_log import TrialLog
 from orchestration.sweep import tasks as remote
-from orchestration.sweep.artifacts import Quantized, Recovered
+from orchestration.sweep.artifacts import Exported, Quantized, Recovered
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.training import run_training
 from orchestration.sweep.trial_runs import TrialRuns
@@ -23,6 +27,7 @@ from orchestration.tracking import registry
 from orchestration.tracking.pyfunc_model import MARK, classes_of, labels_of, model_files
 from trainers import storage
 from trainers.checkpoint.folder import QUANTIZATION_RECORD
+from trainers.deploy.checked import EXPORT_RECORD
 from trainers.quantization.int8_folder import ENGINE
 
 ARTIFACT = "int8"
@@ -136,3 +141,50 @@ class _Work:
             "espalier.engine": str(record["engine"]),
         }
         return registry.register(tracker, self.sweep.recipe.registered_model, run, tags, ARTIFACT)
+
+
+def export_phase(sweep: Sweep, method: str, recovered: Recovered) -> dict[str, Exported]:
+    """The last model of a method's best run in the formats that the recipe asks for, each as a folder.
+
+    An engine that does not answer what the model answers ends the sweep.
+
+    Returns:
+        The folders, by format.
+    """
+    sweep = sweep.phase("export")
+    formats = sweep.recipe.export
+    name = f"export-{method}-{digest(content_hash(recovered.end.checkpoint), sweep.data_hash)}"
+    folder = f"{sweep.root}/{name}"
+    log = TrialLog(f"{folder}/trials.json")
+    title = f"{method}: {', '.join(formats)}"
+    targets = {kind: f"{folder}/{kind}" for kind in formats}
+    records = {kind: f"{target}/{EXPORT_RECORD}" for kind, target in targets.items()}
+    missing = [kind for kind in formats if not storage.exists(records[kind])]
+    sweep.display.phase(title, done=int(not missing), label=f"{method}-export", log=log.uri)
+    if missing:
+        sweep.begin("export", title)
+    runs = sweep.runs(log, "export", {"export": ",".join(formats)}, method, done=not missing)
+    for kind in missing:
+        task, _ = sweep.task(remote.write_engine_file)
+        job = remote.EngineFileJob(
+            source=recovered.end.checkpoint,
+            target=targets[kind],
+            kind=kind,
+            data=sweep.data,
+            seed=sweep.recipe.seed,
+            labels=labels_of(sweep.data.train, sweep.data.columns),
+        )
+        ray.get(task.remote(job))
+    tracker = sweep.tracker
+    tracker.flush()
+    exported: dict[str, Exported] = {}
+    for kind, target in targets.items():
+        if not tracker.has(runs.run, f"{kind}/{EXPORT_RECORD}"):
+            with storage.local_copy(target) as local:
+                tracker.folder(runs.run, local, kind, marks=[EXPORT_RECORD])
+        size = sum(storage.size(f"{target}/{file}") for file in storage.read_json(records[kind])["files"])
+        exported[kind] = Exported(target, size)
+    tracker.finish(runs.run)
+    sizes = ", ".join(f"{kind} {megabytes(entry.bytes)}" for kind, entry in exported.items())
+    sweep.display.finished(f"{'' if missing else 'known, '}{sizes}, answers as torch's")
+    return exported

@@ -5,7 +5,7 @@ Light, so that the command line can list them; what writes a file is imported wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +52,7 @@ class Format:
         calibration: whether images that fix the ranges of activations are of use to it.
         write: makes the file in a folder.
         int8_values: of an INT8 one, how many weights of a file are int8.
+        remarks: on a folder that was written, as headings and texts.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Format:
     calibration: Literal["none", "possible", "needed"]
     write: Callable[[Source, Path], None]
     int8_values: Callable[[Path], int] | None = None
+    remarks: Callable[[Path], Iterator[tuple[str, str]]] = lambda folder: iter(())
 
     def check(self, name: str, calibration: str | None) -> None:
         """Check that the format can be written with these images.
@@ -70,11 +72,25 @@ class Format:
             InputError: a library is missing, or images for calibration are where they are of no use.
         """
         require("--format", name, *self.packages)
+        lacking = self._lacking()
+        if lacking is not None:
+            raise InputError("--format", name, lacking)
         if self.calibration == "needed" and calibration is None:
             wanted = f"{name} fixes the ranges of activations: give training images (Parquet: image, label)"
             raise InputError("--calibration", None, wanted)
         if self.calibration == "none" and calibration is not None:
-            raise InputError("--calibration", calibration, f"{name} is not quantised; drop it")
+            why = (
+                "measures the ranges of activations as it runs" if self.kind == "int8" else "is not quantised"
+            )
+            raise InputError("--calibration", calibration, f"{name} {why}; drop it")
+
+    def _lacking(self) -> str | None:
+        """What this machine lacks for the engine to run the file, which it must before it is kept."""
+        if self.engine != "sparse":  # the others lack packages only
+            return None
+        from trainers.engines.registry import ENGINES
+
+        return ENGINES[self.engine].lacking(self.kind, "cpu")
 
 
 def _onnx(source: Source, folder: Path) -> None:
@@ -135,8 +151,93 @@ def _torch(source: Source, folder: Path) -> None:
     )
 
 
+def _sparse(source: Source, folder: Path, *, int8: bool = False) -> None:
+    from trainers.sparse.packing import pack
+
+    if int8:
+        _check_blocks(source.model)
+    try:
+        pack(source.model, folder, int8=int8, preprocessing=source.preprocessing)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError("model", type(source.model).__name__, f"the sparse engine: {error}") from None
+
+
+def check_packable(model: nn.Module, key: str) -> None:
+    """Check that the sparse engine can run a model, by its structure alone.
+
+    Args:
+        model: on any device, the meta device too.
+        key: the option or recipe key that asks for the engine, for the error message.
+
+    Raises:
+        InputError: it has a part that the engine lacks.
+    """
+    from trainers.sparse.packing import check
+
+    try:
+        check(model)
+    except ValueError as error:
+        raise InputError(key, "sparse", f"{type(model).__name__} cannot be packed ({error})") from None
+
+
+def _check_blocks(model: nn.Module) -> None:
+    """Check that zeros stand in blocks of 1 × 4, where INT8 leaves them out.
+
+    Raises:
+        InputError: most of them do not.
+    """
+    from torch import nn
+
+    zeros = in_blocks = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.in_features % _BLOCK == 0:
+            blocks = module.weight.detach().reshape(-1, _BLOCK) == 0
+            zeros += int(blocks.sum())
+            in_blocks += _BLOCK * int(blocks.all(1).sum())
+    if in_blocks < _LEAST_IN_BLOCKS * zeros:
+        share = f"{100 * in_blocks / zeros:.0f} % of its zeros stand in blocks of 1 × 4"
+        expected = f"{share}, and INT8 leaves out only those: prune with the pattern 1x4, or take sparse"
+        raise InputError("model", type(model).__name__, expected)
+
+
+def _sparse_int8(source: Source, folder: Path) -> None:
+    from trainers.quantization.checks import check_share
+
+    _sparse(source, folder, int8=True)
+    check_share(_sparse_values(folder), source.model)
+
+
+def _sparse_values(folder: Path) -> int:
+    from trainers.sparse import load
+
+    return sum(layer.outputs * layer.inputs for layer in load(folder).layers.values() if layer.kind == "int8")
+
+
+def _sparse_remarks(folder: Path) -> Iterator[tuple[str, str]]:
+    """How many layers run without their zeros, which do not, and whether the engine is worth its while."""
+    from trainers.sparse import load
+
+    layers = load(folder).layers
+    dense = [name for name, layer in layers.items() if layer.kind == "dense"]
+    named = f": {', '.join(dense)}" if len(dense) <= _NAMED else ""
+    yield "layers", f"{len(layers) - len(dense)} without their zeros, {len(dense)} dense{named}"
+    multiplied = sum(layer.outputs * layer.inputs for layer in layers.values())
+    left_out = sum(layer.left_out for layer in layers.values())
+    if left_out < _LEAST_LEFT_OUT * multiplied:
+        share = f"{100 * left_out / multiplied:.0f} % of the weights are zeros that it leaves out"
+        yield "gain", f"none to expect: {share}; other engines run such a model as fast"
+
+
+_BLOCK = 4  # inputs of a block in which INT8 leaves zeros out
+_LEAST_IN_BLOCKS = 0.85
+_LEAST_LEFT_OUT = 0.4
+_NAMED = 4  # most layers that a line names
+
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 _OPENVINO = ("onnx", "onnxscript", "openvino")
+_SPARSE = ("llvmlite",)
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -161,6 +262,27 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             calibration="needed",
             write=_openvino_int8,
             int8_values=_openvino_values,
+        ),
+        "sparse": Format(
+            "for Espalier's own engine, on which zeros are faster",
+            ".",
+            "sparse",
+            "float32",
+            packages=_SPARSE,
+            calibration="none",
+            write=_sparse,
+            remarks=_sparse_remarks,
+        ),
+        "sparse-int8": Format(
+            "the same in INT8, zeros in blocks of 1×4",
+            ".",
+            "sparse",
+            "int8",
+            packages=_SPARSE,
+            calibration="none",
+            write=_sparse_int8,
+            int8_values=_sparse_values,
+            remarks=_sparse_remarks,
         ),
         "torch-export": Format("torch.export's program", "model.pt2", "torch", "float32", (), "none", _torch),
     }
