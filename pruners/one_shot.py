@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern, fitting_layers
 from pruners.order_builder import OrderBuilder, Progress, repeatable, write_weights
+from pruners.reconstruction import Reconstruction
+from pruners.reconstruction import reconstruct as reconstruct_layers
+from pruners.rounds import Shares, round_sparsities
 
 _HELD_OUT = 16  # batches that compare the λ of ``damp="auto"``
 
@@ -37,8 +41,11 @@ class PruneReport:
         masks: ``True`` for kept weights.
         sparsity: pruned share of the prunable weights.
         order: the elimination order, which gives the weights at every other allocation too
-            (:meth:`EliminationOrder.weights_at`, from the weights before).
-        damp: the choice among several λ, if ``damp="auto"`` was asked for.
+            (:meth:`EliminationOrder.weights_at`, from the weights before; of several rounds the last one's,
+            from the weights before that).
+        damp: the choice among several λ, if ``damp="auto"`` was asked for; of several rounds the last one's.
+        rounds: the sparsity that each round led to.
+        reconstruction: what the reconstruction after the last round did, if one was asked for.
     """
 
     method: str
@@ -47,6 +54,8 @@ class PruneReport:
     sparsity: float
     order: EliminationOrder
     damp: DampChoice | None = None
+    rounds: tuple[float, ...] = ()
+    reconstruction: Reconstruction | None = None
 
 
 def prune(
@@ -64,6 +73,8 @@ def prune(
     unfit: str = "refuse",
     gradients: int | None = None,
     per_sample: bool = False,
+    rounds: int | Sequence[float] = 1,
+    reconstruct: int = 0,
     held_out: Iterable[Batch] | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
@@ -92,6 +103,11 @@ def prune(
             them ``dense``.
         gradients: number of gradients at most; default the method's own.
         per_sample: gradients of single images instead of batches.
+        rounds: in how many rounds to prune, or the sparsities to which they lead, the last one ``sparsity``.
+            The gradients are divided among them; each round's are taken at the weights that the one before
+            left.
+        reconstruct: number of images, of the first batches, on which the kept weights are solved again after
+            each round, so that each layer answers as it did before (:mod:`pruners.reconstruction`); 0: none.
         held_out: batches that compare the λ of ``damp="auto"``; default the batches after those of the
             gradients.
         memory: bytes for the Fisher; default a share of what is free.
@@ -127,35 +143,52 @@ def prune(
     if sum(masks.pruned().values()) > total:
         raise InputError("sparsity", sparsity, f"the model is sparser already ({masks.sparsity:.4f})")
     sharing = Sharing(scope or pruner.scope, floor, ceiling, table)
-    if pruner.gradients and batches is None:
-        raise InputError("batches", None, f"{pruner.name} needs batches of (images, labels)")
-    with _in_float32(model, masks):
+    if (pruner.gradients or reconstruct) and batches is None:
+        raise InputError(
+            "batches",
+            None,
+            f"{pruner.name if pruner.gradients else 'reconstruct'} needs batches of (images, labels)",
+        )
+    with _in_float32(model, masks), _undone_by_errors(model):
         limit = pruner.gradients if gradients is None else gradients
-        source = batches or ()
+        source: Iterable[Batch] = batches or ()
         if auto and held_out is None:
             source, held_out = _split(source, limit, per_sample)
-        builder = OrderBuilder(
-            model,
-            chosen,
-            masks,
-            pruner,
-            lambda: source,
-            loss,
-            limit=limit,
-            per_sample=per_sample,
-            memory=memory,
-            progress=progress,
-            depth=max(per_layer("ceiling", ceiling, chosen, 1.0).values(), default=1.0),
-        )
-        builder.batches = repeatable(source, builder.passes)
-        choice = None
-        if auto:
-            choice = _try_damps(builder, sharing, total, held_out or ())
-        order = builder.order(None if choice is None else choice.damp)
-        allocation = sharing.allocate(order.losses, chosen, total, pruned=masks.pruned(), unit=pattern.unit)
-        new, kept = order.weights_at(builder.weights, allocation)
-        write_weights(model, new)
-    return PruneReport(pruner.name, allocation, kept, kept.sparsity, order, choice)
+        images: list[Tensor] = []
+        if reconstruct:
+            source, images = _with_first_images(source, reconstruct)
+        dense = copy.deepcopy(model) if reconstruct else model
+        steps = round_sparsities(rounds, masks.sparsity, sparsity)
+        shares = Shares(source, limit, len(steps), per_sample=per_sample)
+        for number, step in enumerate(steps):
+            builder = OrderBuilder(
+                model,
+                chosen,
+                masks,
+                pruner,
+                shares.once,
+                loss,
+                limit=shares.gradients,
+                per_sample=per_sample,
+                memory=memory,
+                progress=progress,
+                depth=max(per_layer("ceiling", ceiling, chosen, 1.0).values(), default=1.0),
+            )
+            if builder.passes > 1:
+                builder.batches = repeatable(
+                    source if len(steps) == 1 else shares.again(number), builder.passes
+                )
+            total = pattern_budget(chosen, step, pattern, masks)
+            choice = _try_damps(builder, sharing, total, held_out or ()) if auto else None
+            order = builder.order(None if choice is None else choice.damp)
+            pruned = masks.pruned()
+            allocation = sharing.allocate(order.losses, chosen, total, pruned=pruned, unit=pattern.unit)
+            new, masks = order.weights_at(builder.weights, allocation)
+            write_weights(model, new)
+            solved = None
+            if reconstruct:
+                solved = reconstruct_layers(model, dense, chosen, masks, images, progress=progress)
+    return PruneReport(pruner.name, allocation, masks, masks.sparsity, order, choice, tuple(steps), solved)
 
 
 def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pattern, masks: MaskSet) -> int:
@@ -215,6 +248,31 @@ def _split(batches: Iterable[Batch], limit: int, per_sample: bool) -> tuple[list
         first.append(batch)
         count += len(batch[0]) if per_sample else 1
     return first, list(itertools.islice(source, _HELD_OUT))
+
+
+def _with_first_images(batches: Iterable[Batch], number: int) -> tuple[Iterable[Batch], list[Tensor]]:
+    """The batches, unread also if they can be read once only, and the first ``number`` of their images."""
+    source = iter(batches)
+    read: list[Batch] = []
+    while sum(len(images) for images, _ in read) < number and (batch := next(source, None)) is not None:
+        read.append(batch)
+    if not read:
+        raise InputError("batches", None, "reconstruct needs batches of (images, labels)")
+    excess = max(sum(len(images) for images, _ in read) - number, 0)
+    images = [images for images, _ in read]
+    images[-1] = images[-1][: len(images[-1]) - excess]
+    return itertools.chain(read, source) if isinstance(batches, Iterator) else batches, images
+
+
+@contextmanager
+def _undone_by_errors(model: nn.Module) -> Iterator[None]:
+    """After an error the model's parameters are what they were."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        yield
+    except BaseException:
+        write_weights(model, before)
+        raise
 
 
 def _check_weights(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:

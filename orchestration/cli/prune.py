@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     f"{', '.join(name for name in METHODS if name in SECOND_ORDER)} (need --data).",
 )
 @click.option("--sparsity", type=float, help="Share of the prunable weights; N:M patterns bring their own.")
-@click.option("--data", metavar="PARQUET", help="Training images, for methods that follow gradients.")
+@click.option(
+    "--data",
+    metavar="PARQUET",
+    help="Training images: for gradients, and for --reconstruct.",
+)
 @click.option("--test", metavar="PARQUET", help="Images on which top-1 is measured before and after.")
 @click.option("--pattern", default=defaults.PATTERN, show_default=True, help="Or N:M as 2:4, or 1x4.")
 @click.option(
@@ -48,6 +52,15 @@ if TYPE_CHECKING:
 @click.option("--block-size", type=click.IntRange(min=1), help="Weights of a Fisher block. Default: 192.")
 @click.option("--damp", help="λ of the Fisher, or auto: the best of 1e-4 … 1e-9 on held-out images.")
 @click.option("--relative/--absolute", default=None, help="λ is a share of the mean of a layer's diagonal.")
+@click.option(
+    "--rounds", metavar="N", help="In how many, or to which sparsities (0.75,0.9,0.95); shares the gradients."
+)
+@click.option(
+    "--reconstruct",
+    type=click.IntRange(min=1),
+    metavar="IMAGES",
+    help="Of --data, on which kept weights are solved again so that layers answer as before (1024 will do).",
+)
 @click.option("--memory", help="For the Fisher, as 8GiB. Default: 60 % of what is free.")
 @options.seed
 @click.option("--device", help="cpu or cuda. Default: cuda where there is one.")

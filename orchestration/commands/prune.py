@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from orchestration.commands.progress import Bars, interruptible
 from orchestration.commands.prune_options import PruneOptions, layer_patterns
 from pruners.allocation.bounds import bounds
 from pruners.allocation.projection import check_feasible
+from pruners.arithmetic import ceil_div
 from pruners.elimination.damping import LADDER
 from pruners.elimination.gradients import Batch
 from pruners.errors import InputError
@@ -33,8 +35,10 @@ from pruners.model.left_dense import LeftDense
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import fitting_layers
 from pruners.one_shot import PruneReport, pattern_budget, prune
+from pruners.reconstruction import Reconstruction
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.data import datasets
+from trainers.data.datasets import fixed_batches
 from trainers.loop.evaluation import Evaluation, evaluate
 from trainers.loop.prune_step import Gradients, gradient_source
 from trainers.models import factory
@@ -54,6 +58,7 @@ class PruneJob:
     layers: list[PrunableLayer]
     pruner: Pruner
     gradients: Gradients | None
+    images: Callable[[], Iterable[Batch]] | None
     tests: datasets.Batches | None
     masks: MaskSet | None = None
 
@@ -76,8 +81,9 @@ class PruneJob:
             layers = fitting_layers(layers_of(loaded, patterns), pruner.sparsity_pattern, unfit=options.unfit)
             _check_budget(options, loaded.model, layers, pruner)
             model = loaded.model.to(device).eval()
-            gradients, tests = _gradients(options, model, pruner), _tests(options, model)
-            return cls(options, target, model, layers, pruner, gradients, tests, loaded.masks)
+            gradients, images = _gradients(options, model, pruner), _reconstruction_images(options, model)
+            tests = _tests(options, model)
+            return cls(options, target, model, layers, pruner, gradients, images, tests, loaded.masks)
 
     def run(self) -> list[str]:
         """Prune, write the folder, and return lines about it."""
@@ -102,7 +108,9 @@ class PruneJob:
             scope=options.scope,  # type: ignore[arg-type]  # checked
             floor=options.floor,
             ceiling=options.ceiling,
-            batches=None if gradients is None else _Again(gradients.batches),
+            batches=self._batches(),
+            rounds=options.in_rounds,
+            reconstruct=options.reconstruct or 0,
             held_out=None if gradients is None or gradients.held_out is None else _Again(gradients.held_out),
             per_sample=options.per_sample,
             memory=None if gradients is None else gradients.memory,
@@ -112,6 +120,12 @@ class PruneJob:
         costs = count_costs(self.model, factory.input_size(self.model), report.allocation)
         tests = None if before is None or after is None else (before, after)
         return Outcome(options, self.layers, self.pruner, report, costs, tests)
+
+    def _batches(self) -> Iterable[Batch] | None:
+        """Of the gradients, or of a reconstruction alone."""
+        if self.gradients is not None:
+            return _Again(self.gradients.batches)
+        return None if self.images is None else _Again(self.images)
 
     def _top1(self, bars: Bars, what: str) -> Evaluation | None:
         if self.tests is None:
@@ -157,6 +171,15 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
         world=1,
         seed=options.seed,
     )
+
+
+def _reconstruction_images(options: PruneOptions, model: nn.Module) -> Callable[[], Iterable[Batch]] | None:
+    """The batches of a reconstruction after a method that takes none itself."""
+    if options.method in SECOND_ORDER or options.reconstruct is None or options.data is None:
+        return None
+    images = _images(options.data, model, options.columns, "--data")
+    number = ceil_div(options.reconstruct, options.batch_size)
+    return lambda: fixed_batches(images, options.batch_size, 0, number, rank=0, world=1, seed=options.seed)
 
 
 def _tests(options: PruneOptions, model: nn.Module) -> datasets.Batches | None:
@@ -244,6 +267,14 @@ class Outcome:
             else source,  # without a path of this machine
             "options": options.as_record() | self._resolved(),
         }
+        if report.reconstruction is not None:
+            errors = report.reconstruction.errors.items()
+            record["reconstruction"] = {
+                "images": report.reconstruction.images,
+                "errors": {name: {"before": before, "after": after} for name, (before, after) in errors},
+            }
+        if len(report.rounds) > 1:
+            record["rounds"] = list(report.rounds)
         if report.damp is not None:
             tried = report.damp.losses.items()
             losses = {f"{damp:g}": loss if math.isfinite(loss) else None for damp, loss in tried}
@@ -262,6 +293,10 @@ class Outcome:
         yield "method", f"{report.method}{pattern}{source}"
         if isinstance(self.pruner, SecondOrder):
             yield "λ", self._damp(self.pruner)
+        if len(report.rounds) > 1:
+            yield "rounds", ", ".join(f"{100 * sparsity:.4g} %" for sparsity in report.rounds)
+        if report.reconstruction is not None:
+            yield "reconstruct", _solved(report.reconstruction)
         modules = Counter(layer.module for layer in self.layers)
         by_module = ", ".join(f"{count} {module}" for module, count in modules.items())
         yield "layers", f"{len(self.layers)} ({by_module})"
@@ -298,6 +333,14 @@ class Outcome:
             return {}
         names = ("gradients", "block_size") if self.options.tries_damps else _FISHER
         return {name: getattr(self.pruner, name) for name in names}
+
+
+def _solved(done: Reconstruction) -> str:
+    """How much nearer the layers answer to the dense model's, and which stay as they were."""
+    before, after = (mean(pair[end] for pair in done.errors.values()) for end in (0, 1))
+    error = f"mean squared error {before:.2g} → {after:.2g} of the variance"
+    left = f"; not {', '.join(done.left)}" if done.left else ""
+    return f"{len(done.errors)} layers on {done.images:,} images, {error}{left}"
 
 
 def gradients_taken(options: PruneOptions, pruner: Pruner) -> str:

@@ -14,6 +14,7 @@ from orchestration.common import defaults
 from pruners.errors import InputError, did_you_mean
 from pruners.methods.registry import METHODS, SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
+from pruners.rounds import round_sparsities
 from trainers.config.pruning import FisherSettings, ScopeName
 from trainers.sources.columns import ColumnOptions
 
@@ -44,6 +45,8 @@ class PruneOptions(ColumnOptions):
     damp: str | None = None
     relative: bool | None = None
     memory: str | None = None
+    rounds: str | None = None
+    reconstruct: int | None = None
     seed: int = defaults.SEED
     device: str | None = None
 
@@ -61,8 +64,10 @@ class PruneOptions(ColumnOptions):
             one_of("--device", self.device, ("cpu", "cuda"))
         layer_patterns(self.layers)
         self._check_sparsity()
+        self.in_rounds  # noqa: B018  # a mistake is told now
         if self.method not in SECOND_ORDER:
             self._refuse_gradients()
+            self._check_reconstruct()
             return
         if self.data is None:
             wanted = f"{self.method} follows gradients: give training images (Parquet: image, label)"
@@ -82,6 +87,32 @@ class PruneOptions(ColumnOptions):
                 "--sparsity", None, "must be given, as 0.75 (N:M patterns alone bring their own)"
             )
         return sparsity
+
+    @property
+    def in_rounds(self) -> int | list[float]:
+        """The number of rounds, or the sparsities that they lead to.
+
+        Raises:
+            InputError: neither.
+        """
+        if self.rounds is None:
+            return 1
+        try:
+            number = int(self.rounds)
+        except ValueError:
+            return self._sparsities(self.rounds)
+        if number < 1:
+            raise InputError("--rounds", self.rounds, "must be at least 1, or sparsities as 0.75,0.9,0.95")
+        return number
+
+    def _sparsities(self, text: str) -> list[float]:
+        expected = f"must be a number, or ascending sparsities of which the last is {self.target:g}"
+        try:
+            given = [float(part) for part in text.split(",")]
+        except ValueError:
+            given = []
+        with InputError.renamed(lambda error: InputError("--rounds", text, expected)):
+            return round_sparsities(given, 0.0, self.target)
 
     def for_method(self) -> dict[str, Any]:
         """Constructor arguments of the method, and ``damp="auto"``."""
@@ -135,6 +166,15 @@ class PruneOptions(ColumnOptions):
                 others = ", ".join(sorted(SECOND_ORDER))
                 wanted = f"{self.method} takes no gradients; drop it, or take a method that does ({others})"
                 raise InputError(f"--{key.replace('_', '-')}", value, wanted)
+
+    def _check_reconstruct(self) -> None:
+        """Of a method that takes no gradients: what reconstruction needs, and what only it makes sense of."""
+        if self.reconstruct is not None and self.data is None:
+            wanted = "solves weights on images: give training images (Parquet: image)"
+            raise InputError("--reconstruct", self.reconstruct, wanted + " by --data")
+        if self.reconstruct is None and self.in_rounds != 1:
+            wanted = f"change nothing where {self.method} looks at weights alone; add --reconstruct"
+            raise InputError("--rounds", self.rounds, wanted)
 
     def _damp(self) -> float | str | None:
         if self.damp is None or self.damp == "auto":

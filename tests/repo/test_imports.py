@@ -29,7 +29,7 @@ FLOORS = (
     {"pruners.model"},
     {"pruners.allocation"},
     {"pruners.elimination"},
-    {"pruners.methods", "pruners.structured"},
+    {"pruners.methods", "pruners.structured", "pruners.reconstruction", "pruners.rounds"},
     {"pruners.order_builder"},
     {"pruners.one_shot"},
     {"pruners"},

@@ -130,6 +130,24 @@ def test_prune__ovit_is_exact_and_repeats_itself(run: Run) -> None:
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize("method", ["ovit --gradients 4", "lamp"])
+def test_prune__rounds_and_reconstruction_are_remembered(method: str, run: Run) -> None:
+    typed = f"prune @/vit --method {method} --batch-size 4 --data @/train.parquet --sparsity 0.75"
+    out = good(run, f"{typed} --rounds 0.5,0.75 --reconstruct 6 --out both")
+    _, zeros, record = pruned("both")
+    assert count(zeros) == 3 * WEIGHTS // 4
+    assert record["rounds"] == [0.5, 0.75]
+    assert record["reconstruction"]["images"] == 6
+    errors = record["reconstruction"]["errors"]
+    assert set(errors) == set(zeros)
+    assert all(error["after"] <= error["before"] for error in errors.values())
+    assert "rounds      50 %, 75 %" in out
+    assert "reconstruct 8 layers on 6 images, mean squared error" in out
+    good(run, f"{typed} --out neither")
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("both", "neither")]
+    assert weights[0] != weights[1]
+
+
 def test_prune__less_memory_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part of the Fisher takes the gradients anew, from the same images."""
     taken = []
@@ -365,6 +383,13 @@ BAD: dict[str, tuple[str, ...]] = {
     f"{DIMAP} --sparsity 0.5 --damp auto": ("--damp", "'auto'", "dimap takes no gradients"),
     f"{DIMAP} --sparsity 0.5 --gradients 3": ("--gradients", "3", "dimap takes no gradients"),
     f"{DIMAP} --sparsity 0.5 --sparsty 0.5": ("--sparsty", "--sparsity"),
+    f"{DIMAP} --sparsity 0.5 --reconstruct 8": ("--reconstruct", "8", "--data"),
+    f"{DIMAP} --sparsity 0.5 --reconstruct 0 --data @/train.parquet": ("--reconstruct", "0"),
+    f"{DIMAP} --sparsity 0.5 --reconstruct 8 --data @/none.parquet": ("--data", "no such file"),
+    f"{DIMAP} --sparsity 0.5 --rounds 2": ("--rounds", "'2'", "--reconstruct"),
+    f"{SECOND} --rounds 0 --data @/train.parquet": ("--rounds", "'0'", "at least 1"),
+    f"{SECOND} --rounds many --data @/train.parquet": ("--rounds", "'many'", "the last is 0.5"),
+    f"{SECOND} --rounds 0.4,0.3 --data @/train.parquet": ("--rounds", "'0.4,0.3'", "ascending"),
     # data
     "@/vit --sparsity 0.5": ("--data", "ovit follows gradients"),
     f"{SECOND} --data @/none.parquet": ("--data", "none.parquet", "no such file"),
