@@ -72,9 +72,7 @@ def main() -> None:
         functional.cross_entropy,
         memory=int(args.gib * 2**30),
         depth=args.depth,
-        progress=lambda kind, done, total: print(
-            f"  {time.time() - began:6.0f} s: {kind} {done} of {total}", flush=True
-        ),
+        progress=report,
     )
     numel = sum(layer.numel for layer in layers)
     print(
