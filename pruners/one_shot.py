@@ -24,8 +24,8 @@ from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern, fitting_layers
 from pruners.order_builder import OrderBuilder, Progress, repeatable, write_weights
-from pruners.reconstruction import Reconstruction
-from pruners.reconstruction import reconstruct as reconstruct_layers
+from pruners.reconstruction.reconstruct import Reconstruction
+from pruners.reconstruction.reconstruct import reconstruct as reconstruct_layers
 from pruners.rounds import Shares, round_sparsities
 
 _HELD_OUT = 16  # batches that compare the λ of ``damp="auto"``

@@ -175,7 +175,7 @@ class OrderBuilder:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="espalier-order-")
         folder = Path(self._scratch.name) / str(number)
-        part.save(folder, "scratch")
+        part.save(folder, "scratch", rounded=False)
         device = str(next(iter(self._weights.values())).device)
         return EliminationOrder.load(folder, "scratch").on(device)
 

@@ -1,13 +1,15 @@
 """The Fisher, its inverse and the elimination against the obvious way to compute them, in one run.
 
     python experiments/benchmarks/pruner_speed.py [--device cuda] [--threads 1 2]
+    python experiments/benchmarks/pruner_speed.py --against FOLDER [--threads 2]
 
 The obvious way: m rank-one updates of the inverse Fisher blocks (Woodbury), then for each weight that falls a
 full downdate of its block, in float64 as ours is (in float32 it takes other pivots; its time is shown too).
 Same gradients, same machine, same pivots (checked). Its m updates are extrapolated from 64. Layers are those
 of a small ViT for 32-pixel images (width 192, 6 blocks, 2.65 M weights) and the first encoder block of DeiT-S
-(1.77 M; the whole model's Fisher would take 12 GB), on CUDA all of DeiT-B. The last line sums up; the exit
-status is 1 when a stated ratio is missed. The process keeps what memory it frees (:func:`keep_memory`).
+(1.77 M; the whole model's Fisher would take 12 GB), on CUDA all of DeiT-B. With --against another
+checkout takes turns with this one, round by round. The last line sums up; the exit status is 1 when a stated
+ratio is missed. The process keeps what memory it frees (:func:`keep_memory`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +132,8 @@ def time_ours(problem: Problem, most: int) -> Ours:
         found = None
         with Clock(problem.device) as inverse:
             for layer in problem.layers:
-                for _ in chunks(*unpacked(started(problem, layer, fisher))):
-                    pass
+                for chunk in chunks(*unpacked(started(problem, layer, fisher))):
+                    assert chunk.inverse is not None, "it is computed when it is asked for"
         with Clock(problem.device) as order:
             found = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
         inverses.append(inverse.spent)
@@ -254,6 +257,87 @@ def peak(device: torch.device) -> tuple[float, float]:
     return high_water() - before, bound
 
 
+def against(folder: str, threads: int, report: Report, rounds: int = 3, count: int = 256) -> None:
+    """Time this checkout and another one in turns; the best round of each counts."""
+    here = Path(__file__).parent
+    sides = {"this": here.parents[1], "other": Path(folder).resolve()}
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = {
+            side: subprocess.Popen(
+                [
+                    sys.executable,
+                    here / "pruner_rounds.py",
+                    root,
+                    str(threads),
+                    str(count),
+                    f"{scratch}/{side}",
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=root,
+                env={**os.environ, "PYTHONPATH": str(root)},
+            )
+            for side, root in sides.items()
+        }
+
+        def ask(side: str, what: str) -> dict[str, float]:
+            process = processes[side]
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{what}\n")
+            process.stdin.flush()
+            answer: dict[str, float] = json.loads(process.stdout.readline())
+            return answer
+
+        for name in layer_sets(torch.device("cpu")):
+            found: dict[str, list[dict[str, float]]] = {"this": [], "other": []}
+            for number in range(rounds + 1):
+                for side, times in found.items():
+                    answer = ask(side, f"time {name}")
+                    if number:  # the first compiles, and fills memory
+                        times.append(answer)
+            best = {
+                side: {key: (max if key == "share" else min)(one[key] for one in times) for key in times[0]}
+                for side, times in found.items()
+            }
+            for side, one in best.items():
+                print(
+                    f"  {name}, {side}: accumulation {one['accumulation']:.2f} s (m = {count}), "
+                    f"inverse {one['inverse']:.2f} s, order {one['order']:.2f} s"
+                )
+            one, other = best["this"], best["other"]
+            ratio = other["inverse"] / one["inverse"]
+            report.need(f"{name}: inverse, times the other's speed", ratio, 2.0)
+            ratio = (other["order"] - other["inverse"]) / max(one["order"] - one["inverse"], 1e-9)
+            report.need(f"{name}: order beyond the inverse, times", ratio, 2.5)
+            report.need(f"{name}: accumulation, % of sgemm", 100 * one["share"], 75.0)
+            sizes = {side: ask(side, f"store {name}")["bytes"] for side in sides}
+            print(f"  bytes a weight: {sizes['this']:.0f}, other {sizes['other']:.0f}")
+            share = sizes["this"] / sizes["other"]
+            report.need(f"{name}: stored order, share of the other's", share, 0.5, most=True)
+            same, error = _differences(scratch, name)
+            report.need(f"{name}: same weights pruned at 50 %, %", 100 * same, 100.0)
+            report.need(f"{name}: error of stored updates, in 1/1000", 1000 * error, 1.0, most=True)
+        for process in processes.values():
+            process.communicate()
+
+
+def _differences(scratch: str, name: str) -> tuple[float, float]:
+    """The share of equal masks, and the largest relative difference of a layer's updates."""
+    device = torch.device("cpu")
+    before = Problem(name, layer_sets(device)[name], device).weights
+    one, other = (torch.load(f"{scratch}/{side}") for side in ("this", "other"))
+    errors, equal = [], 0
+    for layer, weight in other["weights"].items():
+        masks = one["masks"][layer], other["masks"][layer]
+        equal += int((masks[0] == masks[1]).sum())
+        kept = masks[0] & masks[1]
+        update = (weight - before[layer])[kept].double()
+        errors.append(float((one["weights"][layer] - weight)[kept].double().norm() / update.norm()))
+    return equal / sum(weight.numel() for weight in before.values()), max(errors)
+
+
 def high_water() -> int:
     """The most memory that this process has had, in bytes (what it was forked from does not count)."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -290,6 +374,7 @@ def main() -> None:
     parser.add_argument(
         "--most", type=int, default=4096, help="largest m of the first layer set (others: 1024)"
     )
+    parser.add_argument("--against", metavar="FOLDER", help="a checkout to compare with, on the CPU")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -298,6 +383,9 @@ def main() -> None:
         return
     keep_memory()
     report = Report()
+    if args.against is not None:
+        against(args.against, args.threads[-1], report)
+        finish(report)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {device}")
     for threads in args.threads if device.type == "cpu" else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
@@ -324,6 +412,11 @@ def main() -> None:
         100.0,
         most=True,
     )
+    finish(report)
+
+
+def finish(report: Report) -> None:
+    """Print the summing line, and end with its exit status."""
     missed = report.missed
     told = f"{len(report.lines) - len(missed)} of {len(report.lines)} ratios hold"
     print(told + (f"; missed: {'; '.join(missed)}" if missed else ""))

@@ -35,7 +35,7 @@ from pruners.model.left_dense import LeftDense
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import fitting_layers
 from pruners.one_shot import PruneReport, pattern_budget, prune
-from pruners.reconstruction import Reconstruction
+from pruners.reconstruction.reconstruct import Reconstruction
 from trainers.checkpoint.folder import save_checkpoint, size_on_disk
 from trainers.data import datasets
 from trainers.data.datasets import fixed_batches

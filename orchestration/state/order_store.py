@@ -53,6 +53,8 @@ class StoredOrder:
         if method in SECOND_ORDER:
             decides["fisher"] = pruning.fisher.model_dump(mode="json", exclude={"memory"})
             decides |= {"data": data, "seed": seed}
+            if pruning.order_begins_at:
+                decides["begins_at"] = pruning.order_begins_at
         if pruning.tries_damps(method):  # λ is chosen at the recipe's sparsity
             decides |= pruning.model_dump(mode="json", include={"sparsity", "scope", "table", "floor"})
         key = digest(weights, decides)

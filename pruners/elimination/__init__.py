@@ -9,4 +9,7 @@ __all__ = [
     "memory",
     "obs",
     "order",
+    "sweep",
+    "tiles",
+    "updates",
 ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,25 @@ RESIDENT = 1.5
 HALVED = 64
 """Blocks of at least this size store three quarters of their symmetric sums."""
 _LARGEST = 32767  # positions in a block are stored in 16 bits
+
+
+@dataclass(frozen=True)
+class SumsOfGradients:
+    """What the compiled loops compute inverses of k Fisher blocks from.
+
+    Attributes:
+        first: the first h rows of the sums, (k, h, B).
+        last: the last B − h columns of the other rows, (k, B − h, B − h).
+        scale: 1/m.
+        damp: λ.
+        slots: (k, r), the positions in each block.
+    """
+
+    first: Tensor
+    last: Tensor
+    scale: float
+    damp: float
+    slots: Tensor
 
 
 class BlockFisher:
@@ -265,25 +285,35 @@ class BlockFisher:
                 )
         return inverse
 
-    def _inverted(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverses (k, r, r), and whether each block was positive definite (k,)."""
+    def on_cpu(self, name: str, chosen: slice, slots: Tensor) -> SumsOfGradients | None:
+        """The sums of some blocks of a layer, if the compiled loops can invert them.
+
+        Args:
+            name: of the layer.
+            chosen: which k of the layer's blocks.
+            slots: (k, r), positions in each block.
+
+        Raises:
+            InputError: there was no gradient.
+        """
+        self._need_gradients()
         first, last = (part[chosen] for part in self.sums[name])
         if not kernels.supports(first) or slots.shape[1] > kernels.LARGEST:
+            return None
+        return SumsOfGradients(first, last, 1 / self.count, self.damping(name), slots)
+
+    def _inverted(self, name: str, chosen: slice, slots: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverses (k, r, r), and whether each block was positive definite (k,)."""
+        sums = self.on_cpu(name, chosen, slots)
+        if sums is None:
             return invert(self.blocks(name, chosen, slots, alive))
         inverse = torch.empty(*slots.shape, slots.shape[1], dtype=torch.float64)
         sound = torch.empty(len(slots), dtype=torch.bool)
-        scale, damp = 1 / self.count, self.damping(name)
 
         def work(part: slice) -> None:
-            inputs = (
-                first[part].numpy(),
-                last[part].numpy(),
-                scale,
-                damp,
-                slots[part].numpy(),
-                alive[part].numpy(),
-            )
-            kernels.invert(*inputs, inverse[part].numpy(), sound[part].numpy())
+            first, last = sums.first[part].numpy(), sums.last[part].numpy()
+            rest = (one[part].numpy() for one in (slots, alive, inverse, sound))
+            kernels.invert(first, last, sums.scale, sums.damp, *rest)
 
         kernels.on_threads(work, len(slots))
         return inverse, sound

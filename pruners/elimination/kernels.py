@@ -2,8 +2,8 @@
 
 They compute what the batched formulation in :mod:`pruners.elimination.obs` and
 :mod:`pruners.elimination.fisher` computes on GPUs; a test compares the two. There all blocks take each step
-together, here each thread works on its own blocks. Several rows are combined at a time, so that the row that
-is being computed is read and written less often.
+together, here each thread works on its own blocks. The loops take PANEL steps at a time, and then bring the
+rest of the matrix up to date by one product (:mod:`pruners.elimination.tiles`).
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+
+from pruners.elimination.sweep import load_sums, store_negative, sweep
+from pruners.elimination.tiles import PANEL, ROWS, compiled, subtract_lower, work_shape
 
 Array = np.ndarray[Any, Any]
 
-STRIDE = 264
-"""Distance of two rows of a work matrix, in numbers."""
+STEPS_OF_16_BITS = 32767
+"""The largest number of :func:`round_steps`."""
 _THREADS = "espalier-kernel"
 LARGEST = 256
 """The largest matrix that is inverted here, B of all published settings; LAPACK inverts larger ones."""
-
-# The compiler may reorder sums; NaN and infinity keep their meaning.
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_compiled = cast(
-    Callable[[_Function], _Function],
-    njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"}),
-)
 
 
 def supports(*tensors: torch.Tensor) -> bool:
@@ -71,128 +66,30 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-@_compiled
-def _subtract_rows(row: Array, rows: Array, shares: Array, count: int, width: int) -> None:
-    """``row[:width] -= Σ_{i<count} shares[i]·rows[i, :width]``; ``row`` is not one of ``rows``."""
-    i = 0
+@compiled
+def _subtract_rows(row: Array, rows: Array, first: int, shares: Array, count: int, width: int) -> None:
+    """``row[:width] -= Σ_{i<count} shares[i]·rows[first + i, :width]``; ``row`` is not one of ``rows``."""
+    i, r = 0, first
     while i + 8 <= count:
         a0, a1, a2, a3 = shares[i], shares[i + 1], shares[i + 2], shares[i + 3]
         a4, a5, a6, a7 = shares[i + 4], shares[i + 5], shares[i + 6], shares[i + 7]
         for j in range(width):
             row[j] -= (
-                (a0 * rows[i, j] + a1 * rows[i + 1, j]) + (a2 * rows[i + 2, j] + a3 * rows[i + 3, j])
-            ) + ((a4 * rows[i + 4, j] + a5 * rows[i + 5, j]) + (a6 * rows[i + 6, j] + a7 * rows[i + 7, j]))
-        i += 8
-    while i < count:
-        share = shares[i]
+                (a0 * rows[r, j] + a1 * rows[r + 1, j]) + (a2 * rows[r + 2, j] + a3 * rows[r + 3, j])
+            ) + ((a4 * rows[r + 4, j] + a5 * rows[r + 5, j]) + (a6 * rows[r + 6, j] + a7 * rows[r + 7, j]))
+        i, r = i + 8, r + 8
+    while i + 2 <= count:
+        a0, a1 = shares[i], shares[i + 1]
         for j in range(width):
-            row[j] -= share * rows[i, j]
-        i += 1
+            row[j] -= a0 * rows[r, j] + a1 * rows[r + 1, j]
+        i, r = i + 2, r + 2
+    if i < count:
+        a0 = shares[i]
+        for j in range(width):
+            row[j] -= a0 * rows[r, j]
 
 
-@_compiled
-def _subtract_tile(out: Array, rows: Array, first: int, shares: Array, start: int, stop: int) -> None:
-    """``out[q, start:stop] -= Σ_p shares[4q + p]·rows[first + p, start:stop]`` for four rows q and p.
-
-    Both are flat, with rows STRIDE apart. The compiler vectorises the loop because STRIDE is a constant and
-    the indices are unsigned.
-    """
-    u = np.uint64
-    r0, r1, r2, r3 = (
-        u(first * STRIDE),
-        u((first + 1) * STRIDE),
-        u((first + 2) * STRIDE),
-        u((first + 3) * STRIDE),
-    )
-    q1, q2, q3 = u(STRIDE), u(2 * STRIDE), u(3 * STRIDE)
-    a00, a01, a02, a03 = shares[0], shares[1], shares[2], shares[3]
-    a10, a11, a12, a13 = shares[4], shares[5], shares[6], shares[7]
-    a20, a21, a22, a23 = shares[8], shares[9], shares[10], shares[11]
-    a30, a31, a32, a33 = shares[12], shares[13], shares[14], shares[15]
-    for j in range(u(start), u(stop)):
-        x0, x1, x2, x3 = rows[r0 + j], rows[r1 + j], rows[r2 + j], rows[r3 + j]
-        out[j] -= (a00 * x0 + a01 * x1) + (a02 * x2 + a03 * x3)
-        out[q1 + j] -= (a10 * x0 + a11 * x1) + (a12 * x2 + a13 * x3)
-        out[q2 + j] -= (a20 * x0 + a21 * x1) + (a22 * x2 + a23 * x3)
-        out[q3 + j] -= (a30 * x0 + a31 * x1) + (a32 * x2 + a33 * x3)
-
-
-@_compiled
-def _factorise(factor: Array, out: Array, shares: Array, size: int) -> bool:
-    """Factorise F = UᵀU in place, four rows at a time; returns whether F is positive definite."""
-    for k in range(0, size, 4):
-        for q in range(4):
-            for j in range(k, size):
-                out[q * STRIDE + j] = factor[(k + q) * STRIDE + j]
-        for i in range(0, k, 4):
-            for q in range(4):
-                for p in range(4):
-                    shares[4 * q + p] = factor[(i + p) * STRIDE + k + q]
-            _subtract_tile(out, factor, i, shares, k, size)
-        for q in range(4):
-            for p in range(q):
-                share = factor[(k + p) * STRIDE + k + q]
-                for j in range(k + q, size):
-                    out[q * STRIDE + j] -= share * factor[(k + p) * STRIDE + j]
-            pivot = out[q * STRIDE + k + q]
-            if not pivot > 0.0 or not pivot < np.inf:
-                return False
-            root = 1.0 / np.sqrt(pivot)
-            for j in range(k, k + q):
-                factor[(k + q) * STRIDE + j] = 0.0
-            for j in range(k + q, size):
-                factor[(k + q) * STRIDE + j] = out[q * STRIDE + j] * root
-    return True
-
-
-@_compiled
-def _invert_factor(factor: Array, rows: Array, out: Array, shares: Array, size: int) -> None:
-    """Invert the factor, X = U⁻¹, from the last four rows up; ``rows`` is X."""
-    for k in range(size - 4, -1, -4):
-        for q in range(4):
-            for j in range(k, size):
-                out[q * STRIDE + j] = 0.0
-            out[q * STRIDE + k + q] = 1.0
-        for i in range(k + 4, size, 4):
-            for q in range(4):
-                for p in range(4):
-                    shares[4 * q + p] = factor[(k + q) * STRIDE + i + p]
-            _subtract_tile(out, rows, i, shares, i, size)
-        for q in range(3, -1, -1):
-            for p in range(q + 1, 4):
-                share = factor[(k + q) * STRIDE + k + p]
-                for j in range(k, size):
-                    out[q * STRIDE + j] -= share * rows[(k + p) * STRIDE + j]
-            root = 1.0 / factor[(k + q) * STRIDE + k + q]
-            for j in range(k, size):
-                rows[(k + q) * STRIDE + j] = out[q * STRIDE + j] * root
-
-
-@_compiled
-def _product(rows: Array, turned: Array, inverse: Array, out: Array, shares: Array, size: int) -> None:
-    """Multiply F⁻¹ = X Xᵀ, four rows at a time; ``turned`` is memory for Xᵀ."""
-    left = len(inverse)
-    for i in range(size):
-        for j in range(i):
-            turned[j * STRIDE + i] = 0.0
-        for j in range(i, size):
-            turned[j * STRIDE + i] = rows[i * STRIDE + j]
-    for i in range(0, size, 4):
-        for q in range(4):
-            for j in range(i + 4):
-                out[q * STRIDE + j] = 0.0
-        for k in range(i, size, 4):
-            for q in range(4):
-                for p in range(4):
-                    shares[4 * q + p] = -rows[(i + q) * STRIDE + k + p] if k + p >= i + q else 0.0
-            _subtract_tile(out, turned, k, shares, 0, i + 4)
-        for q in range(min(4, left - i)):
-            for j in range(i + q + 1):
-                inverse[i + q, j] = out[q * STRIDE + j]
-                inverse[j, i + q] = out[q * STRIDE + j]
-
-
-@_compiled
+@compiled
 def invert(
     first: Array,
     last: Array,
@@ -203,7 +100,14 @@ def invert(
     inverse: Array,
     sound: Array,
 ) -> None:
-    """Compute (scale·sums + damp·I)⁻¹ for some positions of each block.
+    """Compute F⁻¹ = (scale·sums + damp·I)⁻¹ for some positions of each block.
+
+    Blocks of PANEL positions are swept one after the other (Goodnight, "A tutorial on the SWEEP operator",
+    1979): with D the block of the positions, P their rows in the other columns, and the others A,
+
+        D ← −D⁻¹,  P ← D⁻¹P,  A ← A − PᵀD⁻¹P = A − VᵀV with D = L Lᵀ and V = L⁻¹P.
+
+    When all are swept the matrix is −F⁻¹. F is positive definite if every D is.
 
     Args:
         first: the first h rows of the symmetric sums, (n, h, B).
@@ -216,39 +120,178 @@ def invert(
         sound: (n,) bool, is written: whether the block was positive definite.
     """
     blocks, left = slots.shape
-    half = first.shape[1]
-    size = (left + 3) // 4 * 4
-    factor, rows, turned = np.empty(size * STRIDE), np.empty(size * STRIDE), np.empty(size * STRIDE)
-    out, shares = np.empty(4 * STRIDE), np.empty(16)
+    height, width = work_shape(left)
+    matrix = np.zeros((height, width))
     for block in range(blocks):
-        for k in range(size):
-            here = k * STRIDE
-            for j in range(k, size):
-                factor[here + j] = 0.0
-            factor[here + k] = damp
-            if k < left and alive[block, k]:
-                slot = slots[block, k]
-                row = first[block, slot] if slot < half else last[block, slot - half]
-                shift = 0 if slot < half else half
-                for j in range(k, left):
-                    if alive[block, j]:
-                        factor[here + j] += scale * row[slots[block, j] - shift]
-        sound[block] = _factorise(factor, out, shares, size)
-        if sound[block]:
-            _invert_factor(factor, rows, out, shares, size)
-            _product(rows, turned, inverse[block], out, shares, size)
+        load_sums(matrix, (first[block], last[block]), scale, damp, slots[block], alive[block])
+        sound[block] = sweep(matrix)
+        store_negative(matrix, inverse[block])
 
 
-@_compiled
+@compiled
+def _first_smallest(numbers: Array, count: int) -> int:
+    """The position of the first of the smallest of ``count`` numbers, by four minima side by side."""
+    a = b = c = d = np.inf
+    for j in range(0, count - 3, 4):
+        a = numbers[j] if numbers[j] < a else a
+        b = numbers[j + 1] if numbers[j + 1] < b else b
+        c = numbers[j + 2] if numbers[j + 2] < c else c
+        d = numbers[j + 3] if numbers[j + 3] < d else d
+    for j in range(count // 4 * 4, count):
+        a = numbers[j] if numbers[j] < a else a
+    smallest = min(a, b, c, d)
+    for j in range(count):
+        if numbers[j] == smallest:
+            return j
+    return 0
+
+
+@compiled
+def _fetch_column(
+    matrix: Array, column: Array, at: Array, holes: Array, filled: int, p: int, count: int
+) -> None:
+    """Column ``p`` of a symmetric matrix in the present order of positions.
+
+    Args:
+        matrix: a work matrix, of which the lower triangle counts.
+        column: is written.
+        at: where each position has its row in the matrix; most have it where they are.
+        holes: the positions that another one has taken since the matrix was in order.
+        filled: number of ``holes``.
+        p: a row of the matrix.
+        count: number of positions.
+    """
+    for j in range(min(p, count)):
+        column[j] = matrix[p, j]
+    for j in range(p, count):
+        column[j] = matrix[j, p]
+    for k in range(filled):
+        j = holes[k]
+        q = at[j]
+        column[j] = matrix[max(p, q), min(p, q)]
+
+
+@compiled
+def _update(matrix: Array, v: Array, begin: int, at: Array, holes: Array, filled: int, count: int) -> None:
+    """Subtract the last ``filled`` steps from the lower triangle of a matrix, brought into the present order.
+
+    Args:
+        matrix: see :func:`_fetch_column`.
+        v: the steps; those to subtract are in the rows from ``begin`` on.
+        begin: see ``v``.
+        at: see :func:`_fetch_column`.
+        holes: see :func:`_fetch_column`.
+        filled: number of ``holes``, and of steps.
+        count: number of positions.
+    """
+    moved, sources = np.empty(filled, np.int64), np.empty(filled, np.int64)
+    number = 0
+    for k in range(filled):
+        if holes[k] < count and at[holes[k]] != holes[k]:
+            moved[number], sources[number] = holes[k], at[holes[k]]
+            number += 1
+    for first in range(0, count, ROWS):
+        end = min(first + ROWS, count)
+        for k in range(number):
+            hole, source = moved[k], sources[k]
+            if hole < end:
+                for i in range(first, end):
+                    matrix[i, hole] = matrix[source, i]
+        for i in range(first, end):
+            own = at[i]
+            if own != i:  # the whole row is one of those beyond all that are left
+                for j in range(i):
+                    matrix[i, j] = matrix[own, j]
+                for k in range(number):
+                    matrix[i, moved[k]] = matrix[max(own, sources[k]), min(own, sources[k])]
+        subtract_lower(matrix, v, begin, first, filled)
+
+
+@compiled
+def _eliminate_block(
+    matrix: Array,
+    weights: Array,
+    left: int,
+    before: float,
+    order: Array,
+    losses: Array,
+    coefficients: Array,
+    columns: Array,
+    slots: Array,
+    v: Array,
+) -> None:
+    """:func:`eliminate` for one block, with its inverse as the lower triangle of a work matrix."""
+    size, steps = len(weights), len(order)
+    tiny = np.finfo(np.float64).tiny
+    ranks = np.zeros(((steps + PANEL - 1) // PANEL, size), np.int64)  # of each position when a panel ended
+    column, diagonal, w, score = np.empty(size), np.empty(size), np.empty(size), np.empty(size)
+    shares = np.empty(PANEL)
+    positions, at, holes = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(PANEL, np.int64)
+    for j in range(size):
+        positions[j] = j
+        diagonal[j] = max(matrix[j, j], tiny)
+        w[j] = weights[j]
+        score[j] = w[j] * w[j] / diagonal[j]
+    count, loss, taken = left, before, min(steps, left)
+    for begin in range(0, taken, PANEL):
+        for j in range(count):
+            at[j] = j
+        panel = min(PANEL, taken - begin)
+        for k in range(panel):
+            pivot = _first_smallest(score, count)
+            _fetch_column(matrix, column, at, holes, k, at[pivot], count)
+            for i in range(k):
+                shares[i] = v[begin + i, pivot]
+            _subtract_rows(column, v, begin, shares, k, count)
+            root = 1.0 / np.sqrt(max(diagonal[pivot], tiny))
+            y = w[pivot] * root
+            step = begin + k
+            for j in range(count):
+                number = column[j] * root
+                v[step, j] = number
+                w[j] -= y * number
+                rest = diagonal[j] - number * number
+                rest = rest if rest > tiny else tiny
+                diagonal[j] = rest
+                score[j] = w[j] * w[j] / rest
+            loss += 0.5 * y * y
+            order[step], losses[step], coefficients[step] = positions[pivot], loss, y
+            count -= 1
+            holes[k] = pivot
+            positions[pivot], positions[count] = positions[count], positions[pivot]
+            at[pivot] = at[count]
+            diagonal[pivot] = diagonal[count]
+            w[pivot] = w[count]
+            score[pivot] = score[count]
+            for i in range(begin, step + 1):
+                v[i, pivot], v[i, count] = v[i, count], v[i, pivot]
+        for j in range(size):
+            ranks[begin // PANEL, positions[j]] = j
+        if begin + PANEL < taken:
+            _update(matrix, v, begin, at, holes, panel, count)
+    here = 0
+    for step in range(steps):
+        panel = step // PANEL
+        width = size - panel * PANEL
+        if step % PANEL == 0:
+            for j in range(width):
+                at[j] = ranks[panel, positions[j]]
+        known = left - step - 1 if step < taken else 0  # not the number of the weight itself
+        for j in range(known):
+            columns[here + j] = v[step, at[j]]
+        for j in range(known, width):
+            columns[here + j] = 0.0
+        here += width
+    for j in range(size):
+        slots[j] = positions[j]
+
+
+@compiled
 def eliminate(
     weights: Array,
     inverse: Array,
     left: Array,
     before: Array,
-    offsets: Array,
-    widths: Array,
-    strides: Array,
-    first: int,
     order: Array,
     losses: Array,
     coefficients: Array,
@@ -258,106 +301,141 @@ def eliminate(
     """Pivoted Cholesky of each block's inverse by the OBS rule (see :mod:`pruners.elimination.obs`).
 
     An eliminated weight changes places with the last one that is left, so that every loop runs over
-    neighbouring numbers.
+    neighbouring numbers. The matrix follows when PANEL weights have been eliminated.
 
     Args:
         weights: (n, r).
         inverse: (n, r, r).
         left: (n,), how many of the r weights are alive; they are the first ones.
         before: (n,), loss of each block before the first step.
-        offsets: (steps,), where the panel of a step begins in ``columns`` for block 0.
-        widths: (steps,), length of the columns of a step's panel.
-        strides: (steps,), distance in ``columns`` from one block's panel to that of the next.
-        first: number of the first of these blocks, among those that ``columns`` is for.
         order: (n, steps), is written: positions of the eliminated weights.
         losses: (n, steps), is written: cumulative losses.
         coefficients: (n, steps), is written: y of each step.
-        columns: flat, is written: for each panel (n, width, steps of the panel) numbers v.
+        columns: (n, numbers), is written: for each panel (steps of the panel, width) numbers v. The width is
+            the number of weights but those that earlier panels have eliminated.
         slots: (n, r), is written: the positions that the numbers of a column belong to.
     """
-    blocks, size = weights.shape
-    steps = len(offsets)
-    tiny = np.finfo(np.float64).tiny
-    v = np.empty((steps, size))
-    shares = np.empty(size)
-    column = np.empty(size)
-    positions = np.empty(size, np.int64)
-    diagonal = np.empty(size)
-    w = np.empty(size)
-    score = np.empty(size)
-    for block in range(blocks):
-        count = left[block]
-        for j in range(size):
-            positions[j] = j
-            diagonal[j] = max(inverse[block, j, j], tiny)
-            w[j] = weights[block, j]
-        loss = before[block]
-        taken = min(steps, count)
-        for step in range(taken):
-            for j in range(count):
-                score[j] = w[j] * w[j] / diagonal[j]
-            pivot = 0
-            for j in range(1, count):
-                if score[j] < score[pivot]:
-                    pivot = j
-            row = inverse[block, positions[pivot]]
-            for j in range(count):
-                column[j] = row[positions[j]]
-            for i in range(step):
-                shares[i] = v[i, pivot]
-            _subtract_rows(column, v, shares, step, count)
-            root = 1.0 / np.sqrt(max(diagonal[pivot], tiny))
-            y = w[pivot] * root
-            new = v[step]
-            for j in range(count):
-                new[j] = column[j] * root
-                w[j] -= y * new[j]
-                diagonal[j] = max(diagonal[j] - new[j] * new[j], tiny)
-            loss += 0.5 * y * y
-            order[block, step] = positions[pivot]
-            losses[block, step] = loss
-            coefficients[block, step] = y
-            count -= 1
-            positions[pivot], positions[count] = positions[count], positions[pivot]
-            diagonal[pivot] = diagonal[count]
-            w[pivot] = w[count]
-            for i in range(step + 1):
-                v[i, pivot], v[i, count] = v[i, count], v[i, pivot]
-        step = 0
-        while step < steps:  # numbers of a panel's steps side by side, as `apply_steps` reads them
-            panel = strides[step] // widths[step]
-            here = offsets[step] + (first + block) * strides[step]
-            for j in range(widths[step]):
-                known = min(max(min(taken, left[block] - j) - step, 0), panel)
-                for i in range(known):
-                    columns[here + i] = v[step + i, j]
-                for i in range(known, panel):
-                    columns[here + i] = 0.0
-                here += panel
-            step += panel
-        for j in range(size):
-            slots[block, j] = positions[j]
+    height, across = work_shape(weights.shape[1])
+    matrix, v = np.zeros((height, across)), np.zeros((order.shape[1], across))
+    for block in range(len(weights)):
+        for i in range(weights.shape[1]):
+            for j in range(i + 1):
+                matrix[i, j] = inverse[block, i, j]
+        _eliminate_block(
+            matrix,
+            weights[block],
+            left[block],
+            before[block],
+            order[block],
+            losses[block],
+            coefficients[block],
+            columns[block],
+            slots[block],
+            v,
+        )
 
 
-@_compiled
+@compiled
+def invert_and_eliminate(
+    first: Array,
+    last: Array,
+    scale: float,
+    damp: float,
+    places: Array,
+    alive: Array,
+    sound: Array,
+    weights: Array,
+    left: Array,
+    before: Array,
+    order: Array,
+    losses: Array,
+    coefficients: Array,
+    columns: Array,
+    slots: Array,
+) -> None:
+    """:func:`invert` and then :func:`eliminate`, block by block, with no inverse that leaves a core's cache.
+
+    ``places`` are the slots of :func:`invert`. Blocks that are not sound are not eliminated.
+    """
+    height, across = work_shape(weights.shape[1])
+    swept, matrix = np.zeros((height, across)), np.zeros((height, across))
+    v = np.zeros((order.shape[1], across))
+    for block in range(len(weights)):
+        load_sums(swept, (first[block], last[block]), scale, damp, places[block], alive[block])
+        sound[block] = sweep(swept)
+        if sound[block]:
+            for begin in range(0, height, 8):  # some rows at a time, to read neighbours of their columns
+                for j in range(begin + 8):
+                    for i in range(max(begin, j), min(begin + 8, height)):
+                        matrix[i, j] = -swept[j, i]
+            _eliminate_block(
+                matrix,
+                weights[block],
+                left[block],
+                before[block],
+                order[block],
+                losses[block],
+                coefficients[block],
+                columns[block],
+                slots[block],
+                v,
+            )
+
+
+@compiled
+def round_steps(
+    columns: Array, coefficients: Array, panel: int, size: int, rounded: Array, scaled: Array
+) -> None:
+    """Round the numbers v of each step to 16 bits: ``y·v = scaled·rounded``.
+
+    Args:
+        columns: (n, numbers) float32, as :func:`eliminate` writes them.
+        coefficients: (n, steps), y.
+        panel: number of steps of a panel.
+        size: width of the first panel.
+        rounded: (n, numbers) int16, is written.
+        scaled: (n, steps), is written.
+    """
+    for block in range(len(columns)):
+        here = 0
+        for step in range(coefficients.shape[1]):
+            width = size - step // panel * panel
+            largest = np.float32(0.0)
+            for j in range(here, here + width):
+                number = abs(columns[block, j])
+                largest = number if number > largest else largest
+            scaled[block, step] = coefficients[block, step] * (largest / np.float32(STEPS_OF_16_BITS))
+            inverse = np.float32(STEPS_OF_16_BITS) / largest if largest > 0 else np.float32(0.0)
+            for j in range(here, here + width):
+                rounded[block, j] = np.int16(np.rint(columns[block, j] * inverse))
+            here += width
+
+
+@compiled
 def apply_steps(
-    weights: Array, done: Array, widths: Array, coefficients: Array, columns: Array, slots: Array
+    weights: Array, done: Array, stay: Array, coefficients: Array, columns: Array, slots: Array, panel: int
 ) -> None:
     """``weights[slots] −= Σ y_i·v_i`` over the first ``done`` steps of each block.
 
     Args:
         weights: (n, B) float32, changed in place.
         done: (n,), number of steps to apply.
-        widths: (n,), how many numbers of each column matter, from the first on.
+        stay: (n,), how many numbers of each column matter, from the first on.
         coefficients: (n, steps), y.
-        columns: (n, r, steps), v.
+        columns: (n, numbers), v of each step; those of a panel are as many fewer as it has steps before it.
         slots: (n, r), the positions in the block that the numbers of a column belong to.
+        panel: number of steps of a panel.
     """
+    size = slots.shape[1]
+    moved = np.empty(size, np.float32)
     for block in range(len(columns)):
-        y, count = coefficients[block], done[block]
-        for j in range(widths[block]):
-            numbers = columns[block, j]
-            moved = np.float32(0.0)
-            for i in range(count):
-                moved += y[i] * numbers[i]
-            weights[block, slots[block, j]] -= moved
+        moved[:] = 0.0
+        here = 0
+        for step in range(done[block]):
+            width = size - step // panel * panel
+            y = coefficients[block, step]
+            for j in range(min(width, stay[block])):
+                moved[j] += y * columns[block, here + j]
+            here += width
+        for j in range(stay[block]):
+            weights[block, slots[block, j]] -= moved[j]

@@ -22,15 +22,15 @@ w_j / √[H⁻¹]_jj         ``y`` of a step (n,)
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pruners.elimination import kernels
+from pruners.elimination import kernels, tiles
 from pruners.elimination.constraints import Constraint, Unconstrained
+from pruners.elimination.fisher import SumsOfGradients
 
 PANEL = 32
 """Number of steps of a panel."""
@@ -62,11 +62,13 @@ class Elimination:
         order: (n, steps), position of the weight that each step eliminates.
         losses: (n, steps), cumulative and ascending; ``inf`` where a block had no weight left.
         columns: updates of the other weights, for consecutive groups of steps.
+        numbers: (n, all numbers v), if ``columns`` are views of them, one panel after the other.
     """
 
     order: Tensor
     losses: Tensor
     columns: list[Columns]
+    numbers: Tensor | None = None
 
 
 def eliminate(
@@ -109,34 +111,67 @@ def _by_blocks(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, befo
     sorted_already = bool((positions[:, 1:] > positions[:, :-1]).all())
     if not sorted_already:
         weights, inverse = weights.gather(1, positions), _submatrix(inverse, positions)
-    # the columns of a panel lie together, (n, r, steps) numbers for the r weights left when it began
-    begins = range(0, steps, PANEL)
-    shapes = [(blocks, size - begin, min(PANEL, steps - begin)) for begin in begins]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    number = np.arange(steps)
-    widths = (size - number // PANEL * PANEL).astype(np.int64)
-    strides = np.array([shapes[step // PANEL][2] for step in number], dtype=np.int64) * widths
-    offsets = np.array([ends[step // PANEL - 1] if step >= PANEL else 0 for step in number], dtype=np.int64)
+    inputs = [weights.double().contiguous(), inverse.contiguous(), alive.sum(1), before.double()]
+    done, outputs = _compiled_outputs(blocks, size, steps)
+
+    def work(part: slice) -> None:
+        kernels.eliminate(*(tensor[part].numpy() for tensor in (*inputs, *outputs)))
+
+    kernels.on_threads(work, blocks)
+    if sorted_already:
+        return done
+    columns = [replace(one, slots=positions.gather(1, cast(Tensor, one.slots))) for one in done.columns]
+    return replace(done, order=positions.gather(1, done.order), columns=columns)
+
+
+def eliminate_sums(
+    weights: Tensor, sums: SumsOfGradients, alive: Tensor, *, steps: int, losses: Tensor
+) -> Elimination | None:
+    """:func:`eliminate` without constraints, from the sums that the inverses would be computed from.
+
+    The inverse of a block is eliminated while it is in the cache of a processor's core.
+
+    Args:
+        weights: (n, r).
+        sums: what :meth:`pruners.elimination.fisher.BlockFisher.on_cpu` returns.
+        alive: (n, r) bool; the weights that are alive are the first ones of each block.
+        steps: number of steps of each block at most.
+        losses: (n,), loss of each block before the first step.
+
+    Returns:
+        The steps of every block; ``None`` if the Fisher of some block is not positive definite.
+    """
+    steps = min(steps, int(alive.sum(1).max()))
+    sound = torch.empty(len(weights), dtype=torch.bool)
+    inputs = [sound, weights.double().contiguous(), alive.sum(1), losses.double()]
+    done, outputs = _compiled_outputs(len(weights), weights.shape[1], steps)
+
+    def work(part: slice) -> None:
+        first, last, places = (one[part].numpy() for one in (sums.first, sums.last, sums.slots))
+        rest = (tensor[part].numpy() for tensor in (alive, *inputs, *outputs))
+        kernels.invert_and_eliminate(first, last, sums.scale, sums.damp, places, *rest)
+
+    kernels.on_threads(work, len(weights))
+    return done if bool(sound.all()) else None
+
+
+def _compiled_outputs(blocks: int, size: int, steps: int) -> tuple[Elimination, tuple[Tensor, ...]]:
+    """What the compiled loops write, as it is returned and as they take it."""
+    widths = range(size, size - steps, -tiles.PANEL)  # of the panels
+    shapes = [(min(tiles.PANEL, steps - size + width), width) for width in widths]
     order = torch.zeros(blocks, steps, dtype=torch.long)
     losses = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
     y = torch.zeros(blocks, steps)
-    v = torch.empty(int(ends[-1]) if steps else 0)
+    v = torch.empty(blocks, sum(panel * width for panel, width in shapes))
     slots = torch.empty(blocks, size, dtype=torch.long)
-    inputs = [weights.double().contiguous(), inverse.contiguous(), alive.sum(1), before.double()]
-
-    def work(part: slice) -> None:
-        w, h, left, lost = (tensor[part].numpy() for tensor in inputs)
-        outputs = (order[part].numpy(), losses[part].numpy(), y[part].numpy(), v.numpy(), slots[part].numpy())
-        kernels.eliminate(w, h, left, lost, offsets, widths, strides, part.start, *outputs)
-
-    kernels.on_threads(work, blocks)
-    if not sorted_already:
-        order, slots = positions.gather(1, order), positions.gather(1, slots)
-    panels = []
-    for begin, shape, end in zip(begins, shapes, ends, strict=True):
-        numbers = v[end - math.prod(shape) : end].view(shape).mT
-        panels.append(Columns(numbers, y[:, begin : begin + shape[2]], slots[:, : shape[1]], True))
-    return Elimination(order, losses, panels)
+    panels: list[Columns] = []
+    number = 0
+    for begin, (panel, width) in enumerate(shapes):
+        columns = v[:, number : number + width * panel].view(blocks, panel, width)
+        coefficients = y[:, begin * tiles.PANEL :][:, :panel]
+        panels.append(Columns(columns, coefficients, slots[:, :width], ranked=True))
+        number += width * panel
+    return Elimination(order, losses, panels, v), (order, losses, y, v, slots)
 
 
 def _batched(
@@ -162,7 +197,8 @@ def _batched(
         now = slice(step, step + count)
         order[now] = panel.pivots if slots is None else slots.T.gather(0, panel.pivots)
         taken[now], coefficients[now] = panel.active, panel.y
-        panels.append(panel.v.float())
+        # the number of the eliminated weight itself, which is large, matters to nobody
+        panels.append(panel.v.float().scatter_(2, panel.pivots.unsqueeze(2), 0.0))
         step += count
         left = int((~w.isinf()).sum(1).max())
         drop = step < steps and left <= _DROP_AT * w.shape[1]

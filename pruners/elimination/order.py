@@ -19,73 +19,14 @@ from torch import Tensor
 from pruners.allocation.sharing import Allocation
 from pruners.elimination import kernels
 from pruners.elimination.fisher import to_blocks
+from pruners.elimination.updates import UpdateSegment
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import UNSTRUCTURED, Pattern
 
 ORDER, UPDATES = "order.safetensors", "updates.safetensors"
-_FORMAT = "espalier-order-2"
-
-
-@dataclass(frozen=True)
-class UpdateSegment:
-    """Consecutive steps of the elimination of n Fisher blocks, and how they update the weights that stay.
-
-    Over the steps that are taken, ``w −= Σ y_i·v_i``.
-
-    Attributes:
-        block: number of the first of the n blocks in the layer.
-        begin: how many weights the blocks had lost before the first step: one number, or (n,).
-        columns: v (n, steps, r); in memory the steps lie side by side.
-        coefficients: y (n, steps).
-        slots: (n, r), the positions in the block that the r numbers of a column belong to.
-        end: (n,), how many weights of each block were eliminated when a later elimination took over; steps
-            from there on do not count. ``None``: all count.
-        ranked: whether the positions that are eliminated last come first.
-    """
-
-    block: int
-    begin: int | Tensor
-    columns: Tensor
-    coefficients: Tensor
-    slots: Tensor
-    end: Tensor | None = None
-    ranked: bool = False
-
-    def apply_(self, weights: Tensor, eliminated: Tensor, part: slice) -> None:
-        """Update weights in place.
-
-        Args:
-            weights: (blocks, B), all Fisher blocks of a layer.
-            eliminated: (blocks,), how many weights of each block are eliminated; steps beyond do nothing.
-            part: which blocks to update.
-        """
-        first = max(self.block, part.start)
-        last = min(self.block + len(self.columns), part.stop)
-        if first >= last:
-            return
-        own = slice(first - self.block, last - self.block)
-        columns, coefficients, slots = self.columns[own], self.coefficients[own], self.slots[own]
-        weights, done = weights[first:last], eliminated[first:last]
-        _, steps, size = columns.shape
-        device = eliminated.device  # the segment itself may be in other memory
-        if self.end is not None:
-            done = torch.minimum(done, self.end[own].to(device))
-        done = done - (self.begin[own].to(device) if isinstance(self.begin, Tensor) else self.begin)
-        stay = (size - done).clamp_(0, size)  # of a ranked segment only the first numbers matter
-        done = done.clamp_(0, steps)
-        most = int(done.max())
-        if not most:
-            return
-        if kernels.supports(eliminated, columns):
-            widths = stay if self.ranked else torch.full_like(stay, size)
-            arrays = (weights, done, widths, coefficients, columns.mT.contiguous(), slots)
-            kernels.apply_steps(*(array.numpy() for array in arrays))
-            return
-        taken = torch.arange(steps, device=device) < done.unsqueeze(1)
-        y = (coefficients.to(device) * taken)[:, :most].unsqueeze(1)
-        change = torch.bmm(y, columns[:, :most].to(device)).squeeze(1)
-        weights.scatter_add_(1, slots.to(device).long(), change.neg_())
+_FORMAT = "espalier-order-3"
+_READ = {_FORMAT, "espalier-order-2"}  # the updates of which are in float32
 
 
 @dataclass(frozen=True)
@@ -101,6 +42,8 @@ class LayerOrder:
         block_size: B, size of the Fisher blocks that ``updates`` are for.
         pattern: the sparsity pattern of the zeros.
         scores: (k,), what layers are compared by, if not by their losses.
+        start: (d,), the weights when ``least`` of them are pruned, in float32, if ``updates`` begin there.
+        least: the smallest number of pruned weights for which there are weights.
     """
 
     indices: Tensor
@@ -110,6 +53,8 @@ class LayerOrder:
     block_size: int = 1
     pattern: Pattern = UNSTRUCTURED
     scores: Tensor | None = None
+    start: Tensor | None = None
+    least: int = 0
 
     def mask(self, shape: Sequence[int], count: int) -> Tensor:
         """The mask (``True``: kept) of a layer of ``shape`` when ``count`` weights are pruned.
@@ -135,13 +80,18 @@ class LayerOrder:
             layer's shape.
 
         Raises:
-            InputError: the order is not long enough.
+            InputError: the order is not long enough, or begins later.
         """
         keep = self._keep(weight.numel(), count)
         result = self.pattern.flat(weight.detach())
-        if self.updates and count > self.zeros:
+        if self.start is not None and count < self.least:
+            raise InputError(
+                "count", count, f"the order of this layer begins at {self.least} of {keep.numel()} weights"
+            )
+        if (self.updates or self.start is not None) and count > self.zeros:
             before = result
-            result = self._updated(result.float(), keep).to(result.dtype)
+            start = result.float() if self.start is None else self.start.to(result.device)
+            result = self._updated(start, keep).to(result.dtype)
             # a kept weight must not become zero, though a half-precision type may round it to zero
             result.masked_fill_((result == 0) & keep & (before != 0), torch.finfo(result.dtype).tiny)
             result.masked_fill_(~keep, 0.0)
@@ -159,13 +109,36 @@ class LayerOrder:
         keep[self.indices[:count].long()] = False
         return keep
 
-    def _updated(self, flat: Tensor, keep: Tensor) -> Tensor:
-        """The flat weights (d,), updated for all weights that are not kept."""
-        numel, size = keep.numel(), self.block_size
+    def beyond(self, weight: Tensor, count: int) -> LayerOrder:
+        """The order without what only masks of fewer than ``count`` pruned weights need.
+
+        Args:
+            weight: the weights that the order was computed from, in the layer's shape.
+            count: the smallest number of pruned weights that will be asked for.
+
+        Returns:
+            The order, which takes less memory.
+        """
+        count = min(count, len(self.indices))
+        if not self.updates or count <= max(self.zeros, self.least):
+            return self
+        keep = self._keep(weight.numel(), count)
+        flat = self.pattern.flat(weight.detach()).float() if self.start is None else self.start
+        start, eliminated = self._updated(flat, keep), self._eliminated(keep)
+        later = tuple(segment.beyond(eliminated) for segment in self.updates)
+        return replace(self, updates=tuple(one for one in later if one is not None), start=start, least=count)
+
+    def _eliminated(self, keep: Tensor) -> Tensor:
+        """How many weights of each Fisher block steps have eliminated, when the others are kept."""
         eliminated = ~keep
         # weights that were zero before were eliminated without a step
         eliminated[self.indices[: self.zeros].long()] = False
-        counts = to_blocks(eliminated, size).sum(1)
+        return to_blocks(eliminated, self.block_size).sum(1)
+
+    def _updated(self, flat: Tensor, keep: Tensor) -> Tensor:
+        """The flat weights (d,), updated for all weights that are not kept."""
+        numel, size = keep.numel(), self.block_size
+        counts = self._eliminated(keep)
         weights = to_blocks(flat, size).clone(memory_format=torch.contiguous_format)
 
         def work(part: slice) -> None:
@@ -200,7 +173,7 @@ class EliminationOrder(dict[str, LayerOrder]):
         """Memory of all tensors, in bytes."""
         tensors: list[Tensor | None] = []
         for order in self.values():
-            tensors += [order.indices, order.losses, order.scores]
+            tensors += [order.indices, order.losses, order.scores, order.start]
             for segment in order.updates:
                 tensors += [segment.columns, segment.coefficients, segment.slots]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -234,6 +207,12 @@ class EliminationOrder(dict[str, LayerOrder]):
             pruned = {name: self[name].at(weights[name], allocation[name]) for name in names}
         return {name: pruned[name][0] for name in self}, MaskSet({name: pruned[name][1] for name in self})
 
+    def beyond(self, weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> EliminationOrder:
+        """The orders without what only smaller numbers of pruned weights need (:meth:`LayerOrder.beyond`)."""
+        return EliminationOrder(
+            {name: order.beyond(weights[name], counts[name]) for name, order in self.items()}
+        )
+
     def arrays(self, *, updates: bool = True) -> dict[str, Tensor]:
         """All tensors in one flat dictionary, to be stored or sent; :meth:`from_arrays` is the inverse."""
         flat: dict[str, Tensor] = {}
@@ -243,6 +222,10 @@ class EliminationOrder(dict[str, LayerOrder]):
             if order.scores is not None:
                 flat[f"{name}/prices"] = order.scores
             described = {"zeros": order.zeros, "size": order.block_size, "pattern": order.pattern.name}
+            if order.start is not None:
+                described["least"] = order.least
+                if updates:
+                    flat[f"{name}/start"] = order.start
             flat[f"{name}/about"] = torch.frombuffer(
                 bytearray(json.dumps(described).encode()), dtype=torch.uint8
             )
@@ -250,10 +233,10 @@ class EliminationOrder(dict[str, LayerOrder]):
                 prefix = f"{name}/updates/{number}"
                 flat[f"{prefix}/block"] = torch.tensor(segment.block)
                 flat[f"{prefix}/begin"] = torch.as_tensor(segment.begin)
-                flat[f"{prefix}/ranked"] = torch.tensor(segment.ranked)
-                flat[f"{prefix}/columns"] = segment.columns.mT.contiguous()
-                flat[f"{prefix}/coefficients"] = segment.coefficients.contiguous()
-                flat[f"{prefix}/slots"] = segment.slots.contiguous()
+                flat[f"{prefix}/panel"] = torch.tensor(segment.panel)
+                flat[f"{prefix}/columns"] = segment.columns
+                flat[f"{prefix}/coefficients"] = segment.coefficients
+                flat[f"{prefix}/slots"] = segment.slots
                 if segment.end is not None:
                     flat[f"{prefix}/end"] = segment.end
         return flat
@@ -267,16 +250,21 @@ class EliminationOrder(dict[str, LayerOrder]):
             segments: list[UpdateSegment] = []
             while f"{name}/updates/{len(segments)}/columns" in flat:
                 prefix = f"{name}/updates/{len(segments)}"
-                begin = flat[f"{prefix}/begin"]
+                begin, columns = flat[f"{prefix}/begin"], flat[f"{prefix}/columns"]
+                if columns.ndim == 2:
+                    panel = int(flat[f"{prefix}/panel"])
+                else:  # of an earlier version, (n, r, steps) with a segment for each panel
+                    panel = columns.shape[2] if bool(flat[f"{prefix}/ranked"]) else 0
+                    columns = columns.mT.flatten(1)
                 segments.append(
                     UpdateSegment(
                         int(flat[f"{prefix}/block"]),
                         begin if begin.ndim else int(begin),
-                        flat[f"{prefix}/columns"].mT,
+                        columns,
                         flat[f"{prefix}/coefficients"],
                         flat[f"{prefix}/slots"],
                         flat.get(f"{prefix}/end"),
-                        bool(flat[f"{prefix}/ranked"]),
+                        panel,
                     )
                 )
             orders[name] = LayerOrder(
@@ -287,6 +275,8 @@ class EliminationOrder(dict[str, LayerOrder]):
                 about["size"],
                 Pattern.parse(about["pattern"]),
                 flat.get(f"{name}/prices"),
+                flat.get(f"{name}/start"),
+                about.get("least", 0),
             )
         return orders
 
@@ -300,19 +290,34 @@ class EliminationOrder(dict[str, LayerOrder]):
             )
         return moved
 
-    def save(self, folder: Path, fingerprint: str) -> None:
+    def save(self, folder: Path, fingerprint: str, *, rounded: bool = True) -> None:
         """Write two files: indices and losses (2·d numbers), and the updates of the weights that stay.
+
 
         Args:
             folder: is created if it does not exist.
             fingerprint: of what the order was computed from (:func:`fingerprint`); :meth:`load` checks it.
+            rounded: whether the updates are rounded to 16 bits
+                (:meth:`pruners.elimination.updates.UpdateSegment.rounded`).
         """
         folder.mkdir(parents=True, exist_ok=True)
         about = {"format": _FORMAT, "fingerprint": fingerprint}
         order = self.arrays(updates=False)
-        rest = {key: tensor for key, tensor in self.arrays().items() if key not in order}
+        rest = {
+            key: tensor
+            for key, tensor in (self._rounded() if rounded else self).arrays().items()
+            if key not in order
+        }
         for name, tensors in ((ORDER, order), (UPDATES, rest)):
             save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, folder / name, about)
+
+    def _rounded(self) -> EliminationOrder:
+        return EliminationOrder(
+            {
+                name: replace(order, updates=tuple(segment.rounded() for segment in order.updates))
+                for name, order in self.items()
+            }
+        )
 
     @classmethod
     def load(
@@ -338,18 +343,18 @@ class EliminationOrder(dict[str, LayerOrder]):
             try:
                 with safe_open(path, framework="pt", device=device) as file:
                     about = dict(file.metadata() or {})
-                    if about.get("format") == _FORMAT and about.get("fingerprint") == fingerprint:
+                    if about.get("format") in _READ and about.get("fingerprint") == fingerprint:
                         flat |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise InputError("order", str(path), f"must be a readable order ({error})") from None
-            if about.get("format") != _FORMAT:
+            if about.get("format") not in _READ:
                 raise InputError("order", str(path), "must be an elimination order written by espalier")
             if about.get("fingerprint") != fingerprint:
                 raise InputError("order", str(path), "belongs to another model, other data or other settings")
         orders = cls.from_arrays(flat)
         if updates:
             return orders
-        return cls({name: replace(order, updates=()) for name, order in orders.items()})
+        return cls({name: replace(order, updates=(), start=None) for name, order in orders.items()})
 
 
 def fingerprint(weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> str:

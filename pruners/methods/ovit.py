@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruners.allocation.sharing import Scope
 from pruners.elimination.constraints import Constraint, GroupLimits, WholeGroups
-from pruners.elimination.obs import eliminate
+from pruners.elimination.obs import Elimination, eliminate, eliminate_sums
 from pruners.elimination.order import LayerOrder
 from pruners.methods.dimap import Dimap
 from pruners.methods.second_order import BlockMerge, Chunk, SecondOrder, State, Task, chunks, room_of
@@ -37,14 +37,7 @@ class OViT(SecondOrder):
         merge = BlockMerge(task, known, state, steps)
         for chunk in chunks(task, state.weight, state.alive):
             constraint, most = _constraint(task.pattern, chunk, state.alive[chunk.part])
-            elimination = eliminate(
-                chunk.weights,
-                chunk.inverse,
-                chunk.alive,
-                constraint=constraint,
-                steps=min(steps, most),
-                losses=state.losses[chunk.part],
-            )
+            elimination = _eliminated(chunk, constraint, min(steps, most), state.losses[chunk.part])
             merge.add(chunk, elimination)
         return merge.order()
 
@@ -77,6 +70,18 @@ class DimapOViT(OViT):
             {flat.name: task.weight.reshape(shape)}, [flat], {flat.name: ~task.pruned.reshape(shape)}, None
         )
         return replace(order, scores=by_dimap[flat.name].losses[: len(order.losses)])
+
+
+def _eliminated(chunk: Chunk, constraint: Constraint | None, steps: int, losses: Tensor) -> Elimination:
+    """The elimination of a chunk, where possible without an inverse of all its blocks."""
+    sums = chunk.sums if constraint is None else None
+    if sums is not None:
+        done = eliminate_sums(chunk.weights, sums, chunk.alive, steps=steps, losses=losses)
+        if done is not None:
+            return done
+    return eliminate(
+        chunk.weights, chunk.inverse, chunk.alive, constraint=constraint, steps=steps, losses=losses
+    )
 
 
 def _constraint(pattern: Pattern, chunk: Chunk, alive: Tensor) -> tuple[Constraint | None, int]:

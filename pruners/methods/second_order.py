@@ -6,15 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pruners.allocation.sharing import Scope
 from pruners.arithmetic import ceil_div
-from pruners.elimination.fisher import BlockFisher, to_blocks
-from pruners.elimination.obs import Columns, Elimination
-from pruners.elimination.order import EliminationOrder, LayerOrder, UpdateSegment
+from pruners.elimination import tiles
+from pruners.elimination.fisher import BlockFisher, SumsOfGradients, to_blocks
+from pruners.elimination.obs import Elimination
+from pruners.elimination.order import EliminationOrder, LayerOrder
+from pruners.elimination.updates import UpdateSegment
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 from pruners.model.sparsity_pattern import UNSTRUCTURED, Pattern
@@ -204,14 +207,26 @@ class Chunk:
         slots: (n, r), positions in the block of the weights that are worked on.
         alive: (n, r) bool, which of these weights are alive.
         weights: (n, r).
-        inverse: (n, r, r), inverse Fisher blocks.
+        fisher: the Fisher of the layer.
+        name: of the layer.
     """
 
     part: slice
     slots: Tensor
     alive: Tensor
     weights: Tensor
-    inverse: Tensor
+    fisher: BlockFisher
+    name: str
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The inverse Fisher blocks (n, r, r), computed when they are first asked for."""
+        return self.fisher.inverse(self.name, self.part, self.slots, self.alive)
+
+    @property
+    def sums(self) -> SumsOfGradients | None:
+        """What the compiled loops compute the inverses from, where they can."""
+        return self.fisher.on_cpu(self.name, self.part, self.slots)
 
 
 @dataclass(frozen=True)
@@ -265,7 +280,7 @@ def chunks(task: Task, weight: Tensor, alive: Tensor) -> Iterator[Chunk]:
         alive: (n, B) bool; the other weights are left out, as far as every block of a chunk has some.
 
     Yields:
-        The chunks, with their inverses.
+        The chunks.
     """
     working = _WORKING.get(weight.device.type, _WORKING["cuda"])
     rows = max(int(alive.sum(1).max()), 1)
@@ -276,8 +291,7 @@ def chunks(task: Task, weight: Tensor, alive: Tensor) -> Iterator[Chunk]:
         left = max(int(alive_part.sum(1).max()), task.pattern.unit)
         slots = (~alive_part).byte().argsort(dim=1, stable=True)[:, :left]
         kept = alive_part.gather(1, slots)
-        inverse = task.fisher.inverse(task.layer.name, part, slots, kept)
-        yield Chunk(part, slots, kept, weight[part].gather(1, slots), inverse)
+        yield Chunk(part, slots, kept, weight[part].gather(1, slots), task.fisher, task.layer.name)
 
 
 class BlockMerge:
@@ -305,11 +319,17 @@ class BlockMerge:
         pad = torch.nn.functional.pad
         self._positions.append(pad(chunk.slots.gather(1, elimination.order), padding))
         self._losses.append(pad(elimination.losses, padding, value=torch.inf))
-        before, taken = self._state.eliminated[chunk.part], 0
+        before = self._state.eliminated[chunk.part]
+        begin: int | Tensor = before if bool(before.any()) else 0
+        if elimination.numbers is not None:  # all panels are one segment
+            y = torch.cat([columns.y for columns in elimination.columns], 1)
+            slots = elimination.columns[0].slots
+            self._segments.append(_segment(chunk, (elimination.numbers, y, slots), begin, tiles.PANEL))
+            return
         for columns in elimination.columns:
-            begin = before + taken if bool(before.any()) else taken
-            self._segments.append(_segment(chunk, columns, begin))
-            taken += columns.v.shape[1]
+            numbers = columns.v.flatten(1), columns.y, columns.slots
+            self._segments.append(_segment(chunk, numbers, begin, 0))
+            begin = begin + columns.v.shape[1]
 
     def order(self) -> LayerOrder:
         """The merged order. It ends where the first block has used up its computed steps."""
@@ -333,12 +353,15 @@ class BlockMerge:
         )
 
 
-def _segment(chunk: Chunk, columns: Columns, begin: int | Tensor) -> UpdateSegment:
-    """The updates of a chunk's steps, in the memory layout in which they are read."""
-    slots = chunk.slots if columns.slots is None else chunk.slots.gather(1, columns.slots)
-    y, positions = columns.y.contiguous(), slots.short().contiguous()
-    v = columns.v.mT.contiguous().mT
-    return UpdateSegment(chunk.part.start, begin, v, y, positions, ranked=columns.ranked)
+def _segment(
+    chunk: Chunk, updates: tuple[Tensor, Tensor, Tensor | None], begin: int | Tensor, panel: int
+) -> UpdateSegment:
+    """The updates of a chunk's steps: numbers v in a row, coefficients and slots of :class:`Columns`."""
+    numbers, y, slots = updates
+    slots = chunk.slots if slots is None else chunk.slots.gather(1, slots)
+    return UpdateSegment(
+        chunk.part.start, begin, numbers, y.contiguous(), slots.short().contiguous(), panel=panel
+    )
 
 
 def room_of(pattern: Pattern, alive: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class WoodFisher(SecondOrder):
             pivots = (ranking.unsqueeze(2) * unit + members).reshape(blocks, -1)
             v = chunk.inverse.gather(1, pivots.unsqueeze(2).expand(-1, -1, size))
             v /= root.gather(1, pivots).unsqueeze(2)
+            v.scatter_(2, pivots.unsqueeze(2), 0.0)  # large, and it matters to nobody
             columns = Columns(v.float(), coefficients.gather(1, pivots).float(), None)
             merge.add(chunk, Elimination(pivots, losses.repeat_interleave(unit, 1), [columns]))
         return merge.order()

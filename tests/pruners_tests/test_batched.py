@@ -21,7 +21,7 @@ CASES += [(method, pattern) for method in ("ovit", "woodfisher") for pattern in 
 def batched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Compiled loops fit nothing from here on, and fail if they are asked."""
     monkeypatch.setattr(kernels, "supports", lambda *tensors: False)
-    for name in ("invert", "eliminate", "apply_steps", "on_threads"):
+    for name in ("invert", "eliminate", "invert_and_eliminate", "round_steps", "apply_steps", "on_threads"):
         monkeypatch.setattr(kernels, name, None)
     return monkeypatch
 

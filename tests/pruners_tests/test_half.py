@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruners import EliminationOrder, InputError, PrunableLayer, PruneReport, find_layers, prune
 from pruners.elimination.fisher import BlockFisher
-from pruners.elimination.order import UpdateSegment
+from pruners.elimination.updates import UpdateSegment
 from pruners.methods.magnitude import Magnitude
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
@@ -104,7 +104,7 @@ class Shrinks(Magnitude):
         orders = super().order(weights, layers, masks, fisher)
         for name, order in orders.items():
             size = weights[name].numel()
-            columns = weights[name].reshape(1, 1, size) * (1 - 2e-7)
+            columns = weights[name].reshape(1, size) * (1 - 2e-7)
             slots = torch.arange(size, dtype=torch.int16).unsqueeze(0)
             stretch = UpdateSegment(0, 0, columns.float(), torch.ones(1, 1), slots)
             orders[name] = replace(order, updates=(stretch,), block_size=size)

@@ -63,6 +63,9 @@ class FisherSettings(Settings):
     )
 
 
+_SHORTENS = 0.5  # a floor from which a stored order is made for it
+
+
 class PruningSettings(Settings):
     """Which weights are pruned, by which method, and to which sparsity."""
 
@@ -84,6 +87,14 @@ class PruningSettings(Settings):
         (), description="sparsities on the way whose best model is kept too"
     )
     fisher: FisherSettings = FisherSettings()
+
+    @property
+    def order_begins_at(self) -> float:
+        """The sparsity of every layer below which a stored order holds no weights.
+
+        A low or layered floor shortens little, and an order without it serves recipes of any floor.
+        """
+        return self.floor if isinstance(self.floor, float) and self.floor >= _SHORTENS else 0.0
 
     @model_validator(mode="after")
     def _floor_below_ceiling(self) -> PruningSettings:

@@ -44,7 +44,11 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     )
     total = pattern_budget(layers, pruning.sparsity, pruner.sparsity_pattern, masks)
     goal = Goal(total, sharing_of(pruning, pruner))
-    order, damp = order_share(ordering(model, layers, masks, pruner, source), source, goal)
+    work = ordering(model, layers, masks, pruner, source)
+    order, damp = order_share(work, source, goal)
+    if pruning.order_begins_at:
+        limits = sharing_of(pruning, pruner).limits(layers, masks.pruned(), unit=pruner.sparsity_pattern.unit)
+        order = order.beyond(work.weights, {name: least for name, (least, _) in limits.items()})
     with storage.writing(f"{job.folder}/part-{rank}") as folder:
         order.save(folder, job.fingerprint)
     distributed.all_gather(rank)  # a barrier: all workers have written

@@ -65,6 +65,7 @@ def test_order_store__an_order_is_found_by_what_decides_it(tmp_path: Path) -> No
         pruning(fisher={**FISHER, "batch_size": 5}),
         pruning(pattern="1x4"),
         pruning(ceiling=0.9),
+        pruning(floor=0.5, sparsity=0.8),  # nothing below it is stored
         pruning(fisher={**FISHER, "damp": "auto"}),
     ):
         assert stored_order(tmp_path, other).fingerprint != known

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pruners import InputError, Scope, allocate
 from pruners.allocation.projection import budget
-from pruners.elimination.order import EliminationOrder, LayerOrder, UpdateSegment, merge
+from pruners.elimination.order import EliminationOrder, LayerOrder, merge
+from pruners.elimination.updates import UpdateSegment
 
 every_method = pytest.mark.parametrize("method", PRUNERS)
 CORRELATED = [name for name in PRUNERS if "ovit" in name]
@@ -138,7 +139,7 @@ def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
 
     def stretch(block: int, blocks: int, begin: int | Tensor, end: Tensor | None) -> UpdateSegment:
         slots = torch.tensor([[0, 1, 2]]).repeat(blocks, 1).short()
-        columns, y = (torch.randn(blocks, *shape, generator=random) for shape in ((1, 3), (1,)))
+        columns, y = (torch.randn(blocks, count, generator=random) for count in (3, 1))
         return UpdateSegment(block, begin, columns, y, slots, end)
 
     ones = torch.ones(5, dtype=torch.long)
@@ -157,7 +158,7 @@ def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
                 block = one.block + row
                 fell = int((indices[:count] // 3 == block).sum())
                 if fell > (0 if isinstance(one.begin, int) else 1):
-                    result[block] -= one.coefficients[row, 0] * one.columns[row, 0]
+                    result[block] -= one.coefficients[row, 0] * one.columns[row]
         result = result.reshape(-1)
         result[indices[:count]] = 0.0
         states.append(result)
@@ -190,3 +191,25 @@ def test_order__no_two_threads_write_the_same_weights(monkeypatch: pytest.Monkey
     torch.testing.assert_close(order.weight(weight, 10), states[10])
     assert len(written) > 1
     assert sum(map(len, written)) == len(set().union(*written)) == 15
+
+
+@every_method
+@given(data=st.data())
+@quick(25)
+def test_order__without_its_beginning_it_gives_the_same_later_on(method: str, data: st.DataObject) -> None:
+    known = ordered(method)
+    layer = data.draw(st.sampled_from(known.layers))
+    whole, weight = known.order[layer.name], known.weights[layer.name]
+    least = data.draw(st.integers(0, layer.numel))
+    later = whole.beyond(weight, least)
+    again = later.beyond(weight, data.draw(st.integers(least, layer.numel)))
+    for order in (later, again):
+        count = data.draw(st.integers(max(order.least, least), layer.numel))
+        found, mask = order.at(weight, count)
+        expected, same = whole.at(weight, count)
+        assert torch.equal(mask, same)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        if order.start is not None and order.least:
+            with pytest.raises(InputError, match=f"the order of this layer begins at {order.least} of"):
+                order.at(weight, order.least - 1)
+    assert EliminationOrder({"a": later}).nbytes <= EliminationOrder({"a": whole}).nbytes + 4 * layer.numel

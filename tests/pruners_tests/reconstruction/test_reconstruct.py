@@ -12,7 +12,7 @@ from helpers import CONVOLUTIONS, MODELS, batches, state, tiny_conv, tiny_vit, u
 from torch import Tensor, nn
 
 from pruners import InputError, MaskSet, find_layers, prune
-from pruners.reconstruction import reconstruct
+from pruners.reconstruction.reconstruct import reconstruct
 
 IMAGES = [images for images, _ in batches(6)]
 
