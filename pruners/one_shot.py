@@ -133,8 +133,7 @@ def prune(
         raise InputError("damp", "auto", f"{pruner.name} has no Fisher to damp")
     pattern = pruner.sparsity_pattern
     chosen = fitting_layers(find_layers(model) if layers is None else list(layers), pattern, unfit=unfit)
-    if sparsity is None:
-        sparsity = pattern.forced
+    sparsity = pattern.forced if sparsity is None else sparsity
     if sparsity is None:
         raise InputError("sparsity", None, "must be given, between 0 and 1")
     masks = MaskSet.from_zeros(model, chosen)
@@ -144,21 +143,17 @@ def prune(
         raise InputError("sparsity", sparsity, f"the model is sparser already ({masks.sparsity:.4f})")
     sharing = Sharing(scope or pruner.scope, floor, ceiling, table)
     if (pruner.gradients or reconstruct) and batches is None:
-        raise InputError(
-            "batches",
-            None,
-            f"{pruner.name if pruner.gradients else 'reconstruct'} needs batches of (images, labels)",
-        )
+        who = pruner.name if pruner.gradients else "reconstruct"
+        raise InputError("batches", None, f"{who} needs batches of (images, labels)")
     with _in_float32(model, masks), _undone_by_errors(model):
         limit = pruner.gradients if gradients is None else gradients
         source: Iterable[Batch] = batches or ()
         if auto and held_out is None:
             source, held_out = _split(source, limit, per_sample)
-        images: list[Tensor] = []
-        if reconstruct:
-            source, images = _with_first_images(source, reconstruct)
+        source, images = _with_first_images(source, reconstruct) if reconstruct else (source, [])
         dense = copy.deepcopy(model) if reconstruct else model
         steps = round_sparsities(rounds, masks.sparsity, sparsity)
+        solved: Reconstruction | None = None
         shares = Shares(source, limit, len(steps), per_sample=per_sample)
         for number, step in enumerate(steps):
             builder = OrderBuilder(
@@ -175,17 +170,17 @@ def prune(
                 depth=max(per_layer("ceiling", ceiling, chosen, 1.0).values(), default=1.0),
             )
             if builder.passes > 1:
-                builder.batches = repeatable(
-                    source if len(steps) == 1 else shares.again(number), builder.passes
-                )
+                again = source if len(steps) == 1 else shares.again(number)
+                builder.batches = repeatable(again, builder.passes)
             total = pattern_budget(chosen, step, pattern, masks)
+            total = total if number == len(steps) - 1 else max(total, _least(sharing, chosen, masks, pattern))
             choice = _try_damps(builder, sharing, total, held_out or ()) if auto else None
             order = builder.order(None if choice is None else choice.damp)
-            pruned = masks.pruned()
-            allocation = sharing.allocate(order.losses, chosen, total, pruned=pruned, unit=pattern.unit)
+            allocation = sharing.allocate(
+                order.losses, chosen, total, pruned=masks.pruned(), unit=pattern.unit
+            )
             new, masks = order.weights_at(builder.weights, allocation)
             write_weights(model, new)
-            solved = None
             if reconstruct:
                 solved = reconstruct_layers(model, dense, chosen, masks, images, progress=progress)
     return PruneReport(pruner.name, allocation, masks, masks.sparsity, order, choice, tuple(steps), solved)
@@ -216,6 +211,12 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
     if total > most:
         raise InputError("sparsity", sparsity, f"{pattern.name} leads to {pattern.forced:g} and no further")
     return total if sparsity < pattern.forced - 1e-9 else most
+
+
+def _least(sharing: Sharing, layers: Sequence[PrunableLayer], masks: MaskSet, pattern: Pattern) -> int:
+    """How many weights the layers' floors ask for, and so each round."""
+    limits = sharing.limits(layers, masks.pruned(), unit=pattern.unit)
+    return sum(least for least, _ in limits.values())
 
 
 def _try_damps(builder: OrderBuilder, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:

@@ -76,8 +76,8 @@ def reconstruct(
     Raises:
         InputError: there are no images, no layer can be solved, or an activation is not finite.
     """
-    device = next(model.parameters()).device
-    batches = [batch.to(device) for batch in images]
+    like = next(model.parameters())
+    batches = [batch.to(like.device, like.dtype) for batch in images]
     if not batches:
         raise InputError("reconstruct", None, "needs images")
     names = {layer.name.removesuffix(".weight"): layer.name for layer in layers}

@@ -104,3 +104,36 @@ def test_shares__batches_of_images_are_divided_by_gradients() -> None:
     shares = Shares(BATCHES, 12, 3, per_sample=True)
     assert shares.gradients == 4
     assert [id(batch) for batch in shares.again(1)] == [id(BATCHES[1])]
+
+
+def test_prune__an_early_round_goes_as_far_as_the_floors() -> None:
+    """A floor of 70 % lies above what the first of three rounds to 80 % would prune."""
+    model = tiny_vit().eval()
+    report = prune(model, ovit(), 0.8, batches=BATCHES, rounds=3, floor=0.7)
+    assert report.sparsity == pytest.approx(0.8, abs=1e-3)
+    assert min(share_of_zeros(model)) >= 0.7
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x4"])
+def test_prune__rounds_and_reconstruction_keep_a_pattern(pattern: str) -> None:
+    model = tiny_vit().eval()
+    report = prune(model, "magnitude", 0.5, batches=BATCHES, pattern=pattern, rounds=2, reconstruct=8)
+    for layer in find_layers(model):
+        kept = (model.get_parameter(layer.name) != 0).reshape(-1, 4).sum(1)
+        assert set(kept.tolist()) <= ({2} if pattern == "2:4" else {0, 4})
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_prune__half_precision_is_reconstructed_in_float32() -> None:
+    model = tiny_vit().eval().half()
+    halves = [(images.half(), labels) for images, labels in BATCHES]
+    report = prune(model, "magnitude", 0.5, batches=halves, reconstruct=8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert min(share_of_zeros(model)) > 0
+    assert report.reconstruction is not None
+    assert all(after <= before for before, after in report.reconstruction.errors.values())
+
+
+def share_of_zeros(model: torch.nn.Module) -> list[float]:
+    weights = [model.get_parameter(layer.name) for layer in find_layers(model)]
+    return [float((weight == 0).float().mean()) for weight in weights]
