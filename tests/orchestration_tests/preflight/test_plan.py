@@ -31,6 +31,7 @@ DENSE_MILLIONS = {
     "resnet50d": 25.58,
     "efficientnet_v2_t": 13.65,
     "cifar10_vit": 2.69,
+    "deploy_vit_sparse": 2.69,
     "deploy_vit": 1.8065,  # cut in width
     "deploy_swin": 0.9594,
 }

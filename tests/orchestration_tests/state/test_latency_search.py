@@ -219,7 +219,7 @@ def test_latency_search__studies_that_are_not_for_speed_are_what_they_were() -> 
         ({**FAST, "loss": 2}, "allocation.loss = 2: must be less than or equal to 1"),
         (
             {**FAST, "target": {"engine": "opnvino"}},
-            "allocation.target.engine = 'opnvino': must be one of csr, torch",
+            "allocation.target.engine = 'opnvino': must be one of csr, sparse, torch",
         ),
         ({**FAST, "target": {"engine": "opnvino"}}, "(did you mean 'openvino'?)"),
         ({**FAST, "target": {"engine": "compile"}}, "on no other can layers be timed alone"),

@@ -75,7 +75,7 @@ def test_structured_latency__a_step_that_is_not_for_speed_is_what_it_was() -> No
         ({**FAST, "objective": "size"}, "structured.objective = 'size': must be 'widths' or 'latency'"),
         (
             {**FAST, "target": {"engine": "tvm"}},
-            "structured.target.engine = 'tvm': must be one of csr, torch",
+            "structured.target.engine = 'tvm': must be one of csr, sparse, torch",
         ),
         ({"mlp": 0.5, "loss": 0.1}, "structured.loss = 0.1: is for objective: latency alone"),
         ({"mlp": 0.5, "candidates": [{"mlp": 0.5}]}, "structured.candidates"),
