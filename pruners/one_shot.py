@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -145,7 +145,8 @@ def prune(
     if (pruner.gradients or reconstruct) and batches is None:
         who = pruner.name if pruner.gradients else "reconstruct"
         raise InputError("batches", None, f"{who} needs batches of (images, labels)")
-    with _in_float32(model, masks), _undone_by_errors(model):
+    in_steps = bool(reconstruct) or rounds != 1  # otherwise nothing is written before all is known
+    with _in_float32(model, masks), _undone_by_errors(model) if in_steps else nullcontext():
         limit = pruner.gradients if gradients is None else gradients
         source: Iterable[Batch] = batches or ()
         if auto and held_out is None:

@@ -327,7 +327,7 @@ def _differences(scratch: str, name: str) -> tuple[float, float]:
     """The share of equal masks, and the largest relative difference of a layer's updates."""
     device = torch.device("cpu")
     before = Problem(name, layer_sets(device)[name], device).weights
-    one, other = (torch.load(f"{scratch}/{side}") for side in ("this", "other"))
+    one, other = (torch.load(f"{scratch}/{side}", weights_only=True) for side in ("this", "other"))
     errors, equal = [], 0
     for layer, weight in other["weights"].items():
         masks = one["masks"][layer], other["masks"][layer]

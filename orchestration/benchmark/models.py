@@ -85,8 +85,10 @@ class Variant:
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if choice.engine == "csr" and not any(zeros(module) >= SPARSE_ENOUGH for module in linear):
             return f"no linear layer has {100 * SPARSE_ENOUGH:.0f} % zeros"
-        if choice == Choice("sparse", "float32") and max(map(zeros, linear), default=0.0) < break_even():
-            return f"no linear layer has {100 * break_even():.0f} % zeros"
+        if choice == Choice("sparse", "float32"):
+            least = break_even()
+            if max(map(zeros, linear), default=0.0) < least:
+                return f"no linear layer has {100 * least:.0f} % zeros"
         if choice.engine == "2:4" and not any(keeps_2_of_4(module) for module in linear):
             return "no linear layer keeps 2:4"
         return None

@@ -53,7 +53,7 @@ def gradients(
     count = 0
     pruned = {name: mask for name, mask in masks.items() if not bool(mask.all())}
     source = iter(batches)
-    with _eval(model):
+    with evaluating(model):
         while limit is None or count < limit:
             batch = next(source, None)
             if batch is None:
@@ -82,7 +82,7 @@ def summed_loss(model: nn.Module, batches: Iterable[Batch], loss: Loss) -> tuple
         The sum of the loss over all images, and their number.
     """
     total, images = 0.0, 0
-    with _eval(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs, labels = _on_device_of(model, batch)
             total += float(loss(model(inputs), labels)) * len(inputs)
@@ -127,7 +127,7 @@ def _on_device_of(model: nn.Module, batch: Batch) -> Batch:
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode; each of its modules has its own mode back afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()

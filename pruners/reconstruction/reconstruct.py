@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from pruners.elimination.gradients import evaluating
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
@@ -93,7 +94,8 @@ def reconstruct(
     targets = {name: module for name, module in dense.named_modules() if name in takes}
     with (
         torch.no_grad(),
-        _evaluating(model, dense),
+        evaluating(model),
+        evaluating(dense),
         closing(Lockstep(model, takes, batches, outputs=False).stops()) as receives,
         closing(Lockstep(dense, targets, batches, outputs=True).stops()) as answers,
     ):
@@ -151,16 +153,3 @@ def _rows(module: Solvable, y: Tensor) -> Tensor:
     return (
         y.reshape(-1, y.shape[-1]) if isinstance(module, nn.Linear) else y.permute(0, 2, 3, 1).flatten(0, 2)
     )
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each submodule's own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

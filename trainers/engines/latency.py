@@ -232,8 +232,9 @@ def _curves(
     for (shape, sparsity), took in seconds.items():
         times_by_shape.setdefault(shape, {})[sparsity] = took
     if choice.engine in _SPARSE_FROM:
+        below = nextafter(_SPARSE_FROM[choice.engine](), 0.0)
         for times in times_by_shape.values():
-            times[nextafter(_SPARSE_FROM[choice.engine](), 0.0)] = times[0.0]
+            times[below] = times[0.0]
     return {
         shape: Curve(*zip(*sorted(times.items()), strict=True)) for shape, times in times_by_shape.items()
     }

@@ -40,20 +40,8 @@ def swin_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tensor
         rows, columns = stage.output_resolution
         levels.append(Level((int(rows), int(columns)), tuple(operations)))
     writer.head(model.head.fc)
-    height, width = model.patch_embed.img_size
-    program = Program(
-        channels=embedding.in_channels,
-        height=height,
-        width=width,
-        patch=tuple(embedding.kernel_size),
-        buffers=writer.buffers,
-        local=writer.local,
-        levels=tuple(levels),
-        output=stream,
-        pool="avg",
-        classes=model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_features,
-        preprocessing=dict(getattr(model, "pretrained_cfg", None) or {}),
-    )
+    classes = model.head.fc.out_features if isinstance(model.head.fc, nn.Linear) else model.num_features
+    program = writer.program(model, levels, stream, pool="avg", classes=classes)
     return program, writer.tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from trainers.sparse.engine import SPARSE_FROM
 from trainers.sparse.kernels.int8 import EXTRA_ROWS
-from trainers.sparse.program import LayerNorm, Linear, Operation, Quantize
+from trainers.sparse.program import LayerNorm, Level, Linear, Operation, Program, Quantize
 from trainers.sparse.weights import to_int8
 
 Tensors = dict[str, NDArray[np.generic]]
@@ -42,20 +43,30 @@ def add_linear(
     if int8:
         whole, tensors[f"{name}/steps"] = to_int8(matrix)
         blocks = whole.reshape(len(whole), -1, 4)
-        rows, columns = np.nonzero(blocks.any(axis=2))
-        tensors[f"{name}/counts"] = np.bincount(rows, minlength=len(matrix)).astype(np.int32)
-        tensors[f"{name}/columns"] = columns.astype(np.uint16)
-        tensors[f"{name}/blocks"] = np.ascontiguousarray(blocks[rows, columns])
-        tensors[f"{name}/inputs"] = np.array([matrix.shape[1]], dtype=np.int64)
+        kept = np.nonzero(blocks.any(axis=2))
+        tensors[f"{name}/blocks"] = np.ascontiguousarray(blocks[kept])
+        _add_places(tensors, name, *kept, shape=matrix.shape)
         return
     if np.count_nonzero(matrix) > (1 - SPARSE_FROM) * matrix.size or matrix.shape[1] > 65535:
         tensors[f"{name}/weight"] = matrix
         return
-    rows, columns = np.nonzero(matrix)
-    tensors[f"{name}/counts"] = np.bincount(rows, minlength=len(matrix)).astype(np.int32)
+    kept = np.nonzero(matrix)
+    tensors[f"{name}/values"] = matrix[kept]
+    _add_places(tensors, name, *kept, shape=matrix.shape)
+
+
+def _add_places(
+    tensors: Tensors,
+    name: str,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    *,
+    shape: tuple[int, ...],
+) -> None:
+    """Where the numbers or blocks stand that a matrix of this shape keeps, ordered by rows."""
+    tensors[f"{name}/counts"] = np.bincount(rows, minlength=shape[0]).astype(np.int32)
     tensors[f"{name}/columns"] = columns.astype(np.uint16)
-    tensors[f"{name}/values"] = matrix[rows, columns]
-    tensors[f"{name}/inputs"] = np.array([matrix.shape[1]], dtype=np.int64)
+    tensors[f"{name}/inputs"] = np.array([shape[1]], dtype=np.int64)
 
 
 def add_norm(tensors: Tensors, name: str, norm: nn.LayerNorm) -> float:
@@ -127,13 +138,33 @@ class Writer:
                 self.tensors[f"head/weight{number}"] = numbers(head.weight)
                 self.tensors[f"head/bias{number}"] = numbers(bias)
 
-    @property
-    def local(self) -> tuple[str, ...]:
-        """The buffers that a thread keeps to itself."""
-        return tuple(name for name in LOCAL if name in self.buffers)
+    def program(self, model: Any, levels: Sequence[Level], output: str, **about: Any) -> Program:
+        """The program of a model of timm's, whose images are cut by ``patch_embed``.
+
+        Args:
+            model: the model.
+            levels: its levels.
+            output: the buffer that the last one leaves its tokens in.
+            about: the other fields of :class:`trainers.sparse.program.Program`: pool, classes and so on.
+        """
+        embedding = model.patch_embed.proj
+        height, width = model.patch_embed.img_size
+        return Program(
+            channels=embedding.in_channels,
+            height=height,
+            width=width,
+            patch=tuple(embedding.kernel_size),
+            buffers=self.buffers,
+            local=tuple(name for name in LOCAL if name in self.buffers),
+            levels=tuple(levels),
+            output=output,
+            preprocessing=dict(getattr(model, "pretrained_cfg", None) or {}),
+            **about,
+        )
 
 
 LOCAL = ("patches", "merged", "norm", "hidden", "quantized")
+"""The buffers that a thread keeps to itself."""
 
 
 def check_mlp(name: str, mlp: nn.Module) -> None:

@@ -69,20 +69,14 @@ def vision_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tens
     distilled = hasattr(model, "head_dist")
     writer.head(*[model.head, model.head_dist] if distilled else [model.head])
     pool_norm = add_norm(tensors, "head", model.fc_norm) if isinstance(model.fc_norm, nn.LayerNorm) else None
-    height, width = model.patch_embed.img_size
-    program = Program(
-        channels=embedding.in_channels,
-        height=height,
-        width=width,
-        patch=tuple(embedding.kernel_size),
-        buffers=writer.buffers,
-        local=writer.local,
-        levels=(Level(tuple(model.patch_embed.grid_size), tuple(operations), prefix),),
-        output=stream,
+    level = Level(tuple(model.patch_embed.grid_size), tuple(operations), prefix)
+    program = writer.program(
+        model,
+        [level],
+        stream,
         pool="prefix" if distilled else model.global_pool,
         classes=model.head.out_features if isinstance(model.head, nn.Linear) else dim,
         pool_norm=pool_norm,
-        preprocessing=dict(getattr(model, "pretrained_cfg", None) or {}),
     )
     return program, tensors
 
