@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pruners.elimination.fisher import BlockFisher
 from pruners.elimination.gradients import Batch, Loss, gradients
-from pruners.elimination.memory import free_bytes, layer_groups
+from pruners.elimination.memory import free_bytes, give_back_freed, layer_groups
 from pruners.elimination.order import EliminationOrder, merge
 from pruners.errors import InputError
 from pruners.methods.base import Pruner
@@ -110,21 +110,36 @@ class OrderBuilder:
             fisher, assigned = self._gathered_fisher(pruner, group)
             if fisher is not None and damp is not None:
                 fisher.damp, fisher.relative = damp, False
-            part = EliminationOrder()
-            for number, layer in enumerate(assigned):
-                try:
-                    part |= self._ordered(pruner, layer, fisher) if failure is None else {}
-                except InputError as error:
-                    failure = error  # the other groups are gathered all the same, as other workers wait
-                if fisher is not None and (last or len(self._groups) > 1):
-                    fisher.discard(layer.name)
-                self._report("layers", number + 1, len(assigned))
-            parts.append(self._on_disk(part, len(parts)) if len(self._groups) > 1 else part)
+            try:
+                if failure is None:
+                    frees = last or len(self._groups) > 1
+                    parts.append(self._group_order(pruner, fisher, assigned, frees=frees))
+            except InputError as error:
+                failure = error  # the other groups are gathered all the same, as other workers wait
+            fisher = None  # what a failure left of it goes before the next group is gathered
+            if len(self._groups) > 1:
+                give_back_freed()
         if last:
             self._fisher = None
         if failure is not None:
             raise failure
         return merge(parts)
+
+    def _group_order(
+        self, pruner: Pruner, fisher: BlockFisher | None, layers: Sequence[PrunableLayer], *, frees: bool
+    ) -> EliminationOrder:
+        """The order of a group's layers, on disk where there are several groups.
+
+        Args:
+            frees: whether the Fisher of each layer is freed as soon as the layer is ordered.
+        """
+        order = EliminationOrder()
+        for number, layer in enumerate(layers):
+            order |= self._ordered(pruner, layer, fisher)
+            if fisher is not None and frees:
+                fisher.discard(layer.name)
+            self._report("layers", number + 1, len(layers))
+        return order if len(self._groups) == 1 else self._on_disk(order)
 
     def _ordered(self, pruner: Pruner, layer: PrunableLayer, fisher: BlockFisher | None) -> EliminationOrder:
         if isinstance(pruner, SecondOrder):
@@ -170,11 +185,11 @@ class OrderBuilder:
         number = 8 if isinstance(self.pruner, SecondOrder) and self.pruner.double else 4
         return list(layer_groups(self.layers, sizes, budget, number))
 
-    def _on_disk(self, part: EliminationOrder, number: int) -> EliminationOrder:
+    def _on_disk(self, part: EliminationOrder) -> EliminationOrder:
         """Write an order to disk, and read it back with its updates mapped into memory."""
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="espalier-order-")
-        folder = Path(self._scratch.name) / str(number)
+        folder = Path(tempfile.mkdtemp(dir=self._scratch.name))
         part.save(folder, "scratch", rounded=False)
         device = str(next(iter(self._weights.values())).device)
         return EliminationOrder.load(folder, "scratch").on(device)

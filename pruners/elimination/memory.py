@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +29,22 @@ def free_bytes(device: torch.device) -> int:
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
         available = min(available, int(limit.read_text()) - int(used.read_text()))
     return int(_SHARE_OF_FREE * available)
+
+
+def give_back_freed() -> None:
+    """Have the C library return to the system what has been freed: else it keeps the half of a large order."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; ``None`` in the process of another C library."""
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def fisher_bytes(layer: PrunableLayer, block_size: int, number: int = 4) -> int:

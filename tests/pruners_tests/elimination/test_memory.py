@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -230,3 +231,26 @@ def test_memory__a_budget_is_kept(method: str, block_size: int | dict[str, int],
     assert ordering(model, pruner, memory).passes > 1
     prune(model, pruner, 0.5, batches=batches(4), memory=memory)
     assert 0.3 * memory < peak[0] <= memory
+
+
+def test_memory__an_order_that_is_on_disk_is_in_memory_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The orders of earlier groups would else add up beside each group's Fisher."""
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    save, flush = EliminationOrder.save, BlockFisher.flush
+
+    def saved(order: EliminationOrder, *where: object, **how: object) -> None:
+        save(order, *where, **how)  # type: ignore[arg-type]
+        held.extend(weakref.ref(segment.columns) for one in order.values() for segment in one.updates)
+
+    def flushed(fisher: BlockFisher) -> None:
+        flush(fisher)
+        alive.append(sum(tensor() is not None for tensor in held))
+
+    monkeypatch.setattr(EliminationOrder, "save", saved)
+    monkeypatch.setattr(BlockFisher, "flush", flushed)
+    work = ordering(tiny_vit(), pruner_of("ovit"), 2 * LARGEST)
+    work.order()
+    assert len(alive) >= work.passes > 3
+    assert len(held) >= len(work.layers)
+    assert set(alive) == {0}
