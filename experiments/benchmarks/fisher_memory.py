@@ -6,7 +6,8 @@ The whole Fisher in blocks of 192 would be 98 GB with what is added to it. Under
 take turns, and their orders lie on disk (in TMPDIR; 36 GB). What is measured is the memory of the process
 that no file stands behind (RssAnon, sampled), beyond what it has with the model after one forward pass; so
 gradients and activations count. Up to 128 gradients wait in buffers, of which two touch little: ``--gradients
-130 --image 32`` fills them, with all weights in their real shapes and images small enough for that. The exit status is 1 when it exceeds the budget.
+130 --image 32`` fills them, with all weights in their real shapes and images small enough for that. The exit
+status is 1 when it exceeds the budget.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = timm.create_model(args.model, img_size=args.image)
     layers = find_layers(model)
-    batches = [(torch.randn(1, 3, args.image, args.image), torch.tensor([number])) for number in range(args.gradients)]
+    batches = [
+        (torch.randn(1, 3, args.image, args.image), torch.tensor([number]))
+        for number in range(args.gradients)
+    ]
     functional.cross_entropy(model.eval()(batches[0][0]), batches[0][1])
     before, peak, began = resident(), Peak(), time.time()
 

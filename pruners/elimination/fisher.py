@@ -147,8 +147,16 @@ class BlockFisher:
                 self._add_buffers()
 
     def flush(self) -> None:
-        """Add the buffered gradients to the sums, and free the buffers."""
+        """Add the buffered gradients to the sums, make these symmetric, and free the buffers."""
         self._add_buffers()
+        for name, rows in self._buffers.items():
+            if self._by_tiles(rows):
+                first, last = self.sums[name]
+
+                def work(part: slice, first: Tensor = first, last: Tensor = last) -> None:
+                    kernels.complete(first[part].numpy(), last[part].numpy())
+
+                kernels.on_threads(work, len(first))
         self._buffers.clear()
 
     def parts(self, layer: PrunableLayer, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -170,18 +178,39 @@ class BlockFisher:
             return
         for name, gradients in self._buffers.items():
             rows = gradients[:, : self._buffered].to(self._dtype)
-            half = _half(rows.shape[2])
-            parts = (rows[:, :, :half], rows), (rows[:, :, half:], rows[:, :, half:])
-            if name in self.sums:
-                for total, (left, right) in zip(self.sums[name], parts, strict=True):
-                    total.baddbmm_(left.transpose(1, 2), right)
-            else:
-                first, last = (torch.bmm(left.transpose(1, 2), right) for left, right in parts)
-                self.sums[name] = first, last
+            self._add_rows(name, rows)
             # The diagonal has far fewer numbers than the gradients, and is finite if all of them are.
             if not torch.isfinite(self._diagonal(name).sum()):
                 self._raise_not_finite(name, rows)
         self._buffered = 0
+
+    def _by_tiles(self, rows: Tensor) -> bool:
+        """Whether compiled loops add gradients (n, k, B) to the sums."""
+        half = _half(rows.shape[2])
+        halved = kernels.supports(rows) and half < rows.shape[2]
+        return halved and self._dtype == torch.float32 and half >= kernels.LEAST_HALF
+
+    def _add_rows(self, name: str, rows: Tensor) -> None:
+        """Add gradients (n, k, B) to the sums of a layer."""
+        half = _half(rows.shape[2])
+        if self._by_tiles(rows):
+            if name not in self.sums:
+                shapes = (len(rows), half, rows.shape[2]), (len(rows), *[rows.shape[2] - half] * 2)
+                self.sums[name] = torch.zeros(shapes[0]), torch.zeros(shapes[1])
+            first, last = self.sums[name]
+
+            def work(part: slice) -> None:
+                kernels.accumulate(*(one[part].numpy() for one in (first, last, rows)))
+
+            kernels.on_threads(work, len(rows))
+            return
+        parts = (rows[:, :, :half], rows), (rows[:, :, half:], rows[:, :, half:])
+        if name in self.sums:
+            for total, (left, right) in zip(self.sums[name], parts, strict=True):
+                total.baddbmm_(left.transpose(1, 2), right)
+        else:
+            first, last = (torch.bmm(left.transpose(1, 2), right) for left, right in parts)
+            self.sums[name] = first, last
 
     @property
     def blank(self) -> bool:

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 
 from pruners.elimination.sweep import load_sums, store_negative, sweep
-from pruners.elimination.tiles import PANEL, ROWS, compiled, subtract_lower, work_shape
+from pruners.elimination.tiles import (
+    COLUMNS,
+    PANEL,
+    ROWS,
+    add_squares,
+    compiled,
+    mirror,
+    subtract_lower,
+    work_shape,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -29,6 +38,9 @@ STEPS_OF_16_BITS = 32767
 _THREADS = "espalier-kernel"
 LARGEST = 256
 """The largest matrix that is inverted here, B of all published settings; LAPACK inverts larger ones."""
+
+LEAST_HALF = 2 * COLUMNS
+"""The fewest rows and columns of each part of the sums in :func:`accumulate`."""
 
 
 def supports(*tensors: torch.Tensor) -> bool:
@@ -64,6 +76,33 @@ def _pool() -> ThreadPoolExecutor:
 
 # A forked process inherits the pool object, but not its threads.
 os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+@compiled
+def accumulate(first: Array, last: Array, gradients: Array) -> None:
+    """Add Σ g gᵀ to the sums of each block; what is below a block's diagonal waits for :func:`complete`.
+
+    Args:
+        first: the first h rows of the symmetric sums, (n, h, B) float32, h and B − h at least LEAST_HALF.
+        last: the last B − h columns of the other rows, (n, B − h, B − h) float32.
+        gradients: (n, k, B) float32.
+    """
+    half, size = first.shape[1:]
+    near = np.empty(gradients.shape[1:], np.float32)
+    for block in range(len(first)):
+        for k in range(len(near)):  # read once in the order of memory, which is what processors foresee
+            for j in range(size):
+                near[k, j] = gradients[block, k, j]
+        add_squares(first[block], near, 0, half, size)
+        add_squares(last[block], near, half, size, size)
+
+
+@compiled
+def complete(first: Array, last: Array) -> None:
+    """Make the sums symmetric that :func:`accumulate` has added to."""
+    for block in range(len(first)):
+        mirror(first[block], first.shape[1])
+        mirror(last[block], last.shape[1])
 
 
 @compiled

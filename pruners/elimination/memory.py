@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_freed() -> None:
-    """Have the C library return to the system what has been freed: else it keeps the half of a large order."""
+    """Have the C library return what has been freed to the system: else it keeps half of a large order."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

@@ -31,7 +31,7 @@ PANEL = 16
 # as many sums as the registers hold: 32 of 512 bits, or 16 of 256
 ROWS, _VECTORS, _LANES = (8, 2, 8) if binding.get_host_cpu_features().get("avx512f") else (4, 3, 4)
 COLUMNS = _VECTORS * _LANES
-"""Columns of a tile, which has ROWS rows."""
+"""Columns of a tile, which has ROWS rows; of one in float32 twice as many."""
 
 
 @compiled
@@ -40,34 +40,25 @@ def work_shape(size: int) -> tuple[int, int]:
     return (size + ROWS - 1) // ROWS * ROWS, (size + COLUMNS - 1) // COLUMNS * COLUMNS + 8
 
 
-@intrinsic
-def _tile(
-    typing: Any,
-    out: Any,
-    out_at: Any,
-    out_stride: Any,
-    left: Any,
-    left_at: Any,
-    left_stride: Any,
-    right: Any,
-    right_at: Any,
-    right_stride: Any,
-    depth: Any,
-) -> Any:
-    """``out[i, j] −= Σ_{p<depth} left[p, i]·right[p, j]`` for one tile, in float64.
+def _tile(number: ir.Type, lanes: int, *, subtracts: bool) -> Callable[..., None]:
+    """A function for compiled loops: a tile of products added to, or subtracted from, what is in memory.
 
-    Each matrix is given by its array, the index of its first number in memory, and the distance of two rows.
+    It takes (out, out_at, out_stride, left, left_at, left_stride, right, right_at, right_stride, depth) and
+    computes ``out[i, j] ±= Σ_{p<depth} left[p, i]·right[p, j]``; each matrix is given by its array, the index
+    of its first number in memory, and the distance of two rows.
+
+    Args:
+        number: the type of the numbers, LLVM's.
+        lanes: numbers in a vector.
+        subtracts: whether the products are subtracted.
     """
-    number = types.intp
-    arguments = [out, number, number, left, number, number, right, number, number, number]
-    signature = types.void(*arguments)
+    vector, size = ir.VectorType(number, lanes), 8 if isinstance(number, ir.DoubleType) else 4
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         arrays = [context.make_array(signature.args[at])(context, builder, values[at]) for at in (0, 3, 6)]
         index = values[1].type
-        vector = ir.VectorType(ir.DoubleType(), _LANES)
         multiply_add = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_LANES}f64"
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{8 * size}"
         )
 
         def pointer(array: Any, at: Any) -> Any:
@@ -75,20 +66,20 @@ def _tile(
 
         def load(address: Any) -> Any:
             loaded = builder.load(builder.bitcast(address, vector.as_pointer()))
-            loaded.align = 8
+            loaded.align = size
             return loaded
 
         def spread(scalar: Any) -> Any:
             undefined = ir.Constant(vector, ir.Undefined)
             first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-            zeros = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [0] * _LANES)
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
             return builder.shuffle_vector(first, undefined, zeros)
 
         tile = [(row, vector_of_row) for row in range(ROWS) for vector_of_row in range(_VECTORS)]
         addresses = {}
         for row, part in tile:
             begin = builder.add(values[1], builder.mul(values[2], index(row)))
-            addresses[row, part] = pointer(arrays[0], builder.add(begin, index(part * _LANES)))
+            addresses[row, part] = pointer(arrays[0], builder.add(begin, index(part * lanes)))
         before = {at: load(address) for at, address in addresses.items()}
         entry = builder.block
         loop, end = (builder.append_basic_block(name) for name in ("products", "end"))
@@ -101,12 +92,12 @@ def _tile(
         for at, value in sums.items():
             value.add_incoming(before[at], entry)
         rights = [
-            load(pointer(arrays[2], builder.add(right_at, index(part * _LANES)))) for part in range(_VECTORS)
+            load(pointer(arrays[2], builder.add(right_at, index(part * lanes)))) for part in range(_VECTORS)
         ]
         after = {}
         for row in range(ROWS):
             factor = builder.load(pointer(arrays[1], builder.add(left_at, index(row))))
-            factors = spread(builder.fneg(factor))
+            factors = spread(builder.fneg(factor) if subtracts else factor)
             for part in range(_VECTORS):
                 after[row, part] = builder.call(multiply_add, [factors, rights[part], sums[row, part]])
                 sums[row, part].add_incoming(after[row, part], loop)
@@ -118,13 +109,31 @@ def _tile(
         builder.position_at_end(end)
         for at, address in addresses.items():
             stored = builder.store(after[at], builder.bitcast(address, vector.as_pointer()))
-            stored.align = 8
+            stored.align = size
         return context.get_dummy_value()
 
-    return signature, generate
+    @intrinsic
+    def tile_of_products(
+        typing: Any,
+        out: Any,
+        out_at: Any,
+        out_stride: Any,
+        left: Any,
+        left_at: Any,
+        left_stride: Any,
+        right: Any,
+        right_at: Any,
+        right_stride: Any,
+        depth: Any,
+    ) -> Any:
+        at = types.intp
+        return types.void(out, at, at, left, at, at, right, at, at, at), generate
+
+    return cast(Callable[..., None], tile_of_products)  # without the argument that is the compiler's
 
 
-_subtract_tile = cast(Callable[..., None], _tile)  # without the argument that is the compiler's
+_subtract_tile = _tile(ir.DoubleType(), _LANES, subtracts=True)
+_add_tile = _tile(ir.FloatType(), 2 * _LANES, subtracts=False)
 
 
 @compiled
@@ -168,3 +177,41 @@ def subtract_product(out: Array, left: Array, right: Array, size: int, depth: in
     for i in range(0, depth, ROWS):
         for j in range(0, size, COLUMNS):
             _subtract_tile(out, i * stride + j, stride, left, i, wide, right, j, across, depth)
+
+
+@compiled
+def add_squares(out: Array, rows: Array, begin: int, end: int, across: int) -> None:
+    """``out += GᵀG`` for some rows of the symmetric product, in float32, from the diagonal on.
+
+    Args:
+        out: (end − begin, across − begin), rows ``begin`` to ``end`` of the product and its columns from
+            ``begin`` on. What lies below the diagonal of the product is meaningless afterwards.
+        rows: G, (k, B).
+        begin: see ``out``.
+        end: see ``out``; at least as many rows as a tile has, and columns.
+        across: of the columns of G, as many are taken; B at most.
+    """
+    wide = 2 * COLUMNS
+    stride, width, depth = out.shape[1], rows.shape[1], len(rows)
+    tile = np.empty((ROWS, wide), np.float32)
+    for j in range(begin, across, wide):  # its columns of G stay in the nearest cache
+        for i in range(begin, min(j + wide, end), ROWS):
+            if i + ROWS <= end and j + wide <= across:
+                at = (i - begin) * stride + j - begin
+                _add_tile(out, at, stride, rows, i, width, rows, j, width, depth)
+                continue
+            # the last tile ends with the matrix; what an earlier one has added is not added again
+            row, column = min(i, end - ROWS), min(j, across - wide)
+            tile[:] = 0.0
+            _add_tile(tile, 0, wide, rows, row, width, rows, column, width, depth)
+            for y in range(i - row, ROWS):
+                for x in range(j - column, wide):
+                    out[row + y - begin, column + x - begin] += tile[y, x]
+
+
+@compiled
+def mirror(square: Array, size: int) -> None:
+    """Copy what is above the diagonal of the first ``size`` columns to below it."""
+    for i in range(size):
+        for j in range(i):
+            square[i, j] = square[j, i]

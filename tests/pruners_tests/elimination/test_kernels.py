@@ -173,3 +173,28 @@ def test_kernels__threads_work_in_a_forked_process_and_in_its_parent() -> None:
         [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+@given(
+    blocks=st.integers(1, 3),
+    count=st.integers(1, 9),
+    half=st.integers(kernels.LEAST_HALF, 3 * kernels.LEAST_HALF),
+    more=st.integers(0, kernels.LEAST_HALF),
+)
+@quick(40)
+def test_kernels__sums_of_outer_products(blocks: int, count: int, half: int, more: int) -> None:
+    """Added twice to what is there, in tiles that fit and that do not, and symmetric to the bit."""
+    size = 2 * half + more
+    random = torch.Generator().manual_seed(size)
+    first = torch.zeros(blocks, half, size)
+    last = torch.zeros(blocks, size - half, size - half)
+    twice = [torch.randn(blocks, count, size, generator=random) for _ in range(2)]
+    for gradients in twice:
+        kernels.accumulate(first.numpy(), last.numpy(), gradients.numpy())
+        kernels.complete(first.numpy(), last.numpy())
+    whole = sum(one.double().mT @ one.double() for one in twice)
+    assert isinstance(whole, Tensor)
+    torch.testing.assert_close(first.double(), whole[:, :half], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last.double(), whole[:, half:, half:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(last, last.mT)
+    assert torch.equal(first[:, :, :half], first[:, :, :half].mT)
