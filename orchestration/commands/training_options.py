@@ -10,7 +10,7 @@ from typing import get_args
 from orchestration.commands.prune_options import layer_patterns, one_of
 from orchestration.common import defaults
 from orchestration.recipe.loading import load_part
-from orchestration.recipe.schema import AWARE, AwareTraining
+from orchestration.recipe.schema import AwareTraining
 from pruners.errors import InputError
 from trainers.config.quantization import Mode
 from trainers.config.training import TrainingSettings
@@ -85,7 +85,7 @@ class AwareOptions(FinetuneOptions):
         Raises:
             InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
         """
-        return load_part(AwareTraining, self.settings, {**AWARE, "checkpoint_every": 1})
+        return load_part(AwareTraining, self.settings, {"checkpoint_every": 1})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from rich.table import Table
 
 from orchestration.recipe.dotted_keys import flatten
-from orchestration.recipe.schema import LEFT_OUT, Recipe
+from orchestration.recipe.schema import OWN_DEFAULTS, Recipe
 from pruners.errors import InputError, did_you_mean
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true, false", type(None): "null"}
@@ -114,24 +114,18 @@ def _keys_of(
             continue
         if field.description or others or field.default is None:
             yield _key(key, field)
-        left_out = _left_out(key, field)
+        own = _own_defaults(key, field)
         for below in _keys_of(inner, f"{key}.", listed):
-            yield _with_both_defaults(below, key, left_out[below.name]) if below.name in left_out else below
+            yield replace(below, default=_format_value(own[below.name])) if below.name in own else below
 
 
-def _left_out(key: str, field: FieldInfo) -> dict[str, Any]:
-    """What holds where settings are left out, if that is not what holds where one of their keys is."""
+def _own_defaults(key: str, field: FieldInfo) -> dict[str, Any]:
+    """The defaults that differ here from those of the settings' type elsewhere."""
     extra = field.json_schema_extra
-    left_out = extra.get(LEFT_OUT) if isinstance(extra, Mapping) else None
-    if not isinstance(left_out, Mapping):
+    own = extra.get(OWN_DEFAULTS) if isinstance(extra, Mapping) else None
+    if not isinstance(own, Mapping):
         return {}
-    return {f"{key}.{name}": value for name, value in flatten(dict(left_out)).items()}
-
-
-def _with_both_defaults(key: Key, part: str, left_out: Any) -> Key:
-    value = _format_value(left_out)
-    text = f"{value} where {part} is left out, {key.default} where it is given without this"
-    return replace(key, default=f"{value} or {key.default}", text="; ".join(filter(None, (key.text, text))))
+    return {f"{key}.{name}": value for name, value in flatten(dict(own)).items()}
 
 
 def _key(name: str, field: FieldInfo, more: str = "") -> Key:

@@ -12,6 +12,7 @@ from orchestration.recipe.phases import Phase
 from orchestration.recipe.search import AllocationSearch, ScheduleSearch
 from trainers.config.base import Amount, Distinct, Name, Seed, Settings, Share, ShortName, Workers
 from trainers.config.data import DataSettings, ModelSettings
+from trainers.config.presets import merged
 from trainers.config.pruning import PruningSettings
 from trainers.config.quantization import Calibration, Mode, check_training
 from trainers.config.structured import StructuredSettings
@@ -102,14 +103,19 @@ class Tracking(Settings):
     promotion: Promotion = Promotion()
 
 
-LEFT_OUT = "left_out"
-"""In what a field says of itself: the settings that hold where it is left out, key by key."""
+OWN_DEFAULTS = "own_defaults"
+"""In what a field says of itself: defaults that differ from those of its type elsewhere, key by key."""
 AWARE: dict[str, Any] = {"epochs": 10, "lr": {"kind": "linear", "peak": 1e-4, "floor": 1e-5}}
 """How training for INT8 goes where nothing else is said: the rate is that of the oViT paper's."""
 
 
 class AwareTraining(TrainingSettings):
-    """Settings that fake quantisation can be trained with."""
+    """Settings that fake quantisation can be trained with; what is left out is as in :data:`AWARE`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, value: Any) -> Any:
+        return merged(AWARE, value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _can_be(self) -> AwareTraining:
@@ -127,8 +133,8 @@ class Quantization(Calibration):
     mode: Mode = "static"
     recovery: AwareTraining | None = Field(
         None,
-        description="qat: how it is trained. Left out: 10 epochs, from 1e-4 down to 1e-5",
-        json_schema_extra={LEFT_OUT: AWARE},
+        description="qat: how it is trained",
+        json_schema_extra={OWN_DEFAULTS: AWARE},
     )
 
     @model_validator(mode="after")
@@ -144,7 +150,7 @@ class Quantization(Calibration):
         """The training of ``qat``; ``None`` for other modes."""
         if self.mode != "qat":
             return None
-        return self.recovery or AwareTraining.model_validate(AWARE)
+        return self.recovery or AwareTraining.model_validate({})
 
     @property
     def calibration(self) -> Calibration:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -79,22 +81,16 @@ def test_reference__an_unknown_part_is_one_line() -> None:
         recipe_keys("recovry")
 
 
-def test_reference__both_defaults_of_the_training_for_int8_are_said() -> None:
-    """Left out it is 10 epochs; given without ``epochs`` it has those of all training."""
+@pytest.mark.parametrize("given", [{}, {"recovery": {}}, {"recovery": {"batch_size": 8, "lr": {}}}])
+def test_reference__the_training_for_int8_has_its_own_defaults(given: dict[str, Any]) -> None:
+    """Those of the paper, not those of other training, whichever of its keys are given."""
     listed = {known.name: known for known in recipe_keys("quantize")}
-    wanted = {**MINIMAL, "quantize": {"mode": "qat"}}
-    given = {**MINIMAL, "quantize": {"mode": "qat", "recovery": {}}}
-    left_out, without = (Recipe.model_validate(content).quantize for content in (wanted, given))
-    assert left_out is not None
-    assert without is not None
-    for key in ("epochs", "lr.kind", "lr.peak", "lr.floor"):
-        first, second = (
-            flatten(quantization.training.model_dump(mode="json"))[key]
-            for quantization in (left_out, without)
-            if quantization.training is not None
-        )
-        assert first != second
-        row = listed[f"quantize.recovery.{key}"]
-        assert row.default == f"{first} or {second}"
-        assert f"{first} where quantize.recovery is left out" in row.text
+    quantization = Recipe.model_validate({**MINIMAL, "quantize": {"mode": "qat", **given}}).quantize
+    assert quantization is not None
+    assert quantization.training is not None
+    settings = flatten(quantization.training.model_dump(mode="json"))
+    own = {"epochs": 10, "lr.kind": "linear", "lr.peak": 1e-4, "lr.floor": 1e-5}
+    for key, default in own.items():
+        assert settings[key] == default
+        assert listed[f"quantize.recovery.{key}"].default == f"{default}"
     assert listed["quantize.recovery.batch_size"].default == "64"
