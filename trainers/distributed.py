@@ -82,6 +82,11 @@ def broadcast_int(value: int) -> int:
     return int(tensor)
 
 
+def forget_groups() -> None:
+    """Forget the groups made beside a default one that is gone; a process may get another."""
+    _host_group.cache_clear()
+
+
 @functools.cache
 def _host_group() -> dist.ProcessGroup | None:
     """A gloo group, which communicates through host memory; ``None``: the default group is one."""

@@ -1,15 +1,17 @@
 """The Ray Train adapter: the only file here that knows Ray.
 
-The processes of the trial and of Ray Train's controller import this module too, and need neither timm nor the
-models: those are imported when a worker begins.
+The process of the trials imports this module too, and needs neither timm nor the models: those are imported
+when a worker begins.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +24,64 @@ from trainers.config.jobs import OrderJob, TrainJob
 if TYPE_CHECKING:
     from trainers.loop.gradual import Progress
 
+RUN = "run"
+"""Key of a worker's configuration beside those of its job: the name under which it can be stopped."""
+
+_stopped: set[str] = set()  # names of runs that this process was asked to stop
+
+
+def stop_training(run: str) -> None:
+    """Ask the run of this name in this process to stop at its next look; called beside it, on each worker."""
+    _stopped.add(run)
+
+
+def begin_again() -> None:
+    """Make this process ready for another run, called on each worker once it knows the run.
+
+    Ray has one pool of threads in a process that upload checkpoints, and ends it with the first run.
+    """
+    from ray.train.v2._internal.execution import context
+
+    from trainers import distributed
+
+    context.get_train_context().checkpoint_upload_threadpool = ThreadPoolExecutor(
+        context.MAX_CHECKPOINT_UPLOAD_THREADS
+    )
+    distributed.forget_groups()
+
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train: the function that each Ray Train worker runs.
+    """Train: the function that each Ray Train worker runs, for one run after the other.
 
     After a failure, or when the same run is started again, it resumes from the newest checkpoint that is
-    intact; without one it starts from the job's ``origin``, if it has one.
+    intact; without one it starts from the job's ``origin``, if it has one. One that is stopped returns.
 
     Args:
-        config: a :class:`TrainJob` as a dictionary.
+        config: a :class:`TrainJob` as a dictionary, and :data:`RUN`.
     """
     import ray.train.torch
 
-    from trainers.loop.gradual import run
+    from trainers.loop.gradual import Stopped, run
 
-    job = TrainJob.model_validate(config)
+    name, job = config[RUN], TrainJob.model_validate({key: config[key] for key in config if key != RUN})
     device = ray.train.torch.get_device()
-    with _newest_intact() as (folder, notes), _origin(job) if folder is None else nullcontext() as branch:
-        run(job, _report, device, resume=folder, branch=branch, leaving=_leaving, notes=notes, repeat=True)
+    with (
+        suppress(Stopped),
+        _newest_intact() as (folder, notes),
+        _origin(job) if folder is None else nullcontext() as branch,
+    ):
+        run(
+            job,
+            _report,
+            device,
+            resume=folder,
+            branch=branch,
+            leaving=_leaving,
+            stopping=lambda: name in _stopped,
+            notes=notes,
+            repeat=True,
+        )
+    gc.collect()  # a model and its gradients refer to each other
 
 
 def order_worker(config: dict[str, Any]) -> None:

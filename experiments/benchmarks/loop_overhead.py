@@ -107,7 +107,7 @@ def ours(args: argparse.Namespace, workers: int, folder: str) -> dict[str, Any]:
 def timed_worker(config: dict[str, Any]) -> None:
     """:func:`trainers.ray_worker.train_worker`, which notes when steps begin and ends after some of them."""
     import trainers.loop.gradual
-    from trainers.ray_worker import train_worker
+    from trainers.ray_worker import RUN, train_worker
 
     steps: list[float] = []
     work: list[float] = []
@@ -127,7 +127,7 @@ def timed_worker(config: dict[str, Any]) -> None:
 
     trainers.loop.gradual.train_step = step
     try:
-        train_worker(config["job"])
+        train_worker(config["job"] | {RUN: "timed"})
     except Enough:
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             content = {"steps": steps, "work": work, "first": config["first"]}
@@ -138,20 +138,23 @@ def drive(folder: str, workers: int, steps: int) -> None:
     """The driver's process: Ray, one Ray Train run with the product's settings."""
     from orchestration.cluster.connect import connect
     from orchestration.recipe.schema import Resources
-    from orchestration.search.training_trial import train_run
+    from orchestration.search.standing_workers import StandingTrainer, WorkerPool
+    from orchestration.search.training_trial import Reports, train_run
     from trainers.config.jobs import TrainJob
 
     job = TrainJob.model_validate_json(Path(folder, "job.json").read_text())
     with connect(None):
         resources = Resources(workers=workers, cpus_per_worker=1.0, retries=0)
-        trainer = train_run(job, resources, f"{folder}/runs", "run", [])
-        trainer = type(trainer)(
+        pool = WorkerPool()
+        plain = train_run(job, resources, f"{folder}/runs", "run", Reports(), pool=pool)
+        StandingTrainer(
             timed_worker,
             train_loop_config={"job": job.model_dump(mode="json"), "folder": folder, "steps": steps},
-            scaling_config=trainer.scaling_config,
-            run_config=trainer.run_config,
-        )
-        trainer.fit()
+            scaling_config=plain.scaling_config,
+            run_config=plain.run_config,
+            pool=pool,
+            callback=Reports(),
+        ).fit()
 
 
 def compare(args: argparse.Namespace, workers: int) -> float:

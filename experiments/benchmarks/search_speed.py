@@ -31,12 +31,12 @@ from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
 from orchestration.search.runner import run_search
 from orchestration.search.space import AllocationSpace
 from orchestration.search.spec import Search
-from orchestration.search.training_trial import training_trial
+from orchestration.search.training_trial import TrainingTrial
 from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.tasks import order_facts
 from trainers.config.data import DataSettings
-from trainers.config.jobs import OrderJob
+from trainers.config.jobs import OrderJob, TrainJob
 from trainers.config.pruning import PruningSettings
 from trainers.loop.elimination import write_order
 from trainers.loop.evaluation import evaluate
@@ -215,12 +215,13 @@ def _train(args: argparse.Namespace, reuse: bool) -> float:
         "training": {"epochs": 1, "batch_size": 8, "lr": {"kind": "constant", "peak": 1e-4}},
         "threads": 1,
     }
+    content = TrainJob.model_validate(job)
     clock = Clock()
     began: list[float] = []
     clock.trial_started = lambda *_: began.append(time.perf_counter())  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         trainable = tune.with_parameters(
-            training_trial, jobs=lambda values: job, resources=Resources(), storage=f"{folder}/train"
+            TrainingTrial, jobs=lambda values: content, resources=Resources(), storage=f"{folder}/train"
         )
         search = Search(
             name="train",

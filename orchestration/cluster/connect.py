@@ -39,6 +39,8 @@ _QUIET = {
 # was stopped early. Left to find the address itself it gives up where two Ray clusters share a machine, and
 # the next trial waits for ever.
 _STATE_API = "RAY_API_SERVER_ADDRESS"
+# Ray Train has an actor for each run look whether a node is about to be taken away, which this machine is not
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _DASHBOARD_PORT = 8265
 _STARTS = 3
 _KEEPER_SECONDS = 5.0
@@ -88,7 +90,8 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
         yield cluster_size()
     finally:
         ray.shutdown()
-        os.environ.pop(_STATE_API, None)
+        for variable in (_STATE_API, _WATCHER):
+            os.environ.pop(variable, None)
         for process in _keeper_processes:
             _dismiss(process)
         _keeper_processes.clear()
@@ -161,6 +164,7 @@ def _start_at_free_port() -> None:
     port, lock = reserve(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
+    os.environ[_WATCHER] = "0"
     try:
         with _patient():
             ray.init(

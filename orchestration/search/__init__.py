@@ -11,5 +11,6 @@ __all__ = [
     "schedulers",
     "space",
     "spec",
+    "standing_workers",
     "training_trial",
 ]

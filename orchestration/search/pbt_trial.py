@@ -12,17 +12,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from queue import Queue
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
 
 from ray import tune
 from ray.train import UserCallback
-from ray.util.queue import Queue
 
 from orchestration.common.hashing import digest
 from orchestration.recipe.population import job_key
 from orchestration.recipe.schema import Resources
+from orchestration.search.standing_workers import WorkerPool
 from orchestration.search.training_trial import Jobs, train_run
 from trainers import storage
 from trainers.config.jobs import Origin, TrainJob
@@ -124,23 +125,25 @@ def population_trial(
     given = tune.get_checkpoint()
     checkpoint = None if given is None else read_member_checkpoint(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, checkpoint, known)
-    queue = Queue(1, actor_options={"num_cpus": 0})  # the run waits for Tune to look
+    queue: Queue[Any] = Queue(1)  # the run waits for Tune to look
     relay = Relay(queue, member)
     relay.start()
     job = member.branched(jobs(member.values))
+    pool = WorkerPool()
     try:
-        train_run(job, resources, runs, member.run, [Forward(queue)], keep=every + _AHEAD).fit()
+        train_run(job, resources, runs, member.run, Forward(queue), pool=pool, keep=every + _AHEAD).fit()
     finally:
         queue.put(None)
         relay.join()
+        pool.close()
     if relay.error is not None:
         raise relay.error
 
 
 class Forward(UserCallback):  # type: ignore[misc]
-    """Hands what workers report to the Tune function, from the process of Train's controller."""
+    """Hands what workers report to the Tune function."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue[Any]) -> None:
         self._queue = queue
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any | None) -> None:
@@ -153,7 +156,7 @@ class Relay(Thread):
     After an ``error`` it only empties the queue, as the run would else wait for ever.
     """
 
-    def __init__(self, queue: Queue, member: Member) -> None:
+    def __init__(self, queue: Queue[Any], member: Member) -> None:
         super().__init__(daemon=True)
         self._queue, self._member = queue, member
         self._epoch, self._begun = 0, False

@@ -188,7 +188,7 @@ def _of_several_runs(search: Search, sweep: Sweep, log: TrialLog, folder: str) -
         sampler=settings.sampler,
         first=_first(recipe),
         scheduler=_stopping(recipe, log, folder, slots=concurrent),
-        reuse_actors=settings.scheduler == "none",  # a process whose run was stopped cannot take another
+        reuse_actors=settings.scheduler != "pbt",  # a member's process goes with it
         limits=Limits(settings, "schedule"),
         fits=lambda: cluster_size().training_runs(recipe.resources),
         say=sweep.display.say,

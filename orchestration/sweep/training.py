@@ -11,7 +11,7 @@ from ray import tune
 from orchestration.search.pbt_trial import population_trial
 from orchestration.search.runner import run_search
 from orchestration.search.spec import Observer, Search
-from orchestration.search.training_trial import Jobs, RunNames, training_trial
+from orchestration.search.training_trial import Jobs, RunNames, TrainingTrial
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
 from trainers.config.jobs import TrainJob
@@ -51,7 +51,7 @@ def training_search(
     """
     resources = sweep.recipe.resources
     if population is None:
-        trial = tune.with_parameters(training_trial, jobs=jobs, resources=resources, storage=folder)
+        trial = tune.with_parameters(TrainingTrial, jobs=jobs, resources=resources, storage=folder)
     else:
         trial = tune.with_parameters(
             population_trial,
@@ -67,7 +67,7 @@ def training_search(
 
     return Search(
         name=name,
-        # The function takes next to nothing, as its workers reserve what they need; a sliver of a processor
+        # The trial takes next to nothing, as its workers reserve what they need; a sliver of a processor
         # would already keep a group as large as the cluster from ever being placed.
         trainable=tune.with_resources(trial, {"memory": 1 << 20}),
         space={},

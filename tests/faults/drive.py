@@ -16,6 +16,7 @@ from ray.train import UserCallback
 
 from orchestration.cluster.connect import connect
 from orchestration.recipe.schema import Resources
+from orchestration.search.standing_workers import WorkerPool
 from orchestration.search.training_trial import train_run
 from trainers.config.jobs import TrainJob
 
@@ -43,9 +44,8 @@ def main() -> None:
     )
     with connect(None):
         reports = Reports(f"{storage}/reports.jsonl")
-        train_run(
-            TrainJob.model_validate_json(Path(job).read_text()), resources, storage, "run", [reports]
-        ).fit()
+        content = TrainJob.model_validate_json(Path(job).read_text())
+        train_run(content, resources, storage, "run", reports, pool=WorkerPool()).fit()
 
 
 if __name__ == "__main__":

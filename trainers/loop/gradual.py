@@ -31,9 +31,14 @@ from trainers.loop.report import EpochReport, finite_numbers
 from trainers.loop.session import Session
 from trainers.loop.train_step import reduce_metrics, train_step
 
-_CLOCK_STEPS = 10  # steps between two looks at the clock
+_MOST_STEPS = 10  # between two looks at the clock
+_LOOK_SECONDS = 1.0  # likewise, as far as steps are so short
 _ASK_SECONDS = 5.0  # between two questions to the cluster, which takes some milliseconds to answer
-_ASK, _SAVE = 1, 2
+_ASK, _SAVE, _STOP = 1, 2, 3
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A run was asked to stop: raised after the same step on all workers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def run(
     *,
     branch: Path | None = None,
     leaving: Callable[[], str | None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
     stepped: Stepped = lambda done, total: None,
     notes: Sequence[str] = (),
     repeat: bool = False,
@@ -80,9 +86,13 @@ def run(
         branch: where there is none, the checkpoint folder of the job's ``origin`` to start from.
         leaving: called now and then, by all workers together: names the machines that will be preempted, or
             returns ``None``. The run is saved once for each answer.
+        stopping: called now and then, and heard on the first worker: whether the run is to stop.
         stepped: called after each step with the steps done and the steps in all.
         notes: lines for the user, sent with the first report.
         repeat: send the last report of a resumed run again, as its receiver may have died before it came.
+
+    Raises:
+        Stopped: it was asked to stop; nothing is saved or reported then.
     """
     keep_freed_memory()
     session = Session.open(job, device, resume, branch)
@@ -93,7 +103,7 @@ def run(
         report(Progress(session.last | kept_at | unsent, None))
         unsent = {}
     while session.step < session.steps:
-        train_epoch(session, report, leaving, stepped)
+        train_epoch(session, report, leaving, stopping, stepped)
         session.last = end_epoch(session)
         done = session.step == session.steps
         due = done or session.epoch % job.training.checkpoint_every == 0
@@ -102,7 +112,11 @@ def run(
 
 
 def train_epoch(
-    session: Session, report: Report, leaving: Callable[[], str | None], stepped: Stepped
+    session: Session,
+    report: Report,
+    leaving: Callable[[], str | None],
+    stopping: Callable[[], bool],
+    stepped: Stepped,
 ) -> None:
     """Train the rest of an epoch: pruning steps where the plan has them, an optimizer step for each batch.
 
@@ -110,7 +124,11 @@ def train_epoch(
         session: its ``step`` says where in the epoch it begins.
         report: called when a checkpoint is due within the epoch.
         leaving: as in :func:`run`.
+        stopping: as in :func:`run`.
         stepped: as in :func:`run`.
+
+    Raises:
+        Stopped: the run was asked to stop.
     """
     per_epoch = len(session.sampler)
     session.sampler.start(session.epoch, session.step % per_epoch)
@@ -121,7 +139,10 @@ def train_epoch(
         train_step(session, batch)
         session.step += 1
         stepped(session.step, session.steps)
-        if session.step % per_epoch and _due(session, leaving):
+        decision = _decision(session, stopping)
+        if decision == _STOP:
+            raise Stopped
+        if session.step % per_epoch and _due(session, decision, leaving):
             reduce_metrics(session)
             report(Progress(_between(session), _saver(session)))
 
@@ -174,20 +195,31 @@ def _between(session: Session) -> EpochReport:
     }
 
 
-def _due(session: Session, leaving: Callable[[], str | None]) -> bool:
-    """Whether a checkpoint within the epoch is due; the same on all workers."""
-    training = session.job.training
-    if training.checkpoint_steps is not None and session.step % training.checkpoint_steps == 0:
-        return True
-    if session.step % _CLOCK_STEPS:
-        return False
-    now, minutes = time.monotonic(), training.checkpoint_minutes
+def _decision(session: Session, stopping: Callable[[], bool]) -> int:
+    """What the first worker's clock says after a step, and whether the run is to stop; the same on all."""
+    if session.step < session.look_at:
+        return 0
+    now, minutes = time.monotonic(), session.job.training.checkpoint_minutes
     decision = _ASK if now - session.asked_at > _ASK_SECONDS else 0
     if minutes is not None and now - session.saved_at > 60 * minutes:
         decision = _SAVE
-    decision = distributed.broadcast_int(decision)  # the workers' clocks differ
+    if stopping():
+        decision = _STOP
+    slow = now - session.looked_at > _LOOK_SECONDS
+    steps = max(session.look_steps // 2, 1) if slow else min(session.look_steps + 1, _MOST_STEPS)
+    # the workers' clocks differ
+    decision, session.look_steps = divmod(distributed.broadcast_int(decision * 100 + steps), 100)
+    session.looked_at, session.look_at = now, session.step + session.look_steps
+    return decision
+
+
+def _due(session: Session, decision: int, leaving: Callable[[], str | None]) -> bool:
+    """Whether a checkpoint within the epoch is due; the same on all workers."""
+    steps = session.job.training.checkpoint_steps
+    if steps is not None and session.step % steps == 0:
+        return True
     if decision == _ASK:
-        session.asked_at = now
+        session.asked_at = time.monotonic()
         before, session.notice = session.notice, leaving()
         return session.notice not in (None, before)
     return decision == _SAVE

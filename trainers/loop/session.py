@@ -78,6 +78,9 @@ class Session:
         last: the last epoch's report.
         saved_at: time of the last checkpoint, in seconds of the monotonic clock.
         asked_at: time of the last question about preemption, likewise.
+        look_at: step after which the workers look at the clock together.
+        look_steps: steps between the last look and this one.
+        looked_at: time of the last look.
         notice: the machines that the cluster named at that question.
     """
 
@@ -109,6 +112,9 @@ class Session:
     last: EpochReport = field(default_factory=EpochReport)
     saved_at: float = field(default_factory=time.monotonic)
     asked_at: float = field(default_factory=time.monotonic)
+    look_at: int = 0
+    look_steps: int = 1
+    looked_at: float = field(default_factory=time.monotonic)
     notice: str | None = None
 
     @classmethod

@@ -134,7 +134,7 @@ def test_node_cache__they_are_decoded_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_node_cache__a_notice_saves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked at each look; a second machine that goes is another notice."""
-    monkeypatch.setattr(gradual, "_CLOCK_STEPS", 1)
+    monkeypatch.setattr(gradual, "_MOST_STEPS", 1)
     monkeypatch.setattr(gradual, "_ASK_SECONDS", -1.0)
     answers = iter([None, "a", "a", "a", None, "a b", "a b", *[None] * 99])
     log = Log(tmp_path / "log")

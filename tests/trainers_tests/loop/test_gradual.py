@@ -476,3 +476,16 @@ def test_gradual__other_optimizers_resume_too(
     run(job(files, dense[VIT], "dimap", training=changes), whole, CPU)
     run(job(files, dense[VIT], "dimap", training=changes), rest, CPU, resume=whole.saved[2])
     assert rest.metrics == whole.metrics[2:]
+
+
+def test_gradual__a_run_that_is_asked_to_stop_ends_between_two_steps(
+    files: dict[str, str], tmp_path: Path, sessions: list[Session]
+) -> None:
+    """At the next look, which may be the last step of an epoch; nothing is evaluated or saved any more."""
+    log = Log(tmp_path)
+    with pytest.raises(gradual.Stopped):
+        run(job(files, None, None), log, CPU, stopping=lambda: len(log.metrics) > 1)
+    step = sessions[0].step
+    assert 12 < step <= 22, "two epochs of six steps, and ten steps at most between two looks"
+    assert len(log.metrics) == (step - 1) // 6
+    assert sorted(log.saved) == [2]
