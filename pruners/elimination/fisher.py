@@ -137,9 +137,9 @@ class BlockFisher:
                 rows = self.pattern.flat(gradients[name].detach()[done : done + added], batched=True)
                 blocks = to_blocks(rows, size)  # (added, n, B)
                 if name not in self._buffers:
-                    shape = (blocks.shape[1], self._buffer_length, size)
+                    shape = (self._buffer_length, blocks.shape[1], size)
                     self._buffers[name] = torch.empty(shape, device=rows.device)
-                self._buffers[name][:, self._buffered : self._buffered + added] = blocks.transpose(0, 1)
+                self._buffers[name][self._buffered : self._buffered + added] = blocks
             done += added
             self._buffered += added
             self.count += added
@@ -177,7 +177,7 @@ class BlockFisher:
         if not self._buffered:
             return
         for name, gradients in self._buffers.items():
-            rows = gradients[:, : self._buffered].to(self._dtype)
+            rows = gradients[: self._buffered].to(self._dtype)
             self._add_rows(name, rows)
             # The diagonal has far fewer numbers than the gradients, and is finite if all of them are.
             if not torch.isfinite(self._diagonal(name).sum()):
@@ -185,32 +185,35 @@ class BlockFisher:
         self._buffered = 0
 
     def _by_tiles(self, rows: Tensor) -> bool:
-        """Whether compiled loops add gradients (n, k, B) to the sums."""
+        """Whether compiled loops add gradients (k, n, B) to the sums."""
         half = _half(rows.shape[2])
         halved = kernels.supports(rows) and half < rows.shape[2]
         return halved and self._dtype == torch.float32 and half >= kernels.LEAST_HALF
 
     def _add_rows(self, name: str, rows: Tensor) -> None:
-        """Add gradients (n, k, B) to the sums of a layer."""
-        half = _half(rows.shape[2])
+        """Add gradients (k, n, B) to the sums of a layer."""
+        _, blocks, size = rows.shape
+        half, fresh = _half(size), name not in self.sums
         if self._by_tiles(rows):
-            if name not in self.sums:
-                shapes = (len(rows), half, rows.shape[2]), (len(rows), *[rows.shape[2] - half] * 2)
-                self.sums[name] = torch.zeros(shapes[0]), torch.zeros(shapes[1])
+            if fresh:
+                shapes = (blocks, half, size), (blocks, size - half, size - half)
+                self.sums[name] = torch.empty(shapes[0]), torch.empty(shapes[1])
             first, last = self.sums[name]
 
             def work(part: slice) -> None:
-                kernels.accumulate(*(one[part].numpy() for one in (first, last, rows)))
+                sums = first[part].numpy(), last[part].numpy()
+                kernels.accumulate(*sums, rows.numpy(), part.start, fresh)
 
-            kernels.on_threads(work, len(rows))
+            kernels.on_threads(work, blocks)
             return
+        rows = rows.transpose(0, 1)
         parts = (rows[:, :, :half], rows), (rows[:, :, half:], rows[:, :, half:])
-        if name in self.sums:
-            for total, (left, right) in zip(self.sums[name], parts, strict=True):
-                total.baddbmm_(left.transpose(1, 2), right)
-        else:
+        if fresh:
             first, last = (torch.bmm(left.transpose(1, 2), right) for left, right in parts)
             self.sums[name] = first, last
+        else:
+            for total, (left, right) in zip(self.sums[name], parts, strict=True):
+                total.baddbmm_(left.transpose(1, 2), right)
 
     @property
     def blank(self) -> bool:
@@ -233,7 +236,7 @@ class BlockFisher:
 
     def _raise_not_finite(self, name: str, rows: Tensor) -> None:
         """Raise the error that names the first gradient with NaN or Inf."""
-        bad = (~torch.isfinite(rows).all(2).all(0)).nonzero()
+        bad = (~torch.isfinite(rows).all(2).all(1)).nonzero()
         if len(bad):
             number = self.count - self._buffered + int(bad[0])
             raise InputError("gradient", name, f"has NaN or Inf in batch {number}")

@@ -79,20 +79,25 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @compiled
-def accumulate(first: Array, last: Array, gradients: Array) -> None:
+def accumulate(first: Array, last: Array, gradients: Array, begin: int, fresh: bool) -> None:
     """Add Σ g gᵀ to the sums of each block; what is below a block's diagonal waits for :func:`complete`.
 
     Args:
         first: the first h rows of the symmetric sums, (n, h, B) float32, h and B − h at least LEAST_HALF.
         last: the last B − h columns of the other rows, (n, B − h, B − h) float32.
-        gradients: (n, k, B) float32.
+        gradients: (k, blocks, B) float32.
+        begin: which of these blocks the first one is.
+        fresh: whether there are no sums yet: the numbers in memory are overwritten.
     """
-    half, size = first.shape[1:]
-    near = np.empty(gradients.shape[1:], np.float32)
+    count, half, size = len(gradients), first.shape[1], first.shape[2]
+    near = np.empty((count, size), np.float32)
     for block in range(len(first)):
-        for k in range(len(near)):  # read once in the order of memory, which is what processors foresee
+        for k in range(count):  # a block's numbers lie far apart, and are needed many times
             for j in range(size):
-                near[k, j] = gradients[block, k, j]
+                near[k, j] = gradients[k, begin + block, j]
+        if fresh:
+            first[block] = 0.0
+            last[block] = 0.0
         add_squares(first[block], near, 0, half, size)
         add_squares(last[block], near, half, size, size)
 

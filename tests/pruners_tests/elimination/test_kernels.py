@@ -186,14 +186,15 @@ def test_kernels__sums_of_outer_products(blocks: int, count: int, half: int, mor
     """Added twice to what is there, in tiles that fit and that do not, and symmetric to the bit."""
     size = 2 * half + more
     random = torch.Generator().manual_seed(size)
-    first = torch.zeros(blocks, half, size)
-    last = torch.zeros(blocks, size - half, size - half)
-    twice = [torch.randn(blocks, count, size, generator=random) for _ in range(2)]
-    for gradients in twice:
-        kernels.accumulate(first.numpy(), last.numpy(), gradients.numpy())
+    first = torch.full((blocks, half, size), torch.nan)
+    last = torch.full((blocks, size - half, size - half), torch.nan)
+    twice = [torch.randn(count, blocks + 1, size, generator=random) for _ in range(2)]
+    for gradients in twice:  # of a block before them too
+        fresh = gradients is twice[0]
+        kernels.accumulate(first.numpy(), last.numpy(), gradients.numpy(), 1, fresh)
         kernels.complete(first.numpy(), last.numpy())
-    whole = sum(one.double().mT @ one.double() for one in twice)
-    assert isinstance(whole, Tensor)
+    rows = torch.cat(twice)[:, 1:].transpose(0, 1).double()
+    whole = rows.mT @ rows
     torch.testing.assert_close(first.double(), whole[:, :half], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last.double(), whole[:, half:, half:], rtol=1e-5, atol=1e-5)
     assert torch.equal(last, last.mT)
