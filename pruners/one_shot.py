@@ -174,7 +174,11 @@ def prune(
                 again = source if len(steps) == 1 else shares.again(number)
                 builder.batches = repeatable(again, builder.passes)
             total = pattern_budget(chosen, step, pattern, masks)
-            total = total if number == len(steps) - 1 else max(total, _least(sharing, chosen, masks, pattern))
+            total = (
+                total
+                if number == len(steps) - 1
+                else max(total, least_budget(sharing, chosen, masks, pattern))
+            )
             choice = _try_damps(builder, sharing, total, held_out or ()) if auto else None
             order = builder.order(None if choice is None else choice.damp)
             allocation = sharing.allocate(
@@ -214,8 +218,18 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
     return total if sparsity < pattern.forced - 1e-9 else most
 
 
-def _least(sharing: Sharing, layers: Sequence[PrunableLayer], masks: MaskSet, pattern: Pattern) -> int:
-    """How many weights the layers' floors ask for, and so each round."""
+def least_budget(sharing: Sharing, layers: Sequence[PrunableLayer], masks: MaskSet, pattern: Pattern) -> int:
+    """How many weights the layers' floors ask for, and so every round but the last.
+
+    Args:
+        sharing: with the floors.
+        layers: the prunable layers.
+        masks: the masks of these layers.
+        pattern: the sparsity pattern.
+
+    Returns:
+        Number of weights.
+    """
     limits = sharing.limits(layers, masks.pruned(), unit=pattern.unit)
     return sum(least for least, _ in limits.values())
 

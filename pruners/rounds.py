@@ -46,6 +46,25 @@ def round_sparsities(rounds: int | Sequence[float], start: float, end: float) ->
     return given
 
 
+def remaining_rounds(rounds: int | Sequence[float], start: float, end: float) -> list[float]:
+    """The sparsity of each round of a pruning that is a part of a longer one.
+
+    Args:
+        rounds: as for :func:`round_sparsities`; of sparsities those that lie between ``start`` and ``end``.
+        start: sparsity of the model now, 0 to 1.
+        end: the sparsity that this pruning leads to, 0 to 1.
+
+    Returns:
+        Ascending sparsities; the last one is ``end``, and the only one where that is reached already.
+
+    Raises:
+        InputError: no round.
+    """
+    if isinstance(rounds, int):
+        return round_sparsities(rounds, start, end) if start < end else [end]
+    return [*(sparsity for sparsity in rounds if start < sparsity < end), end]
+
+
 class Shares:
     """The batches of a pruning's gradients, in equal shares for its rounds."""
 

@@ -87,7 +87,7 @@ def elimination(args: argparse.Namespace, model: str, method: str, sparsity: flo
         objective=args.objective,
     )
     space = AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity])
-    return OneShotInputs(model, images, 0, search, space, order, facts.costs)
+    return OneShotInputs(model, images, 0, search, space, order, facts.costs, model)
 
 
 def searched(inputs: OneShotInputs, seed: int) -> TrialRecord:

@@ -106,7 +106,7 @@ def stored(args: argparse.Namespace, folder: str) -> tuple[OneShotInputs, float]
     facts = order_facts(args.model, pruning, "ovit", order, [SPARSITY])
     search = AllocationSearch(images=IMAGES, cpus_per_trial=args.threads)
     space = AllocationSpace.of(search, pruning, facts.layers, facts.own[SPARSITY])
-    return OneShotInputs(args.model, data, 0, search, space, order, facts.costs), seconds
+    return OneShotInputs(args.model, data, 0, search, space, order, facts.costs, args.model), seconds
 
 
 def trials(args: argparse.Namespace) -> dict[str, float]:

@@ -33,6 +33,7 @@ from pruners.model.costs import Costs, count_costs
 from pruners.model.layers import PrunableLayer
 from pruners.model.left_dense import LeftDense
 from pruners.model.sparsity_pattern import Pattern
+from pruners.reconstruction.reconstruct import solvable_layers
 from pruners.structured.dependency import check_installed
 from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
@@ -101,6 +102,9 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
+    if model is not None and recipe.pruning.reconstruct and not solvable_layers(model, layers):
+        expected = "none of the layers is linear or a plain convolution, so there is nothing to solve: drop it"
+        raise InputError("pruning.reconstruct", recipe.pruning.reconstruct, expected)
     costs, dense = None, None
     if model is not None:
         dense = LeftDense.of(model, layers)

@@ -15,7 +15,7 @@ from orchestration.recipe.search import Fastest
 from orchestration.reporting import plots
 from pruners.arithmetic import ceil_div
 from pruners.elimination.memory import fisher_bytes, layer_groups
-from pruners.methods.registry import create_pruner
+from pruners.methods.registry import SECOND_ORDER, create_pruner
 from pruners.redaction import strip_secrets
 from trainers.loop.schedules import learning_rate, pruning_plan
 
@@ -120,8 +120,8 @@ def _structured(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def _more(recipe: Recipe) -> list[tuple[str, str]]:
-    """A second objective, a long run and INT8, where the recipe asks for them."""
-    lines, rule = [], recipe.allocation.rule
+    """Rounds, reconstruction, a second objective, a long run, INT8: what the recipe asks for of them."""
+    lines, rule = _rounds(recipe), recipe.allocation.rule
     if rule is not None and recipe.allocation.trials:
         reach = f" from {rule.between[0]:g} to {rule.between[1]:g}" if rule.between else ""
         if isinstance(rule, Fastest):
@@ -143,6 +143,22 @@ def _more(recipe: Recipe) -> list[tuple[str, str]]:
         lines.append(("INT8", f"{recipe.quantize.mode}{length}"))
     if recipe.export:
         lines.append(("export", ", ".join(recipe.export)))
+    return lines
+
+
+def _rounds(recipe: Recipe) -> list[tuple[str, str]]:
+    """In which rounds weights are pruned in one shot, and on how many images they are solved again."""
+    pruning, lines = recipe.pruning, []
+    second_order = [method for method in pruning.methods if method in SECOND_ORDER]
+    end = pruning.sparsity if recipe.allocation.reach is None else recipe.allocation.reach[0]
+    levels = pruning.rounds(second_order[0], 0.0, end) if second_order else []
+    if len(levels) > 1:
+        shown = ", ".join(f"{100 * level:.4g} %" for level in levels)
+        lines.append(("rounds", f"{shown} for each of {' and '.join(second_order)}"))
+    if pruning.reconstruct:
+        trials = recipe.allocation.reconstruct
+        rest = f", and on {trials:,} in each trial" if trials else ""
+        lines.append(("reconstruct", f"on {pruning.reconstruct:,} images after each pruning step{rest}"))
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pruners.errors import InputError
-from trainers.config.base import flatten
+from trainers.config.base import Settings, flatten
 
 __all__ = ["flatten", "get", "put"]
 
@@ -34,11 +34,14 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
     level[last] = value
 
 
-def get(content: Mapping[str, Any], key: str) -> Any:
-    """Read ``a.b.c`` from nested dictionaries; ``None`` if it is not there."""
+def get(content: Mapping[str, Any] | Settings, key: str) -> Any:
+    """Read ``a.b.c`` from nested dictionaries or settings; ``None`` if it is not there."""
     level: Any = content
     for part in key.split("."):
-        if not isinstance(level, Mapping) or part not in level:
+        if isinstance(level, Settings):
+            level = getattr(level, part, None)
+        elif isinstance(level, Mapping) and part in level:
+            level = level[part]
+        else:
             return None
-        level = level[part]
     return level

@@ -19,7 +19,7 @@ from trainers.config.structured import StructuredSettings
 from trainers.config.training import TrainingSettings
 
 # keys that a long run may change: methods, layers and patterns stay those of the search before it
-_OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.")
+_OF_LONG_RUN = ("recovery.", "pruning.schedule.", "pruning.keep.", "pruning.fisher.", "pruning.reconstruct.")
 
 
 ExportFormat = Literal[
@@ -229,6 +229,21 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _images_to_solve_on(self) -> Recipe:
+        images = self.pruning.reconstruct
+        if self.allocation.reconstruct and not images:
+            raise ValueError(
+                "allocation.reconstruct: the weights of what is best are not solved; give pruning.reconstruct"
+            )
+        most = max(self.resources.of("schedule").most, self.resources.of("long_run").most)
+        if 0 < images < most:
+            raise ValueError(
+                f"pruning.reconstruct: {images} must be an image at least for each of "
+                f"resources.workers ({most})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sparsities_to_choose_from(self) -> Recipe:
         between, key = self.allocation.reach, f"allocation.{self.allocation.between_key}"
         if between is None:
@@ -239,6 +254,13 @@ class Recipe(Settings):
                 self.pruning.schedule.check(sparsity)
             except ValueError as error:
                 raise ValueError(f"{key}: {sparsity:g}: {error}") from None
+        rounds = self.pruning.fisher.rounds
+        if not isinstance(rounds, int):
+            raise ValueError(f"pruning.fisher.rounds: must be a number where {key} chooses the sparsity")
+        if rounds > 1 and self.pruning.sparsity < between[0]:
+            raise ValueError(
+                f"pruning.sparsity: must not lie below {key} ({between[0]:g}), to which the rounds lead"
+            )
         if any(level >= between[0] for level in self.pruning.keep):
             raise ValueError(f"pruning.keep: must lie below {key} ({between[0]:g})")
         return self

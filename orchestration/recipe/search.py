@@ -157,6 +157,14 @@ class AllocationSearch(SearchLimits):
     images: Images = Field(2000, description="validation images of a trial, at most")
     first_images: Images | None = Field(None, description="default: all at once")
     reduction: int = Field(2, ge=2, le=10**6)
+    reconstruct: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        exclude_if=lambda images: images == 0,
+        description="training images on which the weights of each trial are solved again before it is "
+        "evaluated; 0: trials are compared as they are pruned",
+    )
     pareto: Pareto | None = Field(None, description="top-1 against a cost; default: top-1 alone")
     objective: Literal["top1", "cross_entropy", "latency"] = Field(
         "top1",

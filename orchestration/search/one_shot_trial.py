@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from ray import tune
+from torch import nn
 
 from orchestration.recipe.search import AllocationSearch
 from orchestration.search.space import AllocationSpace, summarise
 from orchestration.state.order_store import StoredOrder
 from pruners.model.costs import CostModel
+from pruners.model.layers import PrunableLayer
+from pruners.model.masks import MaskSet
+from pruners.order_builder import write_weights
+from pruners.reconstruction.reconstruct import Reconstruction, reconstruct
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.data import DataSettings
 from trainers.data import datasets as data
@@ -40,7 +45,20 @@ class Speed:
 
 @dataclass(frozen=True)
 class OneShotInputs:
-    """What all allocation trials of a study share."""
+    """What all allocation trials of a study share.
+
+    Attributes:
+        checkpoint: the model whose weights are ordered: the dense one, or what the rounds before left.
+        data: the images; trials see those of validation.
+        seed: by which training images are drawn.
+        search: what is searched, and how.
+        space: what is proposed.
+        order: of the weights.
+        costs: of the model at any allocation.
+        dense: the model whose answers a reconstruction goes by.
+        reconstruct: training images on which the weights of the best model are solved again; 0: they are not.
+        speed: for a search for speed.
+    """
 
     checkpoint: str
     data: DataSettings
@@ -49,6 +67,8 @@ class OneShotInputs:
     space: AllocationSpace
     order: StoredOrder
     costs: CostModel
+    dense: str
+    reconstruct: int = 0
     speed: Speed | None = None
 
     @property
@@ -58,6 +78,27 @@ class OneShotInputs:
     @property
     def threads(self) -> int:
         return max(1, int(self.search.cpus_per_trial))
+
+
+class Solver:
+    """Solves the weights again that one-shot models keep, so that their layers answer as the dense model's.
+
+    Args:
+        dense: checkpoint of the dense model.
+        images: the images, of which those of training are taken.
+        seed: decides which.
+        count: how many, at most.
+        device: where the models are.
+    """
+
+    def __init__(self, dense: str, images: DataSettings, seed: int, count: int, device: str) -> None:
+        self._dense = load_checkpoint(dense, shared=True).model.eval().to(device)
+        train = data.split(images, "train", data.eval_transform(models.data_config(self._dense)), seed)
+        self._images = data.first_images(train, count, rank=0, world=1, seed=seed)
+
+    def solve(self, model: nn.Module, layers: Sequence[PrunableLayer], masks: MaskSet) -> Reconstruction:
+        """Solve the kept weights of a model, in place (:func:`pruners.reconstruction.reconstruct`)."""
+        return reconstruct(model, self._dense, layers, masks, self._images)
 
 
 class OneShotTrial(tune.Trainable):  # type: ignore[misc]
@@ -72,7 +113,9 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         self._order = inputs.order.open(device=inputs.device)
         self._model = load_checkpoint(inputs.checkpoint, shared=True).model.eval().to(inputs.device)
         self._parameters = dict(self._model.named_parameters())
-        self._dense = {name: self._parameters[name].detach().clone() for name in self._order}
+        self._before = {name: weight.detach().clone() for name, weight in self._parameters.items()}
+        count = inputs.search.reconstruct
+        self._solver = Solver(inputs.dense, inputs.data, inputs.seed, count, inputs.device) if count else None
         preprocessing = models.data_config(self._model)
         images = data.split(inputs.data, "validation", data.eval_transform(preprocessing), inputs.seed)
         ends = inputs.search.rungs(len(images))
@@ -108,11 +151,14 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
 
     def _set_weights(self) -> None:
         self._allocation = self._inputs.space.allocation(self._values, self._order.losses)
-        weights, masks = self._order.weights_at(self._dense, self._allocation)
+        ordered = {name: self._before[name] for name in self._order}
+        weights, masks = self._order.weights_at(ordered, self._allocation)
         self._sparsity = masks.sparsity
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self._parameters[name].copy_(weight)
+        if self._solver is None:
+            write_weights(self._model, weights)
+            return
+        write_weights(self._model, {**self._before, **weights})  # the last trial's biases are not these
+        self._solver.solve(self._model, self._inputs.space.layers, masks)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         return None

@@ -24,24 +24,33 @@ from trainers.loop.elimination import ORDER_FACTS
 
 @dataclass(frozen=True)
 class StoredOrder:
-    """A method's order of a dense model, at ``folder`` (any pyarrow URI), by its ``fingerprint``."""
+    """A method's order of a model, at ``folder`` (any pyarrow URI), by its ``fingerprint``."""
 
     folder: str
     fingerprint: str
 
     @classmethod
     def of(
-        cls, storage_uri: str, method: str, pruning: PruningSettings, *, weights: str, data: str, seed: int
+        cls,
+        storage_uri: str,
+        method: str,
+        pruning: PruningSettings,
+        *,
+        weights: str,
+        data: str,
+        seed: int,
+        skip: int = 0,
     ) -> StoredOrder:
         """Find where the order of these weights and this data is kept; it need not be there yet.
 
         Args:
             storage_uri: the storage, below which orders lie.
             method: of pruning.
-            pruning: its settings.
-            weights: hash of the dense model's weights.
+            pruning: its settings; of one of several rounds those of the round.
+            weights: hash of the weights that are ordered: the dense model's, or what the round before left.
             data: hash of the training images.
             seed: by which images are drawn.
+            skip: gradients that earlier rounds took.
 
         Returns:
             The order's folder and fingerprint.
@@ -51,8 +60,10 @@ class StoredOrder:
         )
         decides |= {"method": method, "options": pruning.options(method)}
         if method in SECOND_ORDER:
-            decides["fisher"] = pruning.fisher.model_dump(mode="json", exclude={"memory"})
+            decides["fisher"] = pruning.fisher.model_dump(mode="json", exclude={"memory", "rounds"})
             decides |= {"data": data, "seed": seed}
+            if skip:
+                decides["skip"] = skip
             if pruning.order_begins_at:
                 decides["begins_at"] = pruning.order_begins_at
         if pruning.tries_damps(method):  # λ is chosen at the recipe's sparsity

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pydantic_core import to_jsonable_python
 from ray.tune.schedulers import TrialScheduler
 
 from orchestration.cluster.capacity import cluster_size
@@ -204,8 +205,8 @@ def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:
 
 def _first(recipe: Recipe) -> list[dict[str, Any]]:
     """Proposals before those of the sampler: the recipe's own values, or all points of a grid."""
-    search, content = recipe.schedule, recipe.model_dump(mode="json")
-    own = {name: get(content, name) for name in search.space}
+    search = recipe.schedule
+    own = {name: to_jsonable_python(get(recipe, name)) for name in search.space}
     return search.grid()[: search.runs] if search.sampler == "grid" else [own]
 
 

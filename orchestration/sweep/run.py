@@ -21,7 +21,7 @@ from orchestration.reporting.display import Display
 from orchestration.state.heartbeat import Heartbeat
 from orchestration.state.lock import cluster_lock, local_lock
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
-from orchestration.sweep.allocation import allocation_phase
+from orchestration.sweep.allocation.search import allocation_phase
 from orchestration.sweep.artifacts import Allocated, Results
 from orchestration.sweep.context import SCRATCH, Sweep
 from orchestration.sweep.dense import dense_phase

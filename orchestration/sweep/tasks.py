@@ -13,17 +13,19 @@ import torch
 from torch.utils.data import Subset
 
 from orchestration.preflight.allocation import check_not_sparser
-from orchestration.search.one_shot_trial import OneShotInputs
+from orchestration.search.one_shot_trial import OneShotInputs, Solver
 from orchestration.state.order_store import StoredOrder
 from pruners.allocation.sharing import Allocation
 from pruners.arithmetic import ceil_div
+from pruners.elimination.order import EliminationOrder
 from pruners.methods.registry import create_pruner
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
-from pruners.one_shot import pattern_budget
+from pruners.one_shot import least_budget, pattern_budget
+from pruners.order_builder import write_weights
 from trainers import storage
-from trainers.checkpoint.folder import load_checkpoint, save_checkpoint, verify, weights_hash
+from trainers.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint, verify, weights_hash
 from trainers.checkpoint.records import PROVENANCE_KEYS
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.jobs import OrderJob
@@ -85,28 +87,113 @@ def order_facts(
     return OrderFacts(layers, cost_model(model, models.input_size(model)), own, pruned)
 
 
+def sparsity_of(checkpoint: str, pruning: PruningSettings) -> float:
+    """Share of zeros in the layers that a recipe prunes."""
+    model = load_checkpoint(checkpoint, layers=pruning.layers).model
+    return MaskSet.from_zeros(model, prunable_layers(model, pruning)).sparsity
+
+
+@dataclass(frozen=True)
+class RoundModel:
+    """The model that one of several rounds leaves, to write at ``target``.
+
+    Attributes:
+        checkpoint: the model that the round begins with.
+        order: of its weights.
+        sparsity: that the round leads to, or further where the layers' floors ask for it.
+        dense: the model whose answers a reconstruction goes by.
+    """
+
+    checkpoint: str
+    order: StoredOrder
+    sparsity: float
+    method: str
+    pruning: PruningSettings
+    dense: str
+    data: DataSettings
+    seed: int
+    target: str
+
+
+def save_round(job: RoundModel, device: str) -> None:
+    """Write the model that a round leaves, pruned by the method's own allocation and solved if asked for."""
+    _use_all_processors(device)
+    pruning = job.pruning
+    loaded = load_checkpoint(job.checkpoint, layers=pruning.layers, shared=True)
+    model = loaded.model.to(device)
+    layers = prunable_layers(model, pruning)
+    pruner = create_pruner(job.method, **pruning.options(job.method))
+    sharing, pattern = sharing_of(pruning, pruner), pruner.sparsity_pattern
+    masks = MaskSet.from_zeros(model, layers)
+    total = max(
+        pattern_budget(layers, job.sparsity, pattern, masks), least_budget(sharing, layers, masks, pattern)
+    )
+    order = job.order.open(device=device)
+    allocation = sharing.allocate(order.losses, layers, total, pruned=masks.pruned(), unit=pattern.unit)
+    masks = _prune(model, order, allocation)
+    if pruning.reconstruct:
+        Solver(job.dense, job.data, job.seed, pruning.reconstruct, device).solve(model, layers, masks)
+    record = {"method": job.method, "sparsity": masks.sparsity, "allocation": allocation}
+    _save_pruned(loaded, masks, record, job.target)
+
+
 def save_one_shot(
-    inputs: OneShotInputs, allocation: Allocation, target: str, record: Mapping[str, Any]
-) -> None:
-    """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``."""
-    torch.set_num_threads(inputs.threads)
+    inputs: OneShotInputs, allocation: Allocation, target: str, record: Mapping[str, Any], device: str
+) -> float | None:
+    """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``.
+
+    Args:
+        inputs: of the search.
+        allocation: number of pruned weights in each layer.
+        target: the folder.
+        record: of the model; its top-1 is measured again where its weights are solved again.
+        device: where they are.
+
+    Returns:
+        Top-1 on the trials' images where the weights were solved again.
+    """
+    _use_all_processors(device)
     loaded = load_checkpoint(inputs.checkpoint, shared=True)
-    model = loaded.model
-    parameters = dict(model.named_parameters())
-    order = inputs.order.open()
-    weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+    model = loaded.model.eval().to(device)
+    masks = _prune(model, inputs.order.open(device=device), allocation)
     content = {
         **record,
         "allocation": allocation,
         "sparsity": masks.sparsity,
         "costs": inputs.costs.at(allocation).as_dict(),
     }
+    top1 = None
+    if inputs.reconstruct:
+        solver = Solver(inputs.dense, inputs.data, inputs.seed, inputs.reconstruct, device)
+        done = solver.solve(model, inputs.space.layers, masks)
+        images = data.split(
+            inputs.data, "validation", data.eval_transform(models.data_config(model)), inputs.seed
+        )
+        seen = Subset(images, range(inputs.search.rungs(len(images))[-1]))
+        top1 = evaluate(model, data.eval_loader(seen, 128)).top1
+        content["figures"] = {**content["figures"], "val_top1": top1}
+        content["reconstruction"] = {"images": done.images}
+    _save_pruned(loaded, masks, content, target)
+    return top1
+
+
+def _prune(model: torch.nn.Module, order: EliminationOrder, allocation: Allocation) -> MaskSet:
+    """Write the weights that an order gives into the model, in place; returns the masks."""
+    parameters = dict(model.named_parameters())
+    weights, masks = order.weights_at({name: parameters[name].detach() for name in order}, allocation)
+    write_weights(model, weights)
+    return masks
+
+
+def _save_pruned(loaded: Checkpoint, masks: MaskSet, record: Mapping[str, Any], target: str) -> None:
+    """Write a model that was loaded and pruned since as a checkpoint folder at ``target``."""
     with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
         save_checkpoint(
-            Path(folder), model, model_args=loaded.arguments, masks=masks.over(loaded.masks), record=content
+            Path(folder),
+            loaded.model.cpu(),
+            model_args=loaded.arguments,
+            masks=masks.to(torch.device("cpu")).over(loaded.masks),
+            record=record,
         )
         storage.upload(Path(folder), target)
 

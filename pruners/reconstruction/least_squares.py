@@ -10,9 +10,13 @@ Statistical Learning, 3.4.1; Shewchuk: An Introduction to the Conjugate Gradient
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Summed = Callable[[Tensor], object]
+"""Sums a tensor over all workers, in place, on each of them."""
 
 STEPS = 40
 """Conjugate gradient steps at most."""
@@ -47,6 +51,13 @@ class Moments:
         self._y2 += y.square().sum(0)
         self._xx.addmm_(x.T, x)
         self._yx.addmm_(y.T, x)
+
+    def sum_over(self, summed: Summed) -> None:
+        """Take in what other workers have added: all have the same moments afterwards."""
+        count = torch.tensor(self._count, device=self._x.device)
+        for sums in (count, self._x, self._y, self._y2, self._xx, self._yx):
+            summed(sums)
+        self._count = int(count)
 
     @property
     def finite(self) -> bool:

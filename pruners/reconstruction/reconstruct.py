@@ -14,7 +14,7 @@ from pruners.elimination.gradients import evaluating
 from pruners.errors import InputError
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
-from pruners.reconstruction.least_squares import Moments, solve
+from pruners.reconstruction.least_squares import Moments, Summed, solve
 from pruners.reconstruction.lockstep import Lockstep
 
 IMAGES = 1024
@@ -24,6 +24,11 @@ RIDGE = 0.01
 
 Progress = Callable[[str, int, int], None]
 Solvable = nn.Linear | nn.Conv2d
+
+
+def single_process(tensor: Tensor) -> Tensor:
+    """The sum over all workers where there is one: what it has."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def reconstruct(
     images: Iterable[Tensor],
     *,
     ridge: float = RIDGE,
+    summed: Summed = single_process,
     progress: Progress | None = None,
 ) -> Reconstruction:
     """Solve the kept weights of a pruned model again, in place, so that its layers answer as before.
@@ -61,6 +67,7 @@ def reconstruct(
     by one, and so does a column of its weights, and its bias.
 
     One forward pass over the images, of both models; memory for the activations of all images at one layer.
+    Of several workers each takes some of the images; the moments are summed, and all solve the same.
 
     Args:
         model: the pruned model.
@@ -69,6 +76,7 @@ def reconstruct(
         masks: ``True`` for kept weights.
         images: batches of them, (batch, channels, height, width), without labels.
         ridge: λ, as a share of the mean variance of a layer's inputs.
+        summed: sums over the workers, each of which calls this function with images of its own.
         progress: is called with ``"layers solved"``, how many are done, and how many there are.
 
     Returns:
@@ -90,7 +98,9 @@ def reconstruct(
             "reconstruct", type(model).__name__, "has no linear or plain convolution among its layers"
         )
     left = tuple(parameter for name, parameter in names.items() if name not in takes)
-    report = Reconstruction(sum(map(len, batches)), left=left)
+    number = torch.tensor(sum(map(len, batches)), device=like.device)
+    summed(number)
+    report = Reconstruction(int(number), left=left)
     targets = {name: module for name, module in dense.named_modules() if name in takes}
     with (
         torch.no_grad(),
@@ -110,6 +120,7 @@ def reconstruct(
             moments = Moments(weight.shape[1], len(weight), weight, bias=module.bias is not None)
             for received, answered in zip(inputs, outputs, strict=True):
                 moments.add(_columns(module, received.tensor), _rows(module, answered.tensor))
+            moments.sum_over(summed)
             if not moments.finite:
                 raise InputError("reconstruct", parameter, "receives or answers what is not finite")
             report.errors[parameter] = _solve_module(module, moments, masks[parameter], ridge)
@@ -129,7 +140,13 @@ def _solve_module(module: Solvable, moments: Moments, mask: Tensor, ridge: float
     return before, after
 
 
-def _solvable(module: nn.Module) -> TypeGuard[Solvable]:
+def solvable_layers(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[PrunableLayer]:
+    """Those of a model's layers that :func:`reconstruct` can solve."""
+    modules = dict(model.named_modules())
+    return [layer for layer in layers if _solvable(modules.get(layer.name.removesuffix(".weight")))]
+
+
+def _solvable(module: nn.Module | None) -> TypeGuard[Solvable]:
     """Whether a module is a product of its weight with its inputs, which this file can repeat."""
     if isinstance(module, nn.Conv2d):
         pointwise = module.kernel_size == (1, 1) and module.padding in ((0, 0), "valid")

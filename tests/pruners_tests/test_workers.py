@@ -64,7 +64,9 @@ def test_workers__workers_end_with_one_processs_masks_and_nearly_its_weights(
         if key.startswith(("m:", "chosen:")):
             assert torch.equal(value, expected[key]), f"{key} differs from one process"
         else:
-            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+            # solving for the weights amplifies what sums in another order round differently
+            rtol, atol = (1e-3, 1e-5) if CASES[name].reconstruct else (1e-4, 1e-6)
+            torch.testing.assert_close(value, expected[key], rtol=rtol, atol=atol)
     masks = {key: value for key, value in first.items() if key.startswith("m:")}
     numel = sum(mask.numel() for mask in masks.values())
     wanted = round(CASES[name].steps[-1] * numel / 4) * 4

@@ -30,7 +30,7 @@ def one_shot_inputs(dense: str, search: AllocationSearch, folder: Path) -> OneSh
     write_order(OrderJob(**given, folder=order.folder, fingerprint="f"), torch.device("cpu"))
     facts = order_facts(dense, pruning, "magnitude", order, [SPARSITY])
     space = AllocationSpace.of(search, pruning, facts.layers, facts.own[SPARSITY], facts.pruned)
-    return OneShotInputs(dense, images, 0, search, space, order, facts.costs)
+    return OneShotInputs(dense, images, 0, search, space, order, facts.costs, dense)
 
 
 def actor(inputs: OneShotInputs) -> OneShotTrial:

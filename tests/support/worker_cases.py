@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,15 @@ from pruners.elimination.order import EliminationOrder
 from pruners.methods.ovit import OViT
 from trainers import distributed
 from trainers.config.pruning import FisherSettings
-from trainers.loop.prune_step import Goal, Gradients, gradient_source, ordering, prune_step
+from trainers.data.datasets import first_images
+from trainers.loop.prune_step import (
+    Goal,
+    Gradients,
+    gradient_source,
+    ordering,
+    prune_step,
+    reconstruct_step,
+)
 
 HELD_OUT = batches(13)[8:]
 
@@ -57,6 +66,7 @@ class Case:
     per_sample: int | None = None
     memory: int | None = None
     convolutions: bool = False
+    reconstruct: bool = False
 
     def source(self, rank: int, world: int) -> Gradients:
         def mine(every: Sequence[Batch]) -> Callable[[], Iterable[Batch]]:
@@ -82,8 +92,13 @@ class Case:
             sharing = self.sharing or Sharing(self.pruner.scope, 0.1, 0.95)
             total = round(sparsity * numel / 4) * 4
             work = ordering(model, layers, masks, self.pruner, source)
+            before = copy.deepcopy(model)
             report = prune_step(work, source, Goal(total, sharing))
             masks = report.masks
+            if self.reconstruct:
+                images = first_images(Images(), 21, rank=rank, world=world, seed=3)
+                done = reconstruct_step(model, before, layers, masks, images)
+                curve[f"images:{number}"] = torch.tensor(done.images)
             if report.damp is not None:
                 curve[f"damp:{number}"] = torch.tensor(list(report.damp.losses.values()))
                 curve[f"chosen:{number}"] = torch.tensor(report.damp.damp)
@@ -128,6 +143,8 @@ CASES: dict[str, Case] = {
     "several passes": Case(OVIT, memory=SMALL),
     "auto": Case(OVIT, steps=(0.6,), auto=True),
     "auto in several passes": Case(OVIT, steps=(0.6,), auto=True, memory=SMALL),
+    "reconstructed": Case(OVIT, reconstruct=True),
+    "reconstructed convolutions": Case(create_pruner("lamp"), convolutions=True, reconstruct=True),
     "a λ fails on one": Case(FailsOnOne(block_size=16), steps=(0.6,), auto=True),
     "a λ fails on one in several passes": Case(
         FailsOnOne(block_size=16), steps=(0.6,), auto=True, memory=SMALL

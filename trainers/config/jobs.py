@@ -12,6 +12,7 @@ from trainers.config.base import (
     Name,
     Seed,
     Settings,
+    Share,
 )
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.pruning import Method, PruningSettings
@@ -62,6 +63,8 @@ class OrderJob(Settings):
     pruning: PruningSettings
     method: Method
     seed: Seed = 0
+    rounds: tuple[Share, ...] = Field((), description="sparsity of each round, where there are several")
+    round: int = Field(0, ge=0, description="which of them this is; the checkpoint is the one before's")
     threads: Count = 1
     folder: Name = Field(description="of the order, on the shared storage")
     fingerprint: Name

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ByteSize, Field, model_validator
 from pruners.errors import InputError
 from pruners.methods.registry import METHODS, SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
+from pruners.rounds import remaining_rounds, round_sparsities
 from trainers.config.base import (
     Count,
     Distinct,
@@ -41,6 +42,25 @@ def _not_sexagesimal(value: object) -> object:
 
 PatternName = Annotated[Name, BeforeValidator(_not_sexagesimal)]
 
+_MOST_ROUNDS = 100
+
+
+def _number_or_sparsities(value: object) -> object:
+    """Check the form of rounds; to which sparsity they must lead is known where they are used."""
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_ROUNDS:
+        return value
+    if isinstance(value, list | tuple) and 1 <= len(value) <= _MOST_ROUNDS:
+        numbers = [entry for entry in value if isinstance(entry, int | float) and 0 < entry <= 1]
+        if len(numbers) == len(value) and numbers == sorted(set(numbers)):
+            return value
+    raise ValueError(
+        f"must be a number of rounds from 1 to {_MOST_ROUNDS}, or ascending sparsities as [0.75, 0.9, 0.95]"
+    )
+
+
+Rounds = Annotated[int | tuple[float, ...], BeforeValidator(_number_or_sparsities)]
+"""How many rounds, each of which prunes the same share of what is left; or the sparsity of each."""
+
 
 class FisherSettings(Settings):
     """The empirical Fisher of second-order methods: m gradients, blocks of B weights, damping λ.
@@ -60,6 +80,13 @@ class FisherSettings(Settings):
     double: bool = Field(False, description="sums in float64")
     memory: ByteSize | None = Field(
         None, description="for the Fisher of a worker, as 8GiB; default 60 % of what is free"
+    )
+    rounds: Rounds = Field(
+        1,
+        # results of earlier versions keep their names
+        exclude_if=lambda rounds: rounds == 1,
+        description="how many, or the sparsities that they lead to: m is divided among them, and each "
+        "takes its gradients at the weights that the one before left",
     )
 
 
@@ -87,6 +114,14 @@ class PruningSettings(Settings):
         (), description="sparsities on the way whose best model is kept too"
     )
     fisher: FisherSettings = FisherSettings()
+    reconstruct: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        exclude_if=lambda images: images == 0,
+        description="training images on which the weights that are kept are solved again after each pruning "
+        "step, so that layers answer as before; 0: they are not",
+    )
 
     @property
     def order_begins_at(self) -> float:
@@ -102,6 +137,14 @@ class PruningSettings(Settings):
         self.schedule.check(self.sparsity)
         if self.table is not None and self.scope is not None:
             raise ValueError("table: says what each layer gives up; drop scope")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_lead_to_the_sparsity(self) -> PruningSettings:
+        try:
+            round_sparsities(self.fisher.rounds, 0.0, self.sparsity)
+        except InputError as error:
+            raise ValueError(f"fisher.rounds: {error.expected}") from None
         return self
 
     def check_reach(self, sparsity: float, key: str) -> None:
@@ -139,6 +182,30 @@ class PruningSettings(Settings):
             if isinstance(fisher.damp, float) and fisher.relative is None:
                 arguments["relative"] = False  # a λ that is given is an absolute value
         return arguments
+
+    def of_round(self, sparsity: float, gradients: int, rounds: int) -> PruningSettings:
+        """The settings of one of several rounds, which is a pruning of its own.
+
+        Args:
+            sparsity: that the round leads to.
+            gradients: of all rounds together.
+            rounds: how many there are.
+        """
+        share = {"gradients": max(gradients // rounds, 1), "rounds": 1}
+        return self.model_copy(update={"sparsity": sparsity, "fisher": self.fisher.model_copy(update=share)})
+
+    def rounds(self, method: str, start: float, end: float) -> list[float]:
+        """The sparsity of each round in which a method prunes.
+
+        Args:
+            method: one that follows no gradients has no rounds.
+            start: sparsity of the model before, 0…1.
+            end: the sparsity that this pruning step leads to, 0…1.
+
+        Returns:
+            Ascending sparsities; the last one is ``end``.
+        """
+        return remaining_rounds(self.fisher.rounds if method in SECOND_ORDER else 1, start, end)
 
     def tries_damps(self, method: str) -> bool:
         """Whether a pruning step by this method tries several λ (``damp: auto``)."""

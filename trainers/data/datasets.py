@@ -316,3 +316,28 @@ def fixed_batches(
         chosen = [shuffled[(number * batch + i) % size] for i in range(batch)]
         images, labels = zip(*(dataset[index] for index in chosen), strict=True)
         yield torch.stack(images), torch.tensor(labels)
+
+
+def first_images(
+    dataset: Dataset[tuple[Tensor, int]], count: int, *, rank: int, world: int, seed: int
+) -> list[Tensor]:
+    """The first images of the order of :func:`fixed_batches`, of which each worker takes every ``world``-th.
+
+    Args:
+        dataset: items are (image, label).
+        count: images of all workers together, at most.
+        rank: this worker.
+        world: number of workers.
+        seed: decides the order.
+
+    Returns:
+        Batches (N, 3, H, W), at least one.
+
+    Raises:
+        InputError: there is not an image for each worker; raised on all of them.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    chosen: Sequence[int] = np.random.default_rng(seed).permutation(size)[:count].tolist()
+    if len(chosen) < world:
+        raise InputError("reconstruct", count, f"must be an image at least for each of {world} workers")
+    return [images for images, _ in DataLoader(Subset(dataset, chosen[rank::world]), _CALIBRATION_BATCH)]

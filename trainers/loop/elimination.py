@@ -1,20 +1,41 @@
-"""Compute an elimination order of a dense model, by one worker or several, and store it."""
+"""Compute an elimination order of a model, by one worker or several, and store it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from pruners.methods.base import Pruner
 from pruners.methods.registry import create_pruner
 from pruners.model.masks import MaskSet
-from pruners.one_shot import pattern_budget
+from pruners.one_shot import least_budget, pattern_budget
 from trainers import distributed, storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import OrderJob
+from trainers.config.pruning import PruningSettings
 from trainers.data import datasets
 from trainers.loop.prune_step import Goal, gradient_source, order_share, ordering, prunable_layers, sharing_of
 from trainers.models import factory
 
 ORDER_FACTS = "facts.json"
+
+
+def round_of(
+    pruning: PruningSettings, pruner: Pruner, rounds: Sequence[float], number: int
+) -> tuple[PruningSettings, int]:
+    """The settings of a round, and the number of gradients that those before it took.
+
+    Args:
+        pruning: of the recipe.
+        pruner: the method.
+        rounds: the sparsity of each; where there are none there is one, to the recipe's sparsity.
+        number: which of them, from 0.
+    """
+    if len(rounds) <= 1:
+        return pruning, 0
+    settings = pruning.of_round(rounds[number], pruner.gradients, len(rounds))
+    return settings, number * (settings.fisher.gradients or 0)
 
 
 def write_order(job: OrderJob, device: torch.device) -> None:
@@ -28,10 +49,10 @@ def write_order(job: OrderJob, device: torch.device) -> None:
     """
     torch.set_num_threads(job.threads)
     rank, world = distributed.rank(), distributed.world_size()
-    pruning = job.pruning
+    pruner = create_pruner(job.method, **job.pruning.options(job.method))
+    pruning, skip = round_of(job.pruning, pruner, job.rounds, job.round)
     model = load_checkpoint(job.checkpoint, layers=pruning.layers, shared=True).model.to(device)
     layers = prunable_layers(model, pruning)
-    pruner = create_pruner(job.method, **pruning.options(job.method))
     masks = MaskSet.from_zeros(model, layers)
     source = gradient_source(
         datasets.split(job.data, "train", datasets.eval_transform(factory.data_config(model)), job.seed),
@@ -41,13 +62,19 @@ def write_order(job: OrderJob, device: torch.device) -> None:
         rank=rank,
         world=world,
         seed=job.seed,
+        skip=skip,
     )
-    total = pattern_budget(layers, pruning.sparsity, pruner.sparsity_pattern, masks)
-    goal = Goal(total, sharing_of(pruning, pruner))
+    sharing, pattern = sharing_of(pruning, pruner), pruner.sparsity_pattern
+    # a round on the way goes at least as far as the floors
+    total = max(
+        pattern_budget(layers, pruning.sparsity, pattern, masks),
+        least_budget(sharing, layers, masks, pattern),
+    )
+    goal = Goal(total, sharing)
     work = ordering(model, layers, masks, pruner, source)
     order, damp = order_share(work, source, goal)
     if pruning.order_begins_at:
-        limits = sharing_of(pruning, pruner).limits(layers, masks.pruned(), unit=pruner.sparsity_pattern.unit)
+        limits = sharing.limits(layers, masks.pruned(), unit=pattern.unit)
         order = order.beyond(work.weights, {name: least for name, (least, _) in limits.items()})
     with storage.writing(f"{job.folder}/part-{rank}") as folder:
         order.save(folder, job.fingerprint)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 
-from pruners.allocation.sharing import Sharing, scale
+from pruners.allocation.sharing import scale
 from pruners.errors import InputError
+from pruners.methods.base import Pruner
 from pruners.methods.registry import create_pruner
-from pruners.one_shot import pattern_budget
+from pruners.model.masks import MaskSet
+from pruners.one_shot import least_budget, pattern_budget
+from pruners.reconstruction.reconstruct import Reconstruction
 from trainers import distributed, storage
 from trainers.config.jobs import TrainJob
 from trainers.host_memory import keep_freed_memory
+from trainers.loop.elimination import round_of
 from trainers.loop.evaluation import Evaluation, evaluate
-from trainers.loop.prune_step import Goal, StepReport, ordering, prune_step, sharing_of
+from trainers.loop.prune_step import Goal, StepReport, ordering, prune_step, reconstruct_step, sharing_of
 from trainers.loop.report import EpochReport, finite_numbers
 from trainers.loop.session import Session
 from trainers.loop.train_step import reduce_metrics, train_step
@@ -204,33 +210,59 @@ def _keep(session: Session, report: EpochReport, result: Evaluation) -> None:
 
 
 def _prune(session: Session, sparsity: float) -> None:
-    """Do one pruning step; the last one uses the searched allocation, earlier ones scale it down."""
+    """Do one pruning step: one round or several, with a reconstruction after each where it is asked for.
+
+    Nothing is saved before the step is done: a run that is broken off within it does all of it again.
+    """
     job, settings = session.job, session.job.pruning
     assert settings is not None, "a plan comes from pruning settings"
     assert job.method is not None, "a pruning job names its method"
     pruner = create_pruner(job.method, **settings.options(job.method))
     masks = session.layer_masks
-    pruned_before = sum(masks.pruned().values())
+    levels = settings.rounds(job.method, masks.sparsity, sparsity)
+    before = copy.deepcopy(session.model) if settings.reconstruct else None
+    facts: dict[str, float] = {}
+    for number, level in enumerate(levels):
+        source = session.gradients(pruner, *round_of(settings, pruner, levels, number))
+        work = ordering(session.model, session.layers, masks, pruner, source)
+        goal = _goal(session, pruner, masks, level, last=number == len(levels) - 1)
+        report = prune_step(work, source, goal)
+        masks, facts = report.masks, _damp_facts(report)
+        if before is not None:
+            images = session.images_to_solve_on(settings.reconstruct)
+            done = reconstruct_step(session.model, before, session.layers, masks, images)
+            facts |= _reconstruction_facts(done)
+    session.pruned(masks)
+    session.metrics.facts |= facts
+
+
+def _goal(session: Session, pruner: Pruner, masks: MaskSet, sparsity: float, *, last: bool) -> Goal:
+    """What a round shall reach.
+
+    The last one of the last step uses the searched allocation, earlier ones scale it down.
+
+    Args:
+        session: of the run.
+        pruner: the method.
+        masks: of the layers as they are.
+        sparsity: that the round leads to.
+        last: whether it is the last round of its step; others go at least as far as the layers' floors.
+    """
+    job, settings = session.job, session.job.pruning
+    assert settings is not None, "a plan comes from pruning settings"
+    layers, pattern, pruned = session.layers, pruner.sparsity_pattern, masks.pruned()
 
     def budget_at(level: float) -> int:
-        return max(pattern_budget(session.layers, level, pruner.sparsity_pattern, masks), pruned_before)
+        return max(pattern_budget(layers, level, pattern, masks), sum(pruned.values()))
 
-    total = budget_at(sparsity)
-    target: dict[str, int] | Sharing = sharing_of(settings, pruner)
-    if job.allocation is not None:
-        _check_allocation(job.allocation, budget_at(settings.sparsity), settings.sparsity)
-        last = sparsity == settings.sparsity
-        unit = pruner.sparsity_pattern.unit
-        target = (
-            dict(job.allocation)
-            if last
-            else scale(dict(job.allocation), session.layers, total, masks.pruned(), unit)
-        )
-    source = session.gradients(pruner)
-    work = ordering(session.model, session.layers, masks, pruner, source)
-    report = prune_step(work, source, Goal(total, target))
-    session.pruned(report.masks)
-    session.metrics.facts |= _damp_facts(report)
+    total, sharing = budget_at(sparsity), sharing_of(settings, pruner)
+    if job.allocation is None:
+        return Goal(total if last else max(total, least_budget(sharing, layers, masks, pattern)), sharing)
+    allocation = dict(job.allocation)
+    _check_allocation(allocation, budget_at(settings.sparsity), settings.sparsity)
+    if last and sparsity == settings.sparsity:
+        return Goal(total, allocation)
+    return Goal(total, scale(allocation, layers, total, pruned, pattern.unit))
 
 
 def _check_allocation(allocation: Mapping[str, int], budget: int, sparsity: float) -> None:
@@ -253,6 +285,12 @@ def _damp_facts(step: StepReport) -> dict[str, float]:
         "damp": step.damp.damp,
         **{f"damp_loss_{damp:g}": loss for damp, loss in step.damp.losses.items()},
     }
+
+
+def _reconstruction_facts(done: Reconstruction) -> dict[str, float]:
+    """The mean error of the layers that were solved again, before and after, as a share of the variance."""
+    before, after = (mean(pair[end] for pair in done.errors.values()) for end in (0, 1))
+    return {"layer_error_before": before, "layer_error": after}
 
 
 def _saver(session: Session) -> Callable[[Path], None]:

@@ -30,6 +30,7 @@ from pruners.model.layers import PrunableLayer, find_layers
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern, fitting_layers
 from pruners.order_builder import OrderBuilder, write_weights
+from pruners.reconstruction.reconstruct import Reconstruction, reconstruct
 from trainers import distributed
 from trainers.config.pruning import FisherSettings, PruningSettings
 from trainers.data.datasets import fixed_batches
@@ -85,6 +86,7 @@ def gradient_source(
     rank: int,
     world: int,
     seed: int,
+    skip: int = 0,
 ) -> Gradients:
     """This worker's share of the gradients that a recipe asks for.
 
@@ -98,12 +100,17 @@ def gradient_source(
         rank: this worker.
         world: number of workers.
         seed: decides the order of the images.
+        skip: gradients that earlier rounds have taken; these follow theirs in the order of the images.
 
     Returns:
         The source of gradients.
     """
-    count = settings.gradients or pruner.gradients
-    batches = ceil_div(count, settings.batch_size) if settings.per_sample else count
+
+    def batches_of(gradients: int) -> int:
+        return ceil_div(gradients, settings.batch_size) if settings.per_sample else gradients
+
+    count, before = settings.gradients or pruner.gradients, batches_of(skip)
+    batches = batches_of(count)
 
     # with a gradient of each image the last batch may be needed in part only
     images_of = [
@@ -111,7 +118,9 @@ def gradient_source(
     ]
 
     def part(first: int, last: int) -> Iterable[Batch]:
-        return fixed_batches(images, settings.batch_size, first, last, rank=rank, world=world, seed=seed)
+        return fixed_batches(
+            images, settings.batch_size, before + first, before + last, rank=rank, world=world, seed=seed
+        )
 
     return Gradients(
         lambda: part(0, batches),
@@ -229,6 +238,33 @@ def prune_step(work: OrderBuilder, source: Gradients, goal: Goal) -> StepReport:
     if not distributed.all_equal(result.fingerprint()):
         raise RuntimeError("the workers ended a pruning step with different masks")
     return StepReport(result, choice)
+
+
+def reconstruct_step(
+    model: nn.Module, dense: nn.Module, layers: Sequence[PrunableLayer], masks: MaskSet, images: list[Tensor]
+) -> Reconstruction:
+    """Solve the kept weights of a pruned model again, in place, the same on every worker.
+
+    Args:
+        model: the pruned model.
+        dense: what it was before the pruning step.
+        layers: its prunable layers.
+        masks: ``True`` for kept weights.
+        images: this worker's batches of them, (N, 3, H, W).
+
+    Returns:
+        What was done, with the images of all workers.
+
+    Raises:
+        InputError: no layer can be solved, or an activation is not finite.
+    """
+    done = reconstruct(model, dense, layers, masks, images, summed=distributed.sum_over_workers)
+    parameters = dict(model.named_parameters())
+    for name in done.errors:  # the workers' processors may round differently
+        for key in (name, f"{name.removesuffix('.weight')}.bias"):
+            if key in parameters:
+                distributed.broadcast(parameters[key].detach(), 0)
+    return done
 
 
 def order_share(

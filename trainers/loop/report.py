@@ -42,6 +42,8 @@ class EpochReport(TypedDict, total=False):
         skipped_images: images of the run that could not be read.
         skipped_steps: steps of the run that were left out because they were not finite.
         damp: the λ that the pruning step chose.
+        layer_error_before, layer_error: where the pruning step solved its layers again, the mean squared
+            error of their outputs before and after, as a share of the outputs' variance.
         kept: figures of the best model at each sparsity that is kept, by ``0.75`` and the like; they have
             ``level_score``, by which the best one is chosen.
         kept_at: folder of the kept models.
@@ -73,6 +75,8 @@ class EpochReport(TypedDict, total=False):
     skipped_images: int
     skipped_steps: int
     damp: float
+    layer_error_before: float
+    layer_error: float
     kept: dict[str, dict[str, Any]]
     kept_at: str | None
     notes: list[str]

@@ -24,6 +24,7 @@ from trainers.checkpoint.finite import check_finite
 from trainers.checkpoint.folder import save_checkpoint
 from trainers.checkpoint.records import PruningRecord
 from trainers.config.jobs import TrainJob
+from trainers.config.pruning import PruningSettings
 from trainers.data import datasets
 from trainers.data.augment import Augment, Normalise
 from trainers.data.sampler import EpochBatches
@@ -257,16 +258,31 @@ class Session:
         for model in models:
             check_finite(model.state_dict(), f"after step {self.step - 1}")
 
-    def gradients(self, pruner: Pruner) -> Gradients:
-        """This worker's gradients for a pruning step."""
-        settings = self.job.pruning
-        assert settings is not None, "pruning settings ask for gradients"
+    def gradients(self, pruner: Pruner, settings: PruningSettings, skip: int) -> Gradients:
+        """This worker's gradients for a round of a pruning step.
+
+        Args:
+            pruner: the method.
+            settings: of the round.
+            skip: gradients that the rounds before it took.
+        """
         tries = self.job.method is not None and settings.tries_damps(self.job.method)
         return gradient_source(
             self.images,
             settings.fisher,
             pruner,
             tries_damps=tries,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            seed=self.job.seed + self.epoch,
+            skip=skip,
+        )
+
+    def images_to_solve_on(self, count: int) -> list[Tensor]:
+        """This worker's batches of the first images of a pruning step, for its reconstruction."""
+        return datasets.first_images(
+            self.images,
+            count,
             rank=distributed.rank(),
             world=distributed.world_size(),
             seed=self.job.seed + self.epoch,

@@ -49,6 +49,25 @@ def test_schema__the_least_recipe() -> None:
         ({"name": "../x"}, "should match pattern"),
         ({"tracking": {"promotion": {"sparsity": 0.9}}}, "so many zeros; at most 0.75"),
         ({"storage": "  "}, "must not be empty"),
+        (
+            {"resources": {"long_run": {"workers": 9}}, "pruning": {"reconstruct": 8}},
+            r"pruning.reconstruct: 8 must be an image at least for each of resources.workers \(9\)",
+        ),
+        ({"allocation": {"reconstruct": 8}}, "allocation.reconstruct: .* give pruning.reconstruct"),
+        (
+            {
+                "pruning": {"fisher": {"rounds": [0.5, 0.75]}},
+                "allocation": {"objective": "latency", "between": [0.6, 0.9]},
+            },
+            "pruning.fisher.rounds: must be a number where allocation.between chooses",
+        ),
+        (
+            {
+                "pruning": {"fisher": {"rounds": 2}},
+                "allocation": {"pareto": {"between": [0.8, 0.9], "tolerance": 0.1}},
+            },
+            r"pruning.sparsity: must not lie below allocation.pareto.between \(0.8\)",
+        ),
         ({"schedule": {"space": {"model.classes": {"choice": [1]}}}}, "only keys of recovery and pruning"),
     ],
 )

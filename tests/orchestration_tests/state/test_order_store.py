@@ -13,11 +13,12 @@ from orders import assert_same
 
 from orchestration.state.order_store import StoredOrder
 from orchestration.sweep.tasks import order_facts
+from pruners import create_pruner
 from trainers import storage
 from trainers.config.data import DataSettings
 from trainers.config.jobs import OrderJob
 from trainers.config.pruning import PruningSettings
-from trainers.loop.elimination import write_order
+from trainers.loop.elimination import round_of, write_order
 
 FISHER = {"gradients": 6, "batch_size": 4, "block_size": 16, "damp": 1e-4}
 
@@ -84,6 +85,25 @@ def test_order_store__lambda_is_tried_at_a_sparsity(tmp_path: Path) -> None:
     tried = {**FISHER, "damp": "auto"}
     orders = [stored_order(tmp_path, pruning(fisher=tried, sparsity=sparsity)) for sparsity in (0.5, 0.6)]
     assert orders[0].fingerprint != orders[1].fingerprint
+
+
+def test_order_store__rounds_have_orders_of_their_own() -> None:
+    settings = pruning(sparsity=0.8, fisher={**FISHER, "rounds": [0.5, 0.8]})
+    pruner = create_pruner("ovit", **settings.options("ovit"))
+    made, skipped = zip(*(round_of(settings, pruner, (0.5, 0.8), number) for number in (0, 1)), strict=True)
+    assert [one.fisher.gradients for one in made] == [3, 3]
+    assert [one.sparsity for one in made] == [0.5, 0.8]
+    assert skipped == (0, 3)
+    orders = [
+        stored_order(Path("s"), one, weights=f"w{number}", skip=skip)
+        for number, (one, skip) in enumerate(zip(made, skipped, strict=True))
+    ]
+    assert orders[0].fingerprint != orders[1].fingerprint
+    # other gradients are another order, even of the same weights
+    assert stored_order(Path("s"), made[1], weights="w0", skip=3).fingerprint != orders[0].fingerprint
+    # the first round is a pruning with so many gradients
+    alone = stored_order(Path("s"), pruning(fisher={**FISHER, "gradients": 3}), weights="w0")
+    assert alone.fingerprint == orders[0].fingerprint
 
 
 def order_as_worker(rank: int, world: int, folder: str, content: dict[str, Any]) -> None:

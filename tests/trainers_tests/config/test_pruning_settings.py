@@ -81,6 +81,17 @@ def test_pruning_settings__memory_is_read_with_its_unit(text: str | int, bytes_:
         ({"fisher": {"memory": "much"}}, "could not parse value and unit"),
         ({"fisher": {"gradients": 0}}, "greater than or equal to 1"),
         ({"methods": ["ovitt"]}, "'ovit'"),
+        ({"fisher": {"rounds": 0}}, "a number of rounds from 1 to 100, or ascending sparsities"),
+        ({"fisher": {"rounds": 101}}, "a number of rounds"),
+        ({"fisher": {"rounds": 1.5}}, "a number of rounds"),
+        ({"fisher": {"rounds": True}}, "a number of rounds"),
+        ({"fisher": {"rounds": []}}, "a number of rounds"),
+        ({"fisher": {"rounds": ["a"]}}, "a number of rounds"),
+        ({"fisher": {"rounds": [0.0, 0.75]}}, "a number of rounds"),
+        ({"fisher": {"rounds": [0.7, 0.6, 0.75]}}, "ascending"),
+        ({"fisher": {"rounds": [0.5, 0.7]}}, r"fisher.rounds: must be ascending.*the last is 0\.75"),
+        ({"reconstruct": -1}, "greater than or equal to 0"),
+        ({"reconstruct": 1.5}, "valid integer"),
     ],
 )
 def test_pruning_settings__what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
@@ -124,3 +135,35 @@ def test_pruning_settings__limits_and_tables_by_name_are_read_and_written_back()
     assert PruningSettings.model_validate_json(chosen.model_dump_json()) == chosen
     assert "damp" not in chosen.options("ovit")
     assert chosen.options("ovit")["block_size"] == {"QKV": 192, "MLP": 64}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "start", "end", "levels"),
+    [
+        (1, 0.0, 0.9, [0.9]),
+        (2, 0.0, 0.96, [0.8, 0.96]),
+        (2, 0.6, 0.9, [0.8, 0.9]),
+        (3, 0.9, 0.9, [0.9]),
+        ([0.5, 0.75, 0.9], 0.0, 0.9, [0.5, 0.75, 0.9]),
+        ([0.5, 0.75, 0.9], 0.0, 0.6, [0.5, 0.6]),  # a pruning step on the way
+        ([0.5, 0.75, 0.9], 0.6, 0.9, [0.75, 0.9]),
+        ([0.5, 0.75, 0.9], 0.8, 0.85, [0.85]),
+    ],
+)
+def test_pruning_settings__a_step_has_the_rounds_on_its_way(
+    rounds: int | list[float], start: float, end: float, levels: list[float]
+) -> None:
+    sparsity = rounds[-1] if isinstance(rounds, list) else end
+    chosen = settings(sparsity=sparsity, fisher={"rounds": rounds})
+    assert chosen.rounds("ovit", start, end) == pytest.approx(levels)
+    assert chosen.rounds("dimap", start, end) == [end]  # it takes no gradients
+    assert PruningSettings.model_validate_json(chosen.model_dump_json()) == chosen
+
+
+def test_pruning_settings__what_is_not_asked_for_is_not_written() -> None:
+    """So results of earlier versions are found by the same names."""
+    plain = settings().model_dump()
+    assert "reconstruct" not in plain
+    assert "rounds" not in plain["fisher"]
+    asked = settings(reconstruct=8, fisher={"rounds": 2}).model_dump()
+    assert (asked["reconstruct"], asked["fisher"]["rounds"]) == (8, 2)

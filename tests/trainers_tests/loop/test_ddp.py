@@ -14,9 +14,13 @@ from trainers.loop.gradual import run
 
 # 56 steps, the last of each epoch with fewer images than four workers: 50 images by 8 leave 2
 TRAINING = {"epochs": 8, "batch_size": 8, "augment": {"shift": 1, "flip": 0.5}}
+FISHER = {"gradients": 4, "batch_size": 4, "block_size": 16, "damp": 1e-3}
 JOBS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "pruned": {"pruning": {"fisher": {"gradients": 4, "batch_size": 4, "block_size": 16, "damp": 1e-3}}},
+    "pruned": {"pruning": {"fisher": FISHER}},
+    "pruned in rounds and solved again": {
+        "pruning": {"fisher": {**FISHER, "gradients": 8, "rounds": 2}, "reconstruct": 21}
+    },
 }
 
 

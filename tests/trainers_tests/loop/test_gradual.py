@@ -24,6 +24,7 @@ from trainers.checkpoint.trainer_state import STATE_TENSORS
 from trainers.config.jobs import TrainJob
 from trainers.loop import gradual
 from trainers.loop.gradual import Progress, run
+from trainers.loop.prune_step import reconstruct_step
 from trainers.loop.session import Session
 
 CPU = torch.device("cpu")
@@ -222,6 +223,44 @@ def test_gradual__a_resumed_run_ends_as_the_undisturbed_one(
         first, second = (load_file(log.saved[EPOCHS] / name) for log in (whole, rest))
         assert set(first) == set(second)
         assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+@pytest.mark.parametrize("broken_at", [1, 3], ids=["first step", "second step"])
+def test_gradual__a_run_broken_off_before_a_reconstruction_does_the_step_again(
+    broken_at: int,
+    files: dict[str, str],
+    dense: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fisher = {"gradients": 4, "batch_size": 4, "block_size": 16, "damp": 1e-4, "rounds": 2}
+    schedule = {"start": 0.4, "steps": 2, "last_at": 0.5}  # at epochs 0 and 2
+    pruning = {"sparsity": TARGET, "schedule": schedule, "fisher": fisher, "reconstruct": 12}
+    asked = job(files, dense[VIT], "ovit", pruning=pruning)
+    whole, broken = Log(tmp_path / "whole"), Log(tmp_path / "broken")
+    run(asked, whole, CPU)
+    assert 0 < whole.metrics[2]["layer_error"] < whole.metrics[2]["layer_error_before"]
+    assert "layer_error" not in whole.metrics[1]
+
+    done = 0
+
+    def breaks_off(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 1 + broken_at:
+            raise KeyboardInterrupt
+        return reconstruct_step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gradual, "reconstruct_step", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(asked, broken, CPU)
+    assert set(broken.saved) == ({2} if broken_at == 3 else set())
+    begin = max(broken.saved, default=0)
+    run(asked, broken, CPU, resume=broken.saved.get(begin))
+    assert broken.metrics[-EPOCHS + begin :] == whole.metrics[begin:]
+    first, second = (load_file(log.saved[EPOCHS] / "model.safetensors") for log in (whole, broken))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_gradual__a_run_that_goes_on_says_its_last_report_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from image_tables import VIT, dense_folder, table, write
 from patterns import zeros_in_groups
 from torch import Tensor
 
-from pruners import METHODS, InputError
+from pruners import METHODS, InputError, create_pruner, prune
 from pruners.elimination.damping import LADDER
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import TrainJob
-from trainers.loop.gradual import Progress, run
+from trainers.data.datasets import fixed_batches
+from trainers.loop.gradual import Progress, _prune, run
+from trainers.loop.session import Session
 
 FISHER = {"gradients": 3, "batch_size": 4, "block_size": 16, "damp": 1e-4}
 
@@ -122,3 +125,37 @@ def test_gradual_pruning__a_pattern_that_does_not_fit_names_the_layer(
         InputError, match=r"1x24.*cannot fit blocks\.0\.attn\.qkv\.weight, which has 16 inputs"
     ):
         ran(given, tmp_path, "ovit", sparsity=0.5, pattern="1x24")
+
+
+def test_gradual_pruning__a_step_in_rounds_with_reconstruction_is_what_prune_does(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    """At the first step of a run its weights are the dense model's."""
+    fisher = {**FISHER, "gradients": 6, "rounds": [0.5, 0.8]}
+    job = TrainJob.model_validate(
+        {
+            "name": "tiny",
+            "seed": 4,
+            **given,
+            "training": {"epochs": 1, "batch_size": 8},
+            "pruning": {
+                "sparsity": 0.8,
+                "schedule": {"kind": "one_shot"},
+                "fisher": fisher,
+                "reconstruct": 10,
+            },
+            "method": "ovit",
+        }
+    )
+    session = Session.open(job, torch.device("cpu"))
+    stepped, model = session.model, copy.deepcopy(session.model)
+    _prune(session, 0.8)
+    pruner = create_pruner("ovit", block_size=16, damp=1e-4, gradients=6)
+    batches = list(fixed_batches(session.images, 4, 0, 6, rank=0, world=1, seed=4))
+    report = prune(model.eval(), pruner, 0.8, batches=batches, rounds=[0.5, 0.8], reconstruct=10)
+    assert session.layer_masks.fingerprint() == report.masks.fingerprint()
+    expected = model.state_dict()
+    for name, value in stepped.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    facts = session.metrics.facts
+    assert 0 < facts["layer_error"] < facts["layer_error_before"]

@@ -1,4 +1,4 @@
-"""The allocation search of a method: one elimination, then for each sparsity one-shot trials that read it."""
+"""The allocation search of a method: for each sparsity one-shot trials that read one elimination."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
 from orchestration.search.space import AllocationSpace
 from orchestration.search.spec import Search
-from orchestration.search.training_trial import order_run
 from orchestration.state import latency_store as latency
-from orchestration.state.order_store import StoredOrder
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep import tasks as remote
+from orchestration.sweep.allocation.rounds import Rounds
 from orchestration.sweep.artifacts import Allocated, Dense, Study
 from orchestration.sweep.context import Sweep
-from orchestration.sweep.tasks import OrderFacts
 from orchestration.sweep.trial_runs import OneShotRuns
 from pruners.allocation.projection import budget
 from trainers import storage
 from trainers.checkpoint.folder import PRUNING_RECORD
-from trainers.config.jobs import OrderJob
 from trainers.config.pruning import PruningSettings
 from trainers.engines.latency_table import LatencyTable
 
@@ -53,13 +50,13 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
 
 
 class _Searches:
-    """The studies of one method. The order of elimination is made when the first study needs it."""
+    """The studies of one method. Orders of elimination are made when the first study needs them."""
 
     def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
         self._sweep, self._method, self._dense = sweep, method, dense
         recipe = sweep.recipe
         self.sparsities = recipe.allocated_sparsities
-        self._known_order: tuple[StoredOrder, OrderFacts] | None = None
+        self._rounds = Rounds(sweep, method, dense, self.sparsities)
 
     def study(self, sparsity: float, before: Study | None) -> Study:
         """One elimination serves all trials; the first is the method's own allocation."""
@@ -115,12 +112,13 @@ class _Searches:
         runs.close(best)
         # last, as it says that the search is done: MLflow has all of it by now
         record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
-        task, _ = sweep.task(remote.save_one_shot)
-        ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record))
+        task, device = sweep.task(remote.save_one_shot)
+        solved = ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record, device))
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent
         sweep.display.finished(
             f"{len(log.ended)} trials, own {own} → best {best.percent} one-shot on validation"
+            + ("" if solved is None else f", {100 * solved:.2f} % once its weights are solved again")
             + _times(best.metrics)
         )
         return study
@@ -164,19 +162,21 @@ class _Searches:
         )
 
     def _inputs(self, sparsity: float, pruning: PruningSettings) -> OneShotInputs:
-        order, facts = self._order()
         search = self._sweep.recipe.allocation
+        last, facts = self._rounds.leading_to(sparsity)
         if search.reach is not None:
             key, most = f"allocation.{search.between_key}", budget(facts.layers, search.reach[1])
             check_not_sparser(key, list(search.reach), facts.layers, sum(facts.pruned.values()), most)
         return OneShotInputs(
-            checkpoint=self._dense.checkpoint,
+            checkpoint=last.checkpoint,
+            dense=self._dense.checkpoint,
             data=self._sweep.data,
             seed=self._sweep.recipe.seed,
             search=search,
             space=AllocationSpace.of(search, pruning, facts.layers, facts.own[sparsity], facts.pruned),
-            order=order,
+            order=last.order,
             costs=facts.costs,
+            reconstruct=pruning.reconstruct,
             speed=self._speed,
         )
 
@@ -219,52 +219,6 @@ class _Searches:
             most=sweep.recipe.allocation.images,
         )
         return Speed(table, ray.get(figures)[0]["top1"])
-
-    def _order(self) -> tuple[StoredOrder, OrderFacts]:
-        """The method's order, made if nobody has made it before, and what trials need to know of it."""
-        if self._known_order is None:
-            sweep, pruning = self._sweep, self._sweep.recipe.pruning
-            order = StoredOrder.of(
-                sweep.storage,
-                self._method,
-                pruning,
-                weights=self._dense.weights,
-                data=sweep.data_hash,
-                seed=sweep.recipe.seed,
-            )
-            if not order.known:
-                with sweep.making(f"orders/{order.fingerprint}", f"{self._method}: elimination"):
-                    if not order.known:
-                        self._make(order)
-            if "why" in order.facts:
-                sweep.display.say(f"{self._method}: {order.facts['why']}")
-            task, _ = sweep.task(remote.order_facts)
-            facts = task.remote(self._dense.checkpoint, pruning, self._method, order, self.sparsities)
-            self._known_order = order, ray.get(facts)
-        return self._known_order
-
-    def _make(self, order: StoredOrder) -> None:
-        """Make the order: by a worker group where there are GPUs or several nodes, each with some layers.
-
-        One process has all processors of a node to itself otherwise.
-        """
-        sweep, resources = self._sweep, self._sweep.recipe.resources
-        job = OrderJob(
-            checkpoint=self._dense.checkpoint,
-            data=sweep.data,
-            pruning=sweep.recipe.pruning,
-            method=self._method,
-            seed=sweep.recipe.seed,
-            threads=max(1, int(resources.cpus_per_worker)),
-            folder=order.folder,
-            fingerprint=order.fingerprint,
-        )
-        if resources.most > 1 and (resources.gpus_per_worker > 0 or len(sweep.size.nodes) != 1):
-            with sweep.scratch(f"order-{order.fingerprint}") as scratch:
-                order_run(job, resources, scratch)
-            return
-        task, device = sweep.task(remote.make_order)
-        ray.get(task.remote(job, device))
 
 
 def _times(metrics: Mapping[str, Any]) -> str:
