@@ -103,7 +103,9 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
     if model is not None and recipe.pruning.reconstruct and not solvable_layers(model, layers):
-        expected = "none of the layers is linear or a plain convolution, so there is nothing to solve: drop it"
+        expected = (
+            "none of the layers is linear or a plain convolution, so there is nothing to solve: drop it"
+        )
         raise InputError("pruning.reconstruct", recipe.pruning.reconstruct, expected)
     costs, dense = None, None
     if model is not None:
