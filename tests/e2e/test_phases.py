@@ -127,3 +127,40 @@ def test_phases__the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
     again = run(*FASTEST, "--as", "again", cwd=tmp_path)
     assert "known: csr:float32 (batch 1, threads 1): " in again.err
     assert table.read_bytes() == known
+
+
+SOLVED = (
+    "sweep",
+    str(SMALL),
+    "name=solved",
+    "pruning.methods=[ovit]",
+    "pruning.fisher.rounds=[0.5, 0.75]",
+    "pruning.reconstruct=32",
+    "allocation={trials: 3, reconstruct: 16}",
+    "schedule={trials: 1, space: {}}",
+    "resources.workers=1",
+)
+
+
+def test_phases__one_shot_in_rounds_and_solved_again(tmp_path: Path) -> None:
+    """Each round has an order of its own, the model between them is kept, the best one is solved again."""
+    until = run(*SOLVED, "--until", "allocation", cwd=tmp_path)
+    assert "elimination of round 2 of 2, to 75 %" in until.err
+    assert "once its weights are solved again" in until.err
+    storage = tmp_path / "runs"
+    assert len(list(storage.glob("orders/*/facts.json"))) == 2
+    (between,) = storage.glob("rounds/*/pruning.json")
+    assert json.loads(between.read_text())["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    (record,) = storage.glob("sweeps/solved/allocation-ovit-*/one-shot/pruning.json")
+    content = json.loads(record.read_text())
+    assert content["reconstruction"] == {"images": 32}
+    assert content["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    assert f"{100 * content['figures']['val_top1']:.2f} % once" in until.err
+
+    whole = run(*SOLVED, cwd=tmp_path)  # gradual runs, whose pruning steps have both too
+    assert known(whole) == 2
+    (log,) = storage.glob("sweeps/solved/schedule-ovit-*/trials.json")
+    (trial,) = TrialLog(str(log)).ended
+    assert trial.metrics["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    again = run(*SOLVED, "--as", "other", "--until", "allocation", cwd=tmp_path)
+    assert "elimination" not in again.err  # all orders are there
