@@ -21,9 +21,9 @@ import pytest
 from orchestration.recipe.validation import validate
 from orchestration.search.training_trial import RunNames
 from orchestration.state.lock import TakenError, _actor_lock, artifact_lock
-from orchestration.sweep import allocation as allocation_phase
 from orchestration.sweep import dense as dense_phase
 from orchestration.sweep import structured as structured_phase
+from orchestration.sweep.allocation import rounds as rounds_module
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from trainers import storage
@@ -195,26 +195,26 @@ def test_shared_artifacts__an_elimination_is_done_once(
 ) -> None:
     made = []
 
-    def make(self: Any, order: Any) -> None:
+    def make(self: Any, order: Any, checkpoint: str, number: int) -> None:
         made.append(order.folder)
         time.sleep(1.5)
         storage.write_json(f"{order.folder}/facts.json", {"parts": 1})
 
-    monkeypatch.setattr(allocation_phase._Searches, "_make", make)
-    monkeypatch.setattr(allocation_phase.ray, "get", lambda found: found)
+    monkeypatch.setattr(rounds_module.Rounds, "_make", make)
+    monkeypatch.setattr(rounds_module.ray, "get", lambda found: found)
     task = SimpleNamespace(remote=lambda *given: given[3])
     monkeypatch.setattr(Sweep, "task", lambda self, function: (task, "cpu"))
     found = []
     _, second = together(
         lambda name, said: found.append(
-            allocation_phase._Searches(
-                sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w")
-            )._order()
+            rounds_module.Rounds(
+                sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w"), [0.5]
+            ).leading_to(0.5)
         )
     )
     assert len(made) == 1
-    assert found[0][0] == found[1][0]
-    assert found[0][0].facts == {"parts": 1}
+    assert found[0][0].order == found[1][0].order
+    assert found[0][0].order.facts == {"parts": 1}
     assert "magnitude: elimination: another sweep is making it" in second[0]
 
 
