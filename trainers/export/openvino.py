@@ -54,8 +54,12 @@ def export_openvino(
                 model_type=nncf.ModelType.TRANSFORMER if attention else None,
                 preset=nncf.QuantizationPreset.MIXED,  # as for transformers: activations have zero points
                 subset_size=len(batches),
-                # with SmoothQuant of NNCF 3.4 the logits of a Swin come out 1.4 times too large
-                advanced_parameters=parameters(smooth_quant_alphas=smooth(convolution=-1, matmul=-1)),
+                advanced_parameters=parameters(
+                    # seven bits, as in ONNX files: sums of eight overflow on processors without VNNI
+                    overflow_fix=nncf.OverflowFix.ENABLE,
+                    # with SmoothQuant of NNCF 3.4 the logits of a Swin come out 1.4 times too large
+                    smooth_quant_alphas=smooth(convolution=-1, matmul=-1),
+                ),
             )
         for name, value in metadata.items():
             model.set_rt_info(value, [name])

@@ -31,6 +31,11 @@ def lanes() -> int:
     return 8 if features.get("avx2") else 4
 
 
+def registers() -> int:
+    """Vector registers: 32, or 16 on x86 before AVX-512."""
+    return 16 if "x86" in llvm.get_default_triple() and lanes() < 16 else 32
+
+
 def processor() -> str:
     """What the speed of a kernel depends on: the kind of processor, its vectors, and LLVM's version."""
     version = ".".join(map(str, llvm.llvm_version_info))

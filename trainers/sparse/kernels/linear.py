@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from trainers.sparse.kernels import host
 from trainers.sparse.kernels.builder import Code, Value, Variable
 from trainers.sparse.kernels.tile import Tile
 from trainers.sparse.kernels.vector_math import gelu
@@ -20,9 +21,9 @@ AHEAD = 8  # outputs that are asked for before their sums are begun
 End = Literal["none", "gelu"]
 Start = Literal["bias", "residual", "sum"]
 UNROLLED = 2  # nonzeros a turn of the inner loop
-DENSE_BLOCK = (
-    6  # outputs of a dense product at a time: with 4 vectors 24 sums, which leaves registers to load into
-)
+DENSE_BLOCK = (host.registers() - 5) // 4
+"""Outputs of a dense product at a time: of four vectors each, with registers left for four inputs and a
+weight."""
 
 
 def _begin(tile: Tile, start: Start, y: Value, bias: Value) -> list[Variable]:
