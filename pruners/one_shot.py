@@ -173,12 +173,10 @@ def prune(
             if builder.passes > 1:
                 again = source if len(steps) == 1 else shares.again(number)
                 builder.batches = repeatable(again, builder.passes)
-            total = pattern_budget(chosen, step, pattern, masks)
-            total = (
-                total
-                if number == len(steps) - 1
-                else max(total, least_budget(sharing, chosen, masks, pattern))
-            )
+            if number < len(steps) - 1:
+                total = round_budget(sharing, chosen, step, pattern, masks)
+            else:
+                total = pattern_budget(chosen, step, pattern, masks)
             choice = _try_damps(builder, sharing, total, held_out or ()) if auto else None
             order = builder.order(None if choice is None else choice.damp)
             allocation = sharing.allocate(
@@ -218,20 +216,23 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
     return total if sparsity < pattern.forced - 1e-9 else most
 
 
-def least_budget(sharing: Sharing, layers: Sequence[PrunableLayer], masks: MaskSet, pattern: Pattern) -> int:
-    """How many weights the layers' floors ask for, and so every round but the last.
+def round_budget(
+    sharing: Sharing, layers: Sequence[PrunableLayer], sparsity: float, pattern: Pattern, masks: MaskSet
+) -> int:
+    """The number of weights that a round before the last one prunes: more where floors ask for it.
 
     Args:
         sharing: with the floors.
-        layers: the prunable layers.
-        masks: the masks of these layers.
-        pattern: the sparsity pattern.
+        layers, sparsity, pattern, masks: as for :func:`pattern_budget`.
 
     Returns:
         Number of weights.
+
+    Raises:
+        InputError: as :func:`pattern_budget`.
     """
     limits = sharing.limits(layers, masks.pruned(), unit=pattern.unit)
-    return sum(least for least, _ in limits.values())
+    return max(pattern_budget(layers, sparsity, pattern, masks), sum(least for least, _ in limits.values()))
 
 
 def _try_damps(builder: OrderBuilder, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:

@@ -37,6 +37,7 @@ from trainers.models import factory as models
 
 BATCH = 128
 LARGE = 10_000
+Batches = list[tuple[Tensor, Tensor]]
 Figures = dict[str, np.ndarray]
 
 
@@ -54,12 +55,15 @@ class Models:
         self._dense = {name: parameters[name].detach().clone() for name in order}
 
     @torch.no_grad()
-    def measured(self, allocation: dict[str, int] | None, batches: list[tuple[Tensor, Tensor]]) -> Figures:
-        """The loss of each image, and whether it is classified correctly."""
+    def measured(self, allocation: dict[str, int] | None, sets: dict[str, Batches]) -> dict[str, Figures]:
+        """Of each set the loss of each image, and whether it is classified correctly."""
         weights = self._dense
         if allocation is not None:
             weights, _ = self._order.weights_at(self._dense, allocation)
         write_weights(self._model, weights)
+        return {part: self._figures(batches) for part, batches in sets.items()}
+
+    def _figures(self, batches: Batches) -> Figures:
         losses, hits = [], []
         for images, labels in batches:
             outputs = self._model(images)
@@ -94,7 +98,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def order_of(args: argparse.Namespace, batches: list[tuple[Tensor, Tensor]]) -> EliminationOrder:
+def order_of(args: argparse.Namespace, batches: Batches) -> EliminationOrder:
     """The order of the method, kept beside the output with the allocation that is its own."""
     folder = args.out.with_suffix(".order")
     if not folder.exists():
@@ -138,7 +142,7 @@ def main() -> None:
     rows = np.random.default_rng(0).permutation(len(table)).tolist()
     used = args.gradients * BATCH
 
-    def batches(first: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    def batches(first: int, count: int) -> Batches:
         return list(DataLoader(Subset(table, rows[first : first + count]), BATCH))
 
     order = order_of(args, batches(0, used))
@@ -149,11 +153,11 @@ def main() -> None:
         "fresh": batches(used + args.images + LARGE, LARGE),
     }
     every = Models(model, order)
-    bases = {part: every.measured(own, images) for part, images in sets.items()}
+    bases = every.measured(own, sets)
 
     def figures(allocation: dict[str, int] | None) -> dict[str, Any]:
         return {
-            part: compared(every.measured(allocation, images), bases[part]) for part, images in sets.items()
+            part: compared(figures, bases[part]) for part, figures in every.measured(allocation, sets).items()
         }
 
     settings = PruningSettings.model_validate({"methods": [args.method], "sparsity": args.sparsity})
@@ -178,7 +182,8 @@ def main() -> None:
         neighbours = [row for width in args.ranges for row in results[f"range {width:g}"]]
         best = min(neighbours, key=lambda row: float(row["large"]["loss"]))
         for name, allocation in (("own", own), ("best neighbour", best["allocation"])):
-            print(f"test, {name}: {100 * every.measured(allocation, test)['hit'].mean():.2f} %", flush=True)
+            hits = every.measured(allocation, {"test": test})["test"]["hit"]
+            print(f"test, {name}: {100 * hits.mean():.2f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from orchestration.recipe.population import check_population
-from trainers.config.base import Amount, Count, Distinct, Images, Settings, Share, Steps
+from trainers.config.base import Amount, Count, Distinct, Images, ImagesToSolveOn, Settings, Share, Steps
 from trainers.config.latency import LatencyTarget
 
 Sampler = Literal["tpe", "random", "cmaes", "gp", "nsga2"]
@@ -157,11 +157,8 @@ class AllocationSearch(SearchLimits):
     images: Images = Field(2000, description="validation images of a trial, at most")
     first_images: Images | None = Field(None, description="default: all at once")
     reduction: int = Field(2, ge=2, le=10**6)
-    reconstruct: int = Field(
+    reconstruct: ImagesToSolveOn = Field(
         0,
-        ge=0,
-        le=10**6,
-        exclude_if=lambda images: images == 0,
         description="training images on which the weights of each trial are solved again before it is "
         "evaluated; 0: trials are compared as they are pruned",
     )

@@ -22,7 +22,7 @@ from pruners.methods.registry import create_pruner
 from pruners.model.costs import CostModel, cost_model
 from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
-from pruners.one_shot import least_budget, pattern_budget
+from pruners.one_shot import pattern_budget, round_budget
 from pruners.order_builder import write_weights
 from trainers import storage
 from trainers.checkpoint.folder import Checkpoint, load_checkpoint, save_checkpoint, verify, weights_hash
@@ -125,9 +125,7 @@ def save_round(job: RoundModel, device: str) -> None:
     pruner = create_pruner(job.method, **pruning.options(job.method))
     sharing, pattern = sharing_of(pruning, pruner), pruner.sparsity_pattern
     masks = MaskSet.from_zeros(model, layers)
-    total = max(
-        pattern_budget(layers, job.sparsity, pattern, masks), least_budget(sharing, layers, masks, pattern)
-    )
+    total = round_budget(sharing, layers, job.sparsity, pattern, masks)
     order = job.order.open(device=device)
     allocation = sharing.allocate(order.losses, layers, total, pruned=masks.pruned(), unit=pattern.unit)
     masks = _prune(model, order, allocation)

@@ -20,6 +20,8 @@ Amount = Annotated[float, Field(ge=0.0, le=1e5)]
 """A number of processors or accelerators, in parts too."""
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Images = Annotated[int, Field(ge=1, le=10**9)]
+ImagesToSolveOn = Annotated[int, Field(ge=0, le=10**6, exclude_if=lambda images: images == 0)]
+"""Images of a reconstruction; 0, and left out of a recipe's record, where there is none."""
 Steps = Annotated[int, Field(ge=1, le=10**5)]
 """A number of epochs or of pruning steps: schedules are expanded to as many entries."""
 Workers = Annotated[int, Field(ge=1, le=10**5)]

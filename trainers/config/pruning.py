@@ -14,6 +14,7 @@ from trainers.config.base import (
     Count,
     Distinct,
     Expression,
+    ImagesToSolveOn,
     Name,
     Settings,
     Share,
@@ -114,11 +115,8 @@ class PruningSettings(Settings):
         (), description="sparsities on the way whose best model is kept too"
     )
     fisher: FisherSettings = FisherSettings()
-    reconstruct: int = Field(
+    reconstruct: ImagesToSolveOn = Field(
         0,
-        ge=0,
-        le=10**6,
-        exclude_if=lambda images: images == 0,
         description="training images on which the weights that are kept are solved again after each pruning "
         "step, so that layers answer as before; 0: they are not",
     )

@@ -9,7 +9,7 @@ import torch
 from pruners.methods.base import Pruner
 from pruners.methods.registry import create_pruner
 from pruners.model.masks import MaskSet
-from pruners.one_shot import least_budget, pattern_budget
+from pruners.one_shot import round_budget
 from trainers import distributed, storage
 from trainers.checkpoint.folder import load_checkpoint
 from trainers.config.jobs import OrderJob
@@ -65,12 +65,7 @@ def write_order(job: OrderJob, device: torch.device) -> None:
         skip=skip,
     )
     sharing, pattern = sharing_of(pruning, pruner), pruner.sparsity_pattern
-    # a round on the way goes at least as far as the floors
-    total = max(
-        pattern_budget(layers, pruning.sparsity, pattern, masks),
-        least_budget(sharing, layers, masks, pattern),
-    )
-    goal = Goal(total, sharing)
+    goal = Goal(round_budget(sharing, layers, pruning.sparsity, pattern, masks), sharing)
     work = ordering(model, layers, masks, pruner, source)
     order, damp = order_share(work, source, goal)
     if pruning.order_begins_at:

@@ -19,7 +19,7 @@ from pruners.errors import InputError
 from pruners.methods.base import Pruner
 from pruners.methods.registry import create_pruner
 from pruners.model.masks import MaskSet
-from pruners.one_shot import least_budget, pattern_budget
+from pruners.one_shot import pattern_budget, round_budget
 from pruners.reconstruction.reconstruct import Reconstruction
 from trainers import distributed, storage
 from trainers.config.jobs import TrainJob
@@ -289,7 +289,9 @@ def _goal(session: Session, pruner: Pruner, masks: MaskSet, sparsity: float, *, 
 
     total, sharing = budget_at(sparsity), sharing_of(settings, pruner)
     if job.allocation is None:
-        return Goal(total if last else max(total, least_budget(sharing, layers, masks, pattern)), sharing)
+        return Goal(
+            total if last else max(total, round_budget(sharing, layers, sparsity, pattern, masks)), sharing
+        )
     allocation = dict(job.allocation)
     _check_allocation(allocation, budget_at(settings.sparsity), settings.sparsity)
     if last and sparsity == settings.sparsity:
