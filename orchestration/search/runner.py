@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,15 +20,11 @@ from orchestration.search.pbt import Population, domains, draws, history, take_n
 from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
 from orchestration.search.spec import Observer, Search
-from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.search.trial_end import ended, is_of_epoch, last_words, reason, say_rest, write_down
+from orchestration.state.trial_log import State, TrialLog
 from pruners.errors import first_line
-from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of, recordable
+from trainers.loop.report import EpochReport
 from trainers.storage import resolve
-
-_TRACE_LINES = 40
-_NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
-_MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
-_OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
 
 
 def one_trial_pays() -> None:
@@ -62,13 +57,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
         RuntimeError: more trials failed than the limits allow.
     """
     one_trial_pays()
-    for record, report, before in log.unsaid:
-        trial_id = f"ended-{record.number}"
-        observer.trial_started(trial_id, record.number, record.values, before)
-        if report:
-            observer.trial_reported(trial_id, report)
-        run_id = observer.trial_ended(trial_id, record)
-        log.add(replace(record, run_id=run_id or before))
+    say_rest(log, observer)
     missing = search.trials - len(log.ended)
     if missing <= 0:
         return
@@ -189,7 +178,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         running = self._running[trial.trial_id]
         numbers = {trial.trial_id: self._first + position for position, trial in enumerate(trials)}
         running.member = take_note(self._log, running.number, result, numbers)
-        if "step" not in result or "epoch" in result:  # others are of checkpoints within an epoch
+        if is_of_epoch(result):
             running.metrics = cast(EpochReport, result)
             self._observer.trial_reported(trial.trial_id, running.metrics)
 
@@ -201,8 +190,8 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         late = self._running[trial.trial_id].late
-        lines = [late] if late else _last_words(trial)
-        self.given_up.note(_reason(lines))
+        lines = [late] if late else last_words(_trace_of(trial))
+        self.given_up.note(reason(lines))
         self._end(trial, "failed", lines)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -218,48 +207,29 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
                 if running.late:
                     end_by_force(running.trial)
 
-    def _end(self, trial: Trial, state: Any, lines: Sequence[str] = ()) -> None:
+    def _end(self, trial: Trial, state: State, lines: Sequence[str] = ()) -> None:
         running = self._running.pop(trial.trial_id)
-        # one that ran to its end stands for its best model at the final sparsity, another for where it was
-        kept: Mapping[str, Any] = running.metrics.get("kept") or {}
-        folder = running.metrics.get("kept_at")
-        whole = state == "finished" and bool(kept)
-        last = max(kept, key=float) if whole else ""
-        figures = cast(EpochReport, kept[last]) if whole else running.metrics
-        known = figures_of(figures, (*TRIAL_KEYS, self._search.cost or ""))
-        record = TrialRecord(
-            number=running.number,
-            values=dict(trial.config),
-            state=state,
-            score=figures.get("score"),
-            metrics=cast(EpochReport, known | history(running.member)),
-            checkpoint=f"{folder}/{last}" if whole and folder else None,
-            kept={level: {"checkpoint": f"{folder}/{level}", **kept[level]} for level in kept}
-            if whole
-            else {},
+        record = ended(
+            running.number,
+            trial.config,
+            state,
+            running.metrics,
             seconds=time.monotonic() - running.started,
-            error=_reason(lines) if lines else None,
-            trace="\n".join(lines) if lines else None,
-            given=dict(trial.config) in list(self._search.first),
+            error=lines,
+            cost=self._search.cost,
         )
-        self._log.end(record, recordable(running.metrics))
-        run_id = self._observer.trial_ended(trial.trial_id, record)
-        record = self._log.add(replace(record, run_id=run_id))
+        record = replace(
+            record,
+            metrics=cast(EpochReport, record.metrics | history(running.member)),
+            given=record.values in list(self._search.first),
+        )
+        record = write_down(record, running.metrics, self._log, self._observer, trial.trial_id)
         if self._proposals is not None:
             self._proposals.tell(record)
 
 
-def _reason(lines: Sequence[str]) -> str:
-    """The line that names the error, else the last one: Ray may add advice below, or give advice alone."""
-    lines = [line.strip() for line in lines]
-    named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
-    return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
-
-
-def _last_words(trial: Trial) -> list[str]:
-    """The last lines of a failed trial's error file."""
+def _trace_of(trial: Trial) -> str:
+    """What a failed trial's error file says."""
     name = trial.run_metadata.error_filename
     file = Path(trial.local_path or "", name or "")
-    text = file.read_text(errors="replace") if name is not None and file.is_file() else ""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return lines[-_TRACE_LINES:] or ["the trial failed without a word"]
+    return file.read_text(errors="replace") if name is not None and file.is_file() else ""

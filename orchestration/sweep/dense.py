@@ -82,7 +82,7 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
     job = dense_job(sweep.recipe, sweep.data, sweep.lineage)
     params = flatten(job.model_dump(mode="json", include={"model", "training"}))
     runs = sweep.runs(log, "dense", params)
-    best, trained = run_training(sweep, f"dense-{key}", job, log, runs, folder=f"{folder}/train")
+    best, trained = run_training(sweep, job, log, runs, folder=f"{folder}/train")
     runs.close(best)
     with without_trainer_state(trained) as clean:  # last: whoever finds it takes the phase for done
         storage.upload(clean, f"{folder}/model")

@@ -101,7 +101,7 @@ class _Work:
         sweep, checkpoint = self.sweep, self.recovered.end.checkpoint
         job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
         folder = f"{self.folder}/train"
-        best, trained = run_training(sweep, self.name, job, self.log, self.runs, folder=folder)
+        best, trained = run_training(sweep, job, self.log, self.runs, folder=folder)
         self.runs.close(best)
         return trained
 

@@ -26,10 +26,11 @@ from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
 from orchestration.search.space import recipe_space
 from orchestration.search.spec import Search
+from orchestration.search.training_trial import Jobs
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.artifacts import Allocated, Dense, Kept, Recovered
 from orchestration.sweep.context import Sweep
-from orchestration.sweep.training import PopulationState, training_search
+from orchestration.sweep.training import PopulationState, run_training, training_search
 from orchestration.sweep.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of
 from trainers import storage
@@ -146,17 +147,10 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
             allocation=allocation,
             lineage=lineage,
         )
-        with sweep.scratch(name) as scratch:
-            search = training_search(
-                sweep,
-                name,
-                jobs,
-                folder=f"{folder}/train",
-                scratch=scratch,
-                epochs=epochs,
-                population=_population(recipe, log),
-            )
-            run_search(_of_several_runs(search, sweep, log, f"{folder}/train"), log, runs)
+        if trials == 1:
+            run_training(sweep, jobs({}), log, runs, folder=f"{folder}/train")
+        else:
+            _search(sweep, name, jobs, log, runs, folder=f"{folder}/train")
     best = log.best()
     assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
     if not known:
@@ -174,25 +168,34 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
     return Gradual(sweep, best, log.ended, folder, runs)
 
 
-def _of_several_runs(search: Search, sweep: Sweep, log: TrialLog, folder: str) -> Search:
-    """The search over schedules that the recipe asks for; as it is where that is a single run."""
+def _search(sweep: Sweep, name: str, jobs: Jobs, log: TrialLog, runs: TrialRuns, *, folder: str) -> None:
+    """The search over schedules that the recipe asks for; ``folder`` is that of its Train runs."""
     recipe, settings = sweep.recipe, sweep.recipe.schedule
-    if settings.runs == 1:
-        return search
     concurrent = sweep.size.training_runs(recipe.resources)
-    return replace(
-        search,
-        space=recipe_space(settings.space),
-        trials=settings.runs,
-        concurrent=concurrent,
-        sampler=settings.sampler,
-        first=_first(recipe),
-        scheduler=_stopping(recipe, log, folder, slots=concurrent),
-        reuse_actors=settings.scheduler != "pbt",  # a member's process goes with it
-        limits=Limits(settings, "schedule"),
-        fits=lambda: cluster_size().training_runs(recipe.resources),
-        say=sweep.display.say,
-    )
+    with sweep.scratch(name) as scratch:
+        search = training_search(
+            sweep,
+            name,
+            jobs,
+            folder=folder,
+            scratch=scratch,
+            epochs=recipe.recovery.epochs,
+            population=_population(recipe, log),
+        )
+        search = replace(
+            search,
+            space=recipe_space(settings.space),
+            trials=settings.runs,
+            concurrent=concurrent,
+            sampler=settings.sampler,
+            first=_first(recipe),
+            scheduler=_stopping(recipe, log, folder, slots=concurrent),
+            reuse_actors=settings.scheduler != "pbt",  # a member's process goes with it
+            limits=Limits(settings, "schedule"),
+            fits=lambda: cluster_size().training_runs(recipe.resources),
+            say=sweep.display.say,
+        )
+        run_search(search, log, runs)
 
 
 def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:

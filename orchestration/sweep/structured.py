@@ -189,8 +189,7 @@ class _Step:
         runs = sweep.runs(log, "structured", flatten(params))
         figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}
         sweep.tracker.metrics(runs.run, {key: [(0, float(value))] for key, value in figures.items()})
-        name = f"structured-{self._key}"
-        best, trained = run_training(sweep, name, job, log, runs, folder=f"{self._folder}/train")
+        best, trained = run_training(sweep, job, log, runs, folder=f"{self._folder}/train")
         with without_trainer_state(trained) as clean:
             storage.upload(clean, self.model)
         version = runs.register(

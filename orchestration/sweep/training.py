@@ -1,15 +1,15 @@
-"""A search whose trials are Ray Train runs."""
+"""Ray Train runs of a sweep: a single one, or a search whose trials are such."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
 
 from orchestration.search.pbt_trial import population_trial
-from orchestration.search.runner import run_search
+from orchestration.search.single_run import run_single
 from orchestration.search.spec import Observer, Search
 from orchestration.search.training_trial import Jobs, RunNames, TrainingTrial
 from orchestration.state.trial_log import TrialLog, TrialRecord
@@ -40,7 +40,7 @@ def training_search(
     epochs: int,
     population: PopulationState | None = None,
 ) -> Search:
-    """A search of one trial; ``dataclasses.replace`` makes more of it.
+    """A search over runs, still without its space and its trials: ``dataclasses.replace`` adds them.
 
     Args:
         name: of the search, for Tune.
@@ -62,9 +62,6 @@ def training_search(
             every=population.every,
         )
 
-    def complete(metrics: Mapping[str, Any]) -> bool:
-        return bool(metrics.get("epoch", 0) >= epochs)
-
     return Search(
         name=name,
         # The trial takes next to nothing, as its workers reserve what they need; a sliver of a processor
@@ -75,18 +72,17 @@ def training_search(
         concurrent=1,
         storage=scratch,
         seed=sweep.recipe.seed,
-        complete=complete,
-        names=None if population is not None else RunNames(complete),
+        complete=_complete(epochs),
+        names=None if population is not None else RunNames(_complete(epochs)),
     )
 
 
 def run_training(
-    sweep: Sweep, name: str, job: TrainJob, log: TrialLog, runs: Observer, *, folder: str
+    sweep: Sweep, job: TrainJob, log: TrialLog, runs: Observer, *, folder: str
 ) -> tuple[TrialRecord, str]:
     """One training run, which goes on where it was broken off.
 
     Args:
-        name: of the run's own state, in the sweep's scratch folder.
         folder: of the run.
 
     Returns:
@@ -95,12 +91,13 @@ def run_training(
     Raises:
         RuntimeError: it failed.
     """
-    epochs = job.training.epochs
-    with sweep.scratch(name) as scratch:
-        search = training_search(
-            sweep, name, lambda values: job, folder=folder, scratch=scratch, epochs=epochs
-        )
-        run_search(search, log, runs)
+    complete = _complete(job.training.epochs)
+    run_single(job, sweep.recipe.resources, folder, log, runs, complete=complete)
     best = log.best()
     assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
     return best, best.checkpoint
+
+
+def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:
+    """Tells whether a report is the last one of a run of so many epochs."""
+    return lambda report: bool(report.get("epoch", 0) >= epochs)

@@ -13,8 +13,9 @@ from ray import tune
 
 from orchestration.recipe.search import SearchLimits
 from orchestration.search.limits import Limits
-from orchestration.search.runner import _reason, run_search
+from orchestration.search.runner import run_search
 from orchestration.search.spec import Search
+from orchestration.search.trial_end import reason
 from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
@@ -94,7 +95,7 @@ def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("said", "named"),
     [
         (["Traceback", "  File a", "ValueError: no such layer"], "ValueError: no such layer"),
         (
@@ -111,5 +112,5 @@ def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Pat
         ),
     ],
 )
-def test_limits__the_reason_is_the_line_that_names_an_error(said: list[str], reason: str) -> None:
-    assert _reason(said) == reason
+def test_limits__the_reason_is_the_line_that_names_an_error(said: list[str], named: str) -> None:
+    assert reason(said) == named

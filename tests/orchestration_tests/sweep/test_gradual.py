@@ -24,7 +24,7 @@ def test_gradual__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     metrics = {"val_top1": 0.5, "sparsity": 0.75, "epoch": 3}
     end = TrialRecord(0, {}, "finished", 0.5, metrics=metrics, checkpoint=str(checkpoint))
 
-    def searched(search: Any, log: TrialLog, runs: Any) -> None:
+    def trained(sweep: Any, job: Any, log: TrialLog, runs: Any, *, folder: str) -> None:
         log.add(end)
 
     def recovered() -> list[Path]:
@@ -47,9 +47,8 @@ def test_gradual__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
         scratch=lambda name: nullcontext(""),
     )
     dense: Any = SimpleNamespace(weights="", version=None, checkpoint="", top1=0.6)
-    monkeypatch.setattr(gradual, "training_search", silent)
-    monkeypatch.setattr(gradual, "run_search", searched)
-    monkeypatch.setattr(gradual, "_of_several_runs", lambda search, *rest: search)
+    monkeypatch.setattr(gradual, "gradual_job", silent)
+    monkeypatch.setattr(gradual, "run_training", trained)
     assert gradual._runs(sweep, "schedule", "lamp", dense, None).best.number == end.number
     assert told == [0]
     assert len(recovered()) == 1
