@@ -13,7 +13,7 @@ import ray
 from orchestration.cluster.capacity import ClusterSize
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.phases import ALL_PHASES, Phase, PhaseRange
-from orchestration.recipe.schema import Recipe
+from orchestration.recipe.schema import Recipe, Resources
 from orchestration.reporting.display import Display
 from orchestration.state.lock import artifact_lock
 from orchestration.state.stored_recipe import folder_of
@@ -55,13 +55,8 @@ class Sweep:
         return datasets(self.data, self.data_hash, self.recipe.data.source)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
-        """Make a Ray task of a function; returns the task and the device it will have.
-
-        It takes no processor, as nothing else of the sweep runs meanwhile, and a GPU where training has one.
-        """
-        gpus = min(self.recipe.resources.gpus_per_worker, 1.0)
-        remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)
-        return remote, "cuda" if gpus else "cpu"
+        """:func:`task_of` with the resources of this phase."""
+        return task_of(self.recipe.resources, function, returns)
 
     def begin(self, phase: Phase, title: str) -> None:
         """Announce that work of a phase starts.
@@ -152,3 +147,13 @@ class Sweep:
         if not done:  # test images are for the sweep's end
             self.tracker.inputs(made.run, [dataset for dataset in self.datasets if dataset.context != "test"])
         return made
+
+
+def task_of(resources: Resources, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
+    """Make a Ray task of a function; returns the task and the device it will have.
+
+    It takes no processor, as nothing else of the sweep runs meanwhile, and a GPU where training has one.
+    """
+    gpus = min(resources.gpus_per_worker, 1.0)
+    remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)
+    return remote, "cuda" if gpus else "cpu"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
+import ray
+
 from orchestration.cluster.capacity import ClusterSize, check_local, check_size
 from orchestration.cluster.check import check_storage
 from orchestration.cluster.connect import cluster_address, connect
@@ -23,12 +25,13 @@ from orchestration.state.lock import cluster_lock, local_lock
 from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
 from orchestration.sweep.allocation.search import allocation_phase
 from orchestration.sweep.artifacts import Allocated, Results
-from orchestration.sweep.context import SCRATCH, Sweep
+from orchestration.sweep.context import SCRATCH, Sweep, task_of
 from orchestration.sweep.dense import dense_phase
 from orchestration.sweep.deploy import export_phase, quantize_phase
 from orchestration.sweep.gradual import long_run_phase, schedule_phase
 from orchestration.sweep.report import Row, as_json, make_rows, print_end
 from orchestration.sweep.structured import structured_phase
+from orchestration.sweep.tasks import warm_up
 from orchestration.tracking.lineage import RECIPE
 from orchestration.tracking.promotion import Decision, settle
 from orchestration.tracking.registry import Registry
@@ -84,7 +87,9 @@ def run_sweep(
         else:
             for line in remarks(recipe):
                 display.say(line)
+        warmed = task_of(recipe.resources.of("dense"), warm_up)[0].remote()  # beside MLflow's own start
         ready()
+        ray.get(warmed)  # another task would get a process of its own meanwhile
         tracker = Tracker(uri, recipe.tracking.experiment, display.say)
         storage.remove(f"{root}/{SCRATCH}")  # of a run that was killed
         try:

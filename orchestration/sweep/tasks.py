@@ -60,6 +60,10 @@ class OrderFacts:
     pruned: Allocation
 
 
+def warm_up() -> None:
+    """Nothing; a process that was given this has imported what the next task in it needs."""
+
+
 def make_order(job: OrderJob, device: str) -> None:
     """Order a dense model's weights, in one process, for all trials of all sweeps."""
     _use_all_processors(device)
