@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -18,11 +19,15 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from trainers.config.training import TrainingSettings
 
+_STEPS = {"fused", "foreach", "differentiable", "capturable"}  # arguments that exclude each other
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.Optimizer:
     """Make timm's optimizer by its name; biases and norms have no weight decay.
+
+    On a processor torch's own optimizers make a step in one pass (``fused``), about four times as fast.
 
     Raises:
         InputError: timm has none of that name, or it refuses its arguments.
@@ -34,6 +39,7 @@ def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.
             lr=training.lr.peak,
             weight_decay=training.weight_decay,
             layer_decay=training.layer_decay,
+            **_fused(training, model),
             **training.optimizer_args,
         )
         return optimizer
@@ -41,6 +47,15 @@ def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.
         raise InputError("training.optimizer", training.optimizer, first_line(error)) from None
     except TypeError as error:
         raise InputError("training.optimizer_args", training.optimizer_args, first_line(error)) from None
+
+
+def _fused(training: TrainingSettings, model: nn.Module) -> dict[str, bool]:
+    """The argument for one pass, where the optimizer has it and the recipe does not say how it steps."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return {}  # there torch groups the parameters by itself
+    kind = get_optimizer_class(training.optimizer, bind_defaults=False)
+    known = "fused" in inspect.signature(kind).parameters
+    return {"fused": True} if known and not _STEPS & training.optimizer_args.keys() else {}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], layers: Sequence[PrunableLayer]) -> None:
@@ -152,17 +167,38 @@ class MaskEnforcer:
 
     def __init__(self, model: nn.Module, masks: MaskSet | None) -> None:
         weights = dict(model.named_parameters())
-        self._pairs = [(weights[name], ~mask) for name, mask in (masks or {}).items()]
+        self._pairs = [
+            (weights[name], _selector(weights[name], mask)) for name, mask in (masks or {}).items()
+        ]
 
     @torch.no_grad()
     def zero_grad_(self) -> None:
         """Zero the gradients of pruned weights, before an optimizer step."""
-        for weight, pruned in self._pairs:
+        for weight, selector in self._pairs:
             if weight.grad is not None:
-                weight.grad.masked_fill_(pruned, 0.0)
+                _zero_(weight.grad, selector)
 
     @torch.no_grad()
     def zero_weights_(self) -> None:
         """Zero the pruned weights, after a step: weight decay and momentum of some optimizers move them."""
-        for weight, pruned in self._pairs:
-            weight.masked_fill_(pruned, 0.0)
+        for weight, selector in self._pairs:
+            _zero_(weight, selector)
+
+
+def _selector(weight: Tensor, mask: Tensor) -> Tensor:
+    """What :func:`_zero_` takes: on a processor all bits of kept weights, elsewhere the pruned ones."""
+    if weight.device.type != "cpu":
+        return ~mask
+    return torch.empty_like(weight, dtype=_WORDS[weight.element_size()]).copy_(mask).neg_()
+
+
+def _zero_(tensor: Tensor, selector: Tensor) -> None:
+    """Zero the pruned entries; NaN too.
+
+    On a processor by the bits of the numbers, as torch's ``masked_fill_`` goes entry by entry there, which
+    takes twenty times as long.
+    """
+    if selector.dtype == torch.bool:
+        tensor.masked_fill_(selector, 0.0)
+    else:
+        tensor.view(selector.dtype).bitwise_and_(selector)
