@@ -23,7 +23,7 @@ _KEPT_LINES = 100
 class Display:
     """One line for the phase at work: trials done and running, the best so far, the time left.
 
-    It is an :class:`orchestration.search.spec.Observer`; ``fraction`` of a running trial comes from its
+    It is an :class:`orchestration.state.trial_end.Observer`; ``fraction`` of a running trial comes from its
     epochs.
     """
 

@@ -19,8 +19,16 @@ from orchestration.search.limits import FailureStopper, end_by_force
 from orchestration.search.pbt import Population, domains, draws, history, take_note
 from orchestration.search.samplers import ROUND, Proposals, limited
 from orchestration.search.schedulers import FollowCluster, Remembered
-from orchestration.search.spec import Observer, Search
-from orchestration.search.trial_end import ended, is_of_epoch, last_words, reason, say_rest, write_down
+from orchestration.search.spec import Search
+from orchestration.state.trial_end import (
+    Observer,
+    ended,
+    is_of_epoch,
+    last_words,
+    reason,
+    say_rest,
+    write_down,
+)
 from orchestration.state.trial_log import State, TrialLog
 from pruners.errors import first_line
 from trainers.loop.report import EpochReport

@@ -6,5 +6,6 @@ __all__ = [
     "lock",
     "order_store",
     "stored_recipe",
+    "trial_end",
     "trial_log",
 ]

@@ -7,6 +7,7 @@ __all__ = [
     "dense",
     "deploy",
     "gradual",
+    "phases",
     "report",
     "run",
     "structured",

@@ -1,43 +1,24 @@
-"""A sweep from recipe to registry, top to bottom."""
+"""A sweep from its lock to its table: the servers and the cluster around its phases."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
-
 import ray
 
-from orchestration.cluster.capacity import ClusterSize, check_local, check_size
+from orchestration.cluster.capacity import check_local, check_size
 from orchestration.cluster.check import check_storage
 from orchestration.cluster.connect import cluster_address, connect
 from orchestration.cluster.ray_internals import logs_folder
-from orchestration.common.hashing import digest
-from orchestration.common.redaction import redact
 from orchestration.common.terminal import Console
 from orchestration.preflight.checks import Prepared
 from orchestration.preflight.training import remarks
-from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.phases import ALL_PHASES, PHASES, PhaseRange
-from orchestration.reporting import plots
+from orchestration.recipe.schema import Recipe
 from orchestration.reporting.display import Display
 from orchestration.state.heartbeat import Heartbeat
 from orchestration.state.lock import cluster_lock, local_lock
-from orchestration.state.stored_recipe import RESULTS, content_of, folder_of, store
-from orchestration.sweep.allocation.search import allocation_phase
-from orchestration.sweep.artifacts import Allocated, Results
-from orchestration.sweep.context import SCRATCH, Sweep, task_of
-from orchestration.sweep.dense import dense_phase
-from orchestration.sweep.deploy import export_phase, quantize_phase
-from orchestration.sweep.gradual import long_run_phase, schedule_phase
-from orchestration.sweep.report import Row, as_json, make_rows, print_end
-from orchestration.sweep.structured import structured_phase
-from orchestration.sweep.tasks import warm_up
-from orchestration.tracking.lineage import RECIPE
-from orchestration.tracking.promotion import Decision, settle
-from orchestration.tracking.registry import Registry
+from orchestration.state.stored_recipe import folder_of
 from orchestration.tracking.server import tracking_folder
 from orchestration.tracking.tracker import Tracker, server_for
-from trainers import storage
 
 
 def run_sweep(
@@ -48,7 +29,7 @@ def run_sweep(
     address: str | None,
     recipe_name: str,
     phase_range: PhaseRange = ALL_PHASES,
-) -> list[Row]:
+) -> None:
     """Dense → structured step → allocation, schedules, long run, INT8, export of each method → table.
 
     Args:
@@ -61,6 +42,51 @@ def run_sweep(
     recipe = prepared.recipe
     if cluster_address(address) is None:
         check_local(recipe)
+    display.plan(_searches_and_runs(recipe, phase_range))
+    name, root = recipe.name, folder_of(recipe.storage, recipe.name)
+    with (
+        local_lock(recipe.storage, name),
+        server_for(recipe.tracking.uri, tracking_folder(recipe.storage)) as (uri, ready),
+    ):
+        # takes seconds, in which MLflow starts
+        from orchestration.sweep.context import task_of
+        from orchestration.sweep.phases import run_phases
+        from orchestration.sweep.report import print_end
+        from orchestration.sweep.tasks import warm_up
+
+        with (
+            connect(address) as size,
+            cluster_lock(root, name),
+            Heartbeat(recipe.storage, name, display, logs_folder()),
+        ):
+            check_size(recipe, size)
+            if cluster_address(address) is not None:
+                check_storage(recipe.storage)
+            else:
+                for line in remarks(recipe):
+                    display.say(line)
+            warmed = task_of(recipe.resources.of("dense"), warm_up)[0].remote()
+            ready()
+            ray.get(warmed)  # another task would get a process of its own meanwhile
+            tracker = Tracker(uri, recipe.tracking.experiment, display.say)
+            try:
+                ended = run_phases(prepared, display, tracker, size, phase_range)
+                tracker.close("FINISHED")
+            except BaseException as error:
+                tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+    display.close()
+    if ended is None:
+        go_on = f"espalier resume {name} --storage {recipe.storage}"
+        out.print(
+            f"done until {phase_range.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False
+        )
+    else:
+        print_end(out, ended.sweep, ended.rows, ended.decisions, recipe_name)
+
+
+def _searches_and_runs(recipe: Recipe, phase_range: PhaseRange) -> int:
+    """How many searches and runs the display is to number."""
     searches, methods = len(recipe.allocated_sparsities), len(recipe.pruning.methods)
     phases = {
         "dense": 1,
@@ -71,171 +97,4 @@ def run_sweep(
         "quantize": methods * (recipe.quantize is not None),
         "export": methods * bool(recipe.export),
     }
-    display.plan(sum(phases[phase] for phase in PHASES if phase_range.reaches(phase)))
-    folder = tracking_folder(recipe.storage)
-    name, root = recipe.name, folder_of(recipe.storage, recipe.name)
-    with (
-        local_lock(recipe.storage, name),
-        server_for(recipe.tracking.uri, folder) as (uri, ready),
-        connect(address) as size,
-        cluster_lock(root, name),
-        Heartbeat(recipe.storage, name, display, logs_folder()),
-    ):
-        check_size(recipe, size)
-        if cluster_address(address) is not None:
-            check_storage(recipe.storage)
-        else:
-            for line in remarks(recipe):
-                display.say(line)
-        warmed = task_of(recipe.resources.of("dense"), warm_up)[0].remote()  # beside MLflow's own start
-        ready()
-        ray.get(warmed)  # another task would get a process of its own meanwhile
-        tracker = Tracker(uri, recipe.tracking.experiment, display.say)
-        storage.remove(f"{root}/{SCRATCH}")  # of a run that was killed
-        try:
-            store(recipe)
-            sweep = _open(prepared, display, tracker, size, phase_range)
-            results = _run_phases(sweep)
-            rows, decisions = ([], []) if results is None else _finish(sweep, results)
-            tracker.close("FINISHED")
-        except BaseException as error:
-            tracker.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    display.close()
-    if results is None:
-        go_on = f"espalier resume {name} --storage {recipe.storage}"
-        out.print(
-            f"done until {phase_range.last}; to go on: {go_on}", highlight=False, soft_wrap=True, markup=False
-        )
-    else:
-        print_end(out, sweep, rows, decisions, recipe_name)
-    return rows
-
-
-def _run_phases(sweep: Sweep) -> Results | None:
-    """Run each phase for all methods; ``None`` where the command ends before the last phase."""
-    recipe, reaches = sweep.recipe, sweep.phase_range.reaches
-    original = dense = dense_phase(sweep)
-    structured = None
-    if recipe.structured is not None and reaches("structured"):
-        structured, facts = structured_phase(sweep, original)
-        dense, sweep = structured, sweep.descending({"structured": facts})
-    allocated: dict[str, Allocated | None] = dict.fromkeys(recipe.pruning.methods)
-    if recipe.allocated_sparsities and reaches("allocation"):
-        for method in allocated:
-            allocated[method] = allocation_phase(sweep, method, dense)
-    if not reaches("schedule"):
-        return None
-    recovered = {}
-    for method, given in allocated.items():
-        runs = schedule_phase(sweep, method, dense, given)
-        if recipe.long_run and reaches("long_run"):
-            runs = long_run_phase(sweep, method, dense, given, runs)
-        if reaches("long_run") or not recipe.long_run:
-            recovered[method] = runs.register()
-    if not recovered:
-        return None
-    quantized = {}
-    if recipe.quantize is not None and reaches("quantize"):
-        quantized = {
-            method: quantize_phase(sweep, method, recovered_method)
-            for method, recovered_method in recovered.items()
-        }
-    exported = {}
-    if recipe.export and reaches("export"):
-        exported = {method: export_phase(sweep, method, of_method) for method, of_method in recovered.items()}
-    return Results(original, structured, allocated, recovered, quantized, exported)
-
-
-def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
-    """Set the registry's aliases. They are decided on validation metrics only."""
-    recipe, registry = sweep.recipe, Registry(sweep.tracker.client)
-    registry.set_rule(recipe.registered_model, recipe.promotion)
-    ours = {row.version for row in rows}
-    versions = [version for version in registry.versions(recipe.registered_model) if version.version in ours]
-    return settle(registry, versions, recipe.promotion)
-
-
-def _finish(sweep: Sweep, results: Results) -> tuple[list[Row], list[Decision]]:
-    """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
-    rows = make_rows(sweep, results)
-    decisions = sweep.tracker.patiently(_promote, sweep, rows)
-    dense, allocated, recovered = results.dense, results.allocated, results.recovered
-    series = {
-        f"{method}, one shot": [trial for study in allocation.studies.values() for trial in study.trials]
-        for method, allocation in allocated.items()
-        if allocation is not None
-    } | {f"{method}, recovered": runs.trials for method, runs in recovered.items()}
-    points = {
-        name: [
-            (trial.metrics["sparsity"], trial.metrics["val_top1"])
-            for trial in trials
-            if "val_top1" in trial.metrics  # one may have been stopped before it reported
-        ]
-        for name, trials in series.items()
-    }
-    levels = {"dense": dense.top1}
-    if results.structured is not None:
-        levels["structured"] = results.structured.top1
-    figure = plots.accuracy_over_sparsity(points, levels)
-    sweep.tracker.figure(sweep.run, figure, "accuracy_over_sparsity")
-    table = as_json(rows, sweep.storage)
-    sweep.tracker.table(sweep.run, table, RESULTS)
-    storage.write_json(f"{sweep.root}/{RESULTS}", table)
-    for row in rows:
-        figures = {"dense": row.dense, "recovered": row.recovered, "sparsity": row.sparsity}
-        if row.int8 is not None:
-            figures["int8"] = row.int8
-        level = f".{100 * row.sparsity:.0f}" if row.kept else ""
-        named = {f"{row.method}{level}.{row.part}.{key}": [(0, value)] for key, value in figures.items()}
-        sweep.tracker.metrics(sweep.run, named)
-    return rows, decisions
-
-
-def _open(
-    prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, phase_range: PhaseRange
-) -> Sweep:
-    recipe = prepared.recipe
-    content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
-    shown = redact(content)
-    lineage = {
-        "git_commit": git_commit(),
-        "data": prepared.data_hash,
-        "sweep": recipe.name,
-        "recipe_digest": digest(shown),
-    }
-    sweep = Sweep(
-        recipe=recipe,
-        data=prepared.data,
-        data_hash=prepared.data_hash,
-        size=size,
-        tracker=tracker,
-        display=display,
-        run="",
-        lineage=lineage,
-        phase_range=phase_range,
-    )
-    same = content_of(recipe) | {"tracking": None}  # also where a resumed one stands in another folder
-    known = f"{sweep.root}/sweep-{digest(same, prepared.data_hash)}.json"
-    run = storage.read_json(known)["run_id"] if storage.exists(known) else None
-    if run is None or not tracker.resume(run):
-        tags = sweep.tags("sweep") | {"espalier.level": "sweep", "mlflow.note.content": recipe.description}
-        run = tracker.start(recipe.name, None, flatten(content), tags)
-        storage.write_json(known, {"run_id": run})
-    if not tracker.has(run, RECIPE):
-        tracker.table(run, shown, RECIPE)
-    tracker.inputs(run, sweep.datasets)
-    tracker.monitor(run)
-    sweep.run = run
-    return sweep
-
-
-def git_commit() -> str | None:
-    """The commit of the folder that the command runs in, if it is a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return sum(phases[phase] for phase in PHASES if phase_range.reaches(phase))

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ray import tune
+from ray.train import TrainingFailedError
 
+from orchestration.common.hashing import digest
+from orchestration.recipe.schema import Resources
 from orchestration.search.pbt_trial import population_trial
-from orchestration.search.single_run import run_single
-from orchestration.search.spec import Observer, Search
-from orchestration.search.training_trial import Jobs, RunNames, TrainingTrial
-from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.search.spec import Search
+from orchestration.search.standing_workers import WorkerPool
+from orchestration.search.training_trial import (
+    BackgroundRun,
+    Jobs,
+    Reports,
+    RunNames,
+    TrainingTrial,
+    train_run,
+)
+from orchestration.state.trial_end import Observer, ended, is_of_epoch, last_words, say_rest, write_down
+from orchestration.state.trial_log import State, TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
 from trainers.config.jobs import TrainJob
+from trainers.loop.report import EpochReport
+
+_VALUES: dict[str, Any] = {}  # it is proposed nothing: all is as the recipe says
+_STOP_SECONDS = 2.0  # for an interrupted run to end in order
 
 
 @dataclass(frozen=True)
@@ -91,11 +108,49 @@ def run_training(
     Raises:
         RuntimeError: it failed.
     """
-    complete = _complete(job.training.epochs)
-    run_single(job, sweep.recipe.resources, folder, log, runs, complete=complete)
+    run_single(job, sweep.recipe.resources, folder, log, runs)
     best = log.best()
     assert best.checkpoint is not None, "a finished training run has reported a checkpoint"
     return best, best.checkpoint
+
+
+def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog, observer: Observer) -> None:
+    """Run a job from this process, unless the log has it already; one that was broken off goes on.
+
+    One that fails is in the log as failed, and the next call begins it again.
+
+    Args:
+        job: of the run.
+        resources: of its workers.
+        storage: folder or URI of the run.
+        log: of its phase.
+        observer: hears of its start, its reports and its end.
+    """
+    say_rest(log, observer)
+    if log.ended:
+        return
+    number = max((record.number for record in log.trials), default=-1) + 1
+    name = digest(_VALUES)  # as a search's trials are named, whose runs earlier versions began
+    began, before = time.monotonic(), log.broken_off(_VALUES)
+    log.begin(number, _VALUES, observer.trial_started(name, number, _VALUES, before))
+    last, error = EpochReport(), []
+    pool, reports = WorkerPool(), Reports()
+    run = BackgroundRun(train_run(job, resources, storage, name, reports, pool=pool), reports)
+    try:
+        while (report := run.next_report()) is not None:
+            if is_of_epoch(report):
+                last = cast(EpochReport, report)
+                observer.trial_reported(name, last)
+    except TrainingFailedError as failure:
+        error = last_words("".join(traceback.format_exception(failure)))
+    finally:
+        run.stop(_STOP_SECONDS)
+        pool.close()
+    whole = bool(last) and _complete(job.training.epochs)(last)
+    state: State = "failed" if error else "finished" if whole else "stopped"
+    seconds = time.monotonic() - began
+    record = ended(number, _VALUES, state, last, seconds=seconds, error=error)
+    write_down(record, last, log, observer, name)
 
 
 def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:

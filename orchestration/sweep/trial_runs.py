@@ -28,7 +28,7 @@ STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "faile
 
 
 class TrialRuns:
-    """An :class:`orchestration.search.spec.Observer` that logs to MLflow and shows progress.
+    """An :class:`orchestration.state.trial_end.Observer` that logs to MLflow and shows progress.
 
     Args:
         parent: the sweep's run.

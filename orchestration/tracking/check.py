@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from orchestration.common.redaction import strip_paths
 from orchestration.tracking.server import answers, quiet_environment
@@ -10,6 +11,7 @@ from pruners.errors import InputError, first_line
 from pruners.redaction import strip_credentials
 from trainers.remote_calls import call_limited
 
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")  # names that any MLflow takes
 _DATABASES = ("postgresql", "mysql", "mssql")  # databases with a server of their own
 
 
@@ -64,6 +66,8 @@ def check_name(name: str, key: str) -> None:
     Raises:
         InputError: it does not, or no ``models:/NAME@alias`` can say the name.
     """
+    if _PLAIN.fullmatch(name):
+        return  # without MLflow, which takes seconds to import
     from mlflow.exceptions import MlflowException
     from mlflow.utils import validation
 

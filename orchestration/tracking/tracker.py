@@ -56,6 +56,8 @@ def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[]
     server = start_server(folder)
 
     def ready() -> None:
+        import mlflow  # noqa: F401 takes seconds, in which the server starts
+
         server.wait_ready()
         server.guard()
 

@@ -193,6 +193,7 @@ def trained(
     device: torch.device, name: str, files: dict[str, str], folder: Path, resume: Path | None = None
 ) -> Log:
     training, pruning, changes = RUNS[name]
+    training = {"optimizer_args": {"foreach": False}, **training}  # the same steps on both
     folder.mkdir()
     log = Log(folder)
     with on(device):

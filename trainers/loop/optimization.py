@@ -53,6 +53,8 @@ def _fused(training: TrainingSettings, model: nn.Module) -> dict[str, bool]:
     """The argument for one pass, where the optimizer has it and the recipe does not say how it steps."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return {}  # there torch groups the parameters by itself
+    if training.channels_last:
+        return {}  # moments that are read from a checkpoint lie otherwise, which one pass does not heed
     kind = get_optimizer_class(training.optimizer, bind_defaults=False)
     known = "fused" in inspect.signature(kind).parameters
     return {"fused": True} if known and not _STEPS & training.optimizer_args.keys() else {}

@@ -15,7 +15,7 @@ from orchestration.recipe.search import SearchLimits
 from orchestration.search.limits import Limits
 from orchestration.search.runner import run_search
 from orchestration.search.spec import Search
-from orchestration.search.trial_end import reason
+from orchestration.state.trial_end import reason
 from orchestration.state.trial_log import TrialLog, TrialRecord
 
 SPACE = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}

@@ -48,6 +48,7 @@ def test_mask_enforcer__pruned_entries_are_positive_zero_and_others_as_they_were
         ({}, True),
         ({"optimizer": "momentum"}, True),
         ({"optimizer": "lamb"}, None),  # has no such step
+        ({"channels_last": True}, None),  # in one pass moments in another order would be taken for others
         ({"optimizer_args": {"foreach": True}}, None),
         ({"optimizer_args": {"fused": False}}, False),
     ],

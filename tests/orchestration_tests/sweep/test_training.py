@@ -6,16 +6,17 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.train import WorkerGroupError
 
 from orchestration.recipe.schema import Resources
-from orchestration.search import single_run
-from orchestration.search.single_run import run_single
 from orchestration.search.training_trial import Reports
 from orchestration.state.trial_log import TrialLog, TrialRecord
+from orchestration.sweep import training
+from orchestration.sweep.training import run_single
 
 FIRST = {"step": 5, "epoch": 1, "val_top1": 0.5, "score": 0.5, "sparsity": 0.5}
 WITHIN = {"step": 7}
@@ -78,11 +79,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a job on stood-in workers; returns the log, as the next driver reads it."""
 
     def run(workers: Workers, listener: Listener) -> TrialLog:
-        monkeypatch.setattr(single_run, "train_run", workers.train_run)
-        log, job = TrialLog(f"{tmp_path}/trials.json"), object()
-        complete = lambda report: report["epoch"] >= 2  # noqa: E731
+        monkeypatch.setattr(training, "train_run", workers.train_run)
+        log = TrialLog(f"{tmp_path}/trials.json")
+        job: Any = SimpleNamespace(training=SimpleNamespace(epochs=2))
         with suppress(KeyboardInterrupt):
-            run_single(job, Resources(), "runs", log, listener, complete=complete)  # type: ignore[arg-type]
+            run_single(job, Resources(), "runs", log, listener)
         return TrialLog(log.uri)
 
     return run

@@ -1,13 +1,12 @@
-"""The end of a trial: its record, how it is written down, and the words of one that failed."""
+"""Who hears of trials; the end of a trial: its record, how it is written down, the words of a failure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from orchestration.search.spec import Observer
 from orchestration.state.trial_log import State, TrialLog, TrialRecord
 from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of, recordable
 
@@ -15,6 +14,20 @@ _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
 _MEMORY_ADVICE = "Refer to the documentation on how to address the out of memory issue"
 _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
+
+
+class Observer(Protocol):
+    """Is called when trials start, report and end: the display and the tracker are such."""
+
+    def trial_started(
+        self, trial_id: str, number: int, values: dict[str, Any], before: str | None
+    ) -> str | None:
+        """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
+
+    def trial_reported(self, trial_id: str, metrics: EpochReport) -> None: ...
+
+    def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
+        """Returns the trial's run in the tracker."""
 
 
 def is_of_epoch(report: Mapping[str, Any]) -> bool:
