@@ -28,7 +28,8 @@ from orchestration.cluster.connect import connect
 from orchestration.common.hashing import content_hash
 from orchestration.recipe.search import AllocationSearch
 from orchestration.search.one_shot_trial import OneShotInputs, OneShotTrial
-from orchestration.search.runner import run_search, stopping
+from orchestration.search.runner import run_search
+from orchestration.search.schedulers import stopping
 from orchestration.search.space import AllocationSpace
 from orchestration.search.spec import Search
 from orchestration.state.order_store import StoredOrder

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import tiny_swin
 from safetensors.torch import load_file
 from torch import Tensor
 from worker_cases import CASES, OVIT, work
+from workers import start_workers
 
 from pruners import METHODS, find_layers
 from pruners.elimination.fisher import BlockFisher
@@ -26,10 +26,9 @@ def alone() -> Results:
 def on_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
     """What each worker of two ended with, and each of four."""
     folder = tmp_path_factory.mktemp("workers")
-    mp.get_context("forkserver").set_forkserver_preload(["worker_cases"])  # torch is loaded once
     found: dict[int, list[Results]] = {}
     for world in (2, 4):
-        mp.start_processes(work, (world, str(folder)), nprocs=world, start_method="forkserver")
+        start_workers(work, (world, str(folder)), world)
         found[world] = []
         for rank in range(world):
             results: Results = {name: {} for name in CASES}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,16 @@ def test_imports__what_is_allowed_is_not_refused(path: str, source: str) -> None
 def test_imports__tests_shadow_no_package() -> None:
     found = {path.name for path in Path(__file__).parents[1].iterdir()}
     assert not found & {*PACKAGES, "__init__.py"}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "experiments" / "benchmarks").glob("*.py")), ids=lambda file: file.name
+)
+def test_imports__a_benchmark_asks_for_what_there_is(file: Path) -> None:
+    """Nobody runs them for weeks, and the type checker does not look at them."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in PACKAGES[:3]:
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                known = hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}") is not None
+                assert known, f"{node.module} has no {alias.name}"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from image_tables import dense_folder, table, write
 from orders import assert_same
+from workers import start_workers
 
 from orchestration.state.order_store import StoredOrder
 from orchestration.sweep.tasks import order_facts
@@ -120,7 +121,7 @@ def test_order_store__parts_of_several_workers_are_one_order(made: dict[str, Any
     assert not alone.known
     write_order(job(made, alone), torch.device("cpu"))
     arguments = (2, str(tmp_path), job(made, shared).model_dump(mode="json"))
-    torch.multiprocessing.spawn(order_as_worker, arguments, nprocs=2)
+    start_workers(order_as_worker, arguments, 2)
     assert (alone.facts["parts"], shared.facts["parts"]) == (1, 2)
     by_one, by_two = alone.open(), shared.open()
     assert set(by_one) == set(by_two)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from training_runs import CPU, Log, make_files, make_job, train_as_worker
+from workers import start_workers
 
 from trainers.loop.gradual import run
 
@@ -43,7 +44,7 @@ def test_ddp__workers_train_as_one(kind: str, files: dict[str, str], tmp_path: P
     assert len(expected) == 56
     for world in (2, 4):
         arguments = (world, str(tmp_path), job(kind, files).model_dump(mode="json"))
-        torch.multiprocessing.spawn(train_as_worker, arguments, nprocs=world)
+        start_workers(train_as_worker, arguments, world)
         reported = [
             json.loads((tmp_path / f"metrics-{world}-{rank}.json").read_text()) for rank in range(world)
         ]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from image_tables import SWIN, VIT, images, tiny
 from pydantic import ValidationError
 from quantized import SIZE, pruned
 from safetensors.torch import load_file
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 from training_runs import CPU, Log, make_files, make_job, same_files, train_as_worker
+from workers import start_workers
 
 from pruners.errors import InputError
 from trainers.checkpoint.folder import RANGES, load_checkpoint, save_checkpoint
@@ -177,14 +177,14 @@ def test_fake_quant__training_for_int8_learns(files: dict[str, str], tmp_path: P
 def test_fake_quant__workers_agree_and_resume_exactly(files: dict[str, str], tmp_path: Path) -> None:
     """Two workers see other images, and end with the same ranges; broken off, they end with the same bits."""
     job = aware_job(files, {"epochs": 2, "checkpoint_steps": 5}).model_dump(mode="json")
-    mp.spawn(train_as_worker, args=(2, str(tmp_path), job), nprocs=2)
+    start_workers(train_as_worker, (2, str(tmp_path), job), 2)
     logs = [json.loads((tmp_path / f"metrics-2-{rank}.json").read_text()) for rank in range(2)]
     assert logs[0] == logs[1]
     saved = [tmp_path / f"workers-2-{rank}" / "step-14" for rank in range(2)]
     assert same_files(*saved) == []
     (tmp_path / "meet-2").unlink(missing_ok=True)
     resume = str(tmp_path / "workers-2-0" / "step-10")
-    mp.spawn(train_as_worker, args=(2, str(tmp_path / "again"), job, resume), nprocs=2)
+    start_workers(train_as_worker, (2, str(tmp_path / "again"), job, resume), 2)
     assert same_files(tmp_path / "again" / "workers-2-0" / "step-14", saved[0]) == []
 
 
