@@ -152,7 +152,12 @@ class AllocationSearch(SearchLimits):
     by: Annotated[tuple[Literal["stage", "module", "group", "layer"], ...], Distinct] = Field(
         ("stage", "module"), min_length=1, description="what has a sparsity; group: a module in a stage"
     )
-    range: float = Field(0.15, gt=0.0, le=1.0, description="how far from the method's own sparsities")
+    range: float = Field(
+        0.15,
+        gt=0.0,
+        le=1.0,
+        description="how far from the method's own sparsities; at most half of what is left",
+    )
     sampler: Sampler = "tpe"
     images: Images = Field(2000, description="validation images of a trial, at most")
     first_images: Images | None = Field(None, description="default: all at once")
