@@ -87,8 +87,8 @@ class AllocationSpace:
         ceiling = self.ceiling if isinstance(self.ceiling, float) else 1.0
         domains = {}
         for key, own in self.own_values().items():
-            reach = min(self.range, FURTHEST * (1 - own))
-            low, high = max(floor, own - reach), min(ceiling, own + reach)
+            furthest = min(self.range, FURTHEST * (1 - own))
+            low, high = max(floor, own - furthest), min(ceiling, own + furthest)
             domains[key] = optuna.distributions.FloatDistribution(low, high)
         if (reach := self._reach) is not None:
             domains[_WHOLE] = optuna.distributions.FloatDistribution(*reach)

@@ -65,7 +65,9 @@ def run_sweep(
             else:
                 for line in remarks(recipe):
                     display.say(line)
-            warmed = task_of(recipe.resources.of("dense"), warm_up)[0].remote()
+            # beside MLflow's start; on a cluster it might wait for a GPU, or have a node started for it
+            local = cluster_address(address) is None
+            warmed = [task_of(recipe.resources.of("dense"), warm_up)[0].remote()] if local else []
             ready()
             ray.get(warmed)  # another task would get a process of its own meanwhile
             tracker = Tracker(uri, recipe.tracking.experiment, display.say)
