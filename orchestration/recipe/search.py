@@ -156,7 +156,7 @@ class AllocationSearch(SearchLimits):
         0.15,
         gt=0.0,
         le=1.0,
-        description="how far from the method's own sparsities; at most half of what is left",
+        description="how far from the method's own sparsities; at most three quarters of what is left",
     )
     sampler: Sampler = "tpe"
     images: Images = Field(2000, description="validation images of a trial, at most")

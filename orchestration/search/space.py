@@ -20,7 +20,7 @@ from trainers.config.pruning import PruningSettings
 Space = dict[str, optuna.distributions.BaseDistribution]
 Shares = dict[str, optuna.distributions.FloatDistribution]
 _WHOLE = "sparsity"
-FURTHEST = 0.5
+FURTHEST = 0.75
 """Of what is left of a stage or module: the most that its sparsity is moved by, up or down.
 
 At 95 % what is left is 5 %, and a range of 0.15 is all of it three times over: hardly any proposal lies
