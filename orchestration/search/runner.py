@@ -72,7 +72,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
     given_up = FailureStopper(search.limits, search.trials)
     scheduler = search.scheduler()
     proposals = None
-    if search.space and not isinstance(scheduler, Population):
+    if not isinstance(scheduler, Population):
         proposals = Proposals(search, log)
         if isinstance(scheduler, Remembered):
             scheduler.remember(log, proposals.numbers, search.seed)
@@ -96,7 +96,7 @@ def _run_round(
         searcher = draws(search.space, log, search.first, trials, search.seed)
     else:
         limiter = searcher = recorder.limiter
-    if limiter is not None and search.fits is not None:
+    if search.fits is not None:
         callbacks.append(FollowCluster(limiter, search.fits))
     tune.Tuner(
         search.trainable,
@@ -104,12 +104,9 @@ def _run_round(
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=trials,
-            max_concurrent_trials=1 if searcher is None else None,  # the searcher's own limit
             trial_name_creator=search.names,
             scheduler=scheduler,
             reuse_actors=search.reuse_actors,
-            metric=None if search.space else "score",
-            mode=None if search.space else "max",
         ),
         run_config=tune.RunConfig(
             name=search.name,
@@ -159,7 +156,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
     @property
     def limiter(self) -> ConcurrencyLimiter | None:
-        """The proposals for one round of Tune, limited in number at once; ``None`` without a space."""
+        """The proposals for one round of Tune, limited in number at once; ``None`` for a population."""
         if self._proposals is None:
             return None
         self._proposals.begin_round()

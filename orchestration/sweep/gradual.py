@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,11 @@ from orchestration.search.runner import run_search
 from orchestration.search.schedulers import stopping
 from orchestration.search.space import recipe_space
 from orchestration.search.spec import Search
-from orchestration.search.training_trial import Jobs
+from orchestration.search.training_trial import Jobs, RunNames
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.artifacts import Allocated, Dense, Kept, Recovered
 from orchestration.sweep.context import Sweep
-from orchestration.sweep.training import PopulationState, run_training, training_search
+from orchestration.sweep.training import PopulationState, is_whole, run_training, training_trial
 from orchestration.sweep.trial_runs import TrialRuns, without_trainer_state
 from orchestration.tracking.pyfunc_model import classes_of
 from trainers import storage
@@ -172,25 +172,23 @@ def _search(sweep: Sweep, name: str, jobs: Jobs, log: TrialLog, runs: TrialRuns,
     """The search over schedules that the recipe asks for; ``folder`` is that of its Train runs."""
     recipe, settings = sweep.recipe, sweep.recipe.schedule
     concurrent = sweep.size.training_runs(recipe.resources)
+    population = _population(recipe, log)
+    complete = partial(is_whole, epochs=recipe.recovery.epochs)
     with sweep.scratch(name) as scratch:
-        search = training_search(
-            sweep,
-            name,
-            jobs,
-            folder=folder,
-            scratch=scratch,
-            epochs=recipe.recovery.epochs,
-            population=_population(recipe, log),
-        )
-        search = replace(
-            search,
+        search = Search(
+            name=name,
+            trainable=training_trial(recipe.resources, jobs, folder, population),
             space=recipe_space(settings.space),
             trials=settings.runs,
             concurrent=concurrent,
+            storage=scratch,
+            seed=recipe.seed,
             sampler=settings.sampler,
             first=_first(recipe),
             scheduler=_stopping(recipe, log, folder, slots=concurrent),
-            reuse_actors=settings.scheduler != "pbt",  # a member's process goes with it
+            reuse_actors=population is None,  # a member's process goes with it
+            complete=complete,
+            names=RunNames(complete) if population is None else None,
             limits=Limits(settings, "schedule"),
             fits=lambda: cluster_size().training_runs(recipe.resources),
             say=sweep.display.say,

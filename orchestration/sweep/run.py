@@ -40,7 +40,8 @@ def run_sweep(
         KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
     """
     recipe = prepared.recipe
-    if cluster_address(address) is None:
+    local = cluster_address(address) is None
+    if local:
         check_local(recipe)
     display.plan(_searches_and_runs(recipe, phase_range))
     name, root = recipe.name, folder_of(recipe.storage, recipe.name)
@@ -60,14 +61,14 @@ def run_sweep(
             Heartbeat(recipe.storage, name, display, logs_folder()),
         ):
             check_size(recipe, size)
-            if cluster_address(address) is not None:
-                check_storage(recipe.storage)
-            else:
+            warmed = []
+            if local:
                 for line in remarks(recipe):
                     display.say(line)
-            # beside MLflow's start; on a cluster it might wait for a GPU, or have a node started for it
-            local = cluster_address(address) is None
-            warmed = [task_of(recipe.resources.of("dense"), warm_up)[0].remote()] if local else []
+                # beside MLflow's start; on a cluster it might wait for a GPU, or have a node started for it
+                warmed = [task_of(recipe.resources.of("dense"), warm_up)[0].remote()]
+            else:
+                check_storage(recipe.storage)
             ready()
             ray.get(warmed)  # another task would get a process of its own meanwhile
             tracker = Tracker(uri, recipe.tracking.experiment, display.say)

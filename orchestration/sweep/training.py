@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,13 +14,11 @@ from ray.train import TrainingFailedError
 from orchestration.common.hashing import digest
 from orchestration.recipe.schema import Resources
 from orchestration.search.pbt_trial import population_trial
-from orchestration.search.spec import Search
 from orchestration.search.standing_workers import WorkerPool
 from orchestration.search.training_trial import (
     BackgroundRun,
     Jobs,
     Reports,
-    RunNames,
     TrainingTrial,
     train_run,
 )
@@ -47,26 +45,17 @@ class PopulationState:
     every: int
 
 
-def training_search(
-    sweep: Sweep,
-    name: str,
-    jobs: Jobs,
-    *,
-    folder: str,
-    scratch: str,
-    epochs: int,
-    population: PopulationState | None = None,
-) -> Search:
-    """A search over runs, still without its space and its trials: ``dataclasses.replace`` adds them.
+def training_trial(
+    resources: Resources, jobs: Jobs, folder: str, population: PopulationState | None = None
+) -> Any:
+    """What Tune starts for a trial that is a Train run.
 
     Args:
-        name: of the search, for Tune.
+        resources: of a run.
+        jobs: makes the job of a proposal.
         folder: of the runs; what was broken off is found there again.
-        scratch: where Tune keeps its own state.
-        epochs: of a run that was not stopped early.
         population: for trials that may go on from the checkpoints of others (population-based training).
     """
-    resources = sweep.recipe.resources
     if population is None:
         trial = tune.with_parameters(TrainingTrial, jobs=jobs, resources=resources, storage=folder)
     else:
@@ -78,20 +67,9 @@ def training_search(
             known=population.known,
             every=population.every,
         )
-
-    return Search(
-        name=name,
-        # The trial takes next to nothing, as its workers reserve what they need; a sliver of a processor
-        # would already keep a group as large as the cluster from ever being placed.
-        trainable=tune.with_resources(trial, {"memory": 1 << 20}),
-        space={},
-        trials=1,
-        concurrent=1,
-        storage=scratch,
-        seed=sweep.recipe.seed,
-        complete=_complete(epochs),
-        names=None if population is not None else RunNames(_complete(epochs)),
-    )
+    # The trial takes next to nothing, as its workers reserve what they need; a sliver of a processor
+    # would already keep a group as large as the cluster from ever being placed.
+    return tune.with_resources(trial, {"memory": 1 << 20})
 
 
 def run_training(
@@ -146,13 +124,13 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
     finally:
         run.stop(_STOP_SECONDS)
         pool.close()
-    whole = bool(last) and _complete(job.training.epochs)(last)
+    whole = is_whole(last, epochs=job.training.epochs)
     state: State = "failed" if error else "finished" if whole else "stopped"
     seconds = time.monotonic() - began
     record = ended(number, _VALUES, state, last, seconds=seconds, error=error)
     write_down(record, last, log, observer, name)
 
 
-def _complete(epochs: int) -> Callable[[Mapping[str, Any]], bool]:
-    """Tells whether a report is the last one of a run of so many epochs."""
-    return lambda report: bool(report.get("epoch", 0) >= epochs)
+def is_whole(report: Mapping[str, Any], *, epochs: int) -> bool:
+    """Whether a report is the last one of a run of so many epochs."""
+    return bool(report.get("epoch", 0) >= epochs)
