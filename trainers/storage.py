@@ -174,6 +174,10 @@ def upload(folder: Path, uri: str) -> None:
         with writing(uri) as partial:
             fs.copy_files(str(folder), str(partial), destination_filesystem=system)
         return
+    call_interruptible(uri, _upload, folder, system, path)
+
+
+def _upload(folder: Path, system: fs.FileSystem, path: str) -> None:
     for name in RECORDS:
         if system.get_file_info(f"{path}/{name}").type == fs.FileType.File:
             system.delete_file(f"{path}/{name}")
@@ -200,6 +204,20 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(target)
 
 
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A file as a local path, with its own name: the file itself where it is local, else a temporary copy."""
+    system, path = resolve(uri)
+    if isinstance(system, fs.LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
+        target = Path(folder) / Path(path).name
+        systems = {"source_filesystem": system, "destination_filesystem": fs.LocalFileSystem()}
+        call_interruptible(uri, fs.copy_files, path, str(target), **systems)
+        yield target
+
+
 def copy(source: str, target: str) -> None:
     """Copy a folder to another path or URI, as :func:`upload` does."""
     with local_copy(source) as folder:
@@ -208,9 +226,9 @@ def copy(source: str, target: str) -> None:
 
 def remove(uri: str) -> None:
     """Delete a folder, if it exists."""
-    system, path = resolve(uri)
-    if system.get_file_info(path).type == fs.FileType.Directory:
-        system.delete_dir(path)
+    if info(uri).type == fs.FileType.Directory:
+        system, path = resolve(uri)
+        call_limited(uri, system.delete_dir, path)
 
 
 def remove_file(uri: str) -> None:
@@ -221,15 +239,18 @@ def remove_file(uri: str) -> None:
 
 def size(uri: str) -> int:
     """Size of a file in bytes."""
-    system, path = resolve(uri)
-    return int(system.get_file_info(path).size)
+    return int(info(uri).size)
 
 
 def sha256(uri: str) -> str:
     """SHA-256 of a file's content, as hexadecimal digits."""
     system, path = resolve(uri)
-    digest = hashlib.sha256()
-    with system.open_input_stream(path) as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with system.open_input_stream(path) as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return call_interruptible(uri, read)

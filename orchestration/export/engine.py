@@ -24,7 +24,7 @@ from trainers.checkpoint.folder import WEIGHTS, load_checkpoint, weights_hash
 from trainers.data import datasets
 from trainers.data.preprocessing import Images, preprocessing_of
 from trainers.deploy.checked import BATCHES, EXPORT_RECORD, write_checked
-from trainers.deploy.formats import FORMATS, Format, Source
+from trainers.deploy.formats import FORMATS, Format, Source, check_packable
 from trainers.models import factory
 from trainers.quantization.checks import check_mode
 from trainers.sources.columns import ColumnOptions, Columns
@@ -65,7 +65,9 @@ def export(options: ExportOptions, say: Callable[[str], None]) -> None:
         as_checkpoint_folder(location) as (checkpoint, record),
     ):
         model = load_checkpoint(str(checkpoint), key="model").model.float().eval()
-        if form.kind == "int8" and options.calibration is None:
+        if form.engine == "sparse":
+            check_packable(model, "--format")
+        if form.calibration == "possible" and options.calibration is None:
             check_mode(model, "dynamic", (), f"--format {options.kind} without --calibration")
         images, name = _real_images(model, options.data, options.columns)
         source = source_of(model, checkpoint, options.calibration, options.columns)

@@ -4,6 +4,7 @@ __all__ = [
     "allocation",
     "checks",
     "data",
+    "deploy",
     "plan",
     "start",
     "training",

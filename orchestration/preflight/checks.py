@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +17,11 @@ from pyarrow import fs
 from orchestration.cluster.capacity import check_local
 from orchestration.preflight.allocation import check_allocated, check_sparsities
 from orchestration.preflight.data import check_calibration, check_classes_of_digits, known_data
+from orchestration.preflight.deploy import check_deployable, check_latency, check_libraries
 from orchestration.preflight.training import check_frozen, check_training, trainings
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import Recipe
-from orchestration.recipe.search import Distribution, Fastest
-from orchestration.state.latency_store import check_linear, check_threads
+from orchestration.recipe.search import Distribution
 from orchestration.tracking.check import check_name, check_uri
 from pruners.allocation.bounds import bounds
 from pruners.allocation.projection import budget, check_feasible
@@ -38,16 +37,10 @@ from pruners.structured.dependency import check_installed
 from trainers import storage
 from trainers.checkpoint.folder import load_checkpoint, model_args
 from trainers.config.data import DataSettings
-from trainers.config.latency import LatencyTarget
-from trainers.deploy.formats import FORMATS, check_packable
-from trainers.engines.registry import check
 from trainers.loop.prune_step import prunable_layers
 from trainers.loop.schedules import pruning_plan
 from trainers.models import factory
 from trainers.models.weights_file import load_weights
-from trainers.optional_imports import require
-from trainers.quantization.checks import check_mode
-from trainers.quantization.int8_folder import NEEDS
 from trainers.sources.classes import check_known, names_of
 from trainers.structured.cut import Plan, plan_cut
 
@@ -86,8 +79,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     structured = recipe.structured
     for part, training in trainings(recipe).items():
         check_training(training, f"{part}.")
-    _check_int8(recipe)
-    _check_formats(recipe)
+    check_libraries(recipe)
     _check_schedule(recipe)
     check_allocated(recipe)
     _check_space(recipe)
@@ -95,10 +87,8 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if structured is not None and not dry_run:
         check_installed()
     model, layers, cut = _model(recipe)
-    if recipe.quantize is not None and model is not None:
-        check_mode(model, recipe.quantize.mode, [layer.name for layer in layers], "quantize.mode")
-    if model is not None and any(kind.startswith("sparse") for kind in recipe.export):
-        check_packable(model, "export")
+    if model is not None:
+        check_deployable(recipe, model, layers)
     _check_frozen(recipe, model, layers)
     total = _check_budget(recipe, layers)
     check_sparsities(recipe, model, layers)
@@ -112,7 +102,7 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
         dense = LeftDense.of(model, layers)
         shares = {layer.name: round(layer.numel * recipe.pruning.sparsity) for layer in layers}
         costs = _costs(recipe, model, shares)
-    _check_latency(recipe, model, layers, local=local)
+    check_latency(recipe, local=local)
     if local:
         check_local(recipe)
     check_name(recipe.registered_model, "tracking.registered_model")
@@ -131,31 +121,6 @@ def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Pr
     if recipe.data.source is None and not dry_run:
         _check_writable(recipe.storage)
     return Prepared(recipe, data, data_hash, layers, total, costs, cut, missing, dense)
-
-
-def _check_int8(recipe: Recipe) -> None:
-    """Check that INT8 can be written here, and trained for if that is asked.
-
-    Raises:
-        InputError: a library is missing, or the training cannot be.
-    """
-    if recipe.quantize is not None:
-        require("quantize.mode", recipe.quantize.mode, *NEEDS)
-        if recipe.quantize.training is not None:
-            check_training(recipe.quantize.training, "quantize.recovery.")
-
-
-def _check_formats(recipe: Recipe) -> None:
-    """Check that this machine can write the files that are asked for, and run them.
-
-    Raises:
-        InputError: a library is missing, or an instruction of the processor.
-    """
-    for kind in recipe.export:
-        form = FORMATS[kind]
-        calibration = "data.train" if form.calibration == "needed" else None
-        with InputError.renamed({"--format": "export"}):
-            form.check(kind, calibration)
 
 
 def _costs(recipe: Recipe, model: torch.nn.Module, shares: Mapping[str, int]) -> Costs:
@@ -177,8 +142,8 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
     """The model that weights are pruned of, its layers, and the structured step that leads to it."""
     patterns = recipe.pruning.layers
     source = recipe.model.checkpoint
-    if source is not None and source.startswith(("hf-hub:", "models:/")):
-        return None, [], None  # known when the model is fetched
+    if recipe.model.is_fetched:
+        return None, [], None  # known when the model is there
     if source is not None and recipe.model.is_file:
         model, known = _from_file(recipe)
         if known != recipe.model.classes and recipe.dense is None:
@@ -272,26 +237,6 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
     with InputError.renamed(by_limits):
         check_feasible(total, ends[:, 0], ends[:, 1])
     return total
-
-
-def _check_latency(
-    recipe: Recipe, model: torch.nn.Module | None, layers: list[PrunableLayer], *, local: bool
-) -> None:
-    """Check that there can be a table: the engine is installed, and zeros change some layer's time."""
-    rule, step = recipe.allocation.rule, recipe.structured
-    wanted: dict[str, LatencyTarget] = {}
-    if step is not None and step.objective == "latency":
-        wanted["structured"] = step.serves
-    if isinstance(rule, Fastest) and recipe.allocation.trials:
-        wanted["allocation"] = rule.target
-        if model is not None:
-            check_linear(model, layers)
-    for part, target in wanted.items():
-        check(target.choice, "cpu", key=f"{part}.target.engine")
-        if target.engine == "sparse" and model is not None:
-            check_packable(model, f"{part}.target.engine")
-        if local and not os.environ.get("RAY_ADDRESS"):
-            check_threads(target, os.cpu_count() or 1, key=f"{part}.target.threads")
 
 
 def _check_schedule(recipe: Recipe) -> None:

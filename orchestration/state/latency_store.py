@@ -7,7 +7,7 @@ the engine and how it was run, the pattern, and the model's shape. One of anothe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +181,7 @@ def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
         raise InputError(key, target.threads, f"the machine that serves has {processors} processors")
 
 
-def check_linear(model: nn.Module, layers: list[PrunableLayer]) -> None:
+def check_linear(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:
     """Check that zeros can gain time at all.
 
     Raises:

@@ -149,7 +149,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
         if content["data"][part] is not None:
             content["data"][part] = storage.absolute(content["data"][part])
     checkpoint = content["model"]["checkpoint"]
-    if checkpoint is not None and not checkpoint.startswith(("hf-hub:", "models:/")):
+    if checkpoint is not None and not recipe.model.is_fetched:
         content["model"]["checkpoint"] = storage.absolute(checkpoint)
     without_logins: dict[str, Any] = _without_logins(content)
     return without_logins

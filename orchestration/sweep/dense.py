@@ -31,7 +31,7 @@ def dense_phase(sweep: Sweep) -> Dense:
     sweep = sweep.phase("dense")
     recipe = sweep.recipe
     given = recipe.model.checkpoint
-    if given is not None and not recipe.model.is_file and not given.startswith(("hf-hub:", "models:/")):
+    if given is not None and not recipe.model.is_file and not recipe.model.is_fetched:
         sweep.display.phase("dense model")
         return _measured(sweep, storage.absolute(given), "given")
     version = _version(sweep, given)

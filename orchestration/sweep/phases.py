@@ -10,6 +10,7 @@ from orchestration.cluster.capacity import ClusterSize
 from orchestration.common.hashing import digest
 from orchestration.common.redaction import redact
 from orchestration.preflight.checks import Prepared
+from orchestration.preflight.deploy import check_deployable
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.phases import PhaseRange
 from orchestration.reporting import plots
@@ -28,6 +29,8 @@ from orchestration.tracking.promotion import Decision, settle
 from orchestration.tracking.registry import Registry
 from orchestration.tracking.tracker import Tracker
 from trainers import storage
+from trainers.checkpoint.folder import load_checkpoint
+from trainers.loop.prune_step import prunable_layers
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ def _results(sweep: Sweep) -> Results | None:
     """Run each phase for all methods; ``None`` where the command ends before the last phase."""
     recipe, reaches = sweep.recipe, sweep.phase_range.reaches
     original = dense = dense_phase(sweep)
+    if recipe.model.is_fetched:  # others were looked at before anything started
+        loaded = load_checkpoint(dense.checkpoint, layers=recipe.pruning.layers)
+        check_deployable(recipe, loaded.model, prunable_layers(loaded.model, recipe.pruning))
     structured = None
     if recipe.structured is not None and reaches("structured"):
         structured, facts = structured_phase(sweep, original)

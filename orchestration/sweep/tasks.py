@@ -327,7 +327,7 @@ def write_engine_file(job: EngineFileJob) -> None:
         model = load_checkpoint(str(source)).model.float().eval()
         transform = data.eval_transform(models.data_config(model))
         calibration = None
-        if FORMATS[job.kind].calibration == "needed":
+        if FORMATS[job.kind].calibrates(model):
             train = data.split(job.data, "train", transform, job.seed)
             calibration = torch.cat(data.calibration_batches(train, None, job.seed)).numpy()
         validation = data.split(job.data, "validation", transform, job.seed)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,25 @@ def test_remote_calls__a_sweep_with_a_silent_address_is_refused_in_one_line(sile
     assert error.count("\n") == 1
     assert "no answer in 2 seconds" in error
     assert "secret" not in error
+
+
+def test_remote_calls__a_weights_file_on_a_silent_address_is_refused_in_one_line(silent: str) -> None:
+    """It was asked for without a limit, for minutes in which Ctrl-C was not heard."""
+    process = start(
+        "import", silent.replace("/x?", "/x.pth?"), "--out", "out", "--architecture", "resnet18", seconds=2.0
+    )
+    out, error = process.communicate(timeout=60)  # the client itself tries for a hundred seconds
+    assert process.returncode == 2, error
+    assert out == ""
+    assert error.startswith("espalier: FILE = 's3://bucket/x.pth")
+    assert "no answer in 2 seconds" in error
+    assert "secret" not in error
+
+
+@pytest.mark.parametrize("work", [storage.remove, storage.size, storage.exists])
+def test_remote_calls__every_look_has_a_limit(work: Callable[[str], object], silent: str) -> None:
+    with remote_calls.time_limit(0.5), pytest.raises((InputError, TimeoutError), match=r"no answer in 0\.5"):
+        work(silent)
 
 
 def test_remote_calls__ctrl_c_is_heard_while_nobody_answers(silent: str) -> None:

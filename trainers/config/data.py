@@ -75,6 +75,11 @@ class ModelSettings(Settings):
         return self.checkpoint is not None and is_weights_file(self.checkpoint)
 
     @property
+    def is_fetched(self) -> bool:
+        """Whether the checkpoint is a hub's or a registry's, and so not known before it is fetched."""
+        return self.checkpoint is not None and self.checkpoint.startswith(("hf-hub:", "models:/"))
+
+    @property
     def ready_made(self) -> bool:
         """Whether the model comes with weights, so that no dense training is needed."""
         return self.pretrained or self.checkpoint is not None

@@ -84,6 +84,12 @@ class Format:
             )
             raise InputError("--calibration", calibration, f"{name} {why}; drop it")
 
+    def calibrates(self, model: nn.Module) -> bool:
+        """Whether a file of this model must be made with images that fix the ranges of activations."""
+        from trainers.quantization.checks import needs_calibration
+
+        return self.calibration == "needed" or (self.calibration == "possible" and needs_calibration(model))
+
     def _lacking(self) -> str | None:
         """What this machine lacks for the engine to run the file, which it must before it is kept."""
         if self.engine != "sparse":  # the others lack packages only

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import shutil
-import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pruners.errors import InputError, did_you_mean, first_line
+from trainers import storage
 from trainers.config.data import DataSettings, ModelSettings
 from trainers.models import factory
 from trainers.models.transformers_names import is_of_transformers
-from trainers.storage import resolve
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "network", "weights")
@@ -316,19 +314,12 @@ def _refuse_resampled(model: nn.Module, tensors: Mapping[str, Tensor], uri: str,
 @contextmanager
 def _local_file(uri: str, key: str) -> Iterator[Path]:
     """A file (any pyarrow URI) as a local path, in a ``with`` block."""
-    system, path = resolve(uri, key)
+    kind = storage.info(uri, key).type
+    if kind != fs.FileType.File:
+        missing = kind == fs.FileType.NotFound
+        raise InputError(key, uri, "no such file" if missing else "must be a file of weights")
     try:
-        kind = system.get_file_info(path).type
-        if kind != fs.FileType.File:
-            missing = kind == fs.FileType.NotFound
-            raise InputError(key, uri, "no such file" if missing else "must be a file of weights")
-        if isinstance(system, fs.LocalFileSystem):
-            yield Path(path)
-            return
-        with tempfile.TemporaryDirectory(prefix="espalier-") as folder:
-            copy = Path(folder) / Path(path).name
-            with system.open_input_stream(path) as source, copy.open("wb") as target:
-                shutil.copyfileobj(source, target)
-            yield copy
+        with storage.local_file(uri) as path:
+            yield path
     except OSError as error:
         raise InputError(key, uri, f"cannot be reached ({first_line(error)})") from None

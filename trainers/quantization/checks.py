@@ -33,12 +33,17 @@ def check_mode(model: nn.Module, mode: Mode, pruned: Collection[str], key: str) 
     if mode != "dynamic":
         return
     convolutions = _convolutions(model)
-    share = share_of(sum(convolutions.values()), model)
     left_out = next((name for name in pruned if name in convolutions), None)
-    if left_out is not None or share > 1 - LEAST_INT8_SHARE:
+    if left_out is not None or needs_calibration(model):
+        share = share_of(sum(convolutions.values()), model)
         example = "" if left_out is None else f", {left_out} among them, which is pruned"
         expected = f"leaves convolutions in float32: {100 * share:.0f} % of {kind}'s weights{example}"
         raise InputError(key, mode, f"{expected}; static quantises them (it takes training images)")
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether INT8 needs ranges of activations from images, as most weights are those of convolutions."""
+    return share_of(sum(_convolutions(model).values()), model) > 1 - LEAST_INT8_SHARE
 
 
 def _convolutions(model: nn.Module) -> dict[str, int]:
