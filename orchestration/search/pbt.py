@@ -7,9 +7,10 @@ itself.
 
 from __future__ import annotations
 
+import itertools
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,15 +116,31 @@ def within(space: Space, values: Mapping[str, Any]) -> dict[str, float]:
 def draws(
     space: Space, log: TrialLog, first: Sequence[dict[str, Any]], trials: int, seed: int
 ) -> BasicVariantGenerator:
-    """Random proposals. Interrupted trials come first; in a new search the given proposals do.
+    """The given proposals, then random ones; an interrupted search has those that the undisturbed one has.
 
-    Of two that had come to the same values one begins anew: they are told apart by nothing else.
+    Interrupted trials come first. They are recognised by their values: of two that had come to the same ones
+    the other begins anew.
     """
     pending = [values for values in log.pending if contains(space, values)]
     apart = [values for number, values in enumerate(pending) if values not in pending[:number]]
-    known = len(log.trials)
-    points = apart or ([] if known else list(first))
-    return BasicVariantGenerator(points_to_evaluate=points[:trials], random_state=seed + known)
+    known = len(log.trials) + len(log.pending)
+    missing = max(0, trials - len(apart))
+    anew = itertools.islice(itertools.chain(first, _random(space, seed)), known, known + missing)
+    return BasicVariantGenerator(points_to_evaluate=[*apart[:trials], *anew])
+
+
+def _random(space: Space, seed: int) -> Iterator[dict[str, float]]:
+    """Random values of each key, without end."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield {
+            key: float(
+                np.exp(generator.uniform(np.log(domain.low), np.log(domain.high)))
+                if domain.log
+                else generator.uniform(domain.low, domain.high)
+            )
+            for key, domain in space.items()
+        }
 
 
 def history(member: Mapping[str, Any]) -> dict[str, Any]:

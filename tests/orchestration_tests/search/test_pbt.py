@@ -157,16 +157,36 @@ def given(found: Any) -> list[dict[str, Any]]:
 
 def test_pbt__what_is_drawn_first(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
-    assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 3, 0)) == [{"x": 0.2}]
+    undisturbed = given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 6, 0))
+    assert undisturbed[0] == {"x": 0.2}
+    assert len({values["x"] for values in undisturbed}) == 6
+    assert all(0.1 <= values["x"] <= 1.0 for values in undisturbed)
     log = TrialLog(uri)
     for number, x in enumerate((0.5, 0.6, 0.5, 7.0)):
         log.begin(number, {"x": x}, None)
-    assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 3, 0)) == [{"x": 0.5}, {"x": 0.6}]
+    again = given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 4, 0))
+    assert again == [{"x": 0.5}, {"x": 0.6}, *undisturbed[4:]]  # a third of 0.5, and 7.0: begun anew
     assert given(draws(SPACE, TrialLog(uri), [], 1, 0)) == [{"x": 0.5}]
     log.add(TrialRecord(0, {"x": 0.5}, "finished", 0.5))
     for number in (1, 2, 3):
         log.add(TrialRecord(number, {"x": 0.6}, "failed", None))
-    assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 3, 0)) == []
+    assert given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 2, 0)) == undisturbed[4:]
+
+
+@pytest.mark.parametrize("begun", range(5))
+def test_pbt__a_search_broken_off_at_any_moment_draws_what_the_undisturbed_one_draws(
+    begun: int, tmp_path: Path
+) -> None:
+    uri = f"{tmp_path}/trials.json"
+    undisturbed = given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 5, 7))
+    log = TrialLog(uri)
+    for number, values in enumerate(undisturbed[:begun]):
+        log.begin(number, values, None)
+    for number in range(begun // 2):
+        log.add(TrialRecord(number, undisturbed[number], "finished", 0.5))
+    again = given(draws(SPACE, TrialLog(uri), [{"x": 0.2}], 5 - begun // 2, 7))
+    assert again == undisturbed[begun // 2 :]
+    assert undisturbed != given(draws(SPACE, TrialLog(f"{tmp_path}/other"), [{"x": 0.2}], 5, 8))
 
 
 def test_pbt__what_a_trial_is_that_starts() -> None:
