@@ -1,4 +1,4 @@
-"""Labelled images as people have them: Parquet, folders, WebDataset, scikit-learn's digits; conversion."""
+"""Labelled images as people have them: Parquet, folders, WebDataset; conversion, audit."""
 
 __all__ = [
     "audit",
