@@ -64,7 +64,7 @@ def as_markdown(keys: list[Key]) -> str:
         <BLANKLINE>
         | key | default | values | meaning |
         |---|---|---|---|
-        | `data.holdout` | `0.1` | number | part of train held out without validation |
+        | `data.holdout` | `0.1` | number | share of train held out where validation is not given |
     """
     parts: dict[str, list[Key]] = {"": []}
     names = {key.name for key in keys}
@@ -73,7 +73,7 @@ def as_markdown(keys: list[Key]) -> str:
         alone = part == key.name and not any(name.startswith(f"{part}.") for name in names)
         parts.setdefault("" if alone else part, []).append(key)
     return "\n\n".join(
-        f"## {f'`{part}`' if part else 'Keys without others below them'}\n\n{_markdown_table(rows)}"
+        f"## {f'`{part}`' if part else 'Top-level keys'}\n\n{_markdown_table(rows)}"
         for part, rows in parts.items()
         if rows
     )

@@ -31,8 +31,8 @@ ExportFormat = Literal[
 class WorkerRange(Settings):
     """A run that goes on with fewer workers when a node leaves, at the same global batch."""
 
-    min: Workers = 1
-    max: Workers
+    min: Workers = Field(1, description="least number of workers with which a run continues")
+    max: Workers = Field(description="number of workers where the cluster has room for them")
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkerRange:
@@ -47,8 +47,10 @@ class Resources(Settings):
     workers: Workers | WorkerRange = Field(
         1, description="data-parallel workers of a run, or {min, max} of them as nodes come and go"
     )
-    cpus_per_worker: Amount = Field(1.0, gt=0.0)
-    gpus_per_worker: Amount = 0.0
+    cpus_per_worker: Amount = Field(
+        1.0, gt=0.0, description="processors that each worker reserves, and its threads"
+    )
+    gpus_per_worker: Amount = Field(0.0, description="GPUs that each worker reserves; 0: on the processor")
     retries: int = Field(1, ge=0, le=10**6, description="restarts of a worker group after a failure")
 
     @property
@@ -63,11 +65,15 @@ class Resources(Settings):
 class PhaseResources(Resources):
     """What training runs take from the cluster; keys that a phase leaves out are those of all other runs."""
 
-    dense: Resources | None = Field(None, description="for the dense model; default: the same as others")
-    structured: Resources | None = Field(
-        None, description="for recovery after the structured step; default: the same as others"
+    dense: Resources | None = Field(
+        None, description="for the dense model; keys left out are those of resources"
     )
-    long_run: Resources | None = Field(None, description="for the long run; default: the same as others")
+    structured: Resources | None = Field(
+        None, description="for recovery after the structured step; keys left out are those of resources"
+    )
+    long_run: Resources | None = Field(
+        None, description="for the long run; keys left out are those of resources"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -97,8 +103,12 @@ class Promotion(Settings):
 class Tracking(Settings):
     """Where MLflow is; without a URI a server of our own is started on loopback."""
 
-    uri: Name | None = None
-    experiment: ShortName = "espalier"
+    uri: Name | None = Field(
+        None,
+        description="address of an MLflow server; default: MLFLOW_TRACKING_URI, or a server of our own on "
+        "loopback",
+    )
+    experiment: ShortName = Field("espalier", description="MLflow's experiment, which runs are logged in")
     registered_model: ShortName | None = Field(None, description="default espalier-<name>")
     promotion: Promotion = Promotion()
 
@@ -130,7 +140,11 @@ class Quantization(Calibration):
     float model with fake quantisation before, its zeros held.
     """
 
-    mode: Mode = "static"
+    mode: Mode = Field(
+        "static",
+        description="ranges of activations: measured as the model runs (dynamic), fixed on images (static), "
+        "or fixed and trained with (qat)",
+    )
     recovery: AwareTraining | None = Field(
         None,
         description="qat: how it is trained",
@@ -160,9 +174,14 @@ class Quantization(Calibration):
 class Recipe(Settings):
     """One sweep or run. YAML keys are the names below; ``extends:`` inherits from another recipe."""
 
-    name: ShortName = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = Field("", max_length=5000)
-    seed: Seed = defaults.SEED
+    name: ShortName = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="of the sweep, its folder and its runs: letters, digits, '.', '_' and '-', 128 at most",
+    )
+    description: str = Field(
+        "", max_length=5000, description="what it is for; a note of the sweep's run in MLflow"
+    )
+    seed: Seed = Field(defaults.SEED, description="decides all that is drawn at random, 0 to 2,147,483,647")
     storage: Name = Field(defaults.STORAGE, description="folder or pyarrow URI that every node reaches")
     model: ModelSettings
     data: DataSettings
@@ -173,7 +192,9 @@ class Recipe(Settings):
         None, description="whole channels are cut, and the smaller model recovers, before weights are pruned"
     )
     pruning: PruningSettings = PruningSettings()
-    recovery: TrainingSettings = TrainingSettings()
+    recovery: TrainingSettings = Field(
+        TrainingSettings(), description="training of gradual runs, between and after pruning steps"
+    )
     allocation: AllocationSearch = AllocationSearch()
     schedule: ScheduleSearch = ScheduleSearch()
     long_run: dict[str, Any] = Field(

@@ -88,8 +88,12 @@ class Pareto(Settings):
     between: tuple[Share, Share] | None = Field(
         None, description="sparsities to look between, in place of pruning.sparsity alone"
     )
-    tolerance: Share | None = None
-    at_most: Share | None = None
+    tolerance: Share | None = Field(
+        None, description="rule: the cheapest model at most so much top-1 (0 to 1) below the best"
+    )
+    at_most: Share | None = Field(
+        None, description="rule: the best model whose cost is at most this share of the dense model's"
+    )
 
     @field_validator("against", mode="before")
     @classmethod
@@ -145,7 +149,9 @@ class AllocationSearch(SearchLimits):
     of the trials that come to each of these ends one in ``reduction`` goes on.
     """
 
-    trials: int = Field(30, ge=0, le=10**6, description="for each sparsity")
+    trials: int = Field(
+        30, ge=0, le=10**6, description="one-shot trials for each sparsity; 0: the method's own allocation"
+    )
     sparsities: Annotated[tuple[Inner, ...], Distinct] = Field(
         (), description="besides pruning.sparsity; each a study, begun with what was best at the one before"
     )
@@ -158,10 +164,18 @@ class AllocationSearch(SearchLimits):
         le=1.0,
         description="how far from the method's own sparsities; at most three quarters of what is left",
     )
-    sampler: Sampler = "tpe"
+    sampler: Sampler = Field("tpe", description="what proposes allocations: Optuna's sampler of this name")
     images: Images = Field(2000, description="validation images of a trial, at most")
-    first_images: Images | None = Field(None, description="default: all at once")
-    reduction: int = Field(2, ge=2, le=10**6)
+    first_images: Images | None = Field(
+        None,
+        description="validation images that a trial sees before its first comparison; default: all",
+    )
+    reduction: int = Field(
+        2,
+        ge=2,
+        le=10**6,
+        description="with first_images: one in so many of the trials continues, on as many times the images",
+    )
     reconstruct: ImagesToSolveOn = Field(
         0,
         description="training images on which the weights of each trial are solved again before it is "
@@ -178,8 +192,10 @@ class AllocationSearch(SearchLimits):
     )
     between: tuple[Share, Share] | None = Field(None, description="of latency: sparsities to look between")
     target: LatencyTarget | None = Field(None, description="of latency: what is to be fast; default csr")
-    cpus_per_trial: Amount = Field(1.0, gt=0.0)
-    gpus_per_trial: Amount = 0.0
+    cpus_per_trial: Amount = Field(
+        1.0, gt=0.0, description="processors of a trial, and its threads; parts as 0.5 too"
+    )
+    gpus_per_trial: Amount = Field(0.0, description="GPUs of a trial, parts as 0.25 too; 0: on the processor")
 
     @model_validator(mode="after")
     def _of_latency(self) -> AllocationSearch:
@@ -252,19 +268,23 @@ class AllocationSearch(SearchLimits):
 class ScheduleSearch(SearchLimits):
     """Gradual runs over schedule hyper-parameters; 1 trial runs the recipe's own values."""
 
-    trials: Count = 4
-    space: dict[str, Distribution] = Field({}, description="recipe key -> distribution")
+    trials: Count = Field(4, description="gradual runs of the search; without space there is one")
+    space: dict[str, Distribution] = Field(
+        {},
+        description="key of recovery or pruning -> one of {uniform: [a, b]}, {log: [a, b]}, "
+        "{integer: [a, b]}, {choice: [a, b, c]}; beside it when: {other searched key: value}",
+    )
     sampler: Literal[Sampler, "grid"] = Field("tpe", description="grid: every combination, at most trials")
     scheduler: Literal["asha", "hyperband", "median", "none", "pbt"] = Field(
         "asha",
         description="what stops trials early, by their epochs at the final sparsity; pbt stops none: "
-        "the worse go on from the better ones' models",
+        "the worse continue from the better ones' models",
     )
     grace_epochs: Steps = Field(
         1, description="epochs at the final sparsity before a trial may be stopped; pbt: between looks"
     )
     reduction: int = Field(
-        2, ge=2, le=10**6, description="one in so many goes on; pbt: so many of the worst do not"
+        2, ge=2, le=10**6, description="one in so many continues; pbt: one in so many is exchanged"
     )
 
     @property

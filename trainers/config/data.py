@@ -34,9 +34,7 @@ class ModelSettings(Settings):
         None,
         description="folder (any pyarrow URI), hf-hub:NAME, models:/NAME; or a .pth file of architecture",
     )
-    classes: Annotated[int, Field(ge=2, le=10**6)] = Field(
-        1000, description="of one class there is nothing to learn: its loss is 0"
-    )
+    classes: Annotated[int, Field(ge=2, le=10**6)] = Field(1000, description="number of classes, 2 at least")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,17 +87,30 @@ class DataSettings(Settings):
     """Images as Parquet (``image: {bytes, path}`` or bytes, ``label``): files, folders, globs."""
 
     source: Literal["digits"] | None = Field(None, description="data that espalier writes itself")
-    train: Name | None = None
-    validation: Name | None = Field(None, description="default: a fixed part of train is held out")
-    test: Name | None = None
-    holdout: float = Field(0.1, gt=0.0, lt=1.0, description="part of train held out without validation")
-    mean: tuple[Mean, Mean, Mean] | None = Field(None, description="default: the model's own")
-    std: tuple[Deviation, Deviation, Deviation] | None = None
+    train: Name | None = Field(
+        None, description="training images: a file, folder or glob of Parquet; needed without source"
+    )
+    validation: Name | None = Field(
+        None, description="images by which models are chosen; default: a fixed part of train"
+    )
+    test: Name | None = Field(
+        None,
+        description="images of the table at the end, looked at for it alone; default: those of validation",
+    )
+    holdout: float = Field(
+        0.1, gt=0.0, lt=1.0, description="share of train held out where validation is not given"
+    )
+    mean: tuple[Mean, Mean, Mean] | None = Field(
+        None, description="mean of each channel (R, G, B), pixels from 0 to 1; default: the model's own"
+    )
+    std: tuple[Deviation, Deviation, Deviation] | None = Field(
+        None, description="deviation of each channel, pixels from 0 to 1; default: the model's own"
+    )
     image_column: Name | None = Field(
-        None, description="default: the one Image of the hub's metadata, or 'image'"
+        None, description="name of the column; default: the one Image of the hub's metadata, or 'image'"
     )
     label_column: Name | None = Field(
-        None, description="default: the one ClassLabel of the hub's metadata, or 'label'"
+        None, description="name of the column; default: the one ClassLabel of the hub's metadata, or 'label'"
     )
     bad_images: Literal["stop", "skip"] = Field(
         "stop", description="images that cannot be decoded, rows without a label, files that cannot be read"

@@ -18,7 +18,7 @@ class LatencyTarget(Settings):
     engine: str = Field("csr", description=", ".join(MEASURED))
     type: str | None = Field(None, description="float32 or bfloat16; default the engine's own")
     batch: Count = Field(1, description="images at once")
-    threads: Count = 1
+    threads: Count = Field(1, description="of the processor, that the engine uses")
     resources: dict[str, Positive] = Field(
         {}, description="Ray resources that the node has which is to serve: it is measured there"
     )

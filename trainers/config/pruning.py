@@ -97,8 +97,12 @@ _SHORTENS = 0.5  # a floor from which a stored order is made for it
 class PruningSettings(Settings):
     """Which weights are pruned, by which method, and to which sparsity."""
 
-    methods: Annotated[tuple[Method, ...], Distinct] = Field(("dimap", "ovit"), min_length=1)
-    sparsity: Share = 0.75
+    methods: Annotated[tuple[Method, ...], Distinct] = Field(
+        ("dimap", "ovit"), min_length=1, description="each gives a pruned model of its own"
+    )
+    sparsity: Share = Field(
+        0.75, description="zeros / prunable weights at the end, 0 to 1; met to one weight"
+    )
     layers: dict[Name, Patterns] | None = Field(
         None, min_length=1, description="module -> regular expressions"
     )
@@ -118,7 +122,7 @@ class PruningSettings(Settings):
     reconstruct: ImagesToSolveOn = Field(
         0,
         description="training images on which the weights that are kept are solved again after each pruning "
-        "step, so that layers answer as before; 0: they are not",
+        "step, so that layers give the outputs that they gave before; 0: they are not",
     )
 
     @property

@@ -21,20 +21,29 @@ class LearningRate(Settings):
     a published schedule.
     """
 
-    kind: Literal["cosine", "linear", "constant", "cyclic"] = "cosine"
-    peak: Peak = 1e-3
-    floor: Rate = 0.0
-    warmup_epochs: float = Field(0.0, ge=0.0, le=1e5)
+    kind: Literal["cosine", "linear", "constant", "cyclic"] = Field(
+        "cosine",
+        description="curve from peak to floor after the warm-up; cyclic: a new one at each pruning step; "
+        "constant: stays at peak",
+    )
+    peak: Peak = Field(1e-3, description="learning rate at the end of the warm-up, above 0")
+    floor: Rate = Field(
+        0.0, description="learning rate at the end of the curve (cyclic: of each cycle), at most peak"
+    )
+    warmup_epochs: float = Field(
+        0.0, ge=0.0, le=1e5, description="length of the linear warm-up, in epochs, at most epochs"
+    )
     warmup_from: Rate = Field(0.0, description="rate at the start of the warm-up")
     shape: Literal["linear", "cosine"] = Field("linear", description="cyclic: how each cycle falls")
     cycle_peaks: tuple[Peak, ...] = Field(
-        (), description="cyclic: a peak for each cycle in place of one for all; the last goes on"
+        (),
+        description="cyclic: a peak for each cycle in place of one for all; the last for all that follow",
     )
     cycle_epochs: float | None = Field(
         None,
         ge=1e-3,
         le=1e5,
-        description="cyclic: cycles of this length, in place of one for each pruning step",
+        description="cyclic: cycles of so many epochs, in place of one for each pruning step",
     )
 
     @model_validator(mode="before")
@@ -64,11 +73,15 @@ class PruningSchedule(Settings):
     of a checkpoint. The name of a preset stands for a published schedule.
     """
 
-    kind: Literal["linear", "polynomial", "points", "one_shot", "constant"] = "linear"
+    kind: Literal["linear", "polynomial", "points", "one_shot", "constant"] = Field(
+        "linear",
+        description="how sparsity rises: in steps, linear or polynomial; through points; at once; not at all "
+        "(constant keeps a checkpoint's zeros)",
+    )
     start: Share | None = Field(
         None, description="sparsity of the first of several steps; default 0.5, or the target if that is less"
     )
-    steps: Steps = 4
+    steps: Steps = Field(4, description="linear, polynomial: number of pruning steps, 1 to 100,000")
     power: float = Field(3.0, ge=1.0, le=100.0, description="polynomial: its power")
     first_at: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run at which the first step falls")
     last_at: float = Field(

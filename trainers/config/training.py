@@ -26,12 +26,14 @@ class AugmentSettings(Settings):
     """Augmentation of training images; by default they are only resized and normalised."""
 
     shift: int = Field(0, ge=0, le=4096, description="random shift, pixels")
-    scale: tuple[Share, Share] | None = Field(None, description="area of random resized crops")
-    flip: Share = 0.0
+    scale: tuple[Share, Share] | None = Field(
+        None, description="random resized crops: least and largest share of the image's area, as [0.08, 1]"
+    )
+    flip: Share = Field(0.0, description="probability of a horizontal flip, 0 to 1")
     rand_augment: Name | None = Field(None, description="timm's string, rand-m9-mstd0.5-inc1")
-    erasing: Share = 0.0
-    mixup: Rate = 0.0
-    cutmix: Rate = 0.0
+    erasing: Share = Field(0.0, description="probability that a random rectangle is erased, 0 to 1")
+    mixup: Rate = Field(0.0, description="α of the Beta distribution of mixup's shares; 0: no mixup")
+    cutmix: Rate = Field(0.0, description="α of the Beta distribution of CutMix's areas; 0: no CutMix")
 
 
 class DistillSettings(Settings):
@@ -43,45 +45,72 @@ class DistillSettings(Settings):
     """
 
     teacher: Name = Field("dense", description="dense (what the run starts from), a timm model or a folder")
-    kind: Literal["soft", "hard"] = "soft"
-    weight: float = Field(0.5, gt=0.0, le=1.0, description="share of the loss")
-    temperature: float = Field(1.0, ge=1e-3, le=1e3, description="soft: of both sides")
+    kind: Literal["soft", "hard"] = Field(
+        "soft", description="soft: by the teacher's logits; hard: by the class that it predicts"
+    )
+    weight: float = Field(
+        0.5, gt=0.0, le=1.0, description="the teacher's share of the loss; the rest is the labels'"
+    )
+    temperature: float = Field(
+        1.0, ge=1e-3, le=1e3, description="soft: what logits of teacher and model are divided by"
+    )
 
 
 class TrainingSettings(Settings):
     """How a model is trained, or recovers from pruning; a ``preset`` sets augmentation and regularisation."""
 
-    preset: Literal["light1", "light2", "medium1", "medium2", "deit"] | None = None
-    epochs: Steps = 30
+    preset: Literal["light1", "light2", "medium1", "medium2", "deit"] | None = Field(
+        None,
+        description="augmentation, weight_decay, clip_grad and drop_path by name, from weak to strong; keys "
+        "given beside it override it",
+    )
+    epochs: Steps = Field(30, description="passes over the training images, 1 to 100,000")
     batch_size: Count = Field(64, description="images a step over all workers")
     accumulate: Count = Field(1, description="parts that a worker takes its images of a step in")
     optimizer: Name = Field("adamw", description="timm optimizer name")
     optimizer_args: Arguments = Field({}, description="its keyword arguments, as {betas: [0.9, 0.95]}")
     lr: LearningRate = LearningRate()
     weight_decay: Rate = Field(0.05, description="not for biases and norms")
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0, description="learning rate, layer by layer down")
-    clip_grad: float | None = Field(1.0, gt=0.0, le=1e9)
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    layer_decay: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="factor of the learning rate from each layer to the one below; null: 1",
+    )
+    clip_grad: float | None = Field(
+        1.0, gt=0.0, le=1e9, description="largest norm of the gradient of all weights; null: not clipped"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of a label that all classes have alike, 0 to below 1"
+    )
     drop_path: float | None = Field(None, ge=0.0, lt=1.0, description="default: the model's own")
     augment: AugmentSettings = AugmentSettings()
-    distill: DistillSettings | None = None
+    distill: DistillSettings | None = Field(
+        None, description="learn from a teacher's outputs beside the labels; {}: with the values below"
+    )
     freeze: tuple[Expression, ...] = Field(
         (), description="regular expressions of parameters that stay as they are"
     )
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="decay of a moving average of the weights")
     moments: Literal["mask", "reset"] = Field(
-        "mask", description="what the optimizer remembers after a pruning step: all but what fell, or nothing"
+        "mask",
+        description="what the optimizer remembers after a pruning step: all but what was pruned, or nothing",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    channels_last: bool = False
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of forward passes, mixed with float32 (autocast); float16 scales the loss",
+    )
+    channels_last: bool = Field(
+        False, description="layout of images and convolutions in memory: channels last (NHWC)"
+    )
     compile: bool = Field(False, description="torch.compile")
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="a step that is not finite: end the run, or leave it out (ten of a run at most)"
     )
     data_workers: int = Field(0, ge=0, le=1024, description="decoding processes of each worker")
-    checkpoint_every: Count = Field(5, description="epochs")
+    checkpoint_every: Count = Field(5, description="epochs between two checkpoints of a run")
     checkpoint_minutes: float | None = Field(
-        10.0, gt=0.0, le=1e6, description="within an epoch too, this far apart"
+        10.0, gt=0.0, le=1e6, description="within an epoch too, this many minutes apart"
     )
     checkpoint_steps: Images | None = Field(None, description="within an epoch too, this many steps apart")
 

@@ -76,6 +76,14 @@ def test_reference__what_was_said_is_not_said_again() -> None:
     assert everything("recovery.lr") == {name for name in everything("recovery") if ".lr." in name}
 
 
+def test_reference__every_key_has_a_meaning() -> None:
+    parts = {known.name.partition(".")[0] for known in recipe_keys()}
+    listed = [known for part in ("", *sorted(parts)) for known in recipe_keys(part)]
+    assert len(listed) > 165
+    # that its keys are listed elsewhere says nothing of the key itself
+    assert {known.name for known in listed if not known.text or known.text.startswith("its keys")} == set()
+
+
 def test_reference__an_unknown_part_is_one_line() -> None:
     with pytest.raises(InputError, match=r"key = 'recovry': no recipe has it \(did you mean 'recovery'\?\)"):
         recipe_keys("recovry")
