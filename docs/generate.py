@@ -27,7 +27,23 @@ API = {
     "trainers.engines": "trainers.engines",
     "trainers.quantization": "trainers.quantization",
     "trainers.structured": "trainers.structured",
+    "trainers.deploy": "trainers.deploy",
+    "trainers.sparse": "trainers.sparse",
     "orchestration.recipe": "orchestration.recipe",
+}
+# of a package whose modules are mostly internal: what may be used
+OFFERED = {
+    "pruners": None,  # its __all__
+    "trainers.sparse": (
+        "runtime.load",
+        "runtime.SparseModel",
+        "runtime.Prediction",
+        "modules.sparse_linear_modules",
+        "modules.Swapped",
+        "modules.SparseLinear",
+        "packing.check",
+        "packing.pack",
+    ),
 }
 BAR = "\\|"  # in a table
 GENERATED = "<!-- Written by docs/generate.py from {}; do not edit it here. -->\n\n"
@@ -131,9 +147,10 @@ def api_page(package: str, title: str) -> str:
     """Docstrings of a package: of the names that it offers, or of each of its modules."""
     module = importlib.import_module(package)
     names = list(module.__all__)
-    parts = [GENERATED.format(f"{package}.__all__") + f"# `{title}`\n", directive("automodule", package, [])]
-    if package == "pruners":
-        parts += [of_name(f"{package}.{name}") for name in names]
+    source = f"the docstrings of {package}" if OFFERED.get(package) else f"{package}.__all__"
+    parts = [GENERATED.format(source) + f"# `{title}`\n", directive("automodule", package, [])]
+    if package in OFFERED:
+        parts += [of_name(f"{package}.{name}") for name in OFFERED[package] or names]
     else:
         for name in names:
             parts.append(f"## `{name}`\n")
@@ -146,7 +163,9 @@ def of_name(path: str) -> str:
     package, _, name = path.rpartition(".")
     thing = getattr(importlib.import_module(package), name)
     if isinstance(thing, type):
-        return directive("autoclass", path, ["members"])
+        called = vars(thing).get("__call__")
+        special = ["special-members: __call__"] if getattr(called, "__doc__", None) else []
+        return directive("autoclass", path, ["members", *special])
     if hasattr(thing, "__code__"):
         return directive("autofunction", path, [])
     return directive("py:data", path, [], comment(package, name))
@@ -168,7 +187,10 @@ def comment(package: str, name: str) -> str:
 
 def directive(name: str, argument: str, options: list[str], text: str = "") -> str:
     """A directive of reStructuredText in a page of Markdown."""
-    lines = [f".. {name}:: {argument}", *(f"   :{option}:" for option in options)]
+    lines = [
+        f".. {name}:: {argument}",
+        *(f"   :{option}" + ("" if ": " in option else ":") for option in options),
+    ]
     lines += ["", *(f"   {line}" for line in text.splitlines())] if text else []
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
 

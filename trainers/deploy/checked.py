@@ -1,8 +1,8 @@
 """A file for an engine: written, run by that engine, compared with torch, and recorded.
 
 Its folder holds the engine's file and ``export.json`` (:data:`EXPORT_RECORD`): where it came from, how it
-was checked, its versions and checksums, and the checked file's answers to a few made-up pictures, by which
-anybody can tell later and elsewhere whether an engine still answers so.
+was checked, its versions and checksums, and the checked file's outputs for a few synthetic images, by which
+anybody can see later and elsewhere whether an engine still gives the same.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from trainers.quantization.checks import share_of
 EXPORT_RECORD = "export.json"
 FORMAT = "espalier-export-1"
 BATCHES = (1, 2, 7, 64)
-"""Sizes of the batches that a file has to answer before it is kept."""
+"""Sizes of the batches on which a file is run and compared before it is kept."""
 
 
 class CheckError(RuntimeError):
-    """A file whose engine does not answer what the model answers."""
+    """The outputs of a file's engine differ from the model's by more than is allowed."""
 
 
 def write_checked(
@@ -56,14 +56,14 @@ def write_checked(
         images: real ones, (:data:`BATCHES`' largest, channels, height, width), normalised.
         images_name: what they are, for the record.
         origin: where the model comes from, for the record.
-        say: is given lines about how far the answers lie apart.
+        say: is given lines about how far the outputs lie apart.
 
     Returns:
-        The record.
+        The record, as it was written beside the file.
 
     Raises:
         InputError: a model that the format cannot hold.
-        CheckError: the engine's answers differ from the model's; ``say`` has said by how much.
+        CheckError: the engine's outputs differ from the model's; ``say`` was given by how much.
     """
     form = FORMATS[kind]
     form.write(source, folder)
@@ -119,6 +119,9 @@ def read_record(folder: Path, name: str, *, key: str = "model") -> ExportRecord:
         name: the folder as the user named it, for error messages.
         key: the option or recipe key that named it, for error messages.
 
+    Returns:
+        The record.
+
     Raises:
         InputError: it is none, or a file is missing or not what the record says.
     """
@@ -139,7 +142,15 @@ def is_exported(folder: Path) -> bool:
 
 
 def torch_answers(model: nn.Module, images: Images) -> NDArray[np.float32]:
-    """Logits of a float32 model in eval mode, (N, classes)."""
+    """Compute the logits of a float32 model in eval mode.
+
+    Args:
+        model: on the CPU.
+        images: (N, channels, height, width), normalised.
+
+    Returns:
+        (N, classes), float32.
+    """
     with torch.inference_mode():
         logits: NDArray[np.float32] = model(torch.from_numpy(images)).numpy()
     return logits

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be written, how its images are prepared, and images for calibration, if any."""
+    """A model to be written, how its images are prepared, and images for calibration, if any.
+
+    Attributes:
+        model: in float32 and eval mode, on the CPU.
+        preprocessing: how an image becomes an input (:mod:`trainers.data.preprocessing`).
+        calibration: (N, channels, height, width), float32, normalised.
+    """
 
     model: nn.Module
     preprocessing: Mapping[str, Any]
@@ -30,11 +36,13 @@ class Source:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
         channels, height, width = self.preprocessing["input_size"]
         return channels, height, width
 
     @property
     def metadata(self) -> dict[str, str]:
+        """What the file itself says of its preprocessing and classes, as JSON by name."""
         from trainers.data.preprocessing import metadata_of
 
         return metadata_of(self.preprocessing)
@@ -67,6 +75,10 @@ class Format:
 
     def check(self, name: str, calibration: str | None) -> None:
         """Check that the format can be written with these images.
+
+        Args:
+            name: of the format.
+            calibration: address of the images for calibration, if any.
 
         Raises:
             InputError: a library is missing, or images for calibration are where they are of no use.
@@ -293,4 +305,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "torch-export": Format("torch.export's program", "model.pt2", "torch", "float32", (), "none", _torch),
     }
 )
-"""By the names that ``espalier export --format`` takes; ``compressed`` is no engine's."""
+"""By the names that ``espalier export --format`` takes; ``compressed`` is no engine's.
+
+:meta hide-value:
+"""

@@ -26,6 +26,9 @@ def load_runnable(uri: str, *, key: str) -> Runnable:
         uri: the folder (any pyarrow URI), or ``hf-hub:NAME``.
         key: the option or recipe key that named it, for error messages.
 
+    Returns:
+        The model with how its images are prepared, its classes, its sparsity and its engine.
+
     Raises:
         InputError: a file that is missing, changed, or cannot be loaded; or an engine that cannot run here.
     """

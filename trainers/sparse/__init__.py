@@ -1,6 +1,6 @@
 """An engine on which zeros save time: machine code made for the host, activations in tiles of tokens.
 
-``packing`` writes a pruned timm vision transformer as a folder (with torch); ``runtime`` runs it (without):
+``packing`` writes a pruned timm vision transformer as a folder (with torch); ``runtime`` runs it (without)::
 
     from trainers.sparse import load
     model = load("deit_s_90", threads=2)

@@ -29,8 +29,14 @@ _FAMILIES = {
 
 
 def check(model: Any) -> None:
-    """Raises ``ValueError`` for a model, or a part, with no operation of the engine's; weights do not
-    matter."""
+    """Check that the engine can run a model, by its structure alone.
+
+    Args:
+        model: of timm, on any device, the meta device too.
+
+    Raises:
+        ValueError: another kind of model, or a part that the engine has no operation for, by its name.
+    """
     kind = type(model).__name__
     if kind not in _FAMILIES:
         raise ValueError(f"{kind}: only timm's VisionTransformer and SwinTransformer are packed")
@@ -38,11 +44,14 @@ def check(model: Any) -> None:
 
 
 def packed(model: Any, *, int8: bool = False) -> tuple[Program, Tensors]:
-    """Program and tensors of a model.
+    """Convert a model to the program and the tensors that the engine runs.
 
     Args:
         model: a timm ``VisionTransformer`` or ``SwinTransformer``.
         int8: whether the linear layers of its blocks have INT8 weights.
+
+    Returns:
+        The program, and the tensors by name.
 
     Raises:
         ValueError: another model, or a part that the engine has no operation for, by its name.
@@ -58,7 +67,7 @@ def pack(
     int8: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> Program:
-    """Writes a model's folder: ``program.json``, ``tensors.safetensors`` and their checksums.
+    """Write the folder of a model: ``program.json``, ``tensors.safetensors`` and their checksums.
 
     Args:
         model: a timm ``VisionTransformer`` or ``SwinTransformer``; its zeros are left out.
@@ -66,6 +75,9 @@ def pack(
         int8: INT8 weights, where zeros save time in blocks of 1 × 4.
         preprocessing: how images are prepared, and the names of the classes
             (:mod:`trainers.data.preprocessing`); default: timm's own configuration.
+
+    Returns:
+        The program that was written.
 
     Raises:
         ValueError: a model with a part that the engine cannot run.

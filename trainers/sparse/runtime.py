@@ -40,12 +40,12 @@ _TOGETHER = 16  # images of a pass of :meth:`SparseModel.predict`
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """The predicted class of one image.
 
     Attributes:
-        label: the number of the likeliest class.
-        name: its name, if the folder knows it.
-        probabilities: of all classes, summing to 1.
+        label: the number of the class with the largest probability.
+        name: its name; ``None`` if the folder holds no names of classes.
+        probabilities: (classes,), float32: of each class, summing to 1.
     """
 
     label: int
@@ -54,15 +54,20 @@ class Prediction:
 
 
 class SparseModel:
-    """A model that runs.
+    """A model on the sparse engine, for inference on the processor; :func:`load` makes it from a folder.
+
+    Calls from several threads are run one after the other; ``threads`` share the work of one call.
 
     Args:
         program: its operations.
         tensors: its weights, as :func:`load` reads them.
         threads: how many share the work of a call.
-        sparse_from: share of zeros from which a layer runs sparse; default: where it is faster on this
-            machine (:mod:`trainers.sparse.break_even`).
+        sparse_from: share of zeros (0 to 1) from which a layer runs sparse; default: where it is faster on
+            this machine (:mod:`trainers.sparse.break_even`).
         widest: vectors of tokens in a tile.
+
+    Raises:
+        ValueError: a tensor that is missing, or INT8 on a processor without AVX-512 VNNI.
     """
 
     def __init__(
@@ -119,17 +124,18 @@ class SparseModel:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """How each linear layer runs: ``sparse``, ``int8`` (without its blocks of zeros) or ``dense``."""
+        """How each linear layer runs, by its name: ``sparse``, ``int8`` (without its blocks of zeros) or
+        ``dense``."""
         return {name: layer.kind for name, layer in self.layers.items()}
 
     def predict(self, files: Iterable[str | Path | IO[bytes] | Image]) -> list[Prediction]:
-        """Classes of images.
+        """Prepare images and predict their classes; needs Pillow.
 
         Args:
-            files: of images, or images of Pillow's.
+            files: paths or open files of images, or Pillow images, of any size.
 
         Returns:
-            What the model says of each.
+            A prediction for each image, in the same order.
 
         Raises:
             OSError: a file that is missing, or no image.
@@ -148,11 +154,14 @@ class SparseModel:
         return predictions
 
     def __call__(self, images: Array) -> Array:
-        """Logits of some images.
+        """Compute the logits of images that are prepared already.
 
         Args:
-            images: float32 ``[images, channels, height, width]``, normalised as ``program.preprocessing``
-                says.
+            images: (N, channels, height, width), float32, normalised as :attr:`preprocessing` says; N may be
+                any number, 0 too.
+
+        Returns:
+            (N, classes), float32.
 
         Raises:
             ValueError: images of another shape or type.
@@ -232,10 +241,23 @@ def int8_weight(tensors: dict[str, NDArray[np.generic]], layer: str) -> NDArray[
 
 
 def load(folder: str | Path, *, threads: int = 1, sparse_from: float | None = None) -> SparseModel:
-    """A model from its folder (:func:`trainers.sparse.packing.pack` writes it).
+    """Load a model from the folder that ``espalier export --format sparse`` wrote.
+
+    Kernels are compiled for this processor as the model is loaded. Neither torch nor timm is needed. From
+    Python :func:`trainers.sparse.packing.pack` writes such a folder.
+
+    Args:
+        folder: holds ``program.json``, ``tensors.safetensors`` and ``checksums.json``.
+        threads: how many share the work of a call.
+        sparse_from: share of zeros (0 to 1) from which a layer runs sparse; default: where it is faster on
+            this machine, which is measured once.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: a folder of another format or version, or one whose files are not as they were written.
+        ValueError: a folder of another format or version, one whose files are not as they were written, or
+            an INT8 model on a processor without AVX-512 VNNI.
     """
     folder = Path(folder)
     try:
