@@ -1,6 +1,8 @@
 """Writes the generated reference: the recipe from its schema, the command line from click, the API's pages.
 
-    python docs/generate.py            # writes what has changed below docs/reference
+And the tables of results as CSV files.
+
+    python docs/generate.py            # writes what has changed below docs/reference and experiments/results
 
 ``make docs`` runs it first; tests/repo/test_docs.py fails while a page is not what it would write.
 """
@@ -8,7 +10,9 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
+import io
 import itertools
 import sys
 from collections.abc import Iterator
@@ -45,17 +49,55 @@ OFFERED = {
         "packing.pack",
     ),
 }
+# page of results below experiments/: names for its tables, in their order
+RESULTS = {
+    "RESULTS.md": (
+        "gradual_first_recipe",
+        "gradual_second_recipe",
+        "search_swin",
+        "search_vit",
+        "deploy_accuracy",
+        "deploy_times",
+        "deploy_gains",
+        "zeros_alone_times",
+        "sparse_engine",
+        "sparse_random_masks",
+    ),
+    "benchmarks/RESULTS.md": ("benchmarks",),
+    "benchmarks/one_shot.md": ("one_shot_vit", "one_shot_swin"),
+}
 BAR = "\\|"  # in a table
 GENERATED = "<!-- Written by docs/generate.py from {}; do not edit it here. -->\n\n"
 
 
 def pages() -> dict[str, str]:
-    """Path below docs/ → text of every generated page."""
+    """Path from docs/ → text of every generated file."""
     return {
         "reference/recipe.md": recipe_page(),
         "reference/cli.md": cli_page(),
         **{f"reference/api/{name}.md": api_page(name, title) for name, title in API.items()},
+        **{f"../experiments/results/{name}.csv": text for name, text in result_tables().items()},
     }
+
+
+def result_tables() -> dict[str, str]:
+    """Name → CSV of every table of results, cell by cell as on its page, without marks of emphasis."""
+    texts = {}
+    for page, names in RESULTS.items():
+        lines = (DOCS.parent / "experiments" / page).read_text(encoding="utf-8").splitlines()
+        blocks = [
+            list(block) for is_row, block in itertools.groupby(lines, lambda line: line[:1] == "|") if is_row
+        ]
+        for name, (header, _, *rows) in zip(names, blocks, strict=True):
+            file = io.StringIO()
+            csv.writer(file, lineterminator="\n").writerows(map(cells, (header, *rows)))
+            texts[name] = file.getvalue()
+    return texts
+
+
+def cells(row: str) -> list[str]:
+    """The cells of a row of a table in Markdown."""
+    return [cell.strip().replace("**", "").replace("`", "") for cell in row.strip().strip("|").split("|")]
 
 
 def recipe_page() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import re
 import shlex
@@ -84,6 +85,24 @@ def test_docs__generated_pages_are_what_would_be_generated(generator: ModuleType
     assert stale == []
     known = {path.relative_to(DOCS).as_posix() for path in (DOCS / "reference/api").glob("*.md")}
     assert known - {"reference/api/index.md"} == {name for name in fresh if "/api/" in name}
+    tables = {f"../experiments/results/{path.name}" for path in (ROOT / "experiments/results").iterdir()}
+    assert tables == {name for name in fresh if name.endswith(".csv")}
+
+
+def test_docs__tables_of_results_are_read_cell_by_cell(generator: ModuleType) -> None:
+    text = generator.result_tables()["gradual_second_recipe"]
+    header, first, *_ = csv.reader(text.splitlines())
+    assert header == [
+        "method",
+        "dense",
+        "75 %: one shot",
+        "75 %: recovered",
+        "90 %: one shot",
+        "90 %: recovered",
+    ]
+    assert first == ["oViT", "69.19", "69.33", "69.37", "68.84", "69.03"]
+    for name, text in generator.result_tables().items():
+        assert len({len(row) for row in csv.reader(text.splitlines())}) == 1, name
 
 
 def test_docs__the_page_of_commands_has_all_of_them(generator: ModuleType) -> None:
