@@ -1,7 +1,7 @@
 """The driver of a sweep as a task on the cluster, started from a laptop through Ray's client port.
 
-Tune's callbacks, the display and the tracker all belong to the driver, which must sit where the cluster is.
-Its lines come back through a queue, and Ctrl-C here cancels it there.
+Tune's callbacks, the display and the tracker belong to the driver, which must run on the cluster. The lines
+that it prints come back through a queue, and Ctrl-C here cancels it there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Sender(io.TextIOBase):
 
 
 def _drive(recipe: Recipe, recipe_name: str, phase_range: PhaseRange, lines: Queue) -> None:
-    """The driver's task: the same steps as on a cluster's head."""
+    """Run the sweep, as a task on the cluster; the same steps as on a cluster's head."""
     from orchestration.common.terminal import Console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.start import check_start

@@ -1,4 +1,4 @@
-"""Start of a recipe from the command line: shown, run here or on a cluster's head, or from a laptop."""
+"""Start a recipe from the command line: show its plan, run it here or on a cluster's head, or as a job."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def launch(
 
     Args:
         recipe: a :class:`orchestration.recipe.schema.Recipe`.
-        command: the command as it was given, without the address: what goes on with it after Ctrl-C.
+        command: the command as it was given, without the address; after Ctrl-C it resumes the run.
         name: of the recipe, as it was given.
         phase_range: the phases to run.
-        dry_run: show it, start nothing.
+        dry_run: show the plan, start nothing.
         address: of the cluster; ``None``: this machine.
-        detach: a submitted job is not followed.
+        detach: do not follow a submitted job.
 
     Raises:
-        InputError: whatever keeps it from being run.
+        InputError: it cannot be run; says why.
     """
     if dry_run:
         _show(recipe)
@@ -71,7 +71,7 @@ def launch(
 
 
 def _trace(recipe: Any) -> str:
-    """Keep the trace of the error that is being handled beside the sweep's results; returns where it is."""
+    """Write the trace of the error that is being handled beside the sweep's results; return its path."""
     from orchestration.state.stored_recipe import folder_of
     from trainers import storage
 
@@ -101,7 +101,7 @@ def run_as_job(
         recipe: goes with it as :data:`JOB_RECIPE`.
         sweep: the name of the sweep that it runs, if it runs one.
         storage: where the sweep lies.
-        detach: it is not followed.
+        detach: do not follow it.
 
     Returns:
         The exit status.
@@ -123,7 +123,7 @@ def run_as_job(
 
 
 def farewell(sweep: str, address: str) -> str:
-    """A line about a submitted sweep: how it is followed and how it is ended."""
+    """A line about a submitted sweep: the commands that follow it and end it."""
     arguments = f"{sweep} --address {address}"
     return (
         f"the sweep goes on; to follow it: espalier attach {arguments}; to end it: espalier stop {arguments}"

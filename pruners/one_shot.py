@@ -33,19 +33,19 @@ _HELD_OUT = 16  # batches that compare the λ of ``damp="auto"``
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What :func:`prune` did.
+    """The report of :func:`prune`.
 
     Attributes:
         method: name of the method.
         allocation: number of pruned weights in each layer.
         masks: ``True`` for kept weights.
         sparsity: pruned share of the prunable weights.
-        order: the elimination order, which gives the weights at every other allocation too
-            (:meth:`EliminationOrder.weights_at`, from the weights before; of several rounds the last one's,
-            from the weights before that).
-        damp: the choice among several λ, if ``damp="auto"`` was asked for; of several rounds the last one's.
-        rounds: the sparsity that each round led to.
-        reconstruction: what the reconstruction after the last round did, if one was asked for.
+        order: the elimination order, which also gives the weights at every other allocation
+            (:meth:`EliminationOrder.weights_at`, from the weights before); after several rounds the order of
+            the last one, from the weights before that round.
+        damp: the choice among several λ, for ``damp="auto"``; after several rounds the last choice.
+        rounds: the sparsity after each round.
+        reconstruction: the report of the reconstruction after the last round, if one was requested.
     """
 
     method: str
@@ -103,15 +103,15 @@ def prune(
             them ``dense``.
         gradients: number of gradients at most; default the method's own.
         per_sample: gradients of single images instead of batches.
-        rounds: in how many rounds to prune, or the sparsities to which they lead, the last one ``sparsity``.
-            The gradients are divided among them; each round's are taken at the weights that the one before
-            left.
+        rounds: number of rounds, or the sparsity after each of them, the last one ``sparsity``. The gradients
+            are divided among the rounds; those of a round are computed at the weights after the last one.
         reconstruct: number of images, of the first batches, on which the kept weights are solved again after
-            each round, so that each layer answers as it did before (:mod:`pruners.reconstruction`); 0: none.
+            each round, so that each layer's outputs match those before (:mod:`pruners.reconstruction`); 0:
+            no reconstruction.
         held_out: batches that compare the λ of ``damp="auto"``; default the batches after those of the
             gradients.
         memory: bytes for the Fisher; default a share of what is free.
-        progress: is called with what is under way, how many are done, and how many there are.
+        progress: is called with the kind of work, the number done, and the number in all.
         options: arguments of a method given by name: ``pattern``, ``block_size``, ``damp`` and so on.
             ``damp="auto"`` tries several λ.
 
@@ -219,10 +219,10 @@ def pattern_budget(layers: Sequence[PrunableLayer], sparsity: float, pattern: Pa
 def round_budget(
     sharing: Sharing, layers: Sequence[PrunableLayer], sparsity: float, pattern: Pattern, masks: MaskSet
 ) -> int:
-    """The number of weights that a round before the last one prunes: more where floors ask for it.
+    """The number of weights that a round before the last one prunes; more if the floors ask for it.
 
     Args:
-        sharing: with the floors.
+        sharing: the way the budget is divided among layers, with the floors.
         layers, sparsity, pattern, masks: as for :func:`pattern_budget`.
 
     Returns:
@@ -236,7 +236,7 @@ def round_budget(
 
 
 def _try_damps(builder: OrderBuilder, sharing: Sharing, total: int, held_out: Iterable[Batch]) -> DampChoice:
-    """Compare λ by the held-out loss of the models that they lead to; the model is as it was afterwards."""
+    """Compare λ by the held-out loss of the models that they give; the model is left as it was."""
     if isinstance(held_out, Iterator):
         held_out = list(held_out)  # every λ reads it
 
@@ -268,7 +268,7 @@ def _split(batches: Iterable[Batch], limit: int, per_sample: bool) -> tuple[list
 
 
 def _with_first_images(batches: Iterable[Batch], number: int) -> tuple[Iterable[Batch], list[Tensor]]:
-    """The batches, unread also if they can be read once only, and the first ``number`` of their images."""
+    """The batches, still unread even if they can be read only once, and their first ``number`` images."""
     source = iter(batches)
     read: list[Batch] = []
     while sum(len(images) for images, _ in read) < number and (batch := next(source, None)) is not None:
@@ -283,7 +283,7 @@ def _with_first_images(batches: Iterable[Batch], number: int) -> tuple[Iterable[
 
 @contextmanager
 def _undone_by_errors(model: nn.Module) -> Iterator[None]:
-    """After an error the model's parameters are what they were."""
+    """Restore the model's parameters after an error."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     try:
         yield

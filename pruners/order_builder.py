@@ -22,7 +22,7 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 
 Progress = Callable[[str, int, int], None]
-"""Is called with the kind of work (``gradients``, ``layers``), how many are done, and how many there are."""
+"""Is called with the kind of work (``gradients``, ``layers``), the number done, and the number in all."""
 
 Gather = Callable[[BlockFisher, Sequence[PrunableLayer]], Sequence[PrunableLayer]]
 """Sums the Fisher over all workers; returns the layers that this worker orders."""
@@ -84,7 +84,7 @@ class OrderBuilder:
 
     @property
     def passes(self) -> int:
-        """How many passes over the gradients an order takes; 0 for a method without gradients."""
+        """Number of passes over the gradients for one order; 0 for a method without gradients."""
         return len(self._groups) if isinstance(self.pruner, SecondOrder) else 0
 
     def order(self, damp: float | None = None, *, last: bool = True) -> EliminationOrder:
@@ -115,8 +115,8 @@ class OrderBuilder:
                     frees = last or len(self._groups) > 1
                     parts.append(self._group_order(pruner, fisher, assigned, frees=frees))
             except InputError as error:
-                failure = error  # the other groups are gathered all the same, as other workers wait
-            fisher = None  # what a failure left of it goes before the next group is gathered
+                failure = error  # gather the other groups all the same, because other workers wait for that
+            fisher = None  # free the failed group's Fisher first
             if len(self._groups) > 1:
                 give_back_freed()
         if last:
@@ -128,7 +128,7 @@ class OrderBuilder:
     def _group_order(
         self, pruner: Pruner, fisher: BlockFisher | None, layers: Sequence[PrunableLayer], *, frees: bool
     ) -> EliminationOrder:
-        """The order of a group's layers, on disk where there are several groups.
+        """The order of a group's layers, on disk if there are several groups.
 
         Args:
             frees: whether the Fisher of each layer is freed as soon as the layer is ordered.

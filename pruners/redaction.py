@@ -66,7 +66,7 @@ def _without_login(match: re.Match[str]) -> str:
 
 
 def _is_cut_login(scheme: str, authority: str) -> bool:
-    """Whether an authority is the first part of ``user:pass`` where the password holds a slash.
+    """Return whether an authority is the first part of ``user:pass`` where the password holds a slash.
 
     SQLAlchemy accepts such passwords, and no port looks like one.
     """

@@ -1,8 +1,9 @@
-"""Several rounds of one pruning: to which sparsity each leads, and which gradients are its own.
+"""Several rounds of one pruning: the sparsity after each, and its share of the gradients.
 
-The Fisher describes the loss near the weights at which it was taken; far pruning leaves that place. With the
-same number of gradients, a part taken anew on the way serves the last weights better. (Frantar, Kurtić,
-Alistarh: M-FAC, 2021, recompute in the same way; the oViT paper does so between gradual pruning steps.)
+The Fisher describes the loss near the weights at which its gradients were computed, and pruning moves the
+weights far away. With the same number of gradients in all, a Fisher that is computed again in each round
+describes the last weights better. (Frantar, Kurtić, Alistarh: M-FAC, 2021, recompute it in the same way; the
+oViT paper does so between gradual pruning steps.)
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ if TYPE_CHECKING:  # the command line checks rounds without waiting for torch
 
 
 def round_sparsities(rounds: int | Sequence[float], start: float, end: float) -> list[float]:
-    """The sparsity that each round leads to.
+    """The sparsity after each round.
 
     Args:
-        rounds: how many, of which each takes the same share of what is left; or the sparsities of the rounds.
+        rounds: their number, each prunes the same share of the remaining weights; or the sparsity after each.
         start: sparsity of the model now, 0 to 1.
         end: the wanted sparsity, 0 to 1.
 
@@ -50,12 +51,12 @@ def remaining_rounds(rounds: int | Sequence[float], start: float, end: float) ->
     """The sparsity of each round of a pruning that is a part of a longer one.
 
     Args:
-        rounds: as for :func:`round_sparsities`; of sparsities those that lie between ``start`` and ``end``.
+        rounds: as for :func:`round_sparsities`; sparsities outside ``start`` to ``end`` are left out.
         start: sparsity of the model now, 0 to 1.
         end: the sparsity that this pruning leads to, 0 to 1.
 
     Returns:
-        Ascending sparsities; the last one is ``end``, and the only one where that is reached already.
+        Ascending sparsities; the last one is ``end``, and the only one if it is reached already.
 
     Raises:
         InputError: no round.
@@ -66,14 +67,14 @@ def remaining_rounds(rounds: int | Sequence[float], start: float, end: float) ->
 
 
 class Shares:
-    """The batches of a pruning's gradients, in equal shares for its rounds."""
+    """The batches for the gradients of a pruning, divided into equal shares for its rounds."""
 
     def __init__(self, batches: Iterable[Batch], gradients: int, rounds: int, *, per_sample: bool) -> None:
         """Divide up.
 
         Args:
             batches: images and labels.
-            gradients: number of all rounds together.
+            gradients: number of gradients of all rounds together.
             rounds: how many rounds.
             per_sample: whether a gradient is of an image, not of a batch.
         """

@@ -1,4 +1,4 @@
-"""Training, pruning, export and timing of one model, by one worker or several; only ray_worker knows Ray."""
+"""Training, pruning, export and timing of one model, by one worker or several; only ray_worker uses Ray."""
 
 __all__ = [
     "cache_folder",

@@ -1,4 +1,4 @@
-"""Where a node keeps what it need not make twice."""
+"""The cache folder of this node."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def active() -> bool:
-    """Whether a process group is initialised."""
+    """Return whether a process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -60,7 +60,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def all_equal(text: str) -> bool:
-    """Whether all workers have the same text."""
+    """Return whether all workers have the same text."""
     return len(set(all_gather(text))) == 1
 
 

@@ -1,4 +1,4 @@
-"""Memory of this process that is freed and needed again at once: activations and batches of images."""
+"""Keep memory that is freed and soon needed again, such as activations and batches of images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MOST_KEPT = (1 << 31) - 1  # bytes at the end of the heap
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have the C library keep large blocks that are freed, as the next batch needs them again.
+    """Let the C library keep large freed blocks, because the next batch needs them again.
 
-    glibc gives each tensor of more than 32 MiB back to the system when it is freed, and the kernel fills the
-    next one with zeros, page by page: a sixth of the time of a ViT that is evaluated on a CPU. What is kept
-    is no more than what the process had in use before. Calling it again does nothing.
+    By default glibc returns each freed tensor of more than 32 MiB to the system, and the kernel fills the
+    next one with zeros, page by page. This takes a sixth of the time of evaluating a ViT on a CPU. The
+    process keeps no more memory than it has used before. Calling it again does nothing.
 
     Returns:
         Whether there is a glibc that takes these settings; without one nothing changes.
@@ -25,5 +25,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    # each of the two alone would only keep glibc from raising the other by itself
+    # both are needed: setting one of them stops glibc from adapting the other
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, _MOST_KEPT))

@@ -11,8 +11,8 @@ from threading import Thread
 def process_pool(processes: int) -> ProcessPoolExecutor:
     """Start a pool of spawned processes, which end as soon as this process does, even if it is killed.
 
-    Without this, the processes of the standard library's pool wait for work for ever, as each of them keeps
-    the others' pipes open.
+    Processes of the standard library's pool would wait for work for ever, because each of them keeps the
+    pipes of the others open.
     """
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
 

@@ -1,7 +1,7 @@
 """The Ray Train adapter: the only file here that knows Ray.
 
-The process of the trials imports this module too, and needs neither timm nor the models: those are imported
-when a worker begins.
+The processes of the trials import this module too, but need neither timm nor the models. A worker therefore
+imports those only when it begins.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _stopped: set[str] = set()  # names of runs that this process was asked to stop
 
 
 def stop_training(run: str) -> None:
-    """Ask the run of this name in this process to stop at its next look; called beside it, on each worker."""
+    """Ask the run of this name in this process to stop at its next check; called on each worker."""
     _stopped.add(run)
 
 
 def begin_again() -> None:
-    """Make this process ready for another run, called on each worker once it knows the run.
+    """Prepare this process for another run; called on each worker after it has got the run.
 
     Ray has one pool of threads in a process that upload checkpoints, and ends it with the first run.
     """
@@ -53,8 +53,8 @@ def begin_again() -> None:
 def train_worker(config: dict[str, Any]) -> None:
     """Train: the function that each Ray Train worker runs, for one run after the other.
 
-    After a failure, or when the same run is started again, it resumes from the newest checkpoint that is
-    intact; without one it starts from the job's ``origin``, if it has one. One that is stopped returns.
+    After a failure, or when the same run is started again, it resumes from the newest intact checkpoint. If
+    there is none it starts from the job's ``origin``, if it has one. If it is asked to stop, it returns.
 
     Args:
         config: a :class:`TrainJob` as a dictionary, and :data:`RUN`.
@@ -146,8 +146,8 @@ def _origin(job: TrainJob) -> Iterator[Path | None]:
 def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
     """The run's checkpoints in the storage, the newest first (their names are times).
 
-    Checkpoints later than the latest that Ray knows were being uploaded when the run was interrupted; they
-    are deleted.
+    Checkpoints that are newer than the newest that Ray knows were not completely uploaded when the run was
+    interrupted; they are deleted.
     """
     parent = str(PurePosixPath(latest.path).parent)
     entries = latest.filesystem.get_file_info(fs.FileSelector(parent))
@@ -161,7 +161,7 @@ def _up_to(latest: ray.train.Checkpoint) -> list[ray.train.Checkpoint]:
 
 
 def _leaving() -> str | None:
-    """The ids of this run's nodes that will be preempted; ``None``: none. The same on every worker."""
+    """The ids of this run's nodes that will be preempted, the same on every worker; ``None``: none will."""
     preemption = ray.train.get_preemption_info()
     return None if preemption is None else " ".join(preemption.preempted_node_ids)
 

@@ -1,4 +1,4 @@
-"""Calls to remote file systems, within a time limit where one is set, that Ctrl-C can interrupt.
+"""Calls to remote file systems that Ctrl-C can interrupt, with a time limit if one is set.
 
 The clients of object stores run compiled code, which retries for minutes and does not react to signals. A
 call therefore runs in a thread of its own; when its time is up, the thread is left behind and not waited for.
@@ -15,11 +15,11 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 LIMIT_SECONDS = 20.0
-"""How long a command waits for a remote file system before it gives up."""
+"""Seconds that a command waits for a remote file system before it gives up."""
 
 
 class _State:
-    """What this process knows of its remote calls.
+    """The state of the remote calls of this process.
 
     Attributes:
         limit: seconds that a call may take; ``None``: as many as it needs.
@@ -86,12 +86,12 @@ def call_interruptible(uri: str, function: Callable[P, T], *args: P.args, **opti
 
 
 def any_abandoned() -> bool:
-    """Whether the thread of an abandoned call may still run: an ordinary exit of Python would wait for it."""
+    """Return whether the thread of an abandoned call may still run; an ordinary exit would wait for it."""
     return _state.abandoned
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a path or URI lies on another machine."""
+    """Return whether a path or URI lies on another machine."""
     return "://" in uri and not uri.startswith("file://")
 
 

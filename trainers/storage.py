@@ -79,7 +79,7 @@ def info(uri: str, key: str = "storage") -> fs.FileInfo:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder exists."""
+    """Return whether a file or folder exists."""
     system, path = resolve(uri)
     return bool(call_limited(uri, system.get_file_info, path).type != fs.FileType.NotFound)
 
@@ -140,7 +140,7 @@ def write_json(uri: str, content: Any) -> None:
 
 
 def is_local(uri: str) -> bool:
-    """Whether a path or URI lies on this machine's file system."""
+    """Return whether a path or URI lies on this machine's file system."""
     return isinstance(resolve(uri)[0], fs.LocalFileSystem)
 
 

@@ -65,7 +65,7 @@ class Tests:
             variant: the model.
             uri: Parquet file, folder or glob.
             most: so many of the first images; default all.
-            columns: of the table, where its metadata does not say which are meant.
+            columns: names of its columns, if its metadata does not say them.
 
         Returns:
             The images of the table.
@@ -107,6 +107,6 @@ def _transform(variant: Variant) -> datasets.Transform:
 
 
 def _pixels(table: datasets.ImageTable, rows: range) -> Images:
-    """Images of some rows; they come round again where the table is short."""
+    """Images of some rows; after the last row of a short table the first one follows again."""
     pixels: Images = torch.stack([table[row % len(table)][0] for row in rows]).numpy()
     return pixels

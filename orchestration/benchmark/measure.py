@@ -1,9 +1,9 @@
-"""Speed, memory and accuracy of models on engines: measured in turns, and only where the answers are right.
+"""Measure speed, memory and accuracy of models on engines, interleaved, and only if their answers are right.
 
-Each model on each engine is a process of its own (:mod:`trainers.engines.process`). All are loaded and asked
-the same images first; one that does not answer what the model answers is not timed. Then they take turns: in
-each round every one runs a few batches, in an order drawn anew, so that whatever else the machine does falls
-on all.
+Each model on each engine is a process of its own (:mod:`trainers.engines.process`). First all are loaded and
+answer the same images; one whose answers differ from the model's is not timed. Then they are timed in rounds:
+in each round each process runs a few batches, in a new random order, so that other load of the machine slows
+down all of them alike.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Row:
 
     Attributes:
         seconds: of one pass, in each round.
-        memory: peak of its process, in bytes, with whatever it imports and with loading.
+        memory: peak memory of its process in bytes, imports and loading included.
         disk: bytes of the files that it runs.
-        note: why there is no time, in words.
+        note: the reason if there is no time, as text.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether the engine's answers are not the model's."""
+        """Return whether the engine's answers are not the model's."""
         return self.agreement is not None and not self.agreement.holds(self.choice.kind, self.choice.engine)
 
 
@@ -166,7 +166,7 @@ def _start(
     scratch: Path,
     stack: ExitStack,
 ) -> None:
-    """Write its file, load it, compare its answers, and run each batch size for the first time."""
+    """Write the engine's file, load it, compare its answers, and run each batch size for the first time."""
     if case.row.note:
         return
     known = case.variant.questions(images, others)

@@ -35,7 +35,7 @@ from trainers.storage import absolute
 
 @dataclass(frozen=True)
 class File:
-    """What an engine is given, and how large it is on disk, in bytes."""
+    """The file or folder that an engine loads, and its size on disk in bytes."""
 
     path: Path
     size: int
@@ -46,12 +46,12 @@ class Variant:
     """A model of a benchmark.
 
     Attributes:
-        name: by which tables call it; no path.
+        name: its short name in tables, without a path.
         sparsity: share of zeros among the prunable weights, as recorded.
         parameters: of a checkpoint; of an exported folder unknown.
-        weights: hash of the checkpoint's; of an exported folder, of the one that it was made from.
-        source: a checkpoint's model, in float32, and what its files shall say.
-        record: of an exported folder.
+        weights: hash of the checkpoint's weights; for an exported folder, of the checkpoint it was made from.
+        source: of a checkpoint: the model in float32, and what its files must record.
+        record: of an exported folder: its record.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Variant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Classes, channels, height, width: what models that are compared must have in common."""
+        """Classes, channels, height and width, which must be equal for all models of a benchmark."""
         return (self.preprocessing["classes"], *self.preprocessing["input_size"])
 
     def refuses(self, choice: Choice) -> str | None:
-        """Why an engine cannot run the model, as text; ``None`` if it can."""
+        """The reason why an engine cannot run the model, as text; ``None`` if it can."""
         if self.model is None:
             own = Choice(self.record["engine"], self.record["type"])
             fits = (choice.engine, choice.stored) == (own.engine, own.stored)
@@ -94,7 +94,7 @@ class Variant:
         return None
 
     def file(self, choice: Choice, scratch: Path) -> File:
-        """What the engine runs; written below ``scratch`` if need be.
+        """The file that the engine runs; written below ``scratch`` if there is none.
 
         Raises:
             InputError: a model that cannot be exported.
@@ -116,15 +116,15 @@ class Variant:
     def questions(
         self, images: Images, others: Sequence[Variant]
     ) -> tuple[Images, NDArray[np.float32]] | None:
-        """Images on which an engine's answers are compared, and what they have to be: torch's, in float32.
+        """Images on which an engine's answers are compared, and the answers expected: torch's, in float32.
 
         Args:
-            images: real ones. An exported folder holds the answers that it gave to made-up pictures when it
-                was checked.
-            others: models, among them perhaps the one that a file was made from.
+            images: real images. For an exported folder without its checkpoint, the synthetic images and
+                answers in its record are used instead.
+            others: the other models; the checkpoint that a file was made from may be among them.
 
         Returns:
-            ``None`` if nothing is known that this model ought to answer.
+            Images and expected logits; ``None`` if the right answers of this model are not known.
         """
         if self.model is not None:
             return images, torch_answers(self.model, images)
@@ -154,7 +154,7 @@ def load_variants(
     *,
     columns: Columns | None = None,
 ) -> Iterator[list[Variant]]:
-    """The models, local and loaded for as long as they are needed.
+    """Load the models of a benchmark, in a ``with`` block.
 
     Args:
         names: as the command's user wrote them.
@@ -179,7 +179,11 @@ def load_variants(
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Short names that tell models apart: the last parts of their places, as many as it takes."""
+    """Make short names that differ: the last parts of the models' paths, as few as possible.
+
+    Raises:
+        InputError: the same model is named twice.
+    """
     parts = [PurePath(name.partition("://")[2] or name).parts for name in names]
     for count in range(1, max(map(len, parts), default=1) + 1):
         shortened = ["/".join(path[-count:]) for path in parts]

@@ -37,7 +37,7 @@ class BenchmarkOptions(ColumnOptions):
         """Check the options together.
 
         Raises:
-            InputError: the first thing that cannot work, by its option and value.
+            InputError: the first option that cannot work; names it and its value.
         """
         if self.device not in ("cpu", "cuda"):
             raise InputError("--device", self.device, "must be cpu or cuda")

@@ -14,19 +14,26 @@ from trainers.engines.registry import Placement
 
 FORMAT = "espalier-benchmark-1"
 GAIN = 1.05
-"""A model counts as faster from here on, and if the quartiles of the two do not overlap."""
+"""Minimum speed-up to count as faster; the quartiles must not overlap either."""
 _FLOAT32 = tuple(Choice(engine, "float32") for engine in ("torch", "compile", "onnxruntime", "openvino"))
 _OVER = {"csr": _FLOAT32[:1], "sparse": _FLOAT32, "2:4": (Choice("compile", "bfloat16"),)}
-"""Engines for sparse models alone, and those that run the same model densely, of which the fastest counts."""
+"""Engines for sparse models, each with the dense engines that it is compared with; the fastest of these
+counts."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of a benchmark, of which those of the first model are what all others are compared with.
+    """The rows of a benchmark; all models are compared with the first one.
 
     Attributes:
+        rows: a row for each model, engine and batch size.
+        hardware: threads and device.
+        rounds: number of times that each row was timed.
         loss: share of the first model's accuracy that a recommended one may lose.
-        same_size: models with as many parameters as the first: zeros are all that they have more.
+        images: table of the labelled images for accuracy, if there was one.
+        same_size: models with as many parameters as the first: they differ from it only by zeros.
+        machine: description of the machine.
+        load_after: its load at the end, as ``machine`` has that at the start.
     """
 
     rows: Sequence[Row]
@@ -48,7 +55,7 @@ class Report:
 
     @property
     def right(self) -> bool:
-        """Whether every engine answered what the model answers, and ran to its end."""
+        """Return whether all engines gave the model's answers, and none failed."""
         return not any(row.wrong or row.note.startswith("fails") for row in self.rows)
 
     def row(self, model: str, choice: Choice, batch: int) -> Row | None:
@@ -66,7 +73,7 @@ class Report:
         return next((r for r in self.rows if (r.model, r.choice, r.batch) == wanted and r.timed), None)
 
     def best_dense(self, batch: int) -> Row | None:
-        """The first model on its fastest engine in float32, which all gains are gains over."""
+        """The first model on its fastest engine in float32: the base of all speed-ups."""
         timed = [r for r in self.rows if r.model == self.first and r.batch == batch and r.timed]
         plain = [row for row in timed if row.choice.kind == "float32"]
         return min(plain or timed, key=lambda row: row.latency, default=None)
@@ -88,7 +95,7 @@ class Report:
         return table
 
     def notes(self) -> Iterator[str]:
-        """Lines that the table has no place for: why there is no time, what zeros gave on each engine."""
+        """Lines below the table: reasons for missing times, and the speed-up by zeros on each engine."""
         yield (
             f"× {self.first}: over {self.first} on its fastest engine in float32, at the same batch size; "
             f"memory: of a process with the engine and this model alone"
@@ -186,7 +193,7 @@ class Report:
         ]
 
     def _zeros(self) -> Iterator[str]:
-        """What the zeros of each sparse model gave on each engine, in measured time."""
+        """Lines about the measured speed-up by the zeros of each sparse model on each engine."""
         for model, choice in dict.fromkeys((r.model, r.choice) for r in self.rows if r.timed and r.sparsity):
             others = _OVER.get(choice.engine)
             if others is None and (model == self.first or model not in self.same_size):
@@ -221,7 +228,7 @@ class Report:
 
 
 def gain(row: Row, over: Row) -> bool:
-    """Whether a row is faster than another by more than what the measurement varies."""
+    """Return whether ``row`` is faster than ``over`` by more than the measurement varies."""
     return over.latency >= GAIN * row.latency and row.spread[1] < over.spread[0]
 
 

@@ -23,7 +23,7 @@ EXPERIMENT = "espalier-benchmarks"
 
 
 def run(options: BenchmarkOptions) -> Report:
-    """Measure, write what files were asked for, and log it.
+    """Measure, write the requested files, and log the benchmark.
 
     Raises:
         InputError: models, images or engines that cannot be used, or a file that cannot be written.
@@ -60,7 +60,7 @@ def run(options: BenchmarkOptions) -> Report:
 
 
 def log(report: Report, options: BenchmarkOptions) -> None:
-    """A run of the experiment :data:`EXPERIMENT`: figures by model, engine and batch size, table and picture.
+    """Log a run to :data:`EXPERIMENT`: figures by model, engine and batch size, the table and the picture.
 
     Raises:
         InputError: a server that does not answer.

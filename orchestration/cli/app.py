@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait inside the commands, so that help and mistakes answer at once."""
+"""The command line. Commands make heavy imports inside, so that help and errors are printed at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainers import remote_calls
 
 
 class _Commands(click.Group):
-    """A group that meets an unknown command with the nearest known one."""
+    """A group of commands whose error for an unknown command suggests the nearest known one."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -61,10 +61,10 @@ for command in (
 
 
 def _end_in_order() -> None:
-    """Turn Ctrl-C and SIGTERM into one KeyboardInterrupt, also where a shell started us with them ignored."""
+    """Turn Ctrl-C and SIGTERM into one KeyboardInterrupt, even if a shell started us with them ignored."""
 
     def interrupt(number: int, frame: Any) -> None:
-        # a second signal would break off the clean end
+        # a second signal would interrupt the clean-up
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -74,7 +74,7 @@ def _end_in_order() -> None:
 
 
 def main() -> None:
-    """Entry point: an input error is one line and status 2."""
+    """Entry point. An input error is printed as one line, with exit status 2."""
     _end_in_order()
     with remote_calls.time_limit(remote_calls.LIMIT_SECONDS):
         status = _status()

@@ -1,4 +1,4 @@
-"""``espalier data``: images into Parquet, and a look at what is there. Work waits in :mod:`trainers`."""
+"""``espalier data``: convert images to Parquet, and check them. The work is done in :mod:`trainers`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIONS = {
     "ids": "--ids",
     "order": "--order",
 }
-"""Parameters of :mod:`trainers.sources` -> what the user of ``espalier data convert`` wrote."""
+"""Parameters of :mod:`trainers.sources` -> the option or argument of ``espalier data convert``."""
 _PHRASES = {
     "by ids": "by --ids",
     "by first ": "by --first-label ",
@@ -138,7 +138,7 @@ def check(paths: tuple[str, ...], processes: int, **named: str | None) -> None:
 
 
 def _check(path: str, processes: int, wanted: Columns, names: Names) -> int:
-    """Print what one table holds; returns the number of its bad rows."""
+    """Print the content of one table; return the number of its bad rows."""
     from rich.progress import Progress
 
     from orchestration.common.terminal import Console

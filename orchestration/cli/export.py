@@ -1,4 +1,4 @@
-"""``espalier export`` and ``espalier pull``: a checkpoint in another form, or out of the registry."""
+"""``espalier export`` and ``espalier pull``: convert a checkpoint, or copy one out of the registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPRESSED = "compressed"
 FORMATS = {COMPRESSED: "a checkpoint folder without its zeros"} | {
     name: form.text for name, form in formats.FORMATS.items()
 }
-"""What ``export`` can write, and what for."""
+"""The formats that ``export`` can write, each with its purpose."""
 
 
 def of_registry(command: F) -> F:

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have, and how those that work long are run."""
+"""Options and arguments that several commands have, and a helper to run long commands."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def named(options: dict[str, Any]) -> Columns:
 
 
 def print_result(text: str, work: Callable[[Status], Iterable[str]]) -> None:
-    """Show a status line while ``work`` is done, then print the lines that it returns; Ctrl-C ends at once.
+    """Show a status line during ``work``, then print the lines that it returns; Ctrl-C ends at once.
 
     Args:
         text: of the status line.
-        work: stops the status line before it shows progress of its own. What it needs is imported in it, so
-            that the line is there first.
+        work: does the work. It stops the status line before it shows its own progress, and makes its imports
+            itself, so that the line is shown before them.
     """
     from orchestration.common.terminal import Console
 

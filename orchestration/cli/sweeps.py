@@ -173,7 +173,7 @@ def cluster_check(recipe: str | None, overrides: tuple[str, ...], address: str, 
 
 
 def new_name(name: str | None) -> list[str]:
-    """``--as NEW`` as an override of a recipe."""
+    """Turn ``--as NEW`` into an override of a recipe."""
     import json
 
     return [] if name is None else [f"name={json.dumps(name)}"]
@@ -184,7 +184,7 @@ def _where(storage: str | None) -> list[str]:
 
 
 def _put(storage: str, address: str, name: str | None) -> str:
-    """The storage that is given, or that of the sweep's last job."""
+    """The given storage, or the storage of the sweep's newest job."""
     if storage != defaults.STORAGE:
         return storage
     from orchestration.cluster.jobs_api import open_jobs, storage_of

@@ -17,9 +17,9 @@ from pruners.errors import InputError
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """CPUs and GPUs of a cluster, counting what autoscaling may add.
+    """CPUs and GPUs of a cluster, with those that autoscaling may add.
 
-    ``nodes`` holds the CPUs and GPUs of each node, or nothing where more of them may come.
+    ``nodes`` holds the CPUs and GPUs of each node; it is empty if autoscaling may add nodes.
     """
 
     cpus: float
@@ -27,13 +27,13 @@ class ClusterSize:
     nodes: tuple[tuple[float, float], ...] = ()
 
     def _pieces(self, cpus: float, gpus: float) -> int:
-        """How many workers of this size the nodes hold; a worker lies on one node."""
+        """Number of workers of this size that the nodes can hold; a worker lies on one node."""
         return sum(
             int(min(node[0] / cpus, node[1] / gpus if gpus else math.inf) + 1e-6) for node in self.nodes
         )
 
     def training_runs(self, resources: Resources) -> int:
-        """How many training runs fit at once.
+        """Number of training runs that the cluster can run at once.
 
         Raises:
             InputError: not even one.
@@ -61,7 +61,7 @@ class ClusterSize:
         return max(int(min(fit) + 1e-6), 1)
 
     def allocation_trials(self, search: AllocationSearch) -> int:
-        """How many cheap trials fit at once.
+        """Number of one-shot trials that the cluster can run at once.
 
         Raises:
             InputError: not even one.

@@ -1,4 +1,4 @@
-"""``espalier cluster check``: what a cluster offers, and whether its nodes can work together on a recipe."""
+"""``espalier cluster check``: resources of a cluster, and whether its nodes can work together on a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 90.0  # a node's first task imports what it needs
 
 @dataclass
 class Offer:
-    """A node: its resources, its versions, what is wrong with it."""
+    """A node: its resources, its versions, its problems."""
 
     id: str
     address: str
@@ -37,12 +37,12 @@ class Offer:
 def check_cluster(
     address: str | None, recipe: Recipe | None, storage_uri: str | None
 ) -> tuple[list[Offer], list[str]]:
-    """Look at the nodes of a cluster, and at whether they can work together.
+    """Check the nodes of a cluster, and whether they can work together.
 
     Args:
         address: of the cluster; ``None``: the one that is joined, or this machine.
-        recipe: that is to fit, if any.
-        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+        recipe: the recipe that must fit; ``None``: no check of a recipe.
+        storage_uri: the storage, which every node must see; ``None``: no check of it.
 
     Returns:
         The nodes, and one line for each problem.
@@ -57,10 +57,10 @@ def check_cluster(
 
 
 def check_storage(storage_uri: str) -> None:
-    """Check that every node of the cluster that is joined writes to the storage and sees what others wrote.
+    """Check that every node of the joined cluster can write to the storage, and sees the files of the others.
 
     Raises:
-        InputError: one does not.
+        InputError: a node cannot, or does not see them.
     """
     for node in probe(storage_uri, None):
         for problem in node.problems:
@@ -93,7 +93,7 @@ def probe(storage_uri: str | None, uri: str | None) -> list[Offer]:
 
 
 def _exchange(folder: str, nodes: list[Offer]) -> None:
-    """Have the first node read what all have written, and the others what it has; then remove it."""
+    """Let the first node read the files of all nodes, and the others its file; then delete all files."""
     if not nodes:
         return
     head, others = nodes[0], nodes[1:]
@@ -170,8 +170,8 @@ def check_through_client(
 
     Args:
         address: ``ray://HOST:10001``.
-        recipe: as JSON, since the cluster may lack Espalier; ``None``: no recipe is to fit.
-        storage_uri: storage to try, as every node must see it; ``None``: not tried.
+        recipe: as JSON, because the cluster may lack Espalier; ``None``: no check of a recipe.
+        storage_uri: the storage, which every node must see; ``None``: no check of it.
 
     Returns:
         The nodes, and one line for each problem.

@@ -1,4 +1,4 @@
-"""The Ray cluster of a command: joined at an address, or started on this machine for as long as we run."""
+"""The Ray cluster of a command: joined at an address, or started on this machine until the command ends."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from orchestration.cluster.capacity import ClusterSize, cluster_size
 from orchestration.common.network import LOOPBACK, check_reachable, reserve
 from pruners.errors import InputError, first_line
 
-# Our own display shows progress; Ray's would print a line for each report and worker over it.
+# Our own display shows progress; Ray's display would print a line for each report and worker into it.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it must end in seconds
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C ourselves: the command must end within seconds
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -35,11 +35,11 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
-# Ray Train asks this address whether the controller of a trial is alive, and frees the resources of one that
-# was stopped early. Left to find the address itself it gives up where two Ray clusters share a machine, and
-# the next trial waits for ever.
+# Ray Train asks this address whether the controller of a trial is alive, and frees the resources of a trial
+# that was stopped early. Without the variable it does not find the address if two Ray clusters share a
+# machine, and the next trial waits for ever.
 _STATE_API = "RAY_API_SERVER_ADDRESS"
-# Ray Train has an actor for each run look whether a node is about to be taken away, which this machine is not
+# Ray Train starts an actor for each run that watches for preempted nodes; this machine is not preempted
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _DASHBOARD_PORT = 8265
 _STARTS = 3
@@ -99,7 +99,7 @@ def connect(address: str | None) -> Iterator[ClusterSize]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep our handler of SIGTERM while Ray starts, as Ray replaces it; SIGTERM then ends what has begun."""
+    """Keep our handler of SIGTERM while Ray starts, which replaces it; SIGTERM ends the new cluster then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -120,7 +120,7 @@ _keeper_processes: list[subprocess.Popen[bytes]] = []
 
 
 def _keep() -> None:
-    """Start a process that outlives us, and then ends what is left of the cluster."""
+    """Start the keeper, a process that outlives us, and then ends what is left of the cluster."""
     began = time.strftime(keeper.NAME)  # before Ray begins
     command = [sys.executable, "-m", keeper.__name__, str(os.getpid()), began]
     search_path = os.pathsep.join(
@@ -139,7 +139,7 @@ def _keep() -> None:
 
 
 def _dismiss(process: subprocess.Popen[bytes]) -> None:
-    """Let the keeper look once more, and end."""
+    """Let the keeper look for leftover processes once more, and end."""
     assert process.stdin is not None, "made with a pipe"
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -160,7 +160,7 @@ def _start_local() -> None:
 
 
 def _start_at_free_port() -> None:
-    """Start it with all processors; its dashboard is on loopback, other ports ask for a token."""
+    """Start a cluster with all processors; its dashboard is on loopback, other ports require a token."""
     port, lock = reserve(_DASHBOARD_PORT)
     # before the start, so that every process of the cluster inherits it
     os.environ[_STATE_API] = f"http://{LOOPBACK}:{port}"
@@ -181,7 +181,7 @@ def _start_at_free_port() -> None:
 
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Let Ray wait longer for its servers, unless the environment says how long."""
+    """Let Ray wait longer for its servers, unless an environment variable already says how long."""
     added = {key: value for key, value in _START_SECONDS.items() if key not in os.environ}
     os.environ.update(added)
     try:
@@ -203,7 +203,7 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Let Ray try for 5 seconds to join, instead of twenty, and hide its lines about it."""
+    """Let Ray try to join for 5 seconds instead of 20, and hide the lines that it prints meanwhile."""
     given = os.environ.get(_JOIN_SECONDS)
     os.environ[_JOIN_SECONDS] = given or "5"
     sys.stderr.flush()
@@ -220,7 +220,7 @@ def _impatient() -> Iterator[None]:
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether a token was missing or wrong; Ray says so only in the innermost of its errors."""
+    """Return whether a token was missing or wrong, which only the innermost of Ray's errors says."""
     while error is not None:
         if any(word in str(error) for word in ("Unauthenticated", "AuthToken", "authentication")):
             return True
@@ -237,7 +237,7 @@ def joined(address: str) -> Iterator[None]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray raises what it warns of
+            warnings.simplefilter("ignore")  # Ray also raises an error for what it warns of
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, OSError) as error:
         reason = first_line(error)

@@ -68,7 +68,7 @@ def submit(
         client: of the cluster's Jobs API.
         words: the command line after ``espalier``.
         sweep: the name of the sweep that it runs, by which it is found again.
-        storage: where the sweep lies, for those who ask for it by name.
+        storage: the sweep's storage, so that later commands find the sweep by its name.
         recipe: packed as :data:`JOB_RECIPE`.
 
     Returns:
@@ -127,10 +127,10 @@ def follow(client: JobSubmissionClient, job: str, farewell: str = "") -> int:
 
 
 def job_of(client: JobSubmissionClient, sweep: str) -> str:
-    """The last job that ran a sweep.
+    """The id of the newest job that ran a sweep.
 
     Raises:
-        InputError: none did.
+        InputError: no job ran it.
     """
     jobs = _jobs(client)
     if sweep not in jobs:
@@ -139,7 +139,11 @@ def job_of(client: JobSubmissionClient, sweep: str) -> str:
 
 
 def storage_of(client: JobSubmissionClient, sweep: str | None) -> str | None:
-    """The storage of the last job of a sweep (``None``: of any); nothing where no job recorded one."""
+    """Storage of the newest job of ``sweep`` (of any sweep if ``None``) that recorded one.
+
+    Returns:
+        The storage; ``None`` if no job recorded one.
+    """
     by_sweep = _jobs(client)
     jobs = [job for name, jobs in by_sweep.items() if sweep in (None, name) for job in jobs]
     jobs.sort(key=lambda job: job.start_time or 0)
@@ -193,12 +197,12 @@ def _packed(recipe: Recipe | None) -> Iterator[Path]:
 
 
 def _travels(storage: str) -> bool:
-    """Whether a storage means the same on another machine."""
+    """Return whether the address of a storage means the same on another machine."""
     return "://" in storage or Path(storage).is_absolute()
 
 
 def _for_elsewhere(recipe: Recipe) -> Mapping[str, Any]:
-    """A recipe without what holds on this machine only; the cluster's own environment gives the rest."""
+    """A recipe without addresses that hold on this machine only; the cluster's environment has its own."""
     content = content_of(recipe)
     if _travels(recipe.storage):
         content["storage"] = recipe.storage

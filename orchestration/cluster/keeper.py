@@ -1,9 +1,10 @@
 """``python -m orchestration.cluster.keeper DRIVER SINCE``: ends what is left of a local Ray cluster.
 
-Its standard input closes when the driver ends, however it does. Ray's servers then end by themselves, but its
-agents try for a minute to tell a cluster that is gone that it is, and workers that were starting notice only
-when their imports are done. All of them, and what they have started, write into the logs of the cluster's
-session, by which they are known: an agent has another name then, another parent, and no environment.
+The keeper's standard input closes when the driver ends, even if it is killed. Ray's servers then end by
+themselves. Its agents do not: for a minute they try to report to the cluster that has ended. Workers that are
+just starting notice the end only after their imports. The keeper recognises all these processes, and their
+children, by the log files of the cluster's session that they have open for writing. Name, parent and
+environment do not help: those of an agent change.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _GRACE_SECONDS = 3.0  # for processes to end by themselves
 _SECONDS = 15.0
 _SESSION = re.compile(r"/(session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)_\d+_(\d+)/logs/")
 NAME = "session_%Y-%m-%d_%H-%M-%S"
-"""How Ray names a session: by when it began, and after that by microseconds and the driver."""
+"""Begin of the name that Ray gives a session: its start time; microseconds and the driver's id follow."""
 
 
 def leftover_processes(driver: int, since: str) -> list[psutil.Process]:
@@ -43,9 +44,10 @@ def _belongs(process: psutil.Process, driver: int, since: str) -> bool:
 
 
 def _written(process: psutil.Process) -> Iterator[str]:
-    """Files that a process has open to write, or all of its files where there is no ``/proc``.
+    """Ray's log files that a process has open for writing; without ``/proc`` all files that it has open.
 
-    Standard output and error alone do not tell: an agent's are pipes to itself, from which it writes its log.
+    Standard output and error are not enough: those of an agent are pipes to itself, and it writes its log
+    from them.
     """
     if not Path("/proc/self/fd").exists():
         with suppress(psutil.Error):
@@ -61,7 +63,7 @@ def _written(process: psutil.Process) -> Iterator[str]:
 
 
 def _is_for_writing(information: Path) -> bool:
-    """Whether a process has a file open to write: others have a log open too, to read it."""
+    """Return whether a process has a file open for writing; other processes have a log open to read it."""
     flags = re.search(r"^flags:\s*([0-7]+)$", information.read_text(), re.MULTILINE)
     return flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 

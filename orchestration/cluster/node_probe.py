@@ -1,4 +1,4 @@
-"""What runs on each node of a cluster to check it; sent there whole, as Espalier may be missing there."""
+"""The check that runs on each node of a cluster. It is sent as source, as the node may lack Espalier."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def look(storage_uri: str | None, uri: str | None, node: str) -> dict[str, Any]:
 
 
 def see(storage_uri: str, nodes: list[str]) -> list[str]:
-    """The nodes whose file is not in the storage as this node sees it."""
+    """The nodes whose file this node does not see in the storage."""
     from trainers import storage
 
     missing = []
@@ -66,7 +66,7 @@ def see(storage_uri: str, nodes: list[str]) -> list[str]:
 
 
 def remove(storage_uri: str) -> str | None:
-    """Delete the files; returns what went wrong, if anything did."""
+    """Delete the files; return the error as text, if there was one."""
     from trainers import storage
 
     try:

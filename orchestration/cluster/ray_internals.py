@@ -8,21 +8,21 @@ from __future__ import annotations
 import ray
 
 PACKAGING_LOGGER = "ray._private.runtime_env.packaging"
-"""Logger that writes a line for each folder that goes with a job."""
+"""Logger that writes a line for each folder that is sent with a job."""
 
 
 def resources_with_autoscaling() -> dict[str, float]:
-    """Resources that the cluster that is joined can grow to; empty where it does not grow.
+    """The largest resources of the joined cluster with autoscaling; empty if it does not autoscale.
 
-    Ray has no public call for it: ``ray.cluster_resources()`` counts the nodes that are there.
+    Ray has no public call for this: ``ray.cluster_resources()`` counts the present nodes only.
     """
     possible: dict[str, float] | None = ray._private.state.state.get_max_resources_from_cluster_config()
     return possible or {}
 
 
 def logs_folder() -> str:
-    """Folder in which the cluster that is joined keeps its logs on this machine.
+    """The folder of this machine in which the joined cluster keeps its logs.
 
-    Ray's State API lists log files by node, and does not say where they lie.
+    Ray's State API lists log files by node, and does not give their folder.
     """
     return str(ray._private.worker._global_node.get_logs_dir_path())

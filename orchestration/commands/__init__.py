@@ -1,4 +1,4 @@
-"""What the commands for one model do: prune, finetune, quantize, inspect, evaluate, import."""
+"""The work of the commands for one model: prune, finetune, quantize, inspect, evaluate, import."""
 
 __all__ = [
     "evaluate",

@@ -1,7 +1,7 @@
 """``espalier finetune``: trains by :mod:`trainers.loop.gradual` with a schedule that prunes nothing more.
 
-Beside the result, until it is there, lies a hidden folder: ``start`` is the checkpoint with its new
-classifier, ``last`` what an interrupted run goes on from, ``kept`` the best model so far.
+Until the result is complete, a hidden folder lies beside it: ``start`` is the checkpoint with its new
+classifier, ``last`` the state from which an interrupted run resumes, ``kept`` the best model so far.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Finetuning:
         """Load and check all that the options name.
 
         Raises:
-            InputError: whatever can be known to fail before the training begins.
+            InputError: any error that can be found before the training begins.
         """
         target = cls.result_folder(options)
         device = torch.device(device_for(options.device))
@@ -99,7 +99,7 @@ class Finetuning:
         """The folder that the result goes to.
 
         Raises:
-            InputError: it is there already, or cannot be.
+            InputError: it exists already, or cannot be written.
         """
         return free_folder(options.out, "--out")
 
@@ -134,12 +134,12 @@ class Finetuning:
         return self.target.with_name(f".{self.target.name}.finetune")
 
     def _held(self) -> Path:
-        """The folder of an earlier run: its result, if that is there already."""
+        """The result of an earlier run, if it exists."""
         return self.target if self.target.exists() else self._work
 
     @contextmanager
     def _workplace(self) -> Iterator[Path]:
-        """The hidden folder, for this process alone; it stays if there is something to go on from."""
+        """Hold the hidden folder for this process alone; it is kept if a run can resume from it."""
         work = self._work
         made = [folder for folder in (work, *work.parents) if not folder.exists()]
         try:
@@ -169,7 +169,7 @@ class Finetuning:
         return start
 
     def _check_lineage(self, work: Path, record: Mapping[str, Any]) -> None:
-        """Check that what lies in a folder comes from this checkpoint and these images."""
+        """Check that the content of a folder comes from this checkpoint and these images."""
         if any(record.get(key) != value for key, value in self.lineage.items()):
             raise _of_another(self.options.out, work, "its checkpoint or its images differ")
 
@@ -246,7 +246,7 @@ class Finetuning:
 
 @dataclass
 class _Report:
-    """Shows the training's progress, and keeps what it can go on from."""
+    """Shows the progress of the training, and keeps the state from which it can resume."""
 
     work: Path
     bars: Bars
@@ -269,14 +269,14 @@ class _Report:
         new.replace(last)
 
     def stepped(self, done: int, total: int) -> None:
-        """Show the steps of this process; those of a process before it tell nothing of the time left."""
+        """Show the steps of this process only: the time left is estimated from them."""
         if self.first is None:
             self.first = done - 1
         self.bars("training", done - self.first, total - self.first)
 
 
 def _parent(name: str, location: str) -> dict[str, str]:
-    """The model's name as others know it, and the hash of its weights."""
+    """The model's name without a path of this machine, and the hash of its weights."""
     if not is_file(location):
         return {"source": name}
     known = name if ":/" in name else Path(name).name
@@ -284,7 +284,7 @@ def _parent(name: str, location: str) -> dict[str, str]:
 
 
 def _fitting(masks: MaskSet | None, model: nn.Module) -> MaskSet | None:
-    """The masks that fit the model: not that of a classifier that is new."""
+    """The masks that fit the model; the mask of a replaced classifier does not."""
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     fitting = {name: mask for name, mask in (masks or {}).items() if shapes[name] == mask.shape}
     return MaskSet(fitting) if fitting else None

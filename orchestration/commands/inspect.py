@@ -24,7 +24,7 @@ PATTERNS = ("2:4", "4:8", "1x4")
 
 @dataclass(frozen=True)
 class Description:
-    """A model's layers, their zeros (by parameter name; none where there are no weights), and its costs."""
+    """A model's layers, their zeros by parameter name (empty if no weights were loaded), and its costs."""
 
     name: str
     method: str | None
@@ -136,10 +136,10 @@ class Description:
 
 
 def describe(name: str, patterns: Patterns | None = None) -> Description:
-    """Look at a checkpoint folder, a hub's model, or (by shapes alone) a timm architecture.
+    """Describe a checkpoint folder, a model of the hub, or (by shapes alone) a timm architecture.
 
     Raises:
-        InputError: no such model, or one in which nothing is known to be prunable.
+        InputError: no such model, or one without any layer that is known to be prunable.
     """
     if not name.startswith("hf-hub:") and is_architecture(name):
         model = skeleton(name)
@@ -162,7 +162,7 @@ def describe(name: str, patterns: Patterns | None = None) -> Description:
 
 
 def _holds(text: str, layers: list[PrunableLayer], zeros: dict[str, Tensor]) -> bool:
-    """Whether every layer's zeros keep a pattern."""
+    """Return whether every layer's zeros keep a pattern."""
     pattern = Pattern.parse(text)
     return all(pattern.fits(layer) and _kept(pattern, zeros[layer.name]) for layer in layers)
 

@@ -30,10 +30,10 @@ _HUB = "hf-hub:"
 
 
 def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
-    """A model with its weights; those of a timm name are the pretrained ones.
+    """Load a model with its weights; for the name of a timm model, the pretrained weights.
 
     Raises:
-        InputError: whatever keeps it from being loaded.
+        InputError: it cannot be loaded; says why.
     """
     if is_file(name):
         with InputError.renamed(_by_option):
@@ -57,7 +57,7 @@ def check_named(name: str) -> None:
 
 @contextmanager
 def resolved(name: str, tracking_uri: str | None, storage: str) -> Iterator[str]:
-    """``models:/NAME@alias`` as a local folder for as long as it is needed; any other name as it is.
+    """Fetch ``models:/NAME@alias`` as a local folder, in a ``with`` block; any other name stays as it is.
 
     Args:
         name: the MODEL of a command.
@@ -99,7 +99,7 @@ def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _by_option(error: InputError) -> InputError:
-    """An error about layers as one about the option ``--layers``; any other as it is."""
+    """Rename an error about layers to the option ``--layers``; other errors stay as they are."""
     first, _, module = error.key.partition(".")
     if first != "layers":
         return error
@@ -123,7 +123,7 @@ def skeleton(name: str) -> nn.Module:
 
 
 def is_architecture(name: str) -> bool:
-    """Whether timm knows a model of this name, and no folder has it.
+    """Return whether timm knows a model of this name, and no folder has it.
 
     Raises:
         InputError: neither a place nor a name that timm knows.
@@ -138,18 +138,18 @@ def is_architecture(name: str) -> bool:
 
 
 def is_file(name: str) -> bool:
-    """Whether a model is a folder of files, here or elsewhere: not a hub's, and not timm's own."""
+    """Return whether a model is a folder, here or elsewhere, and not a model of the hub or of timm."""
     return not name.startswith(_HUB) and not is_architecture(name)
 
 
 def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
-    """The prunable layers: by ``patterns``, by those it was pruned with, or by its family."""
+    """The prunable layers: by ``patterns``, by the patterns the model was pruned with, or by its family."""
     with InputError.renamed(_by_option):
         return find_layers(loaded.model, patterns or recorded_patterns(loaded))
 
 
 def recorded_patterns(loaded: Checkpoint) -> Patterns | None:
-    """The patterns of layers that a checkpoint was pruned with, if it was with any."""
+    """The patterns of layers that a checkpoint was pruned with; ``None`` if there were none."""
     recorded = loaded.record.get("options") or dict(loaded.record.get("recipe") or {}).get("pruning") or {}
     patterns: Patterns | None = recorded.get("layers")
     return patterns
@@ -182,10 +182,10 @@ def check_images(uri: str, model: nn.Module, key: str, columns: Columns | None =
 
 
 def device_for(name: str | None) -> str:
-    """The device that is asked for; without a name, a GPU where there is one.
+    """The requested device; default: a GPU if there is one.
 
     Raises:
-        InputError: there is none.
+        InputError: a GPU is requested, and there is none.
     """
     here = torch.cuda.is_available()
     if name == "cuda" and not here:

@@ -1,4 +1,4 @@
-"""Files and folders that a command writes: checked before the work, whole or not there after it."""
+"""Files and folders that a command writes: checked before the work, complete or absent after it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trainers import storage
 
 
 def free_file(path_text: str, key: str) -> Path:
-    """The path of a file that is not there yet, in a folder that is.
+    """The path of a file that does not exist yet, in a folder that exists.
 
     Raises:
-        InputError: a file cannot be written there without loss.
+        InputError: the file exists, or cannot be written there.
     """
     path = Path(storage.absolute(path_text, key))
     if not path.parent.is_dir():
@@ -31,10 +31,10 @@ def free_file(path_text: str, key: str) -> Path:
 
 
 def free_folder(path_text: str, key: str) -> Path:
-    """The absolute path of a folder that is not there yet (or is empty), where one can be written.
+    """The absolute path of a folder that does not exist yet (or is empty), and that can be written.
 
     Raises:
-        InputError: it is there, or cannot be.
+        InputError: it exists, or cannot be written.
     """
     if "://" in path_text:
         raise InputError(key, path_text, "must be a folder of this machine")
@@ -56,7 +56,7 @@ def free_folder(path_text: str, key: str) -> Path:
 
 @contextmanager
 def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
-    """A folder to write into, which becomes ``target`` when all is written; otherwise nothing is left.
+    """A temporary folder that becomes ``target`` when it is complete; after an error nothing is left.
 
     Args:
         target: where it goes in the end.
@@ -86,7 +86,7 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
 
 
 def forget_killed(target: Path) -> None:
-    """Delete what killed processes left of a file or folder, now that it is there whole."""
+    """Delete the temporary files that killed processes left of a file or folder that is complete now."""
     for partial in target.parent.glob(f".{escape(target.name)}.partial-*"):
         number = partial.name.rpartition("-")[2]
         if not number.isdecimal() or _lives(int(number)):
@@ -108,10 +108,10 @@ def _lives(pid: int) -> bool:
 
 
 def forget_training(folder: Path) -> None:
-    """Delete what a training left whose result is not wanted any more, unless a process is at work there.
+    """Delete the hidden folder of a training whose result is not needed any more, unless it is in use.
 
     Args:
-        folder: where its result was to be; beside it lies the hidden folder that it goes on from.
+        folder: the result's folder; the hidden folder from which the training resumes lies beside it.
     """
     work = folder.with_name(f".{folder.name}.finetune")
     if work.is_dir():

@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 
 class Bars:
-    """Progress of kinds of work: bars on a terminal, a line now and then in a pipe.
+    """Progress of several kinds of work: bars on a terminal, a line now and then in a pipe.
 
-    An instance is a :data:`pruners.order_builder.Progress`; a kind may begin again (several λ, several
-    passes).
+    An instance is a :data:`pruners.order_builder.Progress`; a kind of work may begin again (for several λ, or
+    several passes).
     """
 
     def __init__(self, console: Console | None = None, heading: str = "") -> None:
-        """Prepare the bars; ``heading`` is printed before the first one: an early mistake is a line alone."""
+        """Prepare the bars; ``heading`` is printed with the first one: an early error stays a single line."""
         self.console = console or Console(file=sys.stderr)
         self._heading = heading
         self._live = self.console.is_terminal
@@ -87,7 +87,7 @@ class Bars:
             self.say(f"{what:<12}{detail}")
 
     def over(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
-        """The same batches, shown as they are done with.
+        """Iterate over the same batches, and show the progress.
 
         Args:
             what: the kind of work.
@@ -109,14 +109,14 @@ def _clock(seconds: float) -> str:
 def interruptible(work: Callable[[], T]) -> T:
     """Do ``work`` in a thread of its own, and return its result.
 
-    Ctrl-C is then heard at once, also in the middle of a backward of minutes. The thread cannot be ended:
-    a caller that catches the interrupt must :func:`leave` without waiting for it.
+    Ctrl-C then interrupts at once, even during a backward pass of minutes. The thread itself cannot be ended:
+    a caller that catches the interrupt must call :func:`leave`, which does not wait for it.
     """
     return run_in_thread(work).result()
 
 
 def leave(status: int) -> NoReturn:
-    """End at once after Ctrl-C: temporary folders go, a thread in a long operation is not waited for."""
+    """End at once after Ctrl-C: delete temporary folders, do not wait for a thread in a long operation."""
     atexit._run_exitfuncs()  # private; checked with CPython 3.11
     sys.stderr.write("interrupted\n")  # last, as the thread may print until now
     sys.stderr.flush()

@@ -49,7 +49,7 @@ from trainers.sources.columns import Columns
 class PruneJob:
     """A pruning, loaded and checked; nothing is written yet.
 
-    ``masks`` are what the model had: zeros of layers that are not pruned now stay known as such.
+    ``masks`` are the model's own masks, which keep the zeros of layers that are not pruned now.
     """
 
     options: PruneOptions
@@ -67,7 +67,7 @@ class PruneJob:
         """Load and check all that the options name.
 
         Raises:
-            InputError: whatever can be known to fail before the work begins, by its option.
+            InputError: any error that can be found before the work begins; names the option.
         """
         with _renamed(options):
             target = free_folder(options.out, "--out")
@@ -122,7 +122,7 @@ class PruneJob:
         return Outcome(options, self.layers, self.pruner, report, costs, tests)
 
     def _batches(self) -> Iterable[Batch] | None:
-        """Of the gradients, or of a reconstruction alone."""
+        """The batches for the gradients, or for a reconstruction alone."""
         if self.gradients is not None:
             return _Again(self.gradients.batches)
         return None if self.images is None else _Again(self.images)
@@ -151,7 +151,7 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class _Again:
-    """Batches that begin afresh at each iteration: a Fisher in several parts reads them again."""
+    """Batches that each iteration reads from the beginning: a Fisher in parts needs several passes."""
 
     batches: Callable[[], Iterable[Batch]]
 
@@ -174,7 +174,7 @@ def _gradients(options: PruneOptions, model: nn.Module, pruner: Pruner) -> Gradi
 
 
 def _reconstruction_images(options: PruneOptions, model: nn.Module) -> Callable[[], Iterable[Batch]] | None:
-    """The batches of a reconstruction after a method that takes none itself."""
+    """The batches for a reconstruction after a method without gradients."""
     if options.method in SECOND_ORDER or options.reconstruct is None or options.data is None:
         return None
     images = _images(options.data, model, options.columns, "--data")
@@ -197,7 +197,7 @@ def _images(uri: str, model: nn.Module, columns: Columns, key: str) -> datasets.
 def _check_budget(
     options: PruneOptions, model: nn.Module, layers: list[PrunableLayer], pruner: Pruner
 ) -> None:
-    """Check what :func:`prune` would find out only at the end: limits that the budget cannot meet."""
+    """Check early whether floors and ceilings allow the budget, which :func:`prune` would find only later."""
     masks = MaskSet.from_zeros(model, layers)
     total = pattern_budget(layers, options.target, pruner.sparsity_pattern, masks)
     if sum(masks.pruned().values()) > total:
@@ -336,7 +336,7 @@ class Outcome:
 
 
 def _solved(done: Reconstruction) -> str:
-    """How much nearer the layers answer to the dense model's, and which stay as they were."""
+    """Text about a reconstruction: the layers' errors before and after, and the layers that it left."""
     before, after = (mean(pair[end] for pair in done.errors.values()) for end in (0, 1))
     error = f"mean squared error {before:.2g} → {after:.2g} of the variance"
     left = f"; not {', '.join(done.left)}" if done.left else ""
@@ -344,6 +344,6 @@ def _solved(done: Reconstruction) -> str:
 
 
 def gradients_taken(options: PruneOptions, pruner: Pruner) -> str:
-    """How many gradients are taken, and of what."""
+    """Text about the gradients: their number, and whether they are of batches or of single images."""
     of = "single images" if options.per_sample else f"{options.batch_size} images each"
     return f"{pruner.gradients:,} gradients of {of}"

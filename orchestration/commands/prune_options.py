@@ -64,7 +64,7 @@ class PruneOptions(ColumnOptions):
             one_of("--device", self.device, ("cpu", "cuda"))
         layer_patterns(self.layers)
         self._check_sparsity()
-        self.in_rounds  # noqa: B018  # a mistake is told now
+        self.in_rounds  # noqa: B018  # raises if the text is wrong
         if self.method not in SECOND_ORDER:
             self._refuse_gradients()
             self._check_reconstruct()
@@ -93,7 +93,7 @@ class PruneOptions(ColumnOptions):
         """The number of rounds, or the sparsities that they lead to.
 
         Raises:
-            InputError: neither.
+            InputError: ``--rounds`` is neither.
         """
         if self.rounds is None:
             return 1
@@ -127,7 +127,7 @@ class PruneOptions(ColumnOptions):
 
     @property
     def fisher(self) -> FisherSettings:
-        """Where the gradients come from."""
+        """Settings of the gradients and of the Fisher."""
         return FisherSettings(
             gradients=self.gradients,
             batch_size=self.batch_size,
@@ -168,7 +168,7 @@ class PruneOptions(ColumnOptions):
                 raise InputError(f"--{key.replace('_', '-')}", value, wanted)
 
     def _check_reconstruct(self) -> None:
-        """Of a method that takes no gradients: what reconstruction needs, and what only it makes sense of."""
+        """Methods without gradients: reconstruction needs images, and rounds need reconstruction."""
         if self.reconstruct is not None and self.data is None:
             wanted = "solves weights on images: give training images (Parquet: image)"
             raise InputError("--reconstruct", self.reconstruct, wanted + " by --data")
@@ -214,7 +214,10 @@ def one_of(key: str, value: str, choices: Iterable[str]) -> None:
 
 
 def layer_patterns(texts: Iterable[str]) -> dict[str, list[str]] | None:
-    """``MODULE=REGEX`` texts as patterns by module; none: the model's family says what is prunable.
+    """Read ``MODULE=REGEX`` texts as lists of patterns by module.
+
+    Returns:
+        The patterns; ``None`` without any text: the model's family then says what is prunable.
 
     Raises:
         InputError: a text of another form.

@@ -33,22 +33,22 @@ from trainers.quantization import int8_folder
 from trainers.quantization.checks import check_mode
 
 _OPTIONS = {"quantize.images": "--images", "data": "--train", "checkpoint": "model"}
-"""Keys of the layers below -> what this command's user wrote."""
+"""Keys of the layers below -> the option or argument of this command."""
 _ALIKE = 0.9  # share of images with float32's class, below which the summary warns
 
 
 class Training(Finetuning):
-    """Fine-tuning with fake quantisation; it goes on after Ctrl-C as ``espalier finetune`` does."""
+    """Fine-tuning with fake quantization; after Ctrl-C it can resume, as ``espalier finetune`` does."""
 
     level = "0"  # one best model is kept, at no sparsity of its own
 
     @classmethod
     def result_folder(cls, options: FinetuneOptions) -> Path:
-        """A hidden folder, which may hold the model already: trained, and not yet written as INT8."""
+        """A hidden folder; it may already hold the trained model, which is not yet written as INT8."""
         return Path(options.out).resolve()
 
     def done(self) -> bool:
-        """Whether the model is trained already.
+        """Return whether the model is trained already.
 
         Raises:
             InputError: with other settings, from another checkpoint, or on other images.
@@ -74,7 +74,7 @@ class Training(Finetuning):
 
 @dataclass(frozen=True)
 class Images:
-    """Images for the ranges of activations, and images on which the model is measured.
+    """Images for the ranges of activations, and labelled images to evaluate the model on.
 
     Attributes:
         before: the float model's top-1 on ``tests``.
@@ -92,13 +92,14 @@ class Images:
 
 
 def quantise(options: QuantizeOptions, status: Status) -> list[str]:
-    """Write the INT8 folder; returns lines about it.
+    """Write the INT8 folder; return lines about it.
 
     Args:
-        status: what the terminal shows meanwhile; training has bars of its own.
+        options: the options of the command, checked.
+        status: a status line; training shows its own bars instead.
 
     Raises:
-        InputError: whatever keeps it from being written.
+        InputError: it cannot be written; says why.
         RuntimeError: a pruned weight that is not 0 in the file, by its layer.
     """
     require("--mode", options.mode, *int8_folder.NEEDS)
@@ -181,7 +182,7 @@ def _summary(
 
 
 def _images(options: QuantizeOptions, model: nn.Module) -> Images:
-    """Read and check the images, also where only the training takes them."""
+    """Read and check the images, even if only the training uses them."""
     transform, calibration = datasets.eval_transform(factory.data_config(model)), []
     if options.train is not None:
         check_images(options.train, model, "--train", options.columns)

@@ -24,7 +24,7 @@ _SHARED = "the server of another command at work; Ctrl-C ends it with the last t
 
 @contextmanager
 def registry_uri(tracking_uri: str | None, storage: str) -> Iterator[str]:
-    """A tracking URI for a while: the one given, or that of a server of ours over a storage's database.
+    """A tracking URI, in a ``with`` block: the given one, or that of an own server over a storage's database.
 
     Raises:
         InputError: no server answers there, or nothing has been logged in the storage.
@@ -40,7 +40,7 @@ def registry_uri(tracking_uri: str | None, storage: str) -> Iterator[str]:
 
 
 def _database(tracking_uri: str | None, storage: str) -> str:
-    """A tracking URI for what needs no artifacts: our own database is read as it lies, without a server."""
+    """A tracking URI for reading without artifacts: our own database is opened directly, without a server."""
     if tracking_uri is not None:
         check_uri(tracking_uri)
     return tracking_uri or f"sqlite:///{_folder(storage) / DATABASE}"
@@ -72,13 +72,13 @@ def list_models(tracking_uri: str | None, storage: str) -> Iterator[str]:
 def promote_version(
     name: str | None, number: str | None, alias: str, *, force: bool, tracking_uri: str | None, storage: str
 ) -> Decision:
-    """Move an alias by the rule that the model's last sweep left, or by force.
+    """Move an alias by the promotion rule of the model's last sweep, or by force.
 
     Args:
         name: of the registered model; default: the only one.
-        number: of the version; default: the best that the rule lets.
-        alias: to move.
-        force: whatever the rule says.
+        number: of the version; default: the best that the rule allows.
+        alias: the alias to move.
+        force: move it even if the rule does not allow it.
         tracking_uri: MLflow's; ``None``: that of the storage.
         storage: of the sweeps whose registry is meant.
 

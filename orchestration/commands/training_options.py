@@ -118,7 +118,7 @@ class QuantizeOptions(CheckpointOptions):
 
     @property
     def hidden(self) -> Path:
-        """Where the result of the training lies until the INT8 folder is written."""
+        """The hidden folder for the result of the training, until the INT8 folder is written."""
         out = Path(absolute(self.out, "OUT"))
         return out.with_name(f".{out.name}.float")
 

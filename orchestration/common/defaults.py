@@ -6,12 +6,12 @@ STORAGE = "runs"  # a folder below the working directory
 SEED = 0
 BATCH_SIZE = 128  # images of a gradient, and of an evaluation
 
-METHOD = "ovit"  # of ``espalier prune``
+METHOD = "ovit"  # from here on defaults of ``espalier prune``
 PATTERN = "unstructured"
 UNFIT = "refuse"
 FLOOR, CEILING = 0.0, 1.0
 
-BATCHES = "1,64"  # of ``espalier benchmark``
+BATCHES = "1,64"  # from here on defaults of ``espalier benchmark``
 REPETITIONS = 15
 LOSS = "1%"
 BENCHMARK_DEVICE = "cpu"

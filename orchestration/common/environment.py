@@ -1,4 +1,4 @@
-"""Names and numbers that the command, its jobs and its processes agree on: exit status, variables, files."""
+"""Names and numbers that the command, its jobs and its processes share: exit status, variables, files."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ JOB_RECIPE = "recipe.json"
 
 
 def is_jobs_api(address: str) -> bool:
-    """Whether an address is that of Ray's Jobs API: what runs there is submitted as a job."""
+    """Return whether an address is that of Ray's Jobs API, to which commands are submitted as jobs."""
     return address.startswith(("http://", "https://"))

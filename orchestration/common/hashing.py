@@ -1,4 +1,4 @@
-"""Digests of inputs: results with the same digest come from the same inputs."""
+"""Hashes of inputs: results with the same hash come from the same inputs."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def check_reachable(address: str, key: str = "--address") -> None:
 
 
 def _ask(url: str) -> None:
-    """Ask an address for an answer, with a time limit: Ray's own client waits for ever for a silent port."""
+    """Connect to an address within a time limit; Ray's own client waits for ever for a silent port."""
     with contextlib.suppress(urllib.error.HTTPError):  # asking for a token is an answer
         urllib.request.urlopen(url, timeout=_ANSWER_SECONDS).close()
 
@@ -64,10 +64,10 @@ def free_port(first: int) -> int:
 
 
 def reserve(first: int) -> tuple[int, int]:
-    """:func:`free_port`, and a locked file that keeps this user's other commands from it.
+    """:func:`free_port`, and a locked file, so that other commands of this user do not take the same port.
 
-    The lock holds also before anybody listens at the port, and for whoever inherits the file; the caller
-    closes it.
+    The lock holds even before a process listens at the port, and also for a process that inherits the file;
+    the caller closes it.
 
     Raises:
         InputError: as :func:`free_port`.

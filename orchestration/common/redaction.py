@@ -1,4 +1,4 @@
-"""What others may read: no credentials (:mod:`pruners.redaction` knows them), and no path of this machine."""
+"""Redaction of text for others: no credentials (:mod:`pruners.redaction`), and no path of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _URI = re.compile(r"[A-Za-z][\w.+-]*://(?:(?![A-Za-z][\w.+-]*://)[^\s'\"])+")
 
 
 def redact(value: Any) -> Any:
-    """A recipe, or one of its values, as others may read it.
+    """Redact a recipe, or one of its values.
 
     Args:
         value: what JSON can hold, nested as it likes.
@@ -33,7 +33,7 @@ def redact(value: Any) -> Any:
 
 
 def strip_paths(text: str) -> str:
-    """A text for others, as an error's message: paths by their last part, addresses without credentials.
+    """Redact a text, such as an error message: shorten paths to their last part, remove credentials.
 
     >>> strip_paths("cannot read /home/me/images/train.parquet")
     'cannot read train.parquet'

@@ -1,4 +1,4 @@
-"""The console that everything of ours is printed on; it shows text as it stands."""
+"""The console on which all output is printed; it shows text unchanged."""
 
 from __future__ import annotations
 

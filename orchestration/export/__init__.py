@@ -1,4 +1,5 @@
-"""``espalier export`` and ``pull``: files for engines, checked against the model they come from."""
+"""``espalier export`` and ``pull``: compressed checkpoints, and files for engines that are checked against
+their model."""
 
 __all__ = [
     "compress",

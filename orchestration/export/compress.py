@@ -1,4 +1,4 @@
-"""``espalier export`` and ``espalier pull``: checkpoint folders, written whole or not at all."""
+"""``espalier export`` and ``espalier pull``: write checkpoint folders, completely or not at all."""
 
 from __future__ import annotations
 

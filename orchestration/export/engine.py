@@ -54,7 +54,7 @@ def export(options: ExportOptions, say: Callable[[str], None]) -> None:
     """Write the folder ``options.out``, whole and checked, or nothing.
 
     Raises:
-        InputError: whatever can be known to fail before anything is written.
+        InputError: any error that can be found before anything is written.
         CheckError: the engine's answers differ from the model's; ``say`` has said by how much.
     """
     form = options.form
@@ -81,7 +81,7 @@ def export(options: ExportOptions, say: Callable[[str], None]) -> None:
 def source_of(
     model: nn.Module, checkpoint: Path, calibration: str | None, columns: Columns | None = None
 ) -> Source:
-    """A model with what its file shall say, and with images for calibration, if they are given.
+    """Join a model with what its file must record, and with images for calibration, if they are given.
 
     Args:
         model: in float32 and eval mode.
@@ -102,7 +102,7 @@ def source_of(
 
 
 def _real_images(model: nn.Module, uri: str | None, columns: Columns | None = None) -> tuple[Images, str]:
-    """Images to compare answers on, and what they are."""
+    """Images on which answers are compared, and their description for the record."""
     transform = datasets.eval_transform(factory.data_config(model))
     if uri is None:
         channels = factory.input_size(model)[0]

@@ -1,4 +1,4 @@
-"""Real images that are always at hand: parts of the two photographs that scikit-learn brings along."""
+"""Real images that need no data set: parts of the two photographs in scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST = 64  # pixels of the smallest part's side
 
 
 def photographs(count: int, seed: int = 0) -> list[Image]:
-    """So many square parts, large and small, of a Chinese temple and a flower; the same ones every time."""
+    """Square parts, large and small, of a Chinese temple and a flower; the same ones at each call."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 

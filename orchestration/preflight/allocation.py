@@ -14,15 +14,15 @@ from pruners.model.layers import PrunableLayer
 from pruners.model.masks import MaskSet
 from pruners.model.sparsity_pattern import Pattern
 
-# keys that share a budget out among layers: gradual runs take the search's result for them
+# keys that divide a budget among layers: for these, gradual runs use the result of the allocation search
 _DECIDED = ("sparsity", "scope", "table", "floor", "ceiling", "layers", "pattern", "unfit")
 
 
 def check_allocated(recipe: Recipe) -> None:
-    """Check that gradual runs leave alone what the allocation search before them decides.
+    """Check that ``schedule.space`` has no key that the allocation search already decides.
 
     Raises:
-        InputError: ``schedule.space`` has a key that would be reported, and change nothing.
+        InputError: it has one, which would be searched and reported without any effect.
     """
     if not recipe.allocation.trials:
         return

@@ -49,7 +49,7 @@ _CORNERS = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that can run: its data by address and hash, its layers, its budget."""
+    """A checked recipe: its data by address and hash, its layers, its budget."""
 
     recipe: Recipe
     data: DataSettings
@@ -63,18 +63,18 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, *, dry_run: bool = False, local: bool = False) -> Prepared:
-    """Check all of a recipe that can be checked without a cluster; what writes to the storage comes last.
+    """Check all of a recipe that can be checked without a cluster; last, write to the storage.
 
     Args:
         recipe: the recipe, read and typed.
-        dry_run: data that is not on this machine is listed as missing instead of refused.
-        local: no cluster is to be joined: what this machine cannot give is refused.
+        dry_run: list data that this machine does not see as missing, instead of raising an error.
+        local: the recipe will run on this machine, which must have the resources.
 
     Returns:
-        The recipe with all that was found out about its data and model.
+        The recipe with its data, model, layers and budget.
 
     Raises:
-        InputError: the first thing that cannot work.
+        InputError: the first key that cannot work; names it and its value.
     """
     structured = recipe.structured
     for part, training in trainings(recipe).items():
@@ -174,7 +174,7 @@ def _model(recipe: Recipe) -> tuple[torch.nn.Module | None, list[PrunableLayer],
 
 
 def _from_file(recipe: Recipe) -> tuple[torch.nn.Module, int]:
-    """The model that a file of weights gives, and how many classes the file knows."""
+    """Load a file of weights as a model; return it with the number of classes in the file."""
     given = recipe.model
     assert given.checkpoint is not None, "a file has a name"
     model = load_weights(given.checkpoint, given.architecture, given.args, data=recipe.data)[0]
@@ -240,7 +240,7 @@ def _check_budget(recipe: Recipe, layers: list[PrunableLayer]) -> int:
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    """Check that steps fit into the run, and that sparsities to keep are among theirs."""
+    """Check that all pruning steps lie within the run, and that one of them reaches each sparsity to keep."""
     pruning = recipe.pruning
     if pruning.schedule.unit == "steps":
         return  # checked when the images are counted
@@ -254,7 +254,8 @@ def _check_schedule(recipe: Recipe) -> None:
 
 
 def _check_space(recipe: Recipe) -> None:
-    """Check that every end of the space makes a recipe that could run, and so does every corner."""
+    """Check that the smallest and largest value of each searched key, and all combinations of these, give a
+    valid recipe."""
     ends = {key: _ends(distribution) for key, distribution in recipe.schedule.space.items()}
     for key, values in ends.items():
         for value in values:
@@ -269,12 +270,12 @@ def _check_space(recipe: Recipe) -> None:
 
 
 def _below(key: str, value: object, error: InputError) -> InputError:
-    """An error of a recipe with changed values, as one of the key that names these values."""
+    """Rename a nested recipe error to the searched key, or to the key that holds the changed values."""
     return InputError(key, value, f"{error.key}: {error.expected}")
 
 
 def _check_long_run(recipe: Recipe) -> None:
-    """Check that the long run's values make a recipe that could run."""
+    """Check that the values of the long run give a valid recipe."""
     changes = recipe.long_run
     with InputError.renamed(lambda error: _below("long_run", changes.get(error.key, changes), error)):
         _check_values(recipe, changes)
@@ -295,10 +296,11 @@ def _check_storage(storage_uri: str, *, silent: bool) -> None:
     """Check that the storage is a folder, or can become one.
 
     Args:
-        silent: it need not answer: what does not from here may answer there.
+        storage_uri: a path or any pyarrow URI.
+        silent: it need not answer from here, because it may answer from the cluster.
 
     Raises:
-        InputError: no address of a storage, or one where nothing can be put.
+        InputError: it is no address of a storage, or nothing can be written there.
     """
     try:
         entry = storage.info(storage_uri)

@@ -1,4 +1,4 @@
-"""Preflight checks of a recipe's images: found, of the model's classes, named alike in every part."""
+"""Preflight checks of a recipe's images: they exist, fit the model, and all parts name the classes alike."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def check_classes_of_digits(recipe: Recipe) -> None:
 
 
 def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) -> None:
-    """Check that there are as many training images as ranges are to be taken from.
+    """Check that there are as many training images as the calibration for INT8 takes.
 
     Args:
-        recipe: that may ask for INT8.
+        recipe: the recipe, which may ask for INT8.
         data: its images, with whole addresses.
-        missing: images that this machine does not see; then nothing is checked.
+        missing: images that this machine does not see; nothing is checked if there are any.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are fewer images.
     """
     asked = None if recipe.quantize is None else recipe.quantize.images
     if asked is None or data.train is None or missing:
@@ -48,7 +48,10 @@ def check_calibration(recipe: Recipe, data: DataSettings, missing: list[str]) ->
 
 
 def _is_here(uri: str, key: str) -> bool:
-    """Whether this machine sees a file (of a glob, its folder); a bucket silent here may answer there."""
+    """Return whether this machine sees a file (or the folder of a glob).
+
+    A bucket that does not answer from here may answer from the cluster.
+    """
     try:
         return bool(storage.info(split_glob(uri)[0], key).type != fs.FileType.NotFound)
     except storage.UnreachableError:
@@ -56,14 +59,14 @@ def _is_here(uri: str, key: str) -> bool:
 
 
 def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[str]]:
-    """Look at the images of a recipe.
+    """Check the images of a recipe.
 
     Returns:
-        Their settings with whole addresses; a hash of all that figures on them depend on; those that this
-        machine does not see (of a dry run alone).
+        Their settings with whole addresses; a hash of all that results on them depend on; the images that
+        this machine does not see (in a dry run only).
 
     Raises:
-        InputError: images that cannot be used, or parts that call their classes otherwise.
+        InputError: images that cannot be used, or parts whose classes have different names.
     """
     data, classes = recipe.data, recipe.model.classes
     missing: list[str] = []

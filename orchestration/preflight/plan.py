@@ -100,7 +100,7 @@ def _lines(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def _structured(prepared: Prepared) -> list[tuple[str, str]]:
-    """The step before weights are pruned, where the recipe has one: widths, counts, recovery."""
+    """The structured step, if the recipe has one: widths, counts, recovery."""
     settings, cut = prepared.recipe.structured, prepared.cut
     if settings is None:
         return []
@@ -120,7 +120,7 @@ def _structured(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def _more(recipe: Recipe) -> list[tuple[str, str]]:
-    """Rounds, reconstruction, a second objective, a long run, INT8: what the recipe asks for of them."""
+    """Optional parts that the recipe asks for: rounds, reconstruction, a second objective, long run, INT8."""
     lines, rule = _rounds(recipe), recipe.allocation.rule
     if rule is not None and recipe.allocation.trials:
         reach = f" from {rule.between[0]:g} to {rule.between[1]:g}" if rule.between else ""
@@ -147,7 +147,7 @@ def _more(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _rounds(recipe: Recipe) -> list[tuple[str, str]]:
-    """In which rounds weights are pruned in one shot, and on how many images they are solved again."""
+    """The rounds of one-shot pruning, and the number of images for the reconstruction after each."""
     pruning, lines = recipe.pruning, []
     second_order = [method for method in pruning.methods if method in SECOND_ORDER]
     end = pruning.sparsity if recipe.allocation.reach is None else recipe.allocation.reach[0]
@@ -173,7 +173,7 @@ def _schedule(recipe: Recipe) -> str:
 
 
 def _needs(prepared: Prepared) -> list[tuple[str, str]]:
-    """Memory of the Fisher on each worker, and checkpoints to come."""
+    """Memory of the Fisher on each worker, and the number of checkpoints that the run will write."""
     recipe, lines = prepared.recipe, []
     pruning, training = recipe.pruning, recipe.recovery
     for method in pruning.methods:

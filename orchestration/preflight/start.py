@@ -8,9 +8,9 @@ from trainers import storage
 
 
 def check_start(recipe: Recipe) -> None:
-    """Check that the storage answers, and that a sweep of this name in it was begun with the same recipe.
+    """Check that the storage answers, and that an existing sweep of this name was begun with the same recipe.
 
-    It comes before :func:`orchestration.preflight.checks.prepare`, wherever the driver runs.
+    Called before :func:`orchestration.preflight.checks.prepare`, wherever the driver runs.
 
     Raises:
         InputError: the storage does not answer, or the sweep was begun with another recipe.

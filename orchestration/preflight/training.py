@@ -19,7 +19,7 @@ from trainers.checkpoint.folder import check_exists, open_verified
 from trainers.config.training import TrainingSettings
 from trainers.loop.optimization import matching_parameters
 
-# arguments of timm's factory that we set ourselves, or that no recipe can hold
+# arguments of timm's factory that we set ourselves, or that a recipe cannot express
 _OURS = frozenset({"model_or_params", "opt", "lr", "weight_decay", "layer_decay", "param_group_fn", "kwargs"})
 
 
@@ -35,7 +35,7 @@ def trainings(recipe: Recipe) -> dict[str, TrainingSettings]:
 
 
 def remarks(recipe: Recipe) -> list[str]:
-    """Lines about settings that work on this machine, but slower than one would expect."""
+    """Warnings about settings that are unexpectedly slow on this machine."""
     if recipe.resources.gpus_per_worker or _fast_in_bfloat16():
         return []
     return [
@@ -46,7 +46,7 @@ def remarks(recipe: Recipe) -> list[str]:
 
 
 def _fast_in_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16.
+    """Return whether the processor has instructions for bfloat16.
 
     Measured where it has none (AVX2): a step of a small ViT took 13 times as long as in float32. The call is
     private; checked with torch 2.15.0.
@@ -55,7 +55,7 @@ def _fast_in_bfloat16() -> bool:
 
 
 def check_training(training: TrainingSettings, prefix: str) -> None:
-    """Try the optimizer on one weight, read the augmentation, look for the teacher.
+    """Check training settings: try the optimizer on one weight, parse the augmentation, find the teacher.
 
     Args:
         training: the settings.
@@ -103,9 +103,9 @@ def _check_optimizer(training: TrainingSettings, prefix: str) -> None:
 
 
 def _arguments_of(name: str) -> list[str] | None:
-    """Names of the arguments of a timm optimizer; ``None`` where it takes any.
+    """Names of the arguments of a timm optimizer; ``None`` if it takes any.
 
-    timm's factory drops some that an optimizer does not take (``betas`` of SGD), without a word.
+    timm's factory silently drops some arguments that an optimizer does not take (``betas`` of SGD).
     """
     inner = name.lower().rpartition("_")[2]  # lookahead_NAME
     signature = inspect.signature(get_optimizer_class(inner, bind_defaults=False)).parameters
@@ -145,7 +145,7 @@ def _check_teacher(name: str, key: str) -> None:
 
 
 def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collection[str], prefix: str) -> None:
-    """Check that each pattern of ``freeze`` matches parameters, and none that must recover.
+    """Check that each pattern of ``freeze`` matches parameters, but no pruned ones: those must recover.
 
     Args:
         training: the settings.
@@ -154,7 +154,7 @@ def check_frozen(training: TrainingSettings, model: nn.Module, pruned: Collectio
         prefix: goes before the keys of errors, as ``recovery.``.
 
     Raises:
-        InputError: one does not.
+        InputError: a pattern matches nothing, or a pruned parameter.
     """
     with InputError.renamed(lambda error: error.replaced(key=error.key.replace("training.", prefix))):
         matching_parameters(model, training.freeze, pruned)

@@ -35,7 +35,7 @@ def put(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def get(content: Mapping[str, Any] | Settings, key: str) -> Any:
-    """Read ``a.b.c`` from nested dictionaries or settings; ``None`` if it is not there."""
+    """Read ``a.b.c`` from nested dictionaries or settings; ``None`` if there is no such key."""
     level: Any = content
     for part in key.split("."):
         if isinstance(level, Settings):

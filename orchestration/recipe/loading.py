@@ -23,10 +23,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by its path or by the name of one that comes with espalier.
 
     Args:
+        name: a path, or the name of a recipe that is part of espalier.
         overrides: ``key.sub=value`` strings, the value in YAML.
 
     Raises:
-        InputError: whatever is wrong, by key and value.
+        InputError: for the first error, by key and value.
     """
     content = _read(_find(name), ())
     _override(content, overrides)
@@ -36,10 +37,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, Any]) -> S:
-    """A part of a recipe without the rest, from ``key.sub=value`` strings over some defaults.
+    """Make one part of a recipe, from ``key.sub=value`` strings over some defaults.
 
     Args:
-        kind: the settings that the part is read as.
+        kind: the settings class of the part.
         overrides: ``key.sub=value`` strings, the value in YAML.
         defaults: the values below the overrides.
 
@@ -47,7 +48,7 @@ def load_part(kind: type[S], overrides: Sequence[str], defaults: Mapping[str, An
         The settings, checked.
 
     Raises:
-        InputError: for the first thing that is wrong, its key as it would be within the part.
+        InputError: for the first error, by its key within the part.
     """
     content = copy.deepcopy(dict(defaults))
     _override(content, overrides)
@@ -107,7 +108,7 @@ def describe_shipped() -> list[tuple[str, str]]:
 
 
 def shipped() -> dict[str, Path]:
-    """Recipes that come with espalier, by name (``demo``, ``dimap/swin_t_dimap2``)."""
+    """The recipes that are part of espalier, by name (``demo``, ``dimap/swin_t_dimap2``)."""
     root = Path(str(files("experiments")))
     return {
         str(path.relative_to(root).with_suffix("")): path

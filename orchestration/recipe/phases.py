@@ -13,7 +13,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 @dataclass(frozen=True)
 class PhaseRange:
-    """The phases that a command runs; what comes before the first must be known already.
+    """The phases that a command runs; the phases before the first must have their results already.
 
     Raises:
         InputError: the last comes before the first.
@@ -27,11 +27,11 @@ class PhaseRange:
             raise InputError("--until", self.last, f"comes before --from {self.first}")
 
     def reaches(self, phase: Phase) -> bool:
-        """Whether a phase is one of those, or comes before them."""
+        """Return whether a phase is in the range, or before it."""
         return PHASES.index(phase) <= PHASES.index(self.last)
 
     def starts_after(self, phase: Phase) -> bool:
-        """Whether a phase comes before all of them."""
+        """Return whether a phase is before the range."""
         return PHASES.index(phase) < PHASES.index(self.first)
 
     @property

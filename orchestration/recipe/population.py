@@ -1,4 +1,4 @@
-"""Checks of a population's search space: only values that can change in the middle of a run are searched."""
+"""Checks of a population's search space: all its values must be able to change in the middle of a run."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def check_population(trials: int, sampler: str, space: Mapping[str, Distribution
 
 
 def job_key(key: str) -> str:
-    """The key of a job for what a recipe calls ``recovery.…``."""
+    """Translate a recipe's key ``recovery.…`` to the key of a job."""
     return f"training.{key.removeprefix(_PREFIX)}"
 
 
 def _can_change(key: str) -> bool:
-    """Whether a key is a float of ``recovery``; unknown keys count as such, as other checks refuse them."""
+    """Return whether a key is a float of ``recovery``; unknown keys count too: other checks refuse them."""
     if not key.startswith(_PREFIX):
         return False
     model: type[BaseModel] = TrainingSettings

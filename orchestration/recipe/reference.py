@@ -20,7 +20,7 @@ _NAMES = {int: "integer", float: "number", str: "text", bool: "true, false", typ
 
 @dataclass(frozen=True)
 class Key:
-    """``default`` and ``values`` as they are written in YAML; one that must be given has no default."""
+    """A key of a recipe; ``default`` and ``values`` are in YAML. A key that must be given has no default."""
 
     name: str
     values: str
@@ -98,8 +98,8 @@ def _keys_of(
     Args:
         settings: the settings' class.
         prefix: goes before each key, as ``recovery.``.
-        listed: keys of settings that were listed already -> where that was; those are not listed again.
-            ``None``: all are.
+        listed: settings that were listed already -> the key there; they are not listed again. ``None``: list
+            all.
     """
     for name, field in settings.model_fields.items():
         key = f"{prefix}{field.alias or name}"
@@ -120,7 +120,7 @@ def _keys_of(
 
 
 def _own_defaults(key: str, field: FieldInfo) -> dict[str, Any]:
-    """The defaults that differ here from those of the settings' type elsewhere."""
+    """The defaults that a field changes in settings of its type."""
     extra = field.json_schema_extra
     own = extra.get(OWN_DEFAULTS) if isinstance(extra, Mapping) else None
     if not isinstance(own, Mapping):

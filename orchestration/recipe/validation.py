@@ -1,4 +1,4 @@
-"""Mistakes of a recipe in one line: the key, the value, and what would be right."""
+"""Errors in a recipe as one line: the key, the value, and what would be right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def validate(content: Mapping[str, Any]) -> Recipe:
     """Read a content as a typed recipe.
 
     Raises:
-        InputError: for the first thing that is wrong.
+        InputError: for the first error, by key and value.
     """
     try:
         return Recipe.model_validate(content)
@@ -33,7 +33,7 @@ _BRANCH = re.compile(r"constrained-\w+|(literal|dict)\[.*\]")
 
 
 def _no_branch(errors: Sequence[Any]) -> InputError:
-    """The error for a value that has none of the forms that its key allows."""
+    """The error for a value that matches none of the types that its key allows."""
     path = [str(part) for part in errors[0]["loc"]]
     begin = next(number for number, part in enumerate(path) if _BRANCH.fullmatch(part))
     same = [mistake for mistake in errors if [str(part) for part in mistake["loc"]][:begin] == path[:begin]]

@@ -29,7 +29,7 @@ _LABEL = re.compile(r"(.+)-(allocation|schedule|long_run)(?:-([\d.]+))?")
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the table; accuracies are of ``part``, in 0…1. What is not known yet is ``None``."""
+    """A row of the table; accuracies are on ``part``, 0…1. Values that are not known yet are ``None``."""
 
     method: str
     part: str
@@ -163,7 +163,7 @@ def _model(row: dict[str, Any]) -> Model:
 
 
 def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> list[Model]:
-    """A row for each method that has a finished trial: its best at the sparsity that the recipe asks for."""
+    """A row for each method with a finished trial: its best trial at the recipe's sparsity."""
     goal = (None, f"{100 * recipe.pruning.sparsity:g}")
     rows = []
     for method in recipe.pruning.methods:
@@ -188,7 +188,7 @@ def _so_far(recipe: Recipe, searches: Sequence[Search], dense: float | None) -> 
 
 
 def differences(sweeps: Sequence[Compared]) -> dict[str, list[str]]:
-    """Keys of the recipes that are not the same in all sweeps -> the value in each, as others may read it."""
+    """Keys that differ between the recipes of the sweeps -> the value in each, redacted."""
     recipes = [flatten(content_of(sweep.recipe)) for sweep in sweeps]
     differing = {}
     for key in sorted({key for recipe in recipes for key in recipe} - {"name"}):

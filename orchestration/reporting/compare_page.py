@@ -1,4 +1,4 @@
-"""The comparison as one HTML page, for readers without the tool, the storage and a network."""
+"""The comparison as one HTML page, which needs neither espalier nor the storage nor a network."""
 
 from __future__ import annotations
 

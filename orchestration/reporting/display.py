@@ -21,10 +21,10 @@ _KEPT_LINES = 100
 
 
 class Display:
-    """One line for the phase at work: trials done and running, the best so far, the time left.
+    """One line for the running phase: trials done and running, the best so far, the time left.
 
-    It is an :class:`orchestration.state.trial_end.Observer`; ``fraction`` of a running trial comes from its
-    epochs.
+    It is an :class:`orchestration.state.trial_end.Observer`. The progress of a running trial is computed from
+    its epochs.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -80,7 +80,7 @@ class Display:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def snapshot(self) -> dict[str, Any]:
-        """What is shown, in JSON's types; another thread may ask."""
+        """The displayed state, in JSON's types; may be called from another thread."""
         return {
             "planned": self._phases,
             "phases": [dict(phase) for phase in self._begun],
@@ -103,13 +103,13 @@ class Display:
         """Begin a phase.
 
         Args:
-            name: shown.
-            trials: how many it has in all.
-            done: how many of them are known from before.
-            epochs: of a trial, for its share that is done.
-            best: what :func:`leading` says of the known ones.
-            label: what its trials are called by, before their numbers.
-            log: where its trials are recorded.
+            name: title of the phase.
+            trials: number of all its trials.
+            done: number of trials that have already ended in an earlier run.
+            epochs: of a trial, for the progress of running trials.
+            best: score and top-1 of the best of these (:func:`leading`).
+            label: name of its trials, before their numbers.
+            log: file of the trial log.
         """
         self._begun.append({"name": name, "trials": trials, "label": label, "log": log, "summary": None})
         self._number += 1
@@ -172,7 +172,7 @@ class Display:
         return min((self._done + sum(list(self._running.values()))) / self._total, 1.0)
 
     def _left(self) -> str | None:
-        """The time that the phase still takes, once something of it is done."""
+        """The time that the phase still takes, as text; ``None`` until a part of it is done."""
         fraction = self._fraction()
         gained = fraction - self._begin_fraction
         if gained <= 0:
@@ -198,7 +198,7 @@ class Display:
 
 
 def leading(trials: Iterable[TrialRecord]) -> tuple[float, float] | None:
-    """Score and top-1 of the best of the trials that ran to their end; nothing where none did."""
+    """Score and top-1 of the best finished trial; ``None`` if there is none."""
     best = None
     for trial in trials:
         if trial.state == "finished" and trial.score is not None:
@@ -207,7 +207,7 @@ def leading(trials: Iterable[TrialRecord]) -> tuple[float, float] | None:
 
 
 def _better(best: tuple[float, float] | None, score: float, top1: float) -> tuple[float, float] | None:
-    """The higher score of two, whatever it counts (of a loss it is below 0); NaN and infinity never lead."""
+    """Score and top-1 of the better trial, by the score; NaN and infinity are never the best."""
     if not math.isfinite(score) or (best is not None and score <= best[0]):
         return best
     return score, top1

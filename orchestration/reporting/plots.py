@@ -24,9 +24,9 @@ def allocations(trials: Sequence[TrialRecord], title: str, most: int | None = No
     """Sparsity of each stage and module in every trial, best trials to the left.
 
     Args:
-        trials: with ``shares`` among their metrics; others are left out.
+        trials: the trials; those without ``shares`` among their metrics are left out.
         title: of the figure.
-        most: only so many of the best.
+        most: the largest number of trials to show, the best ones.
 
     Returns:
         The figure.
@@ -116,7 +116,7 @@ def accuracy_over_sparsity(
     Args:
         points: (sparsity, top-1), both in 0…1, of the models of each series.
         dense: top-1 in 0…1 of dense models by name.
-        part: which images top-1 is of.
+        part: the images that top-1 was measured on, ``validation`` or ``test``.
 
     Returns:
         The figure.
@@ -139,8 +139,8 @@ def search_front(trials: Sequence[TrialRecord], rule: Rule, chosen: TrialRecord,
 
     Args:
         trials: of a search with two objectives.
-        rule: what counts as cost.
-        chosen: the trial that the rule took.
+        rule: says which metric is the cost.
+        chosen: the trial that the rule chose.
         title: of the figure.
 
     Returns:

@@ -26,12 +26,12 @@ def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> 
 
     Args:
         records: the trials.
-        space: that was searched.
+        space: the searched keys and their distributions.
         title: of the figures.
 
     Returns:
-        The figures by name: none of fewer than two trials or without a space; no importance where all trials
-        are alike.
+        The figures by name. There are none for fewer than two trials or an empty space, and no importance if
+        all scores are equal.
     """
     done = [record for record in records if _counts(record) and contains(space, record.values)]
     if len(done) < 2 or not space:
@@ -42,12 +42,12 @@ def search_figures(records: Sequence[TrialRecord], space: Space, title: str) -> 
 
 
 def importance(records: Sequence[TrialRecord], space: Space) -> dict[str, float]:
-    """The share of each searched value in how the scores differ, by Optuna (PED-ANOVA).
+    """The importance of each searched value for the score, by Optuna's PED-ANOVA.
 
-    The study is built anew from the records: they outlive the one that proposed them.
+    The study is rebuilt from the records, because the study that proposed the trials is not kept.
 
     Returns:
-        The shares by key; empty where no value matters, or all trials are alike.
+        Shares by key, which add up to 1; empty if no value matters, or all scores are equal.
     """
     searched = {key: distribution for key, distribution in space.items() if not distribution.single()}
     study = optuna.create_study(direction="maximize")
@@ -80,7 +80,7 @@ def _bars(shares: dict[str, float], title: str) -> Figure:
 
 
 def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
-    """A line for each trial through its values, coloured by accuracy; of many the best are strong, on top."""
+    """A line for each trial through its values, coloured by accuracy; of many, the best are drawn on top."""
     figure = Figure((max(_SIZE[0], 0.9 * len(space) + 2), _SIZE[1] + 0.8), layout="constrained")
     axes = figure.add_subplot()
     ranked = sorted(records, key=lambda record: record.metrics["val_top1"])
@@ -106,7 +106,7 @@ def _lines(records: Sequence[TrialRecord], space: Space, title: str) -> Figure:
 
 
 def _height(distribution: BaseDistribution, value: Any) -> float:
-    """Where a value lies between the ends of its distribution, 0…1."""
+    """Position of a value between the ends of its distribution, 0…1."""
     if isinstance(distribution, CategoricalDistribution):
         return float(distribution.choices.index(value) / max(len(distribution.choices) - 1, 1))
     low, high = distribution.low, distribution.high

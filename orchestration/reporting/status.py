@@ -31,7 +31,7 @@ _IN_MLFLOW = re.compile(r"(?P<number>\d+) (?P<label>.+)")
 
 @dataclass(frozen=True)
 class PhaseStatus:
-    """A phase that has begun: its recorded trials, how many it is to have, its ``folder`` on the storage."""
+    """A phase that has begun: its recorded trials, their final number, its ``folder`` on the storage."""
 
     name: str
     label: str
@@ -65,7 +65,7 @@ def phases(storage_uri: str, state: dict[str, Any]) -> list[PhaseStatus]:
 
 
 def overview(storage_uri: str, name: str | None) -> Group:
-    """Sweeps, their phases, trials, best, time left; then what failed, and why.
+    """Sweeps with their phases, trials, best trial and time left; then the failed trials with their errors.
 
     Args:
         storage_uri: the storage.
@@ -117,13 +117,13 @@ def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: 
 
 
 def format_state(state: dict[str, Any]) -> str:
-    """A sweep's state and since when it has it, as ``running since 2026-01-31 12:00``."""
+    """A sweep's state with its time, as ``running since 2026-01-31 12:00``."""
     since = state["began"] if state["state"] == "running" else state["updated"]
     return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
 
 
 def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:
-    """The last lines of a sweep's driver, or all that is known of a trial.
+    """The last lines of a sweep's driver, or all that is recorded of a trial.
 
     Args:
         storage_uri: the storage.

@@ -1,4 +1,4 @@
-"""What ends a trial that hangs, and a search whose trials fail."""
+"""Limits of a search: end a trial that takes too long, and a search of which too many trials fail."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from orchestration.recipe.search import SearchLimits
 
 @dataclass(frozen=True)
 class Limits:
-    """The recipe's limits of one search, and the key they stand under."""
+    """The recipe's limits of one search, and their key in the recipe."""
 
     settings: SearchLimits
     key: str
 
     def overdue(self, since: float) -> str | None:
-        """Why a trial that began at ``since`` (monotonic seconds) must end; ``None`` while it has time."""
+        """The reason to end a trial that began at ``since`` (monotonic seconds); ``None``: no reason."""
         minutes = self.settings.trial_minutes
         if minutes is None or time.monotonic() - since < 60 * minutes:
             return None
@@ -37,14 +37,14 @@ class FailureStopper(Stopper):  # type: ignore[misc]
         self.last = ""
 
     def __reduce__(self) -> Any:
-        # Tune pickles it with the experiment's state; ours goes by the trial log instead
+        # Tune pickles it with the experiment's state; we resume from the trial log instead
         return NoopStopper, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        # where all have failed there is nothing to stop, and no best one to be had
+        # if all trials have failed there is nothing to stop; the search then fails as it has no best trial
         return self._limits.settings.failures * self._trials < self.failed < self._trials
 
     def note(self, error: str) -> None:
@@ -55,7 +55,7 @@ class FailureStopper(Stopper):  # type: ignore[misc]
         """Check that the search was not given up.
 
         Raises:
-            RuntimeError: it was, as too many trials failed.
+            RuntimeError: it was given up because too many trials failed.
         """
         if self.stop_all():
             count = f"{self.failed} of {self._trials} trials failed"

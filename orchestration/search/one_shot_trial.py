@@ -32,7 +32,7 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Speed:
-    """A latency table, and the dense model's top-1 on the trials' images: for a search for speed."""
+    """For a search for speed: a latency table, and the dense model's top-1 on the trials' images."""
 
     table: LatencyTable
     dense_top1: float
@@ -45,19 +45,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class OneShotInputs:
-    """What all allocation trials of a study share.
+    """The inputs that all allocation trials of a study share.
 
     Attributes:
-        checkpoint: the model whose weights are ordered: the dense one, or what the rounds before left.
-        data: the images; trials see those of validation.
-        seed: by which training images are drawn.
-        search: what is searched, and how.
-        space: what is proposed.
-        order: of the weights.
-        costs: of the model at any allocation.
-        dense: the model whose answers a reconstruction goes by.
-        reconstruct: training images on which the weights of the best model are solved again; 0: they are not.
-        speed: for a search for speed.
+        checkpoint: the model whose weights are ordered: the dense one, or the result of the round before.
+        data: the images; trials are evaluated on validation.
+        seed: decides which training images a reconstruction takes.
+        search: the recipe's settings of the search.
+        space: the searched sparsities.
+        order: the elimination order of the weights.
+        costs: parameters and multiply-accumulates at any allocation.
+        dense: the model whose outputs a reconstruction must match.
+        reconstruct: number of training images for the reconstruction of the best model; 0: there is none.
+        speed: of a search for speed.
     """
 
     checkpoint: str
@@ -81,14 +81,15 @@ class OneShotInputs:
 
 
 class Solver:
-    """Solves the weights again that one-shot models keep, so that their layers answer as the dense model's.
+    """Recomputes the kept weights of a one-shot model by least squares, so that its layers' outputs match the
+    dense model's.
 
     Args:
         dense: checkpoint of the dense model.
-        images: the images, of which those of training are taken.
-        seed: decides which.
-        count: how many, at most.
-        device: where the models are.
+        images: the data, of which training images are used.
+        seed: decides which images.
+        count: number of images, at most.
+        device: of the models.
     """
 
     def __init__(self, dense: str, images: DataSettings, seed: int, count: int, device: str) -> None:
@@ -104,7 +105,7 @@ class Solver:
 class OneShotTrial(tune.Trainable):  # type: ignore[misc]
     """Set the weights of a proposed allocation, evaluate on validation, report; the actor is then reused.
 
-    Each step adds images up to the next of the search's ends.
+    Each step evaluates further images, up to the next rung of the search.
     """
 
     def setup(self, config: dict[str, float], inputs: OneShotInputs) -> None:
@@ -120,7 +121,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         images = data.split(inputs.data, "validation", data.eval_transform(preprocessing), inputs.seed)
         ends = inputs.search.rungs(len(images))
         self._parts = list(pairwise([0, *ends]))
-        # decoded once for all actors of a node: a trial costs its evaluation alone
+        # decoded once for all actors of a node: a trial only evaluates
         self._images = Pixels.of(images, ends[-1], preprocessing, inputs.device)
         self.reset_config(config)
 
@@ -157,7 +158,7 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
         if self._solver is None:
             write_weights(self._model, weights)
             return
-        write_weights(self._model, {**self._before, **weights})  # the last trial's biases are not these
+        write_weights(self._model, {**self._before, **weights})  # reset biases: the last trial changed them
         self._solver.solve(self._model, self._inputs.space.layers, masks)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

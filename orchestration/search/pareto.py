@@ -1,4 +1,4 @@
-"""Two objectives: the Pareto front of the trials, and the one that the recipe's rule chooses."""
+"""Two objectives: the Pareto front of the trials, and the trial that the recipe's rule chooses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ROUNDING = 1e-9
 
 
 def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
-    """The Pareto front: items that no other is both cheaper and better than; of equals the first.
+    """The Pareto front: items for which no other item is both cheaper and better; of equal items the first.
 
     Returns:
-        By ascending cost, and so by ascending worth.
+        The items by ascending cost, and so by ascending worth.
     """
     front: list[T] = []
     for item in sorted(items, key=lambda item: (cost(item), -worth(item))):
@@ -29,7 +29,8 @@ def front(trials: Sequence[TrialRecord], cost: str) -> list[TrialRecord]:
     """The finished trials on the Pareto front, by ascending cost.
 
     Args:
-        cost: the metric that is to be small.
+        trials: the trials of a search.
+        cost: the metric that is minimised.
     """
     done = [trial for trial in trials if trial.state == "finished" and trial.score is not None]
     return unbeaten(done, cost=lambda item: item.cost(cost), worth=lambda item: item.score or 0.0)
@@ -39,10 +40,12 @@ def chosen(trials: Sequence[TrialRecord], rule: Pareto, whole: float | None = No
     """The trial on the front that the rule chooses.
 
     Args:
-        whole: what the dense model costs, where the trials prune one that was cut in width before.
+        trials: the trials of a search.
+        rule: the recipe's rule.
+        whole: cost of the dense model, if the trials prune a model that was cut in width before.
 
     Raises:
-        RuntimeError: no trial ran to its end, or none is as cheap as the rule asks.
+        RuntimeError: no trial has finished, or none is as cheap as the rule asks.
     """
     best = front(trials, rule.cost)
     if not best:
@@ -69,7 +72,7 @@ def fastest(trials: Sequence[TrialRecord], rule: Fastest) -> TrialRecord:
     """The front's fastest trial that loses at most ``rule.loss`` of the dense model's top-1.
 
     Raises:
-        RuntimeError: no trial ran to its end, or all lose more; says the nearest.
+        RuntimeError: no trial has finished, or all lose more; names the loss of the nearest.
     """
     best = front(trials, rule.cost)
     if not best:

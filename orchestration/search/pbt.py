@@ -1,8 +1,8 @@
 """Population-based training (Jaderberg et al., 2017) of gradual runs: Ray's own, on a cluster of any size.
 
-Trials that are among the worst when they are looked at go on from a checkpoint of one of the best, with its
-values a little changed. What a trial is at a time (:class:`orchestration.search.pbt_trial.Member`) it reports
-itself.
+Trials are compared now and then. Each of the worst then continues from a checkpoint of one of the best, with
+slightly changed values. A trial reports which member of the population it is at that time
+(:class:`orchestration.search.pbt_trial.Member`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from trainers import storage
 class Population(PopulationBasedTraining):  # type: ignore[misc]
     """Ray's scheduler, with a limit of trials at once and copies of checkpoints that others continue from.
 
-    Tune starts whatever waits: so trials wait as paused ones, which are the scheduler's to start.
+    Tune starts every pending trial itself. Trials are therefore paused, and only the scheduler starts them.
 
     Args:
+        space: the searched keys and their distributions, all of them floats.
         runs: folder or URI of the Train runs.
-        every: epochs at the final sparsity between two looks at a trial.
-        share: of the population that goes on from as many of the best, at most a half.
-        epochs: of a run; one that is there is left alone.
-        slots: trials at once.
+        every: epochs at the final sparsity between two comparisons of a trial.
+        share: share of the population that is replaced by as many of the best, at most 0.5.
+        epochs: length of a run; a trial that has reached it is not changed any more.
+        slots: number of trials that run at once.
+        seed: of all random choices.
     """
 
     def __init__(
@@ -84,13 +86,13 @@ class Population(PopulationBasedTraining):  # type: ignore[misc]
             self._hold(trial)
         live = sum(not trial.is_finished() for trial in tune_controller.get_trials())
         if decision == TrialScheduler.PAUSE and live <= self._slots:
-            return str(TrialScheduler.CONTINUE)  # who waits has room
+            return str(TrialScheduler.CONTINUE)  # every waiting trial has a slot
         return str(decision)
 
     def _hold(self, trial: Trial) -> None:
         """Copy the checkpoint that a trial continues from: its owner keeps only its newest ones.
 
-        A copy that fails costs the trial, which then finds nothing to begin from.
+        If the copy fails, the trial fails: it finds no checkpoint to begin from.
         """
         origin = origin_of(self._runs, trial.trial_id)
         storage.remove(origin)
@@ -116,10 +118,20 @@ def within(space: Space, values: Mapping[str, Any]) -> dict[str, float]:
 def draws(
     space: Space, log: TrialLog, first: Sequence[dict[str, Any]], trials: int, seed: int
 ) -> BasicVariantGenerator:
-    """The given proposals, then random ones; an interrupted search has those that the undisturbed one has.
+    """Make the given proposals, then random ones; an interrupted search has those of the undisturbed one.
 
-    Interrupted trials come first. They are recognised by their values: of two that had come to the same ones
-    the other begins anew.
+    Interrupted trials come first. They are matched by their values: if two have the same values, only one
+    resumes; the other starts again.
+
+    Args:
+        space: the searched keys and their distributions.
+        log: the trial log of the search.
+        first: proposals with which a new search begins.
+        trials: the number of proposals.
+        seed: of the random proposals.
+
+    Returns:
+        Tune's generator of the proposals.
     """
     pending = [values for values in log.pending if contains(space, values)]
     apart = [values for number, values in enumerate(pending) if values not in pending[:number]]
@@ -152,10 +164,16 @@ def history(member: Mapping[str, Any]) -> dict[str, Any]:
 def take_note(
     log: TrialLog, number: int, result: Mapping[str, Any], numbers: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The member that a result reports; logged when it is the first result of that member.
+    """Return the member that a result reports; the first result of a member is logged.
 
     Args:
-        numbers: of trials by Tune's names, to call those by that it took from.
+        log: the trial log of the search.
+        number: number of the trial.
+        result: what the trial reported.
+        numbers: number of each trial by Tune's name of it, for the trials that it took weights from.
+
+    Returns:
+        The member as the log holds it; empty if the result reports none.
     """
     if MEMBER not in result:
         return {}
@@ -166,6 +184,6 @@ def take_note(
     old = log.member(number)
     if old is None or old["run"] != member["run"]:
         log.note(number, member["values"], member)
-        if old is not None:  # nobody goes on from it: it was among the worst
+        if old is not None:  # no other member continues from it: it was among the worst
             storage.remove(f"{member['runs']}/{old['run']}")
     return member

@@ -1,8 +1,8 @@
 """The Tune function of a member of a population, around a Ray Train run as ``training_trial``.
 
-Ray tells Tune the place of a Train checkpoint as a figure; population-based training wants checkpoints of
-Tune's own. So what the run reports is reported again, with each Train checkpoint a folder of one JSON file
-that says where it is and what it was trained with.
+Ray passes the path of a Train checkpoint to Tune as a metric, but population-based training needs Tune's own
+checkpoints. The reports of the run are therefore reported again. For each Train checkpoint the report has a
+Tune checkpoint: a folder with one JSON file that names the path, and the member that was trained.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from orchestration.search.training_trial import Jobs, train_run
 from trainers import storage
 from trainers.config.jobs import Origin, TrainJob
 
-MEMBER = "pbt"  # the figure that a member is reported as
+MEMBER = "pbt"  # key of the member in a report
 _FILE = "member.json"
-# A checkpoint may be taken until its trial is looked at again, an interval later. The run is then ahead by
-# what is being looked at, what waits for it, and what could not even wait.
+# Another member may take a checkpoint until its trial is compared again, one interval later. The run is ahead
+# of Tune meanwhile: by the report that Tune handles, by the one in the queue, and by those not yet queued.
 _AHEAD = 4
 
 
@@ -40,11 +40,12 @@ class Member:
     """A trial's state in a population, from one exploit step to the next.
 
     Attributes:
-        trial: Tune's name of it.
-        values: it is trained with.
-        runs: folder of the Train runs; ``run`` is its own.
-        origin: the checkpoint that the run began from; None of a run that began anew.
-        taken: where its weights came from: the ``trial``, its ``epoch`` and ``values`` then, oldest first.
+        trial: Tune's name of the trial.
+        values: the searched values with which it is trained.
+        runs: folder of the Train runs.
+        run: name of its own run there.
+        origin: the checkpoint from which the run began; ``None`` if it began from the dense model.
+        taken: origins of its weights, oldest first: the ``trial``, with its ``epoch`` and ``values`` then.
     """
 
     trial: str
@@ -66,11 +67,18 @@ class Member:
         checkpoint: Mapping[str, Any] | None,
         known: Mapping[str, Mapping[str, Any]],
     ) -> Member:
-        """The member that a starting trial is.
+        """Make the member of a trial that starts.
 
         Args:
-            checkpoint: the Tune checkpoint it is given: its own where it was paused, another's to go on from.
-            known: of trials that an interruption broke off, by the digest of their values.
+            trial: Tune's name of the trial.
+            values: the searched values.
+            runs: folder of the Train runs.
+            checkpoint: content of the Tune checkpoint from which the trial starts: its own after a pause, or
+                that of another member to continue from; ``None``: it starts without a checkpoint.
+            known: members of interrupted trials, by the hash of their values.
+
+        Returns:
+            The member: the same one after a pause or an interruption, otherwise a new one.
         """
         run, own = uuid.uuid4().hex[:12], dict(values)
         if checkpoint is None:
@@ -85,7 +93,7 @@ class Member:
         return cls(trial, own, runs, run, origin_of(runs, trial), [*theirs.taken, step])
 
     def branched(self, job: TrainJob) -> TrainJob:
-        """The job of the member's values, with a checkpoint every epoch, begun at the member's origin."""
+        """Change a job so that it starts at the member's origin and saves a checkpoint every epoch."""
         every_epoch = {"checkpoint_every": 1, "checkpoint_minutes": None, "checkpoint_steps": None}
         differs = tuple(job_key(key) for key in self.values)
         origin = None if self.origin is None else Origin(checkpoint=self.origin, differs=differs)
@@ -114,18 +122,24 @@ def population_trial(
     known: Mapping[str, Mapping[str, Any]],
     every: int,
 ) -> None:
-    """A Tune function around the Ray Train run of the member that the trial starts as.
+    """A Tune function around the Ray Train run of a member.
 
     Args:
-        config: its values, recipe keys and numbers.
+        config: the searched values, recipe keys and numbers.
+        jobs: makes the job of a proposal.
+        resources: of the run.
         runs: folder or URI of the Train runs.
         known: see :meth:`Member.at_start`.
-        every: epochs between two looks at it.
+        every: epochs between two comparisons of a trial.
+
+    Raises:
+        ray.train.TrainingFailedError: the run failed.
+        Exception: an error of Tune while a report was passed on.
     """
     given = tune.get_checkpoint()
     checkpoint = None if given is None else read_member_checkpoint(given)
     member = Member.at_start(tune.get_context().get_trial_id(), config, runs, checkpoint, known)
-    queue: Queue[Any] = Queue(1)  # the run waits for Tune to look
+    queue: Queue[Any] = Queue(1)  # so short that the run waits for Tune
     relay = Relay(queue, member)
     relay.start()
     job = member.branched(jobs(member.values))
@@ -141,7 +155,7 @@ def population_trial(
 
 
 class Forward(UserCallback):  # type: ignore[misc]
-    """Hands what workers report to the Tune function."""
+    """Passes the reports of the workers to the Tune function."""
 
     def __init__(self, queue: Queue[Any]) -> None:
         self._queue = queue
@@ -151,9 +165,9 @@ class Forward(UserCallback):  # type: ignore[misc]
 
 
 class Relay(Thread):
-    """Reports to Tune what it reads from a queue, until it reads ``None``.
+    """Passes reports from a queue to Tune, until it reads ``None``.
 
-    After an ``error`` it only empties the queue, as the run would else wait for ever.
+    After an ``error`` it only empties the queue: the run would wait for ever otherwise.
     """
 
     def __init__(self, queue: Queue[Any], member: Member) -> None:
@@ -184,5 +198,5 @@ class Relay(Thread):
             (Path(folder) / _FILE).write_text(json.dumps(content), encoding="utf-8")
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
         if member.origin is not None and not self._begun:
-            storage.remove(member.origin)  # it has a checkpoint of its own
+            storage.remove(member.origin)  # the member has a checkpoint of its own now
         self._begun = True

@@ -36,11 +36,11 @@ from trainers.storage import resolve
 
 
 def one_trial_pays() -> None:
-    """Make Tune treat an out-of-memory kill as the death of an actor, which it is.
+    """Make Tune treat an out-of-memory kill as the death of the trial's actor, which it is.
 
-    Tune knows two failures of a call to a trial's actor, the actor's death and an error in the call, and ends
-    the whole experiment at any other. Ray tells a kill by its memory monitor by an error that is neither.
-    There is no place to say otherwise, so the method that decides is wrapped.
+    A call to a trial's actor can fail in two ways that Tune handles: the actor dies, or the call raises an
+    error. Any other failure ends the whole experiment. If Ray's memory monitor kills the actor, Ray raises an
+    error of a third kind. No setting changes this, so Tune's method for failed calls is wrapped.
     """
     original = RayActorManager._actor_task_failed
     if getattr(original, "tells_memory", False):
@@ -56,10 +56,15 @@ def one_trial_pays() -> None:
 
 
 def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
-    """Run the trials that ``log`` does not hold yet.
+    """Run the trials that are not in ``log`` yet.
 
-    A search that was broken off goes on as if it had not been: its sampler, and the rule that stops trials
-    early, first go through what the log holds; what was at work begins again, under its number.
+    A resumed search continues as if it had not been interrupted: its sampler and its early-stopping rule
+    first replay the log, and interrupted trials start again with their old numbers.
+
+    Args:
+        search: the search.
+        log: its trial log, to which each trial is added when it ends.
+        observer: is called when trials start, report and end.
 
     Raises:
         RuntimeError: more trials failed than the limits allow.
@@ -76,7 +81,7 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
         proposals = Proposals(search, log)
         if isinstance(scheduler, Remembered):
             scheduler.remember(log, proposals.numbers, search.seed)
-    # by rounds: what Tune does for a trial grows with the number of those that it has seen
+    # in rounds: Tune's work for each trial grows with the number of trials in a run of Tune
     while missing > 0:
         trials = min(missing, ROUND if proposals is None else proposals.room)
         _run_round(search, log, _Recorder(search, log, observer, given_up, proposals), scheduler, trials)
@@ -125,13 +130,13 @@ class _Running:
     number: int
     started: float
     trial: Trial
-    late: str | None = None  # why it is ended by force
+    late: str | None = None  # the reason, if it is ended by force
     metrics: EpochReport = field(default_factory=EpochReport)
-    member: dict[str, Any] = field(default_factory=dict)  # of a population
+    member: dict[str, Any] = field(default_factory=dict)  # its member of a population
 
 
 class _Recorder(tune.Callback):  # type: ignore[misc]
-    """Writes down every trial that ends, and tells the observer."""
+    """Records every trial that ends in the log, and calls the observer."""
 
     def __init__(
         self,
@@ -151,12 +156,12 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         self._looked = time.monotonic()
 
     def __reduce__(self) -> Any:
-        # Tune pickles its callbacks to restore an experiment; ours goes by the trial log instead
+        # Tune pickles its callbacks to restore an experiment; we resume from the trial log instead
         return tune.Callback, ()
 
     @property
     def limiter(self) -> ConcurrencyLimiter | None:
-        """The proposals for one round of Tune, limited in number at once; ``None`` for a population."""
+        """The proposals for one round of Tune, with a limit of running trials; ``None`` for a population."""
         if self._proposals is None:
             return None
         self._proposals.begin_round()
@@ -202,7 +207,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         waited, self._looked = time.monotonic() - self._looked, time.monotonic()
         for running in self._running.values():
-            if running.trial.status != Trial.RUNNING:  # it waits for its turn
+            if running.trial.status != Trial.RUNNING:  # a paused trial: its time does not count
                 running.started += waited
         if self._search.limits.settings.trial_minutes is None:
             return
@@ -234,7 +239,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
 
 
 def _trace_of(trial: Trial) -> str:
-    """What a failed trial's error file says."""
+    """The content of a failed trial's error file."""
     name = trial.run_metadata.error_filename
     file = Path(trial.local_path or "", name or "")
     return file.read_text(errors="replace") if name is not None and file.is_file() else ""

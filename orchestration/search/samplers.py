@@ -1,11 +1,12 @@
-"""What a search tries next: Optuna's samplers, fed from the trial log.
+"""The proposals of a search: Optuna's samplers, fed from the trial log.
 
-A search that was broken off goes on as if it had not been, once its sampler knows all that it knew:
+A resumed search continues as if it had not been interrupted, because its sampler is brought into the same
+state:
 
-- TPE, random and GP go by the results alone, and what is drawn for a proposal comes from the seed and its
-  number, so they are told the results;
-- CMA-ES and NSGA-II go by generations too, which nobody can tell them: what the log holds is proposed and
-  told once more, in its order.
+- TPE, random and GP depend on the results only, and draw for each proposal from the seed and its number. They
+  get the results from the log.
+- CMA-ES and NSGA-II also depend on their generations, which cannot be set. All proposals and results of the
+  log are therefore replayed, in their order.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _POPULATION = "population"
 _SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
-    "grid": optuna.samplers.RandomSampler,  # its points are all given
+    "grid": optuna.samplers.RandomSampler,  # draws nothing: all points of the grid are given
     "cmaes": optuna.samplers.CmaEsSampler,
     "nsga2": optuna.samplers.NSGAIISampler,
     "gp": optuna.samplers.GPSampler,
@@ -48,15 +49,15 @@ class Proposals:
     """The proposals of one search, by the numbers of their trials.
 
     Attributes:
-        numbers: of trials, by Tune's names of them.
-        study: Optuna's.
+        numbers: number of each trial by Tune's name of it.
+        study: Optuna's study.
     """
 
     def __init__(self, search: Search, log: TrialLog) -> None:
         self._search, self._log, self._space = search, log, search.space
         self.numbers: dict[str, int] = {}
         self._options: dict[str, Any] = {}
-        if search.sampler == "nsga2":  # with more trials a search goes on with the generations that it has
+        if search.sampler == "nsga2":  # a search that is resumed with more trials keeps its population size
             size = log.settings.setdefault(_POPULATION, population(search.trials))
             self._options["population_size"] = size
         self._broken = {
@@ -77,7 +78,7 @@ class Proposals:
             self._tell_results()
 
     def _not_tried(self) -> list[dict[str, Any]]:
-        """Given proposals that were not tried yet; one that is given twice counts twice."""
+        """Given proposals that were not tried yet; a proposal that is given twice is tried twice."""
         known = [(record.values, record.given) for record in self._log.ended]
         known += [(values, self._log.is_given(number)) for number, values in self._broken.items()]
         untried: list[dict[str, Any]] = []
@@ -90,13 +91,13 @@ class Proposals:
         return untried
 
     def _comes_of(self, wanted: dict[str, Any], values: dict[str, Any], given: bool) -> bool:
-        """Whether ``values`` stem from the given proposal ``wanted``, as far as that lies in the space."""
+        """Return whether ``values`` come from the given proposal ``wanted``, as far as the space has it."""
         part = inside(self._space, wanted)
         same = all(values.get(key) == value for key, value in part.items())
         return same and (given or len(part) == len(self._space))
 
     def begin_round(self) -> None:
-        """Begin a round of trials: of very many results a sampler is told the best and the newest again."""
+        """Begin a round of trials: after very many, the sampler gets only the best and the newest results."""
         if self._search.sampler not in _BY_GENERATIONS and self._log.proposed > _MOST_TOLD:
             self._tell_results()
 
@@ -133,14 +134,16 @@ class Proposals:
         """Propose the values of a trial.
 
         Args:
-            given: values to try; the sampler chooses those of them that lie outside the space.
+            number: of the trial.
+            given: values to try; for values outside the space the sampler chooses others.
 
         Returns:
-            What was not tried before, if the sampler comes upon it in a few attempts: it would only give the
-            same result again (a child of NSGA-II may be its parent, and small spaces have few points).
+            The values. They differ from those of earlier trials, which would give the same result again, if
+            the sampler finds such values in a few attempts: a child of NSGA-II may equal its parent, and
+            small spaces have few points.
         """
         for attempt in range(_ATTEMPTS):
-            if self._search.sampler not in _BY_GENERATIONS:  # these propose all again, in its order
+            if self._search.sampler not in _BY_GENERATIONS:  # those keep one sampler, whose state is replayed
                 self.study.sampler = self._sampler(number, attempt)
             if given is not None:
                 self.study.enqueue_trial(to_optuna(self._space, inside(self._space, given)))
@@ -163,7 +166,7 @@ class Proposals:
         return optuna.create_study(directions=directions, sampler=self._sampler())
 
     def _results(self, record: TrialRecord) -> list[float] | None:
-        """The objectives that a sampler is told; ``None`` for a failed trial."""
+        """The values of a trial's objectives for the sampler; ``None`` for a failed trial."""
         figures: dict[str, Any] = {**record.metrics, "score": record.score}
         goals = ["score"] + ([self._search.cost] if self._search.cost else [])
         values = [figures.get(goal) for goal in goals]
@@ -223,7 +226,7 @@ class _Asking(Searcher):  # type: ignore[misc]
         self._proposals = proposals
 
     def __reduce__(self) -> Any:
-        # Tune pickles it to restore an experiment; ours goes by the trial log, and its display cannot be
+        # Tune pickles it to restore an experiment; we resume from the trial log, and a display has no pickle
         return Searcher, ()
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
@@ -233,7 +236,7 @@ class _Asking(Searcher):  # type: ignore[misc]
         return None
 
     def save(self, checkpoint_path: str) -> None:
-        return None  # Tune would restore an experiment by it; ours goes by the trial log
+        return None  # Tune would restore an experiment from it; we resume from the trial log
 
     def restore(self, checkpoint_path: str) -> None:
         return None

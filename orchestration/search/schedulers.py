@@ -1,7 +1,7 @@
 """Early stopping: Ray's schedulers, fed from the trial log.
 
-Whether a trial goes on depends on those that came as far before it. A search that was broken off has its rule
-go through all comparisons of the log once more, so that it decides as if it had not been.
+A trial is compared with earlier trials at the same point of training. After an interruption the rule replays
+all comparisons of the log, so that it decides as if there had been none.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ _BRACKETS = 3  # of hyperband: grace periods of 1, η and η² times the given o
 
 
 def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> TrialScheduler:
-    """The early-stopping rule of a search: at equal values of the metric ``time`` the better trials continue.
+    """Make the early-stopping rule of a search: at equal values of ``time`` the better trials continue.
 
-    ``time`` counts where trials can be compared (``recovery_epochs``: epochs at the final sparsity).
+    Args:
+        kind: ``median`` (median stopping), ``asha`` or ``hyperband`` (asynchronous successive halving, with
+            one bracket or several).
+        time: the reported metric by which trials are compared (``recovery_epochs``: epochs at the final
+            sparsity).
+        grace: the least value of ``time`` at which a trial may be stopped.
+        reduction: of the trials at a rung, one in ``reduction`` continues; not used by ``median``.
+        longest: the largest value of ``time`` that a trial can reach; not used by ``median``.
+
+    Returns:
+        The scheduler, which logs its comparisons (:class:`Remembered`).
     """
     score: dict[str, Any] = {"time_attr": time, "metric": "score", "mode": "max", "grace_period": grace}
     if kind == "median":
@@ -40,7 +50,7 @@ def stopping(kind: str, time: str, grace: int, reduction: int, longest: int) -> 
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A trial by its number: Tune's own names change with every start."""
+    """Stands for a trial, with its number as name: Tune's own names change with every start."""
 
     trial_id: str
 
@@ -55,22 +65,23 @@ class _NoOthers:
 class Remembered(FIFOScheduler):  # type: ignore[misc]
     """Mixin for Ray's schedulers that logs every comparison, and can replay them.
 
-    A trial that goes on from its last checkpoint says once more what it had said since.
+    A trial that resumes from its last checkpoint repeats earlier reports; these are ignored.
     """
 
     _grace_period: float
     _time_attr: str
 
     def __reduce__(self) -> Any:
-        # Tune pickles it to restore an experiment; ours goes by the trial log, which need not go along
+        # Tune pickles it to restore an experiment; we resume from the trial log, which must not be pickled
         return FIFOScheduler, ()
 
     def remember(self, log: TrialLog, numbers: Mapping[str, int], seed: int) -> None:
         """Replay the comparisons that the log holds.
 
         Args:
-            numbers: of trials, by Tune's names of them; filled as they are proposed.
-            seed: of what the rule draws.
+            log: the trial log of the search.
+            numbers: number of each trial by Tune's name of it; filled as trials are proposed.
+            seed: of the rule's random numbers.
         """
         self._log, self._numbers, self._seed = log, numbers, seed
         self._last: dict[int, tuple[float, float]] = {}
@@ -98,7 +109,7 @@ class Remembered(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         number = self._numbers[trial.trial_id]
-        if self._is_news(number, result):  # of its last report a rule hears by its end alone
+        if self._is_news(number, result):  # Tune gives the rule a trial's last report only here
             self._last[number] = time, score = result[self._time_attr], result[self.metric]
             self._log.compare(number, time, score, goes_on=False, at_end=True)
         self._leave(tune_controller, number)
@@ -162,11 +173,11 @@ class Limiter(Protocol):
 
 
 class FollowCluster(tune.Callback):  # type: ignore[misc]
-    """Lets as many trials run at once as fit the nodes that there are now.
+    """Lets as many trials run at once as fit on the present nodes of the cluster.
 
     Args:
-        limiter: of the search's proposals, or of its trials.
-        fits: how many trials the cluster can take; an :class:`InputError` where it is not even one.
+        limiter: limits the proposals of the search, or its trials.
+        fits: returns how many trials the cluster can take; raises an :class:`InputError` if not even one.
     """
 
     def __init__(self, limiter: Limiter, fits: Callable[[], int]) -> None:
@@ -183,5 +194,5 @@ class FollowCluster(tune.Callback):  # type: ignore[misc]
         try:
             most = self._fits()
         except InputError:
-            most = 1  # it waits for nodes to come
+            most = 1  # this trial waits for new nodes
         self._limiter.set_max_concurrency(max(most, 1))

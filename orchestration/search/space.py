@@ -1,4 +1,4 @@
-"""What Optuna proposes: sparsities of stages and modules (projected onto the budget), or recipe values."""
+"""Optuna's search spaces: sparsities of stages and modules (projected onto the budget), or recipe values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Space = dict[str, optuna.distributions.BaseDistribution]
 Shares = dict[str, optuna.distributions.FloatDistribution]
 _WHOLE = "sparsity"
 FURTHEST = 0.75
-"""Of what is left of a stage or module: the most that its sparsity is moved by, up or down.
+"""Largest change of a group's sparsity, up or down, as a share of its remaining density (1 - sparsity).
 
-At 95 % what is left is 5 %, and a range of 0.15 is all of it three times over: hardly any proposal lies
-near the best allocation, which is a tenth of what is left away from oViT's own (measured by
-``experiments/benchmarks/allocation_directions.py``).
+At a sparsity of 0.95 the remaining density is 0.05, and a range of 0.15 would be three times as wide. Hardly
+any proposal would then lie near the best allocation, whose distance from oViT's own is a tenth of the
+remaining density (measured by ``experiments/benchmarks/allocation_directions.py``).
 """
 
 
@@ -33,9 +33,20 @@ near the best allocation, which is a tenth of what is left away from oViT's own 
 class AllocationSpace:
     """Sparsities of stages, modules, modules in stages or layers, each within ``range`` of the method's own.
 
-    A proposal moves every group (a module in a stage, or a layer) by what it moves all that the group belongs
-    to, is projected onto the exact budget, and one threshold inside the group picks the layers' counts. The
-    method's own sparsities, proposed, give its own allocation back to the weight.
+    A proposal shifts the sparsity of each group (a module in a stage, or a layer) by the sum of the shifts of
+    its stage, its module and so on. The result is projected onto the budget; one threshold in each group
+    gives the count of each layer. Proposing the method's own sparsities reproduces its allocation exactly.
+
+    Attributes:
+        layers: the prunable layers.
+        own: the method's own allocation, number of pruned weights by layer.
+        by: the kinds of groups with a searched sparsity: ``stage``, ``module``, ``group``, ``layer``.
+        range: the largest change of a sparsity, 0…1; at most :data:`FURTHEST` of the remaining density.
+        floor: least sparsity of a layer.
+        ceiling: largest sparsity of a layer.
+        unit: number of weights that are pruned together.
+        between: least and largest sparsity of the whole model, which is then searched too.
+        pruned: weights of each layer that were zero before the search; they stay zero.
     """
 
     layers: Sequence[PrunableLayer]
@@ -45,8 +56,8 @@ class AllocationSpace:
     floor: PerLayer
     ceiling: PerLayer
     unit: int = 1
-    between: tuple[float, float] | None = None  # the sparsity of the whole is proposed too
-    pruned: Mapping[str, int] | None = None  # weights that were zero before the search: none comes back
+    between: tuple[float, float] | None = None
+    pruned: Mapping[str, int] | None = None
 
     @classmethod
     def of(
@@ -57,7 +68,18 @@ class AllocationSpace:
         own: Allocation,
         pruned: Mapping[str, int] | None = None,
     ) -> AllocationSpace:
-        """Of a recipe and a model's layers; ``pruned`` are the weights that each of them has lost already."""
+        """Make the space of a recipe's search.
+
+        Args:
+            search: the recipe's settings of the search.
+            pruning: the recipe's pruning, with floor, ceiling and pattern.
+            layers: the prunable layers of the model.
+            own: the method's own allocation, number of pruned weights by layer.
+            pruned: weights of each layer that are zero already.
+
+        Returns:
+            The space.
+        """
         return cls(
             layers,
             own,
@@ -96,7 +118,7 @@ class AllocationSpace:
 
     @property
     def _reach(self) -> tuple[float, float] | None:
-        """The range of the whole model's sparsity to propose from; never below what it has already."""
+        """Least and largest sparsity of the whole model to propose; never below its present sparsity."""
         if self.between is None:
             return None
         low, high = self.between
@@ -106,7 +128,14 @@ class AllocationSpace:
         """The exact allocation of a proposal.
 
         Args:
-            losses: ascending losses of each layer's weights.
+            values: the proposal, sparsities by the keys of :meth:`distributions`.
+            losses: ascending losses (k,) of each layer's weights.
+
+        Returns:
+            Number of pruned weights by layer.
+
+        Raises:
+            InputError: floors and ceilings do not allow the budget.
         """
         own, total = self.own_values(), sum(self.own.values())
         groups = group_layers(self.layers, self._group)
@@ -115,7 +144,7 @@ class AllocationSpace:
         low, high = group_bounds(groups.values(), limits)
         if self.between is not None:
             total = round(values[_WHOLE] * self._numel / self.unit) * self.unit
-            total = min(max(total, sum(low)), sum(high))  # the ends may round to what the layers cannot give
+            total = min(max(total, sum(low)), sum(high))  # the ends may be rounded beyond the layers' bounds
         if all(values[key] == own[key] for key in own) and total == sum(self.own.values()):
             return dict(self.own)
         wishes, sizes = [], []
@@ -136,7 +165,14 @@ class AllocationSpace:
         return (layer.name,) if "layer" in self.by else (layer.stage, layer.module)
 
     def moved(self, moves: Mapping[str, float]) -> dict[str, float]:
-        """The proposal that differs from the own allocation as the best one did at another sparsity."""
+        """Change the method's own allocation as the best proposal at another sparsity did.
+
+        Args:
+            moves: differences of sparsity by key (:attr:`orchestration.sweep.artifacts.Study.moved`).
+
+        Returns:
+            The proposal, within the limits of the space.
+        """
         limits = self.distributions()
         return {
             key: min(max(own + moves[key], limits[key].low), limits[key].high)
@@ -163,7 +199,7 @@ def recipe_space(space: Mapping[str, Distribution]) -> Space:
 
 
 def contains(space: Space, values: Mapping[str, Any]) -> bool:
-    """Whether a proposal lies in the space."""
+    """Return whether a proposal lies in the space."""
     return len(inside(space, values)) == len(space)
 
 
@@ -175,7 +211,7 @@ def inside(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class WrittenChoice(optuna.distributions.CategoricalDistribution):  # type: ignore[misc]
-    """A choice among mappings or lists, given to Optuna as JSON, as its values are plain ones."""
+    """A choice among mappings or lists, given to Optuna as JSON, because Optuna takes plain values only."""
 
 
 def to_optuna(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:

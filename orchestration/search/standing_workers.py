@@ -1,11 +1,11 @@
-"""Ray Train runs of one process, one after the other, whose workers stay from each to the next.
+"""Ray Train runs of one process, one after the other, that reuse the same workers.
 
-For every run Ray Train starts processes anew: a controller, a queue to Tune, a cleaner, a barrier, and the
-workers, each of which imports torch and timm. Here the controller runs in the process that asks for the run,
-and a group of workers whose run has ended in order, or was stopped by a message, waits for the next run. A
-group in which anything has failed ends as Ray ends it, so that what is retried begins in new processes.
+For every run Ray Train starts new processes: a controller, a queue to Tune, a cleaner, a barrier, and the
+workers, each of which imports torch and timm. Here the controller runs in the process that starts the run. A
+group of workers whose run has ended in order, or was stopped by a message, waits for the next run. If
+anything has failed in a group, Ray ends it as usual, so that a retry begins in new processes.
 
-All of it is Ray's private API, checked with Ray 2.60.0: the controller, its callbacks and the worker group.
+This module uses Ray's private API: the controller, its callbacks and the worker group; checked with 2.60.0.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _ANSWER_SECONDS = 10.0  # for workers at rest to say that they are alive
 
 
 class WorkerPool(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """The workers at rest of one process, and Ray's cleaner, which frees their resources if it is killed."""
+    """The idle workers of one process, and Ray's cleaner, which frees their resources after a kill."""
 
     def __init__(self) -> None:
         self._resting: tuple[WorkerGroupContext, WorkerGroupState] | None = None
         self._cleaner: PlacementGroupCleanerCallback | None = None
 
     def take(self, context: WorkerGroupContext) -> WorkerGroupState | None:
-        """The workers at rest; ``None`` where there are none, others are needed, or one of them has died."""
+        """The idle workers; ``None`` if there are none, other ones are needed, or one of them has died."""
         if self._resting is None:
             return None
         before, state = self._resting
@@ -63,18 +63,18 @@ class WorkerPool(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         return None
 
     def keep(self, context: WorkerGroupContext, state: WorkerGroupState) -> None:
-        """Let the workers of a run that has ended rest until the next one."""
+        """Keep the workers of a run that has ended for the next run."""
         self._resting = context, state
 
     def release(self) -> None:
-        """End the workers at rest, if there are any, and free their resources."""
+        """End the idle workers, if there are any, and free their resources."""
         if self._resting is not None:
             _, state = self._resting
             self._resting = None
             state.shutdown()
 
     def close(self) -> None:
-        """End the workers at rest, and the cleaner."""
+        """End the idle workers, and the cleaner."""
         self.release()
         if self._cleaner is not None:
             self._cleaner.before_controller_abort()
@@ -92,11 +92,11 @@ class WorkerPool(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
 
 class StandingTrainer(TorchTrainer):  # type: ignore[misc]
-    """A run whose controller is in this process, and whose workers come from a pool and go back there.
+    """A run whose controller is in this process, and whose workers come from a pool and return to it.
 
     Args:
-        pool: of this process.
-        callback: is called here with what the workers report.
+        pool: the pool of this process.
+        callback: is called in this process with the reports of the workers.
     """
 
     def __init__(self, *arguments: Any, pool: WorkerPool, callback: UserCallback, **options: Any) -> None:
@@ -123,7 +123,10 @@ class StandingTrainer(TorchTrainer):  # type: ignore[misc]
 
 
 class _AsItIs(FixedScalingPolicy):  # type: ignore[misc]
-    """Ray's policy without its requests for nodes, which are an actor's where no node can come."""
+    """Ray's policy for a fixed number of workers, without its requests for nodes, which need an actor.
+
+    It is used on clusters without autoscaling, where such requests have no effect.
+    """
 
     def _send_resource_request(self) -> None: ...
 
@@ -133,7 +136,7 @@ class _AsItIs(FixedScalingPolicy):  # type: ignore[misc]
 
 
 class _Controller(TrainController):  # type: ignore[misc]
-    """Ray's controller, which looks whether the run is to stop whenever it looks at its workers."""
+    """Ray's controller, which also checks whether the run must stop each time it polls its workers."""
 
     def __init__(self, *, stopping: Callable[[], bool], **arguments: Any) -> None:
         self._stopping = stopping
@@ -156,7 +159,7 @@ class _Controller(TrainController):  # type: ignore[misc]
 
 
 class _StandingGroup(WorkerGroup):  # type: ignore[misc]
-    """Ray's group of workers, which takes those at rest and lets its own rest."""
+    """Ray's worker group, which takes idle workers from the pool, and returns its workers to the pool."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -164,7 +167,7 @@ class _StandingGroup(WorkerGroup):  # type: ignore[misc]
         self._stopped = False
 
     def stop(self) -> None:
-        """Ask the workers to stop, and wait until they have; what they report meanwhile is not read."""
+        """Ask the workers to stop, and wait until they have stopped; their reports are not read meanwhile."""
         state = self.get_worker_group_state()
         deadline = time.monotonic() + _STOP_SECONDS
         asked = self.execute_async(stop_training, self._train_run_context.train_loop_config[RUN])
@@ -210,7 +213,7 @@ class _StandingGroup(WorkerGroup):  # type: ignore[misc]
             raise
 
     def _start_on(self, state: WorkerGroupState) -> None:
-        """Begin the run on workers that are there, in the steps in which Ray begins it on new ones."""
+        """Begin the run on existing workers, in the same steps as Ray begins it on new ones."""
         context, workers = self._worker_group_context, state.workers
         with invoke_context_managers([callback.on_worker_group_start for callback in self._callbacks]):
             for callback in self._callbacks:
@@ -253,7 +256,7 @@ _Controller.worker_group_cls = _StandingGroup
 
 
 def _grows() -> bool:
-    """Whether the cluster can get more nodes when they are asked for."""
+    """Return whether the cluster has autoscaling."""
     return bool(ray._private.state.state.get_max_resources_from_cluster_config())
 
 
@@ -264,7 +267,7 @@ def _own_actor() -> Any | None:
 
 
 def _size(context: WorkerGroupContext) -> Any:
-    """What workers must have in common to serve a run."""
+    """The settings that must be equal for workers to serve another run."""
     return (
         context.num_workers,
         context.resources_per_worker,

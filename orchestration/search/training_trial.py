@@ -1,7 +1,7 @@
 """A training trial: a process of Tune's that runs whole Ray Train runs, one after the other.
 
-What this file imports is paid for at the start of each such process: timm and the model code are left to the
-workers.
+Each such process imports this file when it starts. It therefore imports neither timm nor the models; the
+workers do.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from trainers.config.jobs import OrderJob, TrainJob
 from trainers.ray_worker import RUN, order_worker, train_worker
 from trainers.storage import resolve
 
-_CLEANUP_SECONDS = 10.0  # for a run to end in order before its process ends, and its workers with that
+_CLEANUP_SECONDS = 10.0  # for a run to end in order; then its process ends, and its workers with it
 
 
 class RunNames:
-    """Names the trials of a search and their Train runs by the digest of their proposals.
+    """Names trials and their Train runs by a hash of their proposal: an interrupted run is found again by it.
 
-    A proposal that was broken off is found again so, and one that is made again after its run has come to its
-    end takes over what that run reported. Of trials proposed alike that are at work at once, or one while the
-    workers of another that was stopped are still ending, the later get a number: two runs in one folder would
-    overwrite each other. Which of them goes on later in which folder is all the same, as the runs are.
+    A trial with the same proposal as an earlier trial gets a number after its name, because two runs must not
+    share a folder: the earlier one may still run, or its workers may still be stopping. If the earlier run is
+    complete, the new trial takes its name, and so its reports. It does not matter which of several trials
+    with the same proposal resumes in which folder.
     """
 
     def __init__(self, complete: Callable[[Mapping[str, Any]], bool] = lambda metrics: False) -> None:
-        """Begin without any trial; ``complete`` tells whether metrics are the last ones of a run."""
+        """Begin without any trial; ``complete`` takes the last metrics of a run: is the run complete?"""
         self._complete = complete
         self._trials: dict[str, list[Trial]] = {}
 
@@ -69,8 +69,8 @@ Jobs = Callable[[Mapping[str, Any]], TrainJob]
 class TrainingTrial(tune.Trainable):  # type: ignore[misc]
     """A trial around a Ray Train run; its process and its workers take one trial after the other.
 
-    The workers take their resources in a group of their own. A run that was broken off is found again by its
-    proposal, and goes on.
+    The workers reserve their resources in a placement group of their own. An interrupted run is found again
+    by its proposal, and resumes.
     """
 
     def setup(self, config: dict[str, Any], jobs: Jobs, resources: Resources, storage: str) -> None:
@@ -87,10 +87,10 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         self._begin(config)
 
     def step(self) -> dict[str, Any]:
-        """The next report of the run; after the last one, that it has ended.
+        """Wait for the next report of the run; after the last one, report that the run has ended.
 
         Raises:
-            ray.train.TrainingFailedError: it failed.
+            ray.train.TrainingFailedError: the run failed.
         """
         report = self._run.next_report()
         return {RESULT_DUPLICATE: True} if report is None else report
@@ -105,7 +105,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
         self._pool.close()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        # of trials of one proposal each has a run of its own, see RunNames
+        # trials with the same proposal have different names (RunNames), and so different runs
         job, name = self._jobs(config), self.trial_name
         reports = Reports()
         trainer = train_run(job, self._resources, self._storage_of_runs, name, reports, pool=self._pool)
@@ -113,7 +113,7 @@ class TrainingTrial(tune.Trainable):  # type: ignore[misc]
 
 
 class Reports(UserCallback):  # type: ignore[misc]
-    """The figures that a run reports, in a queue."""
+    """Collects the metrics that a run reports, in a queue."""
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
@@ -123,7 +123,7 @@ class Reports(UserCallback):  # type: ignore[misc]
 
 
 class BackgroundRun(Thread):
-    """A Ray Train run in a thread, and what it has reported."""
+    """A Ray Train run in a thread, and its reports."""
 
     def __init__(self, trainer: StandingTrainer, reports: Reports) -> None:
         super().__init__(daemon=True)
@@ -151,16 +151,16 @@ class BackgroundRun(Thread):
         return report
 
     def stop(self, seconds: float | None = None) -> None:
-        """End the run, if it has not, and wait so long at most until its workers are at rest.
+        """End the run if it has not ended, and wait until its workers are idle, for a limited time.
 
-        One that is starting its workers hears of it when they are there.
+        A run that is just starting its workers stops only when they have started.
         """
         self._trainer.stop()
         self.join(seconds)
 
 
 def order_run(job: OrderJob, resources: Resources, storage: str) -> None:
-    """One elimination by a worker group."""
+    """Compute an elimination order by a group of workers."""
     system, path = resolve(storage)
     TorchTrainer(
         order_worker,
@@ -196,13 +196,19 @@ def train_run(
     pool: WorkerPool,
     keep: int = 2,
 ) -> StandingTrainer:
-    """A Ray Train run of a job; one of the same name and storage goes on from its last checkpoint.
+    """Make the Ray Train run of a job; a run with the same name and storage resumes from its last checkpoint.
 
     Args:
-        storage: folder or URI of runs; the best models lie in ``NAME/kept`` there.
-        callback: is called in this process with what the workers report.
-        pool: the workers come from there, and go back when the run has ended.
-        keep: how many checkpoints to go on from.
+        job: what the run does.
+        resources: of the run.
+        storage: folder or URI of runs; the best models are kept in ``NAME/kept`` there.
+        name: of the run.
+        callback: is called in this process with the reports of the workers.
+        pool: gives the workers, and takes them back when the run has ended.
+        keep: number of checkpoints that are kept, to resume from.
+
+    Returns:
+        The run, not yet started.
     """
     system, path = resolve(storage)
     return StandingTrainer(
@@ -214,7 +220,7 @@ def train_run(
             name=name,
             storage_path=path,
             storage_filesystem=system,
-            # a start that can never succeed must end in an error, not be tried for ever
+            # a start that can never succeed must raise an error; Ray would retry for ever
             failure_config=FailureConfig(max_failures=resources.retries, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=keep),
             logging_config=LoggingConfig(log_level="ERROR"),

@@ -1,4 +1,4 @@
-"""What a sweep keeps on its storage: locks, trial logs, elimination orders, latency tables, heartbeat."""
+"""State of sweeps on the storage: locks, trial logs, elimination orders, latency tables, heartbeat."""
 
 __all__ = [
     "heartbeat",

@@ -1,4 +1,4 @@
-"""State of a sweep's driver, kept in the sweep's folder for all who look at it from outside."""
+"""State of a sweep's driver, kept in the sweep's folder so that other processes can read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STATE, _STOP = "state.json", "stop"
 
 
 class Progress(Protocol):
-    """Whatever can say how far a sweep is: the display."""
+    """An object that knows the progress of a sweep: the display."""
 
     def snapshot(self) -> dict[str, Any]:
         """``phases`` (each with its ``log``, the file of its trials, or ``None``) and what else is known."""
@@ -31,12 +31,13 @@ class Progress(Protocol):
 class Heartbeat:
     """Keeps ``state.json`` while a sweep runs: what its display shows, and how it ended.
 
-    A thread writes it every few seconds, which is a sign of life too, and looks whether :func:`ask_to_stop`
-    was called anywhere; then the sweep ends as by Ctrl-C. Only the storage is needed for it.
+    A thread writes the file every few seconds, so that its age also shows whether the driver lives. It also
+    checks whether :func:`ask_to_stop` was called on any machine; the sweep then ends as after Ctrl-C. This
+    needs only the storage.
     """
 
     def __init__(self, storage_uri: str, name: str, display: Progress, ray_logs: str) -> None:
-        """Prepare the state file of the sweep ``name``; ``ray_logs`` is where Ray writes its own logs."""
+        """Prepare the state file of the sweep ``name``; ``ray_logs`` is the folder of Ray's own logs."""
         self._root, self._display = folder_of(storage_uri, name), display
         self._prefix = f"{storage.absolute(storage_uri)}/"
         self._ended = threading.Event()
@@ -49,7 +50,7 @@ class Heartbeat:
         }
 
     def __enter__(self) -> Heartbeat:
-        if storage.exists(f"{self._root}/{_STOP}"):  # it was meant for an earlier run
+        if storage.exists(f"{self._root}/{_STOP}"):  # a request to stop an earlier run
             storage.remove_file(f"{self._root}/{_STOP}")
         self._write("running")
         self._beat.start()
@@ -88,7 +89,7 @@ class Heartbeat:
 
 
 def read(storage_uri: str, name: str) -> dict[str, Any] | None:
-    """What a sweep's driver wrote last; ``state`` is ``gone`` where the driver ended without a word."""
+    """The last state that a sweep's driver wrote; ``state`` is ``gone`` if the driver was killed since."""
     file = f"{folder_of(storage_uri, name)}/{_STATE}"
     if not storage.exists(file):
         return None
@@ -99,7 +100,7 @@ def read(storage_uri: str, name: str) -> dict[str, Any] | None:
 
 
 def ask_to_stop(storage_uri: str, name: str) -> None:
-    """Ask the driver of a sweep to end, by a file that it looks for."""
+    """Ask the driver of a sweep to end, by a file for which it looks."""
     storage.write_bytes(f"{folder_of(storage_uri, name)}/{_STOP}", b"")
 
 

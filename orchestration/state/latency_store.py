@@ -1,7 +1,8 @@
 """Latency tables on the shared storage: measured once on a machine, read by every later search for it.
 
-A table lies in ``latency/``, in a file named by all that its times depend on: the machine and its versions,
-the engine and how it was run, the pattern, and the model's shape. One of another machine is never read.
+A table lies in ``latency/``, in a file named by a hash of all that its times depend on: the machine and its
+versions, the engine and its settings, the pattern, and the model's shape. A table of another machine is never
+read.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from trainers.loop.prune_step import prunable_layers
 from trainers.models import factory
 
 T = TypeVar("T")
-_SHOWN = 0.9  # the sparsity whose time is shown beside the dense time
+_SHOWN = 0.9  # sparsity of the time that is shown beside the dense time
 
 
 @dataclass(frozen=True)
 class LatencyJob:
-    """A table that is wanted: of which model, on what, kept below ``storage_uri``."""
+    """A request for a latency table: its model and its target; tables are kept below ``storage_uri``."""
 
     checkpoint: str
     pruning: PruningSettings
@@ -46,10 +47,11 @@ class LatencyJob:
     storage_uri: str
 
     def run(self) -> tuple[LatencyTable, bool]:
-        """The table of this machine, and whether it had to be measured.
+        """The table of this machine, and whether it was measured now.
 
         Raises:
-            InputError: an engine that is not here, too few processors, or no layer whose time zeros change.
+            InputError: an engine that is not installed, too few processors, or no layer whose time depends on
+                zeros.
             RuntimeError: the engine fails.
         """
         run = _target_here(self.target, "allocation.target")
@@ -85,7 +87,7 @@ class LatencyJob:
         return _read(self._file(about), about)
 
     def _about(self, model: nn.Module) -> dict[str, Any]:
-        """All that the times depend on."""
+        """A description of everything that the times depend on."""
         size = factory.input_size(model)
         costs = cost_model(model, size)
         return {
@@ -102,7 +104,7 @@ class LatencyJob:
 
 
 def circumstances(target: LatencyTarget) -> dict[str, Any]:
-    """What the times of every model depend on: this machine, and how it serves."""
+    """A description of what the times of all models depend on: this machine, the engine and its settings."""
     machine, choice = describe_machine(), target.choice
     packages = ("torch", "timm", choice.engine)
     return {
@@ -117,10 +119,10 @@ def circumstances(target: LatencyTarget) -> dict[str, Any]:
 
 
 def times_of(checkpoints: list[str], target: LatencyTarget) -> list[float]:
-    """Seconds that whole models take for a batch on this machine, measured in turns.
+    """Seconds that whole models take for a batch on this machine, measured interleaved.
 
     Raises:
-        InputError: an engine that is not here, or too few processors.
+        InputError: an engine that is not installed, or too few processors.
         RuntimeError: the engine fails.
     """
     run = _target_here(target, "structured.target")
@@ -133,7 +135,7 @@ def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) ->
     """Run a function as a Ray task, on a node with the resources that the target names.
 
     Args:
-        target: what serves the model.
+        target: the engine that will serve the model, and its resources.
         function: importable on the node.
         given: its arguments.
 
@@ -146,10 +148,10 @@ def on_server(target: LatencyTarget, function: Callable[..., T], *given: Any) ->
 
 
 def _target_here(target: LatencyTarget, key: str) -> Target:
-    """The target as this machine runs it.
+    """Check that this machine can run a target, and return it with its threads and device.
 
     Raises:
-        InputError: it cannot.
+        InputError: this machine cannot run it.
     """
     check(target.choice, "cpu", key=f"{key}.engine")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -158,7 +160,7 @@ def _target_here(target: LatencyTarget, key: str) -> Target:
 
 
 def format_times(table: LatencyTable, target: LatencyTarget) -> str:
-    """One line about a table: its times for the dense and a sparse model; also that zeros gain nothing."""
+    """One line about a table: its times for the dense and a sparse model, a note if zeros gain nothing."""
     dense, sparse = table.at({}), table.uniform(_SHOWN)
     fastest = min(table.uniform(sparsity) for curve in table.curves.values() for sparsity in curve.sparsities)
     gain = "" if fastest < dense else "; zeros gain nothing on it"
@@ -167,12 +169,12 @@ def format_times(table: LatencyTable, target: LatencyTarget) -> str:
 
 
 def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
-    """Check that the machine that serves has a processor for each thread.
+    """Check that the serving machine has a processor for each thread.
 
     Args:
-        target: what serves the model.
-        processors: how many the machine has.
-        key: names the threads in the error.
+        target: the engine that will serve the model, and its threads.
+        processors: number of processors of the machine.
+        key: the recipe key of the threads, for the error message.
 
     Raises:
         InputError: more threads than processors.
@@ -182,10 +184,10 @@ def check_threads(target: LatencyTarget, processors: int, key: str) -> None:
 
 
 def check_linear(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:
-    """Check that zeros can gain time at all.
+    """Check that zeros can save time at all.
 
     Raises:
-        InputError: no layer that is pruned is a linear one.
+        InputError: none of the pruned layers is linear.
     """
     linear = {f"{name}.weight" for name, part in model.named_modules() if type(part) is nn.Linear}
     if not linear & {layer.name for layer in layers}:
@@ -194,7 +196,7 @@ def check_linear(model: nn.Module, layers: Sequence[PrunableLayer]) -> None:
 
 
 def _read(file: str, about: Mapping[str, Any]) -> LatencyTable | None:
-    """A stored table, if it is whole and holds for what is asked."""
+    """Read a stored table; ``None`` if it is incomplete, or of other circumstances."""
     if not storage.exists(file):
         return None
     try:

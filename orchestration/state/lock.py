@@ -1,7 +1,8 @@
-"""Locks: one run of a name at a time, and one maker of whatever all sweeps of a storage share.
+"""Locks: one run of a name at a time, and one sweep at a time that makes a shared artefact.
 
-A second run of a name is refused before it touches anything; a second sweep that wants what another one is
-making waits for it. A lock is free as soon as its holder has ended, however that ends.
+A second run of the same name is refused before it changes anything. A second sweep that needs an artefact
+which another sweep is making waits for it. A lock is free as soon as its holder has ended, even if it was
+killed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _HOLDER_SECONDS = 0.5
 
 
 class TakenError(Exception):
-    """Another process holds the lock; ``by`` names its process and host, where they are known."""
+    """Another process holds the lock; ``by`` names its process and host, if they are known."""
 
     def __init__(self, who: dict[str, Any]) -> None:
         self.by = f" (process {who['pid']} on {who['host']})" if who else ""
@@ -37,10 +38,10 @@ class TakenError(Exception):
 
 @contextmanager
 def local_lock(storage_uri: str, name: str) -> Iterator[None]:
-    """Hold the name in a storage on this file system; the system frees it however the process ends.
+    """Lock the name of a run in a storage on this file system; the system frees it even after a kill.
 
     Raises:
-        InputError: a run of this name is at work there.
+        InputError: a run of this name is active there.
     """
     with ExitStack() as held:
         try:
@@ -52,7 +53,7 @@ def local_lock(storage_uri: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def cluster_lock(root: str, name: str) -> Iterator[None]:
-    """Hold the name on the Ray cluster, by an actor that goes with this driver.
+    """Lock the name of a run on the Ray cluster, by an actor that ends with this driver.
 
     Raises:
         InputError: another driver holds it.
@@ -69,15 +70,15 @@ def cluster_lock(root: str, name: str) -> Iterator[None]:
 def artifact_lock(
     storage_uri: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
 ) -> Iterator[None]:
-    """Hold what all sweeps of a storage share; a second holder waits, and can be interrupted.
+    """Lock a shared artefact of a storage; if another process holds the lock, wait, and be interruptible.
 
-    Hold one artefact at a time: two holders that wait for each other's would wait for ever.
+    Lock one artefact at a time: two processes that wait for each other would wait for ever.
 
     Args:
         storage_uri: the storage.
         artefact: its folder in the storage (``dense/KEY``).
-        wait: called once, when there is something to wait for, with the holder's process and host.
-        by_cluster: ask the Ray cluster too; without it, only where files cannot be locked.
+        wait: called once before waiting, with the holder's process and host.
+        by_cluster: also lock by the Ray cluster, which is done anyway if the storage has no file locks.
 
     Returns:
         A context manager; it is entered when the artefact is free.
@@ -101,13 +102,13 @@ def artifact_lock(
 
 @contextmanager
 def _file_lock(storage_uri: str, name: str) -> Iterator[None]:
-    """Lock a file of the storage, where it is a file system that can lock; elsewhere do nothing.
+    """Lock a file of the storage, if it is a local file system; otherwise do nothing.
 
     Raises:
         TakenError: another process holds it.
     """
     system, path = storage.resolve(storage_uri)
-    if not isinstance(system, fs.LocalFileSystem):  # where files cannot be locked, the cluster is asked
+    if not isinstance(system, fs.LocalFileSystem):  # without file locks the lock is by the cluster
         yield
         return
     file = Path(path) / "locks" / f"{name}.lock"
@@ -133,7 +134,7 @@ def _actor_lock(key: str) -> Iterator[None]:
     Raises:
         TakenError: another driver of the cluster holds it.
     """
-    # on the driver's own node: another one may be lost while we go on
+    # on the driver's own node: another node may be lost while the driver continues
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": f"espalier-{digest(key)}", "namespace": "espalier", "num_cpus": 0}
     try:
@@ -156,7 +157,7 @@ def _refused(name: str, taken: TakenError) -> InputError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Process and host of a holder; its file follows the lock within a moment."""
+    """Read process and host of the holder from a file, which it writes just after it has the lock."""
     deadline = time.monotonic() + _HOLDER_SECONDS
     while True:
         try:

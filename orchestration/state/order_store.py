@@ -1,7 +1,8 @@
 """Elimination orders on the shared storage: computed once, read by all trials of all sweeps.
 
-An order lies in a folder named by all that it depends on, in a part for each worker that made it; the file
-written last says how many. Trials map it from a local disk, so that all of a node read the same memory.
+An order lies in a folder named by a hash of all that it depends on, with a part for each worker that made it.
+The file that is written last records the number of parts. Trials map the order from a local disk, so that all
+trials of a node share the same memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trainers.loop.elimination import ORDER_FACTS
 
 @dataclass(frozen=True)
 class StoredOrder:
-    """A method's order of a model, at ``folder`` (any pyarrow URI), by its ``fingerprint``."""
+    """A method's order of a model: its ``folder`` (any pyarrow URI) and its ``fingerprint``."""
 
     folder: str
     fingerprint: str
@@ -41,16 +42,16 @@ class StoredOrder:
         seed: int,
         skip: int = 0,
     ) -> StoredOrder:
-        """Find where the order of these weights and this data is kept; it need not be there yet.
+        """Find the folder for the order of these weights and this data; the order need not exist yet.
 
         Args:
             storage_uri: the storage, below which orders lie.
             method: of pruning.
-            pruning: its settings; of one of several rounds those of the round.
-            weights: hash of the weights that are ordered: the dense model's, or what the round before left.
+            pruning: its settings; for one of several rounds the settings of the round.
+            weights: hash of the ordered weights: of the dense model, or of the model after the last round.
             data: hash of the training images.
-            seed: by which images are drawn.
-            skip: gradients that earlier rounds took.
+            seed: decides which images are used.
+            skip: number of gradients that earlier rounds used.
 
         Returns:
             The order's folder and fingerprint.
@@ -77,15 +78,15 @@ class StoredOrder:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """How many parts there are, and the λ that was chosen of several."""
+        """The number of parts, and the chosen λ if several were compared."""
         facts: dict[str, Any] = storage.read_json(f"{self.folder}/{ORDER_FACTS}")
         return facts
 
     def open(self, *, device: str = "cpu", updates: bool = True) -> EliminationOrder:
-        """The order, mapped from this machine's disk; copied there first from another file system.
+        """Open the order, mapped from this machine's disk; it is copied there first if it lies elsewhere.
 
         Args:
-            updates: without them it gives losses and masks, but no weights.
+            updates: read the updates of the weights too; without them it gives losses and masks only.
         """
         parts = [self._local() / f"part-{number}" for number in range(self.facts["parts"])]
         return merge(

@@ -1,6 +1,6 @@
-"""The recipe that a sweep was started with, in its folder: ``resume`` runs it, and a new start must match it.
+"""The recipe of a sweep, stored in its folder: ``resume`` runs it, and a new start must match it.
 
-It holds neither the storage, which is where it was found, nor a password.
+The storage is not stored (it is the storage in which the recipe lies), nor is any password.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from trainers.remote_calls import call_limited
 RESULTS = "results.json"  # beside it once the sweep has ended: its table of final models
 _FILE = "recipe.json"
 _SHOWN = 6
-# Keys that may change while a sweep goes on: number and limits of trials, share of the cluster, methods and
-# sparsities beside those that are done, a long run, INT8 or files for engines after them, storage and
-# tracking. Results that are known stay right.
+# Keys that may change when a sweep is resumed: number and limits of trials, share of the cluster, further
+# methods and sparsities, a long run, INT8 or files for engines after them, storage and tracking. Existing
+# results stay valid.
 _FREE = (
     *(f"{search}.{key}" for search in ("allocation", "schedule") for key in ("trials", *sorted(LIMITS))),
     "allocation.cpus_per_trial",
@@ -44,7 +44,7 @@ _FREE = (
 
 
 def folder_of(storage_uri: str, name: str) -> str:
-    """The folder of a sweep's results, in the storage at ``storage_uri``."""
+    """The folder for the results of a sweep, in the storage at ``storage_uri``."""
     return f"{storage.absolute(storage_uri)}/sweeps/{name}"
 
 
@@ -99,7 +99,7 @@ def check_exists(storage_uri: str, name: str) -> None:
     """Check that there is a sweep of this name.
 
     Raises:
-        InputError: none is in the storage at ``storage_uri``.
+        InputError: there is none in the storage at ``storage_uri``.
     """
     known = sweep_names(storage_uri)
     if name not in known:
@@ -110,7 +110,7 @@ def check_unchanged(recipe: Recipe) -> None:
     """Check that a sweep of the recipe's name, if there is one, was started with the same recipe.
 
     Raises:
-        InputError: it was another one; says what differs.
+        InputError: it was another recipe; names the keys that differ.
     """
     file = f"{folder_of(recipe.storage, recipe.name)}/{_FILE}"
     if not storage.exists(file):
@@ -124,7 +124,7 @@ def check_unchanged(recipe: Recipe) -> None:
 
 
 def changes(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys that differ, each with the old value and the new one, except what a sweep may go on with."""
+    """Keys that differ and must not, each with the old value and the new one."""
     # one run without a search is a part of the sweep of the same recipe
     if _is_single(new):
         old = single_run(old, new.pruning.methods[0])
@@ -156,7 +156,7 @@ def content_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _without_logins(value: Any) -> Any:
-    """The same without the login of any address: of data, checkpoint, teachers, MLflow."""
+    """A recipe's content without logins in addresses: of data, checkpoint, teachers, MLflow."""
     if isinstance(value, dict):
         return {key: _without_logins(item) for key, item in value.items()}
     if isinstance(value, list):

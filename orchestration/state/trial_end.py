@@ -1,4 +1,4 @@
-"""Who hears of trials; the end of a trial: its record, how it is written down, the words of a failure."""
+"""Observers of trials; a trial's record at its end, and the error message of a failed trial."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _OUT_OF_MEMORY = "killed by Ray's memory monitor, as the node ran low on memory"
 
 
 class Observer(Protocol):
-    """Is called when trials start, report and end: the display and the tracker are such."""
+    """Is called when trials start, report and end; the display and the tracker are observers."""
 
     def trial_started(
         self, trial_id: str, number: int, values: dict[str, Any], before: str | None
     ) -> str | None:
-        """Returns the trial's run in the tracker; ``before`` is the one it had when it was broken off."""
+        """Return the trial's run in the tracker; ``before`` is its run before an interruption."""
 
     def trial_reported(self, trial_id: str, metrics: EpochReport) -> None: ...
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
-        """Returns the trial's run in the tracker."""
+        """Return the trial's run in the tracker."""
 
 
 def is_of_epoch(report: Mapping[str, Any]) -> bool:
-    """Whether a report is of an epoch's end, or of a one-shot trial; others are of checkpoints within one."""
+    """Return whether a report is of the end of an epoch or of a one-shot trial, not of a step in between."""
     return "step" not in report or "epoch" in report
 
 
@@ -45,17 +45,20 @@ def ended(
     error: Sequence[str] = (),
     cost: str | None = None,
 ) -> TrialRecord:
-    """The record of a trial.
+    """Make the record of a trial that has ended.
 
     Args:
         number: of the trial.
         values: the proposal, recipe keys and values.
         state: how it ended.
-        last: its last report. One that ran to its end stands for its best model at the final sparsity,
-            another for where it was.
-        seconds: it took.
-        error: the lines of a failure (:func:`last_words`).
-        cost: a second objective, whose figure is kept too.
+        last: its last report. The record of a finished trial has the figures of its best model at the final
+            sparsity, any other record those of this report.
+        seconds: duration of the trial.
+        error: the last lines of a failed trial's trace (:func:`last_words`).
+        cost: key of a second objective, whose figure is kept too.
+
+    Returns:
+        The record, not yet in a log.
     """
     kept: Mapping[str, Any] = last.get("kept") or {}
     folder = last.get("kept_at")
@@ -79,19 +82,19 @@ def ended(
 def write_down(
     record: TrialRecord, last: EpochReport, log: TrialLog, observer: Observer, trial_id: str
 ) -> TrialRecord:
-    """Note an end in the log, tell the observer, and add the record to the log's.
+    """Note the end of a trial in the log, report it to the observer, and add the record to the log.
 
-    Whatever is killed in between, the next driver says the rest (:func:`say_rest`).
+    If the driver is killed in between, the next driver reports what is missing (:func:`say_rest`).
 
     Args:
         record: of the trial.
         last: its last report.
         log: of its phase.
-        observer: hears of the end.
-        trial_id: by which the observer knows it.
+        observer: to report the end to.
+        trial_id: the observer's name for the trial.
 
     Returns:
-        The record with its MLflow run and its place in the order.
+        The record with its MLflow run and its position in the order of events.
     """
     log.end(record, recordable(last))
     run_id = observer.trial_ended(trial_id, record)
@@ -99,7 +102,7 @@ def write_down(
 
 
 def say_rest(log: TrialLog, observer: Observer) -> None:
-    """Tell the observer of the ends that a killed driver wrote down and nobody heard."""
+    """Report to the observer the trials whose end a killed driver had noted in the log only."""
     for record, report, before in log.unsaid:
         trial_id = f"ended-{record.number}"
         observer.trial_started(trial_id, record.number, record.values, before)
@@ -110,7 +113,10 @@ def say_rest(log: TrialLog, observer: Observer) -> None:
 
 
 def reason(lines: Sequence[str]) -> str:
-    """The line that names the error, else the last one: Ray may add advice below, or give advice alone."""
+    """Find the line that names the error; if there is none, the last line.
+
+    Ray may print advice after the error, or only advice.
+    """
     lines = [line.strip() for line in lines]
     named = next((line for line in reversed(lines) if _NAMED.match(line)), lines[-1])
     return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named

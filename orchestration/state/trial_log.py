@@ -1,7 +1,7 @@
-"""The trials of a phase on the shared storage: all that a resumed sweep needs, whatever else was lost.
+"""The log of a phase's trials on the shared storage, from which an interrupted search resumes.
 
 What a search does next depends on the order in which its trials were proposed, compared and ended. The log
-counts these events: each has its ``when``, so that a resumed search can go through them once more.
+therefore numbers these events (``when``), so that a resumed search can replay them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ State = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial that ended: its proposal, its score (higher is better), its figures, where its model is.
+    """A trial that has ended: its proposal, its score (higher is better), its figures, its checkpoint.
 
-    One whose score is not finite has failed: NaN is no less than anything, and would be the best.
+    A trial whose score is not finite counts as failed: ``max`` could choose NaN as the best score.
     """
 
     number: int
@@ -53,7 +53,7 @@ class TrialRecord:
             object.__setattr__(self, key, value)
 
     def cost(self, key: str) -> float:
-        """The figure of a second objective, which is to be small."""
+        """The figure of a second objective, which is minimised."""
         return float(figures_of(self.metrics, [key])[key])
 
     @property
@@ -64,16 +64,19 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """A step of a search's conversation with its sampler and scheduler, about one trial.
+    """An event of a search that concerns its sampler or its scheduler, about one trial.
 
     Attributes:
-        when: the log's count of events at this one.
+        when: number of the event, counted from the beginning of the log.
         kind: ``asked`` (proposed), ``rung`` (compared with others), ``told`` (ended), in the words of
             ask-and-tell samplers.
-        number: of the trial; ``values`` is its proposal, and ``given`` whether that was ours.
-        ended: of ``told``, the trial's record.
-        time: of ``rung``, how far the trial had come, by what trials are compared by; ``score`` is its score.
-        at_end: of ``rung``, whether it had ended by itself.
+        number: of the trial.
+        values: its proposal, recipe keys and values.
+        given: whether the proposal was enqueued, and not the sampler's.
+        ended: for ``told``, the trial's record.
+        time: for ``rung``, the value of the metric by which trials are compared (epochs, or images).
+        score: for ``rung``, the trial's score there.
+        at_end: for ``rung``, whether the trial had ended by itself.
     """
 
     when: int
@@ -88,7 +91,7 @@ class Event:
 
 
 class Unsaid(NamedTuple):
-    """A trial whose end is known to the log alone: its record, its last report, its MLflow run."""
+    """A trial whose end only the log knows, not the observer: its record, its last report, its MLflow run."""
 
     record: TrialRecord
     report: EpochReport
@@ -98,12 +101,13 @@ class Unsaid(NamedTuple):
 class TrialLog:
     """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    ``cheap`` trials are not written down when they start, as none is worth going on with, and are written in
-    parts of a few, so that what is written for one does not grow with their number; :meth:`save` joins them.
-    The last trial of a part says ``beside``: what was proposed and had not ended.
+    A log of short trials (``cheap``) writes a trial only when it has ended, because an interrupted one is not
+    resumed. It writes them in part files of a few trials each, so that the cost of writing a trial does not
+    grow with their number; :meth:`save` joins the parts into one file. The last trial of a part also lists
+    the trials that had been proposed and not ended (``beside``).
 
     Attributes:
-        settings: of the sampler, which stay what they were when the search began.
+        settings: settings of the sampler, fixed when the search begins.
     """
 
     def __init__(self, uri: str, *, cheap: bool = False) -> None:
@@ -113,15 +117,15 @@ class TrialLog:
         self.settings: dict[str, Any] = content.get("settings", {})
         self.trials = [TrialRecord(**record) for record in content.get("trials", [])]
         self._running: dict[str, dict[str, Any]] = content.get("running", {})
-        self._begun: set[str] = set()  # running trials of this driver; the others are broken off
-        self._whole = len(self.trials)  # trials in the first file
+        self._begun: set[str] = set()  # running trials of this driver; the others were interrupted
+        self._whole = len(self.trials)  # number of trials in the file without parts
         known = {record.number for record in self.trials}
         for name in storage.names(self._parts):
             part = storage.read_json(f"{self._parts}/{name}")
             beside = part[-1].pop("beside", {}) if part else {}
             new = [TrialRecord(**record) for record in part if record["number"] not in known]
             self.trials += new
-            if new:  # else its trials are in the first file: it is left over from a killed driver
+            if new:  # otherwise a killed driver had already joined this part, and not deleted it
                 self._running = beside
         self._clock = max((event.when for event in self.events()), default=-1) + 1
 
@@ -130,18 +134,18 @@ class TrialLog:
         return self.uri.removesuffix(".json") + ".parts"
 
     def ask(self, number: int, values: dict[str, Any], *, given: bool) -> None:
-        """Note that a trial is proposed. It is written down with the next trial that begins or ends.
+        """Note that a trial is proposed. It is written to the file with the next trial that begins or ends.
 
         Args:
             number: of the trial.
             values: the proposal, recipe keys and values.
-            given: whether we proposed it (the method's own allocation), and not the sampler.
+            given: whether it was enqueued (the method's own allocation), and not the sampler's.
         """
         self._running[str(number)] = {"values": values, "asked": self._tick(), "given": given}
         self._begun.add(str(number))
 
     def begin(self, number: int, values: dict[str, Any], run_id: str | None) -> None:
-        """Note that a trial has started; until it is added it counts as broken off.
+        """Note that a trial has started; for a later driver it counts as interrupted until it is added.
 
         Args:
             number: of the trial.
@@ -157,13 +161,13 @@ class TrialLog:
         self.save()
 
     def compare(self, number: int, time: float, score: float, *, goes_on: bool, at_end: bool = False) -> None:
-        """Note that a running trial was compared with others; one that stops is written down with its end.
+        """Note that a running trial was compared with others; if it stops, its end writes this to the file.
 
         Args:
             number: of the trial.
-            time: how far it has come, by what trials are compared by.
+            time: the value of the metric by which trials are compared (epochs, or images).
             score: its score there.
-            goes_on: whether it runs on.
+            goes_on: whether the trial continues.
             at_end: whether it had ended by itself.
         """
         rungs = self._running[str(number)].setdefault("rungs", [])
@@ -172,11 +176,11 @@ class TrialLog:
             self.save()
 
     def end(self, record: TrialRecord, report: EpochReport) -> None:
-        """Note that a trial has ended and is not to be started again, before all who watch are informed.
+        """Note that a trial has ended and must not be started again, before the observer gets the report.
 
         Args:
             record: of the trial; its figures may be those of an earlier epoch, the best one.
-            report: the trial's last one, of which those who watch may not have heard either.
+            report: the last report of the trial, which the observer may not have received either.
         """
         if not self._cheap and str(record.number) in self._running:
             self._running[str(record.number)] |= {"end": asdict(record), "report": dict(report)}
@@ -184,7 +188,7 @@ class TrialLog:
 
     @property
     def unsaid(self) -> list[Unsaid]:
-        """Trials that had ended when the driver was killed; they are to be added."""
+        """Trials whose end the last driver noted before it was killed; they must still be added."""
         entries = (self._running[str(number)] for number in self.running)
         return [
             Unsaid(TrialRecord(**entry["end"]), entry.get("report", {}), entry.get("run_id"))
@@ -208,7 +212,7 @@ class TrialLog:
 
     @property
     def ordered(self) -> bool:
-        """Whether the order of all trials is known; logs of earlier versions lack it."""
+        """Return whether the order of all trials is known; logs of earlier versions lack it."""
         ends = all(record.asked is not None and record.told is not None for record in self.trials)
         return ends and all("asked" in entry for entry in self._running.values())
 
@@ -218,7 +222,7 @@ class TrialLog:
         return max([*(record.number for record in self.trials), *map(int, self._running)], default=-1) + 1
 
     def is_given(self, number: int) -> bool:
-        """Whether a trial that has not ended was proposed by us."""
+        """Return whether a trial that has not ended was enqueued, and not proposed by the sampler."""
         return bool(self._running[str(number)].get("given"))
 
     def _tick(self) -> int:
@@ -226,28 +230,28 @@ class TrialLog:
         return self._clock - 1
 
     def note(self, number: int, values: dict[str, Any], member: dict[str, Any]) -> None:
-        """Note that a member of a population goes on as something else, with other values.
+        """Note that a trial of a population is another member now, with other values.
 
         Args:
             number: of the trial.
             values: its new values.
-            member: what the population keeps of it.
+            member: the member (:class:`orchestration.search.pbt_trial.Member`) as a dictionary.
         """
         self._running[str(number)] |= {"values": values, "member": member}
         self.save()
 
     def member(self, number: int) -> dict[str, Any] | None:
-        """What was noted last about a running trial."""
+        """The member of a population that a running trial is, as it was noted last."""
         member: dict[str, Any] | None = self._running[str(number)].get("member")
         return member
 
     @property
     def members(self) -> list[dict[str, Any]]:
-        """What is noted about trials that have not ended."""
+        """The members of a population that the trials are that have not ended."""
         return [entry["member"] for entry in self._running.values() if "member" in entry]
 
     def add(self, record: TrialRecord) -> TrialRecord:
-        """Write down a trial that has ended; returns the record with its place in the order."""
+        """Write a trial that has ended to the file; return the record with the number of this event."""
         entry = self._running.pop(str(record.number), {})
         order = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
         record = replace(record, told=self._tick(), **order)
@@ -262,7 +266,7 @@ class TrialLog:
         return record
 
     def save(self) -> None:
-        """Write all into one file."""
+        """Write all trials into one file, and delete the parts."""
         records = [asdict(record) for record in self.trials]
         content = {"run_id": self.run_id, "trials": records, "running": self._running}
         storage.write_json(self.uri, content | ({"settings": self.settings} if self.settings else {}))
@@ -276,22 +280,22 @@ class TrialLog:
 
     @property
     def pending(self) -> list[dict[str, Any]]:
-        """Proposals whose trials were broken off."""
+        """Proposals of the trials that have begun and not ended."""
         return list(self.broken.values())
 
     @property
     def broken(self) -> dict[int, dict[str, Any]]:
-        """Proposals whose trials were broken off, by the trials' numbers, ascending."""
+        """Proposals of the trials that have begun and not ended, by their numbers, ascending."""
         return {number: dict(self._running[str(number)]["values"]) for number in self.running}
 
     def broken_off(self, values: dict[str, Any]) -> str | None:
-        """The MLflow run of a proposal's trial that was broken off."""
+        """The MLflow run of an interrupted trial with these values; ``None`` if there is none."""
         broken = (self._running[key] for key in self._broken)
         return next((entry.get("run_id") for entry in broken if entry["values"] == values), None)
 
     @property
     def _broken(self) -> list[str]:
-        """Numbers of the trials that another driver began and did not end."""
+        """Numbers of the trials that an earlier driver began and did not end."""
         return sorted(self._running.keys() - self._begun, key=int)
 
     @property
@@ -300,10 +304,10 @@ class TrialLog:
         return [record for record in self.trials if record.state != "failed"]
 
     def best(self) -> TrialRecord:
-        """The trial of the highest score among those that ran to their end (the first of equals).
+        """The finished trial with the highest score; of equal ones the first.
 
         Raises:
-            RuntimeError: no trial did.
+            RuntimeError: no trial has finished.
         """
         done = [record for record in self.trials if record.state == "finished" and record.score is not None]
         if not done:

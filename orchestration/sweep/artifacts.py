@@ -1,4 +1,4 @@
-"""What each phase of a sweep hands to the next."""
+"""The results of each phase of a sweep, which the next phases use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from orchestration.state.trial_log import TrialRecord
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model: its checkpoint, its validation top-1, and the registered version that it was.
+    """The dense model.
 
-    ``weights`` is the hash of its content: the same model is the same wherever it lies.
+    Attributes:
+        checkpoint: folder or URI.
+        top1: top-1 on validation, 0…1.
+        weights: hash of its configuration and weights, wherever the folder lies.
+        version: the registered version that it comes from, ``models:/NAME/VERSION``; ``None`` if from none.
     """
 
     checkpoint: str
@@ -23,7 +27,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class Study:
-    """The allocation search at one sparsity: its best trial, and the one-shot model that it gives."""
+    """The result of the allocation search at one sparsity.
+
+    Attributes:
+        best: the best trial.
+        checkpoint: folder or URI of the one-shot model with its allocation.
+        trials: all trials that have not failed.
+    """
 
     best: TrialRecord
     checkpoint: str
@@ -36,7 +46,7 @@ class Study:
 
     @property
     def own(self) -> TrialRecord | None:
-        """The trial of the method's own allocation: the first of those that were given."""
+        """The trial of the method's own allocation, which is the first of the enqueued ones."""
         given = [record for record in self.trials if record.given]
         return min(given, key=lambda record: record.number, default=None)
 
@@ -52,14 +62,19 @@ class Study:
 
     @property
     def moved(self) -> dict[str, float] | None:
-        """How far the best proposal lies from the method's own."""
+        """Difference of each sparsity between the best proposal and the method's own allocation."""
         own = self.own
         return None if own is None else {key: self.best.values[key] - own.values[key] for key in own.values}
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """The studies of a method by their sparsities; ``goal`` is the one that gradual runs go by."""
+    """The allocation searches of a method.
+
+    Attributes:
+        studies: by the sparsity of their model.
+        goal: the study whose allocation gradual runs use.
+    """
 
     studies: dict[float, Study]
     goal: Study
@@ -67,7 +82,13 @@ class Allocated:
 
 @dataclass(frozen=True)
 class Kept:
-    """The best model at a sparsity: its checkpoint, its top-1 on validation, its registered version."""
+    """The best model at a sparsity.
+
+    Attributes:
+        checkpoint: folder or URI.
+        validation: top-1 on validation, 0…1.
+        version: the registered version.
+    """
 
     checkpoint: str
     validation: float
@@ -76,7 +97,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The best gradual run of a method, the model it ended with, and those kept on the way (``0.5`` …)."""
+    """The best gradual run of a method.
+
+    Attributes:
+        sparsity: at the end of the run.
+        record: the record of the run.
+        end: the model at the end.
+        kept: the models kept at lower sparsities, by the sparsity as text (``0.5``).
+        trials: all gradual runs of the method that have not failed.
+    """
 
     sparsity: float
     record: TrialRecord
@@ -87,7 +116,14 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Quantized:
-    """The INT8 form of a method's model: its folder, its top-1 on validation, its bytes, its version."""
+    """The INT8 form of a method's model.
+
+    Attributes:
+        folder: path or URI of the INT8 folder.
+        validation: top-1 on validation, 0…1, by the engine that runs it.
+        bytes: size of the model's file.
+        version: the registered version.
+    """
 
     folder: str
     validation: float
@@ -97,7 +133,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Exported:
-    """A method's model as an engine takes it: its folder, and the bytes of its files."""
+    """A method's model as a file for an engine.
+
+    Attributes:
+        folder: path or URI.
+        bytes: size of its files.
+    """
 
     folder: str
     bytes: int
@@ -105,9 +146,15 @@ class Exported:
 
 @dataclass(frozen=True)
 class Results:
-    """What all phases of a sweep have found, by method; ``structured`` is the dense model cut in width.
+    """The results of all phases of a sweep.
 
-    ``exported`` are a method's folders for engines, by format.
+    Attributes:
+        dense: the dense model.
+        structured: the dense model cut in width, if the recipe has a structured step.
+        allocated: by method; ``None``: the recipe has no allocation search.
+        recovered: by method.
+        quantized: by method, if the recipe asks for INT8.
+        exported: by method, then by format, if the recipe asks for files for engines.
     """
 
     dense: Dense

@@ -1,4 +1,4 @@
-"""What the phases of a sweep share."""
+"""The context of a sweep: what all its phases share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,19 @@ SCRATCH = "scratch"  # in a sweep's folder
 
 @dataclass
 class Sweep:
-    """What all phases share; ``root`` is the sweep's folder, ``run`` its run in MLflow."""
+    """The context of a sweep, which all its phases share.
+
+    Attributes:
+        recipe: the recipe, checked.
+        data: its images, with whole addresses.
+        data_hash: hash of all images that results depend on.
+        size: capacity of the cluster.
+        tracker: logs to MLflow.
+        display: shows progress.
+        run: id of the sweep's run in MLflow.
+        lineage: recorded in every checkpoint: recipe, data, commit and parents.
+        phase_range: the phases to run.
+    """
 
     recipe: Recipe
     data: DataSettings
@@ -55,14 +67,14 @@ class Sweep:
         return datasets(self.data, self.data_hash, self.recipe.data.source)
 
     def task(self, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
-        """:func:`task_of` with the resources of this phase."""
+        """Make a Ray task by :func:`task_of`, with the resources of this phase."""
         return task_of(self.recipe.resources, function, returns)
 
     def begin(self, phase: Phase, title: str) -> None:
         """Announce that work of a phase starts.
 
         Raises:
-            InputError: the command was to start with a later one.
+            InputError: the command starts with a later phase (``--from``), and this one has no result yet.
         """
         if self.phase_range.starts_after(phase):
             expected = f"the phase before it has no result yet ({title}); run that first, by --until {phase}"
@@ -84,19 +96,19 @@ class Sweep:
 
     @contextmanager
     def making(self, artefact: str, title: str) -> Iterator[None]:
-        """Hold the lock of an artefact that all sweeps of the storage share; check again whether it exists.
+        """Lock a shared artefact while it is made, in a ``with`` block that checks again whether it exists.
 
-        A sweep that is at it is waited for, which is said. Hold one at a time.
+        If another sweep is making it, print that and wait. Never hold two locks.
 
         Args:
             artefact: its folder in the storage (``dense/KEY``).
-            title: what the display calls it.
+            title: its name on the display.
         """
 
         def wait(by: str) -> None:
             self.display.say(f"      {title}: another sweep is making it{by}; waiting for that")
 
-        joined = len(self.size.nodes) != 1  # several machines may mean the same file by one lock, or not
+        joined = len(self.size.nodes) != 1  # a lock on a file may not hold between machines: ask Ray too
         with artifact_lock(self.storage, artefact, wait, by_cluster=joined):
             yield
 
@@ -104,7 +116,7 @@ class Sweep:
     def scratch(self, name: str) -> Iterator[str]:
         """Folder of Tune's and Train's own state while they run; it is removed at the end.
 
-        It is the sweep's own, as two that make the same would delete each other's.
+        It belongs to this sweep: two sweeps that make the same artefact would delete each other's state.
         """
         uri = f"{self.root}/{SCRATCH}/{name}"
         storage.remove(uri)
@@ -133,7 +145,20 @@ class Sweep:
         kind: type[TrialRuns] = TrialRuns,
         done: bool = False,
     ) -> TrialRuns:
-        """The MLflow runs of a phase; ``level`` is a sparsity in percent, where a phase is for several."""
+        """Open the MLflow runs of a phase.
+
+        Args:
+            log: the trial log of the phase.
+            phase: name of the phase.
+            params: parameters that all trials of the phase share.
+            method: of pruning, if the phase belongs to one.
+            level: the sparsity in percent, as text, if the method has several such phases.
+            kind: when the trials are logged (:class:`TrialRuns` or a subclass).
+            done: the phase has ended before; its run is left as it is.
+
+        Returns:
+            The runs, an observer of the trials.
+        """
         made = kind(
             self.tracker,
             self.display,
@@ -150,9 +175,18 @@ class Sweep:
 
 
 def task_of(resources: Resources, function: Callable[..., Any], returns: int = 1) -> tuple[Any, str]:
-    """Make a Ray task of a function; returns the task and the device it will have.
+    """Make a Ray task of a function.
 
-    It takes no processor, as nothing else of the sweep runs meanwhile, and a GPU where training has one.
+    The task reserves no processor, as nothing else of the sweep runs meanwhile. It reserves a GPU if training
+    does.
+
+    Args:
+        resources: of a training run.
+        function: importable on the nodes.
+        returns: number of values that the function returns.
+
+    Returns:
+        The task, and the device that it will have, ``cpu`` or ``cuda``.
     """
     gpus = min(resources.gpus_per_worker, 1.0)
     remote = ray.remote(num_cpus=0, num_gpus=gpus, num_returns=returns)(function)

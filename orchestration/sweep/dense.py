@@ -1,7 +1,7 @@
 """The dense model that a sweep prunes.
 
-Like every phase it keeps its results in a folder named by the hash of all that it depends on: what has not
-changed is not run again, and an interrupted phase goes on where it was.
+Like every phase it keeps its result in a folder named by a hash of all that the result depends on. A phase
+whose inputs have not changed is therefore not run again, and an interrupted phase resumes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from orchestration.tracking import registry
 from trainers import storage
 from trainers.checkpoint.folder import PRUNING_RECORD
 
-PARENT = "parent.json"  # which registered version a dense model was; beside it, and in the sweep's folder
+PARENT = "parent.json"  # the registered version of a dense model; beside the model, and in the sweep's folder
 
 
 def dense_phase(sweep: Sweep) -> Dense:
-    """The dense model: trained once for a recipe and data, or taken as it is."""
+    """Make the dense model: train it once for a recipe and data, or take existing weights."""
     sweep = sweep.phase("dense")
     recipe = sweep.recipe
     given = recipe.model.checkpoint
@@ -35,7 +35,7 @@ def dense_phase(sweep: Sweep) -> Dense:
         sweep.display.phase("dense model")
         return _measured(sweep, storage.absolute(given), "given")
     version = _version(sweep, given)
-    # what lies in a file may be another model tomorrow
+    # the file may hold another model tomorrow
     content = storage.sha256(given) if given is not None and recipe.model.is_file else version or given
     key = digest(
         recipe.model.model_dump(mode="json") | {"checkpoint": content},
@@ -66,7 +66,7 @@ def dense_phase(sweep: Sweep) -> Dense:
 
 
 def _save(sweep: Sweep, version: str | None, checkpoint: str) -> None:
-    """A registered version, timm's pretrained weights or a hub's, as they are."""
+    """Copy existing weights: of a registered version, pretrained ones of timm, or of the hub."""
     if version is not None:
         with registry.pulled(version, sweep.tracker.uri) as local:
             storage.write_json(f"{local}/{PARENT}", {"version": version})
@@ -76,7 +76,7 @@ def _save(sweep: Sweep, version: str | None, checkpoint: str) -> None:
 
 
 def _train(sweep: Sweep, key: str, folder: str) -> float:
-    """Train the model, from where that was broken off if it was; returns the seconds."""
+    """Train the model, or resume an interrupted training; return the seconds."""
     log = TrialLog(f"{folder}/trials.json")
     sweep.begin("dense", "dense model")
     job = dense_job(sweep.recipe, sweep.data, sweep.lineage)
@@ -84,13 +84,13 @@ def _train(sweep: Sweep, key: str, folder: str) -> float:
     runs = sweep.runs(log, "dense", params)
     best, trained = run_training(sweep, job, log, runs, folder=f"{folder}/train")
     runs.close(best)
-    with without_trainer_state(trained) as clean:  # last: whoever finds it takes the phase for done
+    with without_trainer_state(trained) as clean:  # last: this folder marks the phase as done
         storage.upload(clean, f"{folder}/model")
     return best.seconds
 
 
 def _version(sweep: Sweep, given: str | None) -> str | None:
-    """The registered version that the recipe's alias meant when the sweep began; it may have moved since."""
+    """The registered version that the recipe's alias named when the sweep began; the alias may have moved."""
     if given is None or not given.startswith("models:/"):
         return None
     file = f"{sweep.root}/{PARENT}"
@@ -100,7 +100,7 @@ def _version(sweep: Sweep, given: str | None) -> str | None:
 
 
 def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
-    """The dense model with its validation top-1, and the version that it was."""
+    """The dense model with its validation top-1, and the registered version that it comes from."""
     top1 = validation_top1(sweep, checkpoint)
     sweep.display.finished(f"{how}, {100 * top1:.1f} % on validation")
     parent = f"{checkpoint}/{PARENT}"
@@ -109,7 +109,7 @@ def _measured(sweep: Sweep, checkpoint: str, how: str) -> Dense:
 
 
 def validation_top1(sweep: Sweep, checkpoint: str) -> float:
-    """Validation top-1 of a checkpoint: from its record if that is of the same data, else measured."""
+    """Validation top-1 of a checkpoint: from its record if that is of the same data, otherwise measured."""
     file = f"{checkpoint}/{PRUNING_RECORD}"
     record = storage.read_json(file) if storage.exists(file) else {}
     top1 = record.get("figures", {}).get("val_top1")

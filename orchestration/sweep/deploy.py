@@ -1,7 +1,7 @@
 """After the last gradual run of a method: its INT8 form, and its files for engines.
 
-INT8 is trained for if that is asked, written, measured and registered; a file for an engine is written,
-checked by that engine and logged.
+The INT8 model is trained if the recipe asks for it, then written, evaluated and registered. A file for an
+engine is written, checked by that engine and logged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ARTIFACT = "int8"
 
 
 def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized:
-    """The best model of a method as INT8, registered beside its float parent.
+    """Make the INT8 form of a method's best model, and register it beside its float parent.
 
     It is evaluated by ONNX Runtime, which will run it.
     """
@@ -74,7 +74,7 @@ def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized
 
 @dataclass(frozen=True)
 class _Work:
-    """The phase of a method; ``name`` is that of its folder."""
+    """The INT8 phase of a method; ``name`` is the name of its folder."""
 
     sweep: Sweep
     method: str
@@ -97,7 +97,7 @@ class _Work:
         return {**self.sweep.lineage, "parent_version": f"models:/{model}/{self.recovered.end.version}"}
 
     def trained(self) -> str:
-        """The checkpoint of the run that trains for INT8; one that was broken off goes on."""
+        """The checkpoint of the training for INT8; an interrupted training resumes."""
         sweep, checkpoint = self.sweep, self.recovered.end.checkpoint
         job = aware_job(sweep.recipe, self.method, sweep.data, checkpoint, self.lineage)
         folder = f"{self.folder}/train"
@@ -106,7 +106,7 @@ class _Work:
         return trained
 
     def write(self, settings: Quantization, source: str) -> None:
-        """The INT8 folder of a float checkpoint, by a task of the cluster."""
+        """Write the INT8 folder of a float checkpoint, by a task of the cluster."""
         sweep = self.sweep
         task, _ = sweep.task(remote.quantise)
         job = remote.Int8Job(
@@ -122,7 +122,7 @@ class _Work:
         ray.get(task.remote(job))
 
     def register(self, record: Mapping[str, Any]) -> str:
-        """Log the folder on the phase's run, once, and make it a version with tags of its own."""
+        """Log the folder to the phase's run, once, and register it as a version with its own tags."""
         tracker, run = self.sweep.tracker, self.runs.run
         tracker.flush()
         if not tracker.has(run, f"{ARTIFACT}/{QUANTIZATION_RECORD}"):
@@ -144,9 +144,9 @@ class _Work:
 
 
 def export_phase(sweep: Sweep, method: str, recovered: Recovered) -> dict[str, Exported]:
-    """The last model of a method's best run in the formats that the recipe asks for, each as a folder.
+    """Write the final model of a method in the formats that the recipe asks for, each as a folder.
 
-    An engine that does not answer what the model answers ends the sweep.
+    If the answers of an engine differ from the model's, the sweep fails.
 
     Returns:
         The folders, by format.

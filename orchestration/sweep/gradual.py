@@ -1,4 +1,4 @@
-"""Gradual runs of a method: the search over schedules, and the long run with what was best there."""
+"""Gradual runs of a method: the search over schedules, and the long run with the best values found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long ru
 
 
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:
-    """Gradual runs over schedule hyper-parameters, at the sparsity that the allocation was chosen at."""
+    """Do the gradual runs of the search over schedules, at the sparsity of the chosen allocation."""
     if allocated is not None and sweep.recipe.allocation.reach is not None:
         sweep = sweep.changed({"pruning.sparsity": allocated.goal.sparsity})
     return _runs(sweep, "schedule", method, dense, allocated)
@@ -49,7 +49,7 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
 def long_run_phase(
     sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None, scheduled: Gradual
 ) -> Gradual:
-    """One more run, with the values that were best in the search and those of the recipe's ``long_run``."""
+    """Do one more run, with the best values of the search and those of the recipe's ``long_run``."""
     search = scheduled.sweep.recipe.schedule
     values = search.active(scheduled.best.values) | sweep.recipe.long_run
     alone = {f"schedule.{key}": value for key, value in search.alone.items()} | {"long_run": {}}
@@ -59,7 +59,7 @@ def long_run_phase(
 
 @dataclass(frozen=True)
 class Gradual:
-    """Ended gradual runs: the best of them, and what is needed to register it."""
+    """Gradual runs that have ended: the best of them, and what is needed to register it."""
 
     sweep: Sweep
     best: TrialRecord
@@ -68,7 +68,7 @@ class Gradual:
     runs: TrialRuns
 
     def register(self) -> Recovered:
-        """The best run's last model, and those kept on the way, as versions in the registry."""
+        """Register the final model of the best run, and those kept at lower sparsities."""
         classes = classes_of(self.sweep.data.train, self.sweep.data.columns)
         register = partial(self.runs.register, self.sweep.recipe.registered_model, self.best, classes=classes)
         recovered = f"{self.folder}/recovered"
@@ -85,7 +85,7 @@ class Gradual:
 
     @property
     def _sparsity(self) -> float:
-        """The best run's target sparsity, which may have been searched too."""
+        """The final sparsity of the best run, which may have been searched too."""
         recipe = self.sweep.recipe
         sparsity: float = recipe.schedule.active(self.best.values).get(
             "pruning.sparsity", recipe.pruning.sparsity
@@ -157,7 +157,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
         runs.figure(plots.trial_history(log.trials, title, dense.top1), "history")
         runs.figures(search_figures(log.trials, recipe_space(recipe.schedule.space), title))
     runs.close(best)
-    if not known:  # last, as it says that the search is done: MLflow has all of it by now
+    if not known:  # last: this folder marks the search as done, with everything in MLflow
         with without_trainer_state(best.checkpoint) as clean:
             storage.upload(clean, recovered)
     stopped = sum(record.state == "stopped" for record in log.trials)
@@ -169,7 +169,7 @@ def _runs(sweep: Sweep, phase: Phase, method: str, dense: Dense, allocated: Allo
 
 
 def _search(sweep: Sweep, name: str, jobs: Jobs, log: TrialLog, runs: TrialRuns, *, folder: str) -> None:
-    """The search over schedules that the recipe asks for; ``folder`` is that of its Train runs."""
+    """Run the recipe's search over schedules; ``folder`` is for its Train runs."""
     recipe, settings = sweep.recipe, sweep.recipe.schedule
     concurrent = sweep.size.training_runs(recipe.resources)
     population = _population(recipe, log)
@@ -186,7 +186,7 @@ def _search(sweep: Sweep, name: str, jobs: Jobs, log: TrialLog, runs: TrialRuns,
             sampler=settings.sampler,
             first=_first(recipe),
             scheduler=_stopping(recipe, log, folder, slots=concurrent),
-            reuse_actors=population is None,  # a member's process goes with it
+            reuse_actors=population is None,  # the process of a member ends with it
             complete=complete,
             names=RunNames(complete) if population is None else None,
             limits=Limits(settings, "schedule"),
@@ -197,7 +197,7 @@ def _search(sweep: Sweep, name: str, jobs: Jobs, log: TrialLog, runs: TrialRuns,
 
 
 def _population(recipe: Recipe, log: TrialLog) -> PopulationState | None:
-    """State for the members of a population; ``None`` where the recipe asks for none."""
+    """The inputs of a population's trials; ``None`` if the recipe asks for no population."""
     if recipe.schedule.scheduler != "pbt":
         return None
     known = {digest(member["values"]): member for member in log.members}

@@ -35,7 +35,7 @@ from trainers.loop.prune_step import prunable_layers
 
 @dataclass(frozen=True)
 class Ended:
-    """What a sweep that has run all its phases shows at its end."""
+    """The results of a sweep that has run all its phases, as they are printed at its end."""
 
     sweep: Sweep
     rows: Sequence[Row]
@@ -45,14 +45,29 @@ class Ended:
 def run_phases(
     prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, phase_range: PhaseRange
 ) -> Ended | None:
-    """Run the phases of a sweep; ``None`` where the command ends before the last one."""
+    """Run the phases of a sweep.
+
+    Args:
+        prepared: the recipe, checked.
+        display: shows progress.
+        tracker: logs to MLflow.
+        size: capacity of the cluster.
+        phase_range: the phases to run.
+
+    Returns:
+        The results; ``None`` if the range ends before the last phase.
+
+    Raises:
+        InputError: a phase before the range has no result yet, or the recipe cannot run.
+        RuntimeError: a phase failed: no trial finished, or too many failed.
+    """
     sweep = _open(prepared, display, tracker, size, phase_range)
     results = _results(sweep)
     return None if results is None else _finish(sweep, results)
 
 
 def _results(sweep: Sweep) -> Results | None:
-    """Run each phase for all methods; ``None`` where the command ends before the last phase."""
+    """Run each phase for all methods; ``None`` if the range ends before the last phase."""
     recipe, reaches = sweep.recipe, sweep.phase_range.reaches
     original = dense = dense_phase(sweep)
     if recipe.model.is_fetched:  # others were looked at before anything started
@@ -99,7 +114,7 @@ def _promote(sweep: Sweep, rows: Sequence[Row]) -> list[Decision]:
 
 
 def _finish(sweep: Sweep, results: Results) -> Ended:
-    """Test images, the registry's aliases, and figures of the whole sweep on its own run."""
+    """Evaluate on test images, set the registry's aliases, and log the figures of the whole sweep."""
     rows = make_rows(sweep, results)
     decisions = sweep.tracker.patiently(_promote, sweep, rows)
     dense, allocated, recovered = results.dense, results.allocated, results.recovered
@@ -138,7 +153,7 @@ def _open(
     prepared: Prepared, display: Display, tracker: Tracker, size: ClusterSize, phase_range: PhaseRange
 ) -> Sweep:
     recipe = prepared.recipe
-    storage.remove(f"{folder_of(recipe.storage, recipe.name)}/{SCRATCH}")  # of a run that was killed
+    storage.remove(f"{folder_of(recipe.storage, recipe.name)}/{SCRATCH}")  # left by a killed run
     store(recipe)
     content = recipe.model_dump(mode="json", exclude={"storage", "tracking"})
     shown = redact(content)
@@ -175,7 +190,7 @@ def _open(
 
 
 def git_commit() -> str | None:
-    """The commit of the folder that the command runs in, if it is a checkout."""
+    """The git commit of the folder in which the command runs, if it is a checkout."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False

@@ -1,4 +1,4 @@
-"""The final table. Only here are test images read, once, for the models chosen on validation."""
+"""The final table. Test images are used only here, once, for the models that were chosen on validation."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from trainers.deploy.checked import EXPORT_RECORD
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of a method's model: the one at the end, or one ``kept`` on the way there.
+    """Figures of a method's model: the final model, or one ``kept`` at a lower sparsity.
 
-    Accuracies are of ``part``, in 0…1. Counts are held against the dense model that all began with;
-    ``structured`` figures are of the step between, if there was one; ``exported`` are the files for engines,
-    by format: ``top1`` by that engine, ``bytes``, and the ``folder`` in the storage.
+    Accuracies are on ``part``, in 0…1. ``parameters`` and ``macs`` are those of the dense model before any
+    structured step, ``structured_…`` those after it, if there was one. ``exported`` are the files for
+    engines, by format: ``top1`` by that engine, ``bytes``, and the ``folder`` in the storage.
     """
 
     method: str
@@ -58,7 +58,7 @@ class Row:
 
 
 def make_rows(sweep: Sweep, results: Results) -> list[Row]:
-    """Measure all models on test (validation where the data has no test images), each one once."""
+    """Measure all models on test (on validation if the data has no test images), each one once."""
     dense, allocated, recovered = results.dense, results.allocated, results.recovered
     part = "test" if sweep.data.test is not None else "validation"
     models = {
@@ -128,7 +128,7 @@ def _counts(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, float]:
-    """Top-1 of each checkpoint; what was measured before is read back."""
+    """Top-1 of each checkpoint; earlier measurements are read from the storage."""
     known = {
         checkpoint: f"{sweep.storage}/figures/{digest(_content(checkpoint), sweep.data_hash, part)}.json"
         for checkpoint in checkpoints
@@ -143,14 +143,14 @@ def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, f
 
 
 def _content(folder: str) -> str:
-    """A hash of what a folder answers by: of a model, or of files for an engine."""
+    """Hash of the files that decide a folder's answers: a checkpoint, or the files for an engine."""
     if storage.exists(f"{folder}/{EXPORT_RECORD}"):
         return digest(storage.read_json(f"{folder}/{EXPORT_RECORD}")["files"])
     return content_hash(folder)
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The table that a sweep ends with."""
+    """Make the final table of a sweep."""
     part = rows[0].part if rows else "test"
     made = Table(title=f"Top-1 on {part} images (chosen on validation)", title_justify="left")
     made.add_column("method")
@@ -192,14 +192,22 @@ def _of_engine(entry: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def _steps(*counts: int | None) -> str:
-    """``2.69 M → 2.25 M → 505 k``."""
+    """Format counts as ``2.69 M → 2.25 M → 505 k``."""
     return " → ".join(count(figure) for figure in counts if figure is not None)
 
 
 def print_end(
     console: Console, sweep: Sweep, rows: Sequence[Row], decisions: Sequence[Decision], recipe_name: str
 ) -> None:
-    """The table, the links, what became of the registry's aliases, and what to do next."""
+    """Print the final table, the links, the decisions about the registry's aliases, and the next commands.
+
+    Args:
+        console: to print on.
+        sweep: the sweep.
+        rows: of the table.
+        decisions: about the aliases.
+        recipe_name: the recipe as it was given, for the next commands.
+    """
     console.print(table(rows))
     for row in rows:
         if row.kept:  # the same run as its method's last model
@@ -219,7 +227,7 @@ def print_end(
 
 
 def alias_lines(model: str, rows: Sequence[Row], decisions: Sequence[Decision]) -> Iterator[str]:
-    """Lines about the registry's aliases: the champion and how to load it, or why it is not of this sweep."""
+    """Lines about the registry's aliases: how to load the champion, or why no model of this sweep is it."""
     row_of = {row.version: row for row in rows}
     for decision in decisions:
         row = row_of[decision.candidate.version]

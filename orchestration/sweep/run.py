@@ -1,4 +1,4 @@
-"""A sweep from its lock to its table: the servers and the cluster around its phases."""
+"""Run a sweep, from its lock to its table, with the servers and the cluster around its phases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_sweep(
         phase_range: the phases to run; without the last one there is no table.
 
     Raises:
-        InputError: the cluster or MLflow cannot serve the recipe, or a run of its name is at work.
+        InputError: the cluster or MLflow cannot serve the recipe, or a run of the same name is active.
         KeyboardInterrupt: after Ray, MLflow and the display have ended in order.
     """
     recipe = prepared.recipe
@@ -89,7 +89,7 @@ def run_sweep(
 
 
 def _searches_and_runs(recipe: Recipe, phase_range: PhaseRange) -> int:
-    """How many searches and runs the display is to number."""
+    """Number of searches and runs, which the display counts."""
     searches, methods = len(recipe.allocated_sparsities), len(recipe.pruning.methods)
     phases = {
         "dense": 1,

@@ -1,7 +1,7 @@
-"""The structured step between the dense model and its pruning: cut in width, then trained until it recovers.
+"""The structured step between the dense model and its pruning: cut the model in width, then let it recover.
 
-Its folder is beside those of dense models, named by the hash of all that it depends on. What was cut is kept
-there before it recovers, so that a run that is broken off goes on with the very same channels.
+Its folder is named by a hash of all that the result depends on. It first gets the model that was cut, before
+the recovery, so that an interrupted run resumes with exactly the same channels.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ _TITLE = "structured pruning"
 
 
 def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]:
-    """The smaller model, to be pruned as a dense one, and what is recorded of the step in all that follow."""
+    """Make the smaller model, which is then pruned like a dense one.
+
+    Returns:
+        The model, and the facts about the step, which the records of all later models hold.
+    """
     sweep = sweep.phase("structured")
     settings = sweep.recipe.structured
     assert settings is not None, "only a recipe with a structured step has this phase"
     server: list[Any] = []
-    if settings.objective == "latency":  # another machine may choose another model
+    if settings.objective == "latency":  # times, and so the choice, depend on the machine
         server = [latency.on_server(settings.serves, latency.circumstances, settings.serves)]
     key = digest(
         dense.weights,
@@ -59,10 +63,10 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
 
 
 def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1: float) -> int:
-    """Which candidate is the fastest of those that lose at most ``loss`` of the dense model's top-1.
+    """The index of the fastest candidate that loses at most ``loss`` of the dense model's top-1.
 
     Raises:
-        RuntimeError: all lose more; says the nearest.
+        RuntimeError: all lose more; names the loss of the nearest.
     """
     losses = [1 - candidate["top1"] / max(dense_top1, 1e-12) for candidate in candidates]
     within = [number for number, lost in enumerate(losses) if lost <= loss + 1e-9]
@@ -76,7 +80,7 @@ def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1
 
 
 class _Step:
-    """One step: ``cut`` is the model before it recovers, ``model`` the one after (if it does)."""
+    """A structured step; ``model`` is the model after the recovery, or after the cut without a recovery."""
 
     def __init__(self, sweep: Sweep, dense: Dense, key: str) -> None:
         self._sweep, self._dense, self._key = sweep, dense, key
@@ -115,7 +119,7 @@ class _Step:
         self._made = True
 
     def result(self) -> tuple[Dense, dict[str, Any]]:
-        """The model as the following phases take it, and the facts of the step."""
+        """The model for the later phases, and the facts about the step."""
         facts = storage.read_json(f"{self.model}/{PRUNING_RECORD}")["structured"]
         top1 = validation_top1(self._sweep, self.model)
         file = f"{self._folder}/{REGISTERED}"
@@ -125,7 +129,7 @@ class _Step:
         return Dense(self.model, top1, content_hash(self.model), version), facts
 
     def _cut_now(self) -> dict[str, Any]:
-        """Cut the dense model unless that was done before; returns what is recorded of the cut."""
+        """Cut the dense model unless that was done before; return the record of the cut."""
         sweep, dense = self._sweep, self._dense
         if not storage.exists(f"{self._cut}/{PRUNING_RECORD}"):
             facts: dict[str, Any] = {"dense": dense.weights, "dense_top1": dense.top1}
@@ -152,7 +156,7 @@ class _Step:
         ray.get(task.remote(self._dense.checkpoint, settings, sweep.data, folder, **given))
 
     def _candidates(self, facts: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """Measure each candidate without recovery; returns all, and the index of the chosen one."""
+        """Measure each candidate without recovery; return all, and the index of the chosen one."""
         sweep, target = self._sweep, self._settings.serves
         choices = self._settings.choices()
         with sweep.scratch(f"structured-{self._key}") as scratch:
@@ -200,11 +204,11 @@ class _Step:
         )
         reference = f"models:/{recipe.registered_model}/{version}"
         runs.close(best)
-        # last: whoever finds it takes the phase for done
+        # last: this file marks the phase as done
         storage.write_json(f"{self._folder}/{REGISTERED}", {"version": reference})
 
     def _lineage(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Lineage recorded with the model; ``structured`` stands where a pruner's name is."""
+        """The lineage recorded with the model; its method is ``structured``."""
         return {
             **self._sweep.lineage,
             "method": "structured",

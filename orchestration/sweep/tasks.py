@@ -1,4 +1,4 @@
-"""What runs as Ray tasks around the trials: their elimination, the one-shot model, figures on test."""
+"""Functions that run as Ray tasks around the trials: elimination, the one-shot model, accuracy on test."""
 
 from __future__ import annotations
 
@@ -49,9 +49,13 @@ from trainers.structured.cut import cut_model, plan_cut, save_cut
 
 @dataclass(frozen=True)
 class OrderFacts:
-    """Facts of an order that trials need: its layers, their costs, the method's own allocations.
+    """The facts about an order that trials need.
 
-    ``pruned`` are the weights that each layer had lost before.
+    Attributes:
+        layers: the prunable layers.
+        costs: parameters and multiply-accumulates at any allocation.
+        own: the method's own allocation at each sparsity.
+        pruned: number of weights of each layer that were zero before.
     """
 
     layers: list[PrunableLayer]
@@ -61,7 +65,7 @@ class OrderFacts:
 
 
 def warm_up() -> None:
-    """Nothing; a process that was given this has imported what the next task in it needs."""
+    """Do nothing. Running it makes the task process import this module in advance."""
 
 
 def make_order(job: OrderJob, device: str) -> None:
@@ -73,10 +77,20 @@ def make_order(job: OrderJob, device: str) -> None:
 def order_facts(
     checkpoint: str, pruning: PruningSettings, method: str, order: StoredOrder, sparsities: list[float]
 ) -> OrderFacts:
-    """The method's own allocation at each sparsity, from the losses of a stored order.
+    """Compute the method's own allocation at each sparsity, from the losses of a stored order.
+
+    Args:
+        checkpoint: folder or URI of the model whose weights are ordered.
+        pruning: the recipe's pruning.
+        method: of pruning.
+        order: the stored order.
+        sparsities: of all prunable weights together, 0…1.
+
+    Returns:
+        The allocations, with layers and costs.
 
     Raises:
-        InputError: the model has more zeros already.
+        InputError: the model has more zeros already, or bounds that do not allow a sparsity.
     """
     model = load_checkpoint(checkpoint, layers=pruning.layers).model
     layers = prunable_layers(model, pruning)
@@ -99,13 +113,13 @@ def sparsity_of(checkpoint: str, pruning: PruningSettings) -> float:
 
 @dataclass(frozen=True)
 class RoundModel:
-    """The model that one of several rounds leaves, to write at ``target``.
+    """The model after one of several rounds, to write at ``target``.
 
     Attributes:
-        checkpoint: the model that the round begins with.
-        order: of its weights.
-        sparsity: that the round leads to, or further where the layers' floors ask for it.
-        dense: the model whose answers a reconstruction goes by.
+        checkpoint: the model before the round.
+        order: the elimination order of its weights.
+        sparsity: the sparsity after the round; it is higher if the layers' floors ask for more zeros.
+        dense: the model whose outputs a reconstruction must match.
     """
 
     checkpoint: str
@@ -120,7 +134,7 @@ class RoundModel:
 
 
 def save_round(job: RoundModel, device: str) -> None:
-    """Write the model that a round leaves, pruned by the method's own allocation and solved if asked for."""
+    """Write the model after a round: pruned by the method's own allocation, reconstructed if requested."""
     _use_all_processors(device)
     pruning = job.pruning
     loaded = load_checkpoint(job.checkpoint, layers=pruning.layers, shared=True)
@@ -142,17 +156,17 @@ def save_round(job: RoundModel, device: str) -> None:
 def save_one_shot(
     inputs: OneShotInputs, allocation: Allocation, target: str, record: Mapping[str, Any], device: str
 ) -> float | None:
-    """Write the model that an allocation gives, without recovery, as a checkpoint folder at ``target``.
+    """Write the one-shot model of an allocation as a checkpoint folder at ``target``.
 
     Args:
         inputs: of the search.
         allocation: number of pruned weights in each layer.
         target: the folder.
-        record: of the model; its top-1 is measured again where its weights are solved again.
-        device: where they are.
+        record: content of ``pruning.json``; with a reconstruction its top-1 is measured again.
+        device: of the model, ``cpu`` or ``cuda``.
 
     Returns:
-        Top-1 on the trials' images where the weights were solved again.
+        Top-1 on the trials' images after a reconstruction; ``None`` without one.
     """
     _use_all_processors(device)
     loaded = load_checkpoint(inputs.checkpoint, shared=True)
@@ -201,7 +215,7 @@ def _save_pruned(loaded: Checkpoint, masks: MaskSet, record: Mapping[str, Any], 
 
 
 def save_pretrained(settings: ModelSettings, images: DataSettings, target: str) -> None:
-    """Write timm's own pretrained weights, a hub's or a file's, as a checkpoint folder at ``target``."""
+    """Write pretrained weights of timm, of the hub or of a file as a checkpoint folder at ``target``."""
     if settings.is_file:
         model = from_file(settings, images)
     elif settings.checkpoint is not None:
@@ -230,10 +244,16 @@ def save_structured(
     lineage: Mapping[str, Any],
     device: str,
 ) -> None:
-    """Write the model of ``checkpoint`` cut in width, without recovery, as a checkpoint folder at ``target``.
+    """Cut the model of ``checkpoint`` in width, and write it as a checkpoint folder at ``target``.
 
     Args:
-        lineage: recorded in ``pruning.json``; what was cut is added to its ``structured``.
+        checkpoint: folder or URI of the model.
+        settings: the widths, and how channels are chosen.
+        images: the data, of which training images give the gradients for the channels' importance.
+        target: the folder or URI to write.
+        lineage: recorded in ``pruning.json``; the entry ``structured`` also gets what was cut.
+        seed: decides which images are taken.
+        device: of the model, ``cpu`` or ``cuda``.
     """
     _use_all_processors(device)
     loaded = load_checkpoint(checkpoint)
@@ -254,9 +274,9 @@ class Int8Job:
     """A checkpoint to write as INT8 at ``target``.
 
     Attributes:
-        images: that ranges are taken from, of the training split.
-        labels: names of the classes, where they are known.
-        record: where it comes from.
+        images: number of training images for the ranges of activations.
+        labels: names of the classes, if they are known.
+        record: origin of the model, for ``quantization.json``.
     """
 
     source: str
@@ -270,7 +290,7 @@ class Int8Job:
 
 
 def quantise(job: Int8Job) -> None:
-    """Write the INT8 form of a checkpoint, measured on validation by the engine that runs it."""
+    """Write the INT8 form of a checkpoint, and evaluate it on validation by the engine that runs it."""
     _use_all_processors("cpu")
     with storage.local_copy(job.source) as source, tempfile.TemporaryDirectory(prefix="espalier-") as made:
         transform = data.eval_transform(models.data_config(load_checkpoint(str(source)).model))
@@ -303,7 +323,7 @@ class EngineFileJob:
 
     Attributes:
         kind: name of the format (:data:`trainers.deploy.formats.FORMATS`).
-        labels: names of the classes, where they are known.
+        labels: names of the classes, if they are known.
     """
 
     source: str
@@ -315,7 +335,7 @@ class EngineFileJob:
 
 
 def write_engine_file(job: EngineFileJob) -> None:
-    """Write a checkpoint for an engine, which must answer what torch answers on images of validation.
+    """Write a checkpoint as a file for an engine, whose answers must match torch's on validation images.
 
     Raises:
         InputError: a model that the format cannot hold.
@@ -353,7 +373,23 @@ def measure(
     *,
     most: int | None = None,
 ) -> list[dict[str, float]]:
-    """Top-1 and loss of checkpoints on ``validation`` or ``test``, or on its first ``most`` images."""
+    """Evaluate checkpoints.
+
+    Args:
+        checkpoints: folders or URIs, of models or of files for engines.
+        images: the data.
+        part: ``validation`` or ``test``.
+        seed: decides which images are held out for validation.
+        device: ``cpu`` or ``cuda``.
+        most: evaluate on the first images only, this many; default: all.
+
+    Returns:
+        ``top1`` (0…1), ``loss`` and number of ``images`` of each checkpoint, in their order.
+
+    Raises:
+        InputError: a folder that cannot be loaded, or images that cannot be read.
+        FloatingPointError: logits that are not finite.
+    """
     _use_all_processors(device)
     figures = []
     for checkpoint in checkpoints:

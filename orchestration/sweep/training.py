@@ -28,16 +28,16 @@ from orchestration.sweep.context import Sweep
 from trainers.config.jobs import TrainJob
 from trainers.loop.report import EpochReport
 
-_VALUES: dict[str, Any] = {}  # it is proposed nothing: all is as the recipe says
+_VALUES: dict[str, Any] = {}  # the proposal of a run without a search: all values are the recipe's
 _STOP_SECONDS = 2.0  # for an interrupted run to end in order
 
 
 @dataclass(frozen=True)
 class PopulationState:
-    """What trials of a population need beside their jobs.
+    """The inputs of a population's trials, besides their jobs.
 
     Attributes:
-        known: members that an interruption broke off, by the digest of their values.
+        known: members of interrupted trials, by the hash of their values.
         every: epochs between two comparisons of the members.
     """
 
@@ -48,13 +48,16 @@ class PopulationState:
 def training_trial(
     resources: Resources, jobs: Jobs, folder: str, population: PopulationState | None = None
 ) -> Any:
-    """What Tune starts for a trial that is a Train run.
+    """Make the trainable that Tune starts for a trial that is a Ray Train run.
 
     Args:
         resources: of a run.
         jobs: makes the job of a proposal.
-        folder: of the runs; what was broken off is found there again.
-        population: for trials that may go on from the checkpoints of others (population-based training).
+        folder: of the runs; interrupted runs are found there again.
+        population: for population-based training, whose trials may continue from checkpoints of others.
+
+    Returns:
+        The trainable, with its resources.
     """
     if population is None:
         trial = tune.with_parameters(TrainingTrial, jobs=jobs, resources=resources, storage=folder)
@@ -67,24 +70,28 @@ def training_trial(
             known=population.known,
             every=population.every,
         )
-    # The trial takes next to nothing, as its workers reserve what they need; a sliver of a processor
-    # would already keep a group as large as the cluster from ever being placed.
+    # The trial itself reserves almost nothing, because its workers reserve their resources. With even a small
+    # share of a processor for it, a group of workers as large as the cluster could never be placed.
     return tune.with_resources(trial, {"memory": 1 << 20})
 
 
 def run_training(
     sweep: Sweep, job: TrainJob, log: TrialLog, runs: Observer, *, folder: str
 ) -> tuple[TrialRecord, str]:
-    """One training run, which goes on where it was broken off.
+    """Do one training run; an interrupted run resumes.
 
     Args:
+        sweep: the sweep, with the resources of the phase.
+        job: what the run does.
+        log: the trial log of the phase.
+        runs: the MLflow runs of the phase.
         folder: of the run.
 
     Returns:
-        Its record, and the URI of its checkpoint.
+        Its record, and the path or URI of its checkpoint.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the run failed.
     """
     run_single(job, sweep.recipe.resources, folder, log, runs)
     best = log.best()
@@ -93,22 +100,22 @@ def run_training(
 
 
 def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog, observer: Observer) -> None:
-    """Run a job from this process, unless the log has it already; one that was broken off goes on.
+    """Run a job from this process, unless its result is in the log already; an interrupted run resumes.
 
-    One that fails is in the log as failed, and the next call begins it again.
+    A run that fails is recorded in the log as failed, and the next call starts it again.
 
     Args:
-        job: of the run.
+        job: what the run does.
         resources: of its workers.
         storage: folder or URI of the run.
-        log: of its phase.
-        observer: hears of its start, its reports and its end.
+        log: the trial log of the phase.
+        observer: is called at its start, its reports and its end.
     """
     say_rest(log, observer)
     if log.ended:
         return
     number = max((record.number for record in log.trials), default=-1) + 1
-    name = digest(_VALUES)  # as a search's trials are named, whose runs earlier versions began
+    name = digest(_VALUES)  # the name of a search's trial: runs that earlier versions began are found by it
     began, before = time.monotonic(), log.broken_off(_VALUES)
     log.begin(number, _VALUES, observer.trial_started(name, number, _VALUES, before))
     last, error = EpochReport(), []
@@ -132,5 +139,5 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
 
 
 def is_whole(report: Mapping[str, Any], *, epochs: int) -> bool:
-    """Whether a report is the last one of a run of so many epochs."""
+    """Return whether a report is the last one of a run of ``epochs`` epochs."""
     return bool(report.get("epoch", 0) >= epochs)

@@ -36,7 +36,7 @@ class TrialRuns:
         done: the phase has ended before; its run is left as it is.
     """
 
-    _trials_go_on = True  # where they were broken off, in the runs that they had
+    _trials_go_on = True  # interrupted trials resume, and keep their runs
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class TrialRuns:
         self._tracker, self._display, self._log = tracker, display, log
         self._name, self._params, self._tags = name, dict(params), dict(tags)
         self._runs: dict[str, str] = {}
-        self._known: dict[str, int] = {}  # the last step that a resumed run has heard of
-        self._members: dict[str, str] = {}  # of a population: the Train runs that trials are
+        self._known: dict[str, int] = {}  # by trial, the last step that MLflow has
+        self._members: dict[str, str] = {}  # by trial, the Train run of its present member of a population
         self._schedules: dict[str, list[tuple[float, float]]] = {}
         self._rates: dict[str, list[tuple[float, float]]] = {}
         self._sweep = tags.get("espalier.sweep")
@@ -82,7 +82,7 @@ class TrialRuns:
         self._display.trial_reported(trial_id, metrics)
         step = int(metrics.get("step", 0))
         self._look_back(trial_id, step - len(metrics.get("step_loss", [])), metrics.get("pbt", {}).get("run"))
-        if step <= self._known.get(trial_id, -1):  # said before the run was broken off
+        if step <= self._known.get(trial_id, -1):  # sent before the interruption
             return
         self._known[trial_id] = step
         points = {key: [(step, value)] for key, value in figures_of(metrics, SERIES_KEYS).items()}
@@ -98,7 +98,7 @@ class TrialRuns:
         self._tracker.metrics(self._runs[trial_id], points)
 
     def _look_back(self, trial_id: str, first: int, member: str | None) -> None:
-        """Forget later steps of a member that continues from another's earlier checkpoint."""
+        """Forget the later steps of a trial that now continues from another trial's earlier checkpoint."""
         before = self._members.get(trial_id)
         if member is not None:
             self._members[trial_id] = member
@@ -158,7 +158,8 @@ class TrialRuns:
         missing = run is None or not self._tracker.knows(run)  # another MLflow than the sweep began with
         if run is None or missing:
             run = self._start(best.number, best.values)
-        if missing or not self._tracker.has(run, f"{name}/{PRUNING_RECORD}"):  # which comes last
+        # the record is sent last: with it the artifact is complete
+        if missing or not self._tracker.has(run, f"{name}/{PRUNING_RECORD}"):
             with storage.local_copy(folder) as local:
                 self._tracker.folder(run, local, name)
             if missing:
@@ -171,7 +172,7 @@ class TrialRuns:
         return registry.register(self._tracker, model, run, registry.describe(record), name)
 
     def close(self, best: TrialRecord) -> None:
-        """The phase ends: its run shows the best trial's figures."""
+        """End the phase; its run gets the figures of the best trial."""
         if self._left_alone:
             return
         figures = {key: [(0, value)] for key, value in figures_of(best.metrics, SERIES_KEYS).items()}
@@ -219,13 +220,13 @@ _NUMBER = "espalier.number"
 
 
 class OneShotRuns(TrialRuns):
-    """:class:`TrialRuns` that logs a trial's run only when the trial has ended.
+    """:class:`TrialRuns` that logs a trial to MLflow only after it has ended.
 
-    The log and MLflow may differ where a driver was killed in between; at the start MLflow is told what the
-    log has, and loses what it has not and what was left half said.
+    If a driver was killed, log and MLflow may differ: at the start, missing trials are sent and incomplete or
+    unknown runs are deleted.
     """
 
-    _trials_go_on = False  # one that is open was not said to its end, and is said anew
+    _trials_go_on = False  # open runs are incomplete: they are sent again
 
     def __init__(self, tracker: Tracker, *arguments: Any, **options: Any) -> None:
         super().__init__(tracker, *arguments, **options)
@@ -248,7 +249,7 @@ class OneShotRuns(TrialRuns):
         self._say(record)
 
     def close(self, best: TrialRecord) -> None:
-        """The phase ends: the log learns which runs its trials have."""
+        """End the phase, and write the MLflow run of each trial into the log."""
         self._log.trials = [
             replace(record, run_id=self._run_of(record) or None) for record in self._log.trials
         ]

@@ -1,4 +1,4 @@
-"""Checks before anything is logged: an MLflow server answers and lets us in, and it takes our names."""
+"""Checks before anything is logged: an MLflow server answers, accepts our login and our names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DATABASES = ("postgresql", "mysql", "mssql")  # databases with a server of thei
 
 
 def check_uri(uri: str) -> None:
-    """Check that MLflow answers at an address, and lets us in.
+    """Check that MLflow answers at an address, and accepts our login.
 
     Raises:
-        InputError: an HTTP server that does not answer within seconds, or not to us; no URI of MLflow's.
+        InputError: an HTTP server does not answer within seconds, or refuses the login; no URI of MLflow.
     """
     if uri.startswith(("http://", "https://")):
         if not answers(uri, timeout=5.0):
@@ -32,7 +32,7 @@ def check_uri(uri: str) -> None:
 
 
 def _check_login(uri: str) -> None:
-    """Ask for something that a server shows only to users that it knows."""
+    """Send a request that a server answers to known users only."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -56,15 +56,15 @@ def _check_login(uri: str) -> None:
         ) from None
 
 
-# Names are checked by MLflow's own validators before a sweep begins: the public API refuses a name only when
-# a model is registered, hours later. They are private; checked with MLflow 3.17.2.
+# Names are checked by MLflow's own validators before a sweep begins, because the public API refuses a name
+# only when a model is registered, hours later. The validators are private; checked with MLflow 3.17.2.
 
 
 def check_name(name: str, key: str) -> None:
-    """Check that MLflow takes a name for a registered model.
+    """Check that MLflow accepts a name for a registered model.
 
     Raises:
-        InputError: it does not, or no ``models:/NAME@alias`` can say the name.
+        InputError: it does not, or the name cannot be written in ``models:/NAME@alias``.
     """
     if _PLAIN.fullmatch(name):
         return  # without MLflow, which takes seconds to import
@@ -82,7 +82,7 @@ def check_name(name: str, key: str) -> None:
 
 
 def check_alias(alias: str, key: str) -> None:
-    """Check that MLflow takes an alias.
+    """Check that MLflow accepts an alias.
 
     Raises:
         InputError: it does not.

@@ -33,7 +33,7 @@ class Dataset:
 
     @property
     def source_type(self) -> str:
-        """The kind of source in MLflow's words: ``s3``, ``gs``, …; files of a machine are ``local``."""
+        """MLflow's name for the kind of a source: ``s3``, ``gs`` …; ``local`` for files on this machine."""
         scheme, separator, _ = self.source.partition("://")
         return scheme if separator else "local"
 
@@ -52,12 +52,12 @@ class Dataset:
 
 
 def datasets(data: DataSettings, data_hash: str, name: str | None = None) -> list[Dataset]:
-    """The parts of the images that a sweep reads; validation images held out of train are counted there.
+    """Describe the parts of the images that a sweep reads; held-out validation images count as train.
 
     Args:
-        data: where the images are.
-        data_hash: of the data as a whole.
-        name: of the data as a whole, if it is known by one.
+        data: the recipe's data.
+        data_hash: hash of all parts.
+        name: of the data, if it has one.
 
     Returns:
         A data set for each part.

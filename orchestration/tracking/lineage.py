@@ -11,10 +11,10 @@ RECIPE = "recipe.yaml"  # an artifact of the sweep's run
 
 
 def chain(registry: Registry, reference: str) -> Iterator[Version]:
-    """A version, the one that its dense model was, and so on.
+    """List a version, the version of its dense model, and so on.
 
     Raises:
-        InputError: no such version to begin with; one that is gone further on ends the chain.
+        InputError: there is no such version. (If an earlier version has been deleted, the chain ends there.)
     """
     version = registry.resolve(reference)
     seen: set[str] = set()

@@ -9,10 +9,10 @@ PAGE = 1000  # the most that MLflow gives at once of models and runs
 
 
 def all_pages(search: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Everything that a search of a client finds.
+    """Read all pages of an MLflow search.
 
-    Its pages are places in an order: what changes the order (runs deleted, or given another status that the
-    search asks for) must wait until all are read.
+    Do not change what it searches until all pages are read (do not delete runs, or change a status that the
+    search asks for): pages are offsets.
     """
     items: list[Any] = []
     token: str | None = None

@@ -1,4 +1,4 @@
-"""The version that carries an alias: decided by rule, on figures of the same data, shown in one line."""
+"""Promotion: decide by a rule which version gets an alias, by figures on the same data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LEVEL = re.compile(r"sparsity-\d+(_\d)?")
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for an alias that ``candidate`` could have had.
+    """The decision about an alias for which ``candidate`` was considered.
 
     Attributes:
-        holder: the version that carries it now; ``None``: none.
+        holder: the version that has the alias now; ``None``: no version.
         why: the reason, as text.
     """
 
@@ -42,15 +42,15 @@ def level_alias(sparsity: float) -> str:
 
 
 def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> list[Decision]:
-    """Move the aliases after a sweep that made these versions: ``champion``, then that of each sparsity.
+    """Move the aliases after a sweep: ``champion``, then the alias of each sparsity.
 
     Args:
-        registry: that holds the versions.
-        versions: those that the sweep registered.
+        registry: the registry of the versions.
+        versions: the versions that the sweep registered.
         rule: which version may become champion.
 
     Returns:
-        A decision for each alias that a version is fit for.
+        A decision for each alias that one of the versions could have.
     """
     levels = [
         level_alias(version.sparsity) for version in sorted(versions, key=lambda version: -version.sparsity)
@@ -65,19 +65,19 @@ def settle(registry: Registry, versions: Sequence[Version], rule: Promotion) -> 
 
 
 def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Version:
-    """The best version for an alias, of those that can be compared with its holder.
+    """Choose the best version for an alias, of those that can be compared with its present version.
 
     Args:
-        registry: that holds the versions.
+        registry: the registry of the versions.
         model: name of the registered model.
         alias: ``champion``, or one of a sparsity.
         rule: which version may become champion.
 
     Returns:
-        The best by validation.
+        The best version by validation.
 
     Raises:
-        InputError: there is none that the rule lets.
+        InputError: the rule allows none.
     """
     holder = registry.holder(model, alias)
     versions = [
@@ -93,14 +93,14 @@ def choose(registry: Registry, model: str, alias: str, rule: Promotion) -> Versi
 def promote(
     registry: Registry, candidate: Version, alias: str, rule: Promotion, *, force: bool = False
 ) -> Decision:
-    """Give a version the alias if the rule lets it, or by force; its holder loses it.
+    """Give a version the alias if the rule allows it, or by force; the present version loses it.
 
     Args:
-        registry: that holds the version.
+        registry: the registry of the version.
         candidate: the version.
         alias: ``champion``, or one of a sparsity.
         rule: which version may become champion.
-        force: give it whatever the rule says.
+        force: give it even if the rule does not allow it.
 
     Returns:
         The decision, with its reason.
@@ -120,7 +120,7 @@ def promote(
 
 
 def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
-    """Why a version alone cannot have an alias, if there is a reason."""
+    """The reason why a version cannot have an alias at all; ``None`` if it can."""
     if "espalier.precision" in version.tags:  # an alias stands for a checkpoint that timm loads
         return f"version {version.version} is {version.tags['espalier.precision']}"
     has = f"version {version.version} has {100 * version.sparsity:.4g} % zeros"
@@ -131,7 +131,7 @@ def _unfit(version: Version, alias: str, rule: Promotion) -> str | None:
 
 
 def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promotion) -> str | None:
-    """Why the version that carries an alias keeps it, if there is a reason."""
+    """The reason why the present version keeps an alias; ``None`` if there is none."""
     if holder is None:
         return None
     if not candidate.data or candidate.data != holder.data:
@@ -141,7 +141,7 @@ def _beaten(candidate: Version, holder: Version | None, alias: str, rule: Promot
         return f"it was measured on other images ({theirs}) than version {candidate.version} ({ours})"
     if candidate.rank > holder.rank:
         return None
-    # else an old version within the tolerance and the new one would alternate
+    # without this an old version within the tolerance and the new one would alternate
     newer = int(candidate.version) > int(holder.version)
     tolerance = None if _LEVEL.fullmatch(alias) else rule.tolerance
     if newer and tolerance is not None and candidate.top1 >= holder.top1 - tolerance - 1e-9:

@@ -1,4 +1,4 @@
-"""Files that make a folder of weights an MLflow model too, with no pickle among them."""
+"""Files that make a folder of weights an MLflow model as well, without pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDS = ("mlflow", "torch", "torchvision", "timm", "pillow")
 
 @contextmanager
 def model_files(classes: Mapping[str, int] | None = None, reader: str = "safetensors") -> Iterator[Path]:
-    """A folder of what goes beside ``model.safetensors`` or ``model.onnx`` for MLflow to serve it.
+    """A temporary folder with the files that MLflow needs beside ``model.safetensors`` or ``model.onnx``.
 
     ``MLmodel`` with the signature (image bytes in; class, label, probabilities out), an example, the code
     that answers, and the packages that it needs, as they are installed here.
@@ -66,14 +66,14 @@ def model_files(classes: Mapping[str, int] | None = None, reader: str = "safeten
 
 
 def classes_of(train: str | None, columns: Columns | None = None) -> dict[str, int] | None:
-    """The label of each class by its name, where the images or ``classes.json`` beside them name classes."""
+    """The label of each class by its name, if the images or ``classes.json`` beside them name the classes."""
     names = labels_of(train, columns) or []
     # two classes may share a name (a crane is a bird, and a machine): the model's configuration has both
     return {name: label for label, name in enumerate(names)} if 0 < len(names) == len(set(names)) else None
 
 
 def labels_of(train: str | None, columns: Columns | None = None) -> list[str] | None:
-    """The names of the classes by their labels, where
+    """The names of the classes by their labels, if
     :func:`trainers.sources.classes.names_of` knows them.
     """
     if train is None:
@@ -85,7 +85,7 @@ def labels_of(train: str | None, columns: Columns | None = None) -> list[str] | 
 
 
 def labels_beside(folder: Path) -> list[str] | None:
-    """Those of a registered version, whose folder has them in ``classes.json``."""
+    """The names of the classes of a registered version, from ``classes.json`` in its folder."""
     return list(read_map(folder / CLASSES, CLASSES)) if (folder / CLASSES).is_file() else None
 
 
@@ -105,7 +105,7 @@ def _example() -> bytes:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """MLflow without its remarks, and without the lock files of whatever project we were started in."""
+    """Run MLflow without its log lines, and without the lock files of the project in the current folder."""
     logger = logging.getLogger("mlflow")
     level, name = logger.level, "MLFLOW_UV_AUTO_DETECT"
     before = os.environ.get(name)

@@ -1,4 +1,4 @@
-"""Versions of registered models: which there are, their tags and figures, and which carry an alias."""
+"""Versions of registered models: list them, read their tags, figures and aliases, register new ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CHAMPION = "champion"
-_RULE = "promotion."  # tags of a registered model: the rule of the last sweep that registered in it
+_RULE = "promotion."  # tags of a registered model: the promotion rule of the last sweep that registered in it
 _LEVELS = 20  # most levels of nested runs
 
 
@@ -44,7 +44,7 @@ class Version:
 
     @property
     def data(self) -> str:
-        """Hash of the images that it was measured on; empty in versions of before."""
+        """Hash of the images that it was measured on; empty for versions that older espaliers registered."""
         return self.tags.get("data", "")
 
     @property
@@ -70,7 +70,7 @@ class Version:
 
 
 class Registry:
-    """Questions of sweeps and commands to one registry."""
+    """One registry of MLflow, as sweeps and commands use it."""
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client
@@ -126,15 +126,15 @@ class Registry:
         raise InputError("model", reference, f"no such version; there is {', '.join(choices) or 'none'}")
 
     def holder(self, model: str, alias: str) -> Version | None:
-        """The version that carries an alias."""
+        """The version that has an alias."""
         return next((version for version in self.versions(model) if alias in version.aliases), None)
 
     def set_alias(self, version: Version, alias: str) -> None:
-        """Give a version an alias; the version that carried it before loses it."""
+        """Give a version an alias; the version that had it before loses it."""
         self._client.set_registered_model_alias(version.model, alias, version.version)
 
     def rule(self, model: str) -> Promotion:
-        """The champion's rule, as the last sweep left it."""
+        """The promotion rule of the last sweep."""
         tags = dict(self._client.get_registered_model(model).tags)
         content = {key.removeprefix(_RULE): tags[key] for key in tags if key.startswith(_RULE)}
         return Promotion.model_validate({key: value or None for key, value in content.items()})
@@ -144,7 +144,7 @@ class Registry:
             self._client.set_registered_model_tag(model, _RULE + key, "" if value is None else str(value))
 
     def runs_above(self, run: str) -> list[str]:
-        """A version's run and those that it is nested in; the last is the sweep's."""
+        """A version's run and the runs in which it is nested; the last is the sweep's run."""
         runs: list[str] = []
         while run and run not in runs and len(runs) < _LEVELS:
             runs.append(run)
@@ -154,7 +154,7 @@ class Registry:
 
 @contextmanager
 def open_registry(uri: str) -> Iterator[Registry]:
-    """The registry of an MLflow; whatever it refuses, or does not answer, becomes one line.
+    """Open the registry of an MLflow server; its errors become one-line errors.
 
     Raises:
         InputError: MLflow refused something within the block.
@@ -202,7 +202,9 @@ _LINEAGE = {
 def register(
     tracker: Tracker, model: str, run: str, tags: Mapping[str, str], artifact: str = ARTIFACT
 ) -> str:
-    """Make a checkpoint artifact of a run a version of a model, once; an old version gets the tags it lacks.
+    """Register a checkpoint artifact of a run as a version of a model, once.
+
+    If there is such a version already, it gets the tags that it lacks.
 
     Args:
         tracker: of the MLflow that holds the run.
@@ -245,14 +247,14 @@ def versions(uri: str) -> list[Version]:
 
 
 def version_of(reference: str, uri: str) -> str:
-    """``models:/NAME/2`` for the version that an alias names now."""
+    """The reference ``models:/NAME/2`` of the version that an alias names now."""
     with open_registry(uri) as registry:
         return registry.resolve(reference).uri
 
 
 @contextmanager
 def pulled(reference: str, uri: str) -> Iterator[Path]:
-    """The checkpoint folder of ``models:/NAME@alias`` or ``models:/NAME/2``, for as long as it is needed.
+    """Fetch the checkpoint folder of ``models:/NAME@alias`` or ``models:/NAME/2``, in a ``with`` block.
 
     Raises:
         InputError: no such model, version or alias.

@@ -1,8 +1,8 @@
 """A checkpoint or an INT8 model as MLflow serves it: image bytes in; class, label and probabilities out.
 
-This file is logged beside the checkpoint's own ("models from code"), and runs where neither espalier nor Ray
-is installed; nothing is pickled. Where espalier is installed, a sparse checkpoint is run by its sparse engine
-if that is faster there; the environment variable :data:`ENGINE` decides otherwise.
+This file is logged beside the checkpoint's own files ("models from code"), without pickle, and needs neither
+espalier nor Ray. If espalier is installed, a sparse checkpoint is run by the sparse engine if that is faster;
+the environment variable :data:`ENGINE` can choose the engine instead.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ServedModel(PythonModel):
 
 
 def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
-    """What runs a folder of timm's, its preprocessing, and the names of its classes."""
+    """Load a checkpoint folder: the function that runs it, its preprocessing, the names of its classes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
     labels = model.pretrained_cfg.get("label_names") or []
@@ -106,15 +106,18 @@ def _checkpoint(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
 
 
 def _faster(model: torch.nn.Module, by_torch: Run, size: tuple[int, int, int]) -> Run:
-    """What answers one image sooner on this machine: torch, or the sparse engine, if it can run the model.
+    """Choose what is faster for one image on this machine: torch, or the sparse engine if that can run it.
 
     Args:
-        model: of timm's, on the CPU.
-        by_torch: runs it.
+        model: a timm model, on the CPU.
+        by_torch: runs it by torch.
         size: channels, height and width of an image.
 
+    Returns:
+        The function from prepared images to logits.
+
     Raises:
-        ValueError: :data:`ENGINE` asks for an engine that there is not, or that cannot run the model.
+        ValueError: :data:`ENGINE` asks for an unknown engine, or for one that cannot run the model.
     """
     asked = os.environ.get(ENGINE, "auto")
     if asked not in _ENGINES:
@@ -153,7 +156,7 @@ def _zeros(model: torch.nn.Module) -> float:
 
 
 def _seconds(run: Run, image: Tensor) -> float:
-    """The median time of a few answers, after a first one."""
+    """The median time of a few calls in seconds, after a first one that does not count."""
     run(image)
     times = []
     for _ in range(_ROUNDS):
@@ -164,7 +167,7 @@ def _seconds(run: Run, image: Tensor) -> float:
 
 
 def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
-    """The same for an INT8 model, whose file holds preprocessing and labels."""
+    """Load an INT8 model, whose file holds preprocessing and labels: as :func:`_checkpoint`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / _INT8), providers=["CPUExecutionProvider"])
@@ -179,7 +182,7 @@ def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An image in RGB, upright, of 8 bits: just as for training (``trainers.sources.parquet.decode``)."""
+    """Decode an image to upright RGB of 8 bits, as for training (``trainers.sources.parquet.decode``)."""
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:  # Pillow would name a place in memory

@@ -1,7 +1,8 @@
-"""An MLflow server of ours on loopback, started as a process of its own.
+"""Our own MLflow server on loopback, a process of its own.
 
-All processes of this machine that log to a folder share one server, as two that make its database at once
-break each other. The first one starts it; it ends with the last that uses it, however that ends.
+All processes of this machine that log to the same folder share one server: two servers that create the
+database at the same time would both fail. The first process starts the server. It ends with the last process
+that uses it, even if that is killed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _KEEPER = Path(__file__).with_name("server_keeper.py")
 
 
 class _Files:
-    """Lock files beside the database, for the processes of this machine: others do not reach its loopback."""
+    """Lock files beside the database, for the processes of this machine; no others can reach the server."""
 
     def __init__(self, folder: Path) -> None:
         host = socket.gethostname()
@@ -51,7 +52,7 @@ class _Files:
         self._about.write_text(json.dumps(about), encoding="utf-8")
 
     def read(self) -> dict[str, Any]:
-        """Where the server is, and the ``pid`` of its keeper; outdated unless the keeper lives."""
+        """The server's address, and the ``pid`` of its keeper; outdated unless the keeper lives."""
         content: dict[str, Any] = json.loads(self._about.read_text(encoding="utf-8"))
         return content
 
@@ -61,7 +62,7 @@ class Server:
     """An ``mlflow server`` of ours: SQLite and artifacts in one local folder, loopback only.
 
     Attributes:
-        shared: somebody else had started it.
+        shared: whether another process had started it.
     """
 
     uri: str
@@ -92,7 +93,7 @@ class Server:
         raise RuntimeError(f"the MLflow server at {self.uri} did not answer in {_READY_SECONDS:.0f} s")
 
     def lives(self) -> bool:
-        """Whether the server's keeper is there."""
+        """Return whether the server's keeper is alive."""
         files = _Files(self.folder)
         with FileLock(files.start):
             held = _locked(files.keeper)
@@ -101,7 +102,7 @@ class Server:
         return held is None
 
     def guard(self) -> None:
-        """From now on, start it again at its place when its keeper was killed: what is sent waits for it."""
+        """From now on, restart the server at its address if its keeper is killed; requests wait for it."""
         self._guard = threading.Thread(target=self._look_after, name="mlflow-guard", daemon=True)
         self._guard.start()
 
@@ -126,7 +127,7 @@ class Server:
             finally:
                 os.close(keeper)
             self.keeper = made.keeper
-            if made.uri != self.uri and made.keeper is not None:  # where nobody would look for it
+            if made.uri != self.uri and made.keeper is not None:  # at an address that no client knows
                 os.killpg(made.keeper.pid, signal.SIGKILL)
 
     def stop(self) -> None:
@@ -158,20 +159,20 @@ class Server:
 
 
 def tracking_folder(storage_uri: str) -> Path:
-    """The folder of our own server's files: beside the results, or here if those are remote."""
+    """The folder for our own server's files: beside the results, or on this machine if those are remote."""
     where = storage.absolute(storage_uri).removeprefix("file://")
     return Path(defaults.STORAGE if "://" in where else where).absolute() / "mlflow"
 
 
 def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
-    """The server over ``folder``, started if there is none yet; :meth:`Server.wait_ready` waits for it.
+    """Join the server over ``folder``, or start it; :meth:`Server.wait_ready` waits for its first answer.
 
     Args:
         folder: of the database and the artifacts.
-        port: of a new server, or the next that is free.
+        port: of a new server; if it is taken, the next free port.
 
     Returns:
-        The server, of which we are a user now.
+        The server, which stays up while this process uses it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _Files(folder)
@@ -192,7 +193,7 @@ def start_server(folder: Path, port: int = DEFAULT_PORT) -> Server:
 
 
 def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> Server:
-    """Start a keeper, which inherits its lock and that of its port, and write down where it is."""
+    """Start a keeper, which inherits its lock and the lock of its port, and write its address to a file."""
     free, port_lock = reserve(port)
     uri = f"http://{LOOPBACK}:{free}"
     command = [sys.executable, "-I", str(_KEEPER), str(files.users), sys.executable, "-m", "mlflow", "server"]
@@ -218,12 +219,12 @@ def _start(folder: Path, files: _Files, port: int, users: int, keeper: int) -> S
 
 
 def _end_rest(files: _Files) -> None:
-    """End the servers that a keeper left which was killed: they hold the port and the database."""
+    """End the servers that a killed keeper has left: they hold the port and the database."""
     import psutil
 
     try:
         group = files.read().get("pid")
-    except (OSError, ValueError):  # there was none
+    except (OSError, ValueError):  # there was no keeper
         return
     if group is None or psutil.pid_exists(group):  # its number is somebody else's by now
         return
@@ -245,10 +246,10 @@ def _locked(file: Path) -> int | None:
 
 
 def _shared(file: Path) -> int:
-    """Lock a file as one of several users; waits for a server that is about to end.
+    """Lock a file as one of several users; wait for a server that is about to end.
 
     Raises:
-        RuntimeError: it does not end.
+        RuntimeError: the server does not end.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + 2 * _END_SECONDS
@@ -265,7 +266,7 @@ def _shared(file: Path) -> int:
 
 
 def answers(uri: str, timeout: float) -> bool:
-    """Whether an HTTP server answers at all (asking for a password is an answer)."""
+    """Return whether an HTTP server answers at all (asking for a password is an answer)."""
     try:
         with urllib.request.urlopen(f"{strip_credentials(uri).rstrip('/')}/health", timeout=timeout):
             return True

@@ -1,7 +1,7 @@
-"""Keeps an MLflow server up for as long as anybody uses it; a program of its own, run and not imported.
+"""Keeps an MLflow server up while any process uses it; a program of its own, run and not imported.
 
-Who uses the server holds a shared lock on a file, which the system frees however a process ends. A server
-that somebody killed is started again: what waits for it is sent then.
+Each process that uses the server holds a shared lock on a file, which the system frees even after a kill. If
+the server itself is killed it is started again, and waiting requests are sent then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _START_SECONDS = 20.0
 
 
 def keep(users: str, command: list[str]) -> int:
-    """Run ``command`` until nobody holds ``users``; returns its status where it cannot start."""
+    """Run ``command`` until no process holds ``users``; if it cannot start, return its exit status."""
     file = os.open(users, os.O_RDWR)
     asked: list[int] = []  # the last user asks it to end
     signal.signal(signal.SIGTERM, lambda kind, frame: asked.append(kind))
@@ -40,14 +40,14 @@ def keep(users: str, command: list[str]) -> int:
 
 
 def end_rest() -> None:
-    """End what a server that was killed has left: its worker holds the port."""
+    """End the processes that a killed server has left: its worker holds the port."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
 
 
 def unused(file: int) -> bool:
-    """Whether no process holds it; from then on none can, until we have ended."""
+    """Return whether no process holds the lock; if so, none can take it until this process has ended."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The MLflow server to log to, and runs nested under the right parents."""
+"""The tracker: log runs to an MLflow server, nested under their parents."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 @contextmanager
 def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The tracking URI and a function that waits for it: the given URI, or a server of ours while we run.
+    """The tracking URI, and a function that waits for it: the given URI, or that of our own server.
 
     Raises:
         InputError: the given URI does not answer.
@@ -69,7 +69,7 @@ def server_for(uri: str | None, folder: Path) -> Iterator[tuple[str, Callable[[]
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A run as it is logged when it is over."""
+    """A run that has ended, to be logged at once."""
 
     name: str
     parent: str
@@ -81,13 +81,13 @@ class EndedRun:
 
 
 class Tracker:
-    """Logs runs; calls after ``start`` are sent by a thread, in order, and errors surface in ``flush``.
+    """Logs runs. A thread sends all calls after ``start``, in order; their errors are raised by ``flush``.
 
-    All wait for a server that is away for a while.
+    If the server does not answer for a while, all calls wait for it.
     """
 
     def __init__(self, uri: str, experiment: str, say: Callable[[str], None] = lambda line: None) -> None:
-        """Connect to ``uri``; ``say`` gets a line where a deleted experiment or run is restored."""
+        """Connect to ``uri``; ``say`` gets a line if a deleted experiment or run is restored."""
         import mlflow
 
         self.uri, self._say = uri, say
@@ -100,7 +100,7 @@ class Tracker:
         self._hurry = threading.Event()  # set to stop trying again while the server is away
 
     def _experiment(self, name: str) -> str:
-        """The experiment's id; made if there is none, restored if it was deleted, as its name stays taken."""
+        """The experiment's id. It is created, or restored if it was deleted: its name is still taken then."""
         from mlflow.exceptions import MlflowException
 
         experiment = self.client.get_experiment_by_name(name)
@@ -134,7 +134,7 @@ class Tracker:
 
         tags = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
         entries = [Param(_safe(key), str(redact(value))[:_TAG_LIMIT]) for key, value in params.items()]
-        made: list[str] = []  # what goes on when a request is tried again
+        made: list[str] = []  # the run's id, kept if a request is sent again
 
         def send() -> str:
             if not made:
@@ -146,7 +146,7 @@ class Tracker:
         return self._sender.submit(self.patiently, send).result()
 
     def log(self, run: EndedRun) -> Future[str]:
-        """Log a run that is over, in three requests (more for very many figures); its id comes later."""
+        """Log a run that has ended, in three requests (more for very many metrics); return its future id."""
         from mlflow.entities import Metric, Param
 
         ended = int(time.time() * 1000)
@@ -168,8 +168,8 @@ class Tracker:
     def children(self, run: str, tag: str, known: Collection[str]) -> dict[str, str]:
         """Find the runs below a run by the value of a tag; delete those that are not known.
 
-        Deleted are runs left half written, and those of trials that were logged here and nowhere else as the
-        driver or its storage failed: their trials run again.
+        Deleted are incomplete runs, and runs of trials that only MLflow has because the driver or its storage
+        failed: these trials run again.
 
         Args:
             run: the parent's id.
@@ -192,7 +192,7 @@ class Tracker:
         return self.patiently(all_pages, self.client.search_runs, [self.experiment], condition)
 
     def knows(self, run: str) -> bool:
-        """Whether a run is in this MLflow; one that was deleted there, and not yet for good, is restored."""
+        """Return whether a run is in this MLflow; a deleted run that MLflow still has is restored."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -205,7 +205,7 @@ class Tracker:
         return True
 
     def has(self, run: str, artifact: str) -> bool:
-        """Whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
+        """Return whether a run has an artifact of this name (``checkpoint``, ``checkpoint/config.json``)."""
         folder = artifact.rpartition("/")[0] or None
         listed = self.patiently(self.client.list_artifacts, run, folder)
         return any(entry.path == artifact for entry in listed)
@@ -213,14 +213,14 @@ class Tracker:
     def resume(
         self, run: str, *, end_below: bool = True, parent: str | None = None, sweep: str | None = None
     ) -> bool:
-        """Go on with a run of before.
+        """Resume an earlier run.
 
         Args:
             run: its id.
-            end_below: runs below it that a killed process left open are ended; those that go on are resumed
-                in their turn.
-            parent, sweep: of who goes on with it. Where another sweep had begun it, it is nested there from
-                now on: that sweep, when it is resumed, would end it as left open.
+            end_below: end the runs below it that a killed process left open; those whose trials resume are
+                resumed later.
+            parent, sweep: the parent run and the sweep that resume it. A run that another sweep began is
+                nested there from now on; otherwise that sweep, when resumed, would end it as left open.
 
         Returns:
             Whether this server knows the run.
@@ -261,7 +261,7 @@ class Tracker:
         self._log_all(run, entries, [])
 
     def _log_all(self, run: str, metrics: Sequence[Metric], params: Sequence[Param]) -> None:
-        """Log them, in as many requests as the server's limits ask for."""
+        """Log metrics, in as many requests as the server's limits require."""
         while metrics or params:
             self.client.log_batch(run, metrics=metrics[:_BATCH], params=params[:_PARAMS])
             metrics, params = metrics[_BATCH:], params[_PARAMS:]
@@ -271,7 +271,7 @@ class Tracker:
             self._send(self.client.set_tag, run, key, value)
 
     def figure(self, run: str, figure: Figure, name: str) -> None:
-        """Log a picture of matplotlib's.
+        """Log a figure of matplotlib as a picture.
 
         Args:
             run, figure, name: the run's id, the picture, the file's name without ``.png``.
@@ -287,14 +287,14 @@ class Tracker:
         self._send(self.client.log_dict, run, content, name)
 
     def inputs(self, run: str, datasets: Sequence[Dataset]) -> None:
-        """Log the data sets that a run reads, beside those that it is known to read."""
+        """Log the data sets that a run reads, in addition to those that MLflow has."""
         self._send(self._log_inputs, run, [dataset.as_input() for dataset in datasets])
 
     def _log_inputs(self, run: str, inputs: list[DatasetInput]) -> None:
         """Log data sets, again where MLflow refuses.
 
-        MLflow looks which of them it has, then adds the others: of two sweeps that do so at once one is
-        refused, with nothing done, and finds them there when it asks again.
+        MLflow checks which of them it has, then adds the others. If two sweeps do so at the same time, one of
+        them is refused, with nothing logged; when it tries again, MLflow has them.
         """
         from mlflow.exceptions import MlflowException
 
@@ -305,7 +305,7 @@ class Tracker:
         self.client.log_inputs(run, inputs)
 
     def monitor(self, run: str) -> None:
-        """Log how busy this machine is on a run, until the tracker is closed."""
+        """Log the load of this machine to a run, until the tracker is closed."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # it logs each start and end
@@ -318,13 +318,13 @@ class Tracker:
             logging.getLogger(__name__).warning("no system metrics: %s", error)
 
     def folder(self, run: str, folder: Path, name: str, marks: Collection[str] = RECORDS) -> None:
-        """Log a folder as artifact; returns when it is there.
+        """Log a folder as an artifact, and wait until it is uploaded.
 
         Args:
             run: the run's id.
             folder: on this machine.
             name: of the artifact.
-            marks: files that come last: an artifact that has one is whole, also where we were killed.
+            marks: files that are uploaded last: an artifact that has one is complete, even after a kill.
         """
 
         def send() -> None:
@@ -391,10 +391,10 @@ class Tracker:
         return future
 
     def patiently(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that asks MLflow, again while the server does not answer.
+        """Call a function that uses MLflow, and call it again while the server does not answer.
 
         Args:
-            call: may be called again at any point: what it has done already it leaves as it is.
+            call: can be called again after any failure, without doing anything twice.
             arguments: of the call.
 
         Returns:
@@ -418,5 +418,5 @@ class Tracker:
 
 
 def _safe(key: str) -> str:
-    """A key in MLflow's letters: it takes letters, digits and ``_-. /``."""
+    """Reduce a key to the characters that MLflow accepts: letters, digits and ``_-. /``."""
     return "".join(character if character.isalnum() or character in "_-. /" else "_" for character in key)

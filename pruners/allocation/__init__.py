@@ -1,4 +1,4 @@
-"""How many zeros each layer gets: a budget divided among layers, within the bounds of each."""
+"""Allocation: divide a budget of zeros among layers, within the bounds of each."""
 
 __all__ = [
     "bounds",

@@ -36,7 +36,7 @@ GROUP_OF: dict[Scope, Callable[[PrunableLayer], Hashable]] = {
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a budget is divided among layers.
+    """The way in which a budget is divided among layers.
 
     >>> sharing = Sharing("global", floor=0.25, ceiling={r"fc\\d": 0.5})
     >>> order = pruners.prune(model, "magnitude", 0.25).order

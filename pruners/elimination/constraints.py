@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Constraint(Protocol):
-    """Selects the weight of each block that is eliminated next, and keeps account of it.
+    """Selects the weight of each block that is eliminated next, and records it.
 
     :func:`pruners.elimination.obs.eliminate` calls it like this, for n blocks with r weights left::
 
@@ -49,7 +49,7 @@ class Constraint(Protocol):
         """
 
     def record(self, pivot: Tensor, column: Tensor, active: Tensor) -> None:
-        """Take note of one step.
+        """Record one step.
 
         Args:
             pivot: (n,), positions of the eliminated weights.
@@ -58,7 +58,7 @@ class Constraint(Protocol):
         """
 
     def compact(self, positions: Tensor) -> None:
-        """Drop all of the r positions but ``positions`` (n, r')."""
+        """Keep only ``positions`` (n, r') of the r positions."""
 
 
 class Unconstrained:
@@ -105,7 +105,7 @@ class GroupLimits:
         return score, pivot
 
     def record(self, pivot: Tensor, column: Tensor, active: Tensor) -> None:
-        """Take one off the room of each pivot's group."""
+        """Reduce the room of each pivot's group by one."""
         group = self._groups.gather(1, pivot.unsqueeze(1))
         self._room.scatter_add_(1, group, -active.to(self._room.dtype).unsqueeze(1))
 
@@ -136,7 +136,7 @@ class WholeGroups:
         self._corner = tiled.diagonal(dim1=1, dim2=3).movedim(-1, 1).clone()
 
     def select(self, weights: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """Select the next member of the group under way, or else the first of the best group."""
+        """Select the next member of the current group; after its last member, the first of the best group."""
         if self._member:
             pivot = self._first + self._member
             score = (weights.square() / diagonal).gather(1, pivot.unsqueeze(1)).squeeze(1)
@@ -172,4 +172,4 @@ class WholeGroups:
         self._member = (self._member + 1) % self.unit
 
     def compact(self, positions: Tensor) -> None:
-        """Do nothing: the next panel copies the diagonal blocks anew."""
+        """Do nothing: the next panel copies the diagonal blocks again."""

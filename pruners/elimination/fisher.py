@@ -39,7 +39,7 @@ _LARGEST = 32767  # positions in a block are stored in 16 bits
 
 @dataclass(frozen=True)
 class SumsOfGradients:
-    """What the compiled loops compute inverses of k Fisher blocks from.
+    """The input of the compiled loops that compute the inverses of k Fisher blocks.
 
     Attributes:
         first: the first h rows of the sums, (k, h, B).
@@ -108,7 +108,7 @@ class BlockFisher:
         return self._sizes[name]
 
     def _gradients_that_fit(self, layers: Sequence[PrunableLayer]) -> int:
-        """How many gradients the buffers may hold within the memory limit."""
+        """Number of gradients that the buffers may hold within the memory limit."""
         numel, room = 0, 0.0
         for layer in layers:
             size = self._sizes[layer.name]
@@ -185,7 +185,7 @@ class BlockFisher:
         self._buffered = 0
 
     def _by_tiles(self, rows: Tensor) -> bool:
-        """Whether compiled loops add gradients (k, n, B) to the sums."""
+        """Return whether compiled loops add gradients (k, n, B) to the sums."""
         half = _half(rows.shape[2])
         halved = kernels.supports(rows) and half < rows.shape[2]
         return halved and self._dtype == torch.float32 and half >= kernels.LEAST_HALF
@@ -217,7 +217,7 @@ class BlockFisher:
 
     @property
     def blank(self) -> bool:
-        """Whether all gradients so far are zero: F is λI then, and useless."""
+        """Return whether all gradients so far are zero; F is then λI, which is useless."""
         return self.count > 0 and not any(bool(self._diagonal(name).any()) for name in self.sums)
 
     def total(self, name: str, chosen: slice = slice(None)) -> Tensor:

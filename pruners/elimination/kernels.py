@@ -44,7 +44,7 @@ LEAST_HALF = 2 * COLUMNS
 
 
 def supports(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled loops can work on some tensors: whether all are in the CPU's memory."""
+    """Return whether the compiled loops can work on some tensors: all must be in the CPU's memory."""
     return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
@@ -80,7 +80,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)
 
 @compiled
 def accumulate(first: Array, last: Array, gradients: Array, begin: int, fresh: bool) -> None:
-    """Add Σ g gᵀ to the sums of each block; what is below a block's diagonal waits for :func:`complete`.
+    """Add Σ g gᵀ to the sums of each block; :func:`complete` later fills the part below each diagonal.
 
     Args:
         first: the first h rows of the symmetric sums, (n, h, B) float32, h and B − h at least LEAST_HALF.
@@ -104,7 +104,7 @@ def accumulate(first: Array, last: Array, gradients: Array, begin: int, fresh: b
 
 @compiled
 def complete(first: Array, last: Array) -> None:
-    """Make the sums symmetric that :func:`accumulate` has added to."""
+    """Make the sums of :func:`accumulate` symmetric."""
     for block in range(len(first)):
         mirror(first[block], first.shape[1])
         mirror(last[block], last.shape[1])
@@ -199,7 +199,7 @@ def _fetch_column(
     Args:
         matrix: a work matrix, of which the lower triangle counts.
         column: is written.
-        at: where each position has its row in the matrix; most have it where they are.
+        at: row of the matrix for each position; the same number for most of them.
         holes: the positions that another one has taken since the matrix was in order.
         filled: number of ``holes``.
         p: a row of the matrix.
@@ -243,7 +243,7 @@ def _update(matrix: Array, v: Array, begin: int, at: Array, holes: Array, filled
                     matrix[i, hole] = matrix[source, i]
         for i in range(first, end):
             own = at[i]
-            if own != i:  # the whole row is one of those beyond all that are left
+            if own != i:  # the whole row lies beyond all positions that are left
                 for j in range(i):
                     matrix[i, j] = matrix[own, j]
                 for k in range(number):
@@ -267,7 +267,7 @@ def _eliminate_block(
     """:func:`eliminate` for one block, with its inverse as the lower triangle of a work matrix."""
     size, steps = len(weights), len(order)
     tiny = np.finfo(np.float64).tiny
-    ranks = np.zeros(((steps + PANEL - 1) // PANEL, size), np.int64)  # of each position when a panel ended
+    ranks = np.zeros(((steps + PANEL - 1) // PANEL, size), np.int64)  # row of each position after each panel
     column, diagonal, w, score = np.empty(size), np.empty(size), np.empty(size), np.empty(size)
     shares = np.empty(PANEL)
     positions, at, holes = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(PANEL, np.int64)
@@ -320,7 +320,7 @@ def _eliminate_block(
         if step % PANEL == 0:
             for j in range(width):
                 at[j] = ranks[panel, positions[j]]
-        known = left - step - 1 if step < taken else 0  # not the number of the weight itself
+        known = left - step - 1 if step < taken else 0  # without the eliminated weight's own number
         for j in range(known):
             columns[here + j] = v[step, at[j]]
         for j in range(known, width):
@@ -408,7 +408,7 @@ def invert_and_eliminate(
         load_sums(swept, (first[block], last[block]), scale, damp, places[block], alive[block])
         sound[block] = sweep(swept)
         if sound[block]:
-            for begin in range(0, height, 8):  # some rows at a time, to read neighbours of their columns
+            for begin in range(0, height, 8):  # some rows at a time, to read neighbouring numbers
                 for j in range(begin + 8):
                     for i in range(max(begin, j), min(begin + 8, height)):
                         matrix[i, j] = -swept[j, i]

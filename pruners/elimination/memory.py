@@ -32,7 +32,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back_freed() -> None:
-    """Have the C library return what has been freed to the system: else it keeps half of a large order."""
+    """Return freed memory to the system (``malloc_trim``); the C library would keep half of a large order."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

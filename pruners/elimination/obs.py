@@ -39,7 +39,7 @@ _DROP_AT = 0.7  # rows of eliminated weights are dropped when no more than this 
 
 @dataclass(frozen=True)
 class Columns:
-    """How consecutive steps change the weights of n blocks: ``w −= Σ y_i·v_i`` over the steps taken.
+    """The updates of consecutive steps to the weights of n blocks: ``w −= Σ y_i·v_i`` over the steps taken.
 
     Attributes:
         v: normalised columns (n, steps, r), in float32.
@@ -156,8 +156,8 @@ def eliminate_sums(
 
 
 def _compiled_outputs(blocks: int, size: int, steps: int) -> tuple[Elimination, tuple[Tensor, ...]]:
-    """What the compiled loops write, as it is returned and as they take it."""
-    widths = range(size, size - steps, -tiles.PANEL)  # of the panels
+    """Allocate the outputs of the compiled loops, twice: as they are returned, and as the loops take them."""
+    widths = range(size, size - steps, -tiles.PANEL)  # of each panel
     shapes = [(min(tiles.PANEL, steps - size + width), width) for width in widths]
     order = torch.zeros(blocks, steps, dtype=torch.long)
     losses = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
@@ -197,7 +197,7 @@ def _batched(
         now = slice(step, step + count)
         order[now] = panel.pivots if slots is None else slots.T.gather(0, panel.pivots)
         taken[now], coefficients[now] = panel.active, panel.y
-        # the number of the eliminated weight itself, which is large, matters to nobody
+        # set the pivot's own entry to 0: it is large, and is not used
         panels.append(panel.v.float().scatter_(2, panel.pivots.unsqueeze(2), 0.0))
         step += count
         left = int((~w.isinf()).sum(1).max())

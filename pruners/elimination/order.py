@@ -41,9 +41,9 @@ class LayerOrder:
         updates: how correlation-aware methods change the weights that stay.
         block_size: B, size of the Fisher blocks that ``updates`` are for.
         pattern: the sparsity pattern of the zeros.
-        scores: (k,), what layers are compared by, if not by their losses.
-        start: (d,), the weights when ``least`` of them are pruned, in float32, if ``updates`` begin there.
-        least: the smallest number of pruned weights for which there are weights.
+        scores: (k,), the numbers by which layers are compared, if not by their losses.
+        start: (d,), the weights after the first ``least`` are pruned, in float32, if ``updates`` begin there.
+        least: the smallest number of pruned weights for which the order can give weights.
     """
 
     indices: Tensor
@@ -110,7 +110,7 @@ class LayerOrder:
         return keep
 
     def beyond(self, weight: Tensor, count: int) -> LayerOrder:
-        """The order without what only masks of fewer than ``count`` pruned weights need.
+        """The order without the parts that only masks of fewer than ``count`` pruned weights need.
 
         Args:
             weight: the weights that the order was computed from, in the layer's shape.
@@ -129,7 +129,7 @@ class LayerOrder:
         return replace(self, updates=tuple(one for one in later if one is not None), start=start, least=count)
 
     def _eliminated(self, keep: Tensor) -> Tensor:
-        """How many weights of each Fisher block steps have eliminated, when the others are kept."""
+        """Number of weights of each Fisher block that steps have eliminated, given the kept weights."""
         eliminated = ~keep
         # weights that were zero before were eliminated without a step
         eliminated[self.indices[: self.zeros].long()] = False
@@ -165,7 +165,7 @@ class EliminationOrder(dict[str, LayerOrder]):
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """What layers are compared by: for each of them (k,) numbers, ascending along its order."""
+        """The numbers by which layers are compared: (k,) for each layer, ascending along its order."""
         return {name: order.losses if order.scores is None else order.scores for name, order in self.items()}
 
     @property
@@ -208,7 +208,7 @@ class EliminationOrder(dict[str, LayerOrder]):
         return {name: pruned[name][0] for name in self}, MaskSet({name: pruned[name][1] for name in self})
 
     def beyond(self, weights: Mapping[str, Tensor], counts: Mapping[str, int]) -> EliminationOrder:
-        """The orders without what only smaller numbers of pruned weights need (:meth:`LayerOrder.beyond`)."""
+        """The orders without the parts for smaller numbers of pruned weights (:meth:`LayerOrder.beyond`)."""
         return EliminationOrder(
             {name: order.beyond(weights[name], counts[name]) for name, order in self.items()}
         )

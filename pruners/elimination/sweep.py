@@ -107,7 +107,16 @@ def sweep(matrix: Array) -> bool:
 def load_sums(
     matrix: Array, sums: tuple[Array, Array], scale: float, damp: float, slots: Array, alive: Array
 ) -> None:
-    """Write the upper triangle of scale·sums + damp·I into a work matrix."""
+    """Write the upper triangle of scale·sums + damp·I, for some positions of one block, into a work matrix.
+
+    Args:
+        matrix: the work matrix, is written.
+        sums: the first h rows of the block's sums, (h, B), and the last B − h columns of the other rows.
+        scale: 1/m, for m gradients.
+        damp: λ.
+        slots: (r,), positions in the block, ascending where they are alive.
+        alive: (r,) bool; rows and columns that are not alive are zero but for λ on the diagonal.
+    """
     first, last = sums
     half, left = len(first), len(slots)
     whole = left == half + len(last)
@@ -133,9 +142,9 @@ def load_sums(
 
 @compiled
 def store_negative(matrix: Array, out: Array) -> None:
-    """Write a symmetric matrix, of which the upper triangle counts, with the other sign."""
+    """Write the negative of a symmetric matrix that is given by its upper triangle."""
     size = len(out)
-    for begin in range(0, size, 8):  # some rows at a time, to write neighbours into their columns
+    for begin in range(0, size, 8):  # some rows at a time, to write neighbouring numbers
         end = min(begin + 8, size)
         for i in range(begin, end):
             for j in range(i, size):

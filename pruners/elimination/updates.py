@@ -1,4 +1,4 @@
-"""How the weights that stay are updated when others are eliminated."""
+"""Updates of the weights that stay when others are eliminated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pruners.elimination import kernels
 
 @dataclass(frozen=True)
 class UpdateSegment:
-    """Consecutive steps of the elimination of n Fisher blocks, and how they update the weights that stay.
+    """Consecutive steps of the elimination of n Fisher blocks, with their updates of the weights that stay.
 
     Over the steps that are taken, ``w −= Σ y_i·v_i``.
 
@@ -114,7 +114,7 @@ class UpdateSegment:
         )
 
     def rounded(self) -> UpdateSegment:
-        """The same updates in 16 bits a number, as they are stored.
+        """The same updates with 16 bits for each number, as they are stored.
 
         The numbers v of a step become integers that count shares of the largest of them, so that each is off
         by at most 1/65534 of that. The coefficients hold the share.
@@ -127,7 +127,7 @@ class UpdateSegment:
 
 
 def _width(step: int, size: int, panel: int) -> int:
-    """How many numbers a step has."""
+    """Length of a column."""
     return size - step // panel * panel if panel else size
 
 

@@ -34,7 +34,7 @@ class Pruner(Protocol):
 
     @property
     def gradients(self) -> int:
-        """How many gradients it takes by default; 0 if it needs none."""
+        """Default number of gradients; 0 if the method needs none."""
 
     def fisher(self, layers: Sequence[PrunableLayer]) -> BlockFisher | None:
         """An empty Fisher, to which the caller adds gradients before :meth:`order`; ``None``: none needed."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What is known of a method before its code is loaded.
+    """The description of a method, known before its code is loaded.
 
     Attributes:
         name: its name in recipes, on the command line and in reports.

@@ -1,4 +1,4 @@
-"""What methods with a Fisher share: blocks of a layer, worked on in chunks, merged by their losses."""
+"""The base of methods with a Fisher: blocks of a layer, eliminated in chunks, merged by their losses."""
 
 from __future__ import annotations
 
@@ -225,13 +225,13 @@ class Chunk:
 
     @property
     def sums(self) -> SumsOfGradients | None:
-        """What the compiled loops compute the inverses from, where they can."""
+        """The sums from which the compiled loops compute the inverses; ``None`` if they cannot."""
         return self.fisher.on_cpu(self.name, self.part, self.slots)
 
 
 @dataclass(frozen=True)
 class State:
-    """How far the elimination of a layer has come, for its n Fisher blocks.
+    """The state of the elimination of a layer with n Fisher blocks.
 
     Attributes:
         weight: (n, B), updated weights.
@@ -365,7 +365,7 @@ def _segment(
 
 
 def room_of(pattern: Pattern, alive: Tensor) -> Tensor:
-    """How many more weights each group of some blocks may lose, (n, groups) from ``alive`` (n, B).
+    """Number of weights that each group of some blocks may still lose, (n, groups) from ``alive`` (n, B).
 
     The last group of a block may reach into its padding.
     """

@@ -51,14 +51,14 @@ class WoodFisher(SecondOrder):
             pivots = (ranking.unsqueeze(2) * unit + members).reshape(blocks, -1)
             v = chunk.inverse.gather(1, pivots.unsqueeze(2).expand(-1, -1, size))
             v /= root.gather(1, pivots).unsqueeze(2)
-            v.scatter_(2, pivots.unsqueeze(2), 0.0)  # large, and it matters to nobody
+            v.scatter_(2, pivots.unsqueeze(2), 0.0)  # large, and not used
             columns = Columns(v.float(), coefficients.gather(1, pivots).float(), None)
             merge.add(chunk, Elimination(pivots, losses.repeat_interleave(unit, 1), [columns]))
         return merge.order()
 
 
 def _free_at_once(pattern: Pattern, score: Tensor, chunk: Chunk, size: int) -> Tensor:
-    """Which weights the pattern lets go when all are judged at once, (n, r) bool."""
+    """The weights that the pattern lets a method prune when it judges all at once, (n, r) bool."""
     if pattern.forced is None:
         return chunk.alive
     spread = torch.full((len(score), size), -1.0, dtype=score.dtype, device=score.device)

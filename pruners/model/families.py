@@ -1,4 +1,4 @@
-"""Which weights of timm's model families are prunable, as a table of name patterns.
+"""The prunable weights of timm's model families, as a table of name patterns.
 
 Patterns are regular expressions on the end of a weight's name without ``.weight``. The choice follows DIMAP
 and oViT: attention and MLP of transformers, the convolutions inside blocks of other models. Stems, changes of

@@ -1,4 +1,4 @@
-"""Which weights of a model are prunable, and the module and stage of each.
+"""The prunable layers of a model, and the module and stage of each.
 
 A *layer* is one weight tensor. Its *module* is its function in the network (QKV-M, PRJ-M and MLP-M in DIMAP;
 everything else is AUX-M there and stays dense). Its *stage* is the level of a hierarchical model in which it
@@ -146,7 +146,7 @@ def _match(
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether a model has an attention layer in it."""
+    """Return whether a model has an attention layer."""
     return any(_ATTENTION_CLASS.search(type(module).__name__) for module in model.modules())
 
 

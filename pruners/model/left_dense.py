@@ -1,4 +1,4 @@
-"""What a choice of prunable layers leaves dense: how much, which weights, and how patterns can name them."""
+"""The parameters that a choice of prunable layers leaves dense: their share, and patterns that name them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LeftDense:
 
     @classmethod
     def of(cls, model: nn.Module, layers: Iterable[PrunableLayer]) -> LeftDense:
-        """What the prunable ``layers`` of a model (on the meta device too) leave dense."""
+        """Find the parameters outside the prunable ``layers`` of a model, on any device, meta included."""
         taken = {layer.name: layer.numel for layer in layers}
         total = sum(parameter.numel() for parameter in model.parameters())
         groups: dict[str, tuple[int, int]] = {}

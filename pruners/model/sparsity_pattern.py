@@ -60,7 +60,7 @@ class Pattern:
 
     @property
     def structured(self) -> bool:
-        """Whether there are groups at all."""
+        """Return whether the pattern has groups."""
         return self.group > 1
 
     @property
@@ -74,7 +74,7 @@ class Pattern:
         return None if self.whole or not self.structured else 1 - self.keep / self.group
 
     def fits(self, layer: PrunableLayer) -> bool:
-        """Whether the inputs of a layer can be divided into groups."""
+        """Return whether the inputs of a layer can be divided into groups."""
         return layer.shape[1] % self.group == 0
 
     def flat(self, tensor: Tensor, *, batched: bool = False) -> Tensor:
@@ -99,7 +99,7 @@ class Pattern:
         return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
     def free(self, magnitudes: Tensor, alive: Tensor) -> Tensor:
-        """Which weights N:M can prune when all are judged at once: the smallest of each group.
+        """The weights that N:M can prune when all are judged at once: the smallest of each group.
 
         Args:
             magnitudes: (d,) scores of the weights, in the order of :meth:`flat`.
@@ -115,7 +115,7 @@ class Pattern:
         return (rank < self.group - self.keep).reshape(-1) | ~alive
 
     def room(self, alive: Tensor) -> Tensor:
-        """How many more weights each group can lose: (…, d / group) from ``alive`` (…, d)."""
+        """Number of weights that each group can still lose: (…, d / group) from ``alive`` (…, d)."""
         dead = (~alive).reshape(*alive.shape[:-1], -1, self.group).sum(-1)
         return (self.group - self.keep - dead).clamp_min(0)
 

@@ -1,3 +1,3 @@
-"""What is kept is solved again: each pruned layer answers on real images as nearly as it can as before."""
+"""Reconstruction: solve the kept weights of each pruned layer by least squares on real images."""
 
 __all__ = ["least_squares", "lockstep", "reconstruct"]

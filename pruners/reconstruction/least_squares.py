@@ -20,7 +20,7 @@ Summed = Callable[[Tensor], object]
 
 STEPS = 40
 """Conjugate gradient steps at most."""
-_ENOUGH = 1e-12  # of the first residual's square: further steps change nothing that can be measured
+_ENOUGH = 1e-12  # squared residual, as a share of the first one; further steps change nothing measurable
 
 
 class Moments:
@@ -29,7 +29,7 @@ class Moments:
     Args:
         inputs, outputs: of the layer.
         like: a tensor of the type and on the device that the sums are to have.
-        bias: whether the layer has one, so that the means of x and y need not concern its weights.
+        bias: whether the layer has a bias, which then fits the means, so that x and y are centred.
     """
 
     def __init__(self, inputs: int, outputs: int, like: Tensor, *, bias: bool) -> None:
@@ -53,7 +53,7 @@ class Moments:
         self._yx.addmm_(y.T, x)
 
     def sum_over(self, summed: Summed) -> None:
-        """Take in what other workers have added: all have the same moments afterwards."""
+        """Sum the moments over all workers, in place: all have the same moments afterwards."""
         count = torch.tensor(self._count, device=self._x.device)
         for sums in (count, self._x, self._y, self._y2, self._xx, self._yx):
             summed(sums)
@@ -61,7 +61,7 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether no input or output was NaN or infinite."""
+        """Return whether no input or output was NaN or infinite."""
         return all(bool(torch.isfinite(sums).all()) for sums in (self._xx, self._y2))
 
     def covariances(self) -> tuple[Tensor, Tensor]:
@@ -87,11 +87,11 @@ class Moments:
 
 
 def solve(moments: Moments, weight: Tensor, mask: Tensor, ridge: float) -> Tensor:
-    """The kept weights of a layer that give its outputs best, on average over the images.
+    """Solve for the kept weights of a layer that fit its outputs best, on average over the images.
 
     Args:
         moments: of the layer's inputs and of the outputs that it should have.
-        weight: as they are, (outputs, inputs), zero where pruned; λ holds the new ones to them.
+        weight: the present weights, (outputs, inputs), zero where pruned; λ keeps the new ones near them.
         mask: ``True`` for kept weights, of the same shape.
         ridge: λ, as a share of the mean variance of the inputs.
 

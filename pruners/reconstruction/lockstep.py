@@ -1,9 +1,9 @@
 """Forward passes of many batches side by side, which all stop at the same layer.
 
-A layer's new weights change what the layers after it receive. With one batch after the other that would take
-a pass over all images for each layer. Here every batch has a forward pass of its own, a greenlet, that is
-halted at the layer until its weights are there, and then goes on to the next one: one pass in all. Halted, a
-batch holds what the rest of the model needs of it, the activations at that place.
+A layer's new weights change the inputs of all later layers. With one batch after the other, each layer would
+need a pass over all images. Here every batch has its own forward pass in a greenlet, which stops at the layer
+until it has its new weights, and then continues to the next layer: one pass in all. A stopped pass holds in
+memory the activations that the rest of the model needs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 
 class Stop(NamedTuple):
-    """Where a forward pass is halted: at which layer, and that layer's input or output there."""
+    """The layer at which a forward pass is stopped, and the input or output of that layer."""
 
     layer: str
     tensor: Tensor
 
 
 class Lockstep:
-    """Forward passes of one model on some batches, which are halted at each of some layers.
+    """Forward passes of one model on several batches, which are stopped at each of some layers.
 
     Args:
         model: in evaluation mode.
-        layers: the modules at which to halt, by name.
+        layers: the modules at which to stop, by name.
         batches: images, (batch, channels, height, width), on the model's device.
-        outputs: whether to halt behind a layer, with its output, instead of before it, with its input. Before
-            it, the layer then runs with the weights that it has when the pass goes on.
+        outputs: stop after a layer, with its output, instead of before it, with its input. A layer before
+            which a pass was stopped runs with the weights that it has when the pass continues.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Lockstep:
         self._passes = [greenlet.greenlet(_forward(model, images)) for images in batches]
 
     def stops(self) -> Generator[list[Stop]]:
-        """For each layer, in the order in which the model calls them, where all batches are halted.
+        """Iterate over the layers in the order in which the model calls them, with the stops of all batches.
 
-        The passes go on when the next stop is asked for. Whoever leaves before the end ends them.
+        The passes continue when the next layer is asked for. Closing the iterator early ends them.
 
         Raises:
-            RuntimeError: the batches do not take the same way through the model.
+            RuntimeError: the batches call the layers in different orders.
         """
         with self._halting():
             try:
@@ -67,7 +67,7 @@ class Lockstep:
 
     @contextmanager
     def _halting(self) -> Iterator[None]:
-        """Hooks by which a pass returns to whoever drives it."""
+        """Hooks by which a pass stops and returns control to :meth:`stops`."""
         with ExitStack() as hooks:
             for name, module in self._layers.items():
                 halt: Callable[..., None]
@@ -88,7 +88,7 @@ class Lockstep:
 
 def _forward(model: nn.Module, images: Tensor) -> Callable[[], None]:
     def forward() -> None:
-        model(images)  # what it answers is of no interest
+        model(images)  # the outputs are not used
 
     return forward
 

@@ -18,7 +18,7 @@ from pruners.reconstruction.least_squares import Moments, Summed, solve
 from pruners.reconstruction.lockstep import Lockstep
 
 IMAGES = 1024
-"""Images that a reconstruction takes unless it is told otherwise."""
+"""Default number of images of a reconstruction."""
 RIDGE = 0.01
 """λ, as a share of the mean variance of a layer's inputs."""
 
@@ -27,19 +27,19 @@ Solvable = nn.Linear | nn.Conv2d
 
 
 def single_process(tensor: Tensor) -> Tensor:
-    """The sum over all workers where there is one: what it has."""
+    """Return the tensor itself: the sum over all workers, if there is only one."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What :func:`reconstruct` did.
+    """The report of :func:`reconstruct`.
 
     Attributes:
         images: number of images.
         errors: for each layer the squared error of its outputs against the dense model's, as a share of
             their variance, before and after.
-        left: layers that stay as the method left them, as they are neither linear nor a plain convolution.
+        left: layers that were not reconstructed, because they are neither linear nor a plain convolution.
     """
 
     images: int
@@ -58,29 +58,31 @@ def reconstruct(
     summed: Summed = single_process,
     progress: Progress | None = None,
 ) -> Reconstruction:
-    """Solve the kept weights of a pruned model again, in place, so that its layers answer as before.
+    """Solve the kept weights of a pruned model again, in place, so that its layers' outputs match the dense
+    model's.
 
     For each layer, in the order of the forward pass, the kept weights and the bias minimise
-    E |W x̂ + b - y|² + λ |W - W₀|², where x̂ is what the layer receives in the pruned model, all layers before
-    being solved already, and y what it answered in the dense one. So a layer also makes good what those
-    before it got wrong. A norm before a layer needs no new scale or shift: they act on the layer's inputs one
-    by one, and so does a column of its weights, and its bias.
+    E |W x̂ + b - y|² + λ |W - W₀|². Here x̂ is the layer's input in the pruned model, whose earlier layers are
+    solved already, and y the layer's output in the dense model. A layer therefore also corrects the errors of
+    the layers before it. The scale and shift of a norm before a layer need not be solved: they act on single
+    inputs of the layer, as its columns of weights and its bias do.
 
-    One forward pass over the images, of both models; memory for the activations of all images at one layer.
-    Of several workers each takes some of the images; the moments are summed, and all solve the same.
+    It takes one forward pass of both models over the images, and memory for the activations of all images at
+    one layer. Each of several workers takes some of the images; their moments are summed, and all workers
+    solve the same problem.
 
     Args:
         model: the pruned model.
-        dense: what it was before, on the same device.
+        dense: the model before pruning, on the same device.
         layers: its prunable layers.
         masks: ``True`` for kept weights.
         images: batches of them, (batch, channels, height, width), without labels.
         ridge: λ, as a share of the mean variance of a layer's inputs.
-        summed: sums over the workers, each of which calls this function with images of its own.
-        progress: is called with ``"layers solved"``, how many are done, and how many there are.
+        summed: sums a tensor over the workers; each worker calls this function with its own images.
+        progress: is called with ``"layers solved"``, the number done, and the number in all.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
         InputError: there are no images, no layer can be solved, or an activation is not finite.
@@ -130,7 +132,7 @@ def reconstruct(
 
 
 def _solve_module(module: Solvable, moments: Moments, mask: Tensor, ridge: float) -> tuple[float, float]:
-    """Give a layer new weights and a new bias; returns its relative error before and after."""
+    """Give a layer new weights and a new bias; return its relative error before and after."""
     weight = module.weight.flatten(1)
     solved = solve(moments, weight, mask.flatten(1), ridge)
     before, after = moments.error(weight), moments.error(solved)
@@ -141,13 +143,13 @@ def _solve_module(module: Solvable, moments: Moments, mask: Tensor, ridge: float
 
 
 def solvable_layers(model: nn.Module, layers: Sequence[PrunableLayer]) -> list[PrunableLayer]:
-    """Those of a model's layers that :func:`reconstruct` can solve."""
+    """The layers of a model that :func:`reconstruct` can solve."""
     modules = dict(model.named_modules())
     return [layer for layer in layers if _solvable(modules.get(layer.name.removesuffix(".weight")))]
 
 
 def _solvable(module: nn.Module | None) -> TypeGuard[Solvable]:
-    """Whether a module is a product of its weight with its inputs, which this file can repeat."""
+    """Return whether a module is a plain product of its weights and inputs, as :func:`_columns` gives."""
     if isinstance(module, nn.Conv2d):
         pointwise = module.kernel_size == (1, 1) and module.padding in ((0, 0), "valid")
         plain = type(module) is nn.Conv2d and module.padding_mode == "zeros"  # timm's others pad on their own
@@ -156,7 +158,7 @@ def _solvable(module: nn.Module | None) -> TypeGuard[Solvable]:
 
 
 def _columns(module: Solvable, x: Tensor) -> Tensor:
-    """What each output of a layer is a product with: (tokens, inputs)."""
+    """The inputs of a layer as a matrix (tokens, inputs), whose product with the weights is its output."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert not isinstance(module.padding, str) or module.kernel_size == (1, 1)
@@ -166,7 +168,7 @@ def _columns(module: Solvable, x: Tensor) -> Tensor:
 
 
 def _rows(module: Solvable, y: Tensor) -> Tensor:
-    """A layer's answers as (tokens, outputs)."""
+    """The outputs of a layer as a matrix (tokens, outputs)."""
     return (
         y.reshape(-1, y.shape[-1]) if isinstance(module, nn.Linear) else y.permute(0, 2, 3, 1).flatten(0, 2)
     )

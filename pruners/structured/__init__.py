@@ -1,4 +1,4 @@
-"""Structured pruning: channels, heads and neurons, their importance, and which layers share them."""
+"""Structured pruning: channels, heads and neurons, their importance, and the layers that share them."""
 
 __all__ = [
     "channels",

@@ -1,4 +1,4 @@
-"""Structured pruning: the importance of channels, which of them stay, and weights without the others.
+"""Structured pruning: the importance of channels, the choice of those that stay, and the remaining weights.
 
 A *channel* is a number that dependent layers pass on. A hidden unit of an MLP is one: a row of the first
 matrix, an entry of its bias, and a column of the second matrix. :class:`Channels` says where channels lie in
@@ -32,7 +32,7 @@ KINDS = ("magnitude", *WITH_GRADIENTS)
 
 @dataclass(frozen=True)
 class Member:
-    """Where channels lie in one parameter.
+    """The positions of channels in one parameter.
 
     Attributes:
         name: of the parameter.

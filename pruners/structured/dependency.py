@@ -1,4 +1,4 @@
-"""Which layers share channels: torch-pruning's dependency graph of a model, checked.
+"""The layers that share channels: torch-pruning's dependency graph of a model, checked.
 
 torch-pruning traces a forward pass and follows every channel through it. It miscounts in some models: where
 Swin merges patches, a norm over four patches side by side is taken for a norm over one patch. A channel then
@@ -32,10 +32,10 @@ def check_installed(key: str = "structured") -> None:
     """Check that torch-pruning is installed.
 
     Args:
-        key: what asks for it, for the error.
+        key: the option or recipe key that needs it, for the error message.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not installed.
     """
     if importlib.util.find_spec("torch_pruning") is None:
         expected = "needs torch-pruning, which is not installed: pip install 'espalier[deploy]'"

@@ -1,4 +1,4 @@
-"""Checkpoint folders: weights, masks, records, checksums, packed weights, the state of training."""
+"""Checkpoint folders: weights, masks, records, checksums, packed weights, state of training."""
 
 __all__ = [
     "checksums",

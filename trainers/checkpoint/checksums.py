@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: recorded when it is written, verified before anything in it is used."""
+"""Checksums of a folder's files: recorded when it is written, verified before it is used."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def pack_folder(source: Path, target: Path, record: Mapping[str, Any]) -> list[s
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder is compressed."""
+    """Return whether a folder is compressed."""
     return (folder / PACKED_WEIGHTS).is_file() and not (folder / WEIGHTS).exists()
 
 

@@ -1,7 +1,7 @@
-"""What the records of folders contain: checkpoints, INT8 models and files for engines.
+"""The content of the records of folders: checkpoints, INT8 models and files for engines.
 
-Keys may be missing: records of earlier versions have fewer, and a folder says only what is known of its
-model. Readers therefore take a record as a plain mapping; these types serve who writes one.
+Keys may be missing: records of earlier versions have fewer, and a record has only what is known of its model.
+Readers therefore take a record as a plain mapping; these types are for the code that writes one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 
 class Provenance(TypedDict, total=False):
-    """What a model is and where it comes from; an INT8 folder takes it over from its float checkpoint.
+    """The kind and the origin of a model; an INT8 folder takes it over from its float checkpoint.
 
     Attributes:
         method: the pruning method, or ``dense`` or ``structured``.

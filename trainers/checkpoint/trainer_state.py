@@ -1,4 +1,4 @@
-"""The state of training, with which a run resumes bit for bit: written, verified, read. There is no pickle.
+"""The state of training, from which a run resumes bit for bit: write, verify and read it, without pickle.
 
 ``trainer.safetensors`` has the optimizer's tensors, and the trained weights where those of the checkpoint are
 their moving average; ``trainer.json`` has the rest, and a checksum of every file of the folder.
@@ -27,12 +27,12 @@ STATE_TENSORS, STATE_PROGRESS = TRAINER_FILES
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-    """Add the state of training to a checkpoint folder; written last, as it has checksums of all files.
+    """Add the state of training to a checkpoint folder, as its last file: it has checksums of all files.
 
     Args:
         folder: the checkpoint folder.
         tensors: of the optimizer, and the trained weights where needed, by name.
-        progress: the rest, as JSON can hold it.
+        progress: the rest, in JSON's types.
     """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS)
     files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != STATE_PROGRESS))

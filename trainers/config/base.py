@@ -93,7 +93,7 @@ _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 
 
 def is_weights_file(uri: str) -> bool:
-    """Whether a checkpoint is a single file of weights, as training scripts write it, and not a folder."""
+    """Return whether a checkpoint is a file of weights, as training scripts write it, and not a folder."""
     try:
         path = uri.partition("?")[0] if "://" in uri else uri  # after it, options of a file system
         return path.lower().endswith(_WEIGHTS) and not Path(uri).expanduser().is_dir()

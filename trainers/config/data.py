@@ -39,7 +39,7 @@ class ModelSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _checkpoint_path(cls, value: Any) -> Any:
-        """Take timm's argument ``checkpoint_path`` for the key ``checkpoint``."""
+        """Treat timm's argument ``checkpoint_path`` as the key ``checkpoint``."""
         args = value.get("args") if isinstance(value, Mapping) else None
         if not isinstance(args, Mapping) or "checkpoint_path" not in args:
             return value
@@ -69,7 +69,7 @@ class ModelSettings(Settings):
 
     @property
     def is_file(self) -> bool:
-        """Whether the checkpoint is a single file of weights, and not a checkpoint folder."""
+        """Return whether the checkpoint is a single file of weights, and not a checkpoint folder."""
         return self.checkpoint is not None and is_weights_file(self.checkpoint)
 
     @property
@@ -79,7 +79,7 @@ class ModelSettings(Settings):
 
     @property
     def ready_made(self) -> bool:
-        """Whether the model comes with weights, so that no dense training is needed."""
+        """Return whether the model comes with weights, so that no dense training is needed."""
         return self.pretrained or self.checkpoint is not None
 
 

@@ -1,4 +1,4 @@
-"""Jobs: everything that a group of workers gets before it starts."""
+"""Jobs: the inputs of a group of workers."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from trainers.config.training import TrainingSettings
 
 
 class Origin(Settings):
-    """A checkpoint of another run, from which a run starts that has no checkpoint of its own."""
+    """A checkpoint of another run, from which a run starts if it has no checkpoint of its own."""
 
     checkpoint: Name = Field(description="folder on the shared storage")
-    differs: tuple[Name, ...] = Field(description="keys of the job that need not be as they were there")
+    differs: tuple[Name, ...] = Field(description="keys of the job that may differ from that run's job")
 
 
 class TrainJob(Settings):
-    """Everything a worker group needs to train, or to prune and recover, one model."""
+    """The job of a worker group that trains one model, or prunes it and lets it recover."""
 
-    name: Name
-    seed: Seed = 0
-    model: ModelSettings
-    data: DataSettings
-    training: TrainingSettings
-    pruning: PruningSettings | None = None
-    method: Method | None = None
-    allocation: dict[str, int] | None = Field(None, description="searched: pruned weights a layer at the end")
-    quantize: Calibration | None = Field(
-        None, description="quantisation-aware training, and what its ranges begin with"
+    name: Name = Field(description="name in error messages")
+    seed: Seed = Field(0, description="of all random choices")
+    model: ModelSettings = Field(description="the model to start from")
+    data: DataSettings = Field(description="the images, with whole addresses")
+    training: TrainingSettings = Field(description="the training, or the recovery from pruning")
+    pruning: PruningSettings | None = Field(None, description="the pruning; without it the model is trained")
+    method: Method | None = Field(None, description="of pruning")
+    allocation: dict[str, int] | None = Field(
+        None, description="pruned weights of each layer at the end; without it the method's own allocation"
     )
-    threads: Count = 1
-    keep_folder: str | None = Field(None, description="where the best model of each sparsity is kept")
-    lineage: Mapping[str, Any] = Field({}, description="recorded in pruning.json")
-    origin: Origin | None = Field(None, description="the run that this one branches off from")
+    quantize: Calibration | None = Field(
+        None, description="quantization-aware training: images for its first ranges of activations"
+    )
+    threads: Count = Field(1, description="CPU threads of each worker")
+    keep_folder: str | None = Field(None, description="folder for the best model of each sparsity to keep")
+    lineage: Mapping[str, Any] = Field({}, description="origin of the model, recorded in pruning.json")
+    origin: Origin | None = Field(None, description="the run from whose checkpoint this run starts")
 
     @model_validator(mode="after")
     def _trains_for_int8(self) -> TrainJob:
@@ -56,15 +58,15 @@ class TrainJob(Settings):
 
 
 class OrderJob(Settings):
-    """Everything that workers need to order the weights of a dense model, and to write that down."""
+    """The job of workers that compute the elimination order of a model, and write it to a folder."""
 
-    checkpoint: Name
-    data: DataSettings
-    pruning: PruningSettings
-    method: Method
-    seed: Seed = 0
-    rounds: tuple[Share, ...] = Field((), description="sparsity of each round, where there are several")
-    round: int = Field(0, ge=0, description="which of them this is; the checkpoint is the one before's")
-    threads: Count = 1
-    folder: Name = Field(description="of the order, on the shared storage")
-    fingerprint: Name
+    checkpoint: Name = Field(description="folder or URI of the model whose weights are ordered")
+    data: DataSettings = Field(description="the images for the gradients, with whole addresses")
+    pruning: PruningSettings = Field(description="settings of the method")
+    method: Method = Field(description="of pruning")
+    seed: Seed = Field(0, description="decides which images the gradients are of")
+    rounds: tuple[Share, ...] = Field((), description="sparsity after each round, if there are several")
+    round: int = Field(0, ge=0, description="number of this round, from 0")
+    threads: Count = Field(1, description="CPU threads of each worker")
+    folder: Name = Field(description="for the order, on the shared storage")
+    fingerprint: Name = Field(description="hash of all that the order depends on")

@@ -210,7 +210,7 @@ class PruningSettings(Settings):
         return remaining_rounds(self.fisher.rounds if method in SECOND_ORDER else 1, start, end)
 
     def tries_damps(self, method: str) -> bool:
-        """Whether a pruning step by this method tries several λ (``damp: auto``)."""
+        """Return whether a pruning step by this method tries several λ (``damp: auto``)."""
         return method in SECOND_ORDER and self.fisher.damp == "auto"
 
 

@@ -41,7 +41,7 @@ class Widths(Settings):
 
     @property
     def cuts(self) -> bool:
-        """Whether any width is less than the whole."""
+        """Return whether any width is less than the whole."""
         return any(is_reduced(width) for width in (self.mlp, self.embed, self.heads, self.head_dim))
 
 
@@ -117,7 +117,7 @@ _OF_LATENCY = ("candidates", "loss", "target")
 
 
 def is_reduced(value: Width | tuple[Width, ...]) -> bool:
-    """Whether a width is less than the whole."""
+    """Return whether a width is less than the whole."""
     if isinstance(value, tuple):
         return any(is_reduced(width) for width in value)
     return isinstance(value, int) or value < 1.0

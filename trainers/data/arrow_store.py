@@ -1,9 +1,9 @@
 """A local cache of images: Parquet files as one memory-mapped Arrow file, shared by all processes of a node.
 
-A row of a Parquet file cannot be read without decoding its row group, so that reading in a shuffled order
-would decode everything again and again. Rows of an Arrow file on the local disk are read one by one, and its
-pages are memory that the system can take back. Each node writes the file once, under ``$ESPALIER_CACHE``
-(default ``~/.cache/espalier``), named by a hash of the Parquet files' names, sizes and times.
+To read one row of a Parquet file, its whole row group must be decoded, so reading in a shuffled order would
+decode everything many times. Rows of an Arrow file on the local disk are read one by one, and the system can
+take back the memory of its pages. Each node writes the file once, under ``$ESPALIER_CACHE`` (default
+``~/.cache/espalier``), named by a hash of the Parquet files' names, sizes and times.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Store:
 
     @property
     def name(self) -> str:
-        """Name of the store's file: the hash of what it was made of."""
+        """Name of the store's file: the hash of its source files."""
         return self._path.stem
 
     def cell(self, row: int) -> Any:

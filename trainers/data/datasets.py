@@ -207,7 +207,7 @@ def train_loader(
         seed: of the run; decides the order and the augmentation.
         processes: how many decode and augment; with 0 the worker does it between its steps.
         pin: copy batches to pinned memory, for a GPU.
-        normed: the model has batch norms (:class:`EpochBatches`).
+        normed: whether the model has batch norms (:class:`EpochBatches`).
 
     Returns:
         The loader, whose batches are (pixels (N, H, W, 3), rectangles (N, 4), labels (N,), skipped (N,)), and
@@ -230,7 +230,10 @@ def train_loader(
 
 
 def _check_shared_memory(processes: int, batch: int) -> None:
-    """Check that prefetched batches (of ``batch`` bytes) fit into shared memory: SIGBUS kills them else."""
+    """Check that prefetched batches (``batch`` bytes each) fit into shared memory.
+
+    Otherwise SIGBUS would kill the worker processes.
+    """
     needed = processes * _PREFETCHED * batch
     try:
         volume = os.statvfs(_SHARED_MEMORY)

@@ -37,7 +37,7 @@ def prepare_digits(storage: str) -> DataSettings:
 
 
 def picture(digit: np.ndarray[Any, Any]) -> Image:
-    """Make an RGB image of 32 by 32 pixels of one of scikit-learn's digits, (8, 8) with values 0…16."""
+    """Make an RGB image of 32 × 32 pixels from one of scikit-learn's digits, (8, 8) with values 0…16."""
     import numpy as np
     from PIL import Image
 

@@ -93,7 +93,7 @@ class Pixels:
 
         shown = {key: config[key] for key in ("input_size", "interpolation", "crop_pct", "crop_mode")}
         folder = _once(cache_folder() / _PIXELS / _digest(table.fingerprint(count), shown), write)
-        # mapped copy-on-write, as PyTorch takes no read-only memory; nobody writes to it
+        # mapped copy-on-write, because PyTorch takes no read-only memory; it is never written to
         images, labels = (
             torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in ("images.npy", "labels.npy")
         )

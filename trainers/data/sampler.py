@@ -1,4 +1,4 @@
-"""Which images a worker sees in which step: a pure function of seed, epoch and step.
+"""The images of each worker in each step: a pure function of seed, epoch and step.
 
 A run can therefore resume in the middle of an epoch, and any number of workers sees the same global batches.
 """

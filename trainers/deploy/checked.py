@@ -50,7 +50,7 @@ def write_checked(
     """Fill a folder with a model's file for an engine, and check it.
 
     Args:
-        source: the model, in float32 and eval mode, and what its file shall say.
+        source: the model, in float32 and eval mode, and what its file must record.
         kind: name of the format.
         folder: it exists and is empty.
         images: real ones, (:data:`BATCHES`' largest, channels, height, width), normalised.
@@ -101,7 +101,7 @@ def write_checked(
         say(f"{'int8':<12}{100 * content['int8_share']:.1f} % of the weights")
     for heading, text in form.remarks(folder):
         say(f"{heading:<12}{text}")
-    # the file's answers and not torch's: the pictures may lie outside of what INT8 was calibrated for
+    # the file's answers, not torch's: the synthetic images may exceed the ranges that INT8 was calibrated for
     probe = run(pattern_images(source.preprocessing, PROBES))
     content["probe"] = {"images": PROBES, "logits": probe.tolist()}
     content["files"] = sums(folder, sorted(path.name for path in folder.iterdir()))
@@ -123,7 +123,7 @@ def read_record(folder: Path, name: str, *, key: str = "model") -> ExportRecord:
         The record.
 
     Raises:
-        InputError: it is none, or a file is missing or not what the record says.
+        InputError: it is no such folder, or a file is missing or has changed.
     """
     content = read_verified(
         folder,
@@ -137,7 +137,7 @@ def read_record(folder: Path, name: str, *, key: str = "model") -> ExportRecord:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is one for an engine."""
+    """Return whether a folder was written for an engine."""
     return (folder / EXPORT_RECORD).is_file()
 
 
@@ -166,7 +166,7 @@ def _loaded(form: Format, folder: Path) -> Run:
 
 
 def _check(run: Run, form: Format, model: nn.Module, images: Images) -> dict[int, Agreement]:
-    """The engine's answers to the first images, batch by batch, against torch's."""
+    """Compare the engine's answers to the first images, for each size of batch, with torch's."""
     expected = torch_answers(model, images)
     try:
         return {size: Agreement.of(run(images[:size].copy()), expected[:size]) for size in BATCHES}

@@ -1,6 +1,7 @@
-"""The formats that engines read: their names, their files, and who writes and runs each.
+"""The formats that engines read: names, files, and the code that writes and runs each.
 
-Light, so that the command line can list them; what writes a file is imported when it is asked to.
+The module imports nothing heavy, so that the command line can list the formats. The code that writes a file
+is imported when it is called.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Format:
-    """A file format that an engine reads, and who writes and runs it.
+    """A file format that an engine reads.
 
     Attributes:
-        text: for ``--help``.
-        file: what the engine is given.
-        engine, kind: who runs it, and the data type that it computes in.
-        packages: that write and run it.
-        calibration: whether images that fix the ranges of activations are of use to it.
-        write: makes the file in a folder.
-        int8_values: of an INT8 one, how many weights of a file are int8.
-        remarks: on a folder that was written, as headings and texts.
+        text: description for ``--help``.
+        file: name of the file that the engine loads.
+        engine, kind: the engine that runs it, and the data type in which it computes.
+        packages: packages that write and run it.
+        calibration: whether the format uses images to fix the ranges of activations.
+        write: writes the file into a folder.
+        int8_values: of an INT8 format: returns the number of int8 weights of a file.
+        remarks: returns remarks on a folder that was written, as headings and texts.
     """
 
     text: str
@@ -81,7 +82,7 @@ class Format:
             calibration: address of the images for calibration, if any.
 
         Raises:
-            InputError: a library is missing, or images for calibration are where they are of no use.
+            InputError: a library is missing, or images for calibration are given to a format without any.
         """
         require("--format", name, *self.packages)
         lacking = self._lacking()
@@ -103,7 +104,7 @@ class Format:
         return self.calibration == "needed" or (self.calibration == "possible" and needs_calibration(model))
 
     def _lacking(self) -> str | None:
-        """What this machine lacks for the engine to run the file, which it must before it is kept."""
+        """The reason why the engine cannot run the file (to check it) on this machine; ``None`` if it can."""
         if self.engine != "sparse":  # the others lack packages only
             return None
         from trainers.engines.registry import ENGINES
@@ -201,7 +202,7 @@ def check_packable(model: nn.Module, key: str) -> None:
 
 
 def _check_blocks(model: nn.Module) -> None:
-    """Check that zeros stand in blocks of 1 × 4, where INT8 leaves them out.
+    """Check that the zeros form blocks of 1 × 4, which the INT8 kernel leaves out.
 
     Raises:
         InputError: most of them do not.
@@ -234,7 +235,7 @@ def _sparse_values(folder: Path) -> int:
 
 
 def _sparse_remarks(folder: Path) -> Iterator[tuple[str, str]]:
-    """How many layers run without their zeros, which do not, and whether the engine is worth its while."""
+    """Remarks: how many layers run without their zeros, how many do not, and whether the engine is faster."""
     from trainers.sparse import load
 
     layers = load(folder).layers

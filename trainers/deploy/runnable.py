@@ -1,4 +1,4 @@
-"""A model of any folder, ready to run: a checkpoint by torch, a file for an engine by that engine."""
+"""Load the model of any folder, ready to run: a checkpoint by torch, a file for an engine by that engine."""
 
 from __future__ import annotations
 

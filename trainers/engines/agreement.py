@@ -18,7 +18,7 @@ Measured on a ViT and a Swin: 3e-7 in float32, 4e-3 in bfloat16, 0.01 to 0.04 in
 gave 0.15 and 0.42 with almost the same top-1: accuracy alone would not show it.
 """
 _OF_ENGINES: Mapping[tuple[str, str], float] = MappingProxyType({("sparse", "float32"): 1e-4})
-"""The same where an engine is held to less: the kernels of ``sparse`` are our own."""
+"""Smaller tolerances for some engines: the kernels of ``sparse`` are our own."""
 
 
 def tolerance_of(engine: str, kind: str) -> float:
@@ -28,7 +28,7 @@ def tolerance_of(engine: str, kind: str) -> float:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the logits of an engine differ from torch's, over a set of images.
+    """The difference between the logits of an engine and torch's, over a set of images.
 
     Attributes:
         largest: the largest absolute difference.
@@ -61,7 +61,7 @@ class Agreement:
         )
 
     def holds(self, kind: str, engine: str = "") -> bool:
-        """Whether the difference is within the tolerance of a data type, and of an engine if it is named."""
+        """Return whether the difference is within the tolerance of the data type, or that of the engine."""
         return self.relative <= tolerance_of(engine, kind)
 
     def as_dict(self) -> dict[str, float]:

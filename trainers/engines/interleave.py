@@ -1,4 +1,4 @@
-"""Interleaved timing of several models: whatever else the machine does slows all of them down alike."""
+"""Interleaved timing of several models, so that other load of the machine slows down all of them alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ K = TypeVar("K")
 
 
 class Worker(Protocol):
-    """What can be timed; :class:`EngineProcess` is one."""
+    """An object that can be timed, such as :class:`EngineProcess`."""
 
     def seconds(self, batch: int, calls: int) -> float:
         """Mean seconds of ``calls`` passes over a batch of ``batch`` images."""

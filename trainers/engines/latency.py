@@ -44,7 +44,7 @@ _OPSET, _IR = 18, 10  # versions of ONNX that all supported engines read
 
 @dataclass(frozen=True)
 class Target:
-    """What latency is measured for: an engine, its threads and device, and the batch size in images."""
+    """The target of a latency measurement: engine, threads and device, and the batch size in images."""
 
     choice: Choice
     placement: Placement
@@ -130,7 +130,7 @@ def _write_sparse(
     pattern: Pattern,
     random: np.random.Generator,
 ) -> None:
-    """Write a checkpoint with zeros at random positions of its layers, which only serves to be timed."""
+    """Write a checkpoint with zeros at random positions of its layers, only to be timed."""
     model = load_checkpoint(str(dense)).model
     with torch.no_grad():
         for name, shape in layers.items():

@@ -1,4 +1,4 @@
-"""Run a model on an engine in a process of its own, for its answers, its times and its memory.
+"""Run a model on an engine in a process of its own, to measure its answers, times and memory.
 
 The process imports only what its engine needs, is bound to as many processors as it has threads, and sleeps
 between two requests, so that several processes can be timed in turn without disturbing each other. It can
@@ -175,7 +175,7 @@ class EngineProcess:
         return answer
 
     def _exit_message(self) -> str:
-        """How the process ended, and the last line that it wrote to standard error."""
+        """A message with the exit status, and the last line that the process wrote to standard error."""
         status = self._process.wait()
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()

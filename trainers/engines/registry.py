@@ -34,7 +34,7 @@ SPARSE_ENOUGH = 0.5
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an engine runs.
+    """The threads and the device on which an engine runs.
 
     Attributes:
         threads: number of threads on the CPU.
@@ -46,7 +46,7 @@ class Placement:
 
 
 class Engine(Protocol):
-    """Something that runs models. All engines are listed in :data:`ENGINES`."""
+    """An inference engine. All engines are listed in :data:`ENGINES`."""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Engine(Protocol):
         """The devices on which it runs: ``cpu``, ``cuda``."""
 
     def lacking(self, kind: str, device: str) -> str | None:
-        """Why the engine cannot compute in the data type ``kind`` on this machine; ``None`` if it can."""
+        """The reason why the engine cannot compute in ``kind`` on this machine; ``None`` if it can."""
 
     def load(self, path: Path, kind: str, placement: Placement) -> Run:
         """Load a model.
@@ -80,7 +80,7 @@ class Torch:
         types: data types in which it computes.
         devices: where it runs.
         change: converts the loaded model before it is run.
-        needs: returns what a device lacks for this engine; ``None`` if nothing.
+        needs: returns the reason why a device cannot run this engine; ``None`` if it can.
     """
 
     types: tuple[str, ...] = TYPES["torch"]
@@ -271,7 +271,7 @@ def _semi_structured(model: nn.Module) -> nn.Module:
 
 
 def keeps_2_of_4(layer: nn.Linear) -> bool:
-    """Whether at least two of each four weights along the inputs are zero, and the GPU takes the shape."""
+    """Return whether two of each four weights along the inputs are zero, and the GPU supports the shape."""
     rows, columns = layer.weight.shape
     if rows % 32 or columns % 64:
         return False
@@ -303,7 +303,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
     }
 )
 ANY_BATCH: Mapping[str, Engine] = MappingProxyType({**ENGINES, "openvino": OpenVino(fixed=False)})
-"""The same engines, compiled for any batch size, as a user of an exported file runs them."""
+"""The engines, compiled for any batch size, as users of an exported file run them."""
 
 
 def check(choice: Choice, device: str, key: str = "engine") -> None:

@@ -91,7 +91,7 @@ def quantize_onnx(source: Path, target: Path, images: Images | None = None) -> N
     common: dict[str, Any] = {
         "per_channel": True,
         "weight_type": quantization.QuantType.QInt8,
-        "reduce_range": True,  # as trainers.quantization.fake_quant.WEIGHTS
+        "reduce_range": True,  # weights in seven bits, see trainers.quantization.fake_quant.WEIGHTS
     }
     with quietly():
         if images is None:

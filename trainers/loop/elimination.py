@@ -24,13 +24,13 @@ ORDER_FACTS = "facts.json"
 def round_of(
     pruning: PruningSettings, pruner: Pruner, rounds: Sequence[float], number: int
 ) -> tuple[PruningSettings, int]:
-    """The settings of a round, and the number of gradients that those before it took.
+    """The settings of a round, and the number of gradients that earlier rounds used.
 
     Args:
         pruning: of the recipe.
         pruner: the method.
-        rounds: the sparsity of each; where there are none there is one, to the recipe's sparsity.
-        number: which of them, from 0.
+        rounds: the sparsity after each round; empty: one round, to the recipe's sparsity.
+        number: of the round, from 0.
     """
     if len(rounds) <= 1:
         return pruning, 0

@@ -43,7 +43,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run reports after each epoch, and when it saves a checkpoint within one.
+    """The report of a run after each epoch, and for a checkpoint within an epoch.
 
     Attributes:
         metrics: the figures.
@@ -86,13 +86,14 @@ def run(
         branch: where there is none, the checkpoint folder of the job's ``origin`` to start from.
         leaving: called now and then, by all workers together: names the machines that will be preempted, or
             returns ``None``. The run is saved once for each answer.
-        stopping: called now and then, and heard on the first worker: whether the run is to stop.
+        stopping: called now and then: whether the run must stop. Only the first worker's answer counts.
         stepped: called after each step with the steps done and the steps in all.
         notes: lines for the user, sent with the first report.
-        repeat: send the last report of a resumed run again, as its receiver may have died before it came.
+        repeat: send the last report of a resumed run again, because its receiver may have died before it
+            arrived.
 
     Raises:
-        Stopped: it was asked to stop; nothing is saved or reported then.
+        Stopped: the run was asked to stop; it has not saved or reported anything since.
     """
     keep_freed_memory()
     session = Session.open(job, device, resume, branch)
@@ -148,7 +149,7 @@ def train_epoch(
 
 
 def end_epoch(session: Session) -> EpochReport:
-    """Evaluate, keep the model if it is the best at a sparsity that is kept, and return the epoch's figures.
+    """Evaluate, keep the model if it is the best at a sparsity to keep, and return the epoch's figures.
 
     Raises:
         FloatingPointError: losses, weights or logits that are not finite: nothing is kept or reported then.
@@ -196,7 +197,7 @@ def _between(session: Session) -> EpochReport:
 
 
 def _decision(session: Session, stopping: Callable[[], bool]) -> int:
-    """What the first worker's clock says after a step, and whether the run is to stop; the same on all."""
+    """The first worker's decision after a step, the same on all: ask about preemption, save, stop, or 0."""
     if session.step < session.look_at:
         return 0
     now, minutes = time.monotonic(), session.job.training.checkpoint_minutes
@@ -214,7 +215,7 @@ def _decision(session: Session, stopping: Callable[[], bool]) -> int:
 
 
 def _due(session: Session, decision: int, leaving: Callable[[], str | None]) -> bool:
-    """Whether a checkpoint within the epoch is due; the same on all workers."""
+    """Return whether a checkpoint within the epoch is due; the same on all workers."""
     steps = session.job.training.checkpoint_steps
     if steps is not None and session.step % steps == 0:
         return True
@@ -226,7 +227,7 @@ def _due(session: Session, decision: int, leaving: Callable[[], str | None]) -> 
 
 
 def _keep(session: Session, report: EpochReport, result: Evaluation) -> None:
-    """Keep the model if its sparsity is one to keep, and it is the best one at it so far."""
+    """Keep the model if its sparsity is one to keep, and it is the best model at this sparsity so far."""
     pruning = session.job.pruning
     sparsities = {session.target} if pruning is None else {pruning.sparsity, *pruning.keep}
     level = next((f"{sparsity:g}" for sparsity in sparsities if abs(sparsity - session.target) < 1e-6), None)
@@ -242,9 +243,9 @@ def _keep(session: Session, report: EpochReport, result: Evaluation) -> None:
 
 
 def _prune(session: Session, sparsity: float) -> None:
-    """Do one pruning step: one round or several, with a reconstruction after each where it is asked for.
+    """Do one pruning step: one round or several, with a reconstruction after each if it is requested.
 
-    Nothing is saved before the step is done: a run that is broken off within it does all of it again.
+    Nothing is saved before the step is done: a run that is interrupted within it repeats all of it.
     """
     job, settings = session.job, session.job.pruning
     assert settings is not None, "a plan comes from pruning settings"
@@ -269,16 +270,16 @@ def _prune(session: Session, sparsity: float) -> None:
 
 
 def _goal(session: Session, pruner: Pruner, masks: MaskSet, sparsity: float, *, last: bool) -> Goal:
-    """What a round shall reach.
+    """The goal of a round.
 
-    The last one of the last step uses the searched allocation, earlier ones scale it down.
+    The last round of the last step uses the searched allocation, earlier ones scale it down.
 
     Args:
         session: of the run.
         pruner: the method.
         masks: of the layers as they are.
-        sparsity: that the round leads to.
-        last: whether it is the last round of its step; others go at least as far as the layers' floors.
+        sparsity: after the round.
+        last: whether it is the last round of its step; the others prune at least to the layers' floors.
     """
     job, settings = session.job, session.job.pruning
     assert settings is not None, "a plan comes from pruning settings"

@@ -56,7 +56,7 @@ class MetricsAccumulator:
         self.rates.append(rate)
 
     def check_gradients(self) -> list[bool]:
-        """Whether the gradients of each step since the last call were finite; synchronises the device."""
+        """Return whether the gradients of each step since the last call were finite; waits for the device."""
         new: list[bool] = torch.isfinite(torch.stack(self._norms)).tolist() if self._norms else []
         for finite in new:
             self.idle = 0 if finite else self.idle + 1

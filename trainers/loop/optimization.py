@@ -27,7 +27,7 @@ _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.Optimizer:
     """Make timm's optimizer by its name; biases and norms have no weight decay.
 
-    On a processor torch's own optimizers make a step in one pass (``fused``), about four times as fast.
+    On CPUs torch's own optimizers make fused steps, which are about four times as fast.
 
     Raises:
         InputError: timm has none of that name, or it refuses its arguments.
@@ -50,11 +50,11 @@ def make_optimizer(training: TrainingSettings, model: nn.Module) -> torch.optim.
 
 
 def _fused(training: TrainingSettings, model: nn.Module) -> dict[str, bool]:
-    """The argument for one pass, where the optimizer has it and the recipe does not say how it steps."""
+    """``fused=True`` on CPUs, if the optimizer supports it and the recipe does not choose otherwise."""
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        return {}  # there torch groups the parameters by itself
+        return {}  # on GPUs torch chooses by itself how it steps
     if training.channels_last:
-        return {}  # moments that are read from a checkpoint lie otherwise, which one pass does not heed
+        return {}  # moments from a checkpoint have another memory format, which fused steps ignore
     kind = get_optimizer_class(training.optimizer, bind_defaults=False)
     known = "fused" in inspect.signature(kind).parameters
     return {"fused": True} if known and not _STEPS & training.optimizer_args.keys() else {}
@@ -188,16 +188,16 @@ class MaskEnforcer:
 
 
 def _selector(weight: Tensor, mask: Tensor) -> Tensor:
-    """What :func:`_zero_` takes: on a processor all bits of kept weights, elsewhere the pruned ones."""
+    """The selector for :func:`_zero_`: on CPUs all bits of kept weights, elsewhere the pruned weights."""
     if weight.device.type != "cpu":
         return ~mask
     return torch.empty_like(weight, dtype=_WORDS[weight.element_size()]).copy_(mask).neg_()
 
 
 def _zero_(tensor: Tensor, selector: Tensor) -> None:
-    """Zero the pruned entries; NaN too.
+    """Zero the pruned entries, even if they are NaN.
 
-    On a processor by the bits of the numbers, as torch's ``masked_fill_`` goes entry by entry there, which
+    On CPUs this masks the bits of the numbers: torch's ``masked_fill_`` works entry by entry there, which
     takes twenty times as long.
     """
     if selector.dtype == torch.bool:

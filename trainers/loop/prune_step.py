@@ -59,7 +59,7 @@ def owners(layers: Sequence[PrunableLayer], world: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where the gradients of a pruning step come from, and how many.
+    """The source of the gradients of a pruning step, and their number.
 
     Attributes:
         batches: returns this worker's batches (images, labels), the same at every call; the number of batches
@@ -100,7 +100,7 @@ def gradient_source(
         rank: this worker.
         world: number of workers.
         seed: decides the order of the images.
-        skip: gradients that earlier rounds have taken; these follow theirs in the order of the images.
+        skip: number of gradients that earlier rounds have used; these follow them in the order of the images.
 
     Returns:
         The source of gradients.
@@ -143,7 +143,7 @@ def prunable_layers(model: nn.Module, settings: PruningSettings) -> list[Prunabl
 
 @dataclass(frozen=True)
 class Goal:
-    """What a pruning step shall reach.
+    """The goal of a pruning step.
 
     Attributes:
         total: number of pruned weights in all layers.
@@ -155,7 +155,7 @@ class Goal:
 
 
 def sharing_of(settings: PruningSettings, pruner: Pruner) -> Sharing:
-    """How a recipe divides a budget among layers; by default as the method does."""
+    """The recipe's way to divide a budget among layers; default: the method's."""
     return Sharing(settings.scope or pruner.scope, settings.floor, settings.ceiling, settings.table)
 
 
@@ -174,7 +174,7 @@ def ordering(
     pruner: Pruner,
     source: Gradients,
 ) -> OrderBuilder:
-    """Make what orders this worker's share of the layers, from the gradients of all workers.
+    """Make the builder that orders this worker's share of the layers, from the gradients of all workers.
 
     Args:
         model: the model to prune.
@@ -184,7 +184,7 @@ def ordering(
         source: this worker's gradients.
 
     Returns:
-        The ordering; nothing is computed yet.
+        The builder; nothing is computed yet.
     """
     owner = owners(layers, distributed.world_size())
     device = next(model.parameters()).device
@@ -225,7 +225,7 @@ def prune_step(work: OrderBuilder, source: Gradients, goal: Goal) -> StepReport:
     Args:
         work: as :func:`ordering` makes it; its model is pruned.
         source: this worker's gradients.
-        goal: what to reach.
+        goal: of the step.
 
     Returns:
         The new masks, and the chosen λ.

@@ -1,8 +1,8 @@
-"""What a run reports: the contract between worker, search, MLflow and display.
+"""Reports of a run: the contract between worker, search, MLflow and display.
 
 A worker reports an :class:`EpochReport` after each epoch (:mod:`trainers.loop.gradual`); a one-shot trial of
-a search reports one without training. The groups of keys below tell what is a series in MLflow and what is
-kept of a trial, so that no other list of these keys is needed.
+a search reports one without training. The groups of keys below say which keys are series in MLflow, and which
+are kept in the record of a trial, so that no other list of these keys is needed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
 
 
 def recordable(report: EpochReport) -> EpochReport:
-    """What a record keeps of a report: its own figures and series, where JSON can hold them as numbers."""
+    """The part of a report that a record keeps: figures and series that JSON can hold as numbers."""
     own = figures_of(report, EpochReport.__annotations__)
     series = {
         key: own[key] for key in ("step_loss", "step_lr") if key in own and all(map(math.isfinite, own[key]))

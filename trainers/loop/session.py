@@ -251,7 +251,7 @@ class Session:
 
     @property
     def evaluated(self) -> nn.Module:
-        """What is evaluated: :attr:`shown`, or the model with fake quantization if it is trained for INT8."""
+        """The model to evaluate: :attr:`shown`, or the model with fake quantization in training for INT8."""
         return self.shown if self.prepared is None else self.prepared
 
     def check_finite(self) -> None:
@@ -270,7 +270,7 @@ class Session:
         Args:
             pruner: the method.
             settings: of the round.
-            skip: gradients that the rounds before it took.
+            skip: number of gradients that earlier rounds used.
         """
         tries = self.job.method is not None and settings.tries_damps(self.job.method)
         return gradient_source(
@@ -364,7 +364,8 @@ class Session:
         """Restore the state of a checkpoint folder.
 
         Args:
-            branches: it is of another run: some settings may differ, and its best models are not this run's.
+            branches: it is a checkpoint of another run: some settings may differ, and its best models are not
+                those of this run.
         """
         tensors, progress = trainer_state.read_state(folder)
         differs = self.job.origin.differs if branches and self.job.origin else ()

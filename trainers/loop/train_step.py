@@ -143,12 +143,12 @@ def _set_rate(session: Session) -> float:
 
 
 def _skips_steps(session: Session) -> bool:
-    """Whether steps that are not finite are left out, instead of ending the run."""
+    """Return whether steps that are not finite are left out, instead of ending the run."""
     return session.job.training.on_nan == "skip" or session.job.training.precision == "float16"
 
 
 def _checks_each_step(session: Session) -> bool:
-    """Whether each step's gradients are checked before they are used, for which the host waits for a GPU.
+    """Return whether each step's gradients are checked before they are used; the host waits for a GPU then.
 
     In float16 the scaler checks them, and leaves steps out itself.
     """

@@ -1,4 +1,4 @@
-"""Models: built by timm, from a hub, or from a file of weights that somebody else wrote."""
+"""Models: built by timm, from a hub, or from a file of weights of another training script."""
 
 __all__ = [
     "factory",

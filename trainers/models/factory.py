@@ -203,7 +203,7 @@ def classes(model: nn.Module) -> int:
 
 
 def batch_normed(model: nn.Module) -> bool:
-    """Whether a model has batch norms, which need more than one image for training."""
+    """Return whether a model has batch norms, which need more than one image for training."""
     return any(isinstance(module, AnyBatchNorm) for module in model.modules())
 
 

@@ -53,7 +53,7 @@ def transformers_config(path: Path) -> str | None:
 
 
 def is_of_transformers(names: Iterable[str]) -> bool:
-    """Whether weights have the names that transformers gives them."""
+    """Return whether weights have the names that transformers gives them."""
     return any(_NAMES.search(name) for name in names)
 
 

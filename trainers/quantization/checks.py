@@ -1,4 +1,4 @@
-"""Checks of quantization: can a model be quantized in a mode, and is enough of a file INT8."""
+"""Checks of quantization: that a model can be quantized in a mode, and that enough of a file is INT8."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _convolutions(model: nn.Module) -> dict[str, int]:
 
 
 def share_of(values: int, model: nn.Module) -> float:
-    """What share of a model's parameters ``values`` weights are."""
+    """The share of a model's parameters that ``values`` weights are, 0…1."""
     return values / sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -268,7 +268,7 @@ def engine_file(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def is_int8(folder: Path) -> bool:
-    """Whether a folder is an INT8 folder."""
+    """Return whether a folder is an INT8 folder."""
     return (folder / QUANTIZATION_RECORD).is_file()
 
 

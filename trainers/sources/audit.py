@@ -17,12 +17,12 @@ from trainers.sources.files import split_glob, table_files
 from trainers.sources.parquet import decode, image_batches, open_parquet
 from trainers.storage import resolve
 
-_MOST_BAD_ROWS = 1000  # of a row group that are listed
+_MOST_BAD_ROWS = 1000  # the largest number of bad rows that are listed for a row group
 
 
 @dataclass
 class DatasetAudit:
-    """What a data set, or a part of it, holds.
+    """The content of a data set, or of a part of it.
 
     Attributes:
         images: number of rows.
@@ -38,7 +38,7 @@ class DatasetAudit:
     bad: list[str] = field(default_factory=list)
 
     def add(self, other: DatasetAudit) -> None:
-        """Take up the figures of another part."""
+        """Add the figures of another part."""
         self.images += other.images
         self.labels += other.labels
         self.bad = sorted(self.bad + other.bad)

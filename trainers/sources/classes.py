@@ -55,7 +55,7 @@ def read_map(file: Path, key: str) -> Names:
 
 
 def _ordered(content: Any) -> list[str]:
-    """Names in the order of their labels; nothing if they have no such order."""
+    """Names in the order of their labels; ``()`` if the labels are not 0…N-1."""
     if isinstance(content, list):
         return content if all(isinstance(name, str) for name in content) else []
     if not isinstance(content, dict) or not all(type(label) is int for label in content.values()):
@@ -66,7 +66,7 @@ def _ordered(content: Any) -> list[str]:
 
 
 def names_of(uri: str, *, key: str = "data", columns: Columns | None = None, every: bool = False) -> Names:
-    """Read what a table calls its classes, from its metadata or from ``classes.json`` beside it.
+    """Read the names of a table's classes, from its metadata or from ``classes.json`` beside it.
 
     Args:
         uri: a Parquet file, a folder or a glob.
@@ -78,7 +78,7 @@ def names_of(uri: str, *, key: str = "data", columns: Columns | None = None, eve
         The names in the order of their labels; ``()`` where they are not known.
 
     Raises:
-        InputError: no such table, or one whose files, or whose ``classes.json``, call the classes otherwise.
+        InputError: no such table, or its files or its ``classes.json`` contradict each other.
     """
     system, files = table_files(uri, key)
     wanted = columns or Columns()
@@ -87,7 +87,7 @@ def names_of(uri: str, *, key: str = "data", columns: Columns | None = None, eve
         try:
             schema = pq.read_schema(file, filesystem=system)
         except (pa.ArrowException, OSError):
-            continue  # whoever reads the table will say so
+            continue  # reading the table will raise the error
         if names := class_names(schema, wanted.find_label(schema, uri, key)):
             names_by_file[Path(file).name] = names
     if beside := names_beside(uri):

@@ -1,6 +1,6 @@
-"""Which columns of a Parquet table hold images and labels, and what the schema calls the classes.
+"""Find the columns of a Parquet table with images and labels, and the names of the classes in its schema.
 
-Tables of the Hugging Face hub say it in their metadata (``features``, with ``Image`` and ``ClassLabel``).
+Tables of the Hugging Face hub have both in their metadata (``features``, with ``Image`` and ``ClassLabel``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a user named; what is not named is found in each table's schema."""
+    """The columns that a user named; the others are found in each table's schema."""
 
     image: str | None = None
     label: str | None = None
 
     @property
     def named(self) -> bool:
-        """Whether the user named a column."""
+        """Return whether the user named a column."""
         return self != Columns()
 
     def find(self, schema: pa.Schema, uri: str, key: str) -> tuple[str, str]:
@@ -111,7 +111,7 @@ def class_names(schema: pa.Schema, label: str) -> tuple[str, ...]:
 
 
 def _choose(what: str, named: str | None, typed: list[str], columns: list[str]) -> tuple[str | None, str]:
-    """The column of images or labels, or ``None`` and why not."""
+    """The column of images or labels; or ``None``, with the reason."""
     has = f"it has {', '.join(columns)}"
     if named is not None:
         return (named, "") if named in columns else (None, f"needs a column {named!r}; {has}")

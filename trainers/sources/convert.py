@@ -188,7 +188,7 @@ def _convert(conversion: Conversion, target: Path, processes: int) -> Iterator[W
     elif any(path.name != _LOCK for path in target.iterdir()):
         expected = "must be an empty folder, or a conversion that was broken off"
         raise InputError("target", str(target), expected)
-    for partial in target.glob(".*.partial"):  # of a conversion that was killed
+    for partial in target.glob(".*.partial"):  # left by a killed conversion
         partial.unlink()
     record.write_text(json.dumps({"source": conversion.source, "fingerprint": fingerprint}, indent=1))
     if conversion.classes:
@@ -261,7 +261,7 @@ def _batches(rows: Iterator[dict[str, Any] | None]) -> Iterator[list[dict[str, A
 
 
 def _features(classes: Sequence[str]) -> dict[str, str]:
-    """What the hub's viewers and ``datasets`` read: an image, and a label with the names of its classes."""
+    """Metadata for the hub's viewers and ``datasets``: an image, and a label with the names of classes."""
     label: dict[str, Any] = {"dtype": "int64", "_type": "Value"}
     if classes:
         label = {"names": list(classes), "_type": "ClassLabel"}

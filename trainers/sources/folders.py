@@ -38,7 +38,7 @@ _BOX = re.compile(r"(n\d{8})(?:\s+\d+){4}")  # Kaggle's PredictionString: an id,
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to read a source of images where its files leave it open.
+    """Options for reading a source of images, where its files allow several readings.
 
     Attributes:
         classes: names of the classes in the order of their labels; ``()``: the sorted names.
@@ -59,7 +59,7 @@ class SourceOptions:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is a system's own (``._a.jpg``, ``.ipynb_checkpoints``, ``@eaDir``)."""
+    """Return whether a file or folder is a system's own (``._a.jpg``, ``.ipynb_checkpoints``, ``@eaDir``)."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 

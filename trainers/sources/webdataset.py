@@ -22,7 +22,7 @@ _KEY = "source"
 _SUFFIX = re.compile(r"(\.tar)(\.(gz|bz2|xz))?$|\.t(gz|bz2|xz)$", re.IGNORECASE)
 _BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, LZMAError)
 _FIELDS = ("label", "cls", "target")
-_MAIN = ("", "input", "image", "target")  # what may stand before the extension: n01.input.jpg
+_MAIN = ("", "input", "image", "target")  # accepted before the extension, as in n01.input.jpg
 
 
 class _Member(tarfile.TarInfo):
@@ -48,7 +48,7 @@ class TarImage:
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file's name is that of a tar, compressed or not."""
+    """Return whether a file's name is that of a tar, compressed or not."""
     return not is_hidden(name) and _SUFFIX.search(name) is not None
 
 

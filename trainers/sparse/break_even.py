@@ -1,4 +1,4 @@
-"""The share of zeros from which a linear layer is faster without them, measured once on a machine."""
+"""The break-even: the least sparsity at which the sparse kernel is faster, measured once on a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.sparse.plan import Executor, Weights
 from trainers.sparse.program import Level, Linear, Program
 
 VERSION = 2
-"""Of the kernels: to be raised when their speed changes, so that all machines measure again."""
+"""Version of the kernels; raised when their speed changes, so that all machines measure again."""
 
 _OUTPUTS, _INPUTS, _TOKENS = 384, 384, 64
 _ROUNDS = 200  # short ones, of which some are not interrupted
@@ -58,7 +58,7 @@ def measure_break_even() -> float:
 
 
 def crossing(dense: float, sparsities: tuple[float, float], times: tuple[float, float]) -> float:
-    """Where the straight line through two points (sparsity, time) meets the dense time, within 0 to 1."""
+    """The sparsity, 0 to 1, at which the line through two points (sparsity, time) meets the dense time."""
     gained = (times[0] - times[1]) / (sparsities[1] - sparsities[0])
     if gained <= 0:
         return 1.0 if times[1] > dense else sparsities[1]
@@ -66,7 +66,7 @@ def crossing(dense: float, sparsities: tuple[float, float], times: tuple[float, 
 
 
 def break_even(folder: Path | None = None) -> float:
-    """The break-even of this machine: as it was measured before, or measured now and kept.
+    """The break-even of this machine: from the cache, or measured now and cached.
 
     Args:
         folder: of the cache (default: ``$ESPALIER_CACHE``, or ``~/.cache/espalier``); where nothing can be

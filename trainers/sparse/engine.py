@@ -1,4 +1,4 @@
-"""What a program needs on this processor: packed weights, and the kernels of its operations."""
+"""A program's packed weights and compiled kernels, for this processor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainers.sparse.program import (
 from trainers.sparse.weights import BlockWeights, SparseWeights, pack_dense, pack_sparse, panel_inputs
 
 Array = NDArray[np.float32]
-SPARSE_FROM = 0.4  # zeros from which a layer is kept without them in a folder
+SPARSE_FROM = 0.4  # least share of zeros of a layer that a folder stores without its zeros
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LinearLayer:
 
     @property
     def left_out(self) -> int:
-        """How many weights are zeros that are neither kept nor multiplied."""
+        """Number of zero weights that are neither stored nor multiplied."""
         kept = self.outputs * self.inputs
         if self.sparse is not None:
             kept = len(self.sparse.values)
@@ -79,9 +79,19 @@ class LinearLayer:
         sparse_from: float,
         panel: int | None = None,
     ) -> LinearLayer:
-        """Packs a matrix ``[outputs, inputs]``: sparse if at least ``sparse_from`` of it are zeros, in
-        panels of ``panel`` inputs (without it as many as suit the caches in tiles of ``widest``
-        vectors)."""
+        """Pack a matrix.
+
+        Args:
+            weight: float32 [outputs, inputs].
+            bias: float32 [outputs].
+            lanes: float32 numbers in a vector.
+            widest: vectors in the widest tile.
+            sparse_from: least share of zeros of a layer that is packed as sparse.
+            panel: inputs in a panel of a sparse matrix; default: as many as suit the caches.
+
+        Returns:
+            The layer.
+        """
         outputs, inputs = weight.shape
         density = np.count_nonzero(weight) / weight.size
         if density <= 1 - sparse_from:
@@ -90,7 +100,7 @@ class LinearLayer:
         return cls(outputs, inputs, bias, None, pack_dense(weight, linear_kernels.DENSE_BLOCK))
 
     def fill(self, arguments: NDArray[np.int64]) -> None:
-        """The arguments of its kernel, except the places."""
+        """Write the arguments of its kernel, except the positions of the buffers."""
         if self.blocks is not None:
             self._fill_int8(self.blocks, arguments)
             return
@@ -118,7 +128,7 @@ class LinearLayer:
 
 
 def kernel_name(operation: Operation, width: int, layers: dict[str, LinearLayer]) -> str:
-    """The name of an operation's kernel for tiles of a width; that of a window has none."""
+    """The name of an operation's kernel for tiles of a width; the kernel of a window has no width."""
     if isinstance(operation, Linear):
         kind = layers[operation.layer].kind
         return f"{kind}{'_residual' * operation.residual}{'_gelu' * operation.gelu}_{width}"
@@ -130,7 +140,17 @@ def kernel_name(operation: Operation, width: int, layers: dict[str, LinearLayer]
 
 
 def kernel(operation: Operation, width: int, lanes: int, layers: dict[str, LinearLayer]) -> Code:
-    """The kernel of an operation, for tiles of a width."""
+    """Write the kernel of an operation.
+
+    Args:
+        operation: the operation.
+        width: vectors in a tile.
+        lanes: float32 numbers in a vector.
+        layers: the program's linear layers, by name.
+
+    Returns:
+        The kernel, not yet compiled.
+    """
     name = kernel_name(operation, width, layers)
     if isinstance(operation, Linear):
         make = {
@@ -162,7 +182,7 @@ def _area(operation: WindowAttention) -> int:
 
 
 class Kernels:
-    """The kernels of a program, compiled when tiles of a width need them first.
+    """The kernels of a program; each is compiled when tiles of its width first need it.
 
     Args:
         lanes: numbers in a vector.
@@ -174,7 +194,7 @@ class Kernels:
         self._machines: dict[str, Machine] = {}
 
     def require(self, needed: Iterable[tuple[Operation, int]]) -> None:
-        """Compiles what is missing for operations on tiles of widths, and the driver."""
+        """Compile the missing kernels of (operation, width of a tile) pairs, and the driver."""
         missing = {kernel_name(*each, self._layers): each for each in needed}
         codes = [
             kernel(operation, width, self._lanes, self._layers)
@@ -187,11 +207,11 @@ class Kernels:
             self._machines |= dict.fromkeys([code.name for code in codes], Machine(codes))
 
     def address(self, operation: Operation, width: int) -> int:
-        """Where the kernel of an operation begins."""
+        """Address of the kernel of an operation."""
         name = kernel_name(operation, width, self._layers)
         return self._machines[name].address(name)
 
     @property
     def driver(self) -> int:
-        """Where the driver begins."""
+        """Address of the driver."""
         return self._machines["driver"].address("driver")

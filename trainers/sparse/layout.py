@@ -1,4 +1,4 @@
-"""Where numbers lie: activations in tiles of tokens, feature by feature.
+"""The memory layout of activations: tiles of tokens, feature by feature.
 
 A buffer holds ``images × vectors × features × lanes`` float32. The tokens of an image fill ``vectors``
 vectors of ``lanes`` tokens each (the last is padded). Some consecutive vectors form a tile; within a tile
@@ -86,8 +86,8 @@ class Tiling:
         return np.stack([starts, np.array(self.widths)], axis=1).astype(np.int64)
 
     def slots(self, order: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Where the tokens lie, ``[images, tokens]``; with ``order`` an image's token ``t`` lies where
-        otherwise token ``order[t]`` would."""
+        """The slots of the tokens, ``[images, tokens]``; with ``order`` an image's token ``t`` has the slot
+        that token ``order[t]`` would have otherwise."""
         within = np.arange(self.tokens) if order is None else order
         return np.arange(self.images)[:, None] * self.pitch + within
 

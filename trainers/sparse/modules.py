@@ -1,4 +1,4 @@
-"""Layers of any torch model on the sparse kernel: for models that are not packed whole.
+"""Replace single layers of any torch model by the sparse kernel, for models that cannot be packed.
 
     swapped = sparse_linear_modules(model, images)
     swapped.sparse      # names of the layers that run without their zeros now
@@ -24,11 +24,11 @@ from trainers.sparse.layout import WIDEST
 from trainers.sparse.plan import Executor, Weights
 from trainers.sparse.program import Level, Linear, Patches, Program, Rows
 
-RELATIVE = 1e-3  # of the largest answer: by how much the swapped model's may differ
+RELATIVE = 1e-3  # the largest accepted difference of outputs, as a share of the largest output
 
 
 class SparseLinear(nn.Module):
-    """What a :class:`torch.nn.Linear` computes, for inference on the processor.
+    """A :class:`torch.nn.Linear` on the sparse kernel, for inference on the CPU.
 
     Args:
         dense: the layer that it replaces; its zeros are left out.
@@ -139,7 +139,7 @@ def sparse_linear_modules(
 
 
 def _reason(module: nn.Linear, *, called: bool) -> str | None:
-    """Why a layer cannot be replaced."""
+    """The reason why a layer cannot be replaced; ``None`` if it can."""
     if type(module) is not nn.Linear:
         return f"is a {type(module).__name__}"
     if not called:

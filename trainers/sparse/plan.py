@@ -1,4 +1,4 @@
-"""A program that is run: the buffers of a batch, what each kernel is called with, and the threads."""
+"""The execution of a program: the buffers of a batch, the arguments of each kernel, and the threads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Weights:
-    """What a program's operations read besides buffers.
+    """The weights and tables that a program's operations read besides buffers.
 
     Args:
         layers: linear layers.
@@ -56,14 +56,13 @@ class Plan:
 
     Args:
         tilings: of each level.
-        buffers: those that all threads see.
-        scratch: a thread's own memory, one array a thread.
+        buffers: the buffers that all threads share.
+        scratch: one array for each thread, its own memory.
         stages: int64 ``[stages, driver.STAGE]``.
-        operations, tables, items: of each stage: its operations, the driver's table of them, and what they
-            are called for (first vector and width of a tile; number of a window and 1).
+        operations, tables, items: of each stage: its operations, the driver's table of them, and the items
+            for which they are called (first vector and width of a tile; number of a window and 1).
         calls: the driver's arguments, for each thread.
-        pixels, rows: the arguments in which the address of the images, and of the array that rows are
-            written to, is still to be set.
+        pixels, rows: the arguments that will get the addresses of the images, and of the array for rows.
     """
 
     tilings: list[Tiling]
@@ -76,7 +75,7 @@ class Plan:
     calls: list[tuple[int, int, int]] = field(default_factory=list)
     pixels: list[Integers] = field(default_factory=list)
     rows: list[Integers] = field(default_factory=list)
-    kept: list[NDArray[np.generic]] = field(default_factory=list)  # what addresses point to
+    kept: list[NDArray[np.generic]] = field(default_factory=list)  # arrays to which addresses point
 
     @property
     def bytes(self) -> int:
@@ -84,7 +83,7 @@ class Plan:
         return sum(array.nbytes for array in [*self.buffers.values(), *self.scratch])
 
     def keep(self, array: NDArray[np.generic]) -> int:
-        """Keeps an array as long as the plan; returns its address."""
+        """Keep an array as long as the plan; return its address."""
         self.kept.append(array)
         return int(array.ctypes.data)
 
@@ -103,7 +102,7 @@ def stages_of(level: Level) -> list[list[Operation]]:
 
 
 def token_order(level: Level) -> Integers:
-    """At which position each token of a level lies (prefix, then the grid row by row)."""
+    """The position of each token of a level (prefix, then the grid row by row) in memory."""
     kinds = {(each.window, each.shift) for each in level.operations if isinstance(each, WindowAttention)}
     if not kinds:
         return np.arange(level.tokens)
@@ -161,7 +160,7 @@ class Executor:
         return plan
 
     def plan(self, batch: int) -> Plan:
-        """Buffers and arguments for a batch size; those of another are let go."""
+        """Buffers and arguments for a batch size; those of the last batch size are freed."""
         if batch not in self._plans:
             self._plans.clear()
             self._plans[batch] = self._made(batch)
@@ -196,7 +195,7 @@ class Executor:
         return plan
 
     def _arguments(self, operation: Operation, number: int, plan: Plan, memory: _Memory) -> Integers:
-        """What an operation's kernel is called with."""
+        """The arguments of an operation's kernel."""
         arguments = np.zeros(16, dtype=np.int64)
         if isinstance(operation, WindowAttention):
             self._window_arguments(operation, number, arguments, plan, memory)
@@ -207,7 +206,7 @@ class Executor:
             arguments[gather.TOKENS] = plan.tilings[number].images * plan.tilings[number].tokens
             plan.rows.append(arguments)
             return arguments
-        memory.locate(arguments, 3, operation.output)  # of every other kernel the second place
+        memory.locate(arguments, 3, operation.output)  # in all other kernels the second buffer
         if isinstance(operation, Patches):
             self._patches_arguments(number, arguments, plan)
             return arguments
@@ -332,7 +331,7 @@ def _window_items(operation: WindowAttention, level: Level, batch: int) -> Integ
 
 
 class _Memory:
-    """Where a plan's buffers lie: those of all threads, and in a thread's scratch (bytes from its begin)."""
+    """The positions of a plan's buffers: shared ones, and those in a thread's scratch (offsets in bytes)."""
 
     def __init__(self, program: Program, tilings: Sequence[Tiling], lanes: int, threads: int) -> None:
         self._features, self._lanes = program.buffers, lanes
@@ -353,7 +352,7 @@ class _Memory:
             self._local[name] = 4 * size
             size += program.buffers[name] * wide * lanes
         self.work = 4 * size
-        """Of attention: where its scores lie, in bytes from the begin of a thread's scratch."""
+        """Offset in bytes of the scores of attention in a thread's scratch."""
         most = 0
         for level in program.levels:
             for operation in level.operations:
@@ -365,7 +364,7 @@ class _Memory:
         self.scratch = [layout.aligned(size + most) for _ in range(threads)]
 
     def locate(self, arguments: Integers, at: int, name: str) -> None:
-        """The three numbers that place a buffer, into arguments from ``at`` on."""
+        """Write the three numbers that locate a buffer into ``arguments``, from ``at`` on."""
         if name in self._local:
             arguments[at : at + 3] = self._local[name], 0, 1
         else:

@@ -11,9 +11,15 @@ FORMAT, VERSION = "espalier-sparse", 1
 
 @dataclass(frozen=True)
 class Linear:
-    """``output = W input + bias``, added to what the output holds with ``residual``, with GELU after it with
-    ``gelu``; ``layer`` names its tensors. With ``int8`` the weights are bytes in blocks of 1 × 4 and the
-    input was quantized."""
+    """A linear layer, ``output = W input + bias``.
+
+    Attributes:
+        layer: names its tensors.
+        input, output: buffers.
+        residual: add to the output.
+        gelu: apply GELU to the result.
+        int8: the weights are bytes in blocks of 1 × 4, and the input was quantized.
+    """
 
     layer: str
     input: str
@@ -26,7 +32,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The first ``inputs`` features of each token in bytes, with the token's own step and zero point."""
+    """Quantization of the first ``inputs`` features to bytes, with a step and a zero point for each token."""
 
     input: str
     output: str
@@ -63,9 +69,9 @@ class WindowAttention:
     """Multi-head attention within the windows of a grid of tokens, with a relative position bias.
 
     Args:
-        layer: names its tensors: ``relative_position`` ``[heads, keys, queries]``, tokens of a window row by
-            row, and ``padding``, what ``input`` would hold for a token of zeros: where windows reach beyond
-            the grid such tokens are keys as others are.
+        layer: names its tensors: ``relative_position`` ``[heads, keys, queries]``, with the tokens of a
+            window row by row; and ``padding``, the queries, keys and values of a token of zeros, which fills
+            windows that reach beyond the grid, and is a key like others.
         window, shift: rows and columns.
     """
 
@@ -90,7 +96,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Start:
-    """What every image's tokens begin with (class token, position embedding): the tensor ``layer``
+    """The first values of every image's tokens (class token, position embedding): the tensor ``layer``,
     ``[tokens, features]``."""
 
     layer: str
@@ -100,8 +106,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Merge:
-    """Two by two tokens of the level before as one token, their features one after the other: upper left,
-    lower left, upper right, lower right; zeros beyond an odd edge."""
+    """Merging of two by two tokens of the last level into one token. Their features follow each other: upper
+    left, lower left, upper right, lower right; beyond an odd edge there are zeros."""
 
     input: str
     output: str
@@ -110,7 +116,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Rows:
-    """The features of each token as a row of an array outside."""
+    """Output of the features of each token as a row of an array."""
 
     input: str
     kind: Literal["rows"] = "rows"
@@ -143,7 +149,7 @@ class Level:
 
     @property
     def apart(self) -> bool:
-        """Whether each image begins a tile of its own, as attention over all its tokens wants it."""
+        """Return whether each image begins a tile of its own, as attention over all its tokens requires."""
         return any(isinstance(operation, (Attention, Start)) for operation in self.operations)
 
 
@@ -180,17 +186,17 @@ class Program:
 
     @property
     def operations(self) -> list[Operation]:
-        """Those of all levels."""
+        """The operations of all levels."""
         return [operation for level in self.levels for operation in level.operations]
 
 
 def to_json(program: Program) -> dict[str, Any]:
-    """The program as JSON writes it."""
+    """The program in JSON's types; :func:`from_json` reads it."""
     return {"format": FORMAT, "version": VERSION, **asdict(program)}
 
 
 def from_json(text: str, where: str) -> Program:
-    """The inverse, checked.
+    """Read and check a program that :func:`to_json` returned.
 
     Raises:
         ValueError: what is no such program, or one of another version.

@@ -1,4 +1,4 @@
-"""A pruned vision transformer, from its folder to logits: numpy in, numpy out, without torch.
+"""Run a pruned vision transformer from its folder: numpy in, logits out, without torch.
 
 from trainers.sparse import load
 model = load("deit_s_90", threads=2)
@@ -119,7 +119,7 @@ class SparseModel:
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
-        """How images are prepared, and the names of the classes (:mod:`trainers.data.preprocessing`)."""
+        """The preprocessing of images and the names of the classes (:mod:`trainers.data.preprocessing`)."""
         return self.program.preprocessing
 
     @property

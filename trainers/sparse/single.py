@@ -1,4 +1,4 @@
-"""One linear layer by itself, as it runs inside a model: for measuring how long it takes."""
+"""One linear layer alone, run as inside a model, to measure its time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trainers.sparse.program import Level, Linear, Program
 class SingleLinear:
     """``W x + bias`` on tiles of tokens.
 
-    Inputs are laid out as tiles when they are given for the first time and not again with the same array:
-    inside a model they lie so already, and what is timed is the layer alone.
+    Inputs are converted to tiles at the first call only, and not again for the same array: inside a model
+    they already have this layout, so only the layer is timed.
 
     Args:
         weight: float32 ``[outputs, inputs]``.

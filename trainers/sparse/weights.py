@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pruners.arithmetic import ceil_div
 from trainers.sparse.kernels.linear import AHEAD
 
-PANEL_BYTES = 24 * 1024  # of a tile's activations: what stays in a 32 KiB L1 cache beside the rest
-MOST_PANEL_BYTES = 4 * PANEL_BYTES  # of a panel of few nonzeros, which comes from the L2 cache in part
-ROW_NONZEROS = 20  # of a row in a panel: fewer, and reading and writing its sums costs more than L1 saves
-MOST_COLUMNS = 65536  # of a panel: column numbers have 16 bits
+PANEL_BYTES = 24 * 1024  # of a tile's activations in a panel: with the rest they fit in a 32 KiB L1 cache
+MOST_PANEL_BYTES = 4 * PANEL_BYTES  # for panels with few nonzeros; a part then comes from the L2 cache
+ROW_NONZEROS = 20  # least nonzeros of a row in a panel; with fewer, its sums cost more than the cache saves
+MOST_COLUMNS = 65536  # inputs in a panel, because column numbers have 16 bits
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Windows of a grid of tokens, shifted or not: an order of tokens in which both kinds are few runs, and the
-runs as the attention kernel reads them.
+"""Token order for shifted-window attention: each window, shifted or not, is a few contiguous runs of tokens.
 
-A grid that is cut into windows twice, once shifted, falls into cells, each within one window of either kind.
-Tokens are ordered window by window (unshifted), in a window cell by cell, in a cell row by row. A window of
-the first kind is then one run of tokens, a shifted one at most four, in whatever tiles they lie.
+The borders of the windows and of the shifted windows together cut the grid into cells. Each cell lies within
+one window of each kind. Tokens are ordered window by window (unshifted), within a window cell by cell, and
+within a cell row by row. An unshifted window is then one run of tokens, and a shifted window at most four.
+:func:`runs` gives these runs as the attention kernel reads them; where a tile ends, a run is divided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pruners.arithmetic import ceil_div
 from trainers.sparse.layout import Tiling
 
-MASKED = -100.0  # added to the scores of two tokens that were no neighbours before the shift, as Swin does
+MASKED = -100.0  # added, as in Swin, to the scores of two tokens that were not neighbours before the shift
 # a run of a window's tokens in one tile, int64: address of the first feature, bytes to the next one, bytes
 # from a window's first token, address for the result, tokens (none of padding)
 SOURCE, ROW, LANE, TARGET, COUNT = range(5)
@@ -51,7 +51,7 @@ def local_order(window: Pair, shift: Pair, *, shifted: bool) -> NDArray[np.int64
 
 
 def token_order(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
-    """At which position each token of a grid (numbered row by row) lies."""
+    """The position of each token of a grid (numbered row by row) in the order of this module."""
     windows = window_tokens(grid, window, (0, 0))[:, local_order(window, shift, shifted=False)]
     tokens = windows[windows >= 0]
     order = np.empty(len(tokens), dtype=np.int64)
@@ -83,7 +83,7 @@ def window_tokens(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
 
 
 def window_regions(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
-    """For each window the regions of its tokens: those of different regions see nothing of each other."""
+    """For each window the regions of its tokens; there is no attention between different regions."""
     (_, rows), (_, columns) = (_axis(*each) for each in zip(grid, window, shift, strict=True))
     return _partition(rows[:, None] * 3 + columns, window)
 
@@ -93,7 +93,7 @@ class Partition:
     """The windows of a level.
 
     Args:
-        order: where the tokens of the grid lie (:func:`token_order`).
+        order: position of each token of the grid (:func:`token_order`).
         tokens: ``[windows, tokens]`` of each window, in the window's own order; -1 is padding.
         local: that order, of tokens numbered row by row.
         regions: as :func:`window_regions`, in the window's own order.
@@ -110,7 +110,7 @@ class Partition:
         return len(self.local)
 
     def masks(self, lanes: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """What is added to scores: ``[kinds, keys, queries (padded)]``, and each window's kind."""
+        """The masks that are added to scores, ``[kinds, keys, queries (padded)]``, and each window's kind."""
         kinds, number = np.unique(self.regions, axis=0, return_inverse=True)
         masks = np.zeros((len(kinds), self.area, ceil_div(self.area, lanes) * lanes), dtype=np.float32)
         masks[:, :, : self.area] = np.where(kinds[:, :, None] == kinds[:, None, :], 0, MASKED)

@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def cut(self) -> dict[str, list[Any]]:
-        """What is cut: kind -> [before, after]."""
+        """The cut widths: kind -> [before, after]."""
         return self.after.differences(self.before)
 
     def facts(self, settings: StructuredSettings) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pruners.errors import InputError
 from trainers.config.structured import StructuredSettings, Width, is_reduced
 
 _KEY = "structured"
-_HEAD_TOLERANCE = 0.01  # of a head: how far a share like 0.667 may be from a whole number
+_HEAD_TOLERANCE = 0.01  # the largest distance of a share of heads (0.667) from a whole number of heads
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Shape:
         return {**before, **own}
 
     def differences(self, before: Shape) -> dict[str, list[Any]]:
-        """What is cut: kind -> [before, after], each a number, or a list with one for each stage."""
+        """The cut widths: kind -> [before, after], each a number, or a list with one for each stage."""
         changes = {"embed": [before.embed, self.embed]}
         for kind, name in (("heads", "heads"), ("head_dim", "head_dim"), ("mlp", "hidden")):
             changes[kind] = [_one_or_list(getattr(shape, name)) for shape in (before, self)]

@@ -1,9 +1,8 @@
 """Verify a model that was cut in width.
 
-Its logits are compared, in float64, with those of the model that it was cut from, in which the removed
-channels are zeroed and norms ignore them; with its own where attention is computed in the other way, which
-would show a wrong scale; and with those of the model that is read back from the file. Its parameters are
-counted.
+Its logits are compared, in float64, with three others: those of the uncut model, whose removed channels are
+zeroed and ignored by norms; its own, with attention computed in the other way (fused or step by step), which
+shows a wrong scale; and those of the model that is read back from the file. Its parameters are counted.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.nn import functional
 from pruners.structured.channels import Cut
 from trainers.models import factory
 
-_TOLERANCE = 1e-9  # of the largest logit, in float64; a wrong channel or scale differs by far more
+_TOLERANCE = 1e-9  # largest difference, as a share of the largest logit in float64; faults cause far more
 
 
 def check_cut(made: nn.Module, dense: nn.Module, cut: Cut, *, planned: int) -> None:

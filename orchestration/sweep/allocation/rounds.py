@@ -1,7 +1,7 @@
-"""The rounds of a method's one-shot pruning: each orders the weights of the model that the one before left.
+"""The rounds of a method's one-shot pruning: each orders the weights of the model that the last one made.
 
-What a round makes is kept in the storage by all that it depends on: its elimination order, and the model that
-the next one starts from. All sparsities that are searched share them.
+The results of a round are kept in the storage, in folders named by a hash of all that they depend on: the
+elimination order, and the model from which the next round starts. The searches at all sparsities share them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _REACHED = 1e-9
 
 @dataclass(frozen=True)
 class Round:
-    """A round that is done: the model whose weights it ordered, and the order."""
+    """A finished round: the model whose weights it ordered, and the order."""
 
     checkpoint: str
     order: StoredOrder
 
 
 class Rounds:
-    """The rounds of one method, made as far as searches need them.
+    """The rounds of one method; a round is made when a search needs it.
 
     Args:
         sweep: with the recipe.
         method: of pruning.
         dense: the model that the first round prunes.
-        sparsities: that are searched.
+        sparsities: of all searches.
     """
 
     def __init__(self, sweep: Sweep, method: str, dense: Dense, sparsities: Sequence[float]) -> None:
@@ -55,7 +55,7 @@ class Rounds:
         self._facts: dict[int, OrderFacts] = {}
 
     def leading_to(self, sparsity: float) -> tuple[Round, OrderFacts]:
-        """The round that goes to a sparsity or beyond it, and what trials need to know of its order."""
+        """The round that leads to a sparsity or beyond it, and the facts about its order that trials need."""
         number = self._number(sparsity)
         while len(self._done) <= number:
             self._done.append(self._next())
@@ -70,7 +70,7 @@ class Rounds:
 
     @cached_property
     def _levels(self) -> list[float]:
-        """The sparsity that each round leads to; a search that chooses it needs the last to begin below."""
+        """The sparsity after each round. If the sparsity is searched, the last round ends at its minimum."""
         recipe = self._sweep.recipe
         pruning, reach = recipe.pruning, recipe.allocation.reach
         end = pruning.sparsity if reach is None else reach[0]
@@ -81,14 +81,14 @@ class Rounds:
         return pruning.rounds(self._method, start, end)
 
     def _number(self, sparsity: float) -> int:
-        """Which round goes to a sparsity; the last one also beyond its own, and where the search chooses."""
+        """The number of the round for a sparsity; the last round is also used for any higher sparsity."""
         if self._sweep.recipe.allocation.reach is not None:
             return len(self._levels) - 1
         reached = (number for number, level in enumerate(self._levels) if level >= sparsity - _REACHED)
         return next(reached, len(self._levels) - 1)
 
     def _next(self) -> Round:
-        """Do the next round, as far as nobody has done it before."""
+        """Do the next round, or take its results from the storage."""
         sweep, number = self._sweep, len(self._done)
         checkpoint, weights = self._dense.checkpoint, self._dense.weights
         if number:
@@ -120,9 +120,9 @@ class Rounds:
         )
 
     def _make(self, order: StoredOrder, checkpoint: str, number: int) -> None:
-        """Make an order: by a worker group where there are GPUs or several nodes, each with some layers.
+        """Make an order. With GPUs or several nodes a worker group does it, each worker with some layers.
 
-        One process has all processors of a node to itself otherwise.
+        Otherwise it is one process, which uses all processors of a node.
         """
         sweep, resources = self._sweep, self._sweep.recipe.resources
         if len(self._levels) > 1:
@@ -147,7 +147,7 @@ class Rounds:
         ray.get(task.remote(job, device))
 
     def _model_after(self, number: int) -> str:
-        """The folder of the model that a round leaves, pruned as the method itself shares its zeros out."""
+        """The folder of the model after a round, pruned by the method's own allocation."""
         sweep, before = self._sweep, self._done[number]
         pruning = sweep.recipe.pruning
         key = digest(

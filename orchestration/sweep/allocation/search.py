@@ -38,7 +38,7 @@ from trainers.engines.latency_table import LatencyTable
 
 
 def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
-    """A study for each sparsity, each begun with what was best at the one before."""
+    """Search the allocation at each sparsity; each study begins with the best proposal of the one before."""
     studies: dict[float, Study] = {}
     search = _Searches(sweep, method, dense)
     before: Study | None = None
@@ -50,7 +50,7 @@ def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
 
 
 class _Searches:
-    """The studies of one method. Orders of elimination are made when the first study needs them."""
+    """The studies of one method. Elimination orders are made when the first study needs them."""
 
     def __init__(self, sweep: Sweep, method: str, dense: Dense) -> None:
         self._sweep, self._method, self._dense = sweep, method, dense
@@ -59,7 +59,7 @@ class _Searches:
         self._rounds = Rounds(sweep, method, dense, self.sparsities)
 
     def study(self, sparsity: float, before: Study | None) -> Study:
-        """One elimination serves all trials; the first is the method's own allocation."""
+        """Search at one sparsity. All trials use one elimination; the first is the method's allocation."""
         sweep, search = self._sweep, self._sweep.recipe.allocation
         pruning = sweep.recipe.pruning.model_copy(update={"sparsity": sparsity})
         moved = None if before is None else before.moved
@@ -71,7 +71,7 @@ class _Searches:
             moved,
             sweep.recipe.seed,
             sweep.data_hash,
-            # times of another machine are other results
+            # another machine has other times, and so other results
             *([] if self._table is None else [self._table.about]),
         )
         name = f"allocation-{self._method}-{key}"
@@ -110,7 +110,7 @@ class _Searches:
             runs.figure(plots.search_front(log.trials, search.rule, best, f"{self._method}{at}"), "pareto")
         runs.figures(search_figures(log.trials, inputs.space.distributions(), f"{self._method}{at}"))
         runs.close(best)
-        # last, as it says that the search is done: MLflow has all of it by now
+        # last: this folder marks the search as done, with everything in MLflow
         record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
         task, device = sweep.task(remote.save_one_shot)
         solved = ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record, device))
@@ -186,7 +186,7 @@ class _Searches:
 
     @cached_property
     def _table(self) -> LatencyTable | None:
-        """Latency table of the serving machine; ``None`` where the recipe does not ask for speed."""
+        """Latency table of the serving machine; ``None`` if the search is not for speed."""
         sweep = self._sweep
         if not isinstance(self._rule, Fastest):
             return None
@@ -202,12 +202,12 @@ class _Searches:
 
     @cached_property
     def _speed(self) -> Speed | None:
-        """The table with the top-1, on the trials' images, of the model that the loss is relative to."""
+        """The table, and the top-1 (on the trials' images) of the model to which the loss is relative."""
         sweep, table = self._sweep, self._table
         if table is None:
             return None
         before = sweep.lineage.get("structured", {}).get("dense_top1")
-        if before is not None:  # of the model that was cut in width since
+        if before is not None:  # the loss is relative to the model before the structured step
             return Speed(table, before)
         task, device = sweep.task(remote.measure)
         figures = task.remote(

@@ -89,7 +89,11 @@ def _block(writer: Writer, name: str, block: Any, number: int) -> list[Operation
 
 
 def check(model: Any) -> None:
-    """Raises ``ValueError`` for a part with no operation of the engine's; weights do not matter."""
+    """Check that the engine has an operation for every part of a model; weights are not read.
+
+    Raises:
+        ValueError: a part has none; names it.
+    """
     if model.head.global_pool.pool_type != "avg":
         raise ValueError(f"global_pool {model.head.global_pool.pool_type!r}: avg is packed")
     if model.patch_embed.norm is not None and not isinstance(model.patch_embed.norm, nn.Identity):

@@ -1,4 +1,4 @@
-"""A model's tensors as its folder holds them, and the blocks that all families share."""
+"""The tensors of a model as they are stored in its folder, and the blocks that all families share."""
 
 from __future__ import annotations
 
@@ -32,8 +32,16 @@ def add_linear(
     factor: Tensor | None = None,
     int8: bool = False,
 ) -> None:
-    """A linear layer's tensors; with ``factor`` (LayerScale) its outputs are multiplied by it, with
-    ``int8`` the weights are bytes, of which blocks of four zeros are left out."""
+    """Add the tensors of a linear layer.
+
+    Args:
+        tensors: gets them, under names that begin with ``name``.
+        name: of the layer.
+        weight: [outputs, inputs].
+        bias: [outputs]; ``None``: zeros.
+        factor: [outputs], factors of the outputs (LayerScale), which weights and bias take up.
+        int8: store the weights as bytes, without the blocks of four zeros.
+    """
     weight = weight.detach().float()
     bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
     if factor is not None:
@@ -63,14 +71,22 @@ def _add_places(
     *,
     shape: tuple[int, ...],
 ) -> None:
-    """Where the numbers or blocks stand that a matrix of this shape keeps, ordered by rows."""
+    """Add the positions of the stored numbers or blocks of a matrix: their number in each row, their columns.
+
+    Args:
+        tensors: gets them, under names that begin with ``name``.
+        name: of the layer.
+        rows: of the stored numbers, ascending.
+        columns: of the stored numbers (or of their blocks).
+        shape: of the matrix.
+    """
     tensors[f"{name}/counts"] = np.bincount(rows, minlength=shape[0]).astype(np.int32)
     tensors[f"{name}/columns"] = columns.astype(np.uint16)
     tensors[f"{name}/inputs"] = np.array([shape[1]], dtype=np.int64)
 
 
 def add_norm(tensors: Tensors, name: str, norm: nn.LayerNorm) -> float:
-    """A LayerNorm's tensors; returns its epsilon."""
+    """Add the tensors of a LayerNorm; return its epsilon."""
     size = int(np.prod(norm.normalized_shape))
     tensors[f"{name}/scale"] = numbers(torch.ones(size) if norm.weight is None else norm.weight)
     tensors[f"{name}/shift"] = numbers(torch.zeros(size) if norm.bias is None else norm.bias)
@@ -90,12 +106,12 @@ class Writer:
     buffers: dict[str, int] = field(default_factory=dict)
 
     def buffer(self, name: str, features: int) -> str:
-        """A buffer of at least so many features; returns its name."""
+        """Make a buffer of at least ``features`` features; return its name."""
         self.buffers[name] = max(self.buffers.get(name, 0), features)
         return name
 
     def norm(self, name: str, norm: nn.LayerNorm, source: str, target: str) -> Operation:
-        """A LayerNorm."""
+        """Add a LayerNorm from the buffer ``source`` to the buffer ``target``."""
         features = int(np.prod(norm.normalized_shape))
         return LayerNorm(name, source, self.buffer(target, features), add_norm(self.tensors, name, norm))
 
@@ -110,7 +126,20 @@ class Writer:
         residual: bool = False,
         gelu: bool = False,
     ) -> list[Operation]:
-        """A linear layer; in INT8 with the quantization of its inputs, if there are a multiple of four."""
+        """Add a linear layer; with ``int8``, if its inputs are a multiple of four, also their quantization.
+
+        Args:
+            name: of the layer.
+            module: the layer.
+            source: buffer of the inputs.
+            target: buffer of the outputs.
+            factor: [outputs], factors of the outputs (LayerScale).
+            residual: add the outputs to the buffer.
+            gelu: apply GELU to the outputs.
+
+        Returns:
+            The operations.
+        """
         as_bytes = self.int8 and module.in_features % 4 == 0
         add_linear(self.tensors, name, module.weight, module.bias, factor=factor, int8=as_bytes)
         self.buffer(target, module.out_features)
@@ -123,7 +152,7 @@ class Writer:
         ]
 
     def mlp(self, name: str, block: Any, stream: str, scale: Tensor | None = None) -> list[Operation]:
-        """The second half of a block: ``stream += MLP(norm2(stream))``."""
+        """Add the second half of a block: ``stream += MLP(norm2(stream))``."""
         return [
             self.norm(f"{name}.norm2", block.norm2, stream, "norm"),
             *self.linear(f"{name}.mlp.fc1", block.mlp.fc1, "norm", "hidden", gelu=True),
@@ -131,7 +160,7 @@ class Writer:
         ]
 
     def head(self, *heads: nn.Module) -> None:
-        """The classifiers."""
+        """Add the classifiers."""
         for number, head in enumerate(heads):
             if isinstance(head, nn.Linear):
                 bias = torch.zeros(head.out_features) if head.bias is None else head.bias
@@ -139,13 +168,16 @@ class Writer:
                 self.tensors[f"head/bias{number}"] = numbers(bias)
 
     def program(self, model: Any, levels: Sequence[Level], output: str, **about: Any) -> Program:
-        """The program of a model of timm's, whose images are cut by ``patch_embed``.
+        """Make the program of a timm model that cuts its images into patches by ``patch_embed``.
 
         Args:
             model: the model.
             levels: its levels.
-            output: the buffer that the last one leaves its tokens in.
+            output: the buffer with the tokens after the last level.
             about: the other fields of :class:`trainers.sparse.program.Program`: pool, classes and so on.
+
+        Returns:
+            The program.
         """
         embedding = model.patch_embed.proj
         height, width = model.patch_embed.img_size
@@ -164,11 +196,15 @@ class Writer:
 
 
 LOCAL = ("patches", "merged", "norm", "hidden", "quantized")
-"""The buffers that a thread keeps to itself."""
+"""Buffers of which each thread has its own."""
 
 
 def check_mlp(name: str, mlp: nn.Module) -> None:
-    """Raises ``ValueError`` for another MLP than those with GELU in its exact form."""
+    """Check that an MLP has GELU in its exact form, and no norm inside.
+
+    Raises:
+        ValueError: it is another MLP; names it.
+    """
     act = getattr(mlp, "act", None)
     exact = type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none"
     if type(mlp).__name__ != "Mlp" or not exact:
@@ -177,12 +213,20 @@ def check_mlp(name: str, mlp: nn.Module) -> None:
 
 
 def check_identity(name: str, part: nn.Module | None) -> None:
-    """Raises ``ValueError`` where a part does something."""
+    """Check that an optional part is missing or an identity.
+
+    Raises:
+        ValueError: it is another module; names it.
+    """
     if part is not None and not isinstance(part, nn.Identity):
         raise ValueError(f"{name}: a {type(part).__name__} here is not packed")
 
 
 def check_norm(name: str, part: nn.Module) -> None:
-    """Raises ``ValueError`` where a norm is no LayerNorm."""
+    """Check that a norm is a LayerNorm.
+
+    Raises:
+        ValueError: it is another norm; names it.
+    """
     if not isinstance(part, nn.LayerNorm):
         raise ValueError(f"{name}: a {type(part).__name__} here is not packed, only a LayerNorm")

@@ -82,8 +82,7 @@ def vision_transformer(model: Any, *, int8: bool = False) -> tuple[Program, Tens
 
 
 def _start(model: Any, prefix: int) -> NDArray[np.float32]:
-    """What the tokens are before the patches' embedding is added: positions, class token, the embedding's
-    bias."""
+    """The tokens before the patches' embedding is added: positions, class token, the embedding's bias."""
     dim, positions = int(model.embed_dim), model.pos_embed
     patches = int(model.patch_embed.num_patches)
     tokens = torch.zeros(prefix + patches, dim)
@@ -104,7 +103,11 @@ def _gamma(scale: nn.Module) -> Tensor | None:
 
 
 def check(model: Any) -> None:
-    """Raises ``ValueError`` for a part with no operation of the engine's; weights do not matter."""
+    """Check that the engine has an operation for every part of a model; weights are not read.
+
+    Raises:
+        ValueError: a part has none; names it.
+    """
     if type(model).__name__ == "VisionTransformer" and model.global_pool not in {"token", "avg"}:
         raise ValueError(f"global_pool {model.global_pool!r}: token or avg is packed")
     if getattr(model, "attn_pool", None) is not None:

@@ -14,7 +14,7 @@ from trainers.sparse.kernels.builder import Code, Value
 OPERATIONS, COUNT, ITEMS, TILES, NEXT, DONE = range(6)
 STAGE = 6
 WIDTHS = 8  # tiles have 1 to so many vectors
-OPERATION = 2 * WIDTHS  # for each width the address of a kernel, and of its arguments
+OPERATION = 2 * WIDTHS  # for each width the addresses of a kernel and of its arguments
 ITEM = 2  # first vector, width
 PATIENCE = 2000  # turns of waiting before the system may give the processor to another
 

@@ -1,4 +1,4 @@
-"""Tiles that begin or end: numbers gathered from elsewhere (pixels, tokens that are merged), copies, rows."""
+"""Kernels that fill or read out a tile: gather numbers (pixels, tokens to merge), copy, write rows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from trainers.sparse.kernels.tile import Tile
 # feature, -1 for zeros; STRIDES int32 of the same shape, bytes to its next feature; INDEX_STEP bytes from one
 # group's to the next's; OFFSETS int64, one a group
 SOURCE, Y, GROUPS, FEATURES, OFFSETS, INDEX, STRIDES, INDEX_STEP = 0, 3, *range(6, 12)
-# of a copy: it repeats every VECTORS vectors
+# arguments of a copy: the source repeats every VECTORS vectors
 X, VECTORS = 0, 6
 COPIED = 7
-# of rows: a tile at X, TARGET's rows of WRITTEN features, of the first TOKENS tokens
+# arguments of rows: a tile at X; TARGET has rows of WRITTEN features; the first TOKENS tokens are written
 TARGET, WRITTEN, TOKENS = 3, 6, 7
 
 
 def gather(name: str, lanes: int, width: int) -> Code:
-    """Groups of FEATURES features, each token's from its own address on."""
+    """Write the kernel that gathers groups of FEATURES features; each token has its own address."""
     code = Code(name, lanes)
     tile = Tile(code, width)
     y, features = code.variable(tile.address(Y)), tile.number(FEATURES)
@@ -42,7 +42,7 @@ def gather(name: str, lanes: int, width: int) -> Code:
 
 
 def copy(name: str, lanes: int, width: int) -> Code:
-    """COPIED features of a tile from a buffer of VECTORS vectors, which is repeated."""
+    """Write the kernel that copies COPIED features of a tile from a buffer of VECTORS vectors, repeated."""
     code = Code(name, lanes)
     tile = Tile(code, width)
     vectors = tile.number(VECTORS)
@@ -53,7 +53,7 @@ def copy(name: str, lanes: int, width: int) -> Code:
 
 
 def rows(name: str, lanes: int, width: int) -> Code:
-    """A tile's tokens as rows of an array ``[tokens, features]``."""
+    """Write the kernel that writes the tokens of a tile as rows of an array ``[tokens, features]``."""
     code = Code(name, lanes)
     tile = Tile(code, width)
     features = tile.number(WRITTEN)

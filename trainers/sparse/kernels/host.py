@@ -1,4 +1,4 @@
-"""The processor this runs on, and machine code for it: LLVM by way of llvmlite, no compiler needed."""
+"""This machine's processor, and machine code for it by LLVM (llvmlite); no compiler is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOCK = threading.Lock()  # LLVM's set-up is not made for several threads at onc
 
 
 def _target_machine() -> Any:
-    """A new one each time: an engine takes its machine over."""
+    """Make a target machine for LLVM; a new one for each engine, which takes it over."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     return llvm.Target.from_default_triple().create_target_machine(
@@ -37,13 +37,13 @@ def registers() -> int:
 
 
 def processor() -> str:
-    """What the speed of a kernel depends on: the kind of processor, its vectors, and LLVM's version."""
+    """Describe what the speed of a kernel depends on: kind of processor, size of vectors, version of LLVM."""
     version = ".".join(map(str, llvm.llvm_version_info))
     return f"{llvm.get_host_cpu_name()}, {lanes()} lanes, LLVM {version}"
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit numbers in vectors of 16 sums (AVX-512 VNNI)."""
+    """Return whether the processor multiplies 8-bit numbers in vectors of 16 sums (AVX-512 VNNI)."""
     return bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
@@ -78,7 +78,11 @@ class Machine:
         self._names = defined
 
     def address(self, name: str) -> int:
-        """Where a function begins."""
+        """Address of a function.
+
+        Raises:
+            KeyError: there is no function of this name.
+        """
         if name not in self._names:
             raise KeyError(name)
         return int(self._engine.get_function_address(name))
@@ -89,6 +93,5 @@ class Machine:
 
 
 def function(address: int, arguments: int) -> Any:
-    """A compiled function as Python calls it, with so many 64-bit arguments; the interpreter's lock is let
-    go."""
+    """Make a Python function of a compiled one with ``arguments`` 64-bit arguments; calls release the GIL."""
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)

@@ -1,5 +1,5 @@
-"""Linear layers in INT8 with zeros in blocks of 1 × 4: a tile's inputs to 8 bits, token by token, and the
-product.
+"""Linear layers in INT8 with zeros in blocks of 1 × 4: quantize the inputs of a tile token by token, and
+multiply.
 
 The quantized tile holds four inputs in each 32-bit number, ``[inputs / 4][token][4]`` unsigned bytes, and
 after them two rows of float32: each token's step and its zero point. One instruction (AVX-512 VNNI)
@@ -73,10 +73,24 @@ def _dot(code: Code, total: Value, unsigned: Value, signed: Value) -> Value:
 
 
 def sparse_int8(name: str, lanes: int, width: int, *, residual: bool = False, end: End = "none") -> Code:
-    """``y = step · weight step · (W q − zero · row's sum) + bias`` (added to ``y`` with ``residual``),
-    ``W`` in
-    blocks: groups of outputs with equally many blocks, COLUMNS the inputs' block of each, SUMS the sum of
-    each output's weights."""
+    """Write the kernel ``y = step · weight step · (W q − zero · row's sum) + bias`` for W in blocks of 1 × 4.
+
+    The outputs are in groups with equally many blocks. The argument COLUMNS is the input block of each
+    block of weights, SUMS the sum of each output's weights (:class:`trainers.sparse.weights.BlockWeights`).
+
+    Args:
+        name: of the function.
+        lanes: float32 numbers in a vector, 16.
+        width: vectors of tokens in a tile.
+        residual: add to ``y``.
+        end: applied to the sums: ``none`` or ``gelu``.
+
+    Returns:
+        The kernel.
+
+    Raises:
+        ValueError: another number of lanes, that is, a processor without AVX-512 VNNI.
+    """
     if lanes != 16:
         raise ValueError("INT8 needs a processor with AVX-512 VNNI")
     code = Code(name, lanes)

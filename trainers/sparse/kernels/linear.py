@@ -12,22 +12,22 @@ from trainers.sparse.kernels.builder import Code, Value, Variable
 from trainers.sparse.kernels.tile import Tile
 from trainers.sparse.kernels.vector_math import gelu
 
-# arguments: two places, then addresses and sizes
+# arguments: the positions of two buffers (input, output), then addresses and sizes
 X, Y, INPUTS, OUTPUTS, BIAS, GROUPS, FIRST, MIDDLE, LAST, ROWS, COLUMNS, VALUES = 0, 3, *range(6, 16)
 ARGUMENTS = 16
 
-AHEAD = 8  # outputs that are asked for before their sums are begun
+AHEAD = 8  # number of outputs by which prefetching is ahead of computing
 
 End = Literal["none", "gelu"]
 Start = Literal["bias", "residual", "sum"]
-UNROLLED = 2  # nonzeros a turn of the inner loop
+UNROLLED = 2  # nonzeros in a turn of the inner loop
 DENSE_BLOCK = (host.registers() - 5) // 4
-"""Outputs of a dense product at a time: of four vectors each, with registers left for four inputs and a
-weight."""
+"""Outputs that the dense kernel computes at a time: four vectors each, with registers left for four vectors
+of inputs and a weight."""
 
 
 def _begin(tile: Tile, start: Start, y: Value, bias: Value) -> list[Variable]:
-    """Sums of one output, with what they begin with."""
+    """Variables for the sums of one output, with their first values."""
     code = tile.code
     if start == "sum":
         return [code.variable(value) for value in tile.loads(y)]
@@ -45,7 +45,7 @@ def _end(tile: Tile, end: End, sums: list[Variable], y: Value) -> None:
 def _nonzero(
     tile: Tile, panel: Value, column: Variable, value: Variable, *, sums: list[Variable], number: int
 ) -> None:
-    """Adds one weight's products: a broadcast, and as many multiplications as the tile has vectors."""
+    """Add the products of one weight: one broadcast, and a multiplication for each vector of the tile."""
     code = tile.code
     index = code.convert("zext", code.load("i16", column.get(), 2 * number), "i64")
     x = code.at(panel, index * tile.row_bytes)
@@ -55,13 +55,13 @@ def _nonzero(
 
 
 def _fetch(code: Code, start: Value, size: Value) -> None:
-    """Asks for some bytes of memory."""
+    """Prefetch some bytes of memory."""
     with code.loop(size, step=64) as offset:
         code.prefetch(start, offset)
 
 
 def _fetch_output(tile: Tile, row: Variable, y: Value) -> None:
-    """Asks for the output whose sums are begun ``AHEAD`` turns later."""
+    """Prefetch the output that is computed ``AHEAD`` turns later."""
     code = tile.code
     later = code.convert("zext", code.load("i32", row.get(), 4 * AHEAD), "i64")
     for line in range(0, tile.row_bytes, 64):
@@ -79,10 +79,21 @@ def sparse_linear(
     px: bool = True,
     py: bool = True,
 ) -> Code:
-    """``y = W x + bias`` (``y += W x + bias`` with ``residual``), of the weights the nonzeros alone.
+    """Write the kernel ``y = W x + bias`` that multiplies the nonzero weights only.
 
-    A zero that is not stored multiplies nothing: an input of infinity or NaN reaches only the outputs that
-    have a nonzero for it, whereas a dense product makes NaN of ``0 · inf``.
+    The products of zero weights are not computed: an input of infinity or NaN changes only the outputs that
+    have a nonzero weight for it, whereas a dense product gives NaN for ``0 · inf``.
+
+    Args:
+        name: of the function.
+        lanes: float32 numbers in a vector.
+        width: vectors of tokens in a tile.
+        residual: add to ``y``: ``y += W x + bias``.
+        end: applied to the sums: ``none`` or ``gelu``.
+        unrolled: nonzeros in a turn of the inner loop.
+
+    Returns:
+        The kernel, for weights in the order of :func:`trainers.sparse.weights.pack_sparse`.
     """
     code = Code(name, lanes)
     tile = Tile(code, width)
@@ -128,7 +139,7 @@ def sparse_linear(
                     advance(1)
                 _end(tile, last, sums, y)
                 row.set(code.at(row.get(), 4))
-                for line in range(0, 128, 64):  # of the next panel, or of the next tile, which lies behind
+                for line in range(0, 128, 64):  # prefetch the next panel, or the next tile, which follows it
                     code.prefetch(following.get(), line)
                 following.set(code.at(following.get(), 128))
             group.set(code.at(group.get(), 16))
@@ -143,7 +154,19 @@ def sparse_linear(
 
 
 def dense_linear(name: str, lanes: int, width: int, *, residual: bool = False, end: End = "none") -> Code:
-    """The same with all weights (``weights.pack_dense`` in blocks of :data:`DENSE_BLOCK` outputs)."""
+    """Write the kernel ``y = W x + bias`` that multiplies all weights.
+
+    Args:
+        name: of the function.
+        lanes: float32 numbers in a vector.
+        width: vectors of tokens in a tile.
+        residual: add to ``y``: ``y += W x + bias``.
+        end: applied to the sums: ``none`` or ``gelu``.
+
+    Returns:
+        The kernel, for weights in the order of :func:`trainers.sparse.weights.pack_dense`, in blocks of
+        :data:`DENSE_BLOCK` outputs.
+    """
     code = Code(name, lanes)
     tile = Tile(code, width)
     start_x, start_y = tile.address(X), tile.address(Y)

@@ -1,4 +1,4 @@
-"""What all kernels share: how they are called, and where their tile lies.
+"""The calling convention of all kernels, and the position of their tile.
 
 Every kernel has the signature ``kernel(arguments, vector, scratch)``: the address of an array of 64-bit
 arguments, the first vector of the tile to work on (counted over all images of the batch), and memory of the
@@ -39,7 +39,7 @@ class Tile:
         return self.code.load("float", self.arguments, 8 * argument)
 
     def address(self, argument: int, vector: Value | None = None) -> Value:
-        """Where a buffer's tile begins, of this tile or of the one at ``vector``."""
+        """Address of a buffer's tile: of this tile, or of the tile at ``vector``."""
         base, step, local = (self.number(argument + i) for i in range(PLACE))
         where = base + step * (vector or self.vector) + local * self.scratch
         return self.code.convert("inttoptr", where, "ptr")

@@ -47,7 +47,7 @@ class _Writer:
         self.head = item - self.window * self.heads
         self.work = code.convert("inttoptr", self._number(WORK) + scratch, "ptr")
         self.padded = ceil_div(area, lanes) * code.vector_bytes  # bytes of a row of scores, bias, mask
-        self.row = self.padded + code.vector_bytes  # of queries, keys and values: a run may write beyond
+        self.row = self.padded + code.vector_bytes  # bytes of a row of queries, keys or values; runs overrun
         self.features = self._number(FEATURES)
 
     def _number(self, argument: int) -> Value:
@@ -57,7 +57,7 @@ class _Writer:
         return self.code.load("ptr", self.arguments, 8 * argument)
 
     def _part(self, number: int) -> Value:
-        """Queries (0), keys (1), values (2) and scores (3)."""
+        """Address of a part of the scratch: queries (0), keys (1), values (2) or scores (3)."""
         return self.code.at(self.work, self.size * (self.row * number))
 
     def write(self) -> Code:
@@ -71,7 +71,7 @@ class _Writer:
         return code
 
     def _runs(self) -> tuple[Value, Value]:
-        """The window's runs: address of the first, number."""
+        """The window's runs: address of the first one, and their number."""
         first = self.code.at(self._pointer(FIRST), self.window * 8)
         begin, end = self.code.load("i64", first), self.code.load("i64", first, 8)
         return self.code.at(self._pointer(RUNS), begin * (8 * RUN)), end - begin
@@ -94,7 +94,7 @@ class _Writer:
                     writing.set(code.at(writing.get(), self.row))
 
     def _hand_out(self) -> None:
-        """The results, which lie where the queries lay, to their tiles."""
+        """Copy the results, which have replaced the queries, to their tiles."""
         code = self.code
         table, count = self._runs()
         with code.loop(count) as number:
@@ -110,7 +110,7 @@ class _Writer:
                 reading.set(code.at(reading.get(), self.row))
 
     def _queries(self, start: int, width: int) -> None:
-        """Scores and results of the queries ``width`` vectors from byte ``start`` of a row on."""
+        """Compute scores and results for ``width`` vectors of queries, from byte ``start`` of a row on."""
         code = self.code
         rows = 4 if width >= 4 else 8
         offsets = [start + v * code.vector_bytes for v in range(width)]
