@@ -49,8 +49,8 @@ def launch(
         return
     if address is not None and is_jobs_api(address):
         words = ["sweep", JOB_RECIPE, *phase_range.options]
-        places = {"sweep": recipe.name, "storage": recipe.storage}
-        raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **places))
+        run = {"sweep": recipe.name, "storage": recipe.storage}
+        raise click.exceptions.Exit(run_as_job(words, address, recipe=recipe, detach=detach, **run))
     if detach:
         raise InputError("--detach", None, "needs --address http://HOST:8265, where the job goes on")
     again = strip_secrets(shlex.join(["espalier", *command, *(["--address", address] if address else [])]))

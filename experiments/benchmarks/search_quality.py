@@ -95,7 +95,7 @@ def searched(inputs: OneShotInputs, seed: int) -> TrialRecord:
     """The best trial of a search with this seed."""
     first, last = inputs.search.first_images or 1, inputs.search.images
     with tempfile.TemporaryDirectory() as folder:
-        log = TrialLog(f"{folder}/trials.json", cheap=True)
+        log = TrialLog(f"{folder}/trials.json", one_shot=True)
         trainable = tune.with_parameters(OneShotTrial, inputs=inputs)
         search = Search(
             name="quality",

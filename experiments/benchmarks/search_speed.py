@@ -151,7 +151,7 @@ def run_idle(folder: str, count: int, concurrent: int, seconds: float, sampler: 
         sampler=sampler,
         reuse_actors=True,
     )
-    run_search(search, TrialLog(f"{folder}/trials.json", cheap=True), clock)
+    run_search(search, TrialLog(f"{folder}/trials.json", one_shot=True), clock)
     return clock
 
 

@@ -210,7 +210,7 @@ def _open(
             label, local, exported["preprocessing"], sparsity, about.get("weights"), record=exported
         )
     if "://" not in location and int8_folder.is_int8(local):
-        return _quantised(stack, local, name, label)
+        return _quantized(stack, local, name, label)
     folder, _ = stack.enter_context(as_checkpoint_folder(location))
     loaded = load_checkpoint(str(folder), key="model")
     sparsity = 0.0 if loaded.masks is None else float(loaded.masks.sparsity)
@@ -218,7 +218,7 @@ def _open(
     return Variant(label, folder, source.preprocessing, sparsity, weights_hash(str(folder)), source)
 
 
-def _quantised(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
+def _quantized(stack: ExitStack, folder: Path, name: str, label: str) -> Variant:
     """A folder of ``espalier quantize``: INT8 for ONNX Runtime."""
     about = int8_folder.read_record(folder, name, key="model")
     path = stack.enter_context(int8_folder.engine_file(folder, about))

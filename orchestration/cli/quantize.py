@@ -46,9 +46,9 @@ def quantize(**typed: Any) -> None:
 
     def work(status: Status) -> list[str]:
         from orchestration.commands.output import forget_training
-        from orchestration.commands.quantize import quantise
+        from orchestration.commands.quantize import quantize_checkpoint
 
-        lines = quantise(asked, status)
+        lines = quantize_checkpoint(asked, status)
         forget_training(asked.hidden)
         return lines
 

@@ -108,8 +108,8 @@ def resume(
         storage = _put(storage, address, name)
         where = _where(storage)
         words = ["resume", name, *overrides, *(["--as", new] if new else []), *where]
-        places = {"sweep": new or name, "storage": storage}
-        raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **places))
+        run = {"sweep": new or name, "storage": storage}
+        raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **run))
     where = _where(storage)
     from orchestration.state.stored_recipe import load
 

@@ -91,7 +91,7 @@ class Images:
         return {"test_top1": result.top1, "test_loss": result.loss, "float_test_top1": self.before}
 
 
-def quantise(options: QuantizeOptions, status: Status) -> list[str]:
+def quantize_checkpoint(options: QuantizeOptions, status: Status) -> list[str]:
     """Write the INT8 folder; return lines about it.
 
     Args:

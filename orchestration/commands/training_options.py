@@ -83,7 +83,7 @@ class AwareOptions(FinetuneOptions):
         """The training's settings.
 
         Raises:
-            InputError: a key or value of ``settings`` that cannot be, or not with fake quantisation.
+            InputError: a key or value of ``settings`` that cannot be, or not with fake quantization.
         """
         return load_part(AwareTraining, self.settings, {"checkpoint_every": 1})
 

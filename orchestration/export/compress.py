@@ -85,13 +85,13 @@ def pull(reference: str, dest: str, tracking_uri: str | None, storage: str) -> l
     target = free_folder(dest, "DEST")
     with resolved(reference, tracking_uri, storage) as location, whole_folder(target, dest, "DEST") as folder:
         shutil.copytree(location, folder, dirs_exist_ok=True)
-        quantised = is_int8(folder)
-        record = (read_record if quantised else verify)(folder, reference, key="model")
+        is_quantized = is_int8(folder)
+        record = (read_record if is_quantized else verify)(folder, reference, key="model")
     checked = f"{len(record['files'])} files as recorded" if record else "none are recorded"
     return [
         f"{'model':<12}{record.get('method', 'unknown')}, sparsity {100 * record.get('sparsity', 0.0):.2f} %",
         f"{'checksums':<12}{checked}",
-        *(_end(target, dest) if not quantised else _end_of_int8(target, dest, record)),
+        *(_end(target, dest) if not is_quantized else _end_of_int8(target, dest, record)),
     ]
 
 

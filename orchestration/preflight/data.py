@@ -75,18 +75,18 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
             return data, "", []
         data = digits.prepare_digits(storage.absolute(recipe.storage))
     hashes: dict[str, str] = {}
-    places: dict[str, str] = {}
+    addresses: dict[str, str] = {}
     names: dict[str, Names] = {}
     for part in ("train", "validation", "test"):
         uri: str | None = getattr(data, part)
         if uri is None:
             continue
-        places[part] = storage.absolute(uri, f"data.{part}")
+        addresses[part] = storage.absolute(uri, f"data.{part}")
         if dry_run and not _is_here(uri, f"data.{part}"):
             missing.append(uri)
             continue
         tolerant = data.bad_images == "skip"
-        location, key, wanted = places[part], f"data.{part}", data.columns
+        location, key, wanted = addresses[part], f"data.{part}", data.columns
         hashes[part] = remote_calls.call_interruptible(
             uri, check_table, location, classes, key=key, tolerant=tolerant, columns=wanted
         )
@@ -95,7 +95,7 @@ def known_data(recipe: Recipe, dry_run: bool) -> tuple[DataSettings, str, list[s
         )
     check_alike(names, key="data")
     # the columns' content is in the hashes
-    rest = data.model_dump(exclude={*places, *_COLUMNS})
+    rest = data.model_dump(exclude={*addresses, *_COLUMNS})
     # the seed draws validation images that are held out of train; others do not depend on it
     drawn = () if data.validation is not None else ({"seed": recipe.seed},)
-    return data.model_copy(update=places), digest(hashes, rest, *drawn), missing
+    return data.model_copy(update=addresses), digest(hashes, rest, *drawn), missing

@@ -113,10 +113,10 @@ def gradual_job(
 def aware_job(
     recipe: Recipe, method: str, data: DataSettings, checkpoint: str, lineage: Mapping[str, Any]
 ) -> TrainJob:
-    """Training of a pruned model with fake quantisation, its zeros held.
+    """Training of a pruned model with fake quantization, its zeros held.
 
     Args:
-        recipe: one that asks for INT8 by quantisation-aware training.
+        recipe: one that asks for INT8 by quantization-aware training.
         method: that pruned the model.
         data: the images, with whole addresses.
         checkpoint: folder or URI of the pruned model.

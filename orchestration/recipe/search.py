@@ -143,7 +143,7 @@ LOSS = 0.01
 
 
 class AllocationSearch(SearchLimits):
-    """Cheap one-shot trials over the sparsity of parts of the model; 0 trials keep the method's own.
+    """One-shot trials over the sparsity of parts of the model; with 0 trials the method's own is kept.
 
     A trial is evaluated on ``first_images``, then on ``reduction`` times as many and so on up to ``images``;
     of the trials that come to each of these ends one in ``reduction`` goes on.

@@ -18,7 +18,7 @@ from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
-_SAID = {
+_STATE_TEXTS = {
     "running": "running since",
     "finished": "finished",
     "interrupted": "interrupted",
@@ -119,7 +119,7 @@ def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: 
 def format_state(state: dict[str, Any]) -> str:
     """A sweep's state with its time, as ``running since 2026-01-31 12:00``."""
     since = state["began"] if state["state"] == "running" else state["updated"]
-    return f"{_SAID[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
+    return f"{_STATE_TEXTS[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
 
 
 def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:

@@ -24,10 +24,10 @@ from orchestration.state.trial_end import (
     Observer,
     ended,
     is_of_epoch,
-    last_words,
+    last_lines,
     reason,
-    say_rest,
-    write_down,
+    record_end,
+    report_missing_ends,
 )
 from orchestration.state.trial_log import State, TrialLog
 from pruners.errors import first_line
@@ -35,7 +35,7 @@ from trainers.loop.report import EpochReport
 from trainers.storage import resolve
 
 
-def one_trial_pays() -> None:
+def treat_oom_as_actor_death() -> None:
     """Make Tune treat an out-of-memory kill as the death of the trial's actor, which it is.
 
     A call to a trial's actor can fail in two ways that Tune handles: the actor dies, or the call raises an
@@ -43,7 +43,7 @@ def one_trial_pays() -> None:
     error of a third kind. No setting changes this, so Tune's method for failed calls is wrapped.
     """
     original = RayActorManager._actor_task_failed
-    if getattr(original, "tells_memory", False):
+    if getattr(original, "treats_oom_as_actor_death", False):
         return
 
     def fail_trial(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
@@ -51,7 +51,7 @@ def one_trial_pays() -> None:
             exception = RayActorError(error_msg=first_line(exception))
         original(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    fail_trial.tells_memory = True  # type: ignore[attr-defined]
+    fail_trial.treats_oom_as_actor_death = True  # type: ignore[attr-defined]
     RayActorManager._actor_task_failed = fail_trial
 
 
@@ -69,8 +69,8 @@ def run_search(search: Search, log: TrialLog, observer: Observer) -> None:
     Raises:
         RuntimeError: more trials failed than the limits allow.
     """
-    one_trial_pays()
-    say_rest(log, observer)
+    treat_oom_as_actor_death()
+    report_missing_ends(log, observer)
     missing = search.trials - len(log.ended)
     if missing <= 0:
         return
@@ -200,7 +200,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self.on_trial_start(iteration, trials, trial)  # its actor may have failed before it began
         late = self._running[trial.trial_id].late
-        lines = [late] if late else last_words(_trace_of(trial))
+        lines = [late] if late else last_lines(_trace_of(trial))
         self.given_up.note(reason(lines))
         self._end(trial, "failed", lines)
 
@@ -233,7 +233,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
             metrics=cast(EpochReport, record.metrics | history(running.member)),
             given=record.values in list(self._search.first),
         )
-        record = write_down(record, running.metrics, self._log, self._observer, trial.trial_id)
+        record = record_end(record, running.metrics, self._log, self._observer, trial.trial_id)
         if self._proposals is not None:
             self._proposals.tell(record)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 ROUND = 500  # trials
-_MOST_TOLD = 1000
+_MOST_RESULTS = 1000
 _ATTEMPTS = 5
 _MOST_IN_GENERATION = 50
 _POPULATION = "population"
@@ -66,7 +66,7 @@ class Proposals:
         self._waiting = deque(self._broken.items())
         self._given = deque(self._not_tried())
         self.study = self._new_study()
-        self._places: dict[int, int] = {}  # what a trial is called by in the study
+        self._study_numbers: dict[int, int] = {}  # number of each trial in the study
         self._tried: set[str] = set()
         if search.sampler not in _BY_GENERATIONS:
             self._tell_results()
@@ -98,7 +98,7 @@ class Proposals:
 
     def begin_round(self) -> None:
         """Begin a round of trials: after very many, the sampler gets only the best and the newest results."""
-        if self._search.sampler not in _BY_GENERATIONS and self._log.proposed > _MOST_TOLD:
+        if self._search.sampler not in _BY_GENERATIONS and self._log.proposed > _MOST_RESULTS:
             self._tell_results()
 
     @property
@@ -121,7 +121,7 @@ class Proposals:
     def tell(self, record: TrialRecord) -> None:
         """Tell the sampler the results of a trial that has ended."""
         self._broken.pop(record.number, None)
-        position = self._places.pop(record.number, None)
+        position = self._study_numbers.pop(record.number, None)
         if position is None:
             return
         results = self._results(record)
@@ -154,7 +154,7 @@ class Proposals:
             if attempt < _ATTEMPTS - 1:
                 self.study.tell(trial, state=TrialState.FAIL)
         self._tried.add(_key(values))
-        self._places[number] = trial.number
+        self._study_numbers[number] = trial.number
         return values
 
     def _sampler(self, *position: int) -> optuna.samplers.BaseSampler:
@@ -175,20 +175,20 @@ class Proposals:
 
     def _tell_results(self) -> None:
         """Make a new study of all ended trials, and of the interrupted ones as running."""
-        self.study, self._places = self._new_study(), {}
+        self.study, self._study_numbers = self._new_study(), {}
         self._tried = {_key(record.values) for record in self._log.trials} | set(
             map(_key, self._broken.values())
         )
         whole = self._log.proposed // ROUND * ROUND  # the first of this round
         known = [record for record in self._log.ended if contains(self._space, record.values)]
         known.sort(key=lambda record: record.number)  # as they were proposed
-        complete = telling([record for record in known if record.number < whole])
+        complete = best_and_newest([record for record in known if record.number < whole])
         for record in [*complete, *(record for record in known if record.number >= whole)]:
             results = self._results(record)
             if results is not None:
                 self._add(record.values, values=results)
         for number, values in self._broken.items():
-            self._places[number] = len(self.study.get_trials(deepcopy=False))
+            self._study_numbers[number] = len(self.study.get_trials(deepcopy=False))
             self._add(values, state=TrialState.RUNNING)
 
     def _add(self, proposal: dict[str, Any], **more: Any) -> None:
@@ -255,12 +255,12 @@ def population(trials: int) -> int:
     return min(max(2, int(2 * math.sqrt(trials))), _MOST_IN_GENERATION)
 
 
-def telling(known: Sequence[TrialRecord]) -> list[TrialRecord]:
+def best_and_newest(known: Sequence[TrialRecord]) -> list[TrialRecord]:
     """At most 1,000 records, the best 100 and the newest 900: TPE's cost grows with the number of trials."""
-    if len(known) <= _MOST_TOLD:
+    if len(known) <= _MOST_RESULTS:
         return list(known)
     ranked = sorted(known, key=lambda record: math.inf if record.score is None else -record.score)
-    best = ranked[: _MOST_TOLD // 10]
+    best = ranked[: _MOST_RESULTS // 10]
     numbers = {record.number for record in best}
-    newest = [record for record in known if record.number not in numbers][-(_MOST_TOLD - len(best)) :]
+    newest = [record for record in known if record.number not in numbers][-(_MOST_RESULTS - len(best)) :]
     return sorted([*best, *newest], key=lambda record: record.number)

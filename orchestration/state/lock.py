@@ -1,6 +1,6 @@
-"""Locks: one run of a name at a time, and one sweep at a time that makes a shared artefact.
+"""Locks: one run of a name at a time, and one sweep at a time that makes a shared artifact.
 
-A second run of the same name is refused before it changes anything. A second sweep that needs an artefact
+A second run of the same name is refused before it changes anything. A second sweep that needs an artifact
 which another sweep is making waits for it. A lock is free as soon as its holder has ended, even if it was
 killed.
 """
@@ -68,28 +68,28 @@ def cluster_lock(root: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def artifact_lock(
-    storage_uri: str, artefact: str, wait: Callable[[str], None], *, by_cluster: bool
+    storage_uri: str, artifact: str, wait: Callable[[str], None], *, by_cluster: bool
 ) -> Iterator[None]:
-    """Lock a shared artefact of a storage; if another process holds the lock, wait, and be interruptible.
+    """Lock a shared artifact of a storage; if another process holds the lock, wait, and be interruptible.
 
-    Lock one artefact at a time: two processes that wait for each other would wait for ever.
+    Lock one artifact at a time: two processes that wait for each other would wait for ever.
 
     Args:
         storage_uri: the storage.
-        artefact: its folder in the storage (``dense/KEY``).
+        artifact: its folder in the storage (``dense/KEY``).
         wait: called once before waiting, with the holder's process and host.
         by_cluster: also lock by the Ray cluster, which is done anyway if the storage has no file locks.
 
     Returns:
-        A context manager; it is entered when the artefact is free.
+        A context manager; it is entered when the artifact is free.
     """
     waiting = False
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(_file_lock(storage_uri, f"shared/{artefact}"))
+                held.enter_context(_file_lock(storage_uri, f"shared/{artifact}"))
                 if by_cluster or not storage.is_local(storage_uri):
-                    held.enter_context(_actor_lock(f"{storage.absolute(storage_uri)}/{artefact}"))
+                    held.enter_context(_actor_lock(f"{storage.absolute(storage_uri)}/{artifact}"))
             except TakenError as taken:
                 if not waiting:
                     wait(taken.by)

@@ -54,7 +54,7 @@ def ended(
         last: its last report. The record of a finished trial has the figures of its best model at the final
             sparsity, any other record those of this report.
         seconds: duration of the trial.
-        error: the last lines of a failed trial's trace (:func:`last_words`).
+        error: the last lines of a failed trial's trace (:func:`last_lines`).
         cost: key of a second objective, whose figure is kept too.
 
     Returns:
@@ -79,12 +79,12 @@ def ended(
     )
 
 
-def write_down(
+def record_end(
     record: TrialRecord, last: EpochReport, log: TrialLog, observer: Observer, trial_id: str
 ) -> TrialRecord:
     """Note the end of a trial in the log, report it to the observer, and add the record to the log.
 
-    If the driver is killed in between, the next driver reports what is missing (:func:`say_rest`).
+    If the driver is killed in between, the next driver reports what is missing (:func:`report_missing_ends`).
 
     Args:
         record: of the trial.
@@ -101,9 +101,9 @@ def write_down(
     return log.add(replace(record, run_id=run_id))
 
 
-def say_rest(log: TrialLog, observer: Observer) -> None:
+def report_missing_ends(log: TrialLog, observer: Observer) -> None:
     """Report to the observer the trials whose end a killed driver had noted in the log only."""
-    for record, report, before in log.unsaid:
+    for record, report, before in log.unreported:
         trial_id = f"ended-{record.number}"
         observer.trial_started(trial_id, record.number, record.values, before)
         if report:
@@ -122,7 +122,7 @@ def reason(lines: Sequence[str]) -> str:
     return _OUT_OF_MEMORY if named.startswith(_MEMORY_ADVICE) else named
 
 
-def last_words(text: str) -> list[str]:
+def last_lines(text: str) -> list[str]:
     """The last lines of a failed trial's trace."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return lines[-_TRACE_LINES:] or ["the trial failed without a word"]

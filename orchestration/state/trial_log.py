@@ -90,7 +90,7 @@ class Event:
     at_end: bool = False
 
 
-class Unsaid(NamedTuple):
+class UnreportedEnd(NamedTuple):
     """A trial whose end only the log knows, not the observer: its record, its last report, its MLflow run."""
 
     record: TrialRecord
@@ -101,17 +101,17 @@ class Unsaid(NamedTuple):
 class TrialLog:
     """The trials of one phase; ``run_id`` is the phase's MLflow run.
 
-    A log of short trials (``cheap``) writes a trial only when it has ended, because an interrupted one is not
-    resumed. It writes them in part files of a few trials each, so that the cost of writing a trial does not
-    grow with their number; :meth:`save` joins the parts into one file. The last trial of a part also lists
-    the trials that had been proposed and not ended (``beside``).
+    With ``one_shot`` a trial is written only when it has ended, because an interrupted one-shot trial is not
+    resumed. Such trials are written in part files of a few trials each, so that the cost of writing one does
+    not grow with their number; :meth:`save` joins the parts into one file. The last trial of a part also
+    lists the trials that had been proposed and not ended (``beside``).
 
     Attributes:
         settings: settings of the sampler, fixed when the search begins.
     """
 
-    def __init__(self, uri: str, *, cheap: bool = False) -> None:
-        self.uri, self._cheap = uri, cheap
+    def __init__(self, uri: str, *, one_shot: bool = False) -> None:
+        self.uri, self._one_shot = uri, one_shot
         content = storage.read_json(uri) if storage.exists(uri) else {}
         self.run_id: str | None = content.get("run_id")
         self.settings: dict[str, Any] = content.get("settings", {})
@@ -152,7 +152,7 @@ class TrialLog:
             values: the proposal, recipe keys and values.
             run_id: its MLflow run, if it has one.
         """
-        if self._cheap:
+        if self._one_shot:
             return
         before = next((key for key in self._broken if self._running[key]["values"] == values), None)
         entry = self._running.pop(str(number) if before is None else before, {})
@@ -172,7 +172,7 @@ class TrialLog:
         """
         rungs = self._running[str(number)].setdefault("rungs", [])
         rungs.append([self._tick(), time, score, int(at_end)])
-        if goes_on and not self._cheap:
+        if goes_on and not self._one_shot:
             self.save()
 
     def end(self, record: TrialRecord, report: EpochReport) -> None:
@@ -182,16 +182,16 @@ class TrialLog:
             record: of the trial; its figures may be those of an earlier epoch, the best one.
             report: the last report of the trial, which the observer may not have received either.
         """
-        if not self._cheap and str(record.number) in self._running:
+        if not self._one_shot and str(record.number) in self._running:
             self._running[str(record.number)] |= {"end": asdict(record), "report": dict(report)}
             self.save()
 
     @property
-    def unsaid(self) -> list[Unsaid]:
+    def unreported(self) -> list[UnreportedEnd]:
         """Trials whose end the last driver noted before it was killed; they must still be added."""
         entries = (self._running[str(number)] for number in self.running)
         return [
-            Unsaid(TrialRecord(**entry["end"]), entry.get("report", {}), entry.get("run_id"))
+            UnreportedEnd(TrialRecord(**entry["end"]), entry.get("report", {}), entry.get("run_id"))
             for entry in entries
             if "end" in entry
         ]
@@ -256,7 +256,7 @@ class TrialLog:
         order = {key: entry[key] for key in ("asked", "rungs", "given") if key in entry}
         record = replace(record, told=self._tick(), **order)
         self.trials.append(record)
-        if not self._cheap:
+        if not self._one_shot:
             self.save()
             return record
         part = (len(self.trials) - self._whole - 1) // _PART

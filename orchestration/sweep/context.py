@@ -90,18 +90,18 @@ class Sweep:
         """The same sweep with other values of some recipe keys."""
         return replace(self, recipe=with_values(self.recipe, values)) if values else self
 
-    def descending(self, facts: Mapping[str, Any]) -> Sweep:
+    def with_lineage(self, facts: Mapping[str, Any]) -> Sweep:
         """Copy of the sweep with ``facts`` added to the lineage recorded in checkpoints."""
         return replace(self, lineage={**self.lineage, **facts})
 
     @contextmanager
-    def making(self, artefact: str, title: str) -> Iterator[None]:
-        """Lock a shared artefact while it is made, in a ``with`` block that checks again whether it exists.
+    def making(self, artifact: str, title: str) -> Iterator[None]:
+        """Lock a shared artifact while it is made, in a ``with`` block that checks again whether it exists.
 
         If another sweep is making it, print that and wait. Never hold two locks.
 
         Args:
-            artefact: its folder in the storage (``dense/KEY``).
+            artifact: its folder in the storage (``dense/KEY``).
             title: its name on the display.
         """
 
@@ -109,14 +109,14 @@ class Sweep:
             self.display.say(f"      {title}: another sweep is making it{by}; waiting for that")
 
         joined = len(self.size.nodes) != 1  # a lock on a file may not hold between machines: ask Ray too
-        with artifact_lock(self.storage, artefact, wait, by_cluster=joined):
+        with artifact_lock(self.storage, artifact, wait, by_cluster=joined):
             yield
 
     @contextmanager
     def scratch(self, name: str) -> Iterator[str]:
         """Folder of Tune's and Train's own state while they run; it is removed at the end.
 
-        It belongs to this sweep: two sweeps that make the same artefact would delete each other's state.
+        It belongs to this sweep: two sweeps that make the same artifact would delete each other's state.
         """
         uri = f"{self.root}/{SCRATCH}/{name}"
         storage.remove(uri)

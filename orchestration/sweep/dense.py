@@ -14,7 +14,7 @@ from orchestration.common.hashing import content_hash, digest
 from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.jobs import dense_job
 from orchestration.state.trial_log import TrialLog
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.training import run_training
@@ -72,7 +72,7 @@ def _save(sweep: Sweep, version: str | None, checkpoint: str) -> None:
             storage.write_json(f"{local}/{PARENT}", {"version": version})
             storage.upload(local, checkpoint)
     else:
-        ray.get(sweep.task(remote.save_pretrained)[0].remote(sweep.recipe.model, sweep.data, checkpoint))
+        ray.get(sweep.task(tasks.save_pretrained)[0].remote(sweep.recipe.model, sweep.data, checkpoint))
 
 
 def _train(sweep: Sweep, key: str, folder: str) -> float:
@@ -114,7 +114,7 @@ def validation_top1(sweep: Sweep, checkpoint: str) -> float:
     record = storage.read_json(file) if storage.exists(file) else {}
     top1 = record.get("figures", {}).get("val_top1")
     if top1 is None or record.get("data") != sweep.data_hash:
-        task, device = sweep.task(remote.measure)
+        task, device = sweep.task(tasks.measure)
         figures = ray.get(task.remote([checkpoint], sweep.data, "validation", sweep.recipe.seed, device))
         top1 = figures[0]["top1"]
     return float(top1)

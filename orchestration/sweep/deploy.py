@@ -18,7 +18,7 @@ from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.jobs import aware_job
 from orchestration.recipe.schema import Quantization
 from orchestration.state.trial_log import TrialLog
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.artifacts import Exported, Quantized, Recovered
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.training import run_training
@@ -108,8 +108,8 @@ class _Work:
     def write(self, settings: Quantization, source: str) -> None:
         """Write the INT8 folder of a float checkpoint, by a task of the cluster."""
         sweep = self.sweep
-        task, _ = sweep.task(remote.quantise)
-        job = remote.Int8Job(
+        task, _ = sweep.task(tasks.quantize)
+        job = tasks.Int8Job(
             source=source,
             target=self.target,
             mode=settings.mode,
@@ -165,8 +165,8 @@ def export_phase(sweep: Sweep, method: str, recovered: Recovered) -> dict[str, E
         sweep.begin("export", title)
     runs = sweep.runs(log, "export", {"export": ",".join(formats)}, method, done=not missing)
     for kind in missing:
-        task, _ = sweep.task(remote.write_engine_file)
-        job = remote.EngineFileJob(
+        task, _ = sweep.task(tasks.write_engine_file)
+        job = tasks.EngineFileJob(
             source=recovered.end.checkpoint,
             target=targets[kind],
             kind=kind,

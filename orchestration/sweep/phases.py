@@ -76,7 +76,7 @@ def _results(sweep: Sweep) -> Results | None:
     structured = None
     if recipe.structured is not None and reaches("structured"):
         structured, facts = structured_phase(sweep, original)
-        dense, sweep = structured, sweep.descending({"structured": facts})
+        dense, sweep = structured, sweep.with_lineage({"structured": facts})
     allocated: dict[str, Allocated | None] = dict.fromkeys(recipe.pruning.methods)
     if recipe.allocated_sparsities and reaches("allocation"):
         for method in allocated:

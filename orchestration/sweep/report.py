@@ -12,7 +12,7 @@ from rich.table import Table
 from orchestration.common.hashing import content_hash, digest
 from orchestration.common.terminal import Console
 from orchestration.common.units import count, megabytes, percent
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.artifacts import Results
 from orchestration.sweep.context import Sweep
 from orchestration.tracking.promotion import Decision
@@ -135,7 +135,7 @@ def _measure(sweep: Sweep, checkpoints: Sequence[str], part: str) -> dict[str, f
     }
     missing = [checkpoint for checkpoint, file in known.items() if not storage.exists(file)]
     if missing:
-        task, device = sweep.task(remote.measure)
+        task, device = sweep.task(tasks.measure)
         figures = ray.get(task.remote(missing, sweep.data, part, sweep.recipe.seed, device))
         for checkpoint, figure in zip(missing, figures, strict=True):
             storage.write_json(known[checkpoint], figure)

@@ -16,7 +16,7 @@ from orchestration.recipe.dotted_keys import flatten
 from orchestration.recipe.jobs import structured_job
 from orchestration.state import latency_store as latency
 from orchestration.state.trial_log import TrialLog
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.dense import validation_top1
@@ -151,7 +151,7 @@ class _Step:
     def _save(self, settings: StructuredSettings, facts: dict[str, Any], folder: str) -> None:
         """Cut the dense model by a task, into a folder."""
         sweep = self._sweep
-        task, device = sweep.task(remote.save_structured)
+        task, device = sweep.task(tasks.save_structured)
         given = {"seed": sweep.recipe.seed, "lineage": self._lineage(facts), "device": device}
         ray.get(task.remote(self._dense.checkpoint, settings, sweep.data, folder, **given))
 
@@ -163,7 +163,7 @@ class _Step:
             folders = [f"{scratch}/{number}" for number in range(len(choices))]
             for settings, folder in zip(choices, folders, strict=True):
                 self._save(settings, facts, folder)
-            task, device = sweep.task(remote.measure)
+            task, device = sweep.task(tasks.measure)
             tops = ray.get(task.remote(folders, sweep.data, "validation", sweep.recipe.seed, device))
             *times, dense = latency.on_server(
                 target, latency.times_of, [*folders, self._dense.checkpoint], target

@@ -289,7 +289,7 @@ class Int8Job:
     record: Mapping[str, Any]
 
 
-def quantise(job: Int8Job) -> None:
+def quantize(job: Int8Job) -> None:
     """Write the INT8 form of a checkpoint, and evaluate it on validation by the engine that runs it."""
     _use_all_processors("cpu")
     with storage.local_copy(job.source) as source, tempfile.TemporaryDirectory(prefix="espalier-") as made:

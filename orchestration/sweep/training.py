@@ -22,7 +22,14 @@ from orchestration.search.training_trial import (
     TrainingTrial,
     train_run,
 )
-from orchestration.state.trial_end import Observer, ended, is_of_epoch, last_words, say_rest, write_down
+from orchestration.state.trial_end import (
+    Observer,
+    ended,
+    is_of_epoch,
+    last_lines,
+    record_end,
+    report_missing_ends,
+)
 from orchestration.state.trial_log import State, TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
 from trainers.config.jobs import TrainJob
@@ -111,7 +118,7 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
         log: the trial log of the phase.
         observer: is called at its start, its reports and its end.
     """
-    say_rest(log, observer)
+    report_missing_ends(log, observer)
     if log.ended:
         return
     number = max((record.number for record in log.trials), default=-1) + 1
@@ -127,7 +134,7 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
                 last = cast(EpochReport, report)
                 observer.trial_reported(name, last)
     except TrainingFailedError as failure:
-        error = last_words("".join(traceback.format_exception(failure)))
+        error = last_lines("".join(traceback.format_exception(failure)))
     finally:
         run.stop(_STOP_SECONDS)
         pool.close()
@@ -135,7 +142,7 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
     state: State = "failed" if error else "finished" if whole else "stopped"
     seconds = time.monotonic() - began
     record = ended(number, _VALUES, state, last, seconds=seconds, error=error)
-    write_down(record, last, log, observer, name)
+    record_end(record, last, log, observer, name)
 
 
 def is_whole(report: Mapping[str, Any], *, epochs: int) -> bool:

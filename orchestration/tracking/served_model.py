@@ -46,7 +46,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the weights; labels are those of the data's classes, or of the model itself."""
         folder = Path(__file__).parent
-        load = _quantised if (folder / _INT8).is_file() else _checkpoint
+        load = _quantized if (folder / _INT8).is_file() else _checkpoint
         self._run, config, labels = load(folder)
         self._transform = create_transform(**config, is_training=False)
         classes = folder / "classes.json"
@@ -166,7 +166,7 @@ def _seconds(run: Run, image: Tensor) -> float:
     return median(times)
 
 
-def _quantised(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
+def _quantized(folder: Path) -> tuple[Run, Mapping[str, Any], list[str]]:
     """Load an INT8 model, whose file holds preprocessing and labels: as :func:`_checkpoint`."""
     import onnxruntime
 

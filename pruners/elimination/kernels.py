@@ -385,7 +385,7 @@ def invert_and_eliminate(
     last: Array,
     scale: float,
     damp: float,
-    places: Array,
+    positions: Array,
     alive: Array,
     sound: Array,
     weights: Array,
@@ -397,15 +397,32 @@ def invert_and_eliminate(
     columns: Array,
     slots: Array,
 ) -> None:
-    """:func:`invert` and then :func:`eliminate`, block by block, with no inverse that leaves a core's cache.
+    """Call :func:`invert` and then :func:`eliminate` block by block: no inverse leaves a core's cache.
 
-    ``places`` are the slots of :func:`invert`. Blocks that are not sound are not eliminated.
+    Blocks that are not sound are not eliminated.
+
+    Args:
+        first: the first h rows of the symmetric sums, (n, h, B).
+        last: the last B − h columns of the other rows, (n, B − h, B − h).
+        scale: 1/m, for m gradients.
+        damp: λ.
+        positions: (n, r), positions in the block: the ``slots`` of :func:`invert`.
+        alive: (n, r) bool, as for :func:`invert`.
+        sound: (n,) bool, is written: whether the block was positive definite.
+        weights: (n, r).
+        left: (n,), how many of the r weights are alive; they are the first ones.
+        before: (n,), loss of each block before the first step.
+        order: (n, steps), is written, and so are all others below: see :func:`eliminate`.
+        losses: (n, steps).
+        coefficients: (n, steps).
+        columns: (n, numbers).
+        slots: (n, r).
     """
     height, across = work_shape(weights.shape[1])
     swept, matrix = np.zeros((height, across)), np.zeros((height, across))
     v = np.zeros((order.shape[1], across))
     for block in range(len(weights)):
-        load_sums(swept, (first[block], last[block]), scale, damp, places[block], alive[block])
+        load_sums(swept, (first[block], last[block]), scale, damp, positions[block], alive[block])
         sound[block] = sweep(swept)
         if sound[block]:
             for begin in range(0, height, 8):  # some rows at a time, to read neighbouring numbers

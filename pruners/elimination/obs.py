@@ -147,9 +147,9 @@ def eliminate_sums(
     done, outputs = _compiled_outputs(len(weights), weights.shape[1], steps)
 
     def work(part: slice) -> None:
-        first, last, places = (one[part].numpy() for one in (sums.first, sums.last, sums.slots))
+        first, last, positions = (one[part].numpy() for one in (sums.first, sums.last, sums.slots))
         rest = (tensor[part].numpy() for tensor in (alive, *inputs, *outputs))
-        kernels.invert_and_eliminate(first, last, sums.scale, sums.damp, places, *rest)
+        kernels.invert_and_eliminate(first, last, sums.scale, sums.damp, positions, *rest)
 
     kernels.on_threads(work, len(weights))
     return done if bool(sound.all()) else None

@@ -44,7 +44,7 @@ def sweep(swept: Swept) -> tuple[str, ...]:
 def searches(storage: Path) -> dict[str, TrialLog]:
     """The trial logs by phase."""
     found = storage.glob("sweeps/small/*/trials.json")
-    return {place.parent.name.split("-")[0]: TrialLog(str(place), cheap=True) for place in found}
+    return {place.parent.name.split("-")[0]: TrialLog(str(place), one_shot=True) for place in found}
 
 
 def told(log: TrialLog) -> list[tuple[Any, ...]]:

@@ -47,12 +47,12 @@ def lived(folder: Path, sampler: str, rule: str, until: int | None = None, wait:
 
 
 def ended(folder: Path) -> int:
-    return len(TrialLog(f"{folder}/trials.json", cheap=True).trials)
+    return len(TrialLog(f"{folder}/trials.json", one_shot=True).trials)
 
 
 def told(folder: Path) -> list[tuple[Any, ...]]:
     """All that a search has found, with each comparison that stopped a trial or did not."""
-    found = TrialLog(f"{folder}/trials.json", cheap=True).trials
+    found = TrialLog(f"{folder}/trials.json", one_shot=True).trials
     return [(one.number, one.values, one.state, one.score, [rung[1:] for rung in one.rungs]) for one in found]
 
 

@@ -58,7 +58,7 @@ def head() -> Iterator[Any]:
 
 def log_of(storage: Path) -> TrialLog | None:
     found = list(storage.glob("sweeps/small/allocation-*/trials.json"))
-    return TrialLog(f"{found[0].parent}/trials.json", cheap=True) if found else None
+    return TrialLog(f"{found[0].parent}/trials.json", one_shot=True) if found else None
 
 
 def ended(storage: Path) -> int:

@@ -71,4 +71,4 @@ if __name__ == "__main__":
             reuse_actors=True,
             complete=lambda metrics: bool(metrics["complete"]),
         )
-        run_search(search, TrialLog(f"{Path(folder)}/trials.json", cheap=True), Silent())
+        run_search(search, TrialLog(f"{Path(folder)}/trials.json", one_shot=True), Silent())

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pruners", "trainers", "orchestration")
+OTHERS = ("tests", "experiments", "docs")
 
-BANNED = {"found", "one", "told", "said", "place", "some", "there", "mine"}
+BANNED = {"found", "one", "told", "said", "place", "places", "some", "there", "mine", "unsaid", "telling"}
 """They say nothing of what a variable holds or a function does. Comprehensions may use them."""
 
 # Optuna's ask and tell, and a key of stored logs: Event and TrialRecord say when a trial was asked and told
 EXEMPT = {"orchestration/state/trial_log.py": {"told"}}
 
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler, ast.MatchAs, ast.MatchStar)
+
+OTHER_SPELLINGS = ("quantis", "artefact")
+"""Parts of words that names spell as the libraries do: quantize, artifact."""
+
+FIRST_WORDS = ("Whether ", "Of ", "Those ")
+"""Docstrings that begin so are no sentences, and a reader must guess what they continue."""
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Example:")
 
@@ -54,6 +61,26 @@ def banned(source: str) -> list[tuple[int, str]]:
     return [(line, name) for line, name in names_defined(source) if name.strip("_") in BANNED]
 
 
+def misspelled(source: str) -> list[tuple[int, str]]:
+    """Line and name of all names with the other spelling of a word."""
+    return [
+        (line, name)
+        for line, name in names_defined(source)
+        if any(part in name.lower() for part in OTHER_SPELLINGS)
+    ]
+
+
+def begins_without_a_subject(source: str) -> list[int]:
+    """Lines of the docstrings, of attributes too, that begin with one of :data:`FIRST_WORDS`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and str(node.value.value).startswith(FIRST_WORDS)
+    ]
+
+
 def begins_with_a_section(source: str) -> list[str]:
     """Functions, classes and the module, where the docstring has no sentence before its first section."""
     documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -64,8 +91,8 @@ def begins_with_a_section(source: str) -> list[str]:
     ]
 
 
-def sources() -> Iterator[tuple[str, str]]:
-    for package in PACKAGES:
+def sources(folders: Iterable[str] = PACKAGES) -> Iterator[tuple[str, str]]:
+    for package in folders:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
@@ -79,8 +106,24 @@ def test_words__names_are_nouns_and_verbs() -> None:
     ] == []
 
 
+def test_words__names_have_one_spelling() -> None:
+    assert [
+        f"{path}:{line}: {name}"
+        for path, source in sources((*PACKAGES, *OTHERS))
+        for line, name in misspelled(source)
+    ] == []
+
+
 def test_words__docstrings_begin_with_a_sentence() -> None:
-    assert [f"{path}: {name}" for path, source in sources() for name in begins_with_a_section(source)] == []
+    assert [
+        f"{path}: {name}"
+        for path, source in sources((*PACKAGES, *OTHERS))
+        for name in begins_with_a_section(source)
+    ] == []
+
+
+def test_words__docstrings_have_a_subject() -> None:
+    assert [f"{path}:{line}" for path, source in sources() for line in begins_without_a_subject(source)] == []
 
 
 @pytest.mark.parametrize(
@@ -120,6 +163,23 @@ def test_words__a_banned_name_is_seen(source: str) -> None:
 )
 def test_words__what_is_allowed_is_not_refused(source: str) -> None:
     assert banned(source) == []
+
+
+@pytest.mark.parametrize("source", ["def requantise(): pass", "ARTEFACT = 1", "def f(quantisation): pass"])
+def test_words__another_spelling_is_seen(source: str) -> None:
+    assert len(misspelled(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['def f():\n    """Whether it is."""', 'a = 1\n"""Of b."""', 'class C:\n    """Those that are."""'],
+)
+def test_words__a_docstring_without_a_subject_is_seen(source: str) -> None:
+    assert len(begins_without_a_subject(source)) == 1
+
+
+def test_words__a_docstring_with_a_subject_is_not_refused() -> None:
+    assert begins_without_a_subject('"""Offers of a cluster, of which some are dense."""') == []
 
 
 def test_words__a_docstring_without_a_sentence_is_seen() -> None:

@@ -21,7 +21,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.checksums import sums
 from trainers.checkpoint.finite import not_finite
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.checkpoint.trainer_state import _seal, damage
+from trainers.checkpoint.trainer_state import _checksum, damage
 from trainers.loop import gradual, train_step
 from trainers.loop.evaluation import evaluate
 from trainers.loop.gradual import run
@@ -239,7 +239,7 @@ def test_not_finite__a_checkpoint_of_before_that_holds_nan_is_left_aside(
     spoil(log.last / file, name)
     sealed = json.loads((log.last / "trainer.json").read_text())
     sealed["state"]["files"] |= sums(log.last, [file])
-    content = {"seal": _seal(sealed["state"]), "state": sealed["state"]}
+    content = {"seal": _checksum(sealed["state"]), "state": sealed["state"]}
     (log.last / "trainer.json").write_text(json.dumps(content))
     assert damage(log.last) == f"{file} holds values to go on from that are none: {name} is not finite"
 

@@ -37,7 +37,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], progress: Mapping[s
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_TENSORS)
     files = sums(folder, sorted(path.name for path in folder.iterdir() if path.name != STATE_PROGRESS))
     content = {"files": files, **progress}
-    verified = {"seal": _seal(content), "state": content}
+    verified = {"seal": _checksum(content), "state": content}
     (folder / STATE_PROGRESS).write_text(json.dumps(verified, sort_keys=True))
 
 
@@ -55,10 +55,10 @@ def damage(folder: Path) -> str | None:
         versions could write them. ``None``: the folder is intact.
     """
     try:
-        sealed = json.loads((folder / STATE_PROGRESS).read_text())
-        if _seal(sealed["state"]) != sealed["seal"]:
+        stored = json.loads((folder / STATE_PROGRESS).read_text())
+        if _checksum(stored["state"]) != stored["seal"]:
             return f"{STATE_PROGRESS} is not as it was written"
-        files: dict[str, str] = sealed["state"]["files"]
+        files: dict[str, str] = stored["state"]["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE_PROGRESS} is missing or cannot be read"
     for name, expected in files.items():
@@ -181,7 +181,7 @@ def unflatten_optimizer(
     return {"state": state, "param_groups": merged}
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

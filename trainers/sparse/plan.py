@@ -260,11 +260,11 @@ class Executor:
         if (part.tokens < 0).any():
             column = self.weights.tables[f"{operation.layer}/padding"]
             padding = plan.keep(np.repeat(column, self._lanes))
-        places = [
+        source, target = [
             (memory.buffers[name].ctypes.data, self.program.buffers[name])
             for name in (operation.input, operation.output)
         ]
-        runs, first = windows.runs(part, tiling, places[0], places[1], padding)
+        runs, first = windows.runs(part, tiling, source, target, padding)
         masks, kinds = part.masks(self._lanes)
         addresses = plan.keep(masks) + kinds * masks[0].nbytes
         if operation.layer not in self._biases:

@@ -15,7 +15,7 @@ import ray
 from orchestration.common.hashing import digest
 from orchestration.search.training_trial import order_run
 from orchestration.state.order_store import StoredOrder
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.tasks import OrderFacts, RoundModel
@@ -62,7 +62,7 @@ class Rounds:
         last = self._done[number]
         if number not in self._facts:
             sparsities = [level for level in self._searched if self._number(level) == number]
-            task, _ = self._sweep.task(remote.order_facts)
+            task, _ = self._sweep.task(tasks.order_facts)
             pruning = self._sweep.recipe.pruning
             facts = task.remote(last.checkpoint, pruning, self._method, last.order, sparsities)
             self._facts[number] = ray.get(facts)
@@ -76,7 +76,7 @@ class Rounds:
         end = pruning.sparsity if reach is None else reach[0]
         if len(pruning.rounds(self._method, 0.0, end)) == 1:
             return [end]
-        task, _ = self._sweep.task(remote.sparsity_of)
+        task, _ = self._sweep.task(tasks.sparsity_of)
         start: float = ray.get(task.remote(self._dense.checkpoint, pruning))
         return pruning.rounds(self._method, start, end)
 
@@ -143,7 +143,7 @@ class Rounds:
             with sweep.scratch(f"order-{order.fingerprint}") as scratch:
                 order_run(job, resources, scratch)
             return
-        task, device = sweep.task(remote.make_order)
+        task, device = sweep.task(tasks.make_order)
         ray.get(task.remote(job, device))
 
     def _model_after(self, number: int) -> str:
@@ -177,6 +177,6 @@ class Rounds:
                     seed=sweep.recipe.seed,
                     target=folder,
                 )
-                task, device = sweep.task(remote.save_round)
+                task, device = sweep.task(tasks.save_round)
                 ray.get(task.remote(job, device))
         return folder

@@ -25,7 +25,7 @@ from orchestration.search.space import AllocationSpace
 from orchestration.search.spec import Search
 from orchestration.state import latency_store as latency
 from orchestration.state.trial_log import TrialLog, TrialRecord
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.allocation.rounds import Rounds
 from orchestration.sweep.artifacts import Allocated, Dense, Study
 from orchestration.sweep.context import Sweep
@@ -75,7 +75,7 @@ class _Searches:
             *([] if self._table is None else [self._table.about]),
         )
         name = f"allocation-{self._method}-{key}"
-        log = TrialLog(f"{sweep.root}/{name}/trials.json", cheap=True)
+        log = TrialLog(f"{sweep.root}/{name}/trials.json", one_shot=True)
         one_shot = f"{sweep.root}/{name}/one-shot"
         trials, ended = max(search.trials, 1), len(log.ended)
         level = f"{100 * sparsity:g}"
@@ -112,7 +112,7 @@ class _Searches:
         runs.close(best)
         # last: this folder marks the search as done, with everything in MLflow
         record = {"method": self._method, "figures": {"val_top1": best.metrics["val_top1"]}, **sweep.lineage}
-        task, device = sweep.task(remote.save_one_shot)
+        task, device = sweep.task(tasks.save_one_shot)
         solved = ray.get(task.remote(inputs, best.metrics["allocation"], one_shot, record, device))
         study = Study(best, one_shot, log.ended)
         own = "failed" if study.own is None else study.own.percent
@@ -209,7 +209,7 @@ class _Searches:
         before = sweep.lineage.get("structured", {}).get("dense_top1")
         if before is not None:  # the loss is relative to the model before the structured step
             return Speed(table, before)
-        task, device = sweep.task(remote.measure)
+        task, device = sweep.task(tasks.measure)
         figures = task.remote(
             [self._dense.checkpoint],
             sweep.data,

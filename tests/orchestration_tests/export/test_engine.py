@@ -179,10 +179,10 @@ def test_engine__zeros_stay_zeros_in_int8(calibrated: bool, run: Run, files: Pat
     model = load_checkpoint(str(files / "vit")).model
     weights = dict(model.named_parameters())
     layers = [weights[layer.name].detach().numpy() for layer in find_layers(model)]
-    quantised = matmuls(Path("out/model.onnx"))
+    quantized = matmuls(Path("out/model.onnx"))
     for layer in layers:
         same = [
-            array for array in quantised if array.shape == layer.T.shape and not array[layer.T == 0].any()
+            array for array in quantized if array.shape == layer.T.shape and not array[layer.T == 0].any()
         ]
         assert same, "no INT8 weight has this layer's zeros"
     points = [
@@ -404,7 +404,7 @@ def test_engine__checkpoint_of_before_is_still_dense(tmp_path: Path) -> None:
     assert "labels" not in source.preprocessing
 
 
-def test_engine__calibration_images_do_not_quantise_a_format_in_float(files: Path, tmp_path: Path) -> None:
+def test_engine__calibration_images_do_not_quantize_a_format_in_float(files: Path, tmp_path: Path) -> None:
     """As a benchmark has them, for those of its engines that want them."""
     model = load_checkpoint(str(files / "vit")).model.eval()
     about = preprocessing_of(model)

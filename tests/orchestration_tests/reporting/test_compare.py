@@ -52,7 +52,7 @@ def sweep(
     store(load_recipe("demo", [f"storage={runs}", f"name={name}", "pruning.methods=[ovit]", *overrides]))
     root = folder_of(str(runs), name)
     display = Display(Console(file=io.StringIO()))
-    searches = {"allocation": TrialLog(f"{root}/allocation-ovit-a/trials.json", cheap=True)}
+    searches = {"allocation": TrialLog(f"{root}/allocation-ovit-a/trials.json", one_shot=True)}
     searches |= {"schedule": TrialLog(f"{root}/schedule-ovit-b/trials.json")} if gradual else {}
     for number in range(3):
         shares = {"stage.0": 0.5 + 0.01 * number, "module.QKV": 0.8}

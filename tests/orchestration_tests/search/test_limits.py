@@ -47,7 +47,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
 
 def run(folder: Path, first: list[float], trials: int, **limits: float) -> list[TrialRecord]:
-    log = TrialLog(f"{folder}/trials.json", cheap=True)
+    log = TrialLog(f"{folder}/trials.json", one_shot=True)
     search = Search(
         name="limits",
         trainable=tune.with_resources(Trial, {"CPU": 1}),
@@ -88,7 +88,7 @@ def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Pat
     said = str(raised.value)
     assert said.startswith("2 of 8 trials failed, more than allocation.failures (0.2) allows; the last: ")
     assert "no such layer" in said
-    log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
+    log = TrialLog(f"{tmp_path}/trials.json", one_shot=True)
     assert [record.state for record in log.trials] == ["finished", "failed", "failed"]
     again = run(tmp_path, [0.5, 0.75], trials=3, failures=0.2)  # what failed may have been mended
     assert [record.state for record in again] == ["finished", "failed", "failed", "finished", "finished"]

@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.tune.search import ConcurrencyLimiter
 
 from orchestration.search import schedulers as search_schedulers
-from orchestration.search.samplers import Proposals, limited, population, telling
+from orchestration.search.samplers import Proposals, best_and_newest, limited, population
 from orchestration.search.schedulers import FollowCluster, Remembered, stopping
 from orchestration.search.space import WrittenChoice
 from orchestration.search.spec import Search
@@ -35,12 +35,12 @@ def trials(count: int) -> list[TrialRecord]:
 
 
 def test_proposals__of_few_trials_all_are_told() -> None:
-    assert telling(trials(1000)) == trials(1000)
+    assert best_and_newest(trials(1000)) == trials(1000)
 
 
 def test_proposals__of_many_trials_the_best_and_the_newest_are_told() -> None:
     known = trials(5000)
-    told = telling(known)
+    told = best_and_newest(known)
     assert len(told) == 1000
     assert [one.number for one in told] == sorted({one.number for one in told})
     scores = sorted((one.score for one in known if one.score is not None), reverse=True)
@@ -162,17 +162,17 @@ def test_proposals__a_search_broken_off_at_any_moment_is_the_undisturbed_one(
         pytest.skip("as the others, and slow")
     trials = 12 if sampler == "gp" else 40
     options: dict[str, Any] = {"cost": cost, "first": [{"x": 0.5, "y": 0.1, "n": 3, "c": True, "m": "?"}]}
-    whole = TrialLog(f"{tmp_path}/whole.json", cheap=cheap)
+    whole = TrialLog(f"{tmp_path}/whole.json", one_shot=cheap)
     played(whole, sampler, trials, **options)
     chance = random.Random(sampler)
     uri = f"{tmp_path}/killed.json"
     for kill in sorted(chance.sample(range(1, trials), 4)):
-        log = TrialLog(uri, cheap=cheap)
+        log = TrialLog(uri, one_shot=cheap)
         made = played(log, sampler, trials, until=kill, **options)
         made.ask("lost")  # killed now
         if chance.random() < 0.5:
             log.begin(log.proposed - 1, log.broken[log.proposed - 1], None)
-    log = TrialLog(uri, cheap=cheap)
+    log = TrialLog(uri, one_shot=cheap)
     played(log, sampler, trials, **options)
     assert listed(log) == listed(whole)
     assert len({json.dumps(record.values, sort_keys=True) for record in log.trials}) == trials
@@ -181,16 +181,16 @@ def test_proposals__a_search_broken_off_at_any_moment_is_the_undisturbed_one(
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "nsga2"])
 def test_proposals__what_was_at_work_goes_on_with_its_proposals(sampler: str, tmp_path: Path) -> None:
     """Three at once: what had been proposed when the driver was killed is proposed again, nothing else."""
-    whole = TrialLog(f"{tmp_path}/whole.json", cheap=True)
+    whole = TrialLog(f"{tmp_path}/whole.json", one_shot=True)
     played(whole, sampler, 36, at_once=3)
     uri = f"{tmp_path}/killed.json"
     for kill in (4, 5, 11, 20, 29):
-        made = played(TrialLog(uri, cheap=True), sampler, 36, at_once=3, until=kill)
+        made = played(TrialLog(uri, one_shot=True), sampler, 36, at_once=3, until=kill)
         proposed = made._log.broken  # what this driver was at
-        again = TrialLog(uri, cheap=True)
+        again = TrialLog(uri, one_shot=True)
         assert again.broken == proposed
         assert [*Proposals(made._search, again)._waiting] == [*proposed.items()]
-    log = TrialLog(uri, cheap=True)
+    log = TrialLog(uri, one_shot=True)
     played(log, sampler, 36, at_once=3)
     assert sorted(record.number for record in log.trials) == list(range(36))
     if sampler == "random":
@@ -240,7 +240,7 @@ def test_proposals__a_log_whose_order_is_not_known_is_told_and_that_is_said(
 @pytest.mark.parametrize("sampler", ["random", "nsga2"])
 def test_proposals__nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path: Path) -> None:
     space = {"n": optuna.distributions.IntDistribution(1, 4), "c": MIXED["c"]}
-    log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
+    log = TrialLog(f"{tmp_path}/trials.json", one_shot=True)
     found = []
     for number in range(14):  # of twelve points
         made = Proposals(Search("t", None, space, 14, 1, "", 5, sampler), log)
@@ -277,7 +277,7 @@ def test_proposals__a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path
 def test_proposals__a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> None:
     """TPE is told the best and the newest of a round's beginning, and all since, in every life alike."""
     uri = f"{tmp_path}/trials.json"
-    log = TrialLog(uri, cheap=True)
+    log = TrialLog(uri, one_shot=True)
     log.trials = trials(2300)
     log.save()
     began = time.monotonic()

@@ -9,7 +9,7 @@ import pytest
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from orchestration.search.runner import one_trial_pays, run_search
+from orchestration.search.runner import run_search, treat_oom_as_actor_death
 from orchestration.search.spec import Search
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from trainers.loop.report import recordable
@@ -63,7 +63,7 @@ def test_run_search__an_end_that_only_the_log_knows_is_said_with_its_last_report
         ("ended", RECORD),
     ]
     assert [(record.number, record.run_id) for record in TrialLog(uri).trials] == [(0, "run")]
-    assert TrialLog(uri).unsaid == []
+    assert TrialLog(uri).unreported == []
 
 
 def test_run_search__an_end_without_any_report_is_said_alone(tmp_path: Path) -> None:
@@ -82,15 +82,17 @@ def test_recordable__series_with_a_loss_that_is_no_number_are_left_out() -> None
     assert recordable(report) == {"step": 2, "step_lr": [0.1, 0.2]}
 
 
-def test_one_trial_pays__a_kill_for_memory_is_the_death_of_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_treat_oom_as_actor_death__a_kill_for_memory_is_the_death_of_an_actor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[Exception] = []
 
     def decides(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         seen.append(exception)
 
     monkeypatch.setattr(RayActorManager, "_actor_task_failed", decides)
-    one_trial_pays()
-    one_trial_pays()  # wrapped once
+    treat_oom_as_actor_death()
+    treat_oom_as_actor_death()  # wrapped once
     manager: Any = RayActorManager.__new__(RayActorManager)
     other = ValueError("another")
     low = OutOfMemoryError("low on memory\nmore")

@@ -51,7 +51,7 @@ class TwoGoals(Bowl):
 
 
 def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[TrialRecord]:
-    log = TrialLog(f"{folder}/trials.json", cheap=True)
+    log = TrialLog(f"{folder}/trials.json", one_shot=True)
     search = Search(
         name="bowl",
         trainable=tune.with_resources(changes.pop("trainable", Bowl), {"CPU": 1}),

@@ -91,14 +91,14 @@ def test_schedulers__the_same_trials_are_stopped_at_the_same_time(
     kind: str, cheap: bool, tmp_path: Path
 ) -> None:
     """One at a time, killed a dozen times: of a cheap trial nothing is known before its end."""
-    whole = TrialLog(f"{tmp_path}/whole.json", cheap=cheap)
+    whole = TrialLog(f"{tmp_path}/whole.json", one_shot=cheap)
     assert Life(whole, kind, 1).run()
     assert {"finished", "stopped"} == {record.state for record in whole.trials}
     chance, uri, lives = random.Random(kind), f"{tmp_path}/killed.json", 0
-    while not Life(TrialLog(uri, cheap=cheap), kind, 1).run(chance.randrange(2, 2 * LONGEST)):
+    while not Life(TrialLog(uri, one_shot=cheap), kind, 1).run(chance.randrange(2, 2 * LONGEST)):
         lives += 1
     assert lives > 4
-    assert outcome(TrialLog(uri, cheap=cheap)) == outcome(whole)
+    assert outcome(TrialLog(uri, one_shot=cheap)) == outcome(whole)
 
 
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])

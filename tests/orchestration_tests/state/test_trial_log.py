@@ -110,12 +110,12 @@ def test_trial_log__the_file_is_plain_json(tmp_path: Path) -> None:
 def test_trial_log__cheap_trials_are_written_in_parts(tmp_path: Path) -> None:
     """Each is there at once; what is written for one does not grow with their number."""
     uri = f"{tmp_path}/trials.json"
-    log = TrialLog(uri, cheap=True)
+    log = TrialLog(uri, one_shot=True)
     for number in range(400):
         log.begin(number, {"x": number}, None)
         log.add(trial(number, number / 400))
         if number % 37 == 0:
-            again = TrialLog(uri, cheap=True)
+            again = TrialLog(uri, one_shot=True)
             assert [record.number for record in again.trials] == list(range(number + 1))
             assert again.pending == []
         parts = sorted((tmp_path / "trials.parts").iterdir())
@@ -128,7 +128,7 @@ def test_trial_log__cheap_trials_are_written_in_parts(tmp_path: Path) -> None:
 
 def test_trial_log__a_driver_killed_while_parts_are_joined(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
-    log = TrialLog(uri, cheap=True)
+    log = TrialLog(uri, one_shot=True)
     for number in range(40):
         log.add(trial(number, 0.5))
     left = {path.name: path.read_bytes() for path in (tmp_path / "trials.parts").iterdir()}
@@ -136,7 +136,7 @@ def test_trial_log__a_driver_killed_while_parts_are_joined(tmp_path: Path) -> No
     (tmp_path / "trials.parts").mkdir()
     for name, content in left.items():  # they were to be deleted next
         (tmp_path / "trials.parts" / name).write_bytes(content)
-    again = TrialLog(uri, cheap=True)
+    again = TrialLog(uri, one_shot=True)
     again.add(trial(40, 0.6))
     assert [record.number for record in TrialLog(uri).trials] == list(range(41))
 
@@ -144,6 +144,6 @@ def test_trial_log__a_driver_killed_while_parts_are_joined(tmp_path: Path) -> No
 def test_trial_log__a_resumed_log_goes_on_in_its_last_part(tmp_path: Path) -> None:
     uri = f"{tmp_path}/trials.json"
     for number in range(70):
-        TrialLog(uri, cheap=True).add(trial(number, 0.5))
+        TrialLog(uri, one_shot=True).add(trial(number, 0.5))
     assert [record.number for record in TrialLog(uri).trials] == list(range(70))
     assert len(list((tmp_path / "trials.parts").iterdir())) == 3

@@ -34,7 +34,7 @@ def opened(uri: str, log: TrialLog) -> tuple[Tracker, OneShotRuns]:
 def test_one_shot_runs__a_killed_driver_leaves_no_trial_out_and_none_half_said(
     uri: str, tmp_path: Path
 ) -> None:
-    log = TrialLog(f"{tmp_path}/trials.json", cheap=True)
+    log = TrialLog(f"{tmp_path}/trials.json", one_shot=True)
     tracker, runs = opened(uri, log)
     for number, state in enumerate(("finished", "stopped", "failed", "finished")):
         log.add(trial(number, state))
@@ -47,7 +47,7 @@ def test_one_shot_runs__a_killed_driver_leaves_no_trial_out_and_none_half_said(
         half = tracker.client.create_run(tracker.experiment, tags=tags).info.run_id
         tracker.client.log_metric(half, "val_top1", number / 10)
 
-    again = TrialLog(log.uri, cheap=True)
+    again = TrialLog(log.uri, one_shot=True)
     assert again.run_id == runs.run
     tracker, runs = opened(uri, again)
     runs.close(again.best())
@@ -60,4 +60,6 @@ def test_one_shot_runs__a_killed_driver_leaves_no_trial_out_and_none_half_said(
         "3": "FINISHED",
     }
     assert len(found) == 4
-    assert {one.run_id for one in TrialLog(log.uri, cheap=True).trials} == {one.info.run_id for one in found}
+    assert {one.run_id for one in TrialLog(log.uri, one_shot=True).trials} == {
+        one.info.run_id for one in found
+    }

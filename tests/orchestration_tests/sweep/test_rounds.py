@@ -18,7 +18,7 @@ from orchestration.recipe.schema import Recipe
 from orchestration.recipe.validation import validate
 from orchestration.search.one_shot_trial import OneShotInputs
 from orchestration.search.space import AllocationSpace
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.sweep.allocation.rounds import Round, Rounds
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
@@ -45,7 +45,7 @@ class Direct:
 
 @dataclass
 class Alone:
-    """What rounds need of a sweep, without Ray; ``made`` are the artefacts that were made."""
+    """What rounds need of a sweep, without Ray; ``made`` are the artifacts that were made."""
 
     recipe: Recipe
     data: DataSettings
@@ -65,8 +65,8 @@ class Alone:
         return Direct(function), "cpu"
 
     @contextmanager
-    def making(self, artefact: str, title: str) -> Iterator[None]:
-        self.made.append(artefact)
+    def making(self, artifact: str, title: str) -> Iterator[None]:
+        self.made.append(artifact)
         yield
 
 
@@ -132,7 +132,7 @@ def test_rounds__each_is_made_once_and_found_again(files: dict[str, str], tmp_pa
     begun, facts = chain.leading_to(0.6)
     assert begun.checkpoint != files["dense"]  # of the second round, which goes from 50 to 70 %
     assert set(facts.own) == {0.6, 0.7}
-    assert [artefact.split("/")[0] for artefact in first.made] == ["orders", "rounds", "orders"]
+    assert [artifact.split("/")[0] for artifact in first.made] == ["orders", "rounds", "orders"]
     ended, facts = chain.leading_to(0.8)
     assert set(facts.own) == {0.8, 0.85}  # the last round goes beyond its own sparsity too
     assert chain.leading_to(0.85)[0] == ended
@@ -165,7 +165,7 @@ def test_rounds__the_ends_model_is_that_of_prune(files: dict[str, str], tmp_path
     shared = inputs(given, files, 0.8, done)
     target = str(tmp_path / "one-shot")
     record = {"method": "ovit", "figures": {"val_top1": -1.0}}
-    top1 = remote.save_one_shot(shared, done[1].own[0.8], target, record, "cpu")
+    top1 = tasks.save_one_shot(shared, done[1].own[0.8], target, record, "cpu")
     saved = load_checkpoint(target)
     assert saved.record["figures"]["val_top1"] == top1 >= 0
     assert saved.record["reconstruction"] == {"images": 12}

@@ -14,7 +14,7 @@ from training_runs import CPU, Log, make_files, same_files
 from orchestration.recipe.jobs import gradual_job, structured_job
 from orchestration.recipe.schema import Recipe
 from orchestration.recipe.validation import validate
-from orchestration.sweep import tasks as remote
+from orchestration.sweep import tasks
 from orchestration.tracking.registry import describe
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint
@@ -45,7 +45,7 @@ def data(files: dict[str, str]) -> DataSettings:
 def save(files: dict[str, str], dense: str, target: Path, **widths: Any) -> str:
     settings = StructuredSettings.model_validate({"images": 20, "batch_size": 4, **widths})
     lineage = dict(LINEAGE)
-    remote.save_structured(dense, settings, data(files), str(target), seed=0, lineage=lineage, device="cpu")
+    tasks.save_structured(dense, settings, data(files), str(target), seed=0, lineage=lineage, device="cpu")
     return str(target)
 
 

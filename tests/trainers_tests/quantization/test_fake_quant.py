@@ -203,7 +203,7 @@ def test_fake_quant__more_images_than_there_are(files: dict[str, str]) -> None:
         ({"compile": True}, r"training\.compile"),
     ],
 )
-def test_fake_quant__what_fake_quantisation_does_not_know(
+def test_fake_quant__what_fake_quantization_does_not_know(
     training: dict[str, Any], says: str, files: dict[str, str]
 ) -> None:
     with pytest.raises(ValidationError, match=says):

@@ -138,7 +138,7 @@ def assert_as_int8(apart: Agreement) -> None:
     assert apart.top1 > 0.9, apart
 
 
-def test_int8_families__what_no_way_of_quantising_does_is_known_from_the_model() -> None:
+def test_int8_families__what_no_way_of_quantizing_does_is_known_from_the_model() -> None:
     with torch.device("meta"):
         cnn, vit, convnext = (
             timm.create_model(name) for name in ("resnet18", "vit_tiny_patch16_224", "convnext_tiny")

@@ -188,7 +188,7 @@ def test_int8_folder__an_engine_that_answers_otherwise_is_noticed(
         int8_folder.quantize_folder(folders["static", VIT].parent / "parent", tmp_path, "dynamic")
 
 
-def test_int8_folder__what_is_quantised_is_not_quantised_again(
+def test_int8_folder__what_is_quantized_is_not_quantized_again(
     folders: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"model = .*is quantised already"):

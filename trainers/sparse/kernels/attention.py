@@ -99,12 +99,12 @@ def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a pr
 
             def visit(start: Value, step: Value, tokens: Value, before: Value) -> None:
                 values = code.at(start, (features * 2 + feature) * step)
-                places = [code.at(values, step * r) for r in range(count)]
+                addresses = [code.at(values, step * r) for r in range(count)]
                 row = code.at(scores, before * tile.row_bytes)
                 with code.loop(tokens) as key:
                     loaded = tile.loads(code.at(row, key * tile.row_bytes))
                     for r in range(count):
-                        factor = code.splat(code.load("float", places[r], key * 4))
+                        factor = code.splat(code.load("float", addresses[r], key * 4))
                         for total, value in zip(sums[r], loaded, strict=True):
                             total.set(code.fma(factor, value, total.get()))
 

@@ -75,6 +75,6 @@ def rows(name: str, lanes: int, width: int) -> Code:
     masks = [code.first_lanes(left, v * lanes) for v in range(width)]
     with code.loop(features, start=whole) as k:
         values = tile.loads(code.at(x, k * tile.row_bytes))
-        for value, places, mask in zip(values, offsets, masks, strict=True):
-            code.scatter(value, code.at(target, k * 4), places, mask)
+        for value, lane_offsets, mask in zip(values, offsets, masks, strict=True):
+            code.scatter(value, code.at(target, k * 4), lane_offsets, mask)
     return code

@@ -18,7 +18,7 @@ EXTRA_ROWS = 2  # after a tile's quantized inputs: steps, zero points
 
 # arguments of the quantization
 X, Y, INPUTS = 0, 3, 6
-# those of the product: two places, addresses and sizes
+# arguments of the product: the positions of two buffers, then addresses and sizes
 QUANTIZED, OUTPUT, INPUT_BLOCKS, OUTPUTS, BIAS, GROUPS, COUNT, ROWS, COLUMNS, BLOCKS, STEPS, SUMS = (
     0,
     3,

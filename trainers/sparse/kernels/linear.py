@@ -177,7 +177,7 @@ def dense_linear(name: str, lanes: int, width: int, *, residual: bool = False, e
     def block(output: Value, size: int) -> None:
         y = code.at(start_y, output * tile.row_bytes)
         at = [(code.at(y, r * tile.row_bytes), code.at(bias, output * 4 + 4 * r)) for r in range(size)]
-        sums = [_begin(tile, begin, *places) for places in at]
+        sums = [_begin(tile, begin, *addresses) for addresses in at]
         with code.loop(inputs) as k:
             x = code.at(start_x, k * tile.row_bytes)
             loaded = tile.loads(x)
