@@ -86,6 +86,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
+def check_share(key: str, value: float) -> None:
+    """Check that a value is a share, 0 to 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise InputError(key, value, "must lie between 0 and 1")
+
+
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """Suggest the closest of some choices: ``" (did you mean 'x'?)"``, or ``""`` if none is close."""
     close = difflib.get_close_matches(value, list(choices), n=1, cutoff=0.6)

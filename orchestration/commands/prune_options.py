@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from orchestration.common import defaults
-from pruners.errors import InputError, did_you_mean
+from pruners.errors import InputError, check_share, did_you_mean
 from pruners.methods.registry import METHODS, SECOND_ORDER
 from pruners.model.sparsity_pattern import Pattern
 from pruners.rounds import round_sparsities
@@ -149,10 +149,10 @@ class PruneOptions(ColumnOptions):
 
     def _check_sparsity(self) -> None:
         for key in ("floor", "ceiling"):
-            _check_share(f"--{key}", getattr(self, key))
+            check_share(f"--{key}", getattr(self, key))
         if self.floor > self.ceiling:
             raise InputError("--floor", self.floor, f"must not lie above --ceiling {self.ceiling:g}")
-        _check_share("--sparsity", self.target)
+        check_share("--sparsity", self.target)
         nearest = min(max(self.target, self.floor), self.ceiling)
         if nearest != self.target:
             limits = f"--floor {self.floor:g} and --ceiling {self.ceiling:g}"
@@ -234,8 +234,3 @@ def layer_patterns(texts: Iterable[str]) -> dict[str, list[str]] | None:
 def _pattern(text: str) -> Pattern:
     with InputError.renamed(lambda error: InputError("--pattern", text, error.expected)):
         return Pattern.parse(text)
-
-
-def _check_share(key: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise InputError(key, value, "must lie between 0 and 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from pruners.errors import InputError, did_you_mean
+from pruners.errors import InputError, check_share, did_you_mean
 from pruners.model.layers import PrunableLayer, matching, stem
 
 Bounds = Mapping[str, tuple[int, int]]
@@ -86,11 +86,11 @@ def per_layer(
             without a sparsity.
     """
     if not isinstance(values, Mapping):
-        _check_share(key, values)
+        check_share(key, values)
         return {layer.name: values for layer in layers}
     sparsities: dict[str, float] = {}
     for expression, value in values.items():
-        _check_share(f"{key}.{expression}", value)
+        check_share(f"{key}.{expression}", value)
         matched = matching(key, expression, [layer.name for layer in layers])
         if not matched:
             close = did_you_mean(expression, [stem(layer.name) for layer in layers])
@@ -102,8 +102,3 @@ def per_layer(
                 raise InputError(key, dict(values), f"says nothing about {layer.name}")
             sparsities[layer.name] = default
     return sparsities
-
-
-def _check_share(key: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise InputError(key, value, "must lie between 0 and 1")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pruners.errors import InputError
+from pruners.errors import InputError, check_share
 from pruners.model.layers import PrunableLayer
 
 
@@ -16,8 +16,7 @@ def budget(layers: Sequence[PrunableLayer], sparsity: float) -> int:
     Raises:
         InputError: ``sparsity`` lies outside 0…1.
     """
-    if not 0.0 <= sparsity <= 1.0:
-        raise InputError("sparsity", sparsity, "must lie between 0 and 1")
+    check_share("sparsity", sparsity)
     return round(sparsity * sum(layer.numel for layer in layers))
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers import storage
@@ -197,7 +197,7 @@ def load_folder(
     try:
         model = load_timm_folder(folder, weights, **arguments)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise InputError(key, uri, f"timm cannot load it ({str(error).splitlines()[0]})") from None
+        raise InputError(key, uri, f"timm cannot load it ({first_line(error)})") from None
     broken = not_finite(model.state_dict())
     if broken:
         raise InputError(key, uri, f"holds weights that no model can have: {describe(broken)}")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pruners.errors import first_line
 from trainers.config.engines import Choice
 from trainers.data.preprocessing import Images
 from trainers.engines.registry import Placement, Run, load
@@ -212,8 +213,8 @@ def _serve() -> None:
                 run, images = loaded[int(question.get("number", 0))]
                 answer = _answer(run, images, question)
         except Exception as error:  # whatever an engine raises becomes an answer
-            lines = str(error).strip().splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {lines[0]}".strip(": ")}
+            kind, message = type(error).__name__, first_line(error)
+            answer = {"error": kind if message == kind else f"{kind}: {message}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

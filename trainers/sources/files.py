@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from pyarrow import fs
 
-from pruners.errors import InputError
+from pruners.errors import InputError, first_line
 from trainers.remote_calls import call_limited
 from trainers.storage import exists, info, resolve
 
@@ -88,8 +88,7 @@ def table_files(uri: str, key: str) -> tuple[fs.FileSystem, list[str]]:
     try:
         entries = call_limited(base, system.get_file_info, fs.FileSelector(path, recursive=deep))
     except OSError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(key, uri, f"cannot be reached ({reason})") from None
+        raise InputError(key, uri, f"cannot be reached ({first_line(error)})") from None
     entries_by_name = {PurePosixPath(entry.path).relative_to(path).as_posix(): entry for entry in entries}
     files = sorted(name for name, entry in entries_by_name.items() if _wanted(name, entry, pattern))
     if not files:

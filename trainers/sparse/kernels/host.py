@@ -72,7 +72,6 @@ class Machine:
             passes.add_simplify_cfg_pass()  # LLVM's usual list takes 0.4 s more and makes nothing faster
             options = llvm.create_pipeline_tuning_options(speed_level=2)
             passes.run(module, llvm.create_pass_builder(machine, options))
-            self._text = str(module)
             self._engine = llvm.create_mcjit_compiler(module, machine)
             self._engine.finalize_object()
         self._names = defined
@@ -86,10 +85,6 @@ class Machine:
         if name not in self._names:
             raise KeyError(name)
         return int(self._engine.get_function_address(name))
-
-    def assembly(self) -> str:
-        """The machine code in words, for those who look where the time goes."""
-        return str(_target_machine().emit_assembly(llvm.parse_assembly(self._text)))
 
 
 def function(address: int, arguments: int) -> Any:

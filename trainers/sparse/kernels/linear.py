@@ -76,8 +76,6 @@ def sparse_linear(
     residual: bool = False,
     end: End = "none",
     unrolled: int = UNROLLED,
-    px: bool = True,
-    py: bool = True,
 ) -> Code:
     """Write the kernel ``y = W x + bias`` that multiplies the nonzero weights only.
 
