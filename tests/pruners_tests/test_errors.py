@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from pruners.errors import InputError
+from pruners.errors import InputError, check_share
 
 
 def test_renamed__key_and_phrases_of_the_caller_value_as_it_was() -> None:
@@ -38,3 +38,14 @@ def test_renamed__a_function_may_change_all_of_it() -> None:
 def test_replaced__survives_pickling() -> None:
     error = InputError("a", 1, "must be two").replaced(value=3)
     assert str(pickle.loads(pickle.dumps(error))) == "a = 3: must be two"
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_check_share__takes_both_ends(value: float) -> None:
+    check_share("--floor", value)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, float("nan")])
+def test_check_share__names_the_key(value: float) -> None:
+    with pytest.raises(InputError, match=rf"--floor = {value}: must lie between 0 and 1"):
+        check_share("--floor", value)

@@ -43,7 +43,7 @@ def test_checkpoint__of_an_earlier_version_is_read(stored: Path) -> None:
         assert torch.count_nonzero(last.model.get_parameter(name)[~mask]) == 0
 
 
-def test_gradual_run__goes_on_from_a_checkpoint_of_an_earlier_version(stored: Path, tmp_path: Path) -> None:
+def test_gradual__goes_on_from_a_checkpoint_of_an_earlier_version(stored: Path, tmp_path: Path) -> None:
     job = TrainJob.model_validate_json(Path("job.json").read_text())
     assert damage(stored / "checkpoint") is None
     log = Log(tmp_path / "log")

@@ -49,7 +49,7 @@ def close(result: Array, expected: torch.Tensor) -> None:
     panel=st.sampled_from([None, 1, 7, 32]),
     seed=st.integers(0, 1000),
 )
-def test_a_linear_layer_is_torchs(
+def test_linear__a_layer_is_torchs(
     *,
     outputs: int,
     inputs: int,
@@ -83,7 +83,7 @@ def test_a_linear_layer_is_torchs(
     close(result, functional.gelu(expected) if gelu else expected)
 
 
-def test_empty_rows_and_columns() -> None:
+def test_linear__empty_rows_and_columns() -> None:
     weight, x, bias = matrix(0, 40, 300, 0.9), normal(1, 30, 300), normal(2, 40)
     weight[[0, 7, 39]] = 0  # outputs that are their bias
     weight[:, 100:250] = 0  # panels without any nonzero
@@ -94,7 +94,9 @@ def test_empty_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_reaches_the_outputs_that_read_it_and_its_token_alone(wrong: float) -> None:
+def test_linear__what_is_not_finite_reaches_the_outputs_that_read_it_and_its_token_alone(
+    wrong: float,
+) -> None:
     weight, x, bias = matrix(0, 24, 50, 0.6), normal(1, 40, 50), normal(2, 24)
     expected = functional.linear(tensor(x), tensor(weight), tensor(bias)).numpy()
     x[5, 20] = wrong
@@ -111,7 +113,7 @@ def test_what_is_not_finite_reaches_the_outputs_that_read_it_and_its_token_alone
     )
 
 
-def test_gelu_is_exact_and_keeps_nan() -> None:
+def test_gelu__is_exact_and_keeps_nan() -> None:
     x = np.linspace(-9, 9, 4001, dtype=np.float32)[:, None].copy()
     x[0], x[-1] = math.nan, 1e30
     one, zero = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
@@ -123,7 +125,7 @@ def test_gelu_is_exact_and_keeps_nan() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(features=SIZES, tokens=TOKENS, seed=st.integers(0, 1000), shift=st.sampled_from([0.0, 100.0]))
-def test_layer_norm_is_torchs(features: int, tokens: int, seed: int, shift: float) -> None:
+def test_layer_norm__is_torchs(features: int, tokens: int, seed: int, shift: float) -> None:
     x = normal(seed, tokens, features) * 3 + np.float32(shift)
     scale, offset = normal(seed + 1, features), normal(seed + 2, features)
     expected = functional.layer_norm(tensor(x), (features,), tensor(scale), tensor(offset), 1e-6)
@@ -139,7 +141,7 @@ def test_layer_norm_is_torchs(features: int, tokens: int, seed: int, shift: floa
     strength=st.sampled_from([0.1, 1.0, 20.0]),
     widest=st.integers(2, 4),
 )
-def test_attention_is_torchs(
+def test_attention__is_torchs(
     *, heads: int, size: int, tokens: int, seed: int, strength: float, widest: int
 ) -> None:
     qkv = normal(seed, tokens, 3 * heads * size)
@@ -152,7 +154,7 @@ def test_attention_is_torchs(
     )
 
 
-def test_a_query_that_is_nan_spoils_its_own_answer_alone() -> None:
+def test_attention__a_query_that_is_nan_spoils_its_own_answer_alone() -> None:
     qkv = normal(0, 40, 3 * 16)
     right = attention(qkv, 2, 0.35)
     qkv[3, 0] = math.nan
@@ -163,7 +165,7 @@ def test_a_query_that_is_nan_spoils_its_own_answer_alone() -> None:
 
 
 @given(vectors=st.integers(1, 200), widest=st.integers(1, 8))
-def test_tiles_cover_the_vectors_evenly(vectors: int, widest: int) -> None:
+def test_layout__tiles_cover_the_vectors_evenly(vectors: int, widest: int) -> None:
     widths = layout.tile_widths(vectors, widest)
     assert sum(widths) == vectors
     assert max(widths) <= widest
@@ -171,11 +173,11 @@ def test_tiles_cover_the_vectors_evenly(vectors: int, widest: int) -> None:
     assert widths == sorted(widths, reverse=True)
 
 
-def test_tiles_of_197_tokens() -> None:
+def test_layout__tiles_of_197_tokens() -> None:
     assert layout.tile_widths(layout.vectors_of(197, 16)) == [4, 3, 3, 3]
 
 
-def test_packed_nonzeros_are_those_of_the_matrix() -> None:
+def test_pack_sparse__nonzeros_are_those_of_the_matrix() -> None:
     weight = matrix(0, 30, 100, 0.8)
     packed = weights.pack_sparse(weight, 40)
     assert packed.panels == 3
@@ -200,7 +202,7 @@ def test_packed_nonzeros_are_those_of_the_matrix() -> None:
     residual=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_an_int8_layer_is_the_product_of_what_was_rounded(
+def test_int8__a_layer_is_the_product_of_what_was_rounded(
     *, outputs: int, blocks: int, tokens: int, sparsity: float, gelu: bool, residual: bool, seed: int
 ) -> None:
     weight = normal(seed, outputs, 4 * blocks)
@@ -226,6 +228,6 @@ def test_an_int8_layer_is_the_product_of_what_was_rounded(
     assert np.median(np.abs(result - expected)) <= 1e-4
 
 
-def test_blocks_need_inputs_by_fours() -> None:
+def test_pack_blocks__need_inputs_by_fours() -> None:
     with pytest.raises(ValueError, match="6 inputs"):
         weights.pack_blocks(np.ones((2, 6), np.int8), np.ones(2, np.float32))

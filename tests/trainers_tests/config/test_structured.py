@@ -22,7 +22,7 @@ from trainers.config.structured import StructuredSettings, is_reduced
         ({"embed": 96, "mlp": 1}, "mlp", 1.0),
     ],
 )
-def test_structured_settings__shares_and_numbers(content: dict[str, Any], key: str, value: object) -> None:
+def test_structured__shares_and_numbers(content: dict[str, Any], key: str, value: object) -> None:
     settings = StructuredSettings.model_validate(content)
     for version in (settings, StructuredSettings.model_validate(json.loads(settings.model_dump_json()))):
         value_read = getattr(version, key)
@@ -31,7 +31,7 @@ def test_structured_settings__shares_and_numbers(content: dict[str, Any], key: s
         assert kinds == [type(part) for part in (value if isinstance(value, tuple) else [value])]
 
 
-def test_structured_settings__one_head_is_less_than_all_of_them() -> None:
+def test_structured__one_head_is_less_than_all_of_them() -> None:
     assert is_reduced(1)
     assert not is_reduced(1.0)
     assert is_reduced((1.0, 0.5))
@@ -52,6 +52,6 @@ def test_structured_settings__one_head_is_less_than_all_of_them() -> None:
         ({"mlp": float("nan")}, "a share that stays"),
     ],
 )
-def test_structured_settings__what_is_neither_is_refused(content: dict[str, Any], says: str) -> None:
+def test_structured__what_is_neither_is_refused(content: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         StructuredSettings.model_validate(content)

@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_data_command__a_folder_of_class_folders(folder: Path, tmp_path: Path) -> None:
+def test_data__a_folder_of_class_folders(folder: Path, tmp_path: Path) -> None:
     done = espalier("convert", folder, tmp_path / "out", "--processes", 2)
     assert (done.returncode, done.stdout) == (0, f"6 images of 3 classes in 1 files in {tmp_path / 'out'}\n")
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"ant": 0, "cat": 1, "dog": 2}
@@ -59,7 +59,7 @@ def test_data_command__a_folder_of_class_folders(folder: Path, tmp_path: Path) -
     assert features["info"]["features"]["label"]["names"] == ["ant", "cat", "dog"]
 
 
-def test_data_command__the_class_map_is_torchvision_s(folder: Path, tmp_path: Path) -> None:
+def test_data__the_class_map_is_torchvision_s(folder: Path, tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
     list(convert(plan(folder), tmp_path / "out", 1))
@@ -68,7 +68,7 @@ def test_data_command__the_class_map_is_torchvision_s(folder: Path, tmp_path: Pa
     )
 
 
-def test_data_command__it_goes_on_with_the_shards_that_are_missing(folder: Path, tmp_path: Path) -> None:
+def test_data__it_goes_on_with_the_shards_that_are_missing(folder: Path, tmp_path: Path) -> None:
     conversion = plan(folder, shard_bytes=1500)
     assert len(conversion.shards) > 2
     made = {shard.name: shard.images for shard in convert(conversion, tmp_path / "out", 2)}
@@ -84,7 +84,7 @@ def test_data_command__it_goes_on_with_the_shards_that_are_missing(folder: Path,
     assert not list((tmp_path / "out").glob(".*partial"))
 
 
-def test_data_command__tars(tmp_path: Path) -> None:
+def test_data__tars(tmp_path: Path) -> None:
     """WebDataset: one Parquet file for each tar; a label in .cls or in .json."""
     (tmp_path / "tars").mkdir()
     for number in range(2):
@@ -118,7 +118,7 @@ def test_data_command__tars(tmp_path: Path) -> None:
         ("no label", "has no image or no label"),
     ],
 )
-def test_data_command__bad_input_is_one_line(what: str, says: str, folder: Path, tmp_path: Path) -> None:
+def test_data__bad_input_is_one_line(what: str, says: str, folder: Path, tmp_path: Path) -> None:
     source, target = folder, tmp_path / "out"
     if what == "nowhere":
         source = tmp_path / "nowhere"
@@ -152,7 +152,7 @@ def test_data_command__bad_input_is_one_line(what: str, says: str, folder: Path,
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_data_command__a_check_counts_and_lists(tmp_path: Path) -> None:
+def test_data__a_check_counts_and_lists(tmp_path: Path) -> None:
     write(tmp_path / "d" / "a.parquet", table([0, 1, 1, 2], first=0), row_group_size=2)
     contents = [png(0), BROKEN, png(2), PICTURES["20 megapixels"][0]()]
     write(tmp_path / "d" / "b.parquet", cells(contents, [0, 1, None, 2]))
@@ -171,7 +171,7 @@ def test_data_command__a_check_counts_and_lists(tmp_path: Path) -> None:
     ]
 
 
-def test_data_command__a_check_of_what_is_sound(folder: Path, tmp_path: Path) -> None:
+def test_data__a_check_of_what_is_sound(folder: Path, tmp_path: Path) -> None:
     list(convert(plan(folder), tmp_path / "out", 1))
     done = espalier("check", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -196,7 +196,7 @@ def test_data_command__a_check_of_what_is_sound(folder: Path, tmp_path: Path) ->
         ("3 1 2", "--ids ids.txt", "--ids = 'ids.txt': says of no class that it is '3'"),
     ],
 )
-def test_data_command__an_error_names_the_option(
+def test_data__an_error_names_the_option(
     labels: str, options: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -213,7 +213,7 @@ def test_data_command__an_error_names_the_option(
     assert str(result.exception).startswith(line)
 
 
-def test_data_command__an_error_of_the_source_names_the_argument(
+def test_data__an_error_of_the_source_names_the_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

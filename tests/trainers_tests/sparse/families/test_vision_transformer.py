@@ -67,17 +67,17 @@ def assert_same(model: nn.Module, count: int = 2, size: tuple[int, int] = (48, 4
     ],
     ids=str,
 )
-def test_a_tiny_model_is_torchs(options: dict[str, Any]) -> None:
+def test_vision_transformer__a_tiny_model_is_torchs(options: dict[str, Any]) -> None:
     assert_same(tiny(**options), size=options.get("img_size", (48, 48)))
 
 
-def test_a_distilled_model_is_torchs() -> None:
+def test_vision_transformer__a_distilled_model_is_torchs() -> None:
     assert_same(tiny(kind=VisionTransformerDistilled))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.9, 1.0])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_sparsity_batch_and_thread_count(sparsity: float, threads: int) -> None:
+def test_vision_transformer__every_sparsity_batch_and_thread_count(sparsity: float, threads: int) -> None:
     model = tiny(sparsity)
     ready = SparseModel(*vision_transformer(model), threads=threads)
     for count in (1, 3, 1):
@@ -88,14 +88,14 @@ def test_every_sparsity_batch_and_thread_count(sparsity: float, threads: int) ->
             np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_no_images_give_no_logits() -> None:
+def test_vision_transformer__no_images_give_no_logits() -> None:
     assert SparseModel(*vision_transformer(tiny()))(images(0).numpy()).shape == (0, 5)
 
 
 @pytest.mark.parametrize(
     "wrong", [images(1)[0].numpy(), images(1).double().numpy(), images(1)[..., 1:].numpy()]
 )
-def test_images_of_another_shape_are_named(wrong: Any) -> None:
+def test_vision_transformer__images_of_another_shape_are_named(wrong: Any) -> None:
     with pytest.raises(ValueError, match="images: float32"):
         SparseModel(*vision_transformer(tiny()))(wrong)
 
@@ -109,17 +109,17 @@ def test_images_of_another_shape_are_named(wrong: Any) -> None:
         ({"proj_bias": True, "scale_mlp_norm": True}, "mlp.norm"),
     ],
 )
-def test_a_part_that_is_not_packed_is_named(options: dict[str, Any], named: str) -> None:
+def test_vision_transformer__a_part_that_is_not_packed_is_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         vision_transformer(tiny(**options))
 
 
-def test_another_kind_of_model_is_named() -> None:
+def test_vision_transformer__another_kind_of_model_is_named() -> None:
     with pytest.raises(ValueError, match="Linear"):
         packed(nn.Linear(2, 2))
 
 
-def test_a_folder_is_read_back_without_torch(tmp_path: Path) -> None:
+def test_vision_transformer__a_folder_is_read_back_without_torch(tmp_path: Path) -> None:
     model, folder = tiny(), tmp_path / "model"
     pack(model, folder)
     np.save(tmp_path / "images.npy", images(2).numpy())
@@ -132,13 +132,15 @@ def test_a_folder_is_read_back_without_torch(tmp_path: Path) -> None:
         "assert not heavy, heavy\n"
     )
     paths = [str(folder), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
-    subprocess.run([sys.executable, "-c", program, *paths], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", program, *paths], check=True, cwd=Path(__file__).parents[4])
     with torch.no_grad():
         expected = model(images(2)).numpy()
     np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_folder_that_was_changed_or_is_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_vision_transformer__a_folder_that_was_changed_or_is_of_another_version_is_refused(
+    tmp_path: Path,
+) -> None:
     pack(tiny(), tmp_path)
     program = tmp_path / "program.json"
     data = json.loads(program.read_text())
@@ -154,7 +156,7 @@ def test_a_folder_that_was_changed_or_is_of_another_version_is_refused(tmp_path:
 
 
 @pytest.mark.skipif(not host.has_vnni(), reason="needs AVX-512 VNNI")
-def test_an_int8_model_is_near_torchs_and_smaller(tmp_path: Path) -> None:
+def test_vision_transformer__an_int8_model_is_near_torchs_and_smaller(tmp_path: Path) -> None:
     model = tiny(init_values=0.5)
     with torch.no_grad():
         for module in model.blocks.modules():
@@ -173,7 +175,7 @@ def test_an_int8_model_is_near_torchs_and_smaller(tmp_path: Path) -> None:
     assert sizes["int8"] < 0.7 * sizes["real"]
 
 
-def test_int8_without_the_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vision_transformer__int8_without_the_instructions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "has_vnni", lambda: False)
     with pytest.raises(ValueError, match="AVX-512 VNNI"):
         SparseModel(*vision_transformer(tiny(), int8=True))

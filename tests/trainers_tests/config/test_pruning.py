@@ -20,13 +20,13 @@ def settings(**values: Any) -> PruningSettings:
     return PruningSettings.model_validate(values)
 
 
-def test_pruning_settings__recipes_know_the_methods_that_there_are() -> None:
+def test_pruning__recipes_know_the_methods_that_there_are() -> None:
     assert set(get_args(Method)) == set(METHODS)
     assert {name for name in METHODS if create_pruner(name).gradients} == SECOND_ORDER
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pruning_settings__every_method_takes_the_options_of_a_recipe(method: str) -> None:
+def test_pruning__every_method_takes_the_options_of_a_recipe(method: str) -> None:
     fisher = {"gradients": 7, "block_size": {"QKV": 16}, "damp": 0.5, "double": True}
     pruner: Any = create_pruner(method, **settings(pattern="1x4", fisher=fisher).options(method))
     assert pruner.sparsity_pattern == Pattern.parse("1x4")
@@ -38,9 +38,7 @@ def test_pruning_settings__every_method_takes_the_options_of_a_recipe(method: st
 
 @pytest.mark.parametrize("method", sorted(SECOND_ORDER))
 @pytest.mark.parametrize("damp", [None, "auto"])
-def test_pruning_settings__what_a_recipe_leaves_open_is_the_methods_own(
-    method: str, damp: str | None
-) -> None:
+def test_pruning__what_a_recipe_leaves_open_is_the_methods_own(method: str, damp: str | None) -> None:
     chosen = settings(fisher={"damp": damp})
     pruner: Any = create_pruner(method, **chosen.options(method))
     own: Any = create_pruner(method)
@@ -48,17 +46,17 @@ def test_pruning_settings__what_a_recipe_leaves_open_is_the_methods_own(
     assert chosen.tries_damps(method) is (damp == "auto")
 
 
-def test_pruning_settings__methods_without_a_fisher_try_no_damping() -> None:
+def test_pruning__methods_without_a_fisher_try_no_damping() -> None:
     assert not settings(fisher={"damp": "auto"}).tries_damps("dimap")
     assert settings(fisher={"damp": "auto"}).options("dimap") == {"pattern": "unstructured"}
 
 
-def test_pruning_settings__a_relative_damping_is_passed_on() -> None:
+def test_pruning__a_relative_damping_is_passed_on() -> None:
     assert settings(fisher={"damp": 0.1, "relative": True}).options("ovit")["relative"] is True
 
 
 @pytest.mark.parametrize(("text", "bytes_"), [("1GiB", 1 << 30), ("500MB", 500_000_000), (4096, 4096)])
-def test_pruning_settings__memory_is_read_with_its_unit(text: str | int, bytes_: int) -> None:
+def test_pruning__memory_is_read_with_its_unit(text: str | int, bytes_: int) -> None:
     settings = FisherSettings.model_validate({"memory": text})
     assert settings.memory == bytes_
     assert FisherSettings.model_validate_json(settings.model_dump_json()) == settings
@@ -94,35 +92,35 @@ def test_pruning_settings__memory_is_read_with_its_unit(text: str | int, bytes_:
         ({"reconstruct": 1.5}, "valid integer"),
     ],
 )
-def test_pruning_settings__what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
+def test_pruning__what_cannot_be_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         settings(**values)
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75)])
-def test_pruning_settings__a_pattern_with_its_own_sparsity_is_taken(pattern: str, sparsity: float) -> None:
+def test_pruning__a_pattern_with_its_own_sparsity_is_taken(pattern: str, sparsity: float) -> None:
     assert settings(pattern=pattern, sparsity=sparsity).pattern == pattern
 
 
-def test_pruning_settings__a_pattern_that_yaml_took_for_a_number_is_understood() -> None:
+def test_pruning__a_pattern_that_yaml_took_for_a_number_is_understood() -> None:
     read = yaml.safe_load("{pattern: 2:4, sparsity: 0.5}")
     assert read["pattern"] == 124
     assert settings(**read).pattern == "2:4"
 
 
-def test_pruning_settings__an_option_that_a_method_does_not_have_is_named() -> None:
+def test_pruning__an_option_that_a_method_does_not_have_is_named() -> None:
     with pytest.raises(InputError, match=r"method = 'dimap'.*no such option.*damp"):
         create_pruner("dimap", damp=1e-3)
 
 
-def test_pruning_settings__settings_are_read_without_torch() -> None:
+def test_pruning__settings_are_read_without_torch() -> None:
     code = (
         "import sys, trainers.config.training, orchestration.recipe.schema; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_pruning_settings__limits_and_tables_by_name_are_read_and_written_back() -> None:
+def test_pruning__limits_and_tables_by_name_are_read_and_written_back() -> None:
     chosen = settings(
         floor={r"attn\..*": 0, r"mlp\.fc1": 0.25},
         ceiling={"head": 1},
@@ -150,7 +148,7 @@ def test_pruning_settings__limits_and_tables_by_name_are_read_and_written_back()
         ([0.5, 0.75, 0.9], 0.8, 0.85, [0.85]),
     ],
 )
-def test_pruning_settings__a_step_has_the_rounds_on_its_way(
+def test_pruning__a_step_has_the_rounds_on_its_way(
     rounds: int | list[float], start: float, end: float, levels: list[float]
 ) -> None:
     sparsity = rounds[-1] if isinstance(rounds, list) else end
@@ -160,7 +158,7 @@ def test_pruning_settings__a_step_has_the_rounds_on_its_way(
     assert PruningSettings.model_validate_json(chosen.model_dump_json()) == chosen
 
 
-def test_pruning_settings__what_is_not_asked_for_is_not_written() -> None:
+def test_pruning__what_is_not_asked_for_is_not_written() -> None:
     """So results of earlier versions are found by the same names."""
     plain = settings().model_dump()
     assert "reconstruct" not in plain

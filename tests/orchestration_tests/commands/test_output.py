@@ -22,7 +22,7 @@ def dead() -> int:
     return done.pid
 
 
-def test_leftovers__partial_folders_of_the_dead(dead: int, tmp_path: Path) -> None:
+def test_output__partial_folders_of_the_dead(dead: int, tmp_path: Path) -> None:
     alive = os.getppid()
     kept = {f".out.partial-{alive}", f".other.partial-{dead}", ".out.partial-x", f".out.float.partial-{dead}"}
     for name in (*kept, f".out.partial-{dead}"):
@@ -41,14 +41,14 @@ def test_leftovers__partial_folders_of_the_dead(dead: int, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == kept | {"out"}
 
 
-def test_leftovers__partial_files_of_the_dead(dead: int, tmp_path: Path) -> None:
+def test_output__partial_files_of_the_dead(dead: int, tmp_path: Path) -> None:
     left = tmp_path / f".speed.json.partial-{dead}"
     left.write_text("half")
     _write("--json", str(tmp_path / "speed.json"), b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
 
 
-def test_leftovers__a_training_for_int8_that_was_killed(tmp_path: Path) -> None:
+def test_output__a_training_for_int8_that_was_killed(tmp_path: Path) -> None:
     folder, work = tmp_path / ".out.float", tmp_path / "..out.float.finetune"
     for path in (folder, work):
         (path / "last").mkdir(parents=True)
