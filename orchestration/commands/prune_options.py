@@ -79,7 +79,11 @@ class PruneOptions(ColumnOptions):
 
     @property
     def target(self) -> float:
-        """The sparsity: the one given, or what an N:M pattern leads to."""
+        """The sparsity: the given one, or that of an N:M pattern.
+
+        Raises:
+            InputError: neither is given, or the pattern is unknown.
+        """
         forced = _pattern(self.pattern).forced
         sparsity = forced if self.sparsity is None else self.sparsity
         if sparsity is None:

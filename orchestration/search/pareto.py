@@ -15,6 +15,11 @@ _ROUNDING = 1e-9
 def unbeaten(items: Sequence[T], *, cost: Callable[[T], float], worth: Callable[[T], float]) -> list[T]:
     """The Pareto front: items for which no other item is both cheaper and better; of equal items the first.
 
+    Args:
+        items: any objects.
+        cost: the cost of an item, which is minimised.
+        worth: the worth of an item, which is maximised.
+
     Returns:
         The items by ascending cost, and so by ascending worth.
     """

@@ -183,7 +183,16 @@ class AllocationSpace:
 def summarise(
     allocation: Allocation, layers: Sequence[PrunableLayer], by: Sequence[str] = ("stage", "module")
 ) -> dict[str, float]:
-    """Sparsity of each stage (``stage.0``) and module (``module.QKV``)."""
+    """The sparsity of each group of layers: of stages (``stage.0``) and modules (``module.QKV``) by default.
+
+    Args:
+        allocation: number of pruned weights by layer.
+        layers: the prunable layers.
+        by: the kinds of groups: ``stage``, ``module``, ``group``, ``layer``.
+
+    Returns:
+        Sparsities, 0…1, by the groups' keys.
+    """
     pruned: dict[str, int] = {}
     total: dict[str, int] = {}
     for layer in layers:

@@ -160,7 +160,16 @@ class BackgroundRun(Thread):
 
 
 def order_run(job: OrderJob, resources: Resources, storage: str) -> None:
-    """Compute an elimination order by a group of workers."""
+    """Compute an elimination order by a group of workers.
+
+    Args:
+        job: the job of each worker, with the folder for the order.
+        resources: of the workers.
+        storage: folder or URI for Ray Train's own state.
+
+    Raises:
+        ray.train.TrainingFailedError: it failed.
+    """
     system, path = resolve(storage)
     TorchTrainer(
         order_worker,

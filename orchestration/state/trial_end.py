@@ -22,12 +22,22 @@ class Observer(Protocol):
     def trial_started(
         self, trial_id: str, number: int, values: dict[str, Any], before: str | None
     ) -> str | None:
-        """Return the trial's run in the tracker; ``before`` is its run before an interruption."""
+        """Receive that a trial has started.
+
+        Args:
+            trial_id: Tune's name of the trial.
+            number: its number in the log.
+            values: the proposal, recipe keys and values.
+            before: its run in the tracker before an interruption; ``None``: it had none.
+
+        Returns:
+            Its run in the tracker; ``None``: the observer has no tracker, or no run yet.
+        """
 
     def trial_reported(self, trial_id: str, metrics: EpochReport) -> None: ...
 
     def trial_ended(self, trial_id: str, record: TrialRecord) -> str | None:
-        """Return the trial's run in the tracker."""
+        """Receive that a trial has ended; return its run in the tracker, if there is one."""
 
 
 def is_of_epoch(report: Mapping[str, Any]) -> bool:

@@ -37,6 +37,14 @@ def quantize_phase(sweep: Sweep, method: str, recovered: Recovered) -> Quantized
     """Make the INT8 form of a method's best model, and register it beside its float parent.
 
     It is evaluated by ONNX Runtime, which will run it.
+
+    Args:
+        sweep: the sweep.
+        method: of pruning.
+        recovered: the best gradual run of the method.
+
+    Returns:
+        The INT8 model.
     """
     sweep = sweep.phase("quantize")
     recipe, settings = sweep.recipe, sweep.recipe.quantize
@@ -146,10 +154,16 @@ class _Work:
 def export_phase(sweep: Sweep, method: str, recovered: Recovered) -> dict[str, Exported]:
     """Write the final model of a method in the formats that the recipe asks for, each as a folder.
 
-    If the answers of an engine differ from the model's, the sweep fails.
+    Args:
+        sweep: the sweep.
+        method: of pruning.
+        recovered: the best gradual run of the method.
 
     Returns:
         The folders, by format.
+
+    Raises:
+        CheckError: the answers of an engine differ from the model's; the sweep then fails.
     """
     sweep = sweep.phase("export")
     formats = sweep.recipe.export

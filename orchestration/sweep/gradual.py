@@ -40,7 +40,17 @@ _TITLES: dict[Phase, str] = {"schedule": "gradual pruning", "long_run": "long ru
 
 
 def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None) -> Gradual:
-    """Do the gradual runs of the search over schedules, at the sparsity of the chosen allocation."""
+    """Do the gradual runs of the search over schedules, at the sparsity of the chosen allocation.
+
+    Args:
+        sweep: the sweep.
+        method: of pruning.
+        dense: the model to prune.
+        allocated: the result of the allocation search; ``None``: each run has the method's own allocation.
+
+    Returns:
+        The runs, with the best of them.
+    """
     if allocated is not None and sweep.recipe.allocation.reach is not None:
         sweep = sweep.changed({"pruning.sparsity": allocated.goal.sparsity})
     return _runs(sweep, "schedule", method, dense, allocated)
@@ -49,7 +59,18 @@ def schedule_phase(sweep: Sweep, method: str, dense: Dense, allocated: Allocated
 def long_run_phase(
     sweep: Sweep, method: str, dense: Dense, allocated: Allocated | None, scheduled: Gradual
 ) -> Gradual:
-    """Do one more run, with the best values of the search and those of the recipe's ``long_run``."""
+    """Do one more run, with the best values of the search and those of the recipe's ``long_run``.
+
+    Args:
+        sweep: the sweep.
+        method: of pruning.
+        dense: the model to prune.
+        allocated: the result of the allocation search; ``None``: the run has the method's own allocation.
+        scheduled: the result of the search over schedules.
+
+    Returns:
+        The run.
+    """
     search = scheduled.sweep.recipe.schedule
     values = search.active(scheduled.best.values) | sweep.recipe.long_run
     alone = {f"schedule.{key}": value for key, value in search.alone.items()} | {"long_run": {}}

@@ -63,7 +63,15 @@ def structured_phase(sweep: Sweep, dense: Dense) -> tuple[Dense, dict[str, Any]]
 
 
 def fastest_cut(candidates: Sequence[Mapping[str, Any]], loss: float, dense_top1: float) -> int:
-    """The index of the fastest candidate that loses at most ``loss`` of the dense model's top-1.
+    """Choose the fastest candidate that loses at most ``loss`` of the dense model's top-1.
+
+    Args:
+        candidates: with ``top1`` (0…1), ``latency`` (seconds for a batch) and ``cut``.
+        loss: share of the dense model's top-1.
+        dense_top1: 0…1.
+
+    Returns:
+        Its index.
 
     Raises:
         RuntimeError: all lose more; names the loss of the nearest.

@@ -34,7 +34,7 @@ def units() -> frozenset[str]:
 
 
 def without_a_unit(stem: str, source: str) -> Iterator[str]:
-    """Tests of a file ``test_STEM.py`` whose names are not ``test_UNIT__what``, of its unit or a known one."""
+    """Names of tests in ``test_STEM.py`` that are not ``test_UNIT__what``, of its unit or a known one."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             unit, _, what = node.name.removeprefix("test_").partition("__")

@@ -58,7 +58,16 @@ def measure_break_even() -> float:
 
 
 def crossing(dense: float, sparsities: tuple[float, float], times: tuple[float, float]) -> float:
-    """The sparsity, 0 to 1, at which the line through two points (sparsity, time) meets the dense time."""
+    """The sparsity at which the line through two points (sparsity, time) meets the dense time.
+
+    Args:
+        dense: the dense time.
+        sparsities: of the two points.
+        times: of the two points, in the same unit.
+
+    Returns:
+        0 to 1. If the times do not fall: the second sparsity, or 1 if even that is slower than dense.
+    """
     gained = (times[0] - times[1]) / (sparsities[1] - sparsities[0])
     if gained <= 0:
         return 1.0 if times[1] > dense else sparsities[1]

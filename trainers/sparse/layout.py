@@ -107,7 +107,16 @@ class Tiling:
 
 
 def to_tiles(tokens: NDArray[np.float32], widths: Sequence[int], lanes: int) -> NDArray[np.float32]:
-    """``[tokens, features]`` of one image as a flat buffer in tiles."""
+    """Lay out the tokens of one image in tiles.
+
+    Args:
+        tokens: float32 ``[tokens, features]``.
+        widths: vectors in each tile.
+        lanes: numbers in a vector.
+
+    Returns:
+        The flat buffer; slots beyond the last token are zero.
+    """
     count, features = tokens.shape
     buffer, start = aligned(sum(widths) * lanes * features), 0
     for width in widths:
@@ -122,7 +131,17 @@ def to_tiles(tokens: NDArray[np.float32], widths: Sequence[int], lanes: int) -> 
 def from_tiles(
     buffer: NDArray[np.float32], widths: Sequence[int], lanes: int, count: int
 ) -> NDArray[np.float32]:
-    """The inverse of :func:`to_tiles`: ``[count, features]``."""
+    """Undo :func:`to_tiles`.
+
+    Args:
+        buffer: the flat buffer of one image.
+        widths: vectors in each tile.
+        lanes: numbers in a vector.
+        count: number of tokens.
+
+    Returns:
+        float32 ``[count, features]``.
+    """
     features, start, parts = len(buffer) // (sum(widths) * lanes), 0, []
     for width in widths:
         tile = buffer[start * features : (start + width * lanes) * features]

@@ -51,7 +51,14 @@ def local_order(window: Pair, shift: Pair, *, shifted: bool) -> NDArray[np.int64
 
 
 def token_order(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
-    """The position of each token of a grid (numbered row by row) in the order of this module."""
+    """The position of each token of a grid in the order of this module.
+
+    Args:
+        grid, window, shift: rows and columns.
+
+    Returns:
+        ``[tokens]``, for the tokens numbered row by row.
+    """
     windows = window_tokens(grid, window, (0, 0))[:, local_order(window, shift, shifted=False)]
     tokens = windows[windows >= 0]
     order = np.empty(len(tokens), dtype=np.int64)
@@ -76,14 +83,28 @@ def _partition(grid: NDArray[np.int64], window: Pair) -> NDArray[np.int64]:
 
 
 def window_tokens(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
-    """The tokens of each window, ``[windows, tokens]``, numbered row by row in the grid; -1 is padding."""
+    """The tokens of each window, numbered row by row in the grid.
+
+    Args:
+        grid, window, shift: rows and columns.
+
+    Returns:
+        ``[windows, tokens]``; -1 is padding.
+    """
     (rows, _), (columns, _) = (_axis(*each) for each in zip(grid, window, shift, strict=True))
     tokens = np.where((rows[:, None] < 0) | (columns < 0), -1, rows[:, None] * grid[1] + columns)
     return _partition(tokens, window)
 
 
 def window_regions(grid: Pair, window: Pair, shift: Pair) -> NDArray[np.int64]:
-    """For each window the regions of its tokens; there is no attention between different regions."""
+    """The region of each token of each window; there is no attention between different regions.
+
+    Args:
+        grid, window, shift: rows and columns.
+
+    Returns:
+        ``[windows, tokens]``, numbers of regions.
+    """
     (_, rows), (_, columns) = (_axis(*each) for each in zip(grid, window, shift, strict=True))
     return _partition(rows[:, None] * 3 + columns, window)
 

@@ -38,7 +38,16 @@ from trainers.engines.latency_table import LatencyTable
 
 
 def allocation_phase(sweep: Sweep, method: str, dense: Dense) -> Allocated:
-    """Search the allocation at each sparsity; each study begins with the best proposal of the one before."""
+    """Search the allocation at each sparsity; each study begins with the best proposal of the one before.
+
+    Args:
+        sweep: the sweep.
+        method: of pruning.
+        dense: the model to prune.
+
+    Returns:
+        The studies by sparsity, and the one whose allocation gradual runs use.
+    """
     studies: dict[float, Study] = {}
     search = _Searches(sweep, method, dense)
     before: Study | None = None

@@ -20,7 +20,16 @@ ARGUMENTS = 16
 
 
 def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a program in one piece)
-    """``softmax(scale · Qᵀ K) V`` of each head; FEATURES is heads × size, VECTORS those of an image."""
+    """Write the kernel ``softmax(scale · Qᵀ K) V`` of each head, for the queries of a tile.
+
+    Args:
+        name: of the function. Its argument FEATURES is heads × size, VECTORS the vectors of an image.
+        lanes: float32 numbers in a vector.
+        width: vectors of queries in a tile.
+
+    Returns:
+        The kernel.
+    """
     code = Code(name, lanes)
     tile = Tile(code, width)
     rows = 4 if width >= 4 else 8
@@ -31,7 +40,7 @@ def attention(name: str, lanes: int, width: int) -> Code:  # noqa: PLR0915 (a pr
     scale = code.splat(tile.real(SCALE))
 
     def over_keys(visit: Callable[[Value, Value, Value, Value], None]) -> None:
-        """Calls ``visit(tile's begin, bytes of its row, its tokens, tokens before it)`` for each tile of
+        """Call ``visit(tile's begin, bytes of its row, its tokens, tokens before it)`` for each tile of
         keys."""
         before = code.variable(code.whole(0))
         with code.loop(tiles) as number:

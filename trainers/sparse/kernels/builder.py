@@ -84,7 +84,7 @@ class Code:
 
     # values
     def parameters(self, *types: str) -> list[Value]:
-        """The function's parameters; called once, first."""
+        """Declare the function's parameters; called once, first."""
         self._head = [f"{kind} %p{i}" for i, kind in enumerate(types)]
         return [Value(self, kind, f"%p{i}") for i, kind in enumerate(types)]
 
@@ -121,8 +121,10 @@ class Code:
         return self.value(width, f"shufflevector {width} {first.text}, {width} poison, {order}")
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
-        """As many vectors as each has lanes, rows as columns: pairs of rows exchange halves, then quarters,
-        and so on."""
+        """Transpose a square of numbers, as many vectors as each has lanes.
+
+        Pairs of rows exchange halves, then quarters, and so on.
+        """
         values, distance = list(rows), self.lanes // 2
         while distance:
             for first in range(self.lanes):
@@ -154,7 +156,7 @@ class Code:
         return self.value("ptr", f"getelementptr i8, ptr {pointer.text}, i64 {by}")
 
     def load(self, kind: str, pointer: Value, offset: Value | int = 0, align: int = 0) -> Value:
-        """A value of a type from memory; vectors are aligned to their size, unless told otherwise."""
+        """Load a value of a type from memory; by default vectors are aligned to their size."""
         where = self.at(pointer, offset) if isinstance(offset, Value) or offset else pointer
         kind, align = self._placed(kind, align)
         return self.value(kind, f"load {kind}, ptr {where.text}, align {align}")
@@ -165,7 +167,7 @@ class Code:
         self.line(f"store {kind} {value.text}, ptr {where.text}, align {align}")
 
     def prefetch(self, pointer: Value, offset: Value | int = 0, *, write: bool = False) -> None:
-        """A hint that the line of memory at an address is soon read, or written."""
+        """Give a hint that the line of memory at an address is soon read, or written."""
         where = self.at(pointer, offset)
         self.declared.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         hints = [self.whole(int(write), "i32"), self.whole(3, "i32"), self.whole(1, "i32")]
@@ -177,7 +179,7 @@ class Code:
         return Value(self, self.integers, f"<{numbers}>")
 
     def scatter(self, value: Value, pointer: Value, offsets: Value, mask: Value) -> None:
-        """Stores each lane where the mask is set at ``pointer`` + its offset (bytes)."""
+        """Store each lane whose mask is set at ``pointer`` + its offset (bytes)."""
         kind = f"<{self.lanes} x ptr>"
         at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
         name = f"@llvm.masked.scatter.v{self.lanes}f32.v{self.lanes}p0"
@@ -185,7 +187,7 @@ class Code:
         self.invoke(name, [value, at, self.whole(4, "i32"), mask])
 
     def gathered(self, pointer: Value, offsets: Value, mask: Value) -> Value:
-        """Float32 from ``pointer`` + each of the vector's ``offsets`` (bytes); 0 beyond the mask."""
+        """Load float32 numbers from ``pointer`` + each of ``offsets`` (bytes); 0 where no mask is set."""
         kind = f"<{self.lanes} x ptr>"
         at = self.value(kind, f"getelementptr i8, ptr {pointer.text}, {offsets.type} {offsets.text}")
         zero = Value(self, self.vector, "zeroinitializer")
@@ -197,7 +199,7 @@ class Code:
         return self.compare("slt", self.lane_numbers(first), self.splat(self.convert("trunc", count, "i32")))
 
     def store_masked(self, value: Value, pointer: Value, mask: Value) -> None:
-        """Stores the lanes where the mask is set, at any address."""
+        """Store the lanes whose mask is set, at any address."""
         name = f"@llvm.masked.store.v{self.lanes}f32.p0"
         self.declared.add(f"declare void {name}({value.type}, ptr, i32, {mask.type})")
         self.invoke(name, [value, pointer, self.whole(4, "i32"), mask])
@@ -209,7 +211,7 @@ class Code:
         return kind, align or sizes.get(kind) or plain[kind]
 
     def variable(self, start: Value) -> Variable:
-        """A slot with its first value."""
+        """Make a variable with its first value."""
         self._count += 1
         slot = f"%s{self._count}"
         self._slots.append(f"  {slot} = alloca {start.type}")
@@ -219,7 +221,7 @@ class Code:
 
     # arithmetic
     def call(self, kind: str, name: str, *values: Value) -> Value:
-        """A call of an intrinsic, or of a function declared elsewhere in the module, that returns a value."""
+        """Call an intrinsic, or a function declared elsewhere in the module, that returns a value."""
         types = ", ".join(value.type for value in values)
         self.declared.add(f"declare {kind} @{name}({types})")
         return self.value(kind, f"call {kind} @{name}({', '.join(f'{v.type} {v.text}' for v in values)})")
@@ -230,14 +232,14 @@ class Code:
         return self.call(kind, f"llvm.{name}.{suffix}", *values)
 
     def fma(self, left: Value, right: Value, total: Value) -> Value:
-        """``left · right + total``, in one instruction where the processor has it."""
+        """Compute ``left · right + total``, in one instruction if the processor has it."""
         return self._intrinsic("fmuladd", left, right, total)
 
     def sqrt(self, value: Value) -> Value:
         return self._intrinsic("sqrt", value)
 
     def nearest(self, value: Value) -> Value:
-        """The nearest whole number, as a float."""
+        """Round to the nearest whole number, as a float."""
         return self._intrinsic("rint", value)
 
     def larger(self, left: Value, right: Value) -> Value:
@@ -256,7 +258,7 @@ class Code:
         )
 
     def convert(self, how: str, value: Value, kind: str) -> Value:
-        """``zext``, ``fptosi``, ``bitcast``, ``inttoptr`` …"""
+        """Convert a value by an instruction of LLVM: ``zext``, ``fptosi``, ``bitcast``, ``inttoptr`` …"""
         kind = {"vector": self.vector, "integers": self.integers}.get(kind, kind)
         return self.value(kind, f"{how} {value.type} {value.text} to {kind}")
 
@@ -270,7 +272,7 @@ class Code:
 
     @contextmanager
     def loop(self, count: Value | int, start: Value | int = 0, step: int = 1) -> Iterator[Value]:
-        """The lines inside run for ``start``, ``start + step`` … below ``count``."""
+        """Run the lines inside for ``start``, ``start + step`` … below ``count``."""
         end = count if isinstance(count, Value) else self.whole(count)
         counter = self.variable(start if isinstance(start, Value) else self.whole(start))
         test, body, after = self._label(), self._label(), self._label()
@@ -287,7 +289,7 @@ class Code:
 
     @contextmanager
     def repeat_while(self) -> Iterator[list[Value]]:
-        """The lines inside run again while the condition (i1) that they append to the list holds."""
+        """Repeat the lines inside while the condition (i1) that they append to the list holds."""
         body, after = self._label(), self._label()
         self.line(f"br label %{body}")
         self._lines.append(f"{body}:")
@@ -298,7 +300,7 @@ class Code:
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """The lines inside run if the condition holds."""
+        """Run the lines inside if the condition holds."""
         body, after = self._label(), self._label()
         self.line(f"br i1 {condition.text}, label %{body}, label %{after}")
         self._lines.append(f"{body}:")
@@ -307,7 +309,7 @@ class Code:
         self._lines.append(f"{after}:")
 
     def invoke(self, target: str, values: Sequence[Value]) -> None:
-        """A call of a function of this module (``@name``) or of an address (a value's text)."""
+        """Call a function of this module (``@name``) or at an address (a value's text)."""
         self.line(f"call void {target}({', '.join(f'{v.type} {v.text}' for v in values)})")
 
     def finish(self) -> str:

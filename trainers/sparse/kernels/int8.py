@@ -28,8 +28,19 @@ HIGHEST = 255.0
 
 
 def quantize(name: str, lanes: int, width: int) -> Code:
-    """A tile of float32 to unsigned bytes: for each token ``x ≈ step · (q − zero)``, with zero itself exact
-    and the token's smallest and largest value at the ends. INPUTS is a multiple of four."""
+    """Write the kernel that quantizes a tile of float32 to unsigned bytes: ``x ≈ step · (q − zero)``.
+
+    Each token has its own step and zero point: 0 is exact, and the token's smallest and largest value are the
+    ends of the range.
+
+    Args:
+        name: of the function. Its argument INPUTS is a multiple of four.
+        lanes: float32 numbers in a vector.
+        width: vectors of tokens in a tile.
+
+    Returns:
+        The kernel.
+    """
     code = Code(name, lanes)
     tile = Tile(code, width)
     x, y, inputs = tile.address(X), tile.address(Y), tile.number(INPUTS)

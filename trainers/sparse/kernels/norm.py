@@ -10,8 +10,18 @@ ARGUMENTS = 10
 
 
 def layer_norm(name: str, lanes: int, width: int) -> Code:
-    """``y = (x − mean) / sqrt(variance + ε) · scale + shift``, mean and variance over the features, the
-    variance from a second pass."""
+    """Write the kernel ``y = (x − mean) / sqrt(variance + ε) · scale + shift``.
+
+    Mean and variance are over the features of each token; the variance is computed in a second pass.
+
+    Args:
+        name: of the function.
+        lanes: float32 numbers in a vector.
+        width: vectors of tokens in a tile.
+
+    Returns:
+        The kernel.
+    """
     code = Code(name, lanes)
     tile = Tile(code, width)
     x, y, features = tile.address(X), tile.address(Y), tile.number(FEATURES)

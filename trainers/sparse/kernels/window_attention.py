@@ -20,17 +20,28 @@ from trainers.sparse.windows import COUNT, LANE, ROW, RUN, SOURCE, TARGET
 
 
 def work_floats(area: int, size: int, lanes: int) -> int:
-    """Numbers of the scratch that a window takes: queries, keys, values, scores."""
+    """Number of floats of scratch that a window takes: queries, keys, values, scores.
+
+    Args:
+        area: tokens in a window.
+        size: features of a head.
+        lanes: float32 numbers in a vector.
+    """
     row = (ceil_div(area, lanes) + 1) * lanes
     return (3 * size + area) * row
 
 
 def window_attention(name: str, lanes: int, area: int, *, masked: bool) -> Code:
-    """``softmax(scale · Qᵀ K + bias (+ mask)) V`` of head ``item % heads`` of window ``item / heads``.
+    """Write the kernel ``softmax(scale · Qᵀ K + bias (+ mask)) V`` of one head of one window.
 
     Args:
+        name: of the function, which takes an item: head ``item % heads`` of window ``item / heads``.
+        lanes: float32 numbers in a vector.
         area: tokens in a window.
         masked: whether there are masks.
+
+    Returns:
+        The kernel.
     """
     return _Writer(name, lanes, area, masked).write()
 
