@@ -402,21 +402,9 @@ def invert_and_eliminate(
     Blocks that are not sound are not eliminated.
 
     Args:
-        first: the first h rows of the symmetric sums, (n, h, B).
-        last: the last B − h columns of the other rows, (n, B − h, B − h).
-        scale: 1/m, for m gradients.
-        damp: λ.
+        first, last, scale, damp, alive, sound: as for :func:`invert`.
         positions: (n, r), positions in the block: the ``slots`` of :func:`invert`.
-        alive: (n, r) bool, as for :func:`invert`.
-        sound: (n,) bool, is written: whether the block was positive definite.
-        weights: (n, r).
-        left: (n,), how many of the r weights are alive; they are the first ones.
-        before: (n,), loss of each block before the first step.
-        order: (n, steps), is written, and so are all others below: see :func:`eliminate`.
-        losses: (n, steps).
-        coefficients: (n, steps).
-        columns: (n, numbers).
-        slots: (n, r).
+        weights, left, before, order, losses, coefficients, columns, slots: as for :func:`eliminate`.
     """
     height, across = work_shape(weights.shape[1])
     swept, matrix = np.zeros((height, across)), np.zeros((height, across))
