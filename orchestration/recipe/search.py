@@ -321,7 +321,9 @@ class ScheduleSearch(SearchLimits):
             if key.split(".")[0] not in {"recovery", "pruning"}:
                 raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
             if key.startswith("pruning.methods"):
-                raise ValueError(f"space.{key}: each of pruning.methods has a search of its own; list them there")
+                raise ValueError(
+                    f"space.{key}: each of pruning.methods has a search of its own; list them there"
+                )
         if self.sampler == "grid" and self._combinations > _MOST_COMBINATIONS:
             raise ValueError(
                 f"space: sampler grid takes at most {_MOST_COMBINATIONS:,} combinations; "

@@ -74,7 +74,7 @@ class ModelSettings(Settings):
 
     @property
     def is_fetched(self) -> bool:
-        """Whether the checkpoint is a hub's or a registry's, and so not known before it is fetched."""
+        """Return whether the checkpoint is a hub's or a registry's, and so not known before it is fetched."""
         return self.checkpoint is not None and self.checkpoint.startswith(("hf-hub:", "models:/"))
 
     @property

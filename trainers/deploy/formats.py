@@ -98,7 +98,7 @@ class Format:
             raise InputError("--calibration", calibration, f"{name} {why}; drop it")
 
     def calibrates(self, model: nn.Module) -> bool:
-        """Whether a file of this model must be made with images that fix the ranges of activations."""
+        """Return whether a file of this model must be made with images, which fix ranges of activations."""
         from trainers.quantization.checks import needs_calibration
 
         return self.calibration == "needed" or (self.calibration == "possible" and needs_calibration(model))

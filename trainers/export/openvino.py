@@ -83,11 +83,11 @@ def _heads_of_pooled_norms(model: Any) -> Iterator[Any]:
 
 
 def _is_shifted(node: Any) -> bool:
-    """Whether something other than zeros is added to what comes before."""
+    """False for a scaling alone: ``Multiply``, or ``Add`` of zeros."""
     if node.get_type_name() != "Add":
-        return node.get_type_name() != "Multiply"
+        return bool(node.get_type_name() != "Multiply")
     added = node.input_value(1).get_node()
-    return added.get_type_name() != "Constant" or bool(added.data.any())
+    return bool(added.get_type_name() != "Constant" or added.data.any())
 
 
 def int8_values(path: Path) -> int:

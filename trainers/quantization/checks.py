@@ -42,7 +42,7 @@ def check_mode(model: nn.Module, mode: Mode, pruned: Collection[str], key: str) 
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Whether INT8 needs ranges of activations from images, as most weights are those of convolutions."""
+    """Return whether INT8 needs ranges of activations from images: most weights are those of convolutions."""
     return share_of(sum(_convolutions(model).values()), model) > 1 - LEAST_INT8_SHARE
 
 
