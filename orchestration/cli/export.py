@@ -20,6 +20,8 @@ FORMATS = {COMPRESSED: "a checkpoint folder without its zeros"} | {
 }
 """The formats that ``export`` can write, each with its purpose."""
 
+_OPTIONS = {"format": "--format", "calibration": "--calibration"}
+
 
 def of_registry(command: F) -> F:
     """The options of a command that also takes ``models:/NAME@alias``."""
@@ -81,8 +83,8 @@ def export(
     one_of("--format", kind, FORMATS)
     console = Console(stderr=True)
     if kind != COMPRESSED:
-        formats.FORMATS[kind].check(kind, calibration)
-        with console.status(f"espalier export: {checkpoint}"):
+        with InputError.renamed(_OPTIONS), console.status(f"espalier export: {checkpoint}"):
+            formats.FORMATS[kind].check(kind, calibration)
             from orchestration.export.engine import ExportOptions, export
             from trainers.deploy.checked import CheckError
 

@@ -8,6 +8,7 @@ import click
 
 from orchestration.cli import options
 from orchestration.common import defaults
+from pruners.errors import InputError
 
 _tracking = click.option(
     "--tracking-uri",
@@ -92,7 +93,8 @@ def ui(storage: str, port: int) -> None:
     """Open the MLflow UI over the sweeps of this machine, on loopback, until Ctrl-C."""
     from orchestration.commands.registry import serve_ui
 
-    serve_ui(storage, port)
+    with InputError.renamed({"port": "--port"}):
+        serve_ui(storage, port)
 
 
 COMMANDS = (models, promote, lineage, evaluate, ui)

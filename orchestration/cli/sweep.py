@@ -45,6 +45,10 @@ _until = click.option(
 _detach = click.option("--detach", is_flag=True, help="Submit the job and leave it at work.")
 
 
+_OPTIONS = {"first": "--from", "last": "--until"}
+_PHRASES = {"first = ": "--from ", "last = ": "--until "}
+
+
 @click.command()
 @_recipe
 @_overrides
@@ -69,10 +73,11 @@ def sweep(
     from orchestration.recipe.loading import load_recipe
 
     overrides += tuple(sweeps.new_name(new))
-    phase_range = PhaseRange(first, last)
-    command = ["sweep", recipe, *overrides, *phase_range.options]
     chosen = load_recipe(recipe, overrides)
-    launch(chosen, command, recipe, phase_range=phase_range, dry_run=dry_run, address=address, detach=detach)
+    with InputError.renamed(_OPTIONS, _PHRASES):
+        phases = PhaseRange(first, last)
+        command = ["sweep", recipe, *overrides, *phases.options]
+        launch(chosen, command, recipe, phase_range=phases, dry_run=dry_run, address=address, detach=detach)
 
 
 @click.command()

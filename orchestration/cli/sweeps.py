@@ -16,6 +16,7 @@ _STOP_SECONDS = 120.0
 _LOOK_SECONDS = 2.0
 
 _name = click.argument("name")
+_by_option = InputError.renamed({"storage": "--storage"})
 _overrides = options.overrides
 _storage = options.storage("Storage of the sweeps.")
 _address = click.option(
@@ -28,6 +29,7 @@ _address = click.option(
 @_storage
 @_address
 @click.option("--once", is_flag=True, help="Print it and end, as it does where there is no terminal.")
+@_by_option
 def status(name: str | None, storage: str, address: str | None, once: bool) -> None:
     """Phases, trials, best, time left and failures of all sweeps, or of NAME; live until Ctrl-C."""
     _run_on_cluster(address, ["status", *([name] if name else [])], storage)
@@ -54,6 +56,7 @@ def status(name: str | None, storage: str, address: str | None, once: bool) -> N
 @click.argument("trial", required=False)
 @_storage
 @_address
+@_by_option
 def logs(name: str, trial: str | None, storage: str, address: str | None) -> None:
     """The last lines of the sweep NAME; or the figures, error and places of a TRIAL (ovit-schedule-001)."""
     _run_on_cluster(address, ["logs", name, *([trial] if trial else [])], storage)
@@ -67,6 +70,7 @@ def logs(name: str, trial: str | None, storage: str, address: str | None) -> Non
 @_name
 @_storage
 @_address
+@_by_option
 def stop(name: str, storage: str, address: str | None) -> None:
     """End the sweep NAME as Ctrl-C would, wherever its driver runs: what is finished is kept."""
     _run_on_cluster(address, ["stop", name], storage)
@@ -113,7 +117,12 @@ def resume(
     where = _where(storage)
     from orchestration.state.stored_recipe import load
 
-    recipe = load(storage, name, [*overrides, *new_name(new)])
+    def by_option(error: InputError) -> InputError:
+        ours = error.key == "storage" and str(error.value).startswith(storage)  # else it is an override's
+        return error.replaced(key="--storage") if ours else error
+
+    with InputError.renamed(by_option):
+        recipe = load(storage, name, [*overrides, *new_name(new)])
     command = ["resume", recipe.name, *([] if new else overrides), *where]
     launch(recipe, command, name, address=address, detach=detach)
 
@@ -206,6 +215,7 @@ def _run_on_cluster(address: str | None, words: list[str], storage: str) -> None
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @options.storage_to_look_at
 @click.option("--html", metavar="FILE", help="Write it as one page with figures, which needs nothing else.")
+@_by_option
 def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     """Final models of the sweeps NAME..., what differs between their recipes, and what failed."""
     from orchestration.common.terminal import output_console
@@ -218,7 +228,9 @@ def compare(names: tuple[str, ...], storage: str, html: str | None) -> None:
     from orchestration.reporting.compare_page import write
 
     target = free_file(html, "--html")
-    write(read(storage, names), target)
+    sweeps = read(storage, names)
+    with InputError.renamed({"target": "--html"}):
+        write(sweeps, target)
     click.echo(f"page: {target}")
 
 

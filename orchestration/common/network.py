@@ -60,7 +60,7 @@ def free_port(first: int) -> int:
     for port in range(first, first + _TRIED):
         if _is_free(port):
             return port
-    raise InputError("--port", first, f"no free port within {_TRIED} of it")
+    raise InputError("port", first, f"no free port within {_TRIED} of it")
 
 
 def reserve(first: int) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def reserve(first: int) -> tuple[int, int]:
         except BlockingIOError:
             pass
         os.close(file)
-    raise InputError("--port", first, f"no free port within {_TRIED} of it")
+    raise InputError("port", first, f"no free port within {_TRIED} of it")
 
 
 def _is_free(port: int) -> bool:

@@ -34,7 +34,7 @@ def check_libraries(recipe: Recipe) -> None:
     for kind in recipe.export:
         form = FORMATS[kind]
         calibration = "data.train" if form.calibration == "needed" else None
-        with InputError.renamed({"--format": "export"}):
+        with InputError.renamed({"format": "export"}):
             form.check(kind, calibration)
 
 

@@ -24,7 +24,7 @@ class PhaseRange:
 
     def __post_init__(self) -> None:
         if PHASES.index(self.last) < PHASES.index(self.first):
-            raise InputError("--until", self.last, f"comes before --from {self.first}")
+            raise InputError("last", self.last, f"comes before first = {self.first}")
 
     def reaches(self, phase: Phase) -> bool:
         """Return whether a phase is in the range, or before it."""

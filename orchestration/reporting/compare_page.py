@@ -40,7 +40,7 @@ def write(sweeps: Sequence[Compared], target: Path) -> None:
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError("--html", str(target), f"cannot be written ({error.strerror})") from None
+        raise InputError("target", str(target), f"cannot be written ({error.strerror})") from None
 
 
 def page(sweeps: Sequence[Compared]) -> str:

@@ -84,14 +84,14 @@ def sweep_names(storage_uri: str) -> list[str]:
     Raises:
         InputError: there is none.
     """
-    system, path = storage.resolve(f"{storage.absolute(storage_uri, '--storage')}/sweeps", key="--storage")
+    system, path = storage.resolve(f"{storage.absolute(storage_uri)}/sweeps")
     try:
         entries = call_limited(storage_uri, system.get_file_info, fs.FileSelector(path, allow_not_found=True))
     except OSError as error:
-        raise InputError("--storage", storage_uri, f"cannot be read ({error})") from None
+        raise InputError("storage", storage_uri, f"cannot be read ({error})") from None
     sweeps = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
     if not sweeps:
-        raise InputError("--storage", storage_uri, "no sweep has been run there")
+        raise InputError("storage", storage_uri, "no sweep has been run there")
     return sweeps
 
 

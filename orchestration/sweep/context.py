@@ -77,8 +77,8 @@ class Sweep:
             InputError: the command starts with a later phase (``--from``), and this one has no result yet.
         """
         if self.phase_range.starts_after(phase):
-            expected = f"the phase before it has no result yet ({title}); run that first, by --until {phase}"
-            raise InputError("--from", self.phase_range.first, expected)
+            expected = f"the phase before it has no result yet ({title}); run that first, by last = {phase}"
+            raise InputError("first", self.phase_range.first, expected)
 
     def phase(self, phase: Phase) -> Sweep:
         """The sweep with the phase's own resources."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,12 @@ OTHER_SPELLINGS = ("quantis", "artefact")
 
 FIRST_WORDS = ("Whether ", "Of ", "Those ")
 """Docstrings that begin so are no sentences, and a reader must guess what they continue."""
+
+# these know what the user typed; a layer below names its parameter or the recipe's key
+KNOW_OPTIONS = tuple(
+    f"orchestration/{name}"
+    for name in ("cli/", "commands/", "benchmark/", "export/", "cluster/", "launch.py", "common/network.py")
+)
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Example:")
 
@@ -81,6 +88,17 @@ def begins_without_a_subject(source: str) -> list[int]:
     ]
 
 
+def options_blamed(source: str) -> list[str]:
+    """Options of the command line that errors name as their key."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [
+        argument.value
+        for call in calls
+        for argument in (*call.args, *(keyword.value for keyword in call.keywords))
+        if isinstance(argument, ast.Constant) and re.match("--[a-z]", str(argument.value))
+    ]
+
+
 def begins_with_a_section(source: str) -> list[str]:
     """Functions, classes and the module, where the docstring has no sentence before its first section."""
     documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -124,6 +142,16 @@ def test_words__docstrings_begin_with_a_sentence() -> None:
 
 def test_words__docstrings_have_a_subject() -> None:
     assert [f"{path}:{line}" for path, source in sources() for line in begins_without_a_subject(source)] == []
+
+
+def test_words__errors_name_options_in_the_command_line_alone() -> None:
+    below = [(path, source) for path, source in sources() if not path.startswith(KNOW_OPTIONS)]
+    assert [f"{path}: {option}" for path, source in below for option in options_blamed(source)] == []
+
+
+def test_words__an_option_that_an_error_names_is_seen() -> None:
+    source = 'raise InputError("--out", out, "is there")\ncheck(out, key="--out")\ncheck("out --", key="out")'
+    assert options_blamed(source) == ["--out", "--out"]
 
 
 @pytest.mark.parametrize(

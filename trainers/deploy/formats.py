@@ -84,18 +84,18 @@ class Format:
         Raises:
             InputError: a library is missing, or images for calibration are given to a format without any.
         """
-        require("--format", name, *self.packages)
+        require("format", name, *self.packages)
         lacking = self._lacking()
         if lacking is not None:
-            raise InputError("--format", name, lacking)
+            raise InputError("format", name, lacking)
         if self.calibration == "needed" and calibration is None:
             wanted = f"{name} fixes the ranges of activations: give training images (Parquet: image, label)"
-            raise InputError("--calibration", None, wanted)
+            raise InputError("calibration", None, wanted)
         if self.calibration == "none" and calibration is not None:
             why = (
                 "measures the ranges of activations as it runs" if self.kind == "int8" else "is not quantised"
             )
-            raise InputError("--calibration", calibration, f"{name} {why}; drop it")
+            raise InputError("calibration", calibration, f"{name} {why}; drop it")
 
     def calibrates(self, model: nn.Module) -> bool:
         """Return whether a file of this model must be made with images, which fix ranges of activations."""
@@ -123,7 +123,7 @@ def _onnx_int8(source: Source, folder: Path) -> None:
     from trainers.quantization.checks import check_mode, check_share
 
     if source.calibration is None:
-        check_mode(source.model, "dynamic", (), "--calibration")
+        check_mode(source.model, "dynamic", (), "calibration")
     _onnx(source, folder)
     plain = (folder / ONNX_FILE).rename(folder / f"float-{ONNX_FILE}")
     quantize_onnx(plain, folder / ONNX_FILE, source.calibration)
