@@ -28,12 +28,12 @@ from orchestration.commands.model_source import (
     recorded_patterns,
     resolved,
 )
-from orchestration.commands.output import free_folder, whole_folder
+from orchestration.commands.output import enough_memory, free_folder, whole_folder, written
 from orchestration.commands.progress import Bars, interruptible
 from orchestration.commands.prune_options import layer_patterns
 from orchestration.commands.training_options import FinetuneOptions
 from orchestration.preflight.training import check_training
-from pruners.errors import InputError, first_line
+from pruners.errors import InputError
 from pruners.methods.registry import METHODS
 from pruners.model.masks import MaskSet
 from trainers import storage
@@ -45,6 +45,9 @@ from trainers.config.pruning import PruningSettings
 from trainers.loop.gradual import Progress, run
 from trainers.loop.session import seed_everything
 from trainers.models import factory
+
+_OPTIONS = {"data.train": "--train", "data.validation": "--validation"}
+"""Keys of the layers below -> what this command's user wrote; settings keep the recipe's names."""
 
 
 @dataclass(frozen=True)
@@ -223,25 +226,22 @@ class Finetuning:
             InputError: also where memory, the disk or the numbers give out.
         """
         options = self.options
+
+        def as_typed(error: InputError) -> InputError:
+            if error.key == "resume":
+                return _of_another(options.out, self._held(), error.expected.partition(": ")[2])
+            if error.key == "data":
+                part = "train" if error.value == storage.absolute(options.train) else "validation"
+                return error.replaced(key=f"data.{part}")
+            return error.replaced(key=error.key.removeprefix("training."))
+
+        disk = written("--out", options.out)
+        memory = enough_memory("batch_size", options.training.batch_size, "accumulate")
         try:
-            with InputError.renamed(self._by_option):
+            with InputError.renamed(_OPTIONS), InputError.renamed(as_typed), disk, memory:
                 yield
-        except torch.OutOfMemoryError:
-            expected = "needs more memory than the GPU has; take a smaller one, or accumulate"
-            raise InputError("batch_size", options.training.batch_size, expected) from None
         except FloatingPointError as error:
             raise InputError("training", None, str(error)) from None
-        except OSError as error:
-            expected = f"cannot be written ({error.strerror or first_line(error)})"
-            raise InputError("--out", options.out, expected) from None
-
-    def _by_option(self, error: InputError) -> InputError:
-        if error.key == "resume":
-            return _of_another(self.options.out, self._held(), error.expected.partition(": ")[2])
-        options = {"data.train": "--train", "data.validation": "--validation", "data": "--train"}
-        if error.key == "data" and error.value != storage.absolute(self.options.train):
-            options["data"] = "--validation"
-        return error.replaced(key=options.get(error.key, error.key.removeprefix("training.")))
 
 
 @dataclass

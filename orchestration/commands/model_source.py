@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ def load(name: str, patterns: Patterns | None = None) -> Checkpoint:
         InputError: it cannot be loaded; says why.
     """
     if is_file(name):
-        with InputError.renamed(_by_option):
+        with InputError.renamed(_as_typed, _PHRASES):
             return load_checkpoint(absolute(name), key="model", layers=patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs a line for each retry
     try:
@@ -98,13 +97,13 @@ def as_checkpoint_folder(name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield Path(folder), record
 
 
-def _by_option(error: InputError) -> InputError:
+def _as_typed(error: InputError) -> InputError:
     """Rename an error about layers to the option ``--layers``; other errors stay as they are."""
     first, _, module = error.key.partition(".")
-    if first != "layers":
-        return error
-    expected = re.sub(r"give patterns(?: of its own)?", "give --layers MODULE=REGEX", error.expected)
-    return error.replaced(key=f"--layers {module}".strip(), expected=expected)
+    return error.replaced(key=f"--layers {module}".strip()) if first == "layers" else error
+
+
+_PHRASES = {"give patterns of its own": "give patterns", "give patterns": "give --layers MODULE=REGEX"}
 
 
 def skeleton(name: str) -> nn.Module:
@@ -144,7 +143,7 @@ def is_file(name: str) -> bool:
 
 def layers_of(loaded: Checkpoint, patterns: Patterns | None = None) -> list[PrunableLayer]:
     """The prunable layers: by ``patterns``, by the patterns the model was pruned with, or by its family."""
-    with InputError.renamed(_by_option):
+    with InputError.renamed(_as_typed, _PHRASES):
         return find_layers(loaded.model, patterns or recorded_patterns(loaded))
 
 

@@ -73,16 +73,49 @@ def whole_folder(target: Path, path_text: str, key: str) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process of the same number
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(target)
-        forget_killed(target)
-    except BaseException as error:
+        with written(key, path_text):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(target)
+            forget_killed(target)
+    except BaseException:
         shutil.rmtree(made[-1], ignore_errors=True)
-        if isinstance(error, OSError):
-            expected = f"cannot be written ({error.strerror or first_line(error)})"
-            raise InputError(key, path_text, expected) from None
         raise
+
+
+@contextmanager
+def written(key: str, path_text: str) -> Iterator[None]:
+    """Errors of the system become errors of what is written.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        expected = f"cannot be written ({error.strerror or first_line(error)})"
+        raise InputError(key, path_text, expected) from None
+
+
+@contextmanager
+def enough_memory(key: str, batch_size: int, otherwise: str) -> Iterator[None]:
+    """A GPU that runs out of memory becomes an error of the batch size.
+
+    Args:
+        key: names the batch size in errors.
+        batch_size: the one that is taken.
+        otherwise: what helps too, as the end of a sentence.
+
+    Raises:
+        InputError: the memory gave out.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        expected = f"needs more memory than the GPU has; take a smaller one, or {otherwise}"
+        raise InputError(key, batch_size, expected) from None
 
 
 def forget_killed(target: Path) -> None:

@@ -7,17 +7,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from orchestration.commands.model_source import check_images, device_for, layers_of, load
-from orchestration.commands.output import free_folder, whole_folder
+from orchestration.commands.output import enough_memory, free_folder, whole_folder
 from orchestration.commands.progress import Bars, interruptible
 from orchestration.commands.prune_options import PruneOptions, layer_patterns
 from pruners.allocation.bounds import bounds
@@ -215,27 +214,29 @@ def _renamed(options: PruneOptions) -> Iterator[None]:
     Raises:
         InputError: also where the GPU's memory gives out.
     """
-    try:
-        with InputError.renamed(lambda error: _by_option(error, options)):
-            yield
-    except torch.OutOfMemoryError:
-        expected = "needs more memory than the GPU has; take a smaller one, or a smaller --memory"
-        raise InputError("--batch-size", options.batch_size, expected) from None
+
+    def as_typed(error: InputError) -> InputError:
+        if error.key == "budget":  # a count of weights
+            return InputError("sparsity", options.target, f"{error.value:,} weights {error.expected}")
+        if error.key in {"memory", "floor"}:
+            return error.replaced(value=getattr(options, error.key))
+        if error.key == "data" and error.value == options.test:
+            return error.replaced(key="test")
+        return error
+
+    memory = enough_memory("batch_size", options.batch_size, "a smaller --memory")
+    with InputError.renamed(_OPTIONS, _PHRASES), InputError.renamed(as_typed), memory:
+        yield
 
 
-def _by_option(error: InputError, options: PruneOptions) -> InputError:
-    key, value, expected = error.key, error.value, error.expected.replace("unfit: dense", "--unfit dense")
-    if key == "budget":
-        return InputError("--sparsity", options.target, f"{value:,} weights {expected}")
-    if key in {"memory", "floor"}:
-        value = getattr(options, key)
-    if key == "data" and value == options.test:
-        return InputError("--test", value, expected)
-    names = {"batches": "data", "held_out": "data"}
-    flag = names.get(key, key)
-    if flag not in ("model", "out") and hasattr(options, flag):
-        return InputError(f"--{flag.replace('_', '-')}", value, expected)
-    return error
+_ARGUMENTS = ("model", "out")  # errors name these without dashes
+_OPTIONS = {
+    field.name: f"--{field.name.replace('_', '-')}"
+    for field in fields(PruneOptions)
+    if field.name not in _ARGUMENTS
+} | {"batches": "--data", "held_out": "--data"}
+"""Keys of the layers below -> what this command's user wrote."""
+_PHRASES = {"unfit: dense": "--unfit dense"}
 
 
 _FISHER = ("gradients", "block_size", "damp", "relative")

@@ -1,4 +1,4 @@
-"""What a killed process left beside its output goes with the next success; what is at work stays."""
+"""What a command writes, what is said when disk or memory is full, what killed processes left beside it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from orchestration.benchmark.run import _write
-from orchestration.commands.output import forget_training, whole_folder
+from orchestration.commands.output import enough_memory, forget_training, whole_folder, written
+from pruners.errors import InputError
 
 
 @pytest.fixture
@@ -59,3 +61,29 @@ def test_output__a_training_for_int8_that_was_killed(tmp_path: Path) -> None:
     forget_training(folder)
     assert list(tmp_path.iterdir()) == []
     forget_training(folder)  # and where there is nothing
+
+
+def test_output__a_full_gpu_is_an_error_of_the_batch_size() -> None:
+    says = r"^--batch-size = 64: needs more memory than the GPU has; take a smaller one, or accumulate$"
+    with pytest.raises(InputError, match=says), enough_memory("--batch-size", 64, "accumulate"):
+        raise torch.OutOfMemoryError
+
+
+def test_output__a_full_disk_is_an_error_of_what_is_written() -> None:
+    says = r"^--out = 'here': cannot be written \(No space left on device\)$"
+    with pytest.raises(InputError, match=says), written("--out", "here"):
+        raise OSError(28, "No space left on device")
+
+
+def test_output__a_folder_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    says = r"^--out = 'a/b': cannot be written \(No space left on device\)$"
+    with pytest.raises(InputError, match=says), whole_folder(target, "a/b", "--out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output__other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), whole_folder(tmp_path / "a", "a", "--out"), enough_memory("size", 1, ""):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
