@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +17,14 @@ from orchestration.recipe.phases import ALL_PHASES, PhaseRange
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_secrets
 
+if TYPE_CHECKING:
+    from orchestration.recipe.schema import Recipe
+
 ERROR = "error.txt"  # trace of a sweep that broke off
 
 
 def launch(
-    recipe: Any,
+    recipe: Recipe,
     command: Sequence[str],
     name: str,
     *,
@@ -33,7 +36,7 @@ def launch(
     """Run a recipe to its end, or show what would happen.
 
     Args:
-        recipe: a :class:`orchestration.recipe.schema.Recipe`.
+        recipe: the recipe, read and typed.
         command: the command as it was given, without the address; after Ctrl-C it resumes the run.
         name: of the recipe, as it was given.
         phase_range: the phases to run.
@@ -70,7 +73,7 @@ def launch(
         os._exit(INTERRUPTED)  # without waiting for Ray's and MLflow's threads
 
 
-def _trace(recipe: Any) -> str:
+def _trace(recipe: Recipe) -> str:
     """Write the trace of the error that is being handled beside the sweep's results; return its path."""
     from orchestration.state.stored_recipe import folder_of
     from trainers import storage
@@ -88,7 +91,7 @@ def run_as_job(
     words: Sequence[str],
     address: str,
     *,
-    recipe: Any = None,
+    recipe: Recipe | None = None,
     sweep: str | None = None,
     storage: str | None = None,
     detach: bool = False,
@@ -130,7 +133,7 @@ def farewell(sweep: str, address: str) -> str:
     )
 
 
-def _show(recipe: Any) -> None:
+def _show(recipe: Recipe) -> None:
     from orchestration.common.terminal import output_console
     from orchestration.preflight.checks import prepare
     from orchestration.preflight.plan import print_plan
@@ -138,7 +141,7 @@ def _show(recipe: Any) -> None:
     print_plan(output_console(120), prepare(recipe, dry_run=True))
 
 
-def _start(command: str, recipe: Any, name: str, address: str | None, phase_range: PhaseRange) -> None:
+def _start(command: str, recipe: Recipe, name: str, address: str | None, phase_range: PhaseRange) -> None:
     from orchestration.common.terminal import Console, output_console
 
     if JOB in os.environ and "://" not in recipe.storage and not Path(recipe.storage).is_absolute():

@@ -6,11 +6,10 @@ folder. A folder that ``espalier export`` or ``espalier quantize`` wrote is run 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, size_on_disk, weights_hash
 from trainers.checkpoint.records import ExportRecord
 from trainers.config.engines import Choice
-from trainers.data.preprocessing import Images, pattern_images
+from trainers.data.preprocessing import Images, Preprocessing, pattern_images
 from trainers.deploy.checked import is_exported, read_record, torch_answers
 from trainers.deploy.formats import FORMATS, Source
 from trainers.engines.registry import SPARSE_ENOUGH, keeps_2_of_4, zeros
@@ -56,7 +55,7 @@ class Variant:
 
     name: str
     folder: Path
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     sparsity: float
     weights: str | None
     source: Source | None = None

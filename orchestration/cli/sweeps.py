@@ -112,8 +112,8 @@ def resume(
         storage = _put(storage, address, name)
         where = _where(storage)
         words = ["resume", name, *overrides, *(["--as", new] if new else []), *where]
-        run = {"sweep": new or name, "storage": storage}
-        raise click.exceptions.Exit(run_as_job(words, address, detach=detach, **run))
+        job = run_as_job(words, address, sweep=new or name, storage=storage, detach=detach)
+        raise click.exceptions.Exit(job)
     where = _where(storage)
     from orchestration.state.stored_recipe import load
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from orchestration.common.terminal import Console
+from orchestration.state.heartbeat import PhaseProgress, SweepProgress
 from orchestration.state.trial_log import TrialRecord
 from trainers.loop.report import EpochReport
 
@@ -43,7 +44,7 @@ class Display:
         self._begin_fraction = 0.0
         self._spoke = 0.0
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._begun: list[dict[str, Any]] = []
+        self._begun: list[PhaseProgress] = []
 
     def __enter__(self) -> Display:
         if self.live:
@@ -79,11 +80,11 @@ class Display:
         self._lines.append(text)
         self.console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> SweepProgress:
         """The displayed state, in JSON's types; may be called from another thread."""
         return {
             "planned": self._phases,
-            "phases": [dict(phase) for phase in self._begun],
+            "phases": [phase.copy() for phase in self._begun],
             "running": len(self._running),
             "left": self._left(),
             "said": list(self._lines),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -13,12 +12,13 @@ from rich.text import Text
 
 from orchestration.reporting.display import leading
 from orchestration.state import heartbeat
+from orchestration.state.heartbeat import State, SweepState
 from orchestration.state.stored_recipe import check_exists, sweep_names
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError, did_you_mean
 from trainers import storage
 
-_STATE_TEXTS = {
+_STATE_TEXTS: dict[State, str] = {
     "running": "running since",
     "finished": "finished",
     "interrupted": "interrupted",
@@ -52,7 +52,7 @@ class PhaseStatus:
         ]
 
 
-def phases(storage_uri: str, state: dict[str, Any]) -> list[PhaseStatus]:
+def phases(storage_uri: str, state: SweepState) -> list[PhaseStatus]:
     """The phases of a sweep's last run that have begun."""
     begun = []
     for entry in state["phases"]:
@@ -92,7 +92,7 @@ def overview(storage_uri: str, name: str | None) -> Group:
     return Group(table, *map(Text, failures))
 
 
-def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: dict[str, Any]) -> None:
+def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: SweepState) -> None:
     if state["reason"]:
         failures.append(f"{name}: {state['reason']}")
     cells = [name, format_state(state)]
@@ -116,7 +116,7 @@ def _add(table: Table, failures: list[str], storage_uri: str, name: str, state: 
         table.add_row(*cells)
 
 
-def format_state(state: dict[str, Any]) -> str:
+def format_state(state: SweepState) -> str:
     """A sweep's state with its time, as ``running since 2026-01-31 12:00``."""
     since = state["began"] if state["state"] == "running" else state["updated"]
     return f"{_STATE_TEXTS[state['state']]} {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"
@@ -155,7 +155,7 @@ def log_lines(storage_uri: str, name: str, trial: str | None) -> list[str]:
     return [*lines, _ray_logs(state)]
 
 
-def _trial(begun: list[PhaseStatus], wanted: str, state: dict[str, Any]) -> list[str]:
+def _trial(begun: list[PhaseStatus], wanted: str, state: SweepState) -> list[str]:
     known = {key: (phase, record) for phase in begun for key, record in phase.trials()}
     running = {
         f"{phase.label}-{number:03d}": phase for phase in begun if phase.log for number in phase.log.running
@@ -184,7 +184,7 @@ def _trial(begun: list[PhaseStatus], wanted: str, state: dict[str, Any]) -> list
     return [*lines, _ray_logs(state)]
 
 
-def _ray_logs(state: dict[str, Any]) -> str:
+def _ray_logs(state: SweepState) -> str:
     return f"Ray's own logs: {state['host']}:{state['ray_logs']}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.tune import Trainable
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -38,7 +39,7 @@ class Search:
     """
 
     name: str
-    trainable: Any
+    trainable: type[Trainable] | Callable[..., Any]
     space: Space
     trials: int
     concurrent: int

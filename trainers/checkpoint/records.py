@@ -6,7 +6,10 @@ Readers therefore take a record as a plain mapping; these types are for the code
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from trainers.data.preprocessing import Preprocessing
 
 
 class Provenance(TypedDict, total=False):
@@ -123,7 +126,7 @@ class ExportRecord(TypedDict, total=False):
     type: str
     file: str
     calibration: int | None
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     check: dict[str, Any]
     int8_share: float
     probe: dict[str, Any]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from trainers.config.base import Images, Settings
+
+if TYPE_CHECKING:
+    from trainers.config.training import TrainingSettings
 
 Mode = Literal["dynamic", "static", "qat"]
 CALIBRATION_IMAGES = 512
@@ -21,11 +24,11 @@ class Calibration(Settings):
     )
 
 
-def check_training(training: Any, prefix: str) -> None:
+def check_training(training: TrainingSettings, prefix: str) -> None:
     """Check that settings of training can be used for quantization-aware training.
 
     Args:
-        training: a :class:`trainers.config.training.TrainingSettings`.
+        training: the settings.
         prefix: put before the name of a key in the error message.
 
     Raises:

@@ -87,7 +87,7 @@ def write_checked(
         "type": form.kind,
         "file": form.file,
         "calibration": None if source.calibration is None else len(source.calibration),
-        "preprocessing": dict(source.preprocessing),
+        "preprocessing": source.preprocessing,
         "check": {
             "images": images_name,
             "tolerance": tolerance,

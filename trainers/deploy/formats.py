@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pruners.errors import InputError
 from trainers.optional_imports import require
@@ -18,7 +18,7 @@ from trainers.optional_imports import require
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainers.data.preprocessing import Images
+    from trainers.data.preprocessing import Images, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
     """
 
     model: nn.Module
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     calibration: Images | None = None
 
     @property

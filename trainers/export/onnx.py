@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from pruners.errors import InputError, first_line
-from trainers.data.preprocessing import PREPROCESSING, Images
+from trainers.data.preprocessing import PREPROCESSING, Images, Preprocessing
 from trainers.export.torch_export import captured
 from trainers.optional_imports import quietly, require
 
@@ -118,10 +118,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def read_preprocessing(path: Path) -> dict[str, Any]:
+def read_preprocessing(path: Path) -> Preprocessing:
     """The description of images and classes in a file that espalier wrote: see
     :mod:`trainers.data.preprocessing`."""
-    preprocessing: dict[str, Any] = json.loads(read_metadata(path)[PREPROCESSING])
+    preprocessing: Preprocessing = json.loads(read_metadata(path)[PREPROCESSING])
     return preprocessing
 
 

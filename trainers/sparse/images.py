@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,10 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from trainers.data.preprocessing import Preprocessing
 
-def prepared(image: str | Path | IO[bytes] | Image, preprocessing: Mapping[str, Any]) -> NDArray[np.float32]:
+
+def prepared(image: str | Path | IO[bytes] | Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
     """An image, resized, cropped and normalised.
 
     Args:
@@ -42,7 +43,7 @@ def prepared(image: str | Path | IO[bytes] | Image, preprocessing: Mapping[str, 
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
 
 
-def _size(picture: Image, width: int, height: int, preprocessing: Mapping[str, Any]) -> tuple[int, int]:
+def _size(picture: Image, width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Width and height to which an image is resized before it is cropped."""
     wide, high = (int(side / preprocessing["crop_pct"]) for side in (width, height))
     if preprocessing["crop_mode"] == "squash":  # each side to its own

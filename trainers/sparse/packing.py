@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from trainers.checkpoint import checksums
+from trainers.data.preprocessing import Preprocessing
 from trainers.sparse.families.swin import check as check_swin
 from trainers.sparse.families.swin import swin_transformer
 from trainers.sparse.families.tensors import Tensors
@@ -65,7 +65,7 @@ def pack(
     folder: str | Path,
     *,
     int8: bool = False,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Program:
     """Write the folder of a model: ``program.json``, ``tensors.safetensors`` and their checksums.
 

@@ -12,10 +12,10 @@ import ctypes
 import json
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from trainers.sparse.weights import pack_blocks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from trainers.data.preprocessing import Preprocessing
 
 PROGRAM, TENSORS = "program.json", "tensors.safetensors"
 TABLES = ("/relative_position", "/padding")  # tensors of attention within windows
@@ -118,9 +120,9 @@ class SparseModel:
         return LinearLayer.of(weight, bias, lanes=self._lanes, widest=self._widest, sparse_from=sparse_from)
 
     @property
-    def preprocessing(self) -> Mapping[str, Any]:
+    def preprocessing(self) -> Preprocessing:
         """The preprocessing of images and the names of the classes (:mod:`trainers.data.preprocessing`)."""
-        return self.program.preprocessing
+        return cast("Preprocessing", self.program.preprocessing)
 
     @property
     def kinds(self) -> dict[str, str]:
