@@ -25,6 +25,7 @@ from trainers.data import datasets as data
 from trainers.data.node_cache import Pixels
 from trainers.engines.latency_table import LatencyTable
 from trainers.loop.evaluation import Evaluation, evaluate
+from trainers.loop.report import EpochReport, Figures
 from trainers.models import factory as models
 
 _BATCH = 128
@@ -37,10 +38,13 @@ class Speed:
     table: LatencyTable
     dense_top1: float
 
-    def at(self, pruned: Mapping[str, int]) -> dict[str, float]:
+    def at(self, pruned: Mapping[str, int]) -> Figures:
         """Seconds of an image batch by the latency table, as a trial reports them."""
-        times = {"latency": self.table.at(pruned), "latency_dense": self.table.at({})}
-        return {**times, "dense_top1": self.dense_top1}
+        return {
+            "latency": self.table.at(pruned),
+            "latency_dense": self.table.at({}),
+            "dense_top1": self.dense_top1,
+        }
 
 
 @dataclass(frozen=True)
@@ -135,20 +139,28 @@ class OneShotTrial(tune.Trainable):  # type: ignore[misc]
             self._set_weights()
         first, last = self._parts[len(self._results)]
         self._results.append(evaluate(self._model, self._images.batches(first, last, _BATCH)))
+        report = self._report()
+        return {**report, "done": report["complete"]}  # Tune's own key
+
+    def _report(self) -> EpochReport:
+        """The figures on the images that were evaluated so far."""
         result, speed = Evaluation.over(self._results), self._inputs.speed
-        return {
+        costs = self._inputs.costs.at(self._allocation)
+        report: EpochReport = {
             "score": -result.loss if self._inputs.search.objective == "cross_entropy" else result.score,
             "val_top1": result.top1,
             "val_loss": result.loss,
             "images": result.images,
             "sparsity": self._sparsity,
-            **self._inputs.costs.at(self._allocation).as_dict(),
-            **(speed.at(self._allocation) if speed is not None else {}),
+            "parameters": costs.parameters,
+            "parameters_sparse": costs.parameters_sparse,
+            "macs": costs.macs,
+            "macs_sparse": costs.macs_sparse,
             "allocation": self._allocation,
             "shares": summarise(self._allocation, self._inputs.space.layers),
             "complete": len(self._results) == len(self._parts),
-            "done": len(self._results) == len(self._parts),
         }
+        return report if speed is None else {**report, **speed.at(self._allocation)}
 
     def _set_weights(self) -> None:
         self._allocation = self._inputs.space.allocation(self._values, self._order.losses)

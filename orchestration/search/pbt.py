@@ -21,7 +21,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from orchestration.search.pbt_trial import MEMBER, origin_of, read_member_checkpoint
 from orchestration.search.space import Space, contains
-from orchestration.state.trial_log import TrialLog
+from orchestration.state.trial_log import History, TrialLog
 from trainers import storage
 
 
@@ -155,7 +155,7 @@ def _random(space: Space, seed: int) -> Iterator[dict[str, float]]:
         }
 
 
-def history(member: Mapping[str, Any]) -> dict[str, Any]:
+def history(member: Mapping[str, Any]) -> History:
     """The figures that record where a trial's model came from; empty outside of a population."""
     taken = member.get("taken")
     return {} if taken is None else {"pbt.exploits": len(taken), "pbt.taken": taken}

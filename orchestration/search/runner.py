@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray import tune
 from ray.air.execution._internal.actor_manager import RayActorManager
@@ -23,7 +23,6 @@ from orchestration.search.spec import Search
 from orchestration.state.trial_end import (
     Observer,
     ended,
-    is_of_epoch,
     last_lines,
     reason,
     record_end,
@@ -31,7 +30,7 @@ from orchestration.state.trial_end import (
 )
 from orchestration.state.trial_log import State, TrialLog
 from pruners.errors import first_line
-from trainers.loop.report import EpochReport
+from trainers.loop.report import EpochReport, of_epoch
 from trainers.storage import resolve
 
 
@@ -188,9 +187,9 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         running = self._running[trial.trial_id]
         numbers = {trial.trial_id: self._first + position for position, trial in enumerate(trials)}
         running.member = take_note(self._log, running.number, result, numbers)
-        if is_of_epoch(result):
-            running.metrics = cast(EpochReport, result)
-            self._observer.trial_reported(trial.trial_id, running.metrics)
+        if (report := of_epoch(result)) is not None:
+            running.metrics = report
+            self._observer.trial_reported(trial.trial_id, report)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         running = self._running[trial.trial_id]
@@ -230,7 +229,7 @@ class _Recorder(tune.Callback):  # type: ignore[misc]
         )
         record = replace(
             record,
-            metrics=cast(EpochReport, record.metrics | history(running.member)),
+            metrics={**record.metrics, **history(running.member)},
             given=record.values in list(self._search.first),
         )
         record = record_end(record, running.metrics, self._log, self._observer, trial.trial_id)

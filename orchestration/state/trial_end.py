@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
-from orchestration.state.trial_log import State, TrialLog, TrialRecord
-from trainers.loop.report import TRIAL_KEYS, EpochReport, figures_of, recordable
+from orchestration.state.trial_log import State, TrialLog, TrialMetrics, TrialRecord
+from trainers.loop.report import TRIAL_KEYS, EpochReport, Figures, KeptFigures, figures_of, recordable
 
 _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
@@ -40,11 +40,6 @@ class Observer(Protocol):
         """Receive that a trial has ended; return its run in the tracker, if there is one."""
 
 
-def is_of_epoch(report: Mapping[str, Any]) -> bool:
-    """Return whether a report is of the end of an epoch or of a one-shot trial, not of a step in between."""
-    return "step" not in report or "epoch" in report
-
-
 def ended(
     number: int,
     values: Mapping[str, Any],
@@ -70,17 +65,17 @@ def ended(
     Returns:
         The record, not yet in a log.
     """
-    kept: Mapping[str, Any] = last.get("kept") or {}
+    kept: Mapping[str, KeptFigures] = last.get("kept") or {}
     folder = last.get("kept_at")
     whole = state == "finished" and bool(kept)
     level = max(kept, key=float) if whole else ""
-    figures = cast(EpochReport, kept[level]) if whole else last
+    figures: Figures = kept[level] if whole else last
     return TrialRecord(
         number=number,
         values=dict(values),
         state=state,
         score=figures.get("score"),
-        metrics=cast(EpochReport, figures_of(figures, (*TRIAL_KEYS, cost or ""))),
+        metrics=cast(TrialMetrics, figures_of(figures, (*TRIAL_KEYS, cost or ""))),
         checkpoint=f"{folder}/{level}" if whole and folder else None,
         kept={key: {"checkpoint": f"{folder}/{key}", **kept[key]} for key in kept} if whole else {},
         seconds=seconds,

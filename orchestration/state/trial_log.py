@@ -9,13 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from trainers import storage
-from trainers.loop.report import EpochReport, figures_of
+from trainers.loop.report import EpochReport, Figures, Pruned, figures_of
 
 _PART = 32  # one-shot trials in a file
 State = Literal["finished", "stopped", "failed"]
+
+
+class TakenStep(TypedDict):
+    """A checkpoint that a member of a population went on from: the trial, its epoch and its values then."""
+
+    trial: int | str
+    epoch: int
+    values: dict[str, float]
+
+
+History = TypedDict("History", {"pbt.exploits": int, "pbt.taken": list[TakenStep]}, total=False)
+"""Where the weights of a member of a population came from, oldest first; empty outside of one."""
+
+
+class TrialMetrics(Figures, Pruned, History, total=False):
+    """What is kept of a trial: figures of its model, what was pruned, and its history in a population."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class TrialRecord:
     values: dict[str, Any]
     state: State
     score: float | None
-    metrics: EpochReport = field(default_factory=EpochReport)
+    metrics: TrialMetrics = field(default_factory=TrialMetrics)
     checkpoint: str | None = None
     run_id: str | None = None
     seconds: float = 0.0

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from ray import tune
 from ray.train import TrainingFailedError
@@ -22,18 +22,11 @@ from orchestration.search.training_trial import (
     TrainingTrial,
     train_run,
 )
-from orchestration.state.trial_end import (
-    Observer,
-    ended,
-    is_of_epoch,
-    last_lines,
-    record_end,
-    report_missing_ends,
-)
+from orchestration.state.trial_end import Observer, ended, last_lines, record_end, report_missing_ends
 from orchestration.state.trial_log import State, TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
 from trainers.config.jobs import TrainJob
-from trainers.loop.report import EpochReport
+from trainers.loop.report import EpochReport, of_epoch
 
 _VALUES: dict[str, Any] = {}  # the proposal of a run without a search: all values are the recipe's
 _STOP_SECONDS = 2.0  # for an interrupted run to end in order
@@ -129,10 +122,10 @@ def run_single(job: TrainJob, resources: Resources, storage: str, log: TrialLog,
     pool, reports = WorkerPool(), Reports()
     run = BackgroundRun(train_run(job, resources, storage, name, reports, pool=pool), reports)
     try:
-        while (report := run.next_report()) is not None:
-            if is_of_epoch(report):
-                last = cast(EpochReport, report)
-                observer.trial_reported(name, last)
+        while (result := run.next_report()) is not None:
+            if (report := of_epoch(result)) is not None:
+                last = report
+                observer.trial_reported(name, report)
     except TrainingFailedError as failure:
         error = last_lines("".join(traceback.format_exception(failure)))
     finally:

@@ -197,7 +197,7 @@ def _history(record: TrialRecord) -> dict[str, str]:
     """Tags of a population's member: its final values, and the trials that its weights came from."""
     if "pbt.taken" not in record.metrics:
         return {}
-    taken = figures_of(record.metrics, ["pbt.taken"])["pbt.taken"]
+    taken = record.metrics["pbt.taken"]
     steps = [f"trial {step['trial']} after epoch {step['epoch']}" for step in taken]
     return {
         "pbt.exploits": str(len(taken)),

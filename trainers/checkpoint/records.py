@@ -6,6 +6,7 @@ Readers therefore take a record as a plain mapping; these types are for the code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class PruningRecord(Provenance, total=False):
     """
 
     format: str
-    figures: dict[str, Any]
+    figures: Mapping[str, Any]
     recipe: dict[str, Any]
     structured: dict[str, Any]
     source: str
@@ -93,7 +94,7 @@ class QuantizationRecord(Provenance, _Builtins, total=False):
     zeros: int
     int8_share: float
     same_class: dict[str, Any]
-    figures: dict[str, Any]
+    figures: Mapping[str, Any]
     probe: dict[str, Any]
     packed_from: str
     versions: dict[str, str]

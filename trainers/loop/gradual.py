@@ -234,7 +234,7 @@ def _keep(session: Session, report: EpochReport, result: Evaluation) -> None:
     if level is None or not result.score > session.kept.get(level, {}).get("level_score", -math.inf):
         return
     figures = finite_numbers(report)
-    session.kept[level] = figures | {"level_score": result.score}
+    session.kept[level] = {**figures, "level_score": result.score}
     folder = session.job.keep_folder
     if folder is not None and distributed.rank() == 0:
         with TemporaryDirectory(prefix="espalier-") as local:

@@ -17,12 +17,10 @@ LATENCY_KEYS = ("latency", "latency_dense")
 """Keys of predicted latencies."""
 
 
-class EpochReport(TypedDict, total=False):
-    """Figures after an epoch, or within one, when a checkpoint is saved; any key may be missing.
+class Figures(TypedDict, total=False):
+    """The numbers that are measured of a model in training; any key may be missing.
 
-    Within an epoch there is no ``epoch``: a report has ``step``, and the last epoch's ``score`` and
-    ``recovery_epochs``. Where several λ were compared there are also ``damp_loss_λ``, the held-out loss of
-    each.
+    Where several λ were compared there are also ``damp_loss_λ``, the held-out loss of each.
 
     Attributes:
         epoch: epochs done.
@@ -37,24 +35,14 @@ class EpochReport(TypedDict, total=False):
         recovery_epochs: epochs since the last pruning step; 0 before the final sparsity is reached.
         parameters, parameters_sparse: weights of the model, and those that are not zero.
         macs, macs_sparse: multiply-accumulates for an image, and those that are not by zero.
-        step_loss: loss of each step of the epoch.
-        step_lr: learning rate of each step of the epoch.
         skipped_images: images of the run that could not be read.
         skipped_steps: steps of the run that were left out because they were not finite.
         damp: the λ that the pruning step chose.
         layer_error_before, layer_error: where the pruning step solved its layers again, the mean squared
             error of their outputs before and after, as a share of the outputs' variance.
-        kept: figures of the best model at each sparsity that is kept, by ``0.75`` and the like; they have
-            ``level_score``, by which the best one is chosen.
-        kept_at: folder of the kept models.
-        notes: lines to show to the user.
-        complete: one-shot trials: whether all images were evaluated.
         images: one-shot trials: number of evaluated images.
         latency, latency_dense: predicted seconds for a batch, of the pruned and of the dense model.
         dense_top1: top-1 of the dense model on the same images.
-        allocation: number of pruned weights by layer.
-        shares: sparsity of each group of layers.
-        pbt: which member of a population the trial is, as the search adds it.
     """
 
     epoch: int
@@ -70,24 +58,71 @@ class EpochReport(TypedDict, total=False):
     parameters_sparse: int
     macs: int
     macs_sparse: int
-    step_loss: list[float]
-    step_lr: list[float]
     skipped_images: int
     skipped_steps: int
     damp: float
     layer_error_before: float
     layer_error: float
-    kept: dict[str, dict[str, Any]]
-    kept_at: str | None
-    notes: list[str]
-    complete: bool
     images: int
     latency: float
     latency_dense: float
     dense_top1: float
+
+
+class KeptFigures(Figures, total=False):
+    """Figures of the best model at a sparsity that is kept; it is chosen by ``level_score``."""
+
+    level_score: float
+
+
+class Pruned(TypedDict, total=False):
+    """What an allocation prunes.
+
+    Attributes:
+        allocation: number of pruned weights by layer.
+        shares: sparsity of each group of layers.
+    """
+
     allocation: dict[str, int]
     shares: dict[str, float]
+
+
+class EpochReport(Figures, Pruned, total=False):
+    """What is reported after an epoch, or within one, when a checkpoint is saved; any key may be missing.
+
+    Within an epoch there is no ``epoch``: a report has ``step``, and the last epoch's ``score`` and
+    ``recovery_epochs``.
+
+    Attributes:
+        step_loss: loss of each step of the epoch.
+        step_lr: learning rate of each step of the epoch.
+        kept: figures of the best model at each sparsity that is kept, by ``0.75`` and the like.
+        kept_at: folder of the kept models.
+        notes: lines to show to the user.
+        complete: one-shot trials: whether all images were evaluated.
+        pbt: which member of a population the trial is, as the search adds it.
+    """
+
+    step_loss: list[float]
+    step_lr: list[float]
+    kept: dict[str, KeptFigures]
+    kept_at: str | None
+    notes: list[str]
+    complete: bool
     pbt: dict[str, Any]
+
+
+def of_epoch(result: Mapping[str, Any]) -> EpochReport | None:
+    """The report that a search's result holds beside the keys of Tune's own.
+
+    Args:
+        result: the flat dictionary that Ray hands on.
+
+    Returns:
+        The report of an epoch's end or of a one-shot trial; ``None``: it is of a checkpoint within an epoch.
+    """
+    within = "step" in result and "epoch" not in result
+    return None if within else cast(EpochReport, result)
 
 
 SERIES_KEYS = ("train_loss", "val_loss", "val_top1", "sparsity", "lr", *COST_KEYS, *LATENCY_KEYS)
@@ -110,19 +145,20 @@ TRIAL_KEYS = (
 """Keys of the last report that are kept in the record of a trial."""
 
 
-def figures_of(report: EpochReport, keys: Iterable[str]) -> dict[str, Any]:
+def figures_of(report: Figures | Pruned, keys: Iterable[str]) -> dict[str, Any]:
     """The figures of a report under these keys, in their order, as far as it has them."""
     figures = cast(Mapping[str, Any], report)
     return {key: figures[key] for key in keys if key in figures}
 
 
-def finite_numbers(figures: Mapping[str, object]) -> dict[str, Any]:
+def finite_numbers(figures: Mapping[str, object]) -> Figures:
     """The figures that JSON can hold as numbers: without NaN, infinities, texts and lists."""
-    return {
+    numbers = {
         key: value
         for key, value in figures.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+    return cast(Figures, numbers)
 
 
 def recordable(report: EpochReport) -> EpochReport:
@@ -131,4 +167,4 @@ def recordable(report: EpochReport) -> EpochReport:
     series = {
         key: own[key] for key in ("step_loss", "step_lr") if key in own and all(map(math.isfinite, own[key]))
     }
-    return cast(EpochReport, finite_numbers(own) | series)
+    return cast(EpochReport, {**finite_numbers(own), **series})

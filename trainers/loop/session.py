@@ -40,7 +40,7 @@ from trainers.loop.optimization import (
     moving_average,
 )
 from trainers.loop.prune_step import Gradients, gradient_source, prunable_layers
-from trainers.loop.report import EpochReport, finite_numbers
+from trainers.loop.report import EpochReport, KeptFigures, finite_numbers
 from trainers.models import factory
 from trainers.quantization.fake_quant import Prepared
 
@@ -108,7 +108,7 @@ class Session:
     prepared: Prepared | None = None
     metrics: MetricsAccumulator = field(default_factory=MetricsAccumulator)
     step: int = 0
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kept: dict[str, KeptFigures] = field(default_factory=dict)
     last: EpochReport = field(default_factory=EpochReport)
     saved_at: float = field(default_factory=time.monotonic)
     asked_at: float = field(default_factory=time.monotonic)
