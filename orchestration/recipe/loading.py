@@ -86,7 +86,9 @@ def _from_environment(content: dict[str, Any]) -> None:
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with some keys (``recovery.lr.peak``) changed."""
+    """The recipe with some keys (``recovery.lr.peak``) changed, and checked again."""
+    if not values:
+        return recipe
     content = recipe.model_dump(mode="json")
     for key, value in values.items():
         put(content, key, value)

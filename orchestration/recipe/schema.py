@@ -321,6 +321,14 @@ class Recipe(Settings):
             return []
         return sorted({self.pruning.sparsity, *self.allocation.sparsities})
 
+    def in_phase(self, phase: Phase) -> Recipe:
+        """The recipe with the resources that a phase takes, for all."""
+        own = self.resources.of(phase)
+        if own is self.resources:
+            return self
+        # checked with the recipe; again, and batches of other phases would be held against these workers
+        return self.model_copy(update={"resources": PhaseResources(**dict(own))})
+
     @property
     def registered_model(self) -> str:
         return self.tracking.registered_model or f"espalier-{self.name}"

@@ -82,13 +82,11 @@ class Sweep:
 
     def phase(self, phase: Phase) -> Sweep:
         """The sweep with the phase's own resources."""
-        own = self.recipe.resources.of(phase)
-        same = own is self.recipe.resources
-        return self if same else self.changed({"resources": own.model_dump(mode="json")})
+        return replace(self, recipe=self.recipe.in_phase(phase))
 
     def changed(self, values: Mapping[str, Any]) -> Sweep:
         """The same sweep with other values of some recipe keys."""
-        return replace(self, recipe=with_values(self.recipe, values)) if values else self
+        return replace(self, recipe=with_values(self.recipe, values))
 
     def with_lineage(self, facts: Mapping[str, Any]) -> Sweep:
         """Copy of the sweep with ``facts`` added to the lineage recorded in checkpoints."""

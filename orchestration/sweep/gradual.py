@@ -74,7 +74,7 @@ def long_run_phase(
     search = scheduled.sweep.recipe.schedule
     values = search.active(scheduled.best.values) | sweep.recipe.long_run
     alone = {f"schedule.{key}": value for key, value in search.alone.items()} | {"long_run": {}}
-    long_run = scheduled.sweep.phase("long_run").changed({**values, **alone})
+    long_run = scheduled.sweep.changed({**values, **alone}).phase("long_run")
     return _runs(long_run, "long_run", method, dense, allocated)
 
 

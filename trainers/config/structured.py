@@ -103,9 +103,8 @@ class StructuredSettings(Widths):
         """Settings of each model that may be cut, with its widths in place of the candidates."""
         if self.objective == "widths":
             return (self,)
-        rest = self.model_dump(exclude={"objective", *_OF_LATENCY, *Widths.model_fields})
-        widths = [candidate.model_dump() for candidate in self.candidates]
-        return tuple(StructuredSettings.model_validate({**rest, **chosen}) for chosen in widths)
+        rest = {"objective": "widths", "candidates": (), "loss": None, "target": None}
+        return tuple(self.model_copy(update={**rest, **dict(widths)}) for widths in self.candidates)
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide the result, for its hash."""

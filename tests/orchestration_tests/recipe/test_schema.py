@@ -13,7 +13,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from orchestration.common.hashing import digest
-from orchestration.recipe.schema import Recipe
+from orchestration.recipe.loading import with_values
+from orchestration.recipe.schema import PhaseResources, Recipe
 from orchestration.recipe.search import Distribution
 from trainers.config.base import Settings
 from trainers.config.pruning import PruningSettings
@@ -114,6 +115,18 @@ def test_schema__the_structured_step_may_have_other_resources() -> None:
         Recipe.model_validate(
             {**MINIMAL, "resources": own, "structured": {"mlp": 0.5, "recovery": {"batch_size": 1}}}
         )
+
+
+def test_schema__batches_of_other_phases_are_not_held_against_the_workers_of_one() -> None:
+    resources = {"workers": 2, "retries": 3, "long_run": {"workers": 9}}
+    recipe = Recipe.model_validate(
+        MINIMAL | {"dense": {"batch_size": 8}, "resources": resources, "long_run": {"recovery.epochs": 3}}
+    )
+    alone = recipe.in_phase("long_run")
+    assert alone.resources == PhaseResources(workers=9, retries=3)
+    assert with_values(alone, {}) is alone
+    assert recipe.in_phase("schedule") is recipe
+    assert alone.model_copy(update={"resources": recipe.resources}) == recipe
 
 
 def test_schema__without_a_space_there_is_one_gradual_run() -> None:
