@@ -93,18 +93,17 @@ def _run_round(
 ) -> None:
     system, path = resolve(search.storage)
     callbacks: list[tune.Callback] = [recorder]
-    limiter: Any
-    searcher: Any
-    if isinstance(scheduler, Population):
-        limiter = scheduler
+    space = None
+    limiter: Any = recorder.limiter
+    searcher: Any = limiter
+    if limiter is None:  # a population limits its trials itself
+        limiter, space = scheduler, domains(search.space)
         searcher = draws(search.space, log, search.first, trials, search.seed)
-    else:
-        limiter = searcher = recorder.limiter
     if search.fits is not None:
         callbacks.append(FollowCluster(limiter, search.fits))
     tune.Tuner(
         search.trainable,
-        param_space=domains(search.space) if limiter is scheduler else None,
+        param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=trials,
