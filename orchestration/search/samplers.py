@@ -183,13 +183,16 @@ class Proposals:
         known = [record for record in self._log.ended if contains(self._space, record.values)]
         known.sort(key=lambda record: record.number)  # as they were proposed
         complete = best_and_newest([record for record in known if record.number < whole])
-        for record in [*complete, *(record for record in known if record.number >= whole)]:
-            results = self._results(record)
-            if results is not None:
-                self._add(record.values, values=results)
-        for number, values in self._broken.items():
-            self._study_numbers[number] = len(self.study.get_trials(deepcopy=False))
-            self._add(values, state=TrialState.RUNNING)
+        ended = {record.number: record for record in complete}
+        ended |= {record.number: record for record in known if record.number >= whole}
+        for number in sorted(ended.keys() | self._broken.keys()):  # TPE weighs results by their order
+            if number in ended:
+                results = self._results(ended[number])
+                if results is not None:
+                    self._add(ended[number].values, values=results)
+            else:
+                self._study_numbers[number] = len(self.study.get_trials(deepcopy=False))
+                self._add(self._broken[number], state=TrialState.RUNNING)
 
     def _add(self, proposal: dict[str, Any], **more: Any) -> None:
         params = to_optuna(self._space, {key: proposal[key] for key in self._space})
