@@ -118,7 +118,7 @@ class PruneJob:
         after = self._top1(bars, "test after")
         costs = count_costs(self.model, factory.input_size(self.model), report.allocation)
         tests = None if before is None or after is None else (before, after)
-        return Outcome(options, self.layers, self.pruner, report, costs, tests)
+        return Outcome(options, self.layers, self._dense(), self.pruner, report, costs, tests)
 
     def _batches(self) -> Iterable[Batch] | None:
         """The batches for the gradients, or for a reconstruction alone."""
@@ -137,10 +137,12 @@ class PruneJob:
             # timm knows the arguments that built the model
             save_checkpoint(folder, self.model.cpu(), model_args={}, masks=masks, record=record)
 
+    def _dense(self) -> LeftDense:
+        return LeftDense.of(self.model, self.layers)
+
     def _plan(self) -> str:
         weights = sum(layer.numel for layer in self.layers)
-        dense = LeftDense.of(self.model, self.layers)
-        plan = f"left dense: {dense}; --layers takes others\n"
+        plan = f"left dense: {self._dense()}; --layers takes others\n"
         plan += f"{self.options.method}: {weights:,} weights in {len(self.layers)} layers"
         if self.gradients is None:
             return plan
@@ -248,6 +250,7 @@ class Outcome:
 
     options: PruneOptions
     layers: list[PrunableLayer]
+    dense: LeftDense
     pruner: Pruner
     report: PruneReport
     costs: Costs
@@ -302,6 +305,7 @@ class Outcome:
         by_module = ", ".join(f"{count} {module}" for module, count in modules.items())
         yield "layers", f"{len(self.layers)} ({by_module})"
         weights = sum(layer.numel for layer in self.layers)
+        yield "left dense", f"{self.dense} (--layers MODULE=REGEX takes others)"
         yield "pruned", f"{sum(report.allocation.values()):,} of {weights:,} weights"
         yield "sparsity", f"{100 * report.sparsity:.2f} % ({', '.join(self._shares())})"
         yield "parameters", f"{costs.parameters:,} → {costs.parameters_sparse:,} non-zero"

@@ -25,6 +25,7 @@ from torch import nn
 from orchestration.commands import model_source, prune
 from orchestration.commands.output import whole_folder
 from orchestration.commands.progress import Bars
+from orchestration.commands.prune_options import PruneOptions
 from pruners.methods.registry import METHODS
 from pruners.model.layers import find_layers
 
@@ -111,6 +112,26 @@ def test_prune__dimap_needs_no_data(run: Run, files: Path) -> None:
         assert text in out
     assert [path.name for path in Path().iterdir()] == ["pruned"]
     assert good(run, "evaluate pruned --data @/test.parquet").startswith("images    8")
+
+
+def test_prune__what_stays_dense_is_said(run: Run) -> None:
+    """Which share, and by patterns that --layers takes: once they are given, they are no longer dense."""
+    parameters = sum(weight.numel() for weight in tiny()[0].parameters())
+    command = "prune @/vit --method magnitude --sparsity 0.5"
+    lines = good(run, f"{command} --out usual").splitlines()
+    share = f"{100 * (parameters - WEIGHTS) / parameters:.1f} % of the parameters"
+    kinds = r"patch_embed\.proj (1 layer, 3,072 weights), head (1 layer, 48 weights)"
+    assert f"left dense  {share}: {kinds} (--layers MODULE=REGEX takes others)" in lines
+    patterns = r"--layers 'ALL=patch_embed\.proj' --layers 'ALL=head' --layers 'ALL=blocks.*'"
+    out = good(run, f"{command} {patterns} --out all")
+    rest = 100 * (parameters - WEIGHTS - 3072 - 48) / parameters
+    assert f"left dense  {rest:.1f} % of the parameters: biases, norms, tables (" in out
+    assert "4,632 of 9,264 weights" in out
+
+
+def test_prune__long_work_begins_with_what_stays_dense(files: Path, tmp_path: Path) -> None:
+    options = PruneOptions(str(files / "vit"), str(tmp_path / "out"), method="magnitude", sparsity=0.5)
+    assert prune.PruneJob.of(options)._plan().startswith("left dense: 37.5 % of the parameters: patch_embed")
 
 
 OVIT = "prune @/vit --gradients 4 --batch-size 4 --data @/train.parquet --sparsity 0.75"

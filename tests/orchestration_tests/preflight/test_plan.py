@@ -81,6 +81,25 @@ def test_plan__a_structured_step_is_planned_from_shapes() -> None:
     assert shapes["layers.0.blocks.0.attn.qkv.weight"] == (72, 48)
 
 
+def planned(*overrides: str) -> tuple[int, str]:
+    """Prunable weights of a recipe, and what its plan says of the rest."""
+    prepared = prepare(load_recipe("demo", list(overrides)), dry_run=True)
+    return sum(layer.numel for layer in prepared.layers), dict(_lines(prepared))["left dense"]
+
+
+def test_plan__what_stays_dense_is_said_by_patterns_that_the_recipe_takes() -> None:
+    """Of a family outside the known ones: the share, the largest kinds, and what naming them changes."""
+    architecture = "model.architecture=maxvit_rmlp_pico_rw_256", "model.args={}"
+    weights, said = planned(*architecture)
+    kind = r"stages\.\d+\.blocks\.\d+\.conv\.conv\d+_\d+x\d+"
+    assert said.startswith(rf"26.2 % of the parameters: {kind} (22 layers, 1,355,776 weights), ")
+    assert said.endswith("more kinds (pruning.layers takes others)")
+    usual = r"'attn_(block|grid)\.attn\.(qkv|proj)', 'attn_(block|grid)\.mlp\.fc\d'"
+    more, rest = planned(*architecture, f"pruning.layers={{ALL: ['{kind}', {usual}]}}")
+    assert more == weights + 1_355_776
+    assert kind not in rest
+
+
 def test_plan__the_paper_s_removed_parameters() -> None:
     """DIMAP's column for Swin-T, S, B at DIMAP1, 2, 3."""
     column = {"t": (13.7, 32.0, 50.3), "s": (14.2, 33.2, 52.2), "b": (14.3, 33.4, 52.5)}

@@ -237,6 +237,9 @@ def test_families__other_transformers_by_the_usual_names(name: str, layers: int)
     assert not [layer for layer in found if "rel_pos" in layer.name]
 
 
+MBCONV = ("convN_NxN", "convN_kxk", "se.fcN", "shortcut.expand")
+
+
 @pytest.mark.parametrize(
     ("name", "modules", "stages", "left"),
     [
@@ -295,6 +298,49 @@ def test_families__other_transformers_by_the_usual_names(name: str, layers: int)
             {"QKV": 8, "PRJ": 8, "MLP": 16},
             (8, 8, 8, 8),
             {"patch_embedN.proj", "cpeN.proj", "crpeN.conv_list.N", "head"},
+        ),
+        # CoaT-Tiny: two blocks in each of four stages, then six that run through three resolutions at once
+        (
+            "coat_tiny",
+            {"QKV": 8 + 6 * 3, "PRJ": 8 + 6 * 3, "MLP": 16},
+            (8, 8, 8, 8 + 2 * 6 * 3),
+            {"patch_embedN.proj", "cpeN.proj", "crpeN.conv_list.N", "parallel_blocks.N.mlpN.fcN"}
+            | {"aggregate", "head"},
+        ),
+        # MaxViT-T (2, 2, 5, 2 blocks): an MBConv, then attention in blocks and attention on a grid
+        (
+            "maxvit_tiny_tf_224",
+            {"QKV": 2 * 11, "PRJ": 2 * 11, "MLP": 2 * 2 * 11},
+            (16, 16, 40, 16),
+            {"stem.convN", *(f"stages.N.blocks.N.conv.{part}" for part in MBCONV), "head.fc"}
+            | {"head.pre_logits.fc"},
+        ),
+        (
+            "maxvit_rmlp_pico_rw_256",  # and MLPs that make the position bias
+            {"QKV": 2 * 11, "PRJ": 2 * 11, "MLP": 2 * 2 * 11},
+            (16, 16, 40, 16),
+            {"stem.convN", *(f"stages.N.blocks.N.conv.{part}" for part in MBCONV), "head.fc"}
+            | {f"stages.N.blocks.N.attn_{part}.attn.rel_pos.mlp.fcN" for part in ("block", "grid")},
+        ),
+        # GC ViT-XXT (2, 2, 6, 2 blocks): local and global attention in turns
+        (
+            "gcvit_xxtiny",
+            {"QKV": 12, "PRJ": 12, "MLP": 24},
+            (8, 8, 24, 8),
+            {"stem.convN", "head.fc"}
+            | {
+                f"{place}.{part}"
+                for place in ("stem.down", "stages.N.downsample")
+                for part in ("reduction", "conv_block.conv_dw", "conv_block.conv_pw", "conv_block.se.fcN")
+            }
+            | {f"stages.N.global_block.blocks.convN.{part}" for part in ("conv_dw", "conv_pw", "se.fcN")},
+        ),
+        # Hiera-T: twelve blocks in one row, as a ViT's; three of them change the width
+        (
+            "hiera_tiny_224",
+            {"QKV": 12, "PRJ": 12, "MLP": 24},
+            (12, 12, 12, 12),
+            {"patch_embed.proj", "blocks.N.proj", "head.fc"},
         ),
     ],
 )
