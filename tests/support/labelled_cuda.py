@@ -5,8 +5,9 @@ PyTorch's own fake tensors know shapes and devices, but no values: what an elimi
 These have values too. Every operation is checked by the rule of fake tensors (all on one device, but for
 single numbers of the CPU and for indices), then done on the CPU.
 
-Not shown so: autocast and the scaler (PyTorch turns both off where there is no CUDA), NCCL, compilation,
-streams, memory, pinning, kernels that round otherwise.
+Not shown so: autocast and the scaler (PyTorch turns both off where there is no CUDA), NCCL, compilation and
+quantization-aware training (both trace a model, which takes tensors of PyTorch's own), streams, memory,
+pinning, kernels that round otherwise.
 """
 
 from __future__ import annotations

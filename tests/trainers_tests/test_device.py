@@ -100,6 +100,9 @@ def pruned(device: torch.device, method: str, count: int = 4, **options: Any) ->
         model.to(device)
         prune(model, "magnitude_global", 0.2, layers=layers, pattern=unit)
         report = prune(model, method, sparsity, layers=layers, batches=batches(count), **{**taken, **options})
+    if options.get("reconstruct"):
+        assert report.reconstruction is not None
+        assert len(report.reconstruction.errors) == len(layers)
     masks = {f"{name}/mask": held(mask) for name, mask in report.masks.items()}
     return masks | {name: held(weight) for name, weight in model.named_parameters()}
 
@@ -124,6 +127,20 @@ def test_prune__options_of_the_fisher(options: dict[str, Any]) -> None:
     if options == {"damp": "auto"}:
         options = options | {"gradients": 4, "count": 6}
     assert_same(pruned(CUDA, "ovit", **options), pruned(CPU, "ovit", **options))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ovit", {"rounds": [0.4, 0.6], "gradients": 4}),
+        ("ovit", {"reconstruct": 6}),
+        ("magnitude", {"reconstruct": 6}),
+    ]
+    + [("ovit", {"rounds": 2, "reconstruct": 6, "damp": "auto", "gradients": 4, "count": 6})],
+    ids=["rounds", "reconstruct", "reconstruct alone", "both"],
+)
+def test_prune__rounds_and_reconstruction(method: str, options: dict[str, Any]) -> None:
+    assert_same(pruned(CUDA, method, **options), pruned(CPU, method, **options))
 
 
 def test_prune__half_precision() -> None:
@@ -186,6 +203,12 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = 
         {"methods": ["ovit"], "fisher": {**FISHER, "damp": "auto"}, "schedule": {"kind": "one_shot"}},
         {"method": "ovit"},
     ),
+    "ovit in rounds, reconstruction": (
+        {"checkpoint_every": 2},
+        {"methods": ["ovit"], "fisher": {**FISHER, "rounds": 2}, "reconstruct": 8},
+        {"method": "ovit"},
+    ),
+    "dimap, reconstruction": ({"checkpoint_every": 2}, {"reconstruct": 8}, {}),
 }
 
 
