@@ -135,8 +135,8 @@ def test_prune__options_of_the_fisher(options: dict[str, Any]) -> None:
         ("ovit", {"rounds": [0.4, 0.6], "gradients": 4}),
         ("ovit", {"reconstruct": 6}),
         ("magnitude", {"reconstruct": 6}),
-    ]
-    + [("ovit", {"rounds": 2, "reconstruct": 6, "damp": "auto", "gradients": 4, "count": 6})],
+        ("ovit", {"rounds": 2, "reconstruct": 6, "damp": "auto", "gradients": 4, "count": 6}),
+    ],
     ids=["rounds", "reconstruct", "reconstruct alone", "both"],
 )
 def test_prune__rounds_and_reconstruction(method: str, options: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import Run
@@ -17,6 +19,7 @@ from commands import Run
 from pruners.errors import InputError, first_line
 from pruners.redaction import strip_secrets
 from trainers import remote_calls, storage
+from trainers.remote_calls import run_in_thread
 from trainers.sources.files import table_files
 
 # as the command does, with less patience
@@ -105,6 +108,71 @@ def test_remote_calls__ctrl_c_is_heard_while_nobody_answers(silent: str) -> None
     assert time.monotonic() - sent < 5
     assert process.returncode == 130
     assert "Traceback" not in error
+    assert "secret" not in error
+
+
+class _NoSuchRegion(BaseHTTPRequestHandler):
+    """Answers as S3 does where a request is signed for a region that there is not."""
+
+    def do_GET(self) -> None:
+        code = "AuthorizationHeaderMalformed"
+        body = f"<Error><Code>{code}</Code><Message>the region is wrong</Message></Error>".encode()
+        self.send_response(400)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_GET  # noqa: N815  # the names that the server calls
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+@pytest.fixture
+def no_such_region() -> Iterator[str]:
+    """A bucket in a region that its server does not know."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoSuchRegion) as server:
+        run_in_thread(server.serve_forever)
+        address = f"127.0.0.1:{server.server_port}"
+        yield f"s3://key:secret@bucket/x?region=nowhere-9&scheme=http&endpoint_override={address}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sweep demo data.source=null data.train={0} data.validation={0} data.test={0}",
+        "sweep demo storage={0}",
+        "sweep demo model.architecture=null dense=null model.args={{}} model.checkpoint={0}",
+        "data check {0}",
+    ],
+)
+def test_remote_calls__an_unknown_region_is_one_line(command: str, no_such_region: str, run: Run) -> None:
+    status, out, error = run(command.format(f"'{no_such_region}'"))
+    assert status == 2, error
+    assert error.startswith("espalier: ")
+    assert error.count("\n") == 1
+    assert "s3://bucket/x?region=nowhere-9" in error
+    assert "cannot be reached" in error
+    assert "secret" not in out + error
+
+
+def test_remote_calls__a_bucket_whose_region_nobody_tells_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow asks for the region of a bucket when none is given."""
+
+    def from_uri(uri: str) -> None:
+        raise OSError(f"When resolving region for bucket 'x' of {uri}: AWS Error NETWORK_CONNECTION")
+
+    system = SimpleNamespace(from_uri=from_uri)
+    monkeypatch.setattr(storage, "fs", SimpleNamespace(**{**vars(storage.fs), "FileSystem": system}))
+    status, _, error = run("sweep demo data.source=null data.train=s3://key:secret@x/y")
+    assert status == 2, error
+    assert error.count("\n") == 1
+    assert error.startswith("espalier: data.train = 's3://x/y': cannot be reached (When resolving region")
     assert "secret" not in error
 
 

@@ -50,6 +50,7 @@ def _recipes(folder: Path) -> None:
         "ready": {"model": {"checkpoint": f"{folder}/dense", "classes": 3}, "data": data},
         "vit": {**TRAINED, "model": {"architecture": VIT, "args": VIT_ARGS, "classes": 10}},
         "cnn": {**TRAINED, "model": {"architecture": "convnext_atto", "classes": 10}},
+        "resnet": {**TRAINED, "model": {"architecture": "test_resnet", "classes": 10}},
         "list": ["demo"],
         "extends": {"extends": "demmo"},
         "circle": {"extends": "circle.yaml"},
