@@ -17,20 +17,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from image_tables import dense_folder
 
 from orchestration.recipe.validation import validate
 from orchestration.search.training_trial import RunNames
+from orchestration.state import latency_store
 from orchestration.state.lock import TakenError, _actor_lock, artifact_lock
 from orchestration.sweep import dense as dense_phase
 from orchestration.sweep import structured as structured_phase
 from orchestration.sweep.allocation import rounds as rounds_module
+from orchestration.sweep.allocation import search as search_module
 from orchestration.sweep.artifacts import Dense
 from orchestration.sweep.context import Sweep
 from trainers import storage
 from trainers.checkpoint.folder import PRUNING_RECORD
+from trainers.engines.latency_table import Curve, LinearShape
 
 HOLD = """
 import signal, sys, time
+from orchestration.state import latency_store
 from orchestration.state.lock import artifact_lock
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 with artifact_lock(sys.argv[1], "dense/a", print, by_cluster=False):
@@ -72,6 +77,7 @@ def test_shared_artifacts__who_waits_can_be_interrupted(tmp_path: Path) -> None:
 
 ON_CLUSTER = """
 import sys, time, ray
+from orchestration.state import latency_store
 from orchestration.state.lock import _actor_lock
 ray.init(address=sys.argv[1], log_to_driver=False)
 with _actor_lock("s3://bucket/dense/a"):
@@ -137,6 +143,14 @@ def together(work: Callable[[str, list[str]], Any]) -> tuple[list[str], list[str
         list(pool.map(lambda name: work(name, said[name]), said))
     first, second = sorted(said.values(), key=lambda lines: any("another" in line for line in lines))
     return first, second
+
+
+def work_until(waited_for: list[list[str]], begun: list[Any]) -> None:
+    """Be at work until another sweep has said that it waits, or does the same itself."""
+    deadline = time.monotonic() + 120
+    while len(begun) < 2 and not any("another" in line for said in waited_for for line in said):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_shared_artifacts__a_dense_model_is_trained_once(
@@ -216,6 +230,70 @@ def test_shared_artifacts__an_elimination_is_done_once(
     assert found[0][0].order == found[1][0].order
     assert found[0][0].order.facts == {"parts": 1}
     assert "magnitude: elimination: another sweep is making it" in second[0]
+
+
+def test_shared_artifacts__the_model_after_a_round_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def save(job: Any, device: str) -> None:
+        made.append(job.target)
+        work_until(lists, made)
+        storage.write_json(f"{job.target}/{PRUNING_RECORD}", {})
+
+    monkeypatch.setattr(rounds_module.ray, "get", lambda found: found)
+    monkeypatch.setattr(Sweep, "task", lambda self, function: (SimpleNamespace(remote=save), "cpu"))
+
+    def after_the_first(name: str, said: list[str]) -> None:
+        lists.append(said)
+        rounds = rounds_module.Rounds(
+            sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w"), [0.75]
+        )
+        rounds.__dict__["_levels"] = [0.5, 0.75]
+        order: Any = SimpleNamespace(fingerprint="f")
+        rounds._done.append(rounds_module.Round("/none", order))
+        found.append(rounds._model_after(0))
+
+    found: list[str] = []
+    lists: list[list[str]] = []
+    _, second = together(after_the_first)
+    assert len(made) == 1
+    assert found == [made[0]] * 2
+    assert "magnitude: the model after round 1: another sweep is making it" in second[0]
+
+
+def test_shared_artifacts__a_latency_table_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once would also measure each other's load."""
+    measured = []
+
+    def measure(folder: Path, shapes: dict[str, LinearShape], *rest: Any) -> Any:
+        measured.append(folder)
+        work_until(lists, measured)
+        curve = Curve((0.0, 1.0), (2e-3, 1e-3))
+        return curve, dict.fromkeys(shapes.values(), curve)
+
+    monkeypatch.setattr(latency_store, "measure", measure)
+    monkeypatch.setattr(latency_store, "on_server", lambda target, function, *given: function(*given))
+    dense = Dense(str(dense_folder(tmp_path / "model")), 0.5, "w")
+    fast = {"objective": "latency", "between": [0.5, 0.95], "loss": 0.01}
+
+    def table(name: str, said: list[str]) -> None:
+        lists.append(said)
+        searches = search_module._Searches(sweep(tmp_path, name, said, allocation=fast), "magnitude", dense)
+        found.append(search_module._Searches._table.func(searches))  # Python 3.11 has one lock for both
+
+    found: list[Any] = []
+    lists: list[list[str]] = []
+    first, second = together(table)
+    assert len(measured) == 1
+    assert found[0] is not None
+    assert found[0] == found[1]
+    assert first[0].startswith("      measured: csr:float32")
+    assert "      times of csr:float32 (batch 1, threads 1): another sweep is making it" in second[0]
+    assert second[1].startswith("      known: csr:float32")
 
 
 def test_shared_artifacts__scratch_folders_are_each_sweeps_own(tmp_path: Path) -> None:
