@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,21 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, content: Any) -> None:
-    """Write a JSON file atomically, its keys sorted."""
-    write_bytes(uri, json.dumps(content, indent=1, sort_keys=True).encode())
+    """Write a JSON file atomically, as :func:`as_json` formats it."""
+    write_bytes(uri, as_json(content).encode())
+
+
+def as_json(content: Any, *, sort_keys: bool = True) -> str:
+    """Format JSON that any parser reads: numbers that are not finite become ``null``, as it has none."""
+    return json.dumps(_finite(content), indent=1, sort_keys=sort_keys, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_local(uri: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path, PurePath
 
@@ -18,6 +17,7 @@ from orchestration.tracking.server import tracking_folder
 from orchestration.tracking.tracker import Tracker, server_for
 from pruners.errors import InputError, first_line
 from trainers.engines.machine import describe_machine
+from trainers.storage import as_json
 
 EXPERIMENT = "espalier-benchmarks"
 
@@ -51,7 +51,7 @@ def run(options: BenchmarkOptions) -> Report:
         round(os.getloadavg()[0], 2),
     )
     if options.json is not None:
-        _write("--json", options.json, json.dumps(report.as_json(), indent=1).encode())
+        _write("--json", options.json, as_json(report.as_json(), sort_keys=False).encode())
     if options.plot is not None:
         _write("--plot", options.plot, accuracy_over_latency(report))
     if options.mlflow:

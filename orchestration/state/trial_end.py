@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from orchestration.state.trial_log import State, TrialLog, TrialMetrics, TrialRecord
-from trainers.loop.report import TRIAL_KEYS, EpochReport, Figures, KeptFigures, figures_of, recordable
+from trainers.loop.report import (
+    TRIAL_KEYS,
+    EpochReport,
+    Figures,
+    KeptFigures,
+    figures_of,
+    recordable,
+    without_not_finite,
+)
 
 _TRACE_LINES = 40
 _NAMED = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*: ")
@@ -75,7 +83,7 @@ def ended(
         values=dict(values),
         state=state,
         score=figures.get("score"),
-        metrics=cast(TrialMetrics, figures_of(figures, (*TRIAL_KEYS, cost or ""))),
+        metrics=cast(TrialMetrics, without_not_finite(figures_of(figures, (*TRIAL_KEYS, cost or "")))),
         checkpoint=f"{folder}/{level}" if whole and folder else None,
         kept={key: {"checkpoint": f"{folder}/{key}", **kept[key]} for key in kept} if whole else {},
         seconds=seconds,

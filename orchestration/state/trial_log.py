@@ -57,7 +57,7 @@ class TrialRecord:
     )  # the best model at each sparsity that is kept
     asked: int | None = None  # the log's count when it was proposed; unknown in logs of earlier versions
     told: int | None = None  # the log's count when it ended
-    rungs: list[list[float]] = field(
+    rungs: list[list[float | str]] = field(
         default_factory=list
     )  # (when, time, score, at its end) of each comparison
 
@@ -187,7 +187,8 @@ class TrialLog:
             at_end: whether it had ended by itself.
         """
         rungs = self._running[str(number)].setdefault("rungs", [])
-        rungs.append([self._tick(), time, score, int(at_end)])
+        # JSON has no NaN, but a rule goes another way by it
+        rungs.append([self._tick(), time, score if math.isfinite(score) else str(score), int(at_end)])
         if goes_on and not self._one_shot:
             self.save()
 
@@ -340,4 +341,4 @@ def _events(number: int, entry: dict[str, Any]) -> Iterator[Event]:
     if entry.get("asked") is not None:
         yield Event(entry["asked"], "asked", *about)
     for when, time, score, at_end in entry.get("rungs", []):
-        yield Event(int(when), "rung", *about, time=time, score=score, at_end=bool(at_end))
+        yield Event(int(when), "rung", *about, time=time, score=float(score), at_end=bool(at_end))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def test_storage__files(location: tuple[str, Path]) -> None:
     assert storage.sha256(f"{uri}/a/b.json") == known
     storage.remove_file(f"{uri}/a/b.json")
     assert not storage.exists(f"{uri}/a/b.json")
+
+
+def test_storage__what_is_written_is_json_for_every_parser(location: tuple[str, Path]) -> None:
+    """Which has no NaN and no infinity; Python would write both."""
+    uri, behind = location
+    content = {"b": [1.5, float("nan"), {"c": float("-inf")}], "a": (float("inf"), "NaN"), "n": None, "i": 3}
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    storage.write_json(f"{uri}/x.json", content)
+    found = json.loads((behind / "x.json").read_text(), parse_constant=refused)
+    assert found == {"b": [1.5, None, {"c": None}], "a": [None, "NaN"], "n": None, "i": 3}
+    assert list(found) == ["a", "b", "i", "n"]
 
 
 def test_storage__no_partial_file_stays(location: tuple[str, Path]) -> None:

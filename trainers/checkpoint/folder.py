@@ -32,7 +32,7 @@ from pruners.errors import InputError, first_line
 from pruners.model.layers import find_layers
 from pruners.model.masks import MaskSet
 from trainers import storage
-from trainers.checkpoint.checksums import as_json, read_verified, sha256, sums
+from trainers.checkpoint.checksums import read_verified, sha256, sums
 from trainers.checkpoint.finite import check_finite, describe, not_finite
 from trainers.checkpoint.packed import read_packed, write_packed
 from trainers.config.base import is_weights_file
@@ -42,7 +42,7 @@ from trainers.models.private_apis import save_for_hf
 from trainers.models.transformers_names import transformers_config
 from trainers.models.weights_file import load_weights
 from trainers.optional_imports import installed
-from trainers.storage import info, local_copy
+from trainers.storage import as_json, info, local_copy
 
 WEIGHTS, CONFIG, MASKS = "model.safetensors", "config.json", "masks.safetensors"
 PACKED_WEIGHTS = "model.safetensors.packed"

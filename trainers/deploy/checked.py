@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pruners.errors import first_line
-from trainers.checkpoint.checksums import as_json, read_verified, sums
+from trainers.checkpoint.checksums import read_verified, sums
 from trainers.checkpoint.folder import versions
 from trainers.checkpoint.records import ExportRecord
 from trainers.data.preprocessing import PROBES, Images, pattern_images
@@ -26,6 +26,7 @@ from trainers.engines.agreement import Agreement, tolerance_of
 from trainers.engines.registry import ANY_BATCH, Placement, Run
 from trainers.optional_imports import installed
 from trainers.quantization.checks import share_of
+from trainers.storage import as_json
 
 EXPORT_RECORD = "export.json"
 FORMAT = "espalier-export-1"

@@ -151,6 +151,14 @@ def figures_of(report: Figures | Pruned, keys: Iterable[str]) -> dict[str, Any]:
     return {key: figures[key] for key in keys if key in figures}
 
 
+def without_not_finite(figures: Mapping[str, object]) -> Figures:
+    """The figures without numbers that are NaN or infinite, which JSON cannot hold."""
+    kept = {
+        key: value for key, value in figures.items() if not isinstance(value, float) or math.isfinite(value)
+    }
+    return cast(Figures, kept)
+
+
 def finite_numbers(figures: Mapping[str, object]) -> Figures:
     """The figures that JSON can hold as numbers: without NaN, infinities, texts and lists."""
     numbers = {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pruners.errors import InputError
 from pruners.model.masks import MaskSet
-from trainers.checkpoint.checksums import as_json, read_verified, sums
+from trainers.checkpoint.checksums import read_verified, sums
 from trainers.checkpoint.folder import (
     CONFIG,
     MASKS,
@@ -57,6 +57,7 @@ from trainers.optional_imports import require
 from trainers.quantization.checks import check_mode, check_share, share_of
 from trainers.quantization.fake_quant import Prepared
 from trainers.quantization.int8_onnx import check_zeros, write_dynamic, write_static
+from trainers.storage import as_json
 
 PACKED_MODEL = "model.onnx.zst"
 _ZSTD_LEVEL = 19  # high, as it takes seconds, once

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import Run, espalier, good
-from image_tables import SWIN, VIT, table, write
+from image_tables import SWIN, VIT, table, tiny, write
 from quantized import pruned
 
 from orchestration.commands import quantize
@@ -27,6 +27,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model, arguments, masks = pruned(architecture)
         record = {"method": "lamp", "sparsity": masks.sparsity}
         save_checkpoint(folder / name, model, model_args=arguments, masks=masks, record=record)
+    model, arguments = tiny()
+    record = {"method": "dense", "sparsity": 0.0, "allocation": {}}
+    save_checkpoint(folder / "dense", model, model_args=arguments, masks=None, record=record)
     write(folder / "train.parquet", table([i % 3 for i in range(48)]))
     write(folder / "test.parquet", table([i % 3 for i in range(15)], first=100))
     return folder
@@ -55,6 +58,19 @@ def test_quantize__without_training(name: str, mode: str, run: Run, files: Path,
     assert lines["zeros"].startswith(f"{record['zeros']:,} pruned weights")
     output = good(run, "evaluate small --data @/test.parquet")
     assert f"top-1     {100 * figures['test_top1']:.2f} %, INT8 by onnxruntime" in output
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_quantize__of_a_dense_model_nothing_is_said_of_pruned_weights(
+    mode: str, run: Run, files: Path, tmp_path: Path
+) -> None:
+    train = "--train @/train.parquet --images 20" if mode == "static" else ""
+    out = good(run, f"quantize @/dense --mode {mode} {train} --out small")
+    assert "zeros" not in out
+    assert "pruned" not in out
+    record = json.loads((tmp_path / "small" / "quantization.json").read_text())
+    assert record["zeros"] == 0
+    assert record["method"] == "dense"
 
 
 def test_quantize__training_for_int8(run: Run, files: Path, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from orchestration.state.trial_end import ended
 from orchestration.state.trial_log import TrialLog, TrialRecord
 from pruners.errors import InputError
+from trainers.loop.report import EpochReport
 
 
 def trial(number: int, score: float | None, state: str = "finished", error: str | None = None) -> TrialRecord:
@@ -147,3 +150,26 @@ def test_trial_log__a_resumed_log_goes_on_in_its_last_part(tmp_path: Path) -> No
         TrialLog(uri, one_shot=True).add(trial(number, 0.5))
     assert [record.number for record in TrialLog(uri).trials] == list(range(70))
     assert len(list((tmp_path / "trials.parts").iterdir())) == 3
+
+
+def test_trial_log__what_is_not_finite_is_kept_as_json_has_it(tmp_path: Path) -> None:
+    """A figure is left out, a score that a rule went by comes back: the rule goes the same way again."""
+
+    def refused(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    uri = f"{tmp_path}/trials.json"
+    log = TrialLog(uri)
+    scores = [math.nan, -math.inf, math.inf, 0.25]
+    log.ask(0, {"x": 1.0}, given=False)
+    log.begin(0, {"x": 1.0}, None)
+    for number, score in enumerate(scores):
+        log.compare(0, float(number), score, goes_on=True)
+    json.loads(Path(uri).read_text(), parse_constant=refused)
+    assert str([event.score for event in TrialLog(uri).history if event.kind == "rung"]) == str(scores)
+    last: EpochReport = {"val_top1": 0.5, "train_loss": math.nan, "score": 0.5, "shares": {"stage.0": 0.7}}
+    log.add(ended(0, {"x": 1.0}, "finished", last, seconds=1.0))
+    json.loads(Path(uri).read_text(), parse_constant=refused)
+    again = TrialLog(uri)
+    assert again.trials[0].metrics == {"val_top1": 0.5, "shares": {"stage.0": 0.7}}
+    assert str([event.score for event in again.history if event.kind == "rung"]) == str(scores)
