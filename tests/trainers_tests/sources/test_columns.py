@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import Run
 from image_tables import IMAGES, VIT, VIT_ARGS, dense_folder, edit_json, png, table, tiny, write
 
 from orchestration.preflight.checks import prepare
 from orchestration.recipe.loading import load_recipe
+from orchestration.sweep.tasks import save_pretrained
 from orchestration.tracking.pyfunc_model import classes_of, labels_of
+from pruners import prune
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.config.data import DataSettings
+from trainers.config.data import DataSettings, ModelSettings
 from trainers.config.jobs import TrainJob
+from trainers.config.structured import StructuredSettings
 from trainers.data.arrow_store import Store
 from trainers.data.datasets import split
 from trainers.data.preprocessing import preprocessing_of
@@ -27,6 +33,7 @@ from trainers.models import factory
 from trainers.sources.classes import check_alike, check_known, names_of, read_map
 from trainers.sources.columns import Columns
 from trainers.sources.parquet import check_table, decode, image_batches, open_parquet
+from trainers.structured.cut import cut_model, plan_cut, save_cut
 
 CLASS_LABEL, IMAGE = "ClassLabel", "Image"
 NAMES = ["ash", "birch", "cedar"]
@@ -218,6 +225,76 @@ def test_columns__class_names_stay_with_the_model(tmp_path: Path) -> None:
     (tmp_path / "b/pruning.json").unlink()
     assert factory.label_names(load_checkpoint(str(tmp_path / "b")).model) == tuple(NAMES)
     assert list(_checkpoint(tmp_path / "b")[2]) == NAMES
+
+
+def test_columns__tars_are_given_the_names_of_a_class_map(run: Run, tmp_path: Path) -> None:
+    """As metadata of the table, which is what remains where single files are moved about."""
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for number, label in enumerate((b"cedar", b"0", b"birch")):
+            for kind, content in (("png", png(number)), ("cls", label)):
+                member = tarfile.TarInfo(f"n{number}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    Path("classes.json").write_text(json.dumps({"birch": 1, "cedar": 2, "ash": 0}))
+    status, _, error = run("data convert train-0.tar out --classes classes.json --processes 1")
+    assert status == 0, error
+    assert names_of("out") == tuple(NAMES)
+    assert Store.open("out").labels.tolist() == [2, 0, 1]
+    (table,) = Path("out").glob("*.parquet")
+    table.rename("alone.parquet")
+    assert names_of("alone.parquet") == tuple(NAMES)
+    assert classes_of("alone.parquet") == {"ash": 0, "birch": 1, "cedar": 2}
+
+
+def named_folder(folder: Path) -> Path:
+    """A sparse model that knows the names of its classes."""
+    model, arguments = tiny()
+    factory.name_classes(model, NAMES)
+    masks = prune(model, "dimap", 0.9).masks
+    save_checkpoint(folder, model, model_args=arguments, masks=masks, record={"method": "dimap"})
+    return folder
+
+
+def names_in(folder: Path) -> tuple[str, ...]:
+    """What espalier reads, and what stands in the configuration for timm and everybody else."""
+    config = json.loads((folder / "config.json").read_text())
+    names = factory.label_names(load_checkpoint(str(folder)).model)
+    assert config["pretrained_cfg"]["label_names"] == list(names)
+    return names
+
+
+def test_columns__class_names_stay_with_a_model_that_is_compressed(run: Run, tmp_path: Path) -> None:
+    named_folder(tmp_path / "named")
+    status, _, error = run("export named small --format compressed")
+    assert status == 0, error
+    assert not (tmp_path / "small/model.safetensors").exists()
+    assert names_in(tmp_path / "small") == tuple(NAMES)
+
+
+def test_columns__class_names_stay_with_a_model_that_is_cut(tmp_path: Path) -> None:
+    loaded = load_checkpoint(str(named_folder(tmp_path / "named")))
+    settings = StructuredSettings.model_validate({"mlp": 0.5, "importance": "magnitude"})
+    plan = plan_cut(loaded.model, loaded.arguments, settings)
+    made = cut_model(loaded.model, plan, settings, [])
+    save_cut(tmp_path / "cut", made, plan, {}, sparse=True)
+    assert names_in(tmp_path / "cut") == tuple(NAMES)
+
+
+def test_columns__weights_of_a_file_take_the_names_of_the_images(run: Run, tmp_path: Path) -> None:
+    """A file of weights has none: a sweep that begins with it, and ``finetune`` after ``import``."""
+    uri = write(tmp_path / "a.parquet", hub({"label": [0, 1, 2]}, {"label": CLASS_LABEL}))
+    torch.save(tiny()[0].state_dict(), "weights.pth")
+    settings = {"architecture": VIT, "args": VIT_ARGS, "classes": 3, "checkpoint": "weights.pth"}
+    save_pretrained(ModelSettings.model_validate(settings), DataSettings(train=uri), str(tmp_path / "dense"))
+    assert names_in(tmp_path / "dense") == tuple(NAMES)
+    given = " ".join(f"--arg {key}={value}" for key, value in VIT_ARGS.items())
+    for command in (
+        f"import weights.pth --architecture {VIT} {given} --out imported",
+        "finetune imported --train a.parquet --validation a.parquet --out tuned epochs=1",
+    ):
+        status, _, error = run(command)
+        assert status == 0, error
+    assert names_in(tmp_path / "tuned") == tuple(NAMES)
 
 
 @pytest.mark.parametrize(
