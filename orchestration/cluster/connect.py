@@ -130,8 +130,7 @@ def _keep() -> None:
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # on our standard error it says what it could not end
             start_new_session=True,  # Ctrl-C reaches us alone
             env={**os.environ, "PYTHONPATH": search_path},
         )

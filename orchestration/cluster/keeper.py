@@ -68,26 +68,38 @@ def _is_for_writing(information: Path) -> bool:
     return flags is None or int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
-def end(driver: int, since: str) -> None:
-    """Wait for processes, and kill those that are still there."""
+def end(driver: int, since: str) -> list[psutil.Process]:
+    """Wait for processes, and kill those that are still there; returns what lives even so."""
     began = time.monotonic()
     while processes := leftover_processes(driver, since):
         waited = time.monotonic() - began
         if waited > _SECONDS:
-            return
+            return processes
         if waited > _GRACE_SECONDS:
             for process in processes:
                 with suppress(psutil.Error):
                     process.kill()
         time.sleep(0.25)
+    return []
+
+
+def _described(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{process.pid} ({process.name()})"
+    return str(process.pid)
 
 
 def main() -> None:
-    """Wait for the driver's end, and then for that of its cluster."""
+    """Wait for the driver's end, and then for that of its cluster; say what of it cannot be ended."""
     for kind in (signal.SIGINT, signal.SIGTERM):  # these signals end the driver, not its keeper
         signal.signal(kind, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    end(int(sys.argv[1]), sys.argv[2])
+    left = end(int(sys.argv[1]), sys.argv[2])
+    if left:
+        named = ", ".join(map(_described, left))
+        with suppress(OSError):  # the terminal is gone
+            sys.stderr.write(f"espalier: processes of Ray's could not be ended: {named}; kill -9 them\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from orchestration.cluster import connect
 from orchestration.cluster import keeper as keeper_module
 
 OTHER = 4_194_305  # no process has so large a number
@@ -71,3 +73,39 @@ def test_keeper__what_a_killed_driver_leaves_is_ended(
         assert keeper.wait(20) == 0
         assert [process.wait(1) for process in left] == [-9, -9]
         assert all(process.poll() is None for process in others)
+
+
+STUBBORN = """
+import psutil
+from orchestration.cluster import keeper
+psutil.Process.kill = lambda process: None  # as one in an uninterruptible wait, or of another user
+keeper._GRACE_SECONDS, keeper._SECONDS = 0.1, 1.0
+keeper.main()
+"""
+
+
+def test_keeper__what_cannot_be_ended_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUBBORN, str(OTHER), "session_2026-03-01_12-00-00"]
+    with process(tmp_path, f"session_2026-03-01_12-00-03_123456_{OTHER}") as left:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        said = f"espalier: processes of Ray's could not be ended: {left.pid} (sleep); kill -9 them\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+def test_keeper__what_it_says_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talker.py").write_text("import sys; sys.stdin.read(); print('left', file=sys.stderr)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(connect, "keeper", SimpleNamespace(NAME=keeper_module.NAME, __name__="talker"))
+    connect._keep()
+    connect._dismiss(connect._keeper_processes.pop())
+    assert capfd.readouterr().err == "left\n"
