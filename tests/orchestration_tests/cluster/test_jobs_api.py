@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from orchestration.cluster.jobs_api import _for_elsewhere, _metadata, _packed, storage_of
+import pytest
+
+from orchestration.cluster.jobs_api import (
+    JOB_RECIPE,
+    _for_elsewhere,
+    _metadata,
+    _packed,
+    storage_of,
+    submit,
+)
 from orchestration.recipe.loading import load_recipe
 
 ELSEWHERE = {"ESPALIER_STORAGE": "s3://cluster/espalier", "MLFLOW_TRACKING_URI": "http://10.0.0.1:5000"}
@@ -78,6 +88,28 @@ def test_jobs_api__a_job_names_a_storage_that_others_reach_and_no_password() -> 
     for storage in (None, "runs", "s3://me:hunter2@bucket/runs"):
         assert _metadata("mine", storage) == {"espalier": "mine"}
     assert _metadata(None, "/shared") == {}
+
+
+@pytest.mark.parametrize(
+    "storage", ["s3://bucket/imagenet@2024/runs", "/mnt/me@host/runs", "file:///mnt/me@host/runs"]
+)
+def test_jobs_api__a_storage_with_an_at_in_its_path_is_that_storage(storage: str) -> None:
+    """Only what stands before the host can be a login: the job, and who asks for it, go to the same place."""
+    uri = "sqlite:////mnt/me@host/mlflow.db"
+    recipe = load_recipe("demo", [f"storage={storage}", f"tracking.uri={uri}"])
+    taken: list[dict[str, Any]] = []
+
+    def submit_job(**job: Any) -> str:
+        written = Path(job["runtime_env"]["working_dir"], JOB_RECIPE).read_text(encoding="utf-8")
+        taken.append({**job, "recipe": json.loads(written)})
+        return str(job["submission_id"])
+
+    client: Any = SimpleNamespace(list_jobs=list, submit_job=submit_job)
+    submit(client, ["sweep", JOB_RECIPE], sweep="mine", storage=recipe.storage, recipe=recipe)
+    (sent,) = taken
+    assert (sent["recipe"]["storage"], sent["recipe"]["tracking"]["uri"]) == (storage, uri)
+    listed: Any = SimpleNamespace(list_jobs=lambda: [job(1, **sent["metadata"])])
+    assert storage_of(listed, "mine") == storage
 
 
 def test_jobs_api__a_login_stays_here() -> None:

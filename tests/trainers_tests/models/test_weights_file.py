@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from orchestration.commands.import_weights import import_weights
 from orchestration.preflight.checks import prepare
 from orchestration.recipe.loading import load_recipe
+from orchestration.sweep.tasks import save_pretrained
 from pruners.errors import InputError
 from trainers.checkpoint.folder import load_checkpoint, save_checkpoint
-from trainers.config.data import ModelSettings
+from trainers.config.data import DataSettings, ModelSettings
 from trainers.models.transformers_names import counterpart
 from trainers.models.weights_file import load_weights
 
@@ -241,7 +242,12 @@ def test_weights_file__a_recipe_starts_from_a_file(tmp_path: Path) -> None:
     own = recipe(tmp_path, about | {"checkpoint": file}, "dense=null")
     by_timm = recipe(tmp_path, about | {"args": {**VIT_ARGS, "checkpoint_path": file}}, "dense=null")
     assert by_timm.model == own.model
-    assert "checkpoint_path" not in own.model.args
+    assert "checkpoint_path" not in by_timm.model.args
+    save_pretrained(by_timm.model, DataSettings(train=file), str(tmp_path / "dense"))
+    written = (tmp_path / "dense/config.json").read_text()
+    assert "checkpoint_path" not in written
+    assert file not in written
+    check_same(timm.create_model(f"local-dir:{tmp_path}/dense", pretrained=True))
     assert len(prepare(own).layers) == 8
     other = about | {"checkpoint": file, "classes": 5}
     with pytest.raises(InputError, match=r"model\.classes = 5: the weights know 3; a new head"):
