@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from commands import espalier as started
 from image_tables import png, table, write
 from pictures import BROKEN, PICTURES, cells
 
@@ -103,6 +105,36 @@ def test_data__tars(tmp_path: Path) -> None:
     assert store.labels.tolist() == [0, 1, 7, 10, 11, 7]
     assert store.cell(1) == png(1)
     assert read_table(str(tmp_path / "out"))["image"][1].as_py() == {"bytes": png(1), "path": "n001.png"}
+
+
+def tar_of(path: Path, number: int) -> None:
+    with tarfile.open(path, "w") as tar:
+        for kind, content in (("png", png(number)), ("cls", b"%d" % number)):
+            member = tarfile.TarInfo(f"n.{kind}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_data_command__a_killed_conversion_leaves_no_workers(tmp_path: Path) -> None:
+    """And no half shard once the same command has succeeded."""
+    names = [f"train-{number}.tar" for number in range(2)]
+    for name in names:
+        os.mkfifo(tmp_path / name)  # its worker waits for what never comes
+    typed = ("data", "convert", "train-*.tar", "out", "--processes", "2")
+    with started(*typed, cwd=tmp_path) as killed:
+        killed.until(lambda: len(list(tmp_path.glob("out/.*.partial"))) == 2, 120, "two workers at work")
+        at_work = set(killed.family.look()) - {killed.process.pid}
+        assert len(at_work) >= 2
+        killed.process.kill()
+        killed.process.wait(10)
+        assert killed.left(20.0) == {}
+    for number, name in enumerate(names):
+        (tmp_path / name).unlink()
+        tar_of(tmp_path / name, number)
+    with started(*typed, cwd=tmp_path) as again:
+        assert again.wait() == 0, again.err
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["conversion.json", "train-0.parquet", "train-1.parquet"]
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,23 @@ def test_quantize__a_killed_training_goes_on(files: Path, tmp_path: Path) -> Non
     assert first == second
 
 
+def test_quantize__what_a_killed_training_left_goes_with_another_way_s_success(
+    files: Path, tmp_path: Path
+) -> None:
+    """Who trains no more, and calibrates instead, is left no folder of the training."""
+    images = ("--train", str(files / "train.parquet"), "--out", "small")
+    typed = ("quantize", str(files / "vit"), "--mode")
+    with espalier(*typed, "qat", *images, "epochs=50", "batch_size=8", cwd=tmp_path) as broken:
+        broken.until("epoch 2 of 50")
+        broken.process.kill()
+        broken.process.wait(10)
+    assert any("small" in path.name for path in tmp_path.iterdir())
+    with espalier(*typed, "static", *images, "--images", "20", cwd=tmp_path) as again:
+        assert again.wait() == 0, again.err
+    check(tmp_path / "small", "static")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in {".out", ".err"}] == ["small"]
+
+
 def test_quantize__a_trained_model_of_another_command_is_not_taken(
     run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
