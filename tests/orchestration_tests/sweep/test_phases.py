@@ -14,9 +14,10 @@ from mlflow.cli import gc
 
 from orchestration.recipe.phases import ALL_PHASES
 from orchestration.recipe.validation import validate
-from orchestration.state.trial_log import TrialLog
+from orchestration.state.trial_log import TrialLog, TrialRecord
 from orchestration.sweep.context import Sweep
 from orchestration.sweep.phases import _open
+from orchestration.sweep.trial_runs import TrialRuns
 from orchestration.tracking.tracker import Tracker
 from trainers.config.data import DataSettings
 
@@ -29,11 +30,11 @@ class MLflow:
         self.lines: list[str] = []
         self.client = MlflowClient(self.uri)
 
-    def opened(self) -> tuple[Sweep, str]:
-        """A sweep as it is started, or goes on, up to its first phase; that phase's run. It ends in order."""
+    def begun(self, name: str = "mine") -> tuple[Sweep, TrialRuns]:
+        """A sweep as it is started, or goes on, in its first phase, whose folder all sweeps share."""
         recipe = validate(
             {
-                "name": "mine",
+                "name": name,
                 "storage": f"{self.folder}/runs",
                 "model": {"architecture": "vit_tiny_patch16_224"},
                 "data": {"train": "/none"},
@@ -47,10 +48,14 @@ class MLflow:
         display: Any = SimpleNamespace(say=self.lines.append)
         size: Any = SimpleNamespace(nodes=((2.0, 0.0),))
         sweep = _open(prepared, display, tracker, size, ALL_PHASES)
-        phase = sweep.runs(TrialLog(f"{sweep.root}/dense.json"), "dense", {}).run
-        tracker.metrics(phase, {"loss": [(0, 1.0)]})
-        tracker.close("FINISHED")
-        return sweep, phase
+        return sweep, sweep.runs(TrialLog(f"{sweep.storage}/dense/key/trials.json"), "dense", {})
+
+    def opened(self) -> tuple[Sweep, str]:
+        """A sweep that has ended in order after its first phase; that phase's run."""
+        sweep, runs = self.begun()
+        sweep.tracker.metrics(runs.run, {"loss": [(0, 1.0)]})
+        sweep.tracker.close("FINISHED")
+        return sweep, runs.run
 
     def state(self, run: str) -> tuple[str, str]:
         info = self.client.get_run(run).info
@@ -134,3 +139,39 @@ def test_phases__an_experiment_that_is_gone_for_good_is_made_anew(mlflow: MLflow
     assert mlflow.client.get_run(phase).data.metrics == {"loss": 1.0}
     assert mlflow.lines == []
     assert mlflow.opened()[0].run == again.run
+
+
+BEST = TrialRecord(0, {}, "finished", 0.5, metrics={"val_top1": 0.5})
+
+
+def test_phases__a_phase_that_a_second_sweep_has_ended_stays_finished_when_that_is_interrupted(
+    mlflow: MLflow,
+) -> None:
+    """As the dense model, whose training the first sweep had begun when it was killed."""
+    first, begun = mlflow.begun("one")
+    first.tracker.flush()  # and is killed
+    second, taken = mlflow.begun("two")
+    assert taken.run == begun.run
+    taken.close(BEST)
+    second.tracker.abandon("KILLED")  # in a later phase
+    assert mlflow.state(taken.run) == ("active", "FINISHED")
+    assert mlflow.state(second.run) == ("active", "KILLED")
+    assert mlflow.client.get_run(taken.run).data.metrics == {"best.val_top1": 0.5}
+
+
+def test_phases__a_phase_that_a_second_sweep_was_interrupted_in_is_ended_by_the_first(
+    mlflow: MLflow,
+) -> None:
+    first, begun = mlflow.begun("one")
+    first.tracker.flush()
+    second, _ = mlflow.begun("two")
+    assert mlflow.parent(begun.run) == second.run
+    second.tracker.abandon("KILLED")
+    assert mlflow.state(begun.run) == ("active", "KILLED")
+    again, back = mlflow.begun("one")
+    assert (again.run, back.run) == (first.run, begun.run)
+    assert mlflow.parent(back.run) == first.run
+    back.close(BEST)
+    again.tracker.close("FINISHED")
+    assert mlflow.state(back.run) == mlflow.state(first.run) == ("active", "FINISHED")
+    assert mlflow.state(second.run) == ("active", "KILLED")
