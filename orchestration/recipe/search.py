@@ -322,7 +322,7 @@ class ScheduleSearch(SearchLimits):
                 raise ValueError(f"space.{key}: only keys of recovery and pruning can be searched")
             if key.startswith("pruning.methods"):
                 raise ValueError(
-                    f"space.{key}: each of pruning.methods has a search of its own; list them there"
+                    f"space.{key}: each method has a search of its own; list them in pruning.methods"
                 )
         if self.sampler == "grid" and self._combinations > _MOST_COMBINATIONS:
             raise ValueError(
