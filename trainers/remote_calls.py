@@ -126,5 +126,5 @@ def _wait(authority: str, seconds: float | None, work: Callable[[], T]) -> T:
         _state.silent.add(authority)
         raise TimeoutError(f"no answer in {seconds:g} seconds") from None
     except KeyboardInterrupt:
-        _state.abandoned = True
+        _state.abandoned = not result.done() or _state.abandoned
         raise
