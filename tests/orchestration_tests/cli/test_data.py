@@ -115,7 +115,7 @@ def tar_of(path: Path, number: int) -> None:
             tar.addfile(member, io.BytesIO(content))
 
 
-def test_data_command__a_killed_conversion_leaves_no_workers(tmp_path: Path) -> None:
+def test_data__a_killed_conversion_leaves_no_workers(tmp_path: Path) -> None:
     """And no half shard once the same command has succeeded."""
     names = [f"train-{number}.tar" for number in range(2)]
     for name in names:

@@ -62,7 +62,14 @@ def test_sparse__layers_that_run_dense_are_counted_where_they_are_many(run: Run)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("export @/resnet out --format sparse", ("model", "'ResNet'", "the sparse engine")),
+        (
+            "export @/resnet out --format sparse",
+            (
+                "--format = 'sparse'",
+                "ResNet cannot be packed",
+                "only timm's VisionTransformer and SwinTransformer",
+            ),
+        ),
         (
             "export @/pruned out --format sparse --calibration @/test.parquet",
             ("--calibration", "not quantised; drop it"),
