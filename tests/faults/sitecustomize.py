@@ -68,7 +68,7 @@ def _gradients(module: ModuleType) -> None:
 
 def _elimination(module: ModuleType) -> None:
     seen: list[int] = []
-    _before(module, "eliminate", lambda *args: seen.append(1) or len(seen) == 5)  # type: ignore[func-returns-value]
+    _before(module, "eliminate_sums", lambda *args: seen.append(1) or len(seen) == 5)  # type: ignore[func-returns-value]
 
 
 def _writing(module: ModuleType) -> None:
