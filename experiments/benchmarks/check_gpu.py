@@ -85,11 +85,11 @@ class Table:
 @contextmanager
 def batched() -> Iterator[None]:
     """The formulation for GPUs, wherever the tensors are."""
-    supports, kernels.supports = kernels.supports, lambda *tensors: False
+    supports, kernels.threads.supports = kernels.threads.supports, lambda *tensors: False
     try:
         yield
     finally:
-        kernels.supports = supports
+        kernels.threads.supports = supports
 
 
 def ordered(problem: Problem, device: torch.device) -> tuple[EliminationOrder, dict[str, Tensor]]:

@@ -9,7 +9,5 @@ __all__ = [
     "memory",
     "obs",
     "order",
-    "sweep",
-    "tiles",
     "updates",
 ]

@@ -154,9 +154,9 @@ class BlockFisher:
                 first, last = self.sums[name]
 
                 def work(part: slice, first: Tensor = first, last: Tensor = last) -> None:
-                    kernels.complete(first[part].numpy(), last[part].numpy())
+                    kernels.sums.complete(first[part].numpy(), last[part].numpy())
 
-                kernels.on_threads(work, len(first))
+                kernels.threads.on_threads(work, len(first))
         self._buffers.clear()
 
     def parts(self, layer: PrunableLayer, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,8 +187,8 @@ class BlockFisher:
     def _by_tiles(self, rows: Tensor) -> bool:
         """Return whether compiled loops add gradients (k, n, B) to the sums."""
         half = _half(rows.shape[2])
-        halved = kernels.supports(rows) and half < rows.shape[2]
-        return halved and self._dtype == torch.float32 and half >= kernels.LEAST_HALF
+        halved = kernels.threads.supports(rows) and half < rows.shape[2]
+        return halved and self._dtype == torch.float32 and half >= kernels.sums.LEAST_HALF
 
     def _add_rows(self, name: str, rows: Tensor) -> None:
         """Add gradients (k, n, B) to the sums of a layer."""
@@ -202,9 +202,9 @@ class BlockFisher:
 
             def work(part: slice) -> None:
                 sums = first[part].numpy(), last[part].numpy()
-                kernels.accumulate(*sums, rows.numpy(), part.start, fresh)
+                kernels.sums.accumulate(*sums, rows.numpy(), part.start, fresh)
 
-            kernels.on_threads(work, blocks)
+            kernels.threads.on_threads(work, blocks)
             return
         rows = rows.transpose(0, 1)
         parts = (rows[:, :, :half], rows), (rows[:, :, half:], rows[:, :, half:])
@@ -330,7 +330,7 @@ class BlockFisher:
         """
         self._need_gradients()
         first, last = (part[chosen] for part in self.sums[name])
-        if not kernels.supports(first) or slots.shape[1] > kernels.LARGEST:
+        if not kernels.threads.supports(first) or slots.shape[1] > kernels.inverse.LARGEST:
             return None
         return SumsOfGradients(first, last, 1 / self.count, self.damping(name), slots)
 
@@ -345,9 +345,9 @@ class BlockFisher:
         def work(part: slice) -> None:
             first, last = sums.first[part].numpy(), sums.last[part].numpy()
             rest = (one[part].numpy() for one in (slots, alive, inverse, sound))
-            kernels.invert(first, last, sums.scale, sums.damp, *rest)
+            kernels.inverse.invert(first, last, sums.scale, sums.damp, *rest)
 
-        kernels.on_threads(work, len(slots))
+        kernels.threads.on_threads(work, len(slots))
         return inverse, sound
 
     def _need_gradients(self) -> None:

@@ -28,7 +28,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pruners.elimination import kernels, tiles
+from pruners.elimination import kernels
 from pruners.elimination.constraints import Constraint, Unconstrained
 from pruners.elimination.fisher import SumsOfGradients
 
@@ -97,7 +97,7 @@ def eliminate(
     alive_at_most = int(alive.sum(1).max()) if len(weights) else 0
     steps = alive_at_most if steps is None else min(steps, alive_at_most)
     before = weights.new_zeros(len(weights), dtype=inverse.dtype) if losses is None else losses
-    if constraint is None and kernels.supports(inverse) and inverse.dtype == torch.float64:
+    if constraint is None and kernels.threads.supports(inverse) and inverse.dtype == torch.float64:
         return _by_blocks(weights, inverse, alive, steps, before)
     chosen = Unconstrained() if constraint is None else constraint
     return _batched(weights, inverse, alive, constraint=chosen, steps=steps, before=before)
@@ -115,9 +115,9 @@ def _by_blocks(weights: Tensor, inverse: Tensor, alive: Tensor, steps: int, befo
     done, outputs = _compiled_outputs(blocks, size, steps)
 
     def work(part: slice) -> None:
-        kernels.eliminate(*(tensor[part].numpy() for tensor in (*inputs, *outputs)))
+        kernels.eliminate.eliminate(*(tensor[part].numpy() for tensor in (*inputs, *outputs)))
 
-    kernels.on_threads(work, blocks)
+    kernels.threads.on_threads(work, blocks)
     if sorted_already:
         return done
     columns = [replace(one, slots=positions.gather(1, cast(Tensor, one.slots))) for one in done.columns]
@@ -149,16 +149,16 @@ def eliminate_sums(
     def work(part: slice) -> None:
         first, last, positions = (one[part].numpy() for one in (sums.first, sums.last, sums.slots))
         rest = (tensor[part].numpy() for tensor in (alive, *inputs, *outputs))
-        kernels.invert_and_eliminate(first, last, sums.scale, sums.damp, positions, *rest)
+        kernels.eliminate.invert_and_eliminate(first, last, sums.scale, sums.damp, positions, *rest)
 
-    kernels.on_threads(work, len(weights))
+    kernels.threads.on_threads(work, len(weights))
     return done if bool(sound.all()) else None
 
 
 def _compiled_outputs(blocks: int, size: int, steps: int) -> tuple[Elimination, tuple[Tensor, ...]]:
     """Allocate the outputs of the compiled loops, twice: as they are returned, and as the loops take them."""
-    widths = range(size, size - steps, -tiles.PANEL)  # of each panel
-    shapes = [(min(tiles.PANEL, steps - size + width), width) for width in widths]
+    widths = range(size, size - steps, -kernels.tiles.PANEL)  # of each panel
+    shapes = [(min(kernels.tiles.PANEL, steps - size + width), width) for width in widths]
     order = torch.zeros(blocks, steps, dtype=torch.long)
     losses = torch.full((blocks, steps), torch.inf, dtype=torch.float64)
     y = torch.zeros(blocks, steps)
@@ -168,7 +168,7 @@ def _compiled_outputs(blocks: int, size: int, steps: int) -> tuple[Elimination, 
     number = 0
     for begin, (panel, width) in enumerate(shapes):
         columns = v[:, number : number + width * panel].view(blocks, panel, width)
-        coefficients = y[:, begin * tiles.PANEL :][:, :panel]
+        coefficients = y[:, begin * kernels.tiles.PANEL :][:, :panel]
         panels.append(Columns(columns, coefficients, slots[:, :width], ranked=True))
         number += width * panel
     return Elimination(order, losses, panels, v), (order, losses, y, v, slots)

@@ -145,8 +145,8 @@ class LayerOrder:
             for segment in self.updates:
                 segment.apply_(weights, counts, part)
 
-        if kernels.supports(weights):
-            kernels.on_threads(work, len(weights))
+        if kernels.threads.supports(weights):
+            kernels.threads.on_threads(work, len(weights))
         else:
             work(slice(0, len(weights)))
         return weights.reshape(-1)[:numel]
@@ -195,14 +195,14 @@ class EliminationOrder(dict[str, LayerOrder]):
         """
         names = sorted(self, key=lambda name: -weights[name].numel())
         threads = torch.get_num_threads()
-        if kernels.supports(*weights.values()) and len(names) > 2 * threads:  # whole layers at once
+        if kernels.threads.supports(*weights.values()) and len(names) > 2 * threads:  # whole layers at once
             names = [name for first in range(threads) for name in names[first::threads]]
             pruned: dict[str, tuple[Tensor, Tensor]] = {}
 
             def work(part: slice) -> None:
                 pruned.update({name: self[name].at(weights[name], allocation[name]) for name in names[part]})
 
-            kernels.on_threads(work, len(names))
+            kernels.threads.on_threads(work, len(names))
         else:
             pruned = {name: self[name].at(weights[name], allocation[name]) for name in names}
         return {name: pruned[name][0] for name in self}, MaskSet({name: pruned[name][1] for name in self})

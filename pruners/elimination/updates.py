@@ -62,8 +62,8 @@ class UpdateSegment:
         most = int(done.max())
         if not most:
             return
-        if kernels.supports(eliminated, columns):
-            kernels.apply_steps(
+        if kernels.threads.supports(eliminated, columns):
+            kernels.steps.apply_steps(
                 weights.numpy(),
                 done.numpy(),
                 stay.numpy(),
@@ -144,18 +144,18 @@ def _rounded_steps(numbers: Tensor, y: Tensor, size: int, panel: int) -> tuple[T
     steps = y.shape[1]
     rounded = torch.empty(numbers.shape, dtype=torch.int16, device=numbers.device)
     scaled = torch.empty(y.shape, dtype=torch.float32, device=y.device)
-    if kernels.supports(numbers):
+    if kernels.threads.supports(numbers):
 
         def work(part: slice) -> None:
             inputs, outputs = (numbers[part].numpy(), y[part].numpy()), (rounded[part], scaled[part])
-            kernels.round_steps(*inputs, panel, size, *(one.numpy() for one in outputs))
+            kernels.steps.round_steps(*inputs, panel, size, *(one.numpy() for one in outputs))
 
-        kernels.on_threads(work, len(numbers))
+        kernels.threads.on_threads(work, len(numbers))
         return rounded, scaled
     for now, begin, width in _panels(steps, size, panel):
         part = slice(begin, begin + (now.stop - now.start) * width)
         v = numbers[:, part].reshape(len(numbers), -1, width)
-        scale = v.abs().amax(2) / kernels.STEPS_OF_16_BITS
+        scale = v.abs().amax(2) / kernels.steps.STEPS_OF_16_BITS
         shares = v / scale.masked_fill(scale == 0, 1.0).unsqueeze(2)
         rounded[:, part] = shares.round_().short().flatten(1)
         scaled[:, now] = y[:, now] * scale

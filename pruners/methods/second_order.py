@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pruners.allocation.sharing import Scope
 from pruners.arithmetic import ceil_div
-from pruners.elimination import tiles
 from pruners.elimination.fisher import BlockFisher, SumsOfGradients, to_blocks
+from pruners.elimination.kernels import tiles
 from pruners.elimination.obs import Elimination
 from pruners.elimination.order import EliminationOrder, LayerOrder
 from pruners.elimination.updates import UpdateSegment

@@ -20,9 +20,15 @@ CASES += [(method, pattern) for method in ("ovit", "woodfisher") for pattern in 
 @pytest.fixture
 def batched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Compiled loops fit nothing from here on, and fail if they are asked."""
-    monkeypatch.setattr(kernels, "supports", lambda *tensors: False)
-    for name in ("invert", "eliminate", "invert_and_eliminate", "round_steps", "apply_steps", "on_threads"):
-        monkeypatch.setattr(kernels, name, None)
+    monkeypatch.setattr(kernels.threads, "supports", lambda *tensors: False)
+    for module, names in (
+        (kernels.threads, ("on_threads",)),
+        (kernels.inverse, ("invert",)),
+        (kernels.eliminate, ("eliminate", "invert_and_eliminate")),
+        (kernels.steps, ("round_steps", "apply_steps")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, None)
     return monkeypatch
 
 

@@ -42,8 +42,8 @@ OPTIONS: dict[str, Any] = {"block_size": 16, "damp": 1e-2}
 @pytest.fixture(autouse=True)
 def _batched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU works as a GPU does, so that the two can be held against each other."""
-    supports = kernels.supports
-    monkeypatch.setattr(kernels, "supports", lambda *tensors: False)
+    supports = kernels.threads.supports
+    monkeypatch.setattr(kernels.threads, "supports", lambda *tensors: False)
     assert supports(torch.zeros(1)), "what is switched off here is on by itself"
 
 

@@ -35,7 +35,7 @@ def inverted(
     inverse = torch.full((blocks, left, left), torch.nan, dtype=torch.float64)
     sound = torch.zeros(blocks, dtype=torch.bool)
     arrays = [part.numpy() for part in parts], [one.numpy() for one in (slots, alive, inverse, sound)]
-    kernels.invert(*arrays[0], scale, damp, *arrays[1])
+    kernels.inverse.invert(*arrays[0], scale, damp, *arrays[1])
     return inverse, sound
 
 
@@ -129,7 +129,7 @@ def test_kernels__every_part_is_worked_on_once(count: int, at_once: int) -> None
         names.add(threading.current_thread().name)
 
     with threads(at_once):
-        kernels.on_threads(work, count)
+        kernels.threads.on_threads(work, count)
     assert sorted(taken) == list(range(count))
     if at_once == 2 and count > 1:
         assert all(name.startswith("espalier-kernel") for name in names)
@@ -144,7 +144,7 @@ def test_kernels__an_error_on_a_thread_is_passed_on_and_the_next_call_works(at_o
 
     with threads(at_once):
         with pytest.raises(ArithmeticError, match=f"boom at {bad}"):
-            kernels.on_threads(work, 4)
+            kernels.threads.on_threads(work, 4)
         test_kernels__every_part_is_worked_on_once(4, at_once)
 
 
@@ -154,7 +154,7 @@ from pruners.elimination import kernels
 
 def counted():
     taken = []
-    kernels.on_threads(lambda part: taken.extend(range(part.start, part.stop)), 8)
+    kernels.threads.on_threads(lambda part: taken.extend(range(part.start, part.stop)), 8)
     return sorted(taken) == list(range(8))
 
 torch.set_num_threads(2)
@@ -178,8 +178,8 @@ def test_kernels__threads_work_in_a_forked_process_and_in_its_parent() -> None:
 @given(
     blocks=st.integers(1, 3),
     count=st.integers(1, 9),
-    half=st.integers(kernels.LEAST_HALF, 3 * kernels.LEAST_HALF),
-    more=st.integers(0, kernels.LEAST_HALF),
+    half=st.integers(kernels.sums.LEAST_HALF, 3 * kernels.sums.LEAST_HALF),
+    more=st.integers(0, kernels.sums.LEAST_HALF),
 )
 @quick(40)
 def test_kernels__sums_of_outer_products(blocks: int, count: int, half: int, more: int) -> None:
@@ -191,8 +191,8 @@ def test_kernels__sums_of_outer_products(blocks: int, count: int, half: int, mor
     twice = [torch.randn(count, blocks + 1, size, generator=random) for _ in range(2)]
     for gradients in twice:  # of a block before them too
         fresh = gradients is twice[0]
-        kernels.accumulate(first.numpy(), last.numpy(), gradients.numpy(), 1, fresh)
-        kernels.complete(first.numpy(), last.numpy())
+        kernels.sums.accumulate(first.numpy(), last.numpy(), gradients.numpy(), 1, fresh)
+        kernels.sums.complete(first.numpy(), last.numpy())
     rows = torch.cat(twice)[:, 1:].transpose(0, 1).double()
     whole = rows.mT @ rows
     torch.testing.assert_close(first.double(), whole[:, :half], rtol=1e-5, atol=1e-5)

@@ -187,7 +187,7 @@ def test_order__no_two_threads_write_the_same_weights(monkeypatch: pytest.Monkey
             work(slice(part, part + 1))  # type: ignore[operator]
 
     monkeypatch.setattr(UpdateSegment, "apply_", take)
-    monkeypatch.setattr("pruners.elimination.kernels.on_threads", one_by_one)
+    monkeypatch.setattr("pruners.elimination.kernels.threads.on_threads", one_by_one)
     torch.testing.assert_close(order.weight(weight, 10), states[10])
     assert len(written) > 1
     assert sum(map(len, written)) == len(set().union(*written)) == 15

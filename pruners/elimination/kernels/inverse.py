@@ -1,4 +1,4 @@
-"""The inverse of one Fisher block on a CPU, by sweeping; see :func:`pruners.elimination.kernels.invert`."""
+"""The inverse of each Fisher block, by sweeping (:func:`invert`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from pruners.elimination.tiles import PANEL, compiled, subtract_product, subtract_upper
+from pruners.elimination.kernels.tiles import (
+    PANEL,
+    compiled,
+    subtract_product,
+    subtract_upper,
+    work_shape,
+)
 
 Array = np.ndarray[Any, Any]
+
+LARGEST = 256
+"""The largest matrix that is inverted here, B of all published settings; LAPACK inverts larger ones."""
 
 
 @compiled
@@ -152,3 +161,42 @@ def store_negative(matrix: Array, out: Array) -> None:
         for j in range(begin, size):
             for i in range(begin, min(end, j)):
                 out[j, i] = -matrix[i, j]
+
+
+@compiled
+def invert(
+    first: Array,
+    last: Array,
+    scale: float,
+    damp: float,
+    slots: Array,
+    alive: Array,
+    inverse: Array,
+    sound: Array,
+) -> None:
+    """Compute F⁻¹ = (scale·sums + damp·I)⁻¹ for some positions of each block.
+
+    Blocks of PANEL positions are swept one after the other (Goodnight, "A tutorial on the SWEEP operator",
+    1979): with D the block of the positions, P their rows in the other columns, and the others A,
+
+        D ← −D⁻¹,  P ← D⁻¹P,  A ← A − PᵀD⁻¹P = A − VᵀV with D = L Lᵀ and V = L⁻¹P.
+
+    When all are swept the matrix is −F⁻¹. F is positive definite if every D is.
+
+    Args:
+        first: the first h rows of the symmetric sums, (n, h, B).
+        last: the last B − h columns of the other rows, (n, B − h, B − h).
+        scale: 1/m, for m gradients.
+        damp: λ.
+        slots: (n, r), positions in the block, r ≤ LARGEST; ascending where they are alive.
+        alive: (n, r) bool; rows and columns that are not alive are zero but for λ on the diagonal.
+        inverse: (n, r, r) float64, is written.
+        sound: (n,) bool, is written: whether the block was positive definite.
+    """
+    blocks, left = slots.shape
+    height, width = work_shape(left)
+    matrix = np.zeros((height, width))
+    for block in range(blocks):
+        load_sums(matrix, (first[block], last[block]), scale, damp, slots[block], alive[block])
+        sound[block] = sweep(matrix)
+        store_negative(matrix, inverse[block])

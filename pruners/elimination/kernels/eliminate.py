@@ -1,113 +1,15 @@
-"""Compiled loops for CPUs: one Fisher block at a time, which stays in a core's cache.
-
-They compute what the batched formulation in :mod:`pruners.elimination.obs` and
-:mod:`pruners.elimination.fisher` computes on GPUs; a test compares the two. There all blocks take each step
-together, here each thread works on its own blocks. The loops take PANEL steps at a time, and then bring the
-rest of the matrix up to date by one product (:mod:`pruners.elimination.tiles`).
-"""
+"""The order in which the weights of each Fisher block fall by the OBS rule, and what each step changes."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
-from pruners.elimination.sweep import load_sums, store_negative, sweep
-from pruners.elimination.tiles import (
-    COLUMNS,
-    PANEL,
-    ROWS,
-    add_squares,
-    compiled,
-    mirror,
-    subtract_lower,
-    work_shape,
-)
+from pruners.elimination.kernels.inverse import load_sums, sweep
+from pruners.elimination.kernels.tiles import PANEL, ROWS, compiled, subtract_lower, work_shape
 
 Array = np.ndarray[Any, Any]
-
-STEPS_OF_16_BITS = 32767
-"""The largest number of :func:`round_steps`."""
-_THREADS = "espalier-kernel"
-LARGEST = 256
-"""The largest matrix that is inverted here, B of all published settings; LAPACK inverts larger ones."""
-
-LEAST_HALF = 2 * COLUMNS
-"""The fewest rows and columns of each part of the sums in :func:`accumulate`."""
-
-
-def supports(*tensors: torch.Tensor) -> bool:
-    """Return whether the compiled loops can work on some tensors: all must be in the CPU's memory."""
-    return all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def on_threads(work: Callable[[slice], object], count: int) -> None:
-    """Divide ``range(count)`` into parts, and work on each part in a thread of its own.
-
-    There are as many threads as torch uses. A call from one of these threads works in that thread alone.
-
-    Args:
-        work: is called with each part, a slice; it must release the interpreter lock to gain speed.
-        count: number of items, as blocks or layers.
-    """
-    nested = threading.current_thread().name.startswith(_THREADS)
-    threads = 1 if nested else max(1, min(torch.get_num_threads(), count))
-    cuts = [count * part // threads for part in range(threads + 1)]
-    parts = [slice(first, last) for first, last in itertools.pairwise(cuts) if last > first]
-    if len(parts) < 2:
-        for part in parts:
-            work(part)
-        return
-    for future in [_pool().submit(work, part) for part in parts]:
-        future.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_THREADS)
-
-
-# A forked process inherits the pool object, but not its threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-@compiled
-def accumulate(first: Array, last: Array, gradients: Array, begin: int, fresh: bool) -> None:
-    """Add Σ g gᵀ to the sums of each block; :func:`complete` later fills the part below each diagonal.
-
-    Args:
-        first: the first h rows of the symmetric sums, (n, h, B) float32, h and B − h at least LEAST_HALF.
-        last: the last B − h columns of the other rows, (n, B − h, B − h) float32.
-        gradients: (k, blocks, B) float32.
-        begin: which of these blocks the first one is.
-        fresh: whether there are no sums yet: the numbers in memory are overwritten.
-    """
-    count, half, size = len(gradients), first.shape[1], first.shape[2]
-    near = np.empty((count, size), np.float32)
-    for block in range(len(first)):
-        for k in range(count):  # a block's numbers lie far apart, and are needed many times
-            for j in range(size):
-                near[k, j] = gradients[k, begin + block, j]
-        if fresh:
-            first[block] = 0.0
-            last[block] = 0.0
-        add_squares(first[block], near, 0, half, size)
-        add_squares(last[block], near, half, size, size)
-
-
-@compiled
-def complete(first: Array, last: Array) -> None:
-    """Make the sums of :func:`accumulate` symmetric."""
-    for block in range(len(first)):
-        mirror(first[block], first.shape[1])
-        mirror(last[block], last.shape[1])
 
 
 @compiled
@@ -131,45 +33,6 @@ def _subtract_rows(row: Array, rows: Array, first: int, shares: Array, count: in
         a0 = shares[i]
         for j in range(width):
             row[j] -= a0 * rows[r, j]
-
-
-@compiled
-def invert(
-    first: Array,
-    last: Array,
-    scale: float,
-    damp: float,
-    slots: Array,
-    alive: Array,
-    inverse: Array,
-    sound: Array,
-) -> None:
-    """Compute F⁻¹ = (scale·sums + damp·I)⁻¹ for some positions of each block.
-
-    Blocks of PANEL positions are swept one after the other (Goodnight, "A tutorial on the SWEEP operator",
-    1979): with D the block of the positions, P their rows in the other columns, and the others A,
-
-        D ← −D⁻¹,  P ← D⁻¹P,  A ← A − PᵀD⁻¹P = A − VᵀV with D = L Lᵀ and V = L⁻¹P.
-
-    When all are swept the matrix is −F⁻¹. F is positive definite if every D is.
-
-    Args:
-        first: the first h rows of the symmetric sums, (n, h, B).
-        last: the last B − h columns of the other rows, (n, B − h, B − h).
-        scale: 1/m, for m gradients.
-        damp: λ.
-        slots: (n, r), positions in the block, r ≤ LARGEST; ascending where they are alive.
-        alive: (n, r) bool; rows and columns that are not alive are zero but for λ on the diagonal.
-        inverse: (n, r, r) float64, is written.
-        sound: (n,) bool, is written: whether the block was positive definite.
-    """
-    blocks, left = slots.shape
-    height, width = work_shape(left)
-    matrix = np.zeros((height, width))
-    for block in range(blocks):
-        load_sums(matrix, (first[block], last[block]), scale, damp, slots[block], alive[block])
-        sound[block] = sweep(matrix)
-        store_negative(matrix, inverse[block])
 
 
 @compiled
@@ -397,13 +260,13 @@ def invert_and_eliminate(
     columns: Array,
     slots: Array,
 ) -> None:
-    """Call :func:`invert` and then :func:`eliminate` block by block: no inverse leaves a core's cache.
+    """Invert, and then call :func:`eliminate` block by block: no inverse leaves a core's cache.
 
     Blocks that are not sound are not eliminated.
 
     Args:
-        first, last, scale, damp, alive, sound: as for :func:`invert`.
-        positions: (n, r), positions in the block: the ``slots`` of :func:`invert`.
+        first, last, scale, damp, alive, sound: as for :func:`pruners.elimination.kernels.inverse.invert`.
+        positions: (n, r), positions in the block, the ``slots`` there.
         weights, left, before, order, losses, coefficients, columns, slots: as for :func:`eliminate`.
     """
     height, across = work_shape(weights.shape[1])
@@ -429,62 +292,3 @@ def invert_and_eliminate(
                 slots[block],
                 v,
             )
-
-
-@compiled
-def round_steps(
-    columns: Array, coefficients: Array, panel: int, size: int, rounded: Array, scaled: Array
-) -> None:
-    """Round the numbers v of each step to 16 bits: ``y·v = scaled·rounded``.
-
-    Args:
-        columns: (n, numbers) float32, as :func:`eliminate` writes them.
-        coefficients: (n, steps), y.
-        panel: number of steps of a panel.
-        size: width of the first panel.
-        rounded: (n, numbers) int16, is written.
-        scaled: (n, steps), is written.
-    """
-    for block in range(len(columns)):
-        here = 0
-        for step in range(coefficients.shape[1]):
-            width = size - step // panel * panel
-            largest = np.float32(0.0)
-            for j in range(here, here + width):
-                number = abs(columns[block, j])
-                largest = number if number > largest else largest
-            scaled[block, step] = coefficients[block, step] * (largest / np.float32(STEPS_OF_16_BITS))
-            inverse = np.float32(STEPS_OF_16_BITS) / largest if largest > 0 else np.float32(0.0)
-            for j in range(here, here + width):
-                rounded[block, j] = np.int16(np.rint(columns[block, j] * inverse))
-            here += width
-
-
-@compiled
-def apply_steps(
-    weights: Array, done: Array, stay: Array, coefficients: Array, columns: Array, slots: Array, panel: int
-) -> None:
-    """``weights[slots] −= Σ y_i·v_i`` over the first ``done`` steps of each block.
-
-    Args:
-        weights: (n, B) float32, changed in place.
-        done: (n,), number of steps to apply.
-        stay: (n,), how many numbers of each column matter, from the first on.
-        coefficients: (n, steps), y.
-        columns: (n, numbers), v of each step; those of a panel are as many fewer as it has steps before it.
-        slots: (n, r), the positions in the block that the numbers of a column belong to.
-        panel: number of steps of a panel.
-    """
-    size = slots.shape[1]
-    moved = np.empty(size, np.float32)
-    for block in range(len(columns)):
-        moved[:] = 0.0
-        here = 0
-        for step in range(done[block]):
-            width = size - step // panel * panel
-            y = coefficients[block, step]
-            for j in range(min(width, stay[block])):
-                moved[j] += y * columns[block, here + j]
-            here += width
-        for j in range(stay[block]):
-            weights[block, slots[block, j]] -= moved[j]
