@@ -19,9 +19,9 @@ from orchestration.preflight.allocation import check_allocated, check_sparsities
 from orchestration.preflight.data import check_calibration, check_classes_of_digits, known_data
 from orchestration.preflight.deploy import check_deployable, check_latency, check_libraries
 from orchestration.preflight.training import check_frozen, check_training, trainings
+from orchestration.recipe.distribution import Distribution
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import Recipe
-from orchestration.recipe.search import Distribution
 from orchestration.tracking.check import check_name, check_uri
 from pruners.allocation.bounds import bounds
 from pruners.allocation.projection import budget, check_feasible

@@ -1,6 +1,7 @@
 """The recipe: schema, loading and validation, phases, jobs, reference of its keys."""
 
 __all__ = [
+    "distribution",
     "dotted_keys",
     "jobs",
     "loading",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from orchestration.recipe.distribution import Distribution
 from trainers.config.training import TrainingSettings
-
-if TYPE_CHECKING:
-    from orchestration.recipe.search import Distribution
 
 _PREFIX = "recovery."
 _IDLE = {"checkpoint_minutes"}  # changes no result

@@ -9,7 +9,8 @@ from typing import Any
 
 import optuna
 
-from orchestration.recipe.search import AllocationSearch, Distribution
+from orchestration.recipe.distribution import Distribution
+from orchestration.recipe.search import AllocationSearch
 from pruners.allocation.bounds import PerLayer, bounds, group_bounds
 from pruners.allocation.projection import project
 from pruners.allocation.sharing import Allocation, by_threshold, group_layers

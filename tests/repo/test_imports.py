@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Mapping
 from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -130,6 +132,28 @@ def climbs(path: str, source: str) -> list[str]:
     ]
 
 
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle, at any line or for types only; none if there is none.
+
+    Args:
+        sources: dotted names of modules, and their code.
+    """
+    arrows: dict[str, set[str]] = {}
+    for home, source in sources.items():
+        names = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        arrows[home] = names & sources.keys() - {home}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def violations(path: str, source: str) -> list[str]:
     """What a module at ``path`` (from the root) must not do, and does."""
     package = next(name for name in sorted(FORBIDDEN, reverse=True) if path.startswith(f"{name}/"))
@@ -168,6 +192,21 @@ def test_imports__no_arrow_between_packages_runs_up() -> None:
         if path.relative_to(ROOT).as_posix() not in {"trainers/__init__.py", "orchestration/__init__.py"}
         for problem in climbs(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     ] == []
+
+
+def test_imports__no_modules_import_each_other_in_a_circle() -> None:
+    ours = [path for path in modules() if path.name != "__init__.py"]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ours}
+    assert circle({name: path.read_text(encoding="utf-8") for name, path in names.items()}) == []
+
+
+def test_imports__a_circle_is_seen() -> None:
+    for_types = "if TYPE_CHECKING:\n    from trainers.a import A"
+    assert set(circle({"trainers.a": "from trainers import b", "trainers.b": for_types})) == {
+        "trainers.a",
+        "trainers.b",
+    }
+    assert circle({"trainers.a": "from trainers import b", "trainers.b": "import torch"}) == []
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from orchestration.common.hashing import digest
+from orchestration.recipe.distribution import Distribution
 from orchestration.recipe.loading import with_values
 from orchestration.recipe.schema import PhaseResources, Recipe
-from orchestration.recipe.search import Distribution
 from trainers.config.base import Settings
 from trainers.config.pruning import PruningSettings
 from trainers.config.schedules import LearningRate

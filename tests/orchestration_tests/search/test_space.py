@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestration.recipe.search import AllocationSearch, Distribution, ScheduleSearch
+from orchestration.recipe.distribution import Distribution
+from orchestration.recipe.search import AllocationSearch, ScheduleSearch
 from orchestration.search.space import (
     AllocationSpace,
     contains,
