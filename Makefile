@@ -2,7 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# uv does pip's work on all cores; pip follows where uv does not reach the index that pip is set up for
+INSTALL = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt $(1) \
+	|| $(PIP) -c constraints.txt $(1)
 
 .PHONY: demo test test-all lint docs check-gpu clean
 
@@ -34,13 +37,15 @@ docs: $(VENV)/.installed-dev
 # the exact versions of constraints.txt; markers are written last, so that a broken install is repeated
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e .
+	$(PIP) -c constraints.txt uv
+	$(call INSTALL,-e .)
 	touch $@
 
 # all of that, and what tests, formats for engines and documentation need
 $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[dev]'
+	$(PIP) -c constraints.txt uv
+	$(call INSTALL,-e '.[dev]')
 	touch $(VENV)/.installed $@
 
 clean:
