@@ -163,19 +163,19 @@ def option_row(option: click.Option) -> str:
     if not option.is_flag:
         value = option.make_metavar(click.Context(click.Command(""))).removesuffix(" RANGE")
         names += f" `{value}`"
-    said = [escaped(" ".join((option.help or "").split()))]
+    sentences = [escaped(" ".join((option.help or "").split()))]
     default = option.to_info_dict().get("default")
     if isinstance(option.show_default, str):
-        said.append(f"Default: {option.show_default}.")
+        sentences.append(f"Default: {option.show_default}.")
     elif option.show_default and default is not None:
-        said.append(f"Default: `{default}`.")
+        sentences.append(f"Default: `{default}`.")
     if option.required:
-        said.append("Must be given.")
+        sentences.append("Must be given.")
     if option.multiple:
-        said.append("May be given several times.")
+        sentences.append("May be given several times.")
     if option.envvar:
-        said.append(f"Variable: `{option.envvar}`.")
-    return f"| {names.replace('|', BAR)} | {' '.join(filter(None, said))} |"
+        sentences.append(f"Variable: `{option.envvar}`.")
+    return f"| {names.replace('|', BAR)} | {' '.join(filter(None, sentences))} |"
 
 
 def escaped(text: str) -> str:

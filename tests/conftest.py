@@ -72,8 +72,8 @@ def run(
         monkeypatch.setattr(sys, "argv", ["espalier", *typed])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        found = capsys.readouterr()
-        return int(end.value.code or 0), found.out, found.err
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
 
     yield command
     for kind, handler in zip(kinds, before, strict=True):

@@ -144,9 +144,9 @@ def main() -> None:
                 "move": moves[key],
                 "gain": gained,
             }
-            told = ", ".join(f"{mean:+.4f} ± {error:.4f}" for mean, error in sides)
+            changes = ", ".join(f"{mean:+.4f} ± {error:.4f}" for mean, error in sides)
             print(
-                f"  {key} {100 * values[key]:.2f} %, ∓{100 * step:g} points: loss {told}; lowest at "
+                f"  {key} {100 * values[key]:.2f} %, ∓{100 * step:g} points: loss {changes}; lowest at "
                 f"{100 * moves[key]:+.2f} points: {gained:+.4f}",
                 flush=True,
             )

@@ -194,13 +194,15 @@ def fisher_time(table: Table, device: torch.device, layers: list[PrunableLayer])
         (seconds(lambda: total.baddbmm_(rows.mT, rows), device, 2), seconds(ours, device, 2))
         for _ in range(3)
     ]
-    bare, mine = (sorted(some)[1] for some in zip(*times, strict=True))
+    bare, accumulation = (sorted(some)[1] for some in zip(*times, strict=True))
     flops = 2 * 128 * B * problem.numel
-    table.add(f"Fisher, {problem.numel / 1e6:.1f} M weights: ms for 128 gradients", 1000 * mine)
+    table.add(f"Fisher, {problem.numel / 1e6:.1f} M weights: ms for 128 gradients", 1000 * accumulation)
     table.add(
-        "  times of a bare product of gradients that lie ready", mine / bare, 2.0 if on_gpu(device) else None
+        "  times of a bare product of gradients that lie ready",
+        accumulation / bare,
+        2.0 if on_gpu(device) else None,
     )
-    table.add("  TFLOP/s of the whole product, in float32", flops / mine / 1e12)
+    table.add("  TFLOP/s of the whole product, in float32", flops / accumulation / 1e12)
 
 
 def elimination_time(table: Table, device: torch.device, layers: list[PrunableLayer]) -> None:

@@ -44,13 +44,15 @@ def write_folder(images: Path, folder: Path, count: int, side: int) -> None:
     """Pictures in class folders."""
     rows = pq.read_table(images).slice(0, count).to_pylist()
     for number, row in enumerate(rows):
-        place = folder / f"{row['label']:03d}"
-        place.mkdir(parents=True, exist_ok=True)
+        class_folder = folder / f"{row['label']:03d}"
+        class_folder.mkdir(parents=True, exist_ok=True)
         if side == 32:
-            (place / f"{number:05d}.jpg").write_bytes(row["image"]["bytes"])
+            (class_folder / f"{number:05d}.jpg").write_bytes(row["image"]["bytes"])
             continue
         picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        picture.resize((500, 375), Image.Resampling.BICUBIC).save(place / f"{number:05d}.jpg", quality=90)
+        picture.resize((500, 375), Image.Resampling.BICUBIC).save(
+            class_folder / f"{number:05d}.jpg", quality=90
+        )
 
 
 def config(side: int) -> dict[str, Any]:
@@ -90,8 +92,8 @@ def rate(batches: Iterable[Tensor]) -> float:
 
 def compare(images: Path, kind: str, args: argparse.Namespace) -> float:
     count, side, _ = KINDS[kind]
-    with tempfile.TemporaryDirectory() as place:
-        folder, target = Path(place, "folder"), Path(place, "parquet")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, target = Path(scratch, "folder"), Path(scratch, "parquet")
         write_folder(images, folder, count, side)
         list(convert(plan(folder), target, args.processes))
         theirs = DataLoader(
@@ -103,15 +105,15 @@ def compare(images: Path, kind: str, args: argparse.Namespace) -> float:
         )
         table = data.images(str(target), data.eval_transform(config(side)), key="images")
         drawn = Augment(config(side), augment(side))
-        mine, sampler = data.train_loader(
+        ours, sampler = data.train_loader(
             table, drawn, args.batch, rank=0, world=1, seed=0, processes=args.processes
         )
-        found: dict[str, list[float]] = {"theirs": [], "ours": []}
+        rates: dict[str, list[float]] = {"theirs": [], "ours": []}
         for turn in range(args.rounds):
-            found["theirs"].append(rate(images for images, _ in theirs))
+            rates["theirs"].append(rate(images for images, _ in theirs))
             sampler.start(turn)
-            found["ours"].append(rate(normalised(mine, side)))
-    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+            rates["ours"].append(rate(normalised(ours, side)))
+    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
     ratio = medians["ours"] / medians["theirs"]
     print(
         f"{kind}, {args.processes} processes: ImageFolder {medians['theirs']:,.0f} images/s, "
@@ -123,16 +125,16 @@ def compare(images: Path, kind: str, args: argparse.Namespace) -> float:
 
 def memory(images: Path, times: int) -> float:
     """Peak megabytes that a process takes to read every image of a set."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         rows = pq.read_table(images).slice(0, 3000)
         for number in range(times):
-            pq.write_table(rows, Path(place, f"{number:03d}.parquet"))
-        command = [sys.executable, __file__, "--read", place]
+            pq.write_table(rows, Path(folder, f"{number:03d}.parquet"))
+        command = [sys.executable, __file__, "--read", folder]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
-def read_all(place: str) -> None:
+def read_all(folder: str) -> None:
     """Decode every image, and print the memory that it took: anonymous, as mapped files can be dropped."""
     torch.set_num_threads(1)
 
@@ -142,7 +144,7 @@ def read_all(place: str) -> None:
 
     pa.array([1])
     before = most = anonymous()
-    table = data.images(place, data.eval_transform(config(32)), key="images")
+    table = data.images(folder, data.eval_transform(config(32)), key="images")
     for index in range(0, len(table)):
         _ = table[index]
         if index % 500 == 0:
@@ -174,9 +176,9 @@ def main() -> None:
     missed = [kind for kind, ratio in ratios.items() if ratio < KINDS[kind][2]]
     if large > 1.25 * small + 16:
         missed.append("memory")
-    told = "; ".join(f"{kind} {ratio:.2f}×" for kind, ratio in ratios.items())
+    summary = "; ".join(f"{kind} {ratio:.2f}×" for kind, ratio in ratios.items())
     print(
-        f"{told}; memory {large - small:+.0f} MB for ten times as many"
+        f"{summary}; memory {large - small:+.0f} MB for ten times as many"
         + (f"; missed: {missed}" if missed else "")
     )
     sys.exit(1 if missed else 0)

@@ -56,19 +56,19 @@ def shares(
     report: Report, groups: dict[str, tuple[list[str], tuple[str, ...]]]
 ) -> dict[str, dict[int, float]]:
     """Gain of each ingredient over the dense model in float32, the best engine of each, by batch size."""
-    found: dict[str, dict[int, float]] = {}
+    gains: dict[str, dict[int, float]] = {}
     for name, (models, kinds) in groups.items():
         for batch in report.batches:
             dense, best = report.best_dense(batch), fastest(report, models, batch, kinds)
             if dense is None or best is None:
                 continue
-            found.setdefault(name, {})[batch] = dense.latency / best.latency
+            gains.setdefault(name, {})[batch] = dense.latency / best.latency
             top1 = "" if best.top1 is None else f", top-1 {100 * best.top1:.2f} %"
             print(
                 f"{name}, batch {batch}: {best.model} on {best.choice} {1e3 * best.latency:.3g} ms, dense on "
                 f"{dense.choice} {1e3 * dense.latency:.3g} ms: {dense.latency / best.latency:.2f}×{top1}"
             )
-    return found
+    return gains
 
 
 def packed_size(int8: Path) -> int:
@@ -105,10 +105,10 @@ def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:
         "structure and zeros": ([combined], ("float32",)),
         "all": ([combined, int8], ("float32", *INT8)),
     }
-    found = shares(report, groups)
+    gains = shares(report, groups)
     missed = [
         f"all at batch {batch}: {ratio:.2f} < {args.least:g}"
-        for batch, ratio in found.get("all", {0: 0.0}).items()
+        for batch, ratio in gains.get("all", {0: 0.0}).items()
         if ratio < args.least
     ]
     size = packed_size(Path(args.int8)) / Path(args.dense, "model.safetensors").stat().st_size
@@ -125,11 +125,11 @@ def on_cpu(args: argparse.Namespace) -> tuple[str, list[str]]:
         missed.append(f"accuracy {kept:.4f} of the dense model's < {1 - LOSS:g}")
     if not report.right:
         missed.append("an engine failed or answered wrongly")
-    told = "; ".join(
+    summary = "; ".join(
         f"{name} {' and '.join(f'{ratio:.2f}×' for ratio in ratios.values())}"
-        for name, ratios in found.items()
+        for name, ratios in gains.items()
     )
-    return f"at batches {BATCHES}: {told}; size {size:.3f}; accuracy {kept:.4f}", missed
+    return f"at batches {BATCHES}: {summary}; size {size:.3f}; accuracy {kept:.4f}", missed
 
 
 def on_cuda(args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -139,16 +139,16 @@ def on_cuda(args: argparse.Namespace) -> tuple[str, list[str]]:
     from pruners import prune
     from trainers.checkpoint.folder import save_checkpoint
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(0)
         model = timm.create_model("deit_base_patch16_224", num_classes=1000).eval()
         record = {"method": "dense", "sparsity": 0.0, "allocation": {}}
-        save_checkpoint(Path(place, "dense"), model, model_args={}, masks=None, record=record)
+        save_checkpoint(Path(scratch, "dense"), model, model_args={}, masks=None, record=record)
         done = prune(model, "magnitude", pattern="2:4")
         record = {"method": "magnitude", "sparsity": done.sparsity, "allocation": done.allocation}
-        save_checkpoint(Path(place, "sparse"), model, model_args={}, masks=done.masks, record=record)
+        save_checkpoint(Path(scratch, "sparse"), model, model_args={}, masks=done.masks, record=record)
         options = BenchmarkOptions(
-            (f"{place}/dense", f"{place}/sparse"),
+            (f"{scratch}/dense", f"{scratch}/sparse"),
             engines="compile:bfloat16,2:4:bfloat16",
             batch="256",
             device="cuda",

@@ -100,8 +100,8 @@ def ours(args: argparse.Namespace, workers: int, folder: str) -> dict[str, Any]:
     command += ["--steps", str(args.steps)]
     began = time.time()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    found: dict[str, Any] = json.loads(Path(folder, "steps.json").read_text())
-    return found | {"began": began}
+    measured: dict[str, Any] = json.loads(Path(folder, "steps.json").read_text())
+    return measured | {"began": began}
 
 
 def timed_worker(config: dict[str, Any]) -> None:
@@ -159,19 +159,19 @@ def drive(folder: str, workers: int, steps: int) -> None:
 
 def compare(args: argparse.Namespace, workers: int) -> float:
     """Our seconds a step over the bare loop's."""
-    theirs, mine, starts, work = [], [], [], []
+    theirs, product, starts, work = [], [], [], []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(bare, (workers, folder, args), nprocs=workers)
             bare_steps = json.loads(Path(folder, "steps.json").read_text())
             theirs.append(times_of(bare_steps["steps"]))
         with tempfile.TemporaryDirectory() as folder:
-            found = ours(args, workers, folder)
-            mine.append(times_of(found["steps"]))
-            starts.append(found["first"] - found["began"])
-            work.append(times_of(found["work"]) / times_of(bare_steps["work"]))
-    ratio = statistics.median(mine) / statistics.median(theirs)
-    spread = [", ".join(f"{1000 * one:.1f}" for one in times) for times in (theirs, mine)]
+            measured = ours(args, workers, folder)
+            product.append(times_of(measured["steps"]))
+            starts.append(measured["first"] - measured["began"])
+            work.append(times_of(measured["work"]) / times_of(bare_steps["work"]))
+    ratio = statistics.median(product) / statistics.median(theirs)
+    spread = [", ".join(f"{1000 * one:.1f}" for one in times) for times in (theirs, product)]
     print(f"{workers} workers of {args.threads} threads, batch {args.batch}: {ratio:.3f} (≤ {LIMIT})")
     print(f"  ms a step, bare: {spread[0]}; ours: {spread[1]}")
     # what Ray's own processes take of the same processors is in the times, and not in this
@@ -236,7 +236,7 @@ def on_device(args: argparse.Namespace) -> float:
     network, criterion = torch.compile(model), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05)
 
-    def mine() -> None:
+    def product_step() -> None:
         train_step(session, batch)
         session.step = 1  # the epoch has one batch; every tenth step looks at the loss
 
@@ -249,10 +249,11 @@ def on_device(args: argparse.Namespace) -> float:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    for step in (theirs, mine):
+    for step in (theirs, product_step):
         seconds(step, device, 3)
     turns = [
-        (seconds(theirs, device, args.steps), seconds(mine, device, args.steps)) for _ in range(args.rounds)
+        (seconds(theirs, device, args.steps), seconds(product_step, device, args.steps))
+        for _ in range(args.rounds)
     ]
     bare, ours = (statistics.median(times) for times in zip(*turns, strict=True))
     size = 8192 if device.type == "cuda" else 1024
@@ -312,8 +313,8 @@ def main() -> None:
         args.pruned, args.classes = pruned_copy(args.model, f"{folder}/pruned")
         ratios = {workers: compare(args, workers) for workers in args.workers}
     missed = [workers for workers, ratio in ratios.items() if ratio > LIMIT]
-    told = ", ".join(f"{workers} workers {ratio:.3f}" for workers, ratio in ratios.items())
-    print(f"our loop over a bare one: {told}; {'missed' if missed else 'all'} within {LIMIT}")
+    summary = ", ".join(f"{workers} workers {ratio:.3f}" for workers, ratio in ratios.items())
+    print(f"our loop over a bare one: {summary}; {'missed' if missed else 'all'} within {LIMIT}")
     sys.exit(1 if missed else 0)
 
 

@@ -67,9 +67,9 @@ class Problem:
     def gradients(self, first: int, last: int) -> Iterator[dict[str, Tensor]]:
         """Gradients by number; beyond the pool the same ones, shifted."""
         for number in range(first, last):
-            found = self.pool[number % len(self.pool)]
+            gradient = self.pool[number % len(self.pool)]
             shift = 7 * (number // len(self.pool))
-            yield {name: one.roll(shift) for name, one in found.items()} if shift else found
+            yield {name: one.roll(shift) for name, one in gradient.items()} if shift else gradient
 
     def blocks(self, tensors: dict[str, Tensor]) -> Tensor:
         """All layers' blocks as one (n, B)."""

@@ -89,7 +89,7 @@ class Bench:
                 order = self._order(pruner)
                 return {sparsity: {"top1": self._top1_at(order, pruner, sparsity)} for sparsity in SPARSITIES}
             assert isinstance(pruner, SecondOrder), "only second-order methods are damped"
-            found: dict[float, dict[str, float]] = {}
+            results: dict[float, dict[str, float]] = {}
             for damp, sparsities in self._damps(pruner).items():
                 order = None
                 for sparsity in sparsities:
@@ -97,8 +97,8 @@ class Bench:
                     if same is None:
                         order = order or self._order(replace(pruner, damp=damp))
                     value = self._top1_at(order, pruner, sparsity) if same is None else same["top1"]
-                    found[sparsity] = {"top1": value, "damp": damp}
-            return dict(sorted(found.items()))
+                    results[sparsity] = {"top1": value, "damp": damp}
+            return dict(sorted(results.items()))
         finally:
             write_weights(self.model, self.weights)
 
@@ -176,8 +176,8 @@ def table(name: str, content: dict[str, Any]) -> str:
     head = " | ".join(f"{100 * sparsity:g} %" for sparsity in SPARSITIES)
     lines = [f"`{name}`, dense {content['dense']:.2f} %", "", f"| method | {head} |", "|---" * 8 + "|"]
     rows = sorted(content["methods"].items(), key=lambda row: -row[1]["0.75"]["top1"])
-    for method, found in rows:
-        cells = " | ".join(f"{found[str(sparsity)]['top1']:.2f}" for sparsity in SPARSITIES)
+    for method, by_sparsity in rows:
+        cells = " | ".join(f"{by_sparsity[str(sparsity)]['top1']:.2f}" for sparsity in SPARSITIES)
         lines.append(f"| {method} | {cells} |")
     return "\n".join(lines)
 
@@ -189,8 +189,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
     for axis, (name, content) in zip(axes[0], results.items(), strict=True):
         for method in (one for one in METHODS if one in content["methods"]):
-            found = content["methods"][method]
-            values = [found[str(sparsity)]["top1"] for sparsity in SPARSITIES]
+            by_sparsity = content["methods"][method]
+            values = [by_sparsity[str(sparsity)]["top1"] for sparsity in SPARSITIES]
             axis.plot([100 * s for s in SPARSITIES], values, marker="o", markersize=3, label=method)
         axis.axhline(content["dense"], color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=name, xlabel="sparsity of the prunable weights (%)", ylabel="test top-1 (%)")
@@ -214,8 +214,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/benchmarks"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    place = args.out / "one_shot.json"
-    results: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+    path = args.out / "one_shot.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for folder in args.model:
         name = Path(folder).name
         bench = open_bench(folder, args)
@@ -231,7 +231,7 @@ def main() -> None:
             content["methods"][method] = {str(sparsity): found for sparsity, found in rows.items()}
             shown = " ".join(f"{found['top1']:.2f}" for found in rows.values())
             print(f"{name} {method:<18}{shown}   ({time.perf_counter() - started:.0f} s)", flush=True)
-            place.write_text(json.dumps(results, indent=1))
+            path.write_text(json.dumps(results, indent=1))
     tables = "\n\n".join(table(name, content) for name, content in results.items())
     (args.out / "one_shot.md").write_text(tables + "\n")
     plot(results, args.out / "one_shot.png")

@@ -103,12 +103,12 @@ def main() -> None:
     training = list(itertools.islice(batches(args.train, 128), args.gradients))
     test = list(batches(args.test, 500))
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found = results.setdefault(name, {"dense": top1(dense, test)})
-    print(f"{name}: dense {found['dense']:.2f} %", flush=True)
+    model_results = results.setdefault(name, {"dense": top1(dense, test)})
+    print(f"{name}: dense {model_results['dense']:.2f} %", flush=True)
     missed = []
     for method in args.methods:
         for sparsity in SPARSITIES[method]:
-            row = found.setdefault(method, {}).setdefault(f"{sparsity:g}", {})
+            row = model_results.setdefault(method, {}).setdefault(f"{sparsity:g}", {})
             for way, options in ingredients(method, sparsity, args.images):
                 if way not in row and way not in args.ways:
                     continue

@@ -129,28 +129,28 @@ def time_ours(problem: Problem, most: int) -> Ours:
         accumulate[count] = clock.spent
     inverses, orders = [], []
     for _ in range(2):  # the smaller of two: they are subtracted
-        found = None
+        eliminated = None
         with Clock(problem.device) as inverse:
             for layer in problem.layers:
                 for chunk in chunks(*unpacked(started(problem, layer, fisher))):
                     assert chunk.inverse is not None, "it is computed when it is asked for"
         with Clock(problem.device) as order:
-            found = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
+            eliminated = pruner.order(problem.weights, problem.layers, problem.masks, fisher)
         inverses.append(inverse.spent)
         orders.append(order.spent)
-    assert found is not None, "it was computed twice"
+    assert eliminated is not None, "it was computed twice"
     reads = []
     for sparsity in (0.5, 0.75, 0.9):
         total = round(sparsity * problem.numel)
-        allocation = Sharing("global").allocate(found.losses, problem.layers, total)
+        allocation = Sharing("global").allocate(eliminated.losses, problem.layers, total)
         with Clock(problem.device) as read:
-            found.weights_at(problem.weights, allocation)
+            eliminated.weights_at(problem.weights, allocation)
         reads.append(read.spent)
-    return Ours(accumulate, steady, min(inverses), min(orders), sorted(reads)[1], found.nbytes)
+    return Ours(accumulate, steady, min(inverses), min(orders), sorted(reads)[1], eliminated.nbytes)
 
 
-def unpacked(found: tuple[Task, State]) -> tuple[Task, Tensor, Tensor]:
-    task, state = found
+def unpacked(pair: tuple[Task, State]) -> tuple[Task, Tensor, Tensor]:
+    task, state = pair
     return task, state.weight, state.alive
 
 
@@ -182,9 +182,9 @@ def compare(problem: Problem, report: Report, rate: float, most: int) -> None:
     report.need("accumulation: % of the machine's own sgemm", 100 * flops / rate, 75.0)
     report.need("elimination of every weight: times", step * B / elimination, 10.0)
     for count in (m for m in LEAST_BOTH if m in ours.accumulate):
-        mine = ours.accumulate[count] + ours.order
+        ours_total = ours.accumulate[count] + ours.order
         theirs = update * count + step * B
-        report.need(f"both, m = {count}: times", theirs / mine, LEAST_BOTH[count])
+        report.need(f"both, m = {count}: times", theirs / ours_total, LEAST_BOTH[count])
     report.need(
         f"weights_at, % of our elimination (keeps {ours.kept / 1e6:,.0f} MB)",
         100 * ours.weights_at / elimination,
@@ -234,14 +234,14 @@ def peak(device: torch.device) -> tuple[float, float]:
     small = Problem("warm", problem.layers[1:2], device)
     pruner = create_pruner("ovit", block_size=B, damp=DAMP)
 
-    def work(some: Problem, count: int) -> None:
-        fisher = pruner.fisher(some.layers)
+    def work(case: Problem, count: int) -> None:
+        fisher = pruner.fisher(case.layers)
         assert fisher is not None, "oViT has one"
-        for gradient in some.gradients(0, count):
+        for gradient in case.gradients(0, count):
             fisher.add(gradient)
         fisher.flush()
-        for layer in some.layers:
-            kept.append(pruner.order(some.weights, [layer], some.masks, fisher))
+        for layer in case.layers:
+            kept.append(pruner.order(case.weights, [layer], case.masks, fisher))
             fisher.discard(layer.name)
 
     kept: list[object] = []
@@ -291,27 +291,27 @@ def against(folder: str, threads: int, report: Report, rounds: int = 3, count: i
             return answer
 
         for name in layer_sets(torch.device("cpu")):
-            found: dict[str, list[dict[str, float]]] = {"this": [], "other": []}
+            answers: dict[str, list[dict[str, float]]] = {"this": [], "other": []}
             for number in range(rounds + 1):
-                for side, times in found.items():
+                for side, times in answers.items():
                     answer = ask(side, f"time {name}")
                     if number:  # the first compiles, and fills memory
                         times.append(answer)
             best = {
                 side: {key: (max if key == "share" else min)(one[key] for one in times) for key in times[0]}
-                for side, times in found.items()
+                for side, times in answers.items()
             }
-            for side, one in best.items():
+            for side, fastest in best.items():
                 print(
-                    f"  {name}, {side}: accumulation {one['accumulation']:.2f} s (m = {count}), "
-                    f"inverse {one['inverse']:.2f} s, order {one['order']:.2f} s"
+                    f"  {name}, {side}: accumulation {fastest['accumulation']:.2f} s (m = {count}), "
+                    f"inverse {fastest['inverse']:.2f} s, order {fastest['order']:.2f} s"
                 )
-            one, other = best["this"], best["other"]
-            ratio = other["inverse"] / one["inverse"]
+            this, other = best["this"], best["other"]
+            ratio = other["inverse"] / this["inverse"]
             report.need(f"{name}: inverse, times the other's speed", ratio, 2.0)
-            ratio = (other["order"] - other["inverse"]) / max(one["order"] - one["inverse"], 1e-9)
+            ratio = (other["order"] - other["inverse"]) / max(this["order"] - this["inverse"], 1e-9)
             report.need(f"{name}: order beyond the inverse, times", ratio, 2.5)
-            report.need(f"{name}: accumulation, % of sgemm", 100 * one["share"], 75.0)
+            report.need(f"{name}: accumulation, % of sgemm", 100 * this["share"], 75.0)
             sizes = {side: ask(side, f"store {name}")["bytes"] for side in sides}
             print(f"  bytes a weight: {sizes['this']:.0f}, other {sizes['other']:.0f}")
             share = sizes["this"] / sizes["other"]
@@ -327,14 +327,14 @@ def _differences(scratch: str, name: str) -> tuple[float, float]:
     """The share of equal masks, and the largest relative difference of a layer's updates."""
     device = torch.device("cpu")
     before = Problem(name, layer_sets(device)[name], device).weights
-    one, other = (torch.load(f"{scratch}/{side}", weights_only=True) for side in ("this", "other"))
+    this, other = (torch.load(f"{scratch}/{side}", weights_only=True) for side in ("this", "other"))
     errors, equal = [], 0
     for layer, weight in other["weights"].items():
-        masks = one["masks"][layer], other["masks"][layer]
+        masks = this["masks"][layer], other["masks"][layer]
         equal += int((masks[0] == masks[1]).sum())
         kept = masks[0] & masks[1]
         update = (weight - before[layer])[kept].double()
-        errors.append(float((one["weights"][layer] - weight)[kept].double().norm() / update.norm()))
+        errors.append(float((this["weights"][layer] - weight)[kept].double().norm() / update.norm()))
     return equal / sum(weight.numel() for weight in before.values()), max(errors)
 
 
@@ -360,8 +360,8 @@ def peak_apart(device: torch.device) -> tuple[float, float]:
     command = [sys.executable, __file__, "--device", str(device), "--peak"]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=plain)
-    found = done.stdout.splitlines()[-1]
-    taken, bound = json.loads(found)
+    last_line = done.stdout.splitlines()[-1]
+    taken, bound = json.loads(last_line)
     return taken, bound
 
 
@@ -418,8 +418,8 @@ def main() -> None:
 def finish(report: Report) -> None:
     """Print the summing line, and end with its exit status."""
     missed = report.missed
-    told = f"{len(report.lines) - len(missed)} of {len(report.lines)} ratios hold"
-    print(told + (f"; missed: {'; '.join(missed)}" if missed else ""))
+    summary = f"{len(report.lines) - len(missed)} of {len(report.lines)} ratios hold"
+    print(summary + (f"; missed: {'; '.join(missed)}" if missed else ""))
     sys.exit(1 if missed else 0)
 
 

@@ -65,8 +65,8 @@ def elimination(args: argparse.Namespace, model: str, method: str, sparsity: flo
         {"methods": [method], "sparsity": sparsity, "fisher": {"gradients": args.gradients, "damp": 1e-8}}
     )
     images = DataSettings(train=args.train, test=args.test, holdout=args.holdout)
-    place = f"{Path(args.out).absolute().parent}/search_quality"
-    order = StoredOrder.of(place, method, pruning, weights=content_hash(model), data="benchmark", seed=0)
+    root = f"{Path(args.out).absolute().parent}/search_quality"
+    order = StoredOrder.of(root, method, pruning, weights=content_hash(model), data="benchmark", seed=0)
     if not order.known:
         job = OrderJob(
             checkpoint=model,
@@ -128,19 +128,19 @@ def on_test(inputs: OneShotInputs, allocation: dict[str, int]) -> float:
     return 100 * evaluate(model, data.eval_loader(images, 128)).top1
 
 
-def table(found: dict[str, Any], seeds: Sequence[int]) -> list[str]:
+def table(results: dict[str, Any], seeds: Sequence[int]) -> list[str]:
     """A row for each model, method and sparsity."""
     lines = ["| model | method | sparsity | own | searched | gain |", "|---|---|---|---|---|---|"]
-    for key, one in found.items():
-        values = [one[str(seed)]["test"] for seed in seeds if str(seed) in one]
+    for key, entry in results.items():
+        values = [entry[str(seed)]["test"] for seed in seeds if str(seed) in entry]
         if not values:
             continue
         mean = statistics.mean(values)
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         name, method, sparsity = key.split(" ")
         level = f"{100 * float(sparsity):g} %"
-        gain = f"{mean - one['own']:+.2f}"
-        lines.append(f"| {name} | {method} | {level} | {one['own']:.2f} | {mean:.2f}{spread} | {gain} |")
+        gain = f"{mean - entry['own']:+.2f}"
+        lines.append(f"| {name} | {method} | {level} | {entry['own']:.2f} | {mean:.2f}{spread} | {gain} |")
     return lines
 
 
@@ -163,25 +163,25 @@ def main() -> None:
     args = parser.parse_args()
     args.train, args.test = str(Path(args.train).absolute()), str(Path(args.test).absolute())
     out = Path(args.out)
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     with connect(None):
         for named in args.model:
             name, _, folder = named.partition("=")
             for method, sparsity in ((one, level) for one in args.methods for level in PLAN[one]):
-                one = found.setdefault(f"{name} {method} {sparsity}", {})
-                missing = [seed for seed in args.seeds if str(seed) not in one]
+                entry = results.setdefault(f"{name} {method} {sparsity}", {})
+                missing = [seed for seed in args.seeds if str(seed) not in entry]
                 if not missing:
                     continue
                 inputs = elimination(args, str(Path(folder).absolute()), method, sparsity)
-                if "own" not in one:
-                    one["own"] = on_test(inputs, dict(inputs.space.own))
+                if "own" not in entry:
+                    entry["own"] = on_test(inputs, dict(inputs.space.own))
                 for seed in missing:
                     best = searched(inputs, seed)
                     test = on_test(inputs, best.metrics["allocation"])
-                    one[str(seed)] = {"test": test, "validation": 100 * best.metrics["val_top1"]}
-                    print(f" {name} {method} {sparsity} seed {seed}: own {one['own']:.2f}, {test:.2f}")
-                    out.write_text(json.dumps(found, indent=1))
-    lines = table(found, args.seeds)
+                    entry[str(seed)] = {"test": test, "validation": 100 * best.metrics["val_top1"]}
+                    print(f" {name} {method} {sparsity} seed {seed}: own {entry['own']:.2f}, {test:.2f}")
+                    out.write_text(json.dumps(results, indent=1))
+    lines = table(results, args.seeds)
     print("\n".join(lines))
     gains = [float(line.split("|")[-2]) for line in lines[2:]]
     print(f"searched over own on test: {sum(gain > 0 for gain in gains)} of {len(gains)} better")

@@ -127,13 +127,13 @@ def trials(args: argparse.Namespace) -> dict[str, float]:
             whole.append(between - began)
             alone.append(time.perf_counter() - between)
     # the first of each touches memory that the others find ready
-    one, evaluation = statistics.median(whole[1:]), statistics.median(alone[1:])
+    trial_seconds, evaluation = statistics.median(whole[1:]), statistics.median(alone[1:])
     print(
-        f"order of {args.gradients} gradients {order_seconds:.1f} s; trial {one:.3f} s, its evaluation of "
-        f"{IMAGES:,} images {evaluation:.3f} s ({args.threads} threads)",
+        f"order of {args.gradients} gradients {order_seconds:.1f} s; trial {trial_seconds:.3f} s, its "
+        f"evaluation of {IMAGES:,} images {evaluation:.3f} s ({args.threads} threads)",
         flush=True,
     )
-    return {"anew": (order_seconds + evaluation) / one, "trial": one / evaluation}
+    return {"anew": (order_seconds + evaluation) / trial_seconds, "trial": trial_seconds / evaluation}
 
 
 def run_idle(folder: str, count: int, concurrent: int, seconds: float, sampler: str = "tpe") -> Clock:
@@ -265,15 +265,15 @@ def main() -> None:
     parser.add_argument("--sampler", default="tpe", help="of the idle loop")
     args = parser.parse_args()
     args.model, args.train = str(Path(args.model).absolute()), str(Path(args.train).absolute())
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         args.small = small_file(folder, args.train)
         for part in args.parts:
-            found |= PARTS[part](args)
-    missed = [key for key, least in AT_LEAST.items() if found.get(key, least) < least]
-    missed += [key for key, most in AT_MOST.items() if found.get(key, most) > most]
-    told = ", ".join(f"{key} {value:.2f}" for key, value in found.items())
-    print(f"search: {told}" + (f"; missed: {', '.join(missed)}" if missed else "; nothing missed"))
+            ratios |= PARTS[part](args)
+    missed = [key for key, least in AT_LEAST.items() if ratios.get(key, least) < least]
+    missed += [key for key, most in AT_MOST.items() if ratios.get(key, most) > most]
+    summary = ", ".join(f"{key} {value:.2f}" for key, value in ratios.items())
+    print(f"search: {summary}" + (f"; missed: {', '.join(missed)}" if missed else "; nothing missed"))
     sys.exit(1 if missed else 0)
 
 

@@ -96,11 +96,11 @@ def memory(name: str, batch: int, arguments: dict[str, Any] | None = None) -> li
         }
     own = {engine: size["model"] for engine, size in sizes.items()}
     whole = sizes["sparse"]["whole"] / sizes["onnxruntime"]["whole"]
-    told = ", ".join(
+    summary = ", ".join(
         f"{engine} {own[engine] / 1e6:.0f} ({sizes[engine]['whole'] / 1e6:.0f}) MB" for engine in own
     )
     print(
-        f"{name}, batch {batch}, memory of the model (of the process): {told}; "
+        f"{name}, batch {batch}, memory of the model (of the process): {summary}; "
         f"{own['sparse'] / own['onnxruntime']:.2f} of dense (whole processes {whole:.2f})",
         flush=True,
     )

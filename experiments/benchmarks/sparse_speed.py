@@ -267,9 +267,9 @@ def layers(timer: Timer) -> list[Row]:
                 least = LEAST_LAYER.get((variant.sparsity, batch))
                 if least and not variant.int8:
                     rows.append((f"{name} batch {batch} {label}", gains[label], least))
-            told = ", ".join(f"{1e3 * median(taken[each]):.3g}" for each in dense)
+            dense_times = ", ".join(f"{1e3 * median(taken[each]):.3g}" for each in dense)
             print(
-                f"{name} {outputs}×{inputs}, {count} tokens: {' / '.join(dense)} {told} ms; "
+                f"{name} {outputs}×{inputs}, {count} tokens: {' / '.join(dense)} {dense_times} ms; "
                 + "; ".join(
                     f"{variant} {1e3 * median(taken[variant]):.3g} ms {gain:.2f}×"
                     for variant, gain in gains.items()

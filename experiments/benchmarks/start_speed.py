@@ -175,16 +175,19 @@ def main() -> None:
                 for build in builds:
                     seconds.setdefault((part, build), []).append(seconds_of(args, build, part))
     medians = {key: statistics.median(values) for key, values in seconds.items()}
-    missed, told = [], []
+    missed, summaries = [], []
     for part in args.parts:
         ours = medians[part, OURS]
         text, late = f"{part} {ours:.1f} s", part == "gap" and ours > GAP_SECONDS
         if len(builds) > 1:
             ratio = ours / medians[part, builds[0]]
             text, late = f"{text} ({ratio:.2f} of the other build)", late or ratio > AT_MOST[part]
-        told.append(text)
+        summaries.append(text)
         missed += [part] * late
-    print(f"start: {', '.join(told)}" + (f"; missed: {', '.join(missed)}" if missed else "; nothing missed"))
+    print(
+        f"start: {', '.join(summaries)}"
+        + (f"; missed: {', '.join(missed)}" if missed else "; nothing missed")
+    )
     sys.exit(1 if missed else 0)
 
 

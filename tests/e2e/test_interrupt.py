@@ -28,7 +28,7 @@ SWEEP = ("sweep", str(SMALL), *OVERRIDES)
 
 
 @dataclass(frozen=True)
-class Place:
+class SweepFolder:
     """A folder in which one sweep is started, broken off and resumed, test after test."""
 
     folder: Path
@@ -67,26 +67,26 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("interrupted"))
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> SweepFolder:
+    return SweepFolder(tmp_path_factory.mktemp("interrupted"))
 
 
-def has_begun(place: Place, command: Command) -> bool:
+def has_begun(sweep: SweepFolder, command: Command) -> bool:
     """Ray is on its way up."""
     return any("gcs_server" in line for line in command.family.look().values())
 
 
-def in_dense(place: Place, command: Command) -> bool:
+def in_dense(sweep: SweepFolder, command: Command) -> bool:
     return bool(command.workers()) and "[1/3] dense model" in command.err
 
 
-def in_allocation(place: Place, command: Command) -> bool:
-    return place.ended("allocation") > 2
+def in_allocation(sweep: SweepFolder, command: Command) -> bool:
+    return sweep.ended("allocation") > 2
 
 
-def in_gradual(place: Place, command: Command) -> bool:
+def in_gradual(sweep: SweepFolder, command: Command) -> bool:
     """The second gradual run is at work."""
-    return place.ended("schedule") == 1 and bool(command.workers())
+    return sweep.ended("schedule") == 1 and bool(command.workers())
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def in_gradual(place: Place, command: Command) -> bool:
     ],
 )
 def test_interrupt__an_interrupt_ends_everything_in_seconds(
-    place: Place, moment: Callable[[Place, Command], bool], kind: int
+    sweep: SweepFolder, moment: Callable[[SweepFolder, Command], bool], kind: int
 ) -> None:
-    before = place.trials()
-    with espalier(*SWEEP, cwd=place.folder) as command:
-        command.until(lambda: moment(place, command), what=moment.__name__)
-        known = place.trials()
+    before = sweep.trials()
+    with espalier(*SWEEP, cwd=sweep.folder) as command:
+        command.until(lambda: moment(sweep, command), what=moment.__name__)
+        known = sweep.trials()
         time.sleep(1)
         status, seconds = command.interrupt(kind)
         assert command.left() == {}
@@ -112,32 +112,32 @@ def test_interrupt__an_interrupt_ends_everything_in_seconds(
         assert seconds < 15
     assert "Traceback" not in command.err
     last = command.err.rstrip().splitlines()[-1]
-    said, _, again = last.partition("To go on: ")
-    assert said == "interrupted; finished trials are kept. "
+    message, _, again = last.partition("To go on: ")
+    assert message == "interrupted; finished trials are kept. "
     assert tuple(shlex.split(again)) == ("espalier", *SWEEP)
-    place.keeps(before)
-    place.keeps(known)
+    sweep.keeps(before)
+    sweep.keeps(known)
     if moment is not has_begun:
-        assert "RUNNING" not in place.status().values()
+        assert "RUNNING" not in sweep.status().values()
 
 
 @pytest.mark.long
-def test_interrupt__a_killed_driver_leaves_nothing_that_is_in_the_way(place: Place) -> None:
+def test_interrupt__a_killed_driver_leaves_nothing_that_is_in_the_way(sweep: SweepFolder) -> None:
     """SIGKILL, and then the same command again: it ends well, and repeats no finished trial."""
-    with espalier(*SWEEP, cwd=place.folder) as command:
-        command.until(lambda: in_gradual(place, command), what="the second gradual run")
-        known = place.trials()
+    with espalier(*SWEEP, cwd=sweep.folder) as command:
+        command.until(lambda: in_gradual(sweep, command), what="the second gradual run")
+        known = sweep.trials()
         status, _ = command.interrupt(signal.SIGKILL)
         assert status == -signal.SIGKILL
         # Ray's own agents would try for a minute to tell the cluster, which is gone, that it is
         assert command.left(20.0) == {}
-        with espalier(*SWEEP, cwd=place.folder) as again:
+        with espalier(*SWEEP, cwd=sweep.folder) as again:
             assert again.wait() == 0, again.err
             assert again.left() == {}
-    place.keeps(known)
-    assert place.ended("allocation") == 12
-    assert place.ended("schedule") == 2
+    sweep.keeps(known)
+    assert sweep.ended("allocation") == 12
+    assert sweep.ended("schedule") == 2
     assert "1 of 2 trials known" in again.err
     assert "champion: dimap" in again.out
-    assert "RUNNING" not in place.status().values()
-    assert not list(place.runs.glob("sweeps/*/scratch/*"))
+    assert "RUNNING" not in sweep.status().values()
+    assert not list(sweep.runs.glob("sweeps/*/scratch/*"))

@@ -47,17 +47,17 @@ def jobs_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in TOKEN.items():
         monkeypatch.setenv(name, value)
     path = f"{ESPALIER.parent}:{os.environ['PATH']}"  # a node finds python where espalier is installed
-    told = tmp_path / "head"
-    head = subprocess.Popen([sys.executable, "-c", HEAD, str(told)], env={**os.environ, "PATH": path})
+    address_file = tmp_path / "head"
+    head = subprocess.Popen([sys.executable, "-c", HEAD, str(address_file)], env={**os.environ, "PATH": path})
     family = Family(head.pid, tmp_path / "no folder", "none")
     try:
         deadline = time.monotonic() + 300
-        while not (told.exists() and told.read_text()):
+        while not (address_file.exists() and address_file.read_text()):
             assert head.poll() is None, "the head did not start"
             assert time.monotonic() < deadline
             family.look()
             time.sleep(0.5)
-        yield f"http://{told.read_text()}"
+        yield f"http://{address_file.read_text()}"
     finally:
         family.look()
         head.terminate()
@@ -67,8 +67,8 @@ def jobs_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def state_of(shared: Path) -> dict[str, object]:
     file = shared / "sweeps/small/state.json"
-    found: dict[str, object] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
+    state: dict[str, object] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return state
 
 
 def ask(cwd: Path, *arguments: str, status: int = 0) -> str:
@@ -83,31 +83,31 @@ def test_job__a_sweep_is_submitted_left_stopped_and_resumed(jobs_api: str, tmp_p
     laptop, another, shared = tmp_path / "laptop", tmp_path / "another laptop", tmp_path / "shared"
     laptop.mkdir()
     another.mkdir()  # a command that ends here takes with it whatever works in its folder
-    there = ("--address", jobs_api)
+    address = ("--address", jobs_api)
     overrides = ("pruning.methods=[dimap]", "allocation.trials=2", "schedule.trials=1", "dense.epochs=1")
-    sweep = ("sweep", str(SMALL), *overrides, f"storage={shared}", *there)
+    sweep = ("sweep", str(SMALL), *overrides, f"storage={shared}", *address)
 
-    with espalier("status", *there, cwd=laptop, RAY_AUTH_TOKEN="another-token-0123456789") as wrong:
+    with espalier("status", *address, cwd=laptop, RAY_AUTH_TOKEN="another-token-0123456789") as wrong:
         assert wrong.wait() == 2, wrong.err
         assert "token" in wrong.err
         assert len(wrong.err.splitlines()) == 1
-    said = ask(laptop, "sweep", str(SMALL), *there, status=2)
-    assert "storage = 'runs': for a job, must be a full path or URI" in said
+    refusal = ask(laptop, "sweep", str(SMALL), *address, status=2)
+    assert "storage = 'runs': for a job, must be a full path or URI" in refusal
 
     assert "submitted as job espalier-small-2" in ask(laptop, *sweep, "--detach")
     assert "job espalier-small-2 is at work on it" in ask(laptop, *sweep, status=2)
 
-    with espalier("attach", "small", *there, cwd=laptop) as attached:
+    with espalier("attach", "small", *address, cwd=laptop) as attached:
         attached.until(lambda: "dimap: gradual pruning" in attached.out, SECONDS, "the gradual run")
-        assert "dimap: allocation search" in ask(another, "status", *there, "--storage", str(shared))
-        stopped = ask(another, "stop", "small", *there)  # as its submission said
+        assert "dimap: allocation search" in ask(another, "status", *address, "--storage", str(shared))
+        stopped = ask(another, "stop", "small", *address)  # as its submission said
         assert "small: interrupted; to go on: espalier resume small" in stopped
         assert attached.wait(120) == 130, attached.out
         assert "interrupted; finished trials are kept" in attached.out
     assert state_of(shared)["state"] == "interrupted"
     assert not list(laptop.glob("runs*")), "nothing is written here"
 
-    with espalier("resume", "small", *there, cwd=laptop) as resumed:
+    with espalier("resume", "small", *address, cwd=laptop) as resumed:
         assert resumed.wait(SECONDS) == 0, resumed.err + resumed.out
     assert "submitted as job espalier-small-3" in resumed.err
     assert "dimap: allocation search, 2 of 2 trials known" in resumed.out

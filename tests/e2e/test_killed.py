@@ -43,19 +43,19 @@ def sweep(swept: Swept) -> tuple[str, ...]:
 
 def searches(storage: Path) -> dict[str, TrialLog]:
     """The trial logs by phase."""
-    found = storage.glob("sweeps/small/*/trials.json")
-    return {place.parent.name.split("-")[0]: TrialLog(str(place), one_shot=True) for place in found}
+    files = storage.glob("sweeps/small/*/trials.json")
+    return {place.parent.name.split("-")[0]: TrialLog(str(place), one_shot=True) for place in files}
 
 
-def told(log: TrialLog) -> list[tuple[Any, ...]]:
+def outcomes(log: TrialLog) -> list[tuple[Any, ...]]:
     return [
         (one.number, one.values, one.state, one.score, [rung[1:] for rung in one.rungs]) for one in log.trials
     ]
 
 
 def weights(storage: Path) -> dict[str, bytes]:
-    found = sorted(storage.glob("sweeps/small/*/recovered/model.safetensors"))
-    return {place.parent.parent.name: place.read_bytes() for place in found}
+    files = sorted(storage.glob("sweeps/small/*/recovered/model.safetensors"))
+    return {place.parent.parent.name: place.read_bytes() for place in files}
 
 
 def killed(arguments: tuple[str, ...], folder: Path, chance: random.Random) -> Counter[str]:
@@ -84,9 +84,9 @@ def test_killed__killed_at_random_moments(swept: Swept, tmp_path: Path) -> None:
     run(*arguments, f"storage={tmp_path}/whole", cwd=tmp_path)
     kills = killed((*arguments, f"storage={tmp_path}/killed"), tmp_path, random.Random(1))
     assert sum(kills.values()) >= KILLS / 2
-    whole, found = searches(tmp_path / "whole"), searches(tmp_path / "killed")
+    whole, resumed = searches(tmp_path / "whole"), searches(tmp_path / "killed")
     assert {record.state for log in whole.values() for record in log.trials} == {"finished", "stopped"}
-    assert set(whole) == set(found) == {"allocation", "schedule"}
+    assert set(whole) == set(resumed) == {"allocation", "schedule"}
     for phase, log in whole.items():
-        assert told(found[phase]) == told(log), kills
+        assert outcomes(resumed[phase]) == outcomes(log), kills
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")

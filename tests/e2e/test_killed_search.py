@@ -50,19 +50,21 @@ def ended(folder: Path) -> int:
     return len(TrialLog(f"{folder}/trials.json", one_shot=True).trials)
 
 
-def told(folder: Path) -> list[tuple[Any, ...]]:
+def outcomes(folder: Path) -> list[tuple[Any, ...]]:
     """All that a search has found, with each comparison that stopped a trial or did not."""
-    found = TrialLog(f"{folder}/trials.json", one_shot=True).trials
-    return [(one.number, one.values, one.state, one.score, [rung[1:] for rung in one.rungs]) for one in found]
+    trials = TrialLog(f"{folder}/trials.json", one_shot=True).trials
+    return [
+        (one.number, one.values, one.state, one.score, [rung[1:] for rung in one.rungs]) for one in trials
+    ]
 
 
 @pytest.mark.parametrize(("sampler", "rule"), [("cmaes", "asha"), ("tpe", "hyperband"), ("nsga2", "median")])
 def test_killed_search__killed_at_random_moments(sampler: str, rule: str, tmp_path: Path) -> None:
     whole, killed, chance = tmp_path / "whole", tmp_path / "killed", random.Random(sampler)
     lived(whole, sampler, rule)
-    assert {"finished", "stopped"} == {state for _, _, state, _, _ in told(whole)}
+    assert {"finished", "stopped"} == {state for _, _, state, _, _ in outcomes(whole)}
     for until in sorted(chance.sample(range(1, TRIALS - 1), KILLS)):
         lived(killed, sampler, rule, until, chance.uniform(0, 0.4))
     lived(killed, sampler, rule)
-    assert len(told(killed)) == TRIALS
-    assert told(killed) == told(whole)
+    assert len(outcomes(killed)) == TRIALS
+    assert outcomes(killed) == outcomes(whole)

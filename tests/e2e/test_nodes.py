@@ -48,14 +48,14 @@ def epochs(folder: Path) -> dict[int, dict[str, Any]]:
     return {row["epoch"]: row for row in rows if "epoch" in row}
 
 
-def as_alone(found: dict[int, dict[str, Any]], job: Any, folder: Path) -> None:
+def as_alone(reports: dict[int, dict[str, Any]], job: Any, folder: Path) -> None:
     """Nearly the losses of one process that nobody disturbed."""
     alone = Log(folder / "alone")
     run(job, alone, CPU)
-    assert sorted(found) == [row["epoch"] for row in alone.metrics]
+    assert sorted(reports) == [row["epoch"] for row in alone.metrics]
     for row in alone.metrics:
-        assert found[row["epoch"]]["train_loss"] == pytest.approx(row["train_loss"], rel=1e-2)
-        assert found[row["epoch"]]["sparsity"] == row["sparsity"]
+        assert reports[row["epoch"]]["train_loss"] == pytest.approx(row["train_loss"], rel=1e-2)
+        assert reports[row["epoch"]]["sparsity"] == row["sparsity"]
 
 
 def test_nodes__a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_nodes__a_node_leaves_with_notice(cluster: Any, tmp_path: Path) -> None:
         drain += ["--node-id", cluster.other.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         drain += ["--reason-message", "test", "--deadline-remaining-seconds", "30"]
         subprocess.run(drain, check=True, timeout=60)
-        told = time.monotonic()
+        noticed = time.monotonic()
         until(lambda: bool(list((tmp_path / "run").glob("checkpoint_2*"))), process, tmp_path)
-        assert time.monotonic() - told < 30
+        assert time.monotonic() - noticed < 30
         assert max(epochs(tmp_path)) < 6
         until(lambda: 6 in epochs(tmp_path), process, tmp_path)
         assert process.wait(60) == 0

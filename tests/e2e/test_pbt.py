@@ -40,8 +40,8 @@ def test_pbt__the_worse_run_goes_on_from_the_better_ones_checkpoint(tmp_path: Pa
     assert "Traceback" not in command.err
     assert "Warning" not in command.err
     assert "2 runs (0 stopped early)" in command.err
-    (place,) = tmp_path.glob("runs/sweeps/small/schedule-dimap-*")
-    trials = TrialLog(f"{place}/trials.json").trials
+    (phase_folder,) = tmp_path.glob("runs/sweeps/small/schedule-dimap-*")
+    trials = TrialLog(f"{phase_folder}/trials.json").trials
     assert {trial.state for trial in trials} == {"finished"}
     assert {trial.number for trial in trials} == {0, 1}
     (taker,) = [trial for trial in trials if trial.number == 0]
@@ -63,7 +63,7 @@ def test_pbt__the_worse_run_goes_on_from_the_better_ones_checkpoint(tmp_path: Pa
 
     # the checkpoints that are left say what they were trained with, and nothing is left of the first run
     folders = runs_of(trials)
-    runs = place / "train"
+    runs = phase_folder / "train"
     assert {one.name for one in runs.iterdir()} - {"origins"} == {one.name for one in folders.values()}
     assert not list((runs / "origins").iterdir())
     for trial in trials:

@@ -51,8 +51,8 @@ def test_phases__phase_by_phase(tmp_path: Path) -> None:
     assert "done until allocation; to go on: espalier resume phases" in until.out
     root = tmp_path / "runs" / "sweeps" / "phases"
     assert not list(root.glob("schedule-*"))
-    (place,) = root.glob("allocation-lamp-*/trials.json")
-    log = TrialLog(str(place))
+    (trials_file,) = root.glob("allocation-lamp-*/trials.json")
+    log = TrialLog(str(trials_file))
     sparsities = [trial.metrics["sparsity"] for trial in log.ended]
     assert len(sparsities) == 8
     assert len(set(sparsities)) > 2
@@ -63,7 +63,7 @@ def test_phases__phase_by_phase(tmp_path: Path) -> None:
 
     whole = run(*SWEEP, "--from", "schedule", cwd=tmp_path)
     assert known(whole) == 2  # the dense model and the allocations
-    assert TrialLog(str(place)).trials == log.trials
+    assert TrialLog(str(trials_file)).trials == log.trials
     (schedule,) = root.glob("schedule-lamp-*/trials.json")
     (long_run,) = root.glob("long_run-lamp-*/trials.json")
     searched, final = TrialLog(str(schedule)), TrialLog(str(long_run))
@@ -113,13 +113,13 @@ def test_phases__the_fastest_by_a_table_of_this_machine(tmp_path: Path) -> None:
     """Any loss will do here, so that the fastest of all is taken; a second sweep reads the same table."""
     first = run(*FASTEST, cwd=tmp_path)
     assert "measured: csr:float32 (batch 1, threads 1): " in first.err
-    (place,) = (tmp_path / "runs/sweeps/fastest").glob("allocation-lamp-*/trials.json")
-    log = TrialLog(str(place))
+    (trials_file,) = (tmp_path / "runs/sweeps/fastest").glob("allocation-lamp-*/trials.json")
+    log = TrialLog(str(trials_file))
     times = [trial.metrics["latency"] for trial in log.ended]
     assert len(times) == 6
     assert min(times) > 0
     assert {trial.metrics["dense_top1"] for trial in log.ended} == {log.ended[0].metrics["dense_top1"]}
-    record = json.loads((place.parent / "one-shot" / "pruning.json").read_text())
+    record = json.loads((trials_file.parent / "one-shot" / "pruning.json").read_text())
     fastest = min(log.ended, key=lambda trial: trial.metrics["latency"])
     assert record["sparsity"] == pytest.approx(fastest.metrics["sparsity"])
     (table,) = (tmp_path / "runs/latency").iterdir()

@@ -122,10 +122,10 @@ def test_quantize__from_recipe_to_registry(tmp_path: Path) -> None:
     assert row["int8_version"] == str(int8.version)
     assert row["int8_bytes"] == (folder / ONNX_FILE).stat().st_size
     assert f"{plain.version}, {int8.version}" in first.out
-    said = run(
+    evaluation = run(
         "evaluate", f"models:/espalier-int8/{int8.version}", "--data", _test_images(tmp_path), cwd=tmp_path
     )
-    assert f"top-1     {100 * row['int8']:.2f} %, INT8 by onnxruntime" in said.out
+    assert f"top-1     {100 * row['int8']:.2f} %, INT8 by onnxruntime" in evaluation.out
     lineage = run("lineage", f"models:/espalier-int8/{int8.version}", cwd=tmp_path)
     assert "precision   int8, qat" in lineage.out
     assert f"models:/espalier-int8/{plain.version}" in lineage.out

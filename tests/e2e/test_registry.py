@@ -88,8 +88,8 @@ def expected(
     client: MlflowClient, pictures: list[bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> list[list[float]]:
     """Shares of the classes by plain timm, from the artifact as MLflow hands it out."""
-    found = client.get_model_version_by_alias(MODEL, "champion")
-    folder = client.download_artifacts(found.run_id, "checkpoint", str(tmp_path_factory.mktemp("timm")))
+    version = client.get_model_version_by_alias(MODEL, "champion")
+    folder = client.download_artifacts(version.run_id, "checkpoint", str(tmp_path_factory.mktemp("timm")))
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     images = [transform(Image.open(io.BytesIO(content)).convert("RGB")) for content in pictures]
@@ -180,9 +180,9 @@ def test_registry__every_version_leads_back(swept: Swept, client: MlflowClient, 
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=swept.folder, capture_output=True, text=True, check=False
     )
-    found = versions(client)
-    assert {version.tags["method"] for version in found} == {"dimap", "ovit"}
-    for version in found:
+    registered = versions(client)
+    assert {version.tags["method"] for version in registered} == {"dimap", "ovit"}
+    for version in registered:
         tags = version.tags
         assert tags["dense"] == content_hash(str(dense))
         assert tags["sparsity"] == "0.7500"
@@ -200,9 +200,9 @@ def test_registry__every_version_leads_back(swept: Swept, client: MlflowClient, 
 
 def test_registry__aliases_are_set(client: MlflowClient) -> None:
     tops = {version.version: float(version.tags["validation_top1"]) for version in versions(client)}
-    found = {alias: str(number) for alias, number in client.get_registered_model(MODEL).aliases.items()}
-    assert set(found) == {"champion", "sparsity-75"}
-    assert {tops[number] for number in found.values()} == {max(tops.values())}
+    aliases = {alias: str(number) for alias, number in client.get_registered_model(MODEL).aliases.items()}
+    assert set(aliases) == {"champion", "sparsity-75"}
+    assert {tops[number] for number in aliases.values()} == {max(tops.values())}
     assert client.get_registered_model(MODEL).tags["promotion.sparsity"] == "0.75"
 
 
@@ -218,17 +218,17 @@ def test_registry__no_weight_is_stored_twice(client: MlflowClient) -> None:
 
 def test_registry__no_place_of_this_machine_is_in_mlflow(swept: Swept, client: MlflowClient) -> None:
     """Tags, params and artifacts hold no path of the storage, nor of this repository."""
-    places = (str(swept.folder), str(Path(__file__).parents[2]))
+    paths = (str(swept.folder), str(Path(__file__).parents[2]))
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     for entry in client.search_runs(ids, max_results=1000):
         for values in (entry.data.tags, entry.data.params):
             kept = {key: value for key, value in values.items() if not key.startswith("mlflow.source")}
-            assert not [key for key, value in kept.items() if any(place in value for place in places)]
+            assert not [key for key, value in kept.items() if any(place in value for place in paths)]
     artifacts = swept.storage / "mlflow/artifacts"
     files = [path for path in artifacts.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert len(files) > 10
     for file in files:
-        assert not any(place.encode() in file.read_bytes() for place in places), file
+        assert not any(place.encode() in file.read_bytes() for place in paths), file
 
 
 @pytest.mark.long
@@ -250,10 +250,12 @@ def test_registry__a_version_becomes_the_dense_model_of_the_next_sweep(
     assert re.search(r"^champion: dimap \(version 1, models:/espalier-again@champion\)$", again.out, re.M)
     (version,) = client.search_model_versions("name='espalier-again'")
     assert version.tags["parent"] == f"models:/{MODEL}/{before.version}"
-    said = run("lineage", "models:/espalier-again@sparsity-80", "--tracking-uri", mlflow_uri, cwd=tmp_path)
-    heads = [line for line in said.out.splitlines() if not line.startswith(" ")]
+    lineage = run("lineage", "models:/espalier-again@sparsity-80", "--tracking-uri", mlflow_uri, cwd=tmp_path)
+    heads = [line for line in lineage.out.splitlines() if not line.startswith(" ")]
     assert heads == [
         "models:/espalier-again/1  @champion, @sparsity-80",
         f"models:/{MODEL}/{before.version}  @champion, @sparsity-75",
     ]
-    assert f"dense       {version.tags['dense']}\n  parent      models:/{MODEL}/{before.version}" in said.out
+    assert (
+        f"dense       {version.tags['dense']}\n  parent      models:/{MODEL}/{before.version}" in lineage.out
+    )

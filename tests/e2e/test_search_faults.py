@@ -57,8 +57,8 @@ def head() -> Iterator[Any]:
 
 
 def log_of(storage: Path) -> TrialLog | None:
-    found = list(storage.glob("sweeps/small/allocation-*/trials.json"))
-    return TrialLog(f"{found[0].parent}/trials.json", one_shot=True) if found else None
+    files = list(storage.glob("sweeps/small/allocation-*/trials.json"))
+    return TrialLog(f"{files[0].parent}/trials.json", one_shot=True) if files else None
 
 
 def ended(storage: Path) -> int:

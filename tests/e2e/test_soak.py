@@ -47,8 +47,8 @@ def victim(command: Command, kind: str, chance: random.Random) -> int | None:
     """A process of the command to kill, if there is one of this kind just now."""
     if kind == "driver":
         return command.process.pid
-    found = [pid for pid, line in command.family.look().items() if kind in line]
-    return chance.choice(found) if found else None
+    pids = [pid for pid, line in command.family.look().items() if kind in line]
+    return chance.choice(pids) if pids else None
 
 
 def endured(folder: Path, chance: random.Random) -> Counter[str]:
@@ -109,8 +109,13 @@ def weights(folder: Path) -> dict[str, bytes]:
 
     Checkpoints to go on from are left out: Ray names them after the time.
     """
-    places = ("dense/*/model", "dense/*/train/*/kept/*", "sweeps/*/*/train/*/kept/*", "sweeps/*/*/recovered")
-    models = [path for place in places for path in folder.glob(f"runs/{place}/model.safetensors")]
+    patterns = (
+        "dense/*/model",
+        "dense/*/train/*/kept/*",
+        "sweeps/*/*/train/*/kept/*",
+        "sweeps/*/*/recovered",
+    )
+    models = [path for place in patterns for path in folder.glob(f"runs/{place}/model.safetensors")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in models}
 
 
@@ -118,8 +123,8 @@ def logged(folder: Path) -> list[tuple[str, str, float | None]]:
     """Of each run in MLflow its name, its state and its top-1, in order."""
     client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow/mlflow.db")
     experiments = [one.experiment_id for one in client.search_experiments()]
-    found = client.search_runs(experiments, max_results=1000)
-    return sorted((one.info.run_name, one.info.status, one.data.metrics.get("val_top1")) for one in found)
+    runs = client.search_runs(experiments, max_results=1000)
+    return sorted((one.info.run_name, one.info.status, one.data.metrics.get("val_top1")) for one in runs)
 
 
 @pytest.mark.long
@@ -140,9 +145,9 @@ def test_soak__twenty_kills_of_one_sweep_lose_and_repeat_nothing(tmp_path: Path)
     assert killed["driver"] >= KILLS / 4
     expected = weights(undisturbed)
     assert len(expected) == 1 + 1 + RUNS + 1
-    found = weights(soaked)
-    assert sorted(found) == sorted(expected)
-    assert [place for place in expected if found[place] != expected[place]] == []
+    after_kills = weights(soaked)
+    assert sorted(after_kills) == sorted(expected)
+    assert [place for place in expected if after_kills[place] != expected[place]] == []
     assert logged(soaked) == logged(undisturbed)
     assert {status for _, status, _ in logged(soaked)} == {"FINISHED"}
 
@@ -156,8 +161,8 @@ def test_soak__soak(tmp_path: Path) -> None:
     assert sum(killed.values()) >= 3
 
     runs = tmp_path / "runs"
-    (place,) = runs.glob("sweeps/small/allocation-*/trials.json")
-    log = TrialLog(str(place))
+    (trials_file,) = runs.glob("sweeps/small/allocation-*/trials.json")
+    log = TrialLog(str(trials_file))
     numbers = [trial.number for trial in log.trials]
     assert len(set(numbers)) == len(numbers)
     failed = [trial for trial in log.trials if trial.state == "failed"]
@@ -170,14 +175,14 @@ def test_soak__soak(tmp_path: Path) -> None:
 
     client = mlflow.MlflowClient(f"sqlite:///{runs}/mlflow/mlflow.db")
     experiments = [one.experiment_id for one in client.search_experiments()]
-    found = client.search_runs(
+    entries = client.search_runs(
         experiments, f"tags.`mlflow.parentRunId` = '{log.run_id}'", max_results=2 * TRIALS
     )
-    logged = {int(one.data.tags["espalier.number"]): one for one in found}
-    assert len(found) == len(logged) == len(log.trials)
+    logged = {int(one.data.tags["espalier.number"]): one for one in entries}
+    assert len(entries) == len(logged) == len(log.trials)
     for trial in log.trials:
-        one = logged[trial.number]
-        assert one.info.status == {"finished": "FINISHED", "failed": "FAILED"}[trial.state]
-        assert one.data.metrics.get("val_top1") == trial.metrics.get("val_top1")
-        assert trial.run_id == one.info.run_id
+        entry = logged[trial.number]
+        assert entry.info.status == {"finished": "FINISHED", "failed": "FAILED"}[trial.state]
+        assert entry.data.metrics.get("val_top1") == trial.metrics.get("val_top1")
+        assert trial.run_id == entry.info.run_id
     assert len(client.search_model_versions("name='espalier-small'")) == 1

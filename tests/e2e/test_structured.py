@@ -60,8 +60,8 @@ def test_structured__structured_then_unstructured(tmp_path: Path) -> None:
         read(next(storage.glob("dense/*/model/pruning.json"))),
         read(cut.parent / "model/pruning.json"),
     )
-    (place,) = storage.glob("sweeps/narrow/schedule-magnitude-*/recovered")
-    pruned = read(place / "pruning.json")
+    (recovered,) = storage.glob("sweeps/narrow/schedule-magnitude-*/recovered")
+    pruned = read(recovered / "pruning.json")
     step = pruned["structured"]
     assert step["cut"] == {"heads": [[1, 2, 4], [1, 1, 2]], "mlp": [[64, 128, 256], [48, 96, 192]]}
     assert step == small["structured"]
@@ -72,7 +72,7 @@ def test_structured__structured_then_unstructured(tmp_path: Path) -> None:
     assert row["parameters"] == step["dense_parameters"]
     assert row["parameters_sparse"] == pruned["costs"]["parameters_sparse"]
     assert row["structured_macs"] == small["costs"]["macs"]
-    model = timm.create_model(f"local-dir:{place}", pretrained=True)
+    model = timm.create_model(f"local-dir:{recovered}", pretrained=True)
     assert [stage.blocks[0].mlp.fc1.out_features for stage in model.layers] == [48, 96, 192]
 
     # and in the registry: the version that was pruned descends from the one that was cut
@@ -95,5 +95,5 @@ def test_structured__structured_then_unstructured(tmp_path: Path) -> None:
 
     again = run(*SWEEP, "--from", "allocation", cwd=tmp_path)
     assert again.err.count("known, ") == 3  # the cut, its pruning's search, and gradual pruning
-    inspected = run("inspect", str(place), cwd=tmp_path).out
+    inspected = run("inspect", str(recovered), cwd=tmp_path).out
     assert words in inspected

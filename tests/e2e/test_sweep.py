@@ -76,15 +76,15 @@ def test_sweep__progress_says_trials_best_and_time_left(swept: Swept) -> None:
 
 def test_sweep__the_end_is_a_table_and_what_to_do_next(swept: Swept) -> None:
     out = swept.command.out
-    found = rows(out)
-    assert set(found) == set(METHODS)
-    for cells in found.values():
+    by_method = rows(out)
+    assert set(by_method) == set(METHODS)
+    for cells in by_method.values():
         assert cells[1] in {"own", "searched"}
         assert cells[5] == "75.00 %"
         assert "→" in cells[6]
         assert "→" in cells[7]
         assert cells[9] in {"1", "2"}
-    assert len({cells[2] for cells in found.values()}) == 1, "both began with the same dense model"
+    assert len({cells[2] for cells in by_method.values()}) == 1, "both began with the same dense model"
     links = re.findall(r"^(\w+): http://127\.0\.0\.1:\d+/#/experiments/\d+/runs/[0-9a-f]{32}$", out, re.M)
     assert links == list(METHODS)
     assert re.search(r"^open the UI: +espalier ui --storage runs$", out, re.M)
@@ -115,9 +115,9 @@ def test_sweep__allocation_trials_keep_the_budget_and_begin_with_the_methods_own
         assert all(0 <= allocation[layer.name] <= 0.98 * layer.numel for layer in layers)
     own = trials[0]["metrics"]["allocation"]
     assert trials[0]["values"] == summarise(own, layers), "the first proposal is not the method's own"
-    said = f"own {100 * trials[0]['metrics']['val_top1']:.1f} % → best"
+    summary = f"own {100 * trials[0]['metrics']['val_top1']:.1f} % → best"
     assert f"{method}: allocation search" in swept.command.err
-    assert said in swept.command.err.partition(f"{method}: allocation search")[2].partition("[")[0]
+    assert summary in swept.command.err.partition(f"{method}: allocation search")[2].partition("[")[0]
     if method == "dimap":  # oViT's own needs the very gradients
         assert own == own_allocation(model, layers, total)
     assert max(trial["score"] for trial in trials) >= trials[0]["score"]
@@ -188,8 +188,8 @@ def timm_accuracy(model: torch.nn.Module, swept: Swept) -> float:
     images = pq.read_table(swept.storage / "data/digits/test.parquet").to_pylist()
     pictures = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in images]
     with torch.no_grad():
-        found = model(torch.stack([transform(picture) for picture in pictures])).argmax(1)
-    return float((found == torch.tensor([row["label"] for row in images])).double().mean())
+        predicted = model(torch.stack([transform(picture) for picture in pictures])).argmax(1)
+    return float((predicted == torch.tensor([row["label"] for row in images])).double().mean())
 
 
 def test_sweep__the_record_of_a_recovered_model_fits_its_trial(swept: Swept) -> None:
@@ -243,9 +243,9 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-    said = capsys.readouterr()
-    assert end.value.code == 0, said.err
-    return said.out
+    captured = capsys.readouterr()
+    assert end.value.code == 0, captured.err
+    return captured.out
 
 
 @pytest.mark.parametrize("by", ["registry", "folder"])

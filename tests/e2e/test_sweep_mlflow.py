@@ -48,8 +48,8 @@ def test_sweep__runs_are_nested_sweep_phase_trial(swept: Swept, client: MlflowCl
 
 
 def test_sweep__every_run_has_ended(client: MlflowClient) -> None:
-    for level, found in all_runs(client).items():
-        for entry in found:
+    for level, entries in all_runs(client).items():
+        for entry in entries:
             stopped = entry.data.tags.get("espalier.state") == "stopped"
             expected = "KILLED" if stopped else "FINISHED"
             assert entry.info.status == expected, (level, entry.info.run_name)
@@ -110,9 +110,9 @@ def test_sweep__figures_are_pictures(client: MlflowClient, tmp_path: Path) -> No
             expected["allocations.png"].append(phase)
     for method in METHODS:
         expected["schedule.png"] += trials_of(client, "schedule", method)
-    for name, found in expected.items():
-        assert found
-        for entry in found:
+    for name, entries in expected.items():
+        assert entries
+        for entry in entries:
             file = client.download_artifacts(entry.info.run_id, f"figures/{name}", str(tmp_path))
             content = Path(file).read_bytes()
             assert content.startswith(b"\x89PNG\r\n\x1a\n")

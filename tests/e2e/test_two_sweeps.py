@@ -28,17 +28,17 @@ def status(folder: Path) -> dict[str, list[str]]:
     """States of the runs of each sweep, read from the database as it lies."""
     client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow/mlflow.db")
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
-    found: dict[str, list[str]] = {"one": [], "two": []}
+    states: dict[str, list[str]] = {"one": [], "two": []}
     for run in client.search_runs(ids, max_results=1000):
-        found[run.data.tags["espalier.sweep"]].append(run.info.status)
-    return found
+        states[run.data.tags["espalier.sweep"]].append(run.info.status)
+    return states
 
 
 def in_order(commands: list[Command]) -> tuple[Command, Command]:
     """Who makes the dense model, and who waits for it."""
-    one, two = commands
+    first, second = commands
     waits = [WAITS in command.err for command in commands]
-    return (one, two) if waits[1] else (two, one)
+    return (first, second) if waits[1] else (second, first)
 
 
 def known(folder: Path, pattern: str) -> list[Any]:
@@ -47,14 +47,14 @@ def known(folder: Path, pattern: str) -> list[Any]:
 
 def test_two_sweeps__two_that_start_together_share_what_one_of_them_makes(tmp_path: Path) -> None:
     with (
-        espalier(*SWEEP, "--as", "one", cwd=tmp_path) as one,
-        espalier(*SWEEP, "--as", "two", cwd=tmp_path) as two,
+        espalier(*SWEEP, "--as", "one", cwd=tmp_path) as command_one,
+        espalier(*SWEEP, "--as", "two", cwd=tmp_path) as command_two,
     ):
-        assert one.wait(SECONDS) == 0, one.err
-        assert two.wait(SECONDS) == 0, two.err
-        assert one.left() == {}
-        assert two.left() == {}
-    first, second = in_order([one, two])
+        assert command_one.wait(SECONDS) == 0, command_one.err
+        assert command_two.wait(SECONDS) == 0, command_two.err
+        assert command_one.left() == {}
+        assert command_two.left() == {}
+    first, second = in_order([command_one, command_two])
     assert WAITS in second.err
     assert WAITS not in first.err
     assert re.search(r"trained in \d+ s, ", first.err)
@@ -72,16 +72,16 @@ def test_two_sweeps__two_that_start_together_share_what_one_of_them_makes(tmp_pa
 
 def test_two_sweeps__who_waits_makes_it_itself_when_the_other_is_killed(tmp_path: Path) -> None:
     with (
-        espalier(*SWEEP, "--as", "one", cwd=tmp_path) as one,
-        espalier(*SWEEP, "--as", "two", cwd=tmp_path) as two,
+        espalier(*SWEEP, "--as", "one", cwd=tmp_path) as command_one,
+        espalier(*SWEEP, "--as", "two", cwd=tmp_path) as command_two,
     ):
-        one.until(lambda: WAITS in one.err + two.err, what="one that waits")
-        first, second = in_order([one, two])
+        command_one.until(lambda: WAITS in command_one.err + command_two.err, what="one that waits")
+        first, second = in_order([command_one, command_two])
         first.until(lambda: bool(first.workers()), what="training")
         assert first.interrupt(signal.SIGKILL)[0] == -signal.SIGKILL
         assert second.wait(SECONDS) == 0, second.err
         assert not [line for line in second.left().values() if "mlflow" in line]
-        name = "one" if first is one else "two"
+        name = "one" if first is command_one else "two"
         assert re.search(r"trained in \d+ s, ", second.err)
         assert "made by another sweep" not in second.err
         assert set(status(tmp_path)["two" if name == "one" else "one"]) == {"FINISHED"}

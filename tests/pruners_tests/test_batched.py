@@ -52,11 +52,11 @@ def test_batched__masks_are_the_same_and_weights_nearly(
     compiled, other = made(), made()
     expected = pruned(compiled, method, pattern)
     request.getfixturevalue("batched")
-    found = pruned(other, method, pattern)
-    assert found.masks.fingerprint() == expected.masks.fingerprint()
-    for name in found.masks:
-        one, two = (model.get_parameter(name).detach() for model in (compiled, other))
-        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    report = pruned(other, method, pattern)
+    assert report.masks.fingerprint() == expected.masks.fingerprint()
+    for name in report.masks:
+        compiled_weight, batched_weight = (model.get_parameter(name).detach() for model in (compiled, other))
+        torch.testing.assert_close(batched_weight, compiled_weight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x4"])

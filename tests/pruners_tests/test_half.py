@@ -52,11 +52,11 @@ def assert_unchanged(model: nn.Module, before: dict[str, tuple[torch.dtype, Tens
         assert_same_gradient(after[name][2], gradient)
 
 
-def assert_same_gradient(one: Tensor | None, other: Tensor | None) -> None:
-    assert (one is None) == (other is None)
-    if one is not None and other is not None:
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+def assert_same_gradient(gradient: Tensor | None, other: Tensor | None) -> None:
+    assert (gradient is None) == (other is None)
+    if gradient is not None and other is not None:
+        assert gradient.dtype == other.dtype
+        assert torch.equal(gradient, other)
 
 
 def pruned(model: nn.Module, method: str, sparsity: float = 0.6) -> PruneReport:

@@ -33,11 +33,11 @@ def pruned(model: nn.Module, method: str, pattern: str, sparsity: float | None) 
 
 def assert_pattern(model: nn.Module, report: PruneReport, pattern: str, *, at_forced: bool) -> None:
     layers = layers_of(model)
-    found = zeros(model, layers)
-    assert {name: int(zero.sum()) for name, zero in found.items()} == report.allocation
+    zero_masks = zeros(model, layers)
+    assert {name: int(zero.sum()) for name, zero in zero_masks.items()} == report.allocation
     size = SIZES[pattern]
     for layer in layers:
-        zero = found[layer.name]
+        zero = zero_masks[layer.name]
         assert torch.equal(zero, ~report.masks[layer.name])
         assert torch.isfinite(model.get_parameter(layer.name)).all()
         counts = zeros_in_groups(zero, size)

@@ -36,13 +36,13 @@ def assert_exact(model: nn.Module, report: PruneReport, layers: list[PrunableLay
     """Exactly the asked number of zeros, where the report says; finite weights; all else untouched."""
     numel = sum(layer.numel for layer in layers)
     total = round(sparsity * numel)
-    found = zeros(model, layers)
-    assert sum(int(zero.sum()) for zero in found.values()) == total
+    zero_masks = zeros(model, layers)
+    assert sum(int(zero.sum()) for zero in zero_masks.values()) == total
     assert sum(report.allocation.values()) == total
     assert report.sparsity == pytest.approx(total / numel, abs=1e-12)
     assert report.masks.pruned() == report.allocation
     for layer in layers:
-        assert torch.equal(found[layer.name], ~report.masks[layer.name])
+        assert torch.equal(zero_masks[layer.name], ~report.masks[layer.name])
         assert torch.isfinite(model.get_parameter(layer.name)).all()
 
 
@@ -135,8 +135,8 @@ def test_pruner_contract__a_share_of_the_layers_is_ordered_as_in_the_whole(metho
         fisher = pruner.fisher(chosen)
         for gradient in gradients if fisher is not None else ():
             fisher.add(gradient)
-        found = pruner.order(weights, chosen, masks, fisher)
-        return {name: (one.indices, one.losses) for name, one in found.items()}
+        orders = pruner.order(weights, chosen, masks, fisher)
+        return {name: (one.indices, one.losses) for name, one in orders.items()}
 
     whole, shares = order(layers), order(layers[::2]) | order(layers[1::2])
     assert set(whole) == set(shares) == set(weights)

@@ -143,7 +143,7 @@ def test_pruner_errors__a_model_that_is_sparser_already_is_refused_and_untouched
 
 
 @pytest.mark.parametrize(
-    ("said", "line"),
+    ("message", "line"),
     [
         ("no space", "no space"),
         ("first\nsecond", "first"),
@@ -155,5 +155,5 @@ def test_pruner_errors__a_model_that_is_sparser_already_is_refused_and_untouched
         ("\x1b[36mray::measure()\x1b[39m (pid=7)\n  File x\nValueError: bad\n", "ValueError: bad"),
     ],
 )
-def test_pruner_errors__an_error_in_one_line(said: str, line: str) -> None:
-    assert first_line(OSError(said)) == line
+def test_pruner_errors__an_error_in_one_line(message: str, line: str) -> None:
+    assert first_line(OSError(message)) == line

@@ -26,17 +26,17 @@ def alone() -> Results:
 def on_workers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
     """What each worker of two ended with, and each of four."""
     folder = tmp_path_factory.mktemp("workers")
-    found: dict[int, list[Results]] = {}
+    by_world: dict[int, list[Results]] = {}
     for world in (2, 4):
         start_workers(work, (world, str(folder)), world)
-        found[world] = []
+        by_world[world] = []
         for rank in range(world):
             results: Results = {name: {} for name in CASES}
-            for place, value in load_file(folder / f"{world}-{rank}.safetensors").items():
-                case, name = place.split("|")
+            for key, value in load_file(folder / f"{world}-{rank}.safetensors").items():
+                case, name = key.split("|")
                 results[case][name] = value
-            found[world].append(results)
-    return found
+            by_world[world].append(results)
+    return by_world
 
 
 def test_workers__the_cases_are_of_all_methods_and_of_several_groups() -> None:

@@ -146,9 +146,9 @@ def node(tmp_path: Path) -> Callable[[list[str]], None]:
 
 
 def environment_lines(lines: list[str]) -> list[str]:
-    found = [line for line in lines if "espalier.env" in line]
-    assert found
-    return found
+    matching = [line for line in lines if "espalier.env" in line]
+    assert matching
+    return matching
 
 
 def test_cluster_yaml__worker_starts_with_storage_tracking_and_token_mode(

@@ -47,13 +47,13 @@ def test_examples__of_a_module_do_what_they_say(
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    said: list[str] = []
+    output: list[str] = []
     tests = [test for test in doctest.DocTestFinder().find(module) if test.examples]
     assert tests
     for test in tests:
         test.globs = {**given(), **test.globs}
-        runner.run(test, out=said.append)
-    assert runner.failures == 0, "".join(said)
+        runner.run(test, out=output.append)
+    assert runner.failures == 0, "".join(output)
 
 
 def test_examples__the_functions_used_most_have_one() -> None:

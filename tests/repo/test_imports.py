@@ -93,17 +93,17 @@ CONFINED = {
 def imported(source: str, package: str) -> set[str]:
     """Top-level names that a module of ``package`` imports: at its head, in functions, for types only, or
     by ``importlib.import_module("…")``."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(package if node.level else (node.module or "").split(".")[0])
+            names.add(package if node.level else (node.module or "").split(".")[0])
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in {"import_module", "__import__"}:
-                found.add(str(node.args[0].value).split(".")[0])
-    return found
+                names.add(str(node.args[0].value).split(".")[0])
+    return names
 
 
 def packages_imported(source: str) -> set[str]:
@@ -299,8 +299,8 @@ def test_imports__what_is_allowed_is_not_refused(path: str, source: str) -> None
 
 
 def test_imports__tests_shadow_no_package() -> None:
-    found = {path.name for path in Path(__file__).parents[1].iterdir()}
-    assert not found & {*PACKAGES, "__init__.py"}
+    names = {path.name for path in Path(__file__).parents[1].iterdir()}
+    assert not names & {*PACKAGES, "__init__.py"}
 
 
 @pytest.mark.parametrize(

@@ -38,23 +38,23 @@ class Family:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 parents[int(entry.name)] = _stat(int(entry.name))
-        found = {pid for pid, start in self._known.items() if parents.get(pid, ("", 0, ""))[2] == start}
-        found |= {pid for pid in parents if pid not in found and self._marked(pid)}
+        members = {pid for pid, start in self._known.items() if parents.get(pid, ("", 0, ""))[2] == start}
+        members |= {pid for pid in parents if pid not in members and self._marked(pid)}
         more = True
         while more:
-            fresh = {pid for pid, (_, parent, _) in parents.items() if parent in found} - found
-            found |= fresh
+            fresh = {pid for pid, (_, parent, _) in parents.items() if parent in members} - members
+            members |= fresh
             more = bool(fresh)
-        self._known |= {pid: parents[pid][2] for pid in found if parents.get(pid)}
-        return {pid: _command_line(pid) for pid in sorted(found) if parents[pid][0] not in {"Z", "X", ""}}
+        self._known |= {pid: parents[pid][2] for pid in members if parents.get(pid)}
+        return {pid: _command_line(pid) for pid in sorted(members) if parents[pid][0] not in {"Z", "X", ""}}
 
     def end(self, but: Container[int] = ()) -> None:
         """Kill what lives, except ``but`` and this process."""
         for _ in range(20):
-            found = [pid for pid in self.look() if pid not in but and pid != os.getpid()]
-            if not found:
+            living = [pid for pid in self.look() if pid not in but and pid != os.getpid()]
+            if not living:
                 return
-            for pid in found:
+            for pid in living:
                 _kill(pid, signal.SIGKILL)
             time.sleep(0.1)
 
@@ -127,9 +127,9 @@ class Command:
     def left(self, seconds: float = 5.0) -> dict[int, str]:
         """Processes that are still there some seconds after the end."""
         deadline = time.monotonic() + seconds
-        while (found := self.family.look()) and time.monotonic() < deadline:
+        while (living := self.family.look()) and time.monotonic() < deadline:
             time.sleep(0.25)
-        return found
+        return living
 
     def workers(self) -> list[int]:
         """Ray Train's workers."""

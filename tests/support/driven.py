@@ -34,8 +34,8 @@ class Run:
     def reports(self) -> list[dict[str, Any]]:
         """Of epochs, the last time that each was said."""
         lines = (self.storage / "reports.jsonl").read_text().splitlines()
-        found = [json.loads(line) for line in lines]
-        by_epoch = {row["epoch"]: row for row in found if "epoch" in row}
+        rows = [json.loads(line) for line in lines]
+        by_epoch = {row["epoch"]: row for row in rows if "epoch" in row}
         return [{k: v for k, v in by_epoch[epoch].items() if k not in DROPPED} for epoch in sorted(by_epoch)]
 
     @property
@@ -69,12 +69,12 @@ def driver(
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a run; whatever of it is left is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    places = [str(FAULTS), os.environ.get("PYTHONPATH", "")] if fault else [os.environ.get("PYTHONPATH", "")]
+    paths = [str(FAULTS), os.environ.get("PYTHONPATH", "")] if fault else [os.environ.get("PYTHONPATH", "")]
     mark = uuid.uuid4().hex
     environment = {
         **{key: value for key, value in os.environ.items() if key not in ELSEWHERE},
         MARK: mark,
-        "PYTHONPATH": os.pathsep.join(place for place in places if place),
+        "PYTHONPATH": os.pathsep.join(place for place in paths if place),
         "ESPALIER_FAULT": f"{fault}:{rank}:{folder / 'struck'}",
         "OMP_NUM_THREADS": "1",
     }
@@ -100,6 +100,6 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 def same(run: Run, other: Run) -> None:
     assert run.reports == other.reports
-    one, two = run.files(), other.files()
-    assert sorted(one) == sorted(two)
-    assert [name for name in one if one[name] != two[name]] == []
+    files, other_files = run.files(), other.files()
+    assert sorted(files) == sorted(other_files)
+    assert [name for name in files if files[name] != other_files[name]] == []

@@ -125,8 +125,8 @@ def state(model: nn.Module) -> dict[str, tuple[bytes, bool]]:
         f"{name}.grad": b"" if parameter.grad is None else np.asarray(parameter.grad).tobytes()
         for name, parameter in model.named_parameters()
     }
-    found = {name: (value, True) for name, value in {**values, **gradients}.items()}
-    return found | {f"{name}.training": (b"", module.training) for name, module in model.named_modules()}
+    bits = {name: (value, True) for name, value in {**values, **gradients}.items()}
+    return bits | {f"{name}.training": (b"", module.training) for name, module in model.named_modules()}
 
 
 def zeros(model: nn.Module, layers: list[PrunableLayer]) -> dict[str, Tensor]:

@@ -35,6 +35,6 @@ def one_shot_inputs(dense: str, search: AllocationSearch, folder: Path) -> OneSh
 
 def actor(inputs: OneShotInputs) -> OneShotTrial:
     """The actor of the method's own allocation (Tune's part of it starts loggers, and is left out)."""
-    found = OneShotTrial.__new__(OneShotTrial)
-    found.setup(inputs.space.own_values(), inputs)
-    return found
+    trial = OneShotTrial.__new__(OneShotTrial)
+    trial.setup(inputs.space.own_values(), inputs)
+    return trial

@@ -44,18 +44,18 @@ def ordered(method: str) -> Ordered:
     masks = MaskSet.from_zeros(model, layers)
     fisher = pruner.fisher(layers)
     if fisher is not None:
-        for some in gradients(model, layers, masks, batches(), nn.functional.cross_entropy):
-            fisher.add_many(some)
+        for chunk in gradients(model, layers, masks, batches(), nn.functional.cross_entropy):
+            fisher.add_many(chunk)
         fisher.flush()
     return Ordered(
         model, layers, weights, masks, pruner, fisher, pruner.order(weights, layers, masks, fisher)
     )
 
 
-def assert_same(one: EliminationOrder, other: EliminationOrder, *, updates: bool = True) -> None:
+def assert_same(order: EliminationOrder, other: EliminationOrder, *, updates: bool = True) -> None:
     """The same in every bit, in the form in which orders are stored."""
-    assert set(one) == set(other)
-    for name, left in one.items():
+    assert set(order) == set(other)
+    for name, left in order.items():
         right = other[name]
         assert torch.equal(left.indices, right.indices)
         assert torch.equal(left.losses, right.losses)
@@ -70,9 +70,11 @@ def assert_same(one: EliminationOrder, other: EliminationOrder, *, updates: bool
             assert torch.equal(stretch.slots, again.slots)
 
 
-def assert_close_updates(one: dict[str, Tensor], other: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+def assert_close_updates(
+    weights: dict[str, Tensor], other: dict[str, Tensor], before: dict[str, Tensor]
+) -> None:
     """Weights whose updates are the same to a thousandth, taken over each layer."""
-    for name, weight in one.items():
+    for name, weight in weights.items():
         update = torch.linalg.vector_norm((weight - before[name]).double())
         assert torch.linalg.vector_norm((weight - other[name]).double()) <= 1e-3 * update
         assert torch.equal(weight != 0, other[name] != 0)

@@ -47,12 +47,12 @@ def surgeon(
             at = [kept.index(place) for place in group]
             return float(0.5 * w[group] @ torch.linalg.solve(inverse[at][:, at], w[group]))
 
-        for place in min(choices, key=joint):
+        for pivot in min(choices, key=joint):
             inverse = torch.linalg.inv(fisher[kept][:, kept])
-            j = kept.index(place)
-            loss += float(w[place].square() / (2 * inverse[j, j]))
-            w[kept] -= inverse[:, j] * w[place] / inverse[j, j]
-            w[place] = 0.0
+            j = kept.index(pivot)
+            loss += float(w[pivot].square() / (2 * inverse[j, j]))
+            w[kept] -= inverse[:, j] * w[pivot] / inverse[j, j]
+            w[pivot] = 0.0
             done.pivots.append(kept.pop(j))
             done.losses.append(loss)
             done.weights.append(w.clone())
@@ -130,12 +130,12 @@ def weights_after(done: Elimination, weights: Tensor, alive: Tensor, block: int,
     begun = 0
     for columns in done.columns:
         taken = min(max(count - begun, 0), columns.y.shape[1])
-        places = torch.arange(len(result)) if columns.slots is None else columns.slots[block]
+        slots = torch.arange(len(result)) if columns.slots is None else columns.slots[block]
         moved = columns.y[block, :taken].double() @ columns.v[block, :taken].double()
         if columns.ranked:  # what falls later comes first; no more of it is promised than has not fallen
-            stay = len(places) - taken
-            places, moved = places[:stay], moved[:stay]
-        result[places] -= moved
+            stay = len(slots) - taken
+            slots, moved = slots[:stay], moved[:stay]
+        result[slots] -= moved
         begun += columns.y.shape[1]
     result[done.order[block, :count]] = 0.0
     return torch.where(alive[block], result, 0.0)
@@ -151,5 +151,5 @@ def assert_follows(
     assert done.losses[block, :count].tolist() == pytest.approx(expected.losses[:count], rel=1e-9)
     assert (done.losses[block, count:] == torch.inf).all()
     for step in range(count + 1):
-        found = weights_after(done, weights, alive, block, step)
-        torch.testing.assert_close(found, expected.weights[step], rtol=1e-5, atol=1e-5)
+        corrected = weights_after(done, weights, alive, block, step)
+        torch.testing.assert_close(corrected, expected.weights[step], rtol=1e-5, atol=1e-5)

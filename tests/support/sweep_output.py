@@ -20,16 +20,16 @@ MODEL = "espalier-small"
 
 def rows(out: str) -> dict[str, list[str]]:
     """The cells of the table's rows, by method."""
-    found = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in out.splitlines()]
-    return {cells[0]: cells for cells in found if cells[0] in METHODS}
+    table = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in out.splitlines()]
+    return {cells[0]: cells for cells in table if cells[0] in METHODS}
 
 
 def all_runs(client: MlflowClient) -> dict[str, list[Run]]:
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
-    found: dict[str, list[Run]] = {}
+    by_level: dict[str, list[Run]] = {}
     for entry in client.search_runs(ids, "tags.`espalier.sweep` = 'small'", max_results=1000):
-        found.setdefault(entry.data.tags.get("espalier.level", "none"), []).append(entry)
-    return found
+        by_level.setdefault(entry.data.tags.get("espalier.level", "none"), []).append(entry)
+    return by_level
 
 
 def children(client: MlflowClient, parent: str) -> list[Run]:

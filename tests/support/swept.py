@@ -25,8 +25,8 @@ class Swept:
         """The trial log of every phase, by its folder's name without the hash (``schedule-ovit``)."""
         import json
 
-        found = sorted(self.storage.glob("*/**/trials.json"))
+        files = sorted(self.storage.glob("*/**/trials.json"))
         return {
             path.parent.name.rpartition("-")[0] or "dense": json.loads(path.read_text(encoding="utf-8"))
-            for path in found
+            for path in files
         }

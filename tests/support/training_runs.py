@@ -73,15 +73,15 @@ class Log:
         return self.saved[max(self.saved)]
 
 
-def same_files(one: Path, other: Path) -> list[str]:
+def same_files(left: Path, right: Path) -> list[str]:
     """Names of the files that differ between two folders."""
-    names = {path.name for folder in (one, other) for path in folder.iterdir()}
+    names = {path.name for folder in (left, right) for path in folder.iterdir()}
     return sorted(
         name
         for name in names
-        if not (one / name).exists()
-        or not (other / name).exists()
-        or (one / name).read_bytes() != (other / name).read_bytes()
+        if not (left / name).exists()
+        or not (right / name).exists()
+        or (left / name).read_bytes() != (right / name).read_bytes()
     )
 
 

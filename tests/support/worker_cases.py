@@ -69,7 +69,7 @@ class Case:
     reconstruct: bool = False
 
     def source(self, rank: int, world: int) -> Gradients:
-        def mine(every: Sequence[Batch]) -> Callable[[], Iterable[Batch]]:
+        def shard(every: Sequence[Batch]) -> Callable[[], Iterable[Batch]]:
             return lambda: iter(every[rank::world])
 
         if self.per_sample is not None:
@@ -77,8 +77,8 @@ class Case:
             return gradient_source(
                 Images(), settings, self.pruner, tries_damps=False, rank=rank, world=world, seed=3
             )
-        held_out = mine(HELD_OUT) if self.auto else None
-        return Gradients(mine(batches(8)[: self.given]), held_out=held_out, memory=self.memory)
+        held_out = shard(HELD_OUT) if self.auto else None
+        return Gradients(shard(batches(8)[: self.given]), held_out=held_out, memory=self.memory)
 
     def run(self, rank: int, world: int) -> dict[str, Tensor]:
         """Weights (``w:``), masks (``m:``), and the curve (``damp:``) after the last step."""
@@ -157,8 +157,8 @@ def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     try:
-        found = {name: case.run(rank, world) for name, case in CASES.items()}
-        flat = {f"{name}|{key}": tensor for name, named in found.items() for key, tensor in named.items()}
+        results = {name: case.run(rank, world) for name, case in CASES.items()}
+        flat = {f"{name}|{key}": tensor for name, named in results.items() for key, tensor in named.items()}
         save_file(flat, f"{folder}/{world}-{rank}.safetensors")
     finally:
         dist.destroy_process_group()

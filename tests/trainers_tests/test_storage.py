@@ -70,9 +70,9 @@ def test_storage__what_is_written_is_json_for_every_parser(location: tuple[str, 
         raise AssertionError(f"{name} is no JSON")
 
     storage.write_json(f"{uri}/x.json", content)
-    found = json.loads((behind / "x.json").read_text(), parse_constant=refused)
-    assert found == {"b": [1.5, None, {"c": None}], "a": [None, "NaN"], "n": None, "i": 3}
-    assert list(found) == ["a", "b", "i", "n"]
+    stored = json.loads((behind / "x.json").read_text(), parse_constant=refused)
+    assert stored == {"b": [1.5, None, {"c": None}], "a": [None, "NaN"], "n": None, "i": 3}
+    assert list(stored) == ["a", "b", "i", "n"]
 
 
 def test_storage__no_partial_file_stays(location: tuple[str, Path]) -> None:

@@ -133,8 +133,8 @@ def test_data__a_killed_conversion_leaves_no_workers(tmp_path: Path) -> None:
         tar_of(tmp_path / name, number)
     with started(*typed, cwd=tmp_path) as again:
         assert again.wait() == 0, again.err
-    found = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert found == ["conversion.json", "train-0.parquet", "train-1.parquet"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["conversion.json", "train-0.parquet", "train-1.parquet"]
 
 
 @pytest.mark.parametrize(

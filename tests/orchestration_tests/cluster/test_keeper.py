@@ -96,8 +96,8 @@ def test_keeper__what_cannot_be_ended_is_said(tmp_path: Path) -> None:
             check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        said = f"espalier: processes of Ray's could not be ended: {left.pid} (sleep); kill -9 them\n"
-        assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+        message = f"espalier: processes of Ray's could not be ended: {left.pid} (sleep); kill -9 them\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
 def test_keeper__what_it_says_is_seen(

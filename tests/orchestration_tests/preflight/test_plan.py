@@ -90,10 +90,10 @@ def planned(*overrides: str) -> tuple[int, str]:
 def test_plan__what_stays_dense_is_said_by_patterns_that_the_recipe_takes() -> None:
     """Of a family outside the known ones: the share, the largest kinds, and what naming them changes."""
     architecture = "model.architecture=maxvit_rmlp_pico_rw_256", "model.args={}"
-    weights, said = planned(*architecture)
+    weights, summary = planned(*architecture)
     kind = r"stages\.\d+\.blocks\.\d+\.conv\.conv\d+_\d+x\d+"
-    assert said.startswith(rf"26.2 % of the parameters: {kind} (22 layers, 1,355,776 weights), ")
-    assert said.endswith("more kinds (pruning.layers takes others)")
+    assert summary.startswith(rf"26.2 % of the parameters: {kind} (22 layers, 1,355,776 weights), ")
+    assert summary.endswith("more kinds (pruning.layers takes others)")
     usual = r"'attn_(block|grid)\.attn\.(qkv|proj)', 'attn_(block|grid)\.mlp\.fc\d'"
     more, rest = planned(*architecture, f"pruning.layers={{ALL: ['{kind}', {usual}]}}")
     assert more == weights + 1_355_776

@@ -235,11 +235,11 @@ def test_loading__a_value_that_holds_itself_is_refused_where_any_value_may_stand
 
 
 def test_loading__an_anchor_may_stand_in_many_places() -> None:
-    found = load_recipe(
+    loaded = load_recipe(
         "demo", ["recovery.optimizer_args.betas=[&b 0.9, *b]", "model.args.depths=[&a [1], *a]"]
     )
-    assert found.model.args["depths"] == [[1], [1]]
-    assert found.recovery.optimizer_args["betas"] == [0.9, 0.9]
+    assert loaded.model.args["depths"] == [[1], [1]]
+    assert loaded.recovery.optimizer_args["betas"] == [0.9, 0.9]
 
 
 def test_loading__names_that_no_file_can_have() -> None:

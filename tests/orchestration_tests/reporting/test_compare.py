@@ -36,8 +36,8 @@ def trial(number: int, top1: float, **more: Any) -> TrialRecord:
 def row(method: str, **changes: Any) -> dict[str, Any]:
     figures = {"dense": 0.9, "one_shot": 0.7, "recovered": 0.88, "validation": 0.89, "macs_sparse": 3_000_000}
     rest = {"allocation": "searched", "part": "test", "bytes": 5_230_000, "version": "4", "kept": False}
-    places = {"checkpoint": "sweeps/x/recovered", "run": "http://127.0.0.1:5000/#/experiments/1/runs/a"}
-    return {"method": method, **COSTS, **figures, **rest, **places, **changes}
+    locations = {"checkpoint": "sweeps/x/recovered", "run": "http://127.0.0.1:5000/#/experiments/1/runs/a"}
+    return {"method": method, **COSTS, **figures, **rest, **locations, **changes}
 
 
 def sweep(

@@ -67,27 +67,27 @@ def run(folder: Path, first: list[float], trials: int, **limits: float) -> list[
 @pytest.mark.cluster
 def test_limits__a_trial_that_hangs_has_failed_after_its_time(tune_here: None, tmp_path: Path) -> None:
     began = time.monotonic()
-    found = run(tmp_path, [0.5, HANGS, 0.75], trials=4, trial_minutes=0.1)
+    records = run(tmp_path, [0.5, HANGS, 0.75], trials=4, trial_minutes=0.1)
     assert time.monotonic() - began < 100
-    assert [record.state for record in found] == ["finished", "failed", "finished", "finished"]
-    assert found[1].error == "no end after 0.1 minutes (allocation.trial_minutes)"
-    assert 6 <= found[1].seconds < 20
+    assert [record.state for record in records] == ["finished", "failed", "finished", "finished"]
+    assert records[1].error == "no end after 0.1 minutes (allocation.trial_minutes)"
+    assert 6 <= records[1].seconds < 20
 
 
 @pytest.mark.cluster
 def test_limits__a_trial_that_fails_is_marked_and_the_search_goes_on(tune_here: None, tmp_path: Path) -> None:
-    found = run(tmp_path, [0.5, FAILS, 0.75], trials=4, failures=0.25)
-    assert [record.state for record in found] == ["finished", "failed", "finished", "finished"]
-    assert "no such layer" in str(found[1].error)
+    records = run(tmp_path, [0.5, FAILS, 0.75], trials=4, failures=0.25)
+    assert [record.state for record in records] == ["finished", "failed", "finished", "finished"]
+    assert "no such layer" in str(records[1].error)
 
 
 @pytest.mark.cluster
 def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         run(tmp_path, [0.5, FAILS, FAILS, 0.75, 0.875], trials=8, failures=0.2)
-    said = str(raised.value)
-    assert said.startswith("2 of 8 trials failed, more than allocation.failures (0.2) allows; the last: ")
-    assert "no such layer" in said
+    message = str(raised.value)
+    assert message.startswith("2 of 8 trials failed, more than allocation.failures (0.2) allows; the last: ")
+    assert "no such layer" in message
     log = TrialLog(f"{tmp_path}/trials.json", one_shot=True)
     assert [record.state for record in log.trials] == ["finished", "failed", "failed"]
     again = run(tmp_path, [0.5, 0.75], trials=3, failures=0.2)  # what failed may have been mended
@@ -95,7 +95,7 @@ def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("lines", "named"),
     [
         (["Traceback", "  File a", "ValueError: no such layer"], "ValueError: no such layer"),
         (
@@ -112,5 +112,5 @@ def test_limits__too_many_failures_end_the_search(tune_here: None, tmp_path: Pat
         ),
     ],
 )
-def test_limits__the_reason_is_the_line_that_names_an_error(said: list[str], named: str) -> None:
-    assert reason(said) == named
+def test_limits__the_reason_is_the_line_that_names_an_error(lines: list[str], named: str) -> None:
+    assert reason(lines) == named

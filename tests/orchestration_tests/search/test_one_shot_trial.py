@@ -21,16 +21,16 @@ def dense(tmp_path: Path) -> str:
 
 def test_one_shot_trial__top1_decides_and_loss_between_equals(dense: str, tmp_path: Path) -> None:
     search = AllocationSearch(images=8, by=("module",))
-    found = actor(one_shot_inputs(dense, search, tmp_path)).step()
-    assert found["done"]
-    assert 0 < found["val_top1"] - found["score"] < 1 / (2 * 8)
+    result = actor(one_shot_inputs(dense, search, tmp_path)).step()
+    assert result["done"]
+    assert 0 < result["val_top1"] - result["score"] < 1 / (2 * 8)
 
 
 def test_one_shot_trial__cross_entropy_decides_where_a_recipe_says_so(dense: str, tmp_path: Path) -> None:
     search = AllocationSearch(images=8, by=("module",), objective="cross_entropy")
     inputs = one_shot_inputs(dense, search, tmp_path)
-    found = actor(inputs).step()
-    assert found["score"] == -found["val_loss"] < 0
+    result = actor(inputs).step()
+    assert result["score"] == -result["val_loss"] < 0
 
 
 def test_one_shot_trial__images_are_added_end_by_end(dense: str, tmp_path: Path) -> None:
@@ -44,8 +44,8 @@ def test_one_shot_trial__images_are_added_end_by_end(dense: str, tmp_path: Path)
 
 
 def test_one_shot_trial__a_study_of_losses_is_not_one_of_top1() -> None:
-    one, other = AllocationSearch(), AllocationSearch(objective="cross_entropy")
-    assert other.decides() == one.decides() | {"objective": "cross_entropy"}
+    by_top1, by_loss = AllocationSearch(), AllocationSearch(objective="cross_entropy")
+    assert by_loss.decides() == by_top1.decides() | {"objective": "cross_entropy"}
 
 
 def test_one_shot_trial__the_zeros_of_a_sparse_model_stay_zero_in_every_trial(tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_one_shot_trial__the_zeros_of_a_sparse_model_stay_zero_in_every_trial(tm
     for parity in (0, 1):
         values = {f"layer.{layer.name}": float(n % 2 == parity) for n, layer in enumerate(layers)}
         trial.reset_config(values)
-        found = trial.step()
-        assert found["sparsity"] == pytest.approx(SPARSITY, abs=1e-3)
-        shares = [found["allocation"][layer.name] / layer.numel for layer in layers]
+        result = trial.step()
+        assert result["sparsity"] == pytest.approx(SPARSITY, abs=1e-3)
+        shares = [result["allocation"][layer.name] / layer.numel for layer in layers]
         assert max(shares) - min(shares) > 0.2
         for name, before in zeros.items():
-            assert found["allocation"][name] >= int(before.sum())
+            assert result["allocation"][name] >= int(before.sum())
             assert not trial._parameters[name][before].any()

@@ -70,13 +70,13 @@ def test_pareto__nothing_so_cheap() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, DENSE)), min_size=1, max_size=30))
 def test_pareto__every_trial_is_on_the_front_or_beaten(points: list[tuple[float, int]]) -> None:
-    found = {
+    on_front = {
         (one.score, one.metrics["macs_sparse"])
         for one in front([trial(number, *point) for number, point in enumerate(points)], "macs_sparse")
     }
     for score, cost in points:
         beaten = any(other != (score, cost) and other[0] >= score and other[1] <= cost for other in points)
-        assert beaten != ((score, cost) in found)
+        assert beaten != ((score, cost) in on_front)
 
 
 def test_pareto__the_figure_shows_all_the_front_and_the_chosen_one() -> None:

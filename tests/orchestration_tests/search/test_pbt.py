@@ -41,20 +41,20 @@ def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None
     while len(list(begun_by.iterdir())) < slots:
         time.sleep(0.1)
     given = tune.get_checkpoint()
-    told = None if given is None else read_member_checkpoint(given)
-    member = Member.at_start(tune.get_context().get_trial_id(), config, runs, told, known)
-    place = Path(runs) / member.run
-    begun = Path(member.origin) if member.origin and not place.exists() else newest(place)
+    saved = None if given is None else read_member_checkpoint(given)
+    member = Member.at_start(tune.get_context().get_trial_id(), config, runs, saved, known)
+    run_folder = Path(runs) / member.run
+    begun = Path(member.origin) if member.origin and not run_folder.exists() else newest(run_folder)
     done = json.loads((begun / "state").read_text()) if begun.exists() else {"epoch": 0, "sum": 0.0}
     for epoch in range(done["epoch"] + 1, EPOCHS + 1):
         time.sleep(0.3)
         done = {"epoch": epoch, "sum": done["sum"] + config["x"]}
-        checkpoint = place / f"checkpoint_{epoch}"  # one each: what another goes on from must not change
+        checkpoint = run_folder / f"checkpoint_{epoch}"  # one each: what another goes on from must not change
         checkpoint.mkdir(parents=True)
         (checkpoint / "state").write_text(json.dumps(done))
         at_end = epoch > 1
         figures = {"score": done["sum"] if at_end else -1.0, "recovery_epochs": epoch - 1, "epoch": epoch}
-        kept = {"kept": {"0.5": {"score": done["sum"]}}, "kept_at": f"{place}/kept", "step": epoch}
+        kept = {"kept": {"0.5": {"score": done["sum"]}}, "kept_at": f"{run_folder}/kept", "step": epoch}
         content = {"checkpoint": str(checkpoint), "epoch": epoch, "member": member.as_dict()}
         report = {**figures, **kept, MEMBER: member.as_dict()}
         with TemporaryDirectory() as folder:
@@ -64,7 +64,11 @@ def stub(config: dict[str, float], *, runs: str, known: Any, slots: int) -> None
 
 def newest(run: Path) -> Path:
     """The newest checkpoint of a stub's run."""
-    return max(run.glob("checkpoint_*"), key=lambda one: int(one.name.split("_")[1]), default=run / "none")
+    return max(
+        run.glob("checkpoint_*"),
+        key=lambda checkpoint: int(checkpoint.name.split("_")[1]),
+        default=run / "none",
+    )
 
 
 def searched(folder: Path, *, trials: int, slots: int, **changes: Any) -> tuple[TrialLog, Search]:
@@ -151,8 +155,8 @@ def test_pbt__values_stay_in_the_space() -> None:
     assert within(SPACE, {"x": 0.5}) == {"x": 0.5}
 
 
-def given(found: Any) -> list[dict[str, Any]]:
-    return list(found._points_to_evaluate)
+def given(generator: Any) -> list[dict[str, Any]]:
+    return list(generator._points_to_evaluate)
 
 
 def test_pbt__what_is_drawn_first(tmp_path: Path) -> None:
@@ -194,11 +198,11 @@ def test_pbt__what_a_trial_is_that_starts() -> None:
     new = Member.at_start("a_1", values, "s3://b/train", None, {})
     assert (new.values, new.origin, new.taken) == (values, None, [])
     assert new.run != Member.at_start("a_1", values, "s3://b/train", None, {}).run
-    told = {"checkpoint": "s3://b/train/r/checkpoint_1", "epoch": 3, "member": new.as_dict()}
-    paused = Member.at_start("a_1", values, "s3://b/train", told, {})
+    saved = {"checkpoint": "s3://b/train/r/checkpoint_1", "epoch": 3, "member": new.as_dict()}
+    paused = Member.at_start("a_1", values, "s3://b/train", saved, {})
     assert paused == new
     # another trial, even with the same values
-    taker = Member.at_start("a_2", values, "s3://b/train", told, {})
+    taker = Member.at_start("a_2", values, "s3://b/train", saved, {})
     assert taker.run != new.run
     assert taker.origin == origin_of("s3://b/train", "a_2")
     assert taker.taken == [{"trial": "a_1", "epoch": 3, "values": values}]
@@ -230,13 +234,13 @@ def test_pbt__what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch
     runs = f"{tmp_path}/train"
     member = Member("a", {"x": 0.5}, runs, "r", origin_of(runs, "a"), [])
     storage.write_json(f"{member.origin}/state", {})
-    said: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
+    reports: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
 
     def report(metrics: dict[str, Any], checkpoint: tune.Checkpoint | None = None) -> None:
         if metrics.get("epoch") == 3:
             raise OSError("no space left")
-        assert said or storage.exists(str(member.origin))
-        said.append((metrics, None if checkpoint is None else read_member_checkpoint(checkpoint)))
+        assert reports or storage.exists(str(member.origin))
+        reports.append((metrics, None if checkpoint is None else read_member_checkpoint(checkpoint)))
 
     monkeypatch.setattr(tune, "report", report)
     waiting: Queue[Any] = Queue()
@@ -246,9 +250,9 @@ def test_pbt__what_a_run_reports_is_reported_to_tune(tmp_path: Path, monkeypatch
         waiting.put(item)
     relay.start()
     relay.join(10)
-    assert [metrics for metrics, _ in said] == [{**one, MEMBER: member.as_dict()} for one, _ in items[:3]]
-    told = {"checkpoint": f"{runs}/r/c1", "epoch": 1, "member": member.as_dict()}
-    assert [checkpoint for _, checkpoint in said] == [told, {**told, "checkpoint": f"{runs}/r/c2"}, None]
+    assert [metrics for metrics, _ in reports] == [{**one, MEMBER: member.as_dict()} for one, _ in items[:3]]
+    saved = {"checkpoint": f"{runs}/r/c1", "epoch": 1, "member": member.as_dict()}
+    assert [checkpoint for _, checkpoint in reports] == [saved, {**saved, "checkpoint": f"{runs}/r/c2"}, None]
     assert not storage.exists(str(member.origin))
     assert str(relay.error) == "no space left"
     assert waiting.empty()
@@ -258,8 +262,8 @@ def test_pbt__a_checkpoint_to_go_on_from_is_copied(tmp_path: Path, monkeypatch: 
     """What goes on from it finds it, whatever its own run deletes; a copy that failed is not half there."""
     runs = f"{tmp_path}/train"
     scheduler = Population(SPACE, runs, every=1, share=0.5, epochs=4, slots=2, seed=0)
-    told = {"checkpoint": f"{runs}/r/c1"}
-    monkeypatch.setattr(population, "read_member_checkpoint", lambda checkpoint: told)
+    saved = {"checkpoint": f"{runs}/r/c1"}
+    monkeypatch.setattr(population, "read_member_checkpoint", lambda checkpoint: saved)
     trial: Any = SimpleNamespace(trial_id="a", checkpoint=None)
     storage.write_json(f"{runs}/r/c1/state", {"epoch": 1})
     scheduler._hold(trial)
@@ -282,15 +286,13 @@ def test_pbt__what_is_noted_of_a_trial(tmp_path: Path) -> None:
     assert storage.exists(f"{runs}/one/state")
     taken = [{"trial": "t_2", "epoch": 3, "values": {"x": 0.7}}]
     later = Member("t_4", {"x": 0.8}, runs, "two", f"{runs}/origins/t_4", taken)
-    found = take_note(log, 4, {MEMBER: later.as_dict()}, {"t_2": 2, "t_4": 4})
-    assert history(found) == {"pbt.exploits": 1, "pbt.taken": [{**taken[0], "trial": 2}]}
+    note = take_note(log, 4, {MEMBER: later.as_dict()}, {"t_2": 2, "t_4": 4})
+    assert history(note) == {"pbt.exploits": 1, "pbt.taken": [{**taken[0], "trial": 2}]}
     assert not storage.exists(f"{runs}/one")
     again = TrialLog(f"{tmp_path}/trials.json")
     assert again.pending == [{"x": 0.8}]
-    assert again.members == [found]
+    assert again.members == [note]
     assert again.broken_off({"x": 0.8}) == "run-4"
     again.begin(0, {"x": 0.8}, "run-4")
-    assert TrialLog(f"{tmp_path}/trials.json").members == [
-        found
-    ]  # broken off once more before it said a word
+    assert TrialLog(f"{tmp_path}/trials.json").members == [note]  # broken off once more before it said a word
     assert history({}) == {}

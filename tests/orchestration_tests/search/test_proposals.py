@@ -41,12 +41,12 @@ def test_proposals__of_few_trials_all_are_told() -> None:
 
 def test_proposals__of_many_trials_the_best_and_the_newest_are_told() -> None:
     known = trials(5000)
-    told = best_and_newest(known)
-    assert len(told) == 1000
-    assert [one.number for one in told] == sorted({one.number for one in told})
+    selected = best_and_newest(known)
+    assert len(selected) == 1000
+    assert [one.number for one in selected] == sorted({one.number for one in selected})
     scores = sorted((one.score for one in known if one.score is not None), reverse=True)
-    assert {one.score for one in told} >= set(scores[:100])
-    assert {one.number for one in told} >= set(range(4150, 5000))
+    assert {one.score for one in selected} >= set(scores[:100])
+    assert {one.number for one in selected} >= set(range(4150, 5000))
 
 
 def search(folder: Path, **options: Any) -> Search:
@@ -54,9 +54,9 @@ def search(folder: Path, **options: Any) -> Search:
 
 
 def suggested(limiter: ConcurrencyLimiter, name: str) -> float:
-    found = limiter.suggest(name)
-    assert found is not None
-    return float(found["x"])
+    values = limiter.suggest(name)
+    assert values is not None
+    return float(values["x"])
 
 
 def test_proposals__what_is_given_comes_first_and_what_was_broken_off_before_it(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_proposals__two_objectives_reach_the_study(tmp_path: Path) -> None:
     suggested(limited(made, 3), "a")
     study = made.study
     assert study.directions == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
-    told = [one.values for one in study.trials if one.state.is_finished()]
-    assert told == [[number / 20, 100 * (number / 20)] for number in range(20)]
+    objectives = [one.values for one in study.trials if one.state.is_finished()]
+    assert objectives == [[number / 20, 100 * (number / 20)] for number in range(20)]
 
 
 def test_proposals__the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,10 +87,10 @@ def test_proposals__the_limit_follows_the_cluster(tmp_path: Path, monkeypatch: p
     fits = iter([5, 1, InputError("nodes", 0, "none"), 2])
 
     def fit() -> int:
-        found = next(fits)
-        if isinstance(found, InputError):
-            raise found
-        return found
+        answer = next(fits)
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
 
     follow = FollowCluster(made, fit)
     follow.on_step_end(0, [])
@@ -135,7 +135,7 @@ def played(
         while len(at_work) < at_once and len(log.ended) + len(at_work) < trials:
             values = made.ask(f"t{made._log.proposed}-{len(at_work)}-{ended}")
             at_work.append({"number": list(made.numbers.values())[-1], "values": values})
-        now = min(at_work, key=lambda one: (one["number"] * 7) % 5)
+        now = min(at_work, key=lambda begun: (begun["number"] * 7) % 5)
         at_work.remove(now)
         values = now["values"]
         score = -((values["x"] - 0.3) ** 2) - abs(math.log(values["y"] / 0.1)) / 9 - abs(values["n"] - 5) / 9
@@ -217,10 +217,10 @@ def test_proposals__nsga2_keeps_its_generations_when_the_search_goes_on_with_mor
 ) -> None:
     uri = f"{tmp_path}/trials.json"
     played(TrialLog(uri), "nsga2", 12, cost="macs_sparse")
-    said: list[str] = []
-    made = played(TrialLog(uri), "nsga2", 30, cost="macs_sparse", say=said.append)
+    lines: list[str] = []
+    made = played(TrialLog(uri), "nsga2", 30, cost="macs_sparse", say=lines.append)
     assert generations(made) == [number // 6 for number in range(30)]
-    assert said == []
+    assert lines == []
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "nsga2"])
@@ -231,10 +231,10 @@ def test_proposals__a_log_whose_order_is_not_known_is_told_and_that_is_said(
     for number in range(20):  # as an earlier version wrote it
         values = {"x": number / 20, "y": 0.1, "n": 3, "c": "a", "m": {"kind": "hard"}}
         log.add(TrialRecord(number, values, "finished", number / 20))
-    said: list[str] = []
-    made = Proposals(Search("t", None, WIDE, 30, 1, "", 5, sampler, say=said.append), log)
-    assert len(said) == 1
-    assert f"{sampler} begins with new generations" in said[0]
+    lines: list[str] = []
+    made = Proposals(Search("t", None, WIDE, 30, 1, "", 5, sampler, say=lines.append), log)
+    assert len(lines) == 1
+    assert f"{sampler} begins with new generations" in lines[0]
     made.ask("a")
     assert [one.value for one in made.study.trials][:20] == [number / 20 for number in range(20)]
 
@@ -243,24 +243,24 @@ def test_proposals__a_log_whose_order_is_not_known_is_told_and_that_is_said(
 def test_proposals__nothing_is_tried_twice_as_long_as_there_is_more(sampler: str, tmp_path: Path) -> None:
     space = {"n": optuna.distributions.IntDistribution(1, 4), "c": MIXED["c"]}
     log = TrialLog(f"{tmp_path}/trials.json", one_shot=True)
-    found = []
+    proposed = []
     for number in range(14):  # of twelve points
         made = Proposals(Search("t", None, space, 14, 1, "", 5, sampler), log)
         values = made.ask("a")
         made.tell(log.add(TrialRecord(number, values, "finished", values["n"])))
-        found.append(json.dumps(values))
-    assert len(set(found[:8])) == 8
-    assert len(set(found)) >= 10
+        proposed.append(json.dumps(values))
+    assert len(set(proposed[:8])) == 8
+    assert len(set(proposed)) >= 10
 
 
 def test_proposals__what_is_given_lies_in_the_space(tmp_path: Path) -> None:
     """The recipe's own values, as far as they do: the rest is left to the sampler."""
     log = TrialLog(f"{tmp_path}/trials.json")
     first = [{"x": 0.25, "y": 5.0, "n": None, "c": None, "m": {"weight": 0.5, "kind": "soft"}}]
-    found = Proposals(Search("t", None, MIXED, 9, 1, "", 5, first=first), log).ask("a")
-    assert (found["x"], found["c"], found["m"]) == (0.25, None, {"kind": "soft", "weight": 0.5})
-    assert 1e-3 <= found["y"] <= 1
-    assert found["n"] in range(1, 9)
+    proposal = Proposals(Search("t", None, MIXED, 9, 1, "", 5, first=first), log).ask("a")
+    assert (proposal["x"], proposal["c"], proposal["m"]) == (0.25, None, {"kind": "soft", "weight": 0.5})
+    assert 1e-3 <= proposal["y"] <= 1
+    assert proposal["n"] in range(1, 9)
     assert [event.given for event in log.history] == [True]
 
 
@@ -272,8 +272,8 @@ def test_proposals__a_failed_trial_is_no_result_before_a_kill_and_after(tmp_path
         values = made.ask(str(number))
         made.tell(log.add(TrialRecord(number, values, state, 0.5)))  # type: ignore[arg-type]
     again = Proposals(search(tmp_path), TrialLog(uri))
-    for one in (made, again):
-        assert [trial.value for trial in one.study.trials if trial.state.name == "COMPLETE"] == [0.5]
+    for proposals in (made, again):
+        assert [trial.value for trial in proposals.study.trials if trial.state.name == "COMPLETE"] == [0.5]
 
 
 def test_proposals__a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path: Path) -> None:
@@ -285,10 +285,10 @@ def test_proposals__a_search_of_thousands_goes_on_at_once_and_as_it_was(tmp_path
     began = time.monotonic()
     made = Proposals(search(tmp_path), TrialLog(uri))
     assert time.monotonic() - began < 5
-    told = [one.params["x"] for one in made.study.trials]
+    in_study = [one.params["x"] for one in made.study.trials]
     known = [record for record in trials(2300) if record.score is not None]
-    assert told[-250:] == [record.values["x"] for record in known][-250:]
-    assert len(told) < 1000 + 300
+    assert in_study[-250:] == [record.values["x"] for record in known][-250:]
+    assert len(in_study) < 1000 + 300
     undisturbed = Proposals(search(tmp_path), TrialLog(f"{tmp_path}/empty.json"))
     undisturbed._log.trials = list(trials(2000))
     undisturbed.begin_round()

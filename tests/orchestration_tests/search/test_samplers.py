@@ -74,12 +74,12 @@ def searched(folder: Path, *, trials: int = TRIALS, **changes: Any) -> list[Tria
 def test_samplers__a_sampler_proposes_the_same_for_a_seed_and_begins_with_what_is_given(
     sampler: str, tune_here: None, tmp_path: Path
 ) -> None:
-    one, two = (searched(tmp_path / name, sampler=sampler) for name in ("one", "two"))
-    assert [record.values for record in one] == [record.values for record in two]
-    assert one[0].values == {"x": 0.5, "y": 0.5}
-    assert one[0].given
-    assert len({tuple(record.values.items()) for record in one}) == TRIALS
-    assert all(0 <= value <= 1 for record in one for value in record.values.values())
+    first, second = (searched(tmp_path / name, sampler=sampler) for name in ("one", "two"))
+    assert [record.values for record in first] == [record.values for record in second]
+    assert first[0].values == {"x": 0.5, "y": 0.5}
+    assert first[0].given
+    assert len({tuple(record.values.items()) for record in first}) == TRIALS
+    assert all(0 <= value <= 1 for record in first for value in record.values.values())
 
 
 @pytest.mark.cluster
@@ -89,11 +89,11 @@ def test_samplers__two_objectives_are_both_told_to_the_sampler(
 ) -> None:
     options: dict[str, Any] = {"sampler": sampler, "trainable": TwoGoals, "cost": "cost"}
     before = searched(tmp_path, trials=6, **options)
-    found = searched(tmp_path, trials=TRIALS, **options)  # goes on with what is known of both
-    assert found[:6] == before
-    assert len(found) == TRIALS
-    assert {record.state for record in found} == {"finished"}
-    assert all(record.metrics["cost"] == 100 * record.values["x"] for record in found)
+    records = searched(tmp_path, trials=TRIALS, **options)  # goes on with what is known of both
+    assert records[:6] == before
+    assert len(records) == TRIALS
+    assert {record.state for record in records} == {"finished"}
+    assert all(record.metrics["cost"] == 100 * record.values["x"] for record in records)
 
 
 @pytest.mark.cluster
@@ -108,16 +108,18 @@ def test_samplers__a_search_goes_on_where_it_was(tune_here: None, tmp_path: Path
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["asha", "hyperband", "median"])
 def test_samplers__the_worse_are_stopped_early(kind: str, tune_here: None, tmp_path: Path) -> None:
-    found = searched(tmp_path, scheduler=lambda: stopping(kind, "images", 1, 2, 3), sampler="random")
-    states = {record.state for record in found}
-    assert len(found) == TRIALS
+    records = searched(tmp_path, scheduler=lambda: stopping(kind, "images", 1, 2, 3), sampler="random")
+    states = {record.state for record in records}
+    assert len(records) == TRIALS
     assert states <= {"finished", "stopped"}
     assert "finished" in states
     if kind != "hyperband":  # it may put all of so few into brackets that begin late
         assert "stopped" in states
-        score = {record.number: 1 - sum((record.values[k] - BEST[k]) ** 2 for k in BEST) for record in found}
-        stopped = [score[record.number] for record in found if record.state == "stopped"]
-        finished = [score[record.number] for record in found if record.state == "finished"]
+        score = {
+            record.number: 1 - sum((record.values[k] - BEST[k]) ** 2 for k in BEST) for record in records
+        }
+        stopped = [score[record.number] for record in records if record.state == "stopped"]
+        finished = [score[record.number] for record in records if record.state == "finished"]
         assert sum(finished) / len(finished) > sum(stopped) / len(stopped)
 
 

@@ -55,7 +55,7 @@ class Life:
             while waiting and len(at_work) < self.at_once:
                 number = waiting.pop(0)
                 at_work[number] = (self.start(number), self.begun_at(number))
-            number = min(at_work, key=lambda one: (at_work[one][1], one))
+            number = min(at_work, key=lambda candidate: (at_work[candidate][1], candidate))
             trial, epoch = at_work[number]
             epoch += 1
             result = {"epochs": epoch, "score": score(number, epoch)}
@@ -77,8 +77,8 @@ class Life:
 
     def begun_at(self, number: int) -> int:
         """The epoch of the last checkpoint: an epoch before the last that was said."""
-        said = [rung[1] for rung in self.log._running.get(str(number), {}).get("rungs", [])]
-        return max(0, int(max(said, default=0)) - 1)
+        epochs = [rung[1] for rung in self.log._running.get(str(number), {}).get("rungs", [])]
+        return max(0, int(max(epochs, default=0)) - 1)
 
 
 def outcome(log: TrialLog) -> dict[int, tuple[str, int]]:
@@ -139,7 +139,7 @@ def test_schedulers__halving_is_rays_own(tmp_path: Path) -> None:
 
 def test_schedulers__hyperbands_brackets_are_the_seeds(tmp_path: Path) -> None:
     """Ray draws them by NumPy's own generator, which nobody else should feel."""
-    found = []
+    brackets = []
     for name in ("one", "two"):
         np.random.seed(len(name + name if name == "two" else name))
         before = np.random.get_state()[1][:5].tolist()
@@ -147,7 +147,7 @@ def test_schedulers__hyperbands_brackets_are_the_seeds(tmp_path: Path) -> None:
         for number in range(12):
             life.start(number)
         rule: Any = life.rule
-        found.append([rule._brackets.index(rule._trial_info[str(number)]) for number in range(12)])
+        brackets.append([rule._brackets.index(rule._trial_info[str(number)]) for number in range(12)])
         assert np.random.get_state()[1][:5].tolist() == before
-    assert found[0] == found[1]
-    assert len(set(found[0])) > 1
+    assert brackets[0] == brackets[1]
+    assert len(set(brackets[0])) > 1

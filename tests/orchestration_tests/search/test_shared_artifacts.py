@@ -44,8 +44,8 @@ with artifact_lock(sys.argv[1], "dense/a", print, by_cluster=False):
 """
 
 
-def holder(place: Path, code: str = HOLD, **more: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, str(place)]
+def holder(target: Path, code: str = HOLD, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, str(target)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
@@ -53,15 +53,15 @@ def test_shared_artifacts__the_second_waits_and_takes_over_when_the_first_is_kil
     first = holder(tmp_path)
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
-    told: list[str] = []
+    lines: list[str] = []
     killer = threading.Timer(2.0, first.kill)
     killer.start()
     began = time.monotonic()
-    with artifact_lock(str(tmp_path), "dense/b", told.append, by_cluster=False):
+    with artifact_lock(str(tmp_path), "dense/b", lines.append, by_cluster=False):
         assert time.monotonic() - began < 1  # something else is nobody's
-    with artifact_lock(str(tmp_path), "dense/a", told.append, by_cluster=False):
+    with artifact_lock(str(tmp_path), "dense/a", lines.append, by_cluster=False):
         assert 1.5 < time.monotonic() - began < 10
-    assert told == [f" (process {first.pid} on {os.uname().nodename})"]
+    assert lines == [f" (process {first.pid} on {os.uname().nodename})"]
     first.wait(10)
 
 
@@ -113,7 +113,7 @@ def test_shared_artifacts__on_a_cluster_too_a_lock_dies_with_its_driver(tune_her
 # the phases
 
 
-def sweep(folder: Path, name: str, said: list[str], **recipe: Any) -> Any:
+def sweep(folder: Path, name: str, lines: list[str], **recipe: Any) -> Any:
     """A sweep as far as making something goes, in a storage that others share."""
     content = {
         "name": name,
@@ -130,7 +130,7 @@ def sweep(folder: Path, name: str, said: list[str], **recipe: Any) -> Any:
         data_hash="d",
         size=SimpleNamespace(nodes=((2.0, 0.0),)),  # type: ignore[arg-type]
         tracker=None,  # type: ignore[arg-type]
-        display=SimpleNamespace(say=said.append, finished=said.append, phase=lambda *a, **b: None),  # type: ignore[arg-type]
+        display=SimpleNamespace(say=lines.append, finished=lines.append, phase=lambda *a, **b: None),  # type: ignore[arg-type]
         run="",
     )
     return made
@@ -138,10 +138,10 @@ def sweep(folder: Path, name: str, said: list[str], **recipe: Any) -> Any:
 
 def together(work: Callable[[str, list[str]], Any]) -> tuple[list[str], list[str]]:
     """Two sweeps do the same at once; what each of them said, the slower one last."""
-    said: dict[str, list[str]] = {"one": [], "two": []}
+    lines_of: dict[str, list[str]] = {"one": [], "two": []}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: work(name, said[name]), said))
-    first, second = sorted(said.values(), key=lambda lines: any("another" in line for line in lines))
+        list(pool.map(lambda name: work(name, lines_of[name]), lines_of))
+    first, second = sorted(lines_of.values(), key=lambda lines: any("another" in line for line in lines))
     return first, second
 
 
@@ -158,20 +158,20 @@ def test_shared_artifacts__a_dense_model_is_trained_once(
 ) -> None:
     trained = []
 
-    def train(one: Sweep, key: str, folder: str) -> float:
-        trained.append(one.recipe.name)
+    def train(context: Sweep, key: str, folder: str) -> float:
+        trained.append(context.recipe.name)
         time.sleep(1.5)
         storage.write_json(f"{folder}/model/{PRUNING_RECORD}", {"figures": {"val_top1": 0.5}, "data": "d"})
         return 1.5
 
     monkeypatch.setattr(dense_phase, "_train", train)
     monkeypatch.setattr(dense_phase, "content_hash", lambda checkpoint: "w")
-    found = []
+    models = []
     first, second = together(
-        lambda name, said: found.append(dense_phase.dense_phase(sweep(tmp_path, name, said)))
+        lambda name, lines: models.append(dense_phase.dense_phase(sweep(tmp_path, name, lines)))
     )
     assert len(trained) == 1
-    assert found[0] == found[1]
+    assert models[0] == models[1]
     assert first == ["trained in 2 s, 50.0 % on validation"]
     assert second[0].startswith("      dense model: another sweep is making it (process ")
     assert second[1:] == ["made by another sweep, 50.0 % on validation"]
@@ -195,12 +195,14 @@ def test_shared_artifacts__a_model_is_cut_once(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(structured_phase, "_Step", Step)
     dense = Dense("/none", 0.5, "w")
-    found = []
+    models = []
     _, second = together(
-        lambda name, said: found.append(structured_phase.structured_phase(sweep(tmp_path, name, said), dense))
+        lambda name, lines: models.append(
+            structured_phase.structured_phase(sweep(tmp_path, name, lines), dense)
+        )
     )
     assert len(made) == 1
-    assert found[0] == found[1]
+    assert models[0] == models[1]
     assert "structured pruning: another sweep is making it" in second[0]
 
 
@@ -215,20 +217,20 @@ def test_shared_artifacts__an_elimination_is_done_once(
         storage.write_json(f"{order.folder}/facts.json", {"parts": 1})
 
     monkeypatch.setattr(rounds_module.Rounds, "_make", make)
-    monkeypatch.setattr(rounds_module.ray, "get", lambda found: found)
+    monkeypatch.setattr(rounds_module.ray, "get", lambda result: result)
     task = SimpleNamespace(remote=lambda *given: given[3])
     monkeypatch.setattr(Sweep, "task", lambda self, function: (task, "cpu"))
-    found = []
+    rounds = []
     _, second = together(
-        lambda name, said: found.append(
+        lambda name, lines: rounds.append(
             rounds_module.Rounds(
-                sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w"), [0.5]
+                sweep(tmp_path, name, lines), "magnitude", Dense("/none", 0.5, "w"), [0.5]
             ).leading_to(0.5)
         )
     )
     assert len(made) == 1
-    assert found[0][0].order == found[1][0].order
-    assert found[0][0].order.facts == {"parts": 1}
+    assert rounds[0][0].order == rounds[1][0].order
+    assert rounds[0][0].order.facts == {"parts": 1}
     assert "magnitude: elimination: another sweep is making it" in second[0]
 
 
@@ -242,24 +244,24 @@ def test_shared_artifacts__the_model_after_a_round_is_made_once(
         work_until(lists, made)
         storage.write_json(f"{job.target}/{PRUNING_RECORD}", {})
 
-    monkeypatch.setattr(rounds_module.ray, "get", lambda found: found)
+    monkeypatch.setattr(rounds_module.ray, "get", lambda result: result)
     monkeypatch.setattr(Sweep, "task", lambda self, function: (SimpleNamespace(remote=save), "cpu"))
 
-    def after_the_first(name: str, said: list[str]) -> None:
-        lists.append(said)
+    def after_the_first(name: str, lines: list[str]) -> None:
+        lists.append(lines)
         rounds = rounds_module.Rounds(
-            sweep(tmp_path, name, said), "magnitude", Dense("/none", 0.5, "w"), [0.75]
+            sweep(tmp_path, name, lines), "magnitude", Dense("/none", 0.5, "w"), [0.75]
         )
         rounds.__dict__["_levels"] = [0.5, 0.75]
         order: Any = SimpleNamespace(fingerprint="f")
         rounds._done.append(rounds_module.Round("/none", order))
-        found.append(rounds._model_after(0))
+        models.append(rounds._model_after(0))
 
-    found: list[str] = []
+    models: list[str] = []
     lists: list[list[str]] = []
     _, second = together(after_the_first)
     assert len(made) == 1
-    assert found == [made[0]] * 2
+    assert models == [made[0]] * 2
     assert "magnitude: the model after round 1: another sweep is making it" in second[0]
 
 
@@ -280,27 +282,27 @@ def test_shared_artifacts__a_latency_table_is_measured_once(
     dense = Dense(str(dense_folder(tmp_path / "model")), 0.5, "w")
     fast = {"objective": "latency", "between": [0.5, 0.95], "loss": 0.01}
 
-    def table(name: str, said: list[str]) -> None:
-        lists.append(said)
-        searches = search_module._Searches(sweep(tmp_path, name, said, allocation=fast), "magnitude", dense)
-        found.append(search_module._Searches._table.func(searches))  # Python 3.11 has one lock for both
+    def table(name: str, lines: list[str]) -> None:
+        lists.append(lines)
+        searches = search_module._Searches(sweep(tmp_path, name, lines, allocation=fast), "magnitude", dense)
+        tables.append(search_module._Searches._table.func(searches))  # Python 3.11 has one lock for both
 
-    found: list[Any] = []
+    tables: list[Any] = []
     lists: list[list[str]] = []
     first, second = together(table)
     assert len(measured) == 1
-    assert found[0] is not None
-    assert found[0] == found[1]
+    assert tables[0] is not None
+    assert tables[0] == tables[1]
     assert first[0].startswith("      measured: csr:float32")
     assert "      times of csr:float32 (batch 1, threads 1): another sweep is making it" in second[0]
     assert second[1].startswith("      known: csr:float32")
 
 
 def test_shared_artifacts__scratch_folders_are_each_sweeps_own(tmp_path: Path) -> None:
-    one, two = (sweep(tmp_path, name, []) for name in ("one", "two"))
-    with one.scratch("allocation-ovit-k") as first:
+    sweep_one, sweep_two = (sweep(tmp_path, name, []) for name in ("one", "two"))
+    with sweep_one.scratch("allocation-ovit-k") as first:
         storage.write_json(f"{first}/state.json", {})
-        with two.scratch("allocation-ovit-k") as second:
+        with sweep_two.scratch("allocation-ovit-k") as second:
             assert second != first
         assert storage.exists(f"{first}/state.json")
     assert not storage.exists(first)
@@ -375,7 +377,7 @@ def test_shared_artifacts__trials_know_the_names_of_their_runs(tune_here: None, 
         names=RunNames(lambda metrics: bool(metrics.get("epoch", 0) >= 1)),
     )
     run_search(search, log, Quiet())
-    found = sorted(record.metrics["lr"] for record in log.trials)
-    assert len(found) == 3
-    assert len(set(found)) >= 2  # two ran at once
-    assert set(found) <= {found[0], f"{found[0]}-2", f"{found[0]}-3"}
+    names = sorted(record.metrics["lr"] for record in log.trials)
+    assert len(names) == 3
+    assert len(set(names)) >= 2  # two ran at once
+    assert set(names) <= {names[0], f"{names[0]}-2", f"{names[0]}-3"}

@@ -67,10 +67,10 @@ def test_space__own_values_give_the_own_allocation(
     losses = losses_of(layers)
     own = allocate(losses, layers, budget(layers, 0.6), scope, **limits)
     chosen = space(layers, own, by=by, **limits)
-    found = chosen.allocation(chosen.own_values(), losses)
-    assert sum(found.values()) == sum(own.values())
+    allocation = chosen.allocation(chosen.own_values(), losses)
+    assert sum(allocation.values()) == sum(own.values())
     if scope in {"global", "module", "stage"}:  # one threshold in each group, as the space has
-        assert found == own
+        assert allocation == own
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_space__every_proposal_meets_the_budget_and_the_bounds(data: st.DataObje
         assert isinstance(distribution, optuna.distributions.FloatDistribution)
         assert floor <= distribution.low <= chosen.own_values()[key] <= distribution.high <= ceiling
         values[key] = data.draw(st.floats(distribution.low, distribution.high))
-    found = chosen.allocation(values, losses)
-    assert list(found) == [layer.name for layer in layers]
-    assert sum(found.values()) == total
+    allocation = chosen.allocation(values, losses)
+    assert list(allocation) == [layer.name for layer in layers]
+    assert sum(allocation.values()) == total
     for layer in layers:
-        assert floor * layer.numel - 1e-6 <= found[layer.name] <= ceiling * layer.numel + 1e-6
-    assert found == chosen.allocation(values, losses)
+        assert floor * layer.numel - 1e-6 <= allocation[layer.name] <= ceiling * layer.numel + 1e-6
+    assert allocation == chosen.allocation(values, losses)
 
 
 @quick(100)
@@ -136,10 +136,10 @@ def test_space__no_proposal_gives_a_layer_fewer_zeros_than_it_has(data: st.DataO
         key: data.draw(st.floats(distribution.low, distribution.high))
         for key, distribution in chosen.distributions().items()
     }
-    found = chosen.allocation(values, losses)
-    assert all(found[name] >= count for name, count in pruned.items())
+    allocation = chosen.allocation(values, losses)
+    assert all(allocation[name] >= count for name, count in pruned.items())
     wanted = budget(layers, values["sparsity"]) if between else total
-    assert sum(found.values()) == wanted
+    assert sum(allocation.values()) == wanted
     assert chosen.allocation(chosen.own_values(), losses).keys() == own.keys()
 
 
@@ -151,8 +151,8 @@ def test_space__the_ends_of_a_range_are_met_where_floors_round_up() -> None:
     search = AllocationSearch.model_validate({"objective": "latency", "between": [0.5, 0.7], "by": ["layer"]})
     settings = PruningSettings.model_validate({"sparsity": 0.6, "floor": 0.5})
     chosen = AllocationSpace.of(search, settings, layers, own)
-    found = chosen.allocation(chosen.own_values() | {"sparsity": 0.5}, losses)
-    assert found == {layer.name: 11 for layer in layers}
+    allocation = chosen.allocation(chosen.own_values() | {"sparsity": 0.5}, losses)
+    assert allocation == {layer.name: 11 for layer in layers}
 
 
 def test_space__a_proposal_moves_its_groups() -> None:
@@ -173,8 +173,8 @@ def test_space__sparsity_of_stages_and_modules_by_hand() -> None:
         PrunableLayer("b.weight", "MLP", 0, (10, 30)),
         PrunableLayer("c.weight", "MLP", 1, (10, 10)),
     ]
-    found = summarise({"a.weight": 50, "b.weight": 90, "c.weight": 30}, layers)
-    assert found == {"stage.0": 0.35, "stage.1": 0.3, "module.QKV": 0.5, "module.MLP": 0.3}
+    shares = summarise({"a.weight": 50, "b.weight": 90, "c.weight": 30}, layers)
+    assert shares == {"stage.0": 0.35, "stage.1": 0.3, "module.QKV": 0.5, "module.MLP": 0.3}
 
 
 SPACE = recipe_space(
@@ -229,10 +229,10 @@ def test_space__layers_move_one_by_one() -> None:
     assert set(values) == {f"layer.{layer.name}" for layer in SWIN}
     first = SWIN[0]
     values[f"layer.{first.name}"] -= 0.1
-    found = chosen.allocation(values, losses)
-    assert sum(found.values()) == sum(own.values())
-    assert found[first.name] < own[first.name]
-    assert all(found[layer.name] >= own[layer.name] for layer in SWIN[1:])
+    allocation = chosen.allocation(values, losses)
+    assert sum(allocation.values()) == sum(own.values())
+    assert allocation[first.name] < own[first.name]
+    assert all(allocation[layer.name] >= own[layer.name] for layer in SWIN[1:])
 
 
 def test_space__a_study_begins_with_what_was_best_at_its_neighbour() -> None:

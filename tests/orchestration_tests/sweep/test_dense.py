@@ -19,8 +19,8 @@ def test_dense__an_alias_that_moves_on_changes_later_sweeps_only(
     monkeypatch.setattr(registry, "version_of", lambda reference, uri: named[reference])
 
     def version(sweep: str, given: str | None = "models:/m@champion") -> str | None:
-        one: Any = SimpleNamespace(root=f"{tmp_path}/{sweep}", tracker=SimpleNamespace(uri=""))
-        return dense_phase._version(one, given)
+        context: Any = SimpleNamespace(root=f"{tmp_path}/{sweep}", tracker=SimpleNamespace(uri=""))
+        return dense_phase._version(context, given)
 
     assert version("first") == "models:/m/1"
     named["models:/m@champion"] = "models:/m/2"
@@ -41,8 +41,8 @@ def test_dense__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     trained = tmp_path / "trained"
     trained.mkdir()
     (trained / "pruning.json").write_text("{}")
-    told: list[bool] = []
-    runs = SimpleNamespace(close=lambda best: told.append((tmp_path / "dense" / "model").exists()))
+    existed: list[bool] = []
+    runs = SimpleNamespace(close=lambda best: existed.append((tmp_path / "dense" / "model").exists()))
     sweep: Any = SimpleNamespace(
         recipe=None, data=None, lineage={}, begin=lambda *_: None, runs=lambda *_: runs
     )
@@ -51,5 +51,5 @@ def test_dense__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     best = SimpleNamespace(seconds=1.0)
     monkeypatch.setattr(dense_phase, "run_training", lambda *_, **__: (best, str(trained)))
     dense_phase._train(sweep, "key", f"{tmp_path}/dense")
-    assert told == [False]
+    assert existed == [False]
     assert (tmp_path / "dense" / "model" / "pruning.json").is_file()

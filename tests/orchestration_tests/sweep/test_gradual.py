@@ -30,11 +30,11 @@ def test_gradual__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     def recovered() -> list[Path]:
         return list(tmp_path.glob("sweep/schedule-lamp-*/recovered/pruning.json"))
 
-    told: list[int] = []
+    counts: list[int] = []
 
     def silent(*_: Any, **__: Any) -> None: ...
 
-    runs = SimpleNamespace(figure=silent, figures=silent, close=lambda best: told.append(len(recovered())))
+    runs = SimpleNamespace(figure=silent, figures=silent, close=lambda best: counts.append(len(recovered())))
     sweep: Any = SimpleNamespace(
         recipe=load_recipe("demo", ["schedule.trials=1"]),
         root=str(tmp_path / "sweep"),
@@ -50,7 +50,7 @@ def test_gradual__mlflow_has_all_before_the_model_says_that_the_phase_is_done(
     monkeypatch.setattr(gradual, "gradual_job", silent)
     monkeypatch.setattr(gradual, "run_training", trained)
     assert gradual._runs(sweep, "schedule", "lamp", dense, None).best.number == end.number
-    assert told == [0]
+    assert counts == [0]
     assert len(recovered()) == 1
     gradual._runs(sweep, "schedule", "lamp", dense, None)  # known
-    assert told == [0, 1]
+    assert counts == [0, 1]

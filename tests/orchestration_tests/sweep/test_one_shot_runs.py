@@ -52,14 +52,14 @@ def test_one_shot_runs__a_killed_driver_leaves_no_trial_out_and_none_half_said(
     tracker, runs = opened(uri, again)
     runs.close(again.best())
     below = f"tags.`mlflow.parentRunId` = '{runs.run}'"
-    found = tracker.client.search_runs([tracker.experiment], below)
-    assert {one.data.tags["espalier.number"]: one.info.status for one in found} == {
+    entries = tracker.client.search_runs([tracker.experiment], below)
+    assert {one.data.tags["espalier.number"]: one.info.status for one in entries} == {
         "0": "FINISHED",
         "1": "KILLED",  # stopped early
         "2": "FAILED",
         "3": "FINISHED",
     }
-    assert len(found) == 4
+    assert len(entries) == 4
     assert {one.run_id for one in TrialLog(log.uri, one_shot=True).trials} == {
-        one.info.run_id for one in found
+        one.info.run_id for one in entries
     }

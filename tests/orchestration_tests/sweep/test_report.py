@@ -33,8 +33,8 @@ def printed(*rows: Any) -> str:
 
 def test_report__counts_are_held_against_the_dense_model_that_all_began_with() -> None:
     step = {"dense_parameters": 1000, "dense_macs": 9000, "cut": {"mlp": [4, 3]}}
-    found = _counts({"costs": COSTS, "structured": step})
-    assert found == {
+    counts = _counts({"costs": COSTS, "structured": step})
+    assert counts == {
         "parameters": 1000,
         "structured_parameters": 600,
         "parameters_sparse": 150,
@@ -107,9 +107,9 @@ def test_report__a_search_that_chooses_the_sparsity_has_one_row_at_that(
         run="",
     )
     given: Any = {"sparsity": 0.775, "allocation": {}}
-    found: Any = {"sparsity": CHOSEN, "allocation": {"layers.0.blocks.0.attn.qkv.weight": 9}}
+    searched: Any = {"sparsity": CHOSEN, "allocation": {"layers.0.blocks.0.attn.qkv.weight": 9}}
     own = TrialRecord(0, {"x": 0.775}, "finished", 0.5, metrics=given, given=True)
-    best = TrialRecord(4, {"x": CHOSEN}, "finished", 0.6, metrics=found)
+    best = TrialRecord(4, {"x": CHOSEN}, "finished", 0.6, metrics=searched)
     study = Study(best, "one-shot", [own, best])
     allocated = Allocated({study.sparsity: study}, study)
     dense = Dense("dense", 0.9, "w")
@@ -121,7 +121,7 @@ def test_report__a_search_that_chooses_the_sparsity_has_one_row_at_that(
     rows = make_rows(sweep, results)
 
     assert [job.pruning.sparsity for job in jobs if job.pruning is not None] == [CHOSEN]
-    assert [job.allocation for job in jobs] == [found["allocation"]]
+    assert [job.allocation for job in jobs] == [searched["allocation"]]
     (line,) = [line for line in printed(*rows).splitlines() if "magnitude" in line]
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
     accuracies = ["90.00 %", "56.25 %", "81.25 %"]

@@ -89,10 +89,10 @@ def test_structured__a_cut_tells_what_it_was_before(cut: str) -> None:
 
 def test_structured__a_swin_of_a_folder(files: dict[str, str], tmp_path: Path) -> None:
     dense = dense_folder(tmp_path / "dense", SWIN)
-    found = save(files, str(dense), tmp_path / "cut", heads=[1, 2], importance="magnitude")
-    record = json.loads(Path(found, "pruning.json").read_text())
+    folder = save(files, str(dense), tmp_path / "cut", heads=[1, 2], importance="magnitude")
+    record = json.loads(Path(folder, "pruning.json").read_text())
     assert record["structured"]["images"] == 0
-    assert load_checkpoint(found).model.get_submodule("layers.0.blocks.0.attn").num_heads == 1
+    assert load_checkpoint(folder).model.get_submodule("layers.0.blocks.0.attn").num_heads == 1
 
 
 def test_structured__a_shape_that_timm_cannot_hold_is_refused_when_the_model_is_here(

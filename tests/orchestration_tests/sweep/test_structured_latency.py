@@ -119,13 +119,13 @@ def test_structured_latency__all_lose_too_much() -> None:
 def test_structured_latency__nobody_within_the_loss_is_faster(
     points: list[tuple[int, int]], loss: float
 ) -> None:
-    found = [candidate(top1 / 100, took) for top1, took in points]
-    within = [one for one in found if one["top1"] >= 0.8 * (1 - loss) - 1e-9]
+    candidates = [candidate(top1 / 100, took) for top1, took in points]
+    within = [one for one in candidates if one["top1"] >= 0.8 * (1 - loss) - 1e-9]
     if not within:
         with pytest.raises(RuntimeError, match=r"structured\.loss"):
-            fastest_cut(found, loss, 0.8)
+            fastest_cut(candidates, loss, 0.8)
         return
-    taken = found[fastest_cut(found, loss, 0.8)]
+    taken = candidates[fastest_cut(candidates, loss, 0.8)]
     assert taken in within
     assert taken["latency"] == min(one["latency"] for one in within)
 
@@ -137,8 +137,8 @@ class Here:
         self.recipe = SimpleNamespace(structured=StructuredSettings.model_validate(FAST), seed=0)
         self.data = DataSettings(train=files["train"], validation=files["validation"])
         self.data_hash, self.lineage, self.storage = "d", {}, str(folder)
-        self.said: list[str] = []
-        self.display = SimpleNamespace(say=self.said.append)
+        self.lines: list[str] = []
+        self.display = SimpleNamespace(say=self.lines.append)
 
     def task(self, function: Any) -> tuple[Any, str]:
         return SimpleNamespace(remote=function), "cpu"
@@ -153,7 +153,7 @@ def test_structured_latency__the_fastest_candidate_is_cut_and_all_are_recorded(
 ) -> None:
     """Tasks and cuts are real, times are given."""
     files = make_files(tmp_path / "files")
-    monkeypatch.setattr(structured_phase.ray, "get", lambda found: found)
+    monkeypatch.setattr(structured_phase.ray, "get", lambda result: result)
     monkeypatch.setattr(latency, "on_server", lambda target, function, *given: function(*given))
     asked: list[str] = []
 
@@ -177,13 +177,13 @@ def test_structured_latency__the_fastest_candidate_is_cut_and_all_are_recorded(
     assert cut.get_parameter("blocks.0.mlp.fc1.weight").shape == (32, 16)
     record = json.loads((tmp_path / "structured/k/cut/pruning.json").read_text())
     assert record["structured"]["candidates"] == facts["candidates"]
-    assert "dense: 0.0 %, 5000.00 ms on csr:float32 (batch 1, threads 1)" in here.said[0]
-    assert "mlp 64 → 32: " in here.said[2]
+    assert "dense: 0.0 %, 5000.00 ms on csr:float32 (batch 1, threads 1)" in here.lines[0]
+    assert "mlp 64 → 32: " in here.lines[2]
 
 
 def test_structured_latency__whole_models_are_timed_in_their_order(tmp_path: Path) -> None:
     files = make_files(tmp_path / "files")
     target = Target(Choice.parse("torch"), Placement(1), 2)
-    found = measure_models([Path(files["dense"])] * 2, target, rounds=1)
-    assert len(found) == 2
-    assert min(found) > 0
+    times = measure_models([Path(files["dense"])] * 2, target, rounds=1)
+    assert len(times) == 2
+    assert min(times) > 0

@@ -27,7 +27,7 @@ def epoch(number: int, run: str | None, loss: float) -> dict[str, Any]:
     return {**figures, **losses, **({"pbt": {"run": run}} if run else {})}
 
 
-def told(tracker: MagicMock) -> list[tuple[int, float]]:
+def logged(tracker: MagicMock) -> list[tuple[int, float]]:
     """Steps and accuracies."""
     return [call.args[1]["val_top1"][0] for call in tracker.metrics.call_args_list]
 
@@ -38,7 +38,7 @@ def test_trial_runs__a_trial_that_goes_back_is_listened_to_again(tmp_path: Path)
     runs.trial_started("a", 0, {"x": 1.0}, None)
     for number, run, loss in ((1, "r", 0.9), (2, "r", 0.8), (3, "r", 0.7), (2, "s", 0.4), (3, "s", 0.3)):
         runs.trial_reported("a", epoch(number, run, loss))
-    steps = [step for step, _ in told(tracker)]
+    steps = [step for step, _ in logged(tracker)]
     assert steps == [2, 4, 6, 4, 6]
     assert runs._schedules["a"] == [(2.0, 0.5), (4.0, 0.5), (6.0, 0.5)]
     assert [step for step, _ in runs._rates["a"]] == [0, 1, 2, 3, 4, 5]
@@ -53,7 +53,7 @@ def test_trial_runs__what_a_resumed_run_said_before_is_not_said_again(tmp_path: 
         runs.trial_started(trial, 0, {"x": 1.0}, "before")
         for number in (2, 3):
             runs.trial_reported(trial, epoch(number, run, 0.5))
-        assert [step for step, _ in told(tracker)] == [6]
+        assert [step for step, _ in logged(tracker)] == [6]
 
 
 def test_trial_runs__the_tags_say_where_a_model_came_from(tmp_path: Path) -> None:
@@ -75,17 +75,17 @@ def test_trial_runs__weights_that_never_arrived_are_logged_before_they_are_regis
 ) -> None:
     """A kill in the middle of an upload leaves an artifact that is there, and has no weights."""
     tracker = MagicMock()
-    there = {"checkpoint", "checkpoint/config.json"}
-    tracker.has.side_effect = lambda run, artifact: artifact in there
+    uploaded = {"checkpoint", "checkpoint/config.json"}
+    tracker.has.side_effect = lambda run, artifact: artifact in uploaded
 
     def folder(run: str, folder: Path, name: str, **options: Any) -> None:
-        there.update({f"{name}/{file.name}" for file in folder.iterdir()})
+        uploaded.update({f"{name}/{file.name}" for file in folder.iterdir()})
 
     tracker.folder.side_effect = folder
     registered = []
 
     def register(tracker: Any, model: str, run: str, tags: Any, artifact: str) -> str:
-        registered.append(set(there))
+        registered.append(set(uploaded))
         return "1"
 
     monkeypatch.setattr(trial_runs.registry, "register", register)

@@ -35,10 +35,10 @@ def losses(seed: int = 0, unit: int = 1, levels: int | None = None) -> dict[str,
 
 
 def test_bounds__the_last_pattern_that_matches_counts() -> None:
-    found = per_layer("floor", {r"attn\.qkv": 0.2, r"blocks\.1\..*": 0.3, r"mlp\.fc\d": 0.4}, LAYERS, 0.0)
-    assert [found[name] for name in NAMES] == [0.2, 0.4, 0.3, 0.4, 0.3]
-    found = per_layer("floor", {r"attn\.in_proj": 0.1}, LAYERS, 0.5)
-    assert [found[name] for name in NAMES] == [0.5, 0.5, 0.5, 0.5, 0.1]
+    floors = per_layer("floor", {r"attn\.qkv": 0.2, r"blocks\.1\..*": 0.3, r"mlp\.fc\d": 0.4}, LAYERS, 0.0)
+    assert [floors[name] for name in NAMES] == [0.2, 0.4, 0.3, 0.4, 0.3]
+    floors = per_layer("floor", {r"attn\.in_proj": 0.1}, LAYERS, 0.5)
+    assert [floors[name] for name in NAMES] == [0.5, 0.5, 0.5, 0.5, 0.1]
     assert per_layer("floor", 0.3, LAYERS, None) == dict.fromkeys(NAMES, 0.3)
 
 
@@ -71,8 +71,8 @@ def test_bounds__bounds_are_whole_units_inside_of_what_is_asked(data: st.DataObj
     low, high = sorted([data.draw(st.floats(0, 1)), data.draw(st.floats(0, 1))])
     pruned = {name: data.draw(st.integers(0, numel // unit)) * unit for name, numel in NUMEL.items()}
     reach = {name: data.draw(st.integers(0, numel // unit)) * unit for name, numel in NUMEL.items()}
-    found = bounds(LAYERS, low, high, pruned, reach=reach, unit=unit)
-    for name, (least, most) in found.items():
+    limits = bounds(LAYERS, low, high, pruned, reach=reach, unit=unit)
+    for name, (least, most) in limits.items():
         gone, numel = pruned[name], NUMEL[name]
         assert least % unit == most % unit == 0
         assert least == gone or least < low * numel + unit
@@ -102,12 +102,12 @@ def test_bounds__floors_and_ceilings_by_pattern_hold_and_the_budget_is_met(
 
 
 def sorted_out(
-    found: dict[str, Tensor], limits: dict[str, tuple[int, int]], total: int, unit: int
+    layer_losses: dict[str, Tensor], limits: dict[str, tuple[int, int]], total: int, unit: int
 ) -> Allocation:
     """The oracle: what the floors want, then Python's sort over (loss of the last of a unit, layer)."""
     counts = {name: low for name, (low, _) in limits.items()}
     free = sorted(
-        (float(found[name][first + unit - 1]), number)
+        (float(layer_losses[name][first + unit - 1]), number)
         for number, name in enumerate(NAMES)
         for first in range(limits[name][0], limits[name][1], unit)
     )
@@ -121,31 +121,37 @@ def sorted_out(
 def test_bounds__a_threshold_is_a_plain_sort_with_many_ties_too(
     data: st.DataObject, unit: int, levels: int | None
 ) -> None:
-    found = losses(data.draw(st.integers(0, 99)), unit, levels)
+    layer_losses = losses(data.draw(st.integers(0, 99)), unit, levels)
     limits = {}
     for name, numel in NUMEL.items():
         pair = sorted(data.draw(st.integers(0, numel // unit)) for _ in range(2))
         limits[name] = pair[0] * unit, pair[1] * unit
     least, most = (sum(pair[side] for pair in limits.values()) // unit for side in (0, 1))
     total = data.draw(st.integers(least, most)) * unit
-    assert by_threshold(found, LAYERS, total, limits, unit) == sorted_out(found, limits, total, unit)
+    assert by_threshold(layer_losses, LAYERS, total, limits, unit) == sorted_out(
+        layer_losses, limits, total, unit
+    )
 
 
 def test_bounds__losses_one_bit_apart_are_told_apart() -> None:
-    one = torch.tensor([1e-300, 1.0, 1.0, 1e300], dtype=torch.float64)
-    next_to_it = torch.nextafter(one, torch.tensor(torch.inf, dtype=torch.float64))
+    base = torch.tensor([1e-300, 1.0, 1.0, 1e300], dtype=torch.float64)
+    next_to_it = torch.nextafter(base, torch.tensor(torch.inf, dtype=torch.float64))
     layers = [lone_layer(4, 1, name="a"), lone_layer(4, 1, name="b")]
-    for first, second, expected in ((one, next_to_it, (3, 1)), (next_to_it, one, (1, 3)), (one, one, (3, 1))):
-        found = by_threshold({"a": first, "b": second}, layers, 4)
-        assert (found["a"], found["b"]) == expected
+    for first, second, expected in (
+        (base, next_to_it, (3, 1)),
+        (next_to_it, base, (1, 3)),
+        (base, base, (3, 1)),
+    ):
+        allocation = by_threshold({"a": first, "b": second}, layers, 4)
+        assert (allocation["a"], allocation["b"]) == expected
     infinite = torch.full((4,), torch.inf, dtype=torch.float64)
-    assert by_threshold({"a": infinite, "b": one}, layers, 6) == {"a": 2, "b": 4}
+    assert by_threshold({"a": infinite, "b": base}, layers, 6) == {"a": 2, "b": 4}
 
 
 def test_bounds__no_layer_goes_beyond_its_reach_or_gets_anything_back() -> None:
-    found = losses()
+    layer_losses = losses()
     reach = {name: numel // 2 for name, numel in NUMEL.items()}
-    short = {name: one[: reach[name]] for name, one in found.items()}
+    short = {name: one[: reach[name]] for name, one in layer_losses.items()}
     pruned = {name: numel // 4 for name, numel in NUMEL.items()}
     for scope in ("global", "layer", "module"):
         allocation = Sharing(scope).allocate(short, LAYERS, 150, pruned=pruned)  # type: ignore[arg-type]
@@ -154,18 +160,18 @@ def test_bounds__no_layer_goes_beyond_its_reach_or_gets_anything_back() -> None:
     with pytest.raises(InputError, match=r"budget = 177: .*nearest feasible: 176 weights"):
         Sharing("global").allocate(short, LAYERS, 177)
     with pytest.raises(InputError, match=r"budget = 87: .*nearest feasible: 88 weights"):
-        Sharing("global").allocate(found, LAYERS, 87, pruned=pruned)
+        Sharing("global").allocate(layer_losses, LAYERS, 87, pruned=pruned)
 
 
 def test_bounds__infeasible_budgets_of_whole_blocks_are_told_in_weights() -> None:
-    found = losses(unit=4)
+    layer_losses = losses(unit=4)
     with pytest.raises(InputError, match=r"budget = 100: .*nearest feasible: 176 weights"):
-        Sharing("global", floor=0.5).allocate(found, LAYERS, 100, unit=4)
+        Sharing("global", floor=0.5).allocate(layer_losses, LAYERS, 100, unit=4)
     with pytest.raises(InputError, match=r"budget = 200: .*nearest feasible: 156 weights"):
-        Sharing("module", ceiling=0.49).allocate(found, LAYERS, 200, unit=4)
+        Sharing("module", ceiling=0.49).allocate(layer_losses, LAYERS, 200, unit=4)
     limits = bounds(LAYERS, ceiling=0.49, unit=4)
     with pytest.raises(InputError, match=r"budget = 200: .*nearest feasible: 156 weights"):
-        by_threshold(found, LAYERS, 200, limits, 4)
+        by_threshold(layer_losses, LAYERS, 200, limits, 4)
     with pytest.raises(InputError, match=r"floor = 0\.5: must not lie above the ceiling of .*, 0\.25"):
         Sharing("global", floor=0.5, ceiling=0.25).allocate(losses(), LAYERS, 100)
 
@@ -175,21 +181,21 @@ BY_TABLE = [60, 10, 60, 10, 16]
 
 
 def test_bounds__a_table_that_meets_the_budget_is_taken_as_it_is() -> None:
-    found = Sharing(table=TABLE).allocate(losses(), LAYERS, sum(BY_TABLE))
-    assert list(found.values()) == BY_TABLE
-    assert list(found) == NAMES
+    allocation = Sharing(table=TABLE).allocate(losses(), LAYERS, sum(BY_TABLE))
+    assert list(allocation.values()) == BY_TABLE
+    assert list(allocation) == NAMES
 
 
 @pytest.mark.parametrize("total", [0, 100, 155, 157, 300, TOTAL])
 @pytest.mark.parametrize("unit", [1, 4])
 def test_bounds__another_table_is_projected_onto_the_budget(total: int, unit: int) -> None:
     total = total // unit * unit
-    found = Sharing(table=TABLE).allocate(losses(unit=unit), LAYERS, total, unit=unit)
-    assert sum(found.values()) == total
-    assert all(count % unit == 0 for count in found.values())
+    allocation = Sharing(table=TABLE).allocate(losses(unit=unit), LAYERS, total, unit=unit)
+    assert sum(allocation.values()) == total
+    assert all(count % unit == 0 for count in allocation.values())
     shifts = [
         count / numel - wish / numel
-        for count, numel, wish in zip(found.values(), NUMEL.values(), BY_TABLE, strict=True)
+        for count, numel, wish in zip(allocation.values(), NUMEL.values(), BY_TABLE, strict=True)
         if 0 < count < numel
     ]
     assert max(shifts, default=0) - min(shifts, default=0) < 2 * unit / 32  # up to the rounding
@@ -197,9 +203,9 @@ def test_bounds__another_table_is_projected_onto_the_budget(total: int, unit: in
 
 def test_bounds__a_table_stays_within_floors_and_ceilings() -> None:
     sharing = Sharing(floor={r"mlp\.fc1": 0.5}, ceiling={r"attn\.qkv": 0.4}, table=TABLE)
-    found = sharing.allocate(losses(), LAYERS, 160)
-    assert sum(found.values()) == 160
-    assert list(found.values())[:4] == [48, 20, 48, 20]
+    allocation = sharing.allocate(losses(), LAYERS, 160)
+    assert sum(allocation.values()) == 160
+    assert list(allocation.values())[:4] == [48, 20, 48, 20]
 
 
 def test_bounds__what_a_table_leaves_out_is_named() -> None:

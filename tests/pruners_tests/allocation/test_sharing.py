@@ -132,10 +132,10 @@ def losses(seed: int = 0, *, ties: bool = False) -> dict[str, Tensor]:
     return {name: values.sort().values for name, values in drawn.items()}
 
 
-def lowest(found: dict[str, Tensor], layers: list[PrunableLayer], total: int) -> Allocation:
+def lowest(layer_losses: dict[str, Tensor], layers: list[PrunableLayer], total: int) -> Allocation:
     """The oracle: Python's sort over (loss, layer's number)."""
     ranked = sorted(
-        (float(loss), number) for number, layer in enumerate(layers) for loss in found[layer.name]
+        (float(loss), number) for number, layer in enumerate(layers) for loss in layer_losses[layer.name]
     )
     chosen = [number for _, number in ranked[:total]]
     return {layer.name: chosen.count(number) for number, layer in enumerate(layers)}
@@ -144,9 +144,9 @@ def lowest(found: dict[str, Tensor], layers: list[PrunableLayer], total: int) ->
 @given(seed=st.integers(0, 999), ties=st.booleans(), total=st.integers(0, NUMEL))
 @quick(100)
 def test_sharing__a_threshold_takes_the_lowest_losses(seed: int, ties: bool, total: int) -> None:
-    found = losses(seed, ties=ties)
-    assert by_threshold(found, LAYERS, total) == lowest(found, LAYERS, total)
-    assert allocate(found, LAYERS, total, "global") == lowest(found, LAYERS, total)
+    layer_losses = losses(seed, ties=ties)
+    assert by_threshold(layer_losses, LAYERS, total) == lowest(layer_losses, LAYERS, total)
+    assert allocate(layer_losses, LAYERS, total, "global") == lowest(layer_losses, LAYERS, total)
 
 
 @pytest.mark.parametrize("scope", get_args(Scope))
@@ -155,8 +155,8 @@ def test_sharing__a_threshold_takes_the_lowest_losses(seed: int, ties: bool, tot
 def test_sharing__groups_share_one_sparsity_and_each_has_its_threshold(
     scope: Scope, seed: int, total: int
 ) -> None:
-    found = losses(seed)
-    allocation = allocate(found, LAYERS, total, scope)
+    layer_losses = losses(seed)
+    allocation = allocate(layer_losses, LAYERS, total, scope)
     assert list(allocation) == [layer.name for layer in LAYERS]
     assert sum(allocation.values()) == total
     groups: dict[object, list[PrunableLayer]] = {}
@@ -165,7 +165,7 @@ def test_sharing__groups_share_one_sparsity_and_each_has_its_threshold(
     for group in groups.values():
         count = sum(allocation[layer.name] for layer in group)
         assert abs(count - total / NUMEL * sum(layer.numel for layer in group)) < 1
-        expected = lowest(found, group, count)
+        expected = lowest(layer_losses, group, count)
         assert {layer.name: allocation[layer.name] for layer in group} == expected
 
 
@@ -199,22 +199,22 @@ def test_sharing__floors_and_ceilings_hold_for_every_layer(
 
 
 def test_sharing__within_the_floors_and_ceilings_the_lowest_losses_go() -> None:
-    found = {"a": torch.arange(10.0), "b": torch.arange(10.0) + 100}
+    layer_losses = {"a": torch.arange(10.0), "b": torch.arange(10.0) + 100}
     layers = [lone_layer(10, name="a"), lone_layer(10, name="b")]
-    assert allocate(found, layers, 10, "global") == {"a": 10, "b": 0}
-    assert allocate(found, layers, 10, "global", floor=0.2) == {"a": 8, "b": 2}
-    assert allocate(found, layers, 10, "global", ceiling=0.7) == {"a": 7, "b": 3}
+    assert allocate(layer_losses, layers, 10, "global") == {"a": 10, "b": 0}
+    assert allocate(layer_losses, layers, 10, "global", floor=0.2) == {"a": 8, "b": 2}
+    assert allocate(layer_losses, layers, 10, "global", ceiling=0.7) == {"a": 7, "b": 3}
     with pytest.raises(InputError, match="nearest feasible: 14 weights"):
-        allocate(found, layers, 15, "global", ceiling=0.7)
+        allocate(layer_losses, layers, 15, "global", ceiling=0.7)
 
 
 def test_sharing__floor_and_ceiling_may_be_the_same_round_number() -> None:
     layers = [lone_layer(10, 10, name="a"), lone_layer(10, 10, name="b")]
-    found = {"a": torch.arange(100.0), "b": torch.arange(100.0)}
+    layer_losses = {"a": torch.arange(100.0), "b": torch.arange(100.0)}
     for percent in range(101):
         expected = {"a": percent, "b": percent}
         share = percent / 100
-        assert allocate(found, layers, 2 * percent, "global", floor=share, ceiling=share) == expected
+        assert allocate(layer_losses, layers, 2 * percent, "global", floor=share, ceiling=share) == expected
 
 
 def test_sharing__an_unknown_scope_is_named() -> None:

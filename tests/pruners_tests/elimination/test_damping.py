@@ -86,12 +86,12 @@ def test_damping__the_curve_is_that_of_pruning_with_each_and_the_best_is_taken(m
 
 
 def test_damping__several_passes_choose_the_same() -> None:
-    one, many = tiny_vit(), tiny_vit()
-    report = prune(one, "ovit", 0.7, batches=batches(7), **OPTIONS)
-    memory = max(fisher_bytes(layer, 32) for layer in find_layers(one))
+    single, many = tiny_vit(), tiny_vit()
+    report = prune(single, "ovit", 0.7, batches=batches(7), **OPTIONS)
+    memory = max(fisher_bytes(layer, 32) for layer in find_layers(single))
     again = prune(many, "ovit", 0.7, batches=batches(7), memory=memory, **OPTIONS)
     assert again.damp == report.damp
-    assert state(one) == state(many)
+    assert state(single) == state(many)
 
 
 class Recorder:

@@ -56,8 +56,8 @@ def test_fisher__sums_are_the_outer_products(block_size: int, count: int) -> Non
         assert fisher.block_size(layer.name) == size
         expected = outer_products(count, layer.name, size)
         torch.testing.assert_close(fisher.total(layer.name).double(), expected, rtol=1e-5, atol=1e-4)
-        some = fisher.total(layer.name, slice(0, 1))
-        assert torch.equal(some, fisher.total(layer.name)[:1])
+        first_block = fisher.total(layer.name, slice(0, 1))
+        assert torch.equal(first_block, fisher.total(layer.name)[:1])
 
 
 def test_fisher__large_blocks_are_kept_by_three_quarters() -> None:
@@ -70,19 +70,19 @@ def test_fisher__large_blocks_are_kept_by_three_quarters() -> None:
 @quick(25)
 def test_fisher__gradients_one_by_one_or_many_at_once(cuts: list[int]) -> None:
     every = gradients(sum(cuts))
-    one, many = (BlockFisher(LAYERS, block_size=7) for _ in range(2))
+    single, many = (BlockFisher(LAYERS, block_size=7) for _ in range(2))
     for gradient in every:
-        one.add(gradient)
+        single.add(gradient)
     start = 0
     for cut in cuts:
-        some = every[start : start + cut]
-        many.add_many({layer.name: torch.stack([g[layer.name] for g in some]) for layer in LAYERS})
+        chunk = every[start : start + cut]
+        many.add_many({layer.name: torch.stack([g[layer.name] for g in chunk]) for layer in LAYERS})
         start += cut
-    one.flush()
+    single.flush()
     many.flush()
-    assert one.count == many.count == len(every)
+    assert single.count == many.count == len(every)
     for layer in LAYERS:
-        assert torch.equal(one.total(layer.name), many.total(layer.name))
+        assert torch.equal(single.total(layer.name), many.total(layer.name))
 
 
 def test_fisher__more_gradients_after_a_flush() -> None:

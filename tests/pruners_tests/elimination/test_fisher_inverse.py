@@ -36,13 +36,13 @@ def all_slots(fisher: BlockFisher) -> tuple[Tensor, Tensor]:
 def test_fisher_inverse__it_is_that_of_the_mean_with_damp(size: int) -> None:
     fisher = filled(400, size)
     slots, alive = all_slots(fisher)
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
     mean = fisher.total("b.weight").double() / 400
     expected = torch.linalg.inv(mean + 0.02 * torch.eye(size, dtype=torch.float64))
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    assert inverse.dtype == torch.float64
+    torch.testing.assert_close(inverse, expected, rtol=1e-8, atol=1e-8)
     last = fisher.inverse("b.weight", slice(1, 2), slots[:1], alive[:1])
-    torch.testing.assert_close(last, found[1:2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, inverse[1:2], rtol=1e-12, atol=1e-12)
 
 
 @every_size
@@ -51,13 +51,13 @@ def test_fisher_inverse__the_dead_stand_alone(size: int) -> None:
     slots, alive = all_slots(fisher)
     dead = [0, 3, size - 1]
     alive[0, dead] = False
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
     kept = [place for place in range(size) if place not in dead]
     mean = fisher.total("b.weight", slice(0, 1))[0].double() / 50
     expected = torch.linalg.inv((mean + 0.02 * torch.eye(size, dtype=torch.float64))[kept][:, kept])
-    torch.testing.assert_close(found[0][kept][:, kept], expected, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(found[0][dead][:, dead], 50 * torch.eye(3, dtype=torch.float64))
-    assert not found[0][dead][:, kept].any()
+    torch.testing.assert_close(inverse[0][kept][:, kept], expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(inverse[0][dead][:, dead], 50 * torch.eye(3, dtype=torch.float64))
+    assert not inverse[0][dead][:, kept].any()
 
 
 @every_size
@@ -65,14 +65,14 @@ def test_fisher_inverse__only_the_slots_that_are_asked_for(size: int) -> None:
     fisher = filled(50, size)
     slots = torch.tensor([[1, 2, 5, 7], [0, 3, 4, 6]])
     alive = torch.tensor([[True, True, True, True], [True, False, True, True]])
-    found = fisher.inverse("b.weight", slice(0, 2), slots, alive)
+    inverse = fisher.inverse("b.weight", slice(0, 2), slots, alive)
     whole = fisher.total("b.weight", slice(0, 2)).double() / 50
     for block in range(2):
         living = slots[block][alive[block]]
         expected = torch.linalg.inv(
             whole[block][living][:, living] + 0.02 * torch.eye(len(living), dtype=torch.float64)
         )
-        chosen = found[block][alive[block]][:, alive[block]]
+        chosen = inverse[block][alive[block]][:, alive[block]]
         torch.testing.assert_close(chosen, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -83,24 +83,24 @@ def test_fisher_inverse__slots_may_come_in_any_order_that_puts_the_living_first(
     alive[0, [0, 3, size - 2]] = False
     slots = (~alive).byte().argsort(dim=1, stable=True)
     alive = alive.gather(1, slots)
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
     whole = fisher.total("b.weight").double() / 50 + 0.02 * torch.eye(size, dtype=torch.float64)
     for block in range(len(slots)):
         living = slots[block][alive[block]]
         expected = torch.linalg.inv(whole[block][living][:, living])
         count = len(living)
-        torch.testing.assert_close(found[block, :count, :count], expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(inverse[block, :count, :count], expected, rtol=1e-8, atol=1e-8)
         alone = 50 * torch.eye(size - count, dtype=torch.float64)
-        torch.testing.assert_close(found[block, count:, count:], alone)
+        torch.testing.assert_close(inverse[block, count:, count:], alone)
 
 
 @every_size
 def test_fisher_inverse__a_singular_fisher_is_held_by_the_damp_alone(size: int) -> None:
     fisher = filled(2, size, damp=1e-8)  # two directions of many are known
     slots, alive = all_slots(fisher)
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
-    assert torch.isfinite(found).all()
-    assert (found.diagonal(dim1=1, dim2=2) > 0).all()
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    assert torch.isfinite(inverse).all()
+    assert (inverse.diagonal(dim1=1, dim2=2) > 0).all()
 
 
 @every_size
@@ -110,9 +110,9 @@ def test_fisher_inverse__sums_whose_rounding_exceeds_the_damp_are_damped_at_that
     slots, alive = all_slots(fisher)
     blocks = fisher.blocks("b.weight", slice(0, len(slots)), slots, alive)
     assert (torch.linalg.eigvalsh(blocks) < 0).any()
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
-    assert torch.isfinite(found).all()
-    assert (torch.linalg.eigvalsh(found) > -1e-9 * found.abs().amax((1, 2)).unsqueeze(1)).all()
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    assert torch.isfinite(inverse).all()
+    assert (torch.linalg.eigvalsh(inverse) > -1e-9 * inverse.abs().amax((1, 2)).unsqueeze(1)).all()
 
 
 @every_size
@@ -145,10 +145,10 @@ def test_fisher_inverse__a_layer_without_gradients_gets_the_inverse_of_the_damp(
     fisher.add({layer.name: torch.zeros(layer.shape) for layer in LAYERS})
     fisher.flush()
     slots, alive = all_slots(fisher)
-    found = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
+    inverse = fisher.inverse("b.weight", slice(0, len(slots)), slots, alive)
     alone = 1 / fisher.damping("b.weight")
     assert 0 < alone < torch.inf
-    torch.testing.assert_close(found, (alone * torch.eye(size, dtype=torch.float64)).expand_as(found))
+    torch.testing.assert_close(inverse, (alone * torch.eye(size, dtype=torch.float64)).expand_as(inverse))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -36,30 +36,30 @@ def by_autograd(
 ) -> dict[str, Tensor]:
     model.eval()
     weights = [model.get_parameter(layer.name) for layer in layers]
-    found = torch.autograd.grad(LOSS(model(images), labels), weights)
+    unmasked = torch.autograd.grad(LOSS(model(images), labels), weights)
     return {
         layer.name: torch.where(masks[layer.name], gradient, 0.0)
-        for layer, gradient in zip(layers, found, strict=True)
+        for layer, gradient in zip(layers, unmasked, strict=True)
     }
 
 
-def together(found: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+def together(parts: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
     """(k, *shape) of each layer over all that was yielded."""
-    every = list(found)
+    every = list(parts)
     return {name: torch.cat([some[name] for some in every]) for name in every[0]}
 
 
 @every_model
 def test_gradients__each_is_the_masked_gradient_of_one_batch_in_eval_mode(kind: str) -> None:
     model, layers, masks = prepared(kind)
-    found = together(gradients(model, layers, masks, batches(4), LOSS, limit=3))
+    stacked = together(gradients(model, layers, masks, batches(4), LOSS, limit=3))
     for number, (images, labels) in enumerate(batches(3)):
         expected = by_autograd(model, layers, masks, images, labels)
-        assert set(found) == set(expected)
+        assert set(stacked) == set(expected)
         for name, gradient in expected.items():
             assert gradient.any()
-            torch.testing.assert_close(found[name][number], gradient)
-    assert all(len(one) == 3 for one in found.values())
+            torch.testing.assert_close(stacked[name][number], gradient)
+    assert all(len(one) == 3 for one in stacked.values())
 
 
 @every_model
@@ -68,13 +68,13 @@ def test_gradients__each_is_the_masked_gradient_of_one_image_if_so_asked(kind: s
     images = torch.randn(19, 3, 32, 32, generator=torch.Generator().manual_seed(1))  # 16 go at a time
     labels = torch.arange(19) % 5
     given: list[Batch] = [(images, labels), *batches(1)]
-    found = together(gradients(model, layers, masks, given, LOSS, per_sample=True))
-    assert all(len(one) == 23 for one in found.values())
+    stacked = together(gradients(model, layers, masks, given, LOSS, per_sample=True))
+    assert all(len(one) == 23 for one in stacked.values())
     for number in (0, 7, 15, 16, 18, 22):
-        batch, place = (given[0], number) if number < 19 else (given[1], number - 19)
-        expected = by_autograd(model, layers, masks, *(part[place : place + 1] for part in batch))
+        batch, index = (given[0], number) if number < 19 else (given[1], number - 19)
+        expected = by_autograd(model, layers, masks, *(part[index : index + 1] for part in batch))
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name][number], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stacked[name][number], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients__those_of_the_images_average_to_that_of_the_batch() -> None:
@@ -89,22 +89,22 @@ def test_gradients__those_of_the_images_average_to_that_of_the_batch() -> None:
 def test_gradients__no_more_batches_are_drawn_than_the_limit(limit: int | None, left: int) -> None:
     model, layers, masks = prepared("vit")
     source = iter(batches(6))
-    found = list(gradients(model, layers, masks, source, LOSS, limit=limit))
-    assert len(found) == 6 - left
+    yielded = list(gradients(model, layers, masks, source, LOSS, limit=limit))
+    assert len(yielded) == 6 - left
     assert len(list(source)) == left
 
 
-@pytest.mark.parametrize(("limit", "found", "left"), [(3, 3, 5), (4, 4, 5), (5, 5, 4), (None, 24, 0)])
+@pytest.mark.parametrize(("limit", "count", "left"), [(3, 3, 5), (4, 4, 5), (5, 5, 4), (None, 24, 0)])
 def test_gradients__the_limit_counts_images_where_each_has_its_gradient(
-    limit: int | None, found: int, left: int
+    limit: int | None, count: int, left: int
 ) -> None:
     model, layers, masks = prepared("vit")
     source = iter(batches(6))
-    some = together(gradients(model, layers, masks, source, LOSS, limit=limit, per_sample=True))
-    assert all(len(one) == found for one in some.values())
+    stacked = together(gradients(model, layers, masks, source, LOSS, limit=limit, per_sample=True))
+    assert all(len(one) == count for one in stacked.values())
     assert len(list(source)) == left
     every = together(gradients(model, layers, masks, batches(6), LOSS, per_sample=True))
-    assert all(torch.equal(one, every[name][:found]) for name, one in some.items())
+    assert all(torch.equal(one, every[name][:count]) for name, one in stacked.items())
 
 
 @either

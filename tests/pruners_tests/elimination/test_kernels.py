@@ -40,12 +40,12 @@ def inverted(
 
 
 def by_lapack(whole: Tensor, slots: Tensor, alive: Tensor, scale: float, damp: float) -> Tensor:
-    found = []
-    for matrix, places, living in zip(whole, slots, alive, strict=True):
+    inverses = []
+    for matrix, positions, living in zip(whole, slots, alive, strict=True):
         both = living.unsqueeze(0) & living.unsqueeze(1)
-        chosen = torch.where(both, scale * matrix[places][:, places], 0.0)
-        found.append(torch.linalg.inv(chosen + damp * torch.eye(len(places), dtype=torch.float64)))
-    return torch.stack(found)
+        chosen = torch.where(both, scale * matrix[positions][:, positions], 0.0)
+        inverses.append(torch.linalg.inv(chosen + damp * torch.eye(len(positions), dtype=torch.float64)))
+    return torch.stack(inverses)
 
 
 def all_slots(blocks: int, size: int) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,11 @@ def all_slots(blocks: int, size: int) -> tuple[Tensor, Tensor]:
 def test_kernels__inverses_of_all_sizes(size: int, dtype: torch.dtype) -> None:
     whole, parts = sums_of(size, 2, size, size // 2 if size >= 64 else size, dtype)
     slots, alive = all_slots(2, size)
-    found, sound = inverted(parts, slots, alive, 0.01, 1e-3)
+    inverses, sound = inverted(parts, slots, alive, 0.01, 1e-3)
     assert sound.all()
     expected = by_lapack(whole, slots, alive, 0.01, 1e-3)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(found, found.mT)
+    torch.testing.assert_close(inverses, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(inverses, inverses.mT)
 
 
 @given(
@@ -80,14 +80,14 @@ def test_kernels__some_slots_some_of_them_dead(
     left = max(round(chosen * size), 1)
     slots = torch.stack([torch.randperm(size, generator=random)[:left].sort().values for _ in range(3)])
     alive = torch.rand(3, left, generator=random) >= dead
-    found, sound = inverted(parts, slots, alive, 0.1, 0.02)
+    inverses, sound = inverted(parts, slots, alive, 0.1, 0.02)
     assert sound.all()
-    torch.testing.assert_close(found, by_lapack(whole, slots, alive, 0.1, 0.02), rtol=1e-9, atol=1e-9)
-    for matrix, living in zip(found, alive, strict=True):  # the dead stand alone
-        for place in (~living).nonzero().reshape(-1).tolist():
-            row = matrix[place].clone()
-            assert float(row[place]) == pytest.approx(50)
-            row[place] = 0
+    torch.testing.assert_close(inverses, by_lapack(whole, slots, alive, 0.1, 0.02), rtol=1e-9, atol=1e-9)
+    for matrix, living in zip(inverses, alive, strict=True):  # the dead stand alone
+        for slot in (~living).nonzero().reshape(-1).tolist():
+            row = matrix[slot].clone()
+            assert float(row[slot]) == pytest.approx(50)
+            row[slot] = 0
             assert not row.any()
 
 
@@ -106,13 +106,13 @@ def test_kernels__what_is_not_positive_definite_is_said_of_its_block_alone(size:
     parts = whole[:, :half].contiguous(), whole[:, half:, half:].contiguous()
     slots, alive = all_slots(7, size)
     expected = [True, False, False, False, False, False, True]
-    found, sound = inverted(parts, slots, alive, 1.0, damp)
+    inverses, sound = inverted(parts, slots, alive, 1.0, damp)
     assert sound.tolist() == expected
     inverse, sound = invert(whole + damp * torch.eye(size, dtype=torch.float64))
     assert sound.tolist() == expected
     for block in (0, 6):
-        torch.testing.assert_close(found[block], torch.linalg.inv(whole[block]), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(inverse[block], found[block], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(inverses[block], torch.linalg.inv(whole[block]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(inverse[block], inverses[block], rtol=1e-9, atol=1e-9)
     whole[2, 3, 3] = 0.0  # dead, and λ holds it
     parts = whole[:, :half].contiguous(), whole[:, half:, half:].contiguous()
     assert inverted(parts, slots, alive, 1.0, damp)[1].tolist()[2]

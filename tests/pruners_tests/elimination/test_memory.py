@@ -51,21 +51,21 @@ def test_memory__several_passes_end_as_one(method: str, share: float) -> None:
     model, memory = tiny_vit(), int(share * LARGEST)
     passes = ordering(model, pruner_of(method), memory).passes
     assert passes > 3
-    told: list[tuple[str, int, int]] = []
-    found = prune(
+    reported: list[tuple[str, int, int]] = []
+    result = prune(
         model,
         pruner_of(method),
         0.5,
         batches=batches(4),
         gradients=4,
         memory=memory,
-        progress=lambda *what: told.append(what),
+        progress=lambda *what: reported.append(what),
     )
-    assert found.masks.fingerprint() == report.masks.fingerprint()
-    assert found.allocation == report.allocation
+    assert result.masks.fingerprint() == report.masks.fingerprint()
+    assert result.allocation == report.allocation
     assert state(model) == expected
-    assert told.count(("gradients", 4, 4)) == passes
-    assert [done for what, done, _ in told if what == "layers"].count(1) == passes
+    assert reported.count(("gradients", 4, 4)) == passes
+    assert [done for what, done, _ in reported if what == "layers"].count(1) == passes
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"pattern": "1x4"}, {"double": True}], ids=str)
@@ -74,21 +74,21 @@ def test_memory__so_they_do_with_a_pattern_or_double_sums(options: dict[str, obj
     model = tiny_vit()
     memory = (8 if "double" in options else 4) * LARGEST
     assert ordering(model, pruner_of("ovit", **options), memory).passes == 3
-    found = prune(model, pruner_of("ovit", **options), 0.5, batches=batches(4), memory=memory)
-    assert found.masks.fingerprint() == report.masks.fingerprint()
+    result = prune(model, pruner_of("ovit", **options), 0.5, batches=batches(4), memory=memory)
+    assert result.masks.fingerprint() == report.masks.fingerprint()
     assert state(model) == expected
 
 
 def test_memory__an_order_of_several_passes_gives_the_weights_at_any_allocation() -> None:
     model = tiny_vit()
-    one, many = (ordering(model, pruner_of("ovit"), memory) for memory in (1 << 30, LARGEST))
-    whole, parts = one.order(), many.order()
-    assert (one.passes, many.passes) == (1, 12)
+    single, many = (ordering(model, pruner_of("ovit"), memory) for memory in (1 << 30, LARGEST))
+    whole, parts = single.order(), many.order()
+    assert (single.passes, many.passes) == (1, 12)
     del many  # and with it what lay on disk
     for share in (0.1, 0.5, 0.9):
-        counts = {layer.name: int(share * layer.numel) for layer in one.layers}
-        new, masks = whole.weights_at(one.weights, counts)
-        again_new, again_masks = parts.weights_at(one.weights, counts)
+        counts = {layer.name: int(share * layer.numel) for layer in single.layers}
+        new, masks = whole.weights_at(single.weights, counts)
+        again_new, again_masks = parts.weights_at(single.weights, counts)
         assert masks.fingerprint() == again_masks.fingerprint()
         assert all(torch.equal(new[name], again_new[name]) for name in new)
 

@@ -78,10 +78,10 @@ def test_obs__some_steps_are_the_first_of_all_and_losses_go_on_from_those_before
     problem = blocks_of(seed, 3, size, alive_share=0.8)
     steps = max(int(share * size), 1)
     before = torch.tensor([0.0, 1.5, 30.0], dtype=torch.float64)
-    some = eliminated(*problem, constraint=RULES[path], steps=steps, losses=before)
-    assert some.order.shape[1] <= steps
-    assert sum(columns.v.shape[1] for columns in some.columns) == some.order.shape[1]
-    assert_surgery(some, problem, steps, before)
+    first_steps = eliminated(*problem, constraint=RULES[path], steps=steps, losses=before)
+    assert first_steps.order.shape[1] <= steps
+    assert sum(columns.v.shape[1] for columns in first_steps.columns) == first_steps.order.shape[1]
+    assert_surgery(first_steps, problem, steps, before)
 
 
 @both_paths
@@ -101,8 +101,8 @@ def test_obs__weights_are_the_closed_form_of_what_remains(
             expected = torch.zeros_like(w)
             # w_K + F_KK⁻¹ F_KS w_S
             expected[kept] = w[kept] + torch.linalg.solve(f[kept][:, kept], f[kept][:, fallen] @ w[fallen])
-            found = weights_after(done, weights, alive, block, count)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            corrected = weights_after(done, weights, alive, block, count)
+            torch.testing.assert_close(corrected, expected, rtol=1e-5, atol=1e-5)
 
 
 @both_paths
@@ -134,20 +134,22 @@ def test_obs__compiled_and_batched_agree_at_full_size(size: int, alive_share: fl
         count = int(problem[2][block].sum())
         assert torch.equal(compiled.order[block, :count], batched.order[block, :count])
         for step in (1, count // 3, count - 1):
-            one, other = (weights_after(done, *problem[::2], block, step) for done in (compiled, batched))
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            compiled_weights, batched_weights = (
+                weights_after(done, *problem[::2], block, step) for done in (compiled, batched)
+            )
+            torch.testing.assert_close(compiled_weights, batched_weights, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled.losses, batched.losses, rtol=1e-9, atol=0)
 
 
 def test_obs__threads_share_the_blocks_and_change_nothing() -> None:
     problem = blocks_of(2, 5, 40, alive_share=0.7)
     with threads(1):
-        one = eliminated(*problem)
+        serial = eliminated(*problem)
     with threads(2):
-        two = eliminated(*problem)
-    assert torch.equal(one.order, two.order)
-    assert torch.equal(one.losses, two.losses)
-    for left, right in zip(one.columns, two.columns, strict=True):
+        parallel = eliminated(*problem)
+    assert torch.equal(serial.order, parallel.order)
+    assert torch.equal(serial.losses, parallel.losses)
+    for left, right in zip(serial.columns, parallel.columns, strict=True):
         assert torch.equal(left.v, right.v)
         assert torch.equal(left.y, right.y)
         assert left.slots is not None

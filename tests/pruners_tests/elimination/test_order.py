@@ -71,7 +71,7 @@ def test_order__survivors_are_the_closed_form_at_any_allocation(method: str, dat
     size, order = fisher.block_size(layer.name), known.order[layer.name]
     count = data.draw(st.integers(order.zeros, layer.numel))
     old = known.weights[layer.name].reshape(-1).double()
-    found = order.weight(known.weights[layer.name], count).reshape(-1).double()
+    survivors = order.weight(known.weights[layer.name], count).reshape(-1).double()
     keep = order.mask((layer.numel,), count)
     for number, sums in enumerate(fisher.total(layer.name)):
         block = slice(number * size, min((number + 1) * size, layer.numel))
@@ -81,7 +81,7 @@ def test_order__survivors_are_the_closed_form_at_any_allocation(method: str, dat
         fallen = ~kept & (w != 0)
         expected = torch.zeros_like(w)
         expected[kept] = w[kept] + torch.linalg.solve(f[kept][:, kept], f[kept][:, fallen] @ w[fallen])
-        torch.testing.assert_close(found[block], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(survivors[block], expected, rtol=1e-4, atol=1e-6)
 
 
 @every_method
@@ -153,12 +153,12 @@ def stretches_by_hand() -> tuple[LayerOrder, Tensor, list[Tensor]]:
     states = []
     for count in range(11):
         result = weight.reshape(5, 3).clone()
-        for one in updates:
-            for row in range(len(one.columns)):
-                block = one.block + row
+        for segment in updates:
+            for row in range(len(segment.columns)):
+                block = segment.block + row
                 fell = int((indices[:count] // 3 == block).sum())
-                if fell > (0 if isinstance(one.begin, int) else 1):
-                    result[block] -= one.coefficients[row, 0] * one.columns[row]
+                if fell > (0 if isinstance(segment.begin, int) else 1):
+                    result[block] -= segment.coefficients[row, 0] * segment.columns[row]
         result = result.reshape(-1)
         result[indices[:count]] = 0.0
         states.append(result)
@@ -205,10 +205,10 @@ def test_order__without_its_beginning_it_gives_the_same_later_on(method: str, da
     again = later.beyond(weight, data.draw(st.integers(least, layer.numel)))
     for order in (later, again):
         count = data.draw(st.integers(max(order.least, least), layer.numel))
-        found, mask = order.at(weight, count)
+        pruned, mask = order.at(weight, count)
         expected, same = whole.at(weight, count)
         assert torch.equal(mask, same)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(pruned, expected, rtol=1e-5, atol=1e-7)
         if order.start is not None and order.least:
             with pytest.raises(InputError, match=f"the order of this layer begins at {order.least} of"):
                 order.at(weight, order.least - 1)

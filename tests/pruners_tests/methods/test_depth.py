@@ -61,16 +61,16 @@ def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def assert_begins_as(one: LayerOrder, whole: LayerOrder, rtol: float) -> None:
-    """``one`` is the beginning of ``whole``: where losses are not the same, so are the indices."""
-    count, unit = len(one.indices), one.pattern.unit
-    torch.testing.assert_close(one.losses, whole.losses[:count], rtol=rtol, atol=0)
+def assert_begins_as(partial: LayerOrder, whole: LayerOrder, rtol: float) -> None:
+    """``partial`` is the beginning of ``whole``: where losses are not the same, so are the indices."""
+    count, unit = len(partial.indices), partial.pattern.unit
+    torch.testing.assert_close(partial.losses, whole.losses[:count], rtol=rtol, atol=0)
     losses = whole.losses[unit - 1 :: unit]
     apart = losses.diff() > 10 * rtol * losses[1:].abs()
     sure = torch.cat([apart.new_ones(1), apart]) & torch.cat([apart, apart.new_ones(1)])
     sure = sure.repeat_interleave(unit)[:count]
-    assert sure[one.zeros :].float().mean() > 0.9  # or this says nothing
-    assert torch.equal(one.indices[sure], whole.indices[:count][sure])
+    assert sure[partial.zeros :].float().mean() > 0.9  # or this says nothing
+    assert torch.equal(partial.indices[sure], whole.indices[:count][sure])
 
 
 def reach(layer: PrunableLayer, depth: float) -> int:
@@ -80,19 +80,19 @@ def reach(layer: PrunableLayer, depth: float) -> int:
 @every_pruner
 @pytest.mark.parametrize("depth", [0.02, 0.3, 0.45])
 def test_depth__it_reaches_so_deep_and_begins_as_the_whole(kind: str, depth: float) -> None:
-    whole, some = ordered(kind, 1.0), ordered(kind, depth)
+    whole, partial = ordered(kind, 1.0), ordered(kind, depth)
     for layer in LAYERS:
-        one = some[layer.name]
-        assert len(one.indices) >= min(reach(layer, depth), len(whole[layer.name].indices))
+        order = partial[layer.name]
+        assert len(order.indices) >= min(reach(layer, depth), len(whole[layer.name].indices))
         if kind != "woodfisher":  # where there is nothing to save
-            assert len(one.indices) < 0.9 * len(whole[layer.name].indices) or depth > 0.4
-        assert one.zeros == whole[layer.name].zeros
-        assert_begins_as(one, whole[layer.name], 1e-6)
-        if one.scores is not None:
+            assert len(order.indices) < 0.9 * len(whole[layer.name].indices) or depth > 0.4
+        assert order.zeros == whole[layer.name].zeros
+        assert_begins_as(order, whole[layer.name], 1e-6)
+        if order.scores is not None:
             prices = whole[layer.name].scores
             assert prices is not None
-            assert torch.equal(one.scores, prices[: len(one.scores)])
-            assert len(one.scores) == len(one.indices)
+            assert torch.equal(order.scores, prices[: len(order.scores)])
+            assert len(order.scores) == len(order.indices)
 
 
 @every_pruner
@@ -105,26 +105,28 @@ def test_depth__going_on_ends_as_the_whole(kind: str, depths: tuple[float, ...])
     assert known is not None
     weights, _, _ = problem(kind)
     for layer in LAYERS:
-        one, all_of_it = known[layer.name], whole[layer.name]
-        assert len(one.indices) == len(all_of_it.indices)
-        assert sorted(one.indices.tolist()) == sorted(all_of_it.indices.tolist())
-        assert_begins_as(one, all_of_it, 1e-5)
+        resumed, all_of_it = known[layer.name], whole[layer.name]
+        assert len(resumed.indices) == len(all_of_it.indices)
+        assert sorted(resumed.indices.tolist()) == sorted(all_of_it.indices.tolist())
+        assert_begins_as(resumed, all_of_it, 1e-5)
         for share in (0.2, 0.5, 0.9):
-            count = min(int(share * layer.numel) // 4 * 4, len(one.indices))
-            assert torch.equal(one.mask(layer.shape, count), all_of_it.mask(layer.shape, count))
-            found, expected = (each.weight(weights[layer.name], count) for each in (one, all_of_it))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            count = min(int(share * layer.numel) // 4 * 4, len(resumed.indices))
+            assert torch.equal(resumed.mask(layer.shape, count), all_of_it.mask(layer.shape, count))
+            survivors, expected = (each.weight(weights[layer.name], count) for each in (resumed, all_of_it))
+            torch.testing.assert_close(survivors, expected, rtol=1e-4, atol=1e-5)
 
 
 @every_pruner
 def test_depth__weights_within_reach_are_those_of_the_whole(kind: str) -> None:
     weights, _, _ = problem(kind)
-    whole, some = ordered(kind, 1.0), ordered(kind, 0.3)
+    whole, partial = ordered(kind, 1.0), ordered(kind, 0.3)
     for layer in LAYERS:
         for share in (0.1, 0.2, 0.3):
             count = int(share * layer.numel) // 4 * 4
-            found, expected = (each[layer.name].weight(weights[layer.name], count) for each in (some, whole))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            survivors, expected = (
+                each[layer.name].weight(weights[layer.name], count) for each in (partial, whole)
+            )
+            torch.testing.assert_close(survivors, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [0.05, 0.3, 0.8])
@@ -142,8 +144,8 @@ def test_depth__few_passes_suffice_however_unlike_the_blocks_are(
     real = OViT.extend
     monkeypatch.setattr(OViT, "extend", lambda *args: (passes.append(args[-1]), real(*args))[1])
     masks = {layer.name: torch.ones(layer.shape, dtype=torch.bool)}
-    found = pruner.order({layer.name: weight}, [layer], masks, fisher, depth=depth)[layer.name]
-    assert len(found.indices) >= depth * layer.numel
+    order = pruner.order({layer.name: weight}, [layer], masks, fisher, depth=depth)[layer.name]
+    assert len(order.indices) >= depth * layer.numel
     assert len(passes) <= 4
 
 
@@ -155,14 +157,14 @@ def test_depth__to_go_no_deeper_than_is_known_gives_what_is_known() -> None:
 
 def test_depth__one_thread_gives_the_same_as_two() -> None:
     weights, _, _ = problem("blocks of 17")
-    two = ordered("blocks of 17", 1.0, ordered("blocks of 17", 0.3))
+    parallel = ordered("blocks of 17", 1.0, ordered("blocks of 17", 0.3))
     with threads(1):
-        one = ordered("blocks of 17", 1.0, ordered("blocks of 17", 0.3))
-        for name, order in one.items():
-            assert torch.equal(order.indices, two[name].indices)
-            assert torch.equal(order.losses, two[name].losses)
-    for name, order in one.items():
+        serial = ordered("blocks of 17", 1.0, ordered("blocks of 17", 0.3))
+        for name, order in serial.items():
+            assert torch.equal(order.indices, parallel[name].indices)
+            assert torch.equal(order.losses, parallel[name].losses)
+    for name, order in serial.items():
         for count in (order.zeros, 100, 200):
             with threads(1):
                 alone = order.weight(weights[name], count)
-            assert torch.equal(alone, two[name].weight(weights[name], count))
+            assert torch.equal(alone, parallel[name].weight(weights[name], count))

@@ -34,8 +34,8 @@ floats = st.floats(-100, 100, width=32).map(lambda x: 0.0 if abs(x) < 1e-6 else 
 @quick(150)
 def test_dimap__the_score_is_the_formula(weights: list[float]) -> None:
     magnitudes = torch.tensor(weights).abs().sort().values
-    found = importance(magnitudes).tolist()
-    assert found == pytest.approx(sorted(written_out(weights)), rel=1e-12)
+    scores = importance(magnitudes).tolist()
+    assert scores == pytest.approx(sorted(written_out(weights)), rel=1e-12)
 
 
 def test_dimap__the_largest_scores_1_and_zeros_score_0() -> None:

@@ -59,9 +59,9 @@ def test_ovit__losses_and_weights_at_every_count(
     assert order.zeros == int((~given.mask).sum())
     assert len(set(order.indices.tolist())) == len(order.indices) == len(losses)
     for count in range(order.zeros, len(losses) + 1, order.pattern.unit):
-        found = order.weight(given.weight, count).reshape(-1).double()
-        torch.testing.assert_close(found, states[count], rtol=1e-4, atol=1e-5)
-        assert int((found == 0).sum()) == count
+        weight = order.weight(given.weight, count).reshape(-1).double()
+        torch.testing.assert_close(weight, states[count], rtol=1e-4, atol=1e-5)
+        assert int((weight == 0).sum()) == count
 
 
 @pytest.mark.parametrize(("numel", "size"), [(9, 1), (1, 4), (22, 7)], ids=str)
@@ -70,8 +70,8 @@ def test_ovit__odd_sizes_too(numel: int, size: int) -> None:
     order = given.ordered(OViT(block_size=size, damp=DAMP))
     losses, states = by_brute_force(given, min(size, numel), "unstructured")
     assert order.losses.tolist() == pytest.approx(losses, rel=1e-4, abs=1e-9)
-    found = order.weight(given.weight, numel // 2).reshape(-1).double()
-    torch.testing.assert_close(found, states[numel // 2], rtol=1e-4, atol=1e-5)
+    weight = order.weight(given.weight, numel // 2).reshape(-1).double()
+    torch.testing.assert_close(weight, states[numel // 2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x4"])
@@ -118,11 +118,11 @@ def test_ovit__the_fast_variant_is_ovit_with_few_gradients_and_relative_damp() -
     assert (fast.gradients, fast.damp, fast.relative) == (256, 1e-2, True)
     assert (OViT().gradients, OViT().damp, OViT().relative) == (4096, 1e-8, False)
     given = problem(1, 40, 1.0)
-    one = given.ordered(OViTFast(block_size=8))
+    fast_order = given.ordered(OViTFast(block_size=8))
     other = given.ordered(OViT(block_size=8, damp=1e-2, relative=True))
     absolute = given.ordered(OViT(block_size=8, damp=1e-2))
-    assert torch.equal(one.losses, other.losses)
-    assert not torch.equal(one.losses, absolute.losses)
+    assert torch.equal(fast_order.losses, other.losses)
+    assert not torch.equal(fast_order.losses, absolute.losses)
 
 
 @pytest.mark.parametrize("scope", [None, "module", "global", "layer", "stage"])

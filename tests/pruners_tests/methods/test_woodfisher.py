@@ -14,13 +14,13 @@ from pruners.methods.woodfisher import WoodFisher
 
 def inverses(given: Problem, size: int) -> Tensor:
     """(d, d): each block's inverse over what is alive; nothing between blocks, nor for the dead."""
-    f, found = given.fisher(), torch.zeros(given.layer.numel, given.layer.numel, dtype=torch.float64)
+    f, inverse = given.fisher(), torch.zeros(given.layer.numel, given.layer.numel, dtype=torch.float64)
     for start in range(0, len(f), size):
-        places = [place for place in range(start, min(start + size, len(f))) if given.alive[place]]
-        index = torch.tensor(places)
-        if places:
-            found[index.unsqueeze(1), index] = torch.linalg.inv(f[index][:, index])
-    return found
+        living = [place for place in range(start, min(start + size, len(f))) if given.alive[place]]
+        index = torch.tensor(living)
+        if living:
+            inverse[index.unsqueeze(1), index] = torch.linalg.inv(f[index][:, index])
+    return inverse
 
 
 def scores(given: Problem, size: int) -> Tensor:
@@ -55,9 +55,9 @@ def test_woodfisher__scores_order_and_weights_are_the_formula(
     assert order.losses.tolist() == pytest.approx(expected.sort().values.tolist(), rel=1e-5)
     for count in range(order.zeros, numel + 1):
         fallen = order.indices[:count].tolist()
-        found = order.weight(given.weight, count).reshape(-1).double()
-        torch.testing.assert_close(found, all_at_once(given, size, fallen), rtol=1e-4, atol=1e-5)
-        assert int((found == 0).sum()) == count
+        weight = order.weight(given.weight, count).reshape(-1).double()
+        torch.testing.assert_close(weight, all_at_once(given, size, fallen), rtol=1e-4, atol=1e-5)
+        assert int((weight == 0).sum()) == count
 
 
 @pytest.mark.parametrize("alive_share", [1.0, 0.6])
@@ -72,8 +72,8 @@ def test_woodfisher__of_each_four_the_two_of_least_score_fall(alive_share: float
         dead = sum(not given.alive[j] for j in group)
         expected |= set(group[: max(2, dead)])
     assert set(order.indices.tolist()) == expected
-    found = order.weight(given.weight, len(expected)).reshape(-1).double()
-    torch.testing.assert_close(found, all_at_once(given, 8, sorted(expected)), rtol=1e-4, atol=1e-5)
+    weight = order.weight(given.weight, len(expected)).reshape(-1).double()
+    torch.testing.assert_close(weight, all_at_once(given, 8, sorted(expected)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("alive_share", [1.0, 0.6])
@@ -88,9 +88,9 @@ def test_woodfisher__blocks_of_four_fall_by_the_sum_of_their_scores(alive_share:
     assert (ranked.diff() >= 0).all()
     torch.testing.assert_close(order.losses, ranked.repeat_interleave(4), rtol=1e-5, atol=1e-12)
     for count in range(order.zeros, 25, 4):
-        found = order.weight(given.weight, count).reshape(-1).double()
+        weight = order.weight(given.weight, count).reshape(-1).double()
         expected = all_at_once(given, 8, order.indices[:count].tolist())
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_woodfisher__it_is_not_ovit_where_weights_are_correlated_and_is_where_they_are_not() -> None:

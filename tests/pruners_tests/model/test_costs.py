@@ -70,8 +70,8 @@ class Attentive(nn.Module):
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = self.same(x, x, x, need_weights=False)[0]
         x = self.apart(x, x[..., :4], x[..., :4])[0]
-        found: Tensor = self.layer(x)
-        return found
+        output: Tensor = self.layer(x)
+        return output
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -80,7 +80,7 @@ def test_costs__the_attention_of_torch_by_hand(fast: bool) -> None:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
     try:
-        found = cost_model(Attentive().eval(), (3, 32, 32))
+        costs = cost_model(Attentive().eval(), (3, 32, 32))
         assert torch.backends.mha.get_fastpath_enabled() is fast
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
@@ -97,8 +97,8 @@ def test_costs__the_attention_of_torch_by_hand(fast: bool) -> None:
         "layer.linear1.weight": tokens * width * 24,
         "layer.linear2.weight": tokens * width * 24,
     }
-    assert {name: macs for name, macs in found.weight_macs.items() if macs} == expected
-    assert found.macs == sum(expected.values()) + 3 * 2 * tokens**2 * width
+    assert {name: macs for name, macs in costs.weight_macs.items() if macs} == expected
+    assert costs.macs == sum(expected.values()) + 3 * 2 * tokens**2 * width
 
 
 class Functional(nn.Module):
@@ -128,7 +128,7 @@ class Functional(nn.Module):
 
 
 def test_costs__a_product_counts_for_the_weight_in_it_however_it_is_called() -> None:
-    found = cost_model(Functional(), (1, 6, 4))
+    costs = cost_model(Functional(), (1, 6, 4))
     expected = {
         "parts": 6 * 4 * 12,
         "shaped": 6 * 12 * 4,
@@ -137,9 +137,9 @@ def test_costs__a_product_counts_for_the_weight_in_it_however_it_is_called() -> 
         "scaled.bias": 0,
         "added": 0,
     }
-    assert found.weight_macs == expected
-    assert found.macs == sum(expected.values()) + 6 * 4 * 4
-    assert found.parameters == 3 * 48 + 16 + 4 + 24  # a tied weight is one
+    assert costs.weight_macs == expected
+    assert costs.macs == sum(expected.values()) + 6 * 4 * 4
+    assert costs.parameters == 3 * 48 + 16 + 4 + 24  # a tied weight is one
 
 
 # What fvcore counts beside products, an operation or a few for an element: no prunable weight has a share in
@@ -171,12 +171,12 @@ def test_costs__dense_figures_agree_with_fvcore(name: str, caplog: pytest.LogCap
     finally:
         timm.layers.set_fused_attn(fused)
     size = model.default_cfg["input_size"]
-    found = cost_model(model, size)
+    costs = cost_model(model, size)
     with caplog.at_level(logging.ERROR):
         # a handle of None, meant to switch one off, leaves fvcore's own where it is
         nothing = {f"aten::{operation}": lambda inputs, outputs: Counter() for operation in NOT_PRODUCTS}
         other = FlopCountAnalysis(model, torch.zeros(1, *size)).set_op_handle(**nothing)
-        assert found.macs == pytest.approx(other.total(), rel=0.02)
+        assert costs.macs == pytest.approx(other.total(), rel=0.02)
         counts = other.by_module_and_operator()
     for layer in find_layers(model):
         module = layer.name.removesuffix(".weight")
@@ -185,7 +185,7 @@ def test_costs__dense_figures_agree_with_fvcore(name: str, caplog: pytest.LogCap
             attention = module.rpartition(".")[0]
             parts = [f"{attention}.{part}" for part, _ in model.get_submodule(attention).named_children()]
             expected = counts[attention]["linear"] - sum(counts[part]["linear"] for part in parts)
-        assert found.weight_macs[layer.name] == expected > 0
+        assert costs.weight_macs[layer.name] == expected > 0
 
 
 # METHODS: dense parameters (M), MACs (G); parameters, MACs removed (%) at 15, 35 and 55 % of the modules

@@ -213,9 +213,9 @@ def test_families__every_product_in_a_block_is_taken_but_depthwise_ones(name: st
         and isinstance(part, nn.Conv2d | nn.Linear)
         and not (isinstance(part, nn.Conv2d) and 1 < part.groups == part.in_channels)
     }
-    found = {layer.name for layer in find_layers(model) if blocks.match(layer.name)}
-    assert found == expected
-    assert len(found) > 10
+    names = {layer.name for layer in find_layers(model) if blocks.match(layer.name)}
+    assert names == expected
+    assert len(names) > 10
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,11 @@ def test_families__every_product_in_a_block_is_taken_but_depthwise_ones(name: st
     ],
 )
 def test_families__other_transformers_by_the_usual_names(name: str, layers: int) -> None:
-    found = find_layers(on_meta(name))
-    assert {layer.module for layer in found} == {"QKV", "PRJ", "MLP"}
-    assert len(found) == layers
-    assert {layer.stage for layer in found} == {0, 1, 2, 3}
-    assert not [layer for layer in found if "rel_pos" in layer.name]
+    prunable = find_layers(on_meta(name))
+    assert {layer.module for layer in prunable} == {"QKV", "PRJ", "MLP"}
+    assert len(prunable) == layers
+    assert {layer.stage for layer in prunable} == {0, 1, 2, 3}
+    assert not [layer for layer in prunable if "rel_pos" in layer.name]
 
 
 MBCONV = ("convN_NxN", "convN_kxk", "se.fcN", "shortcut.expand")
@@ -369,8 +369,8 @@ def test_families__what_stays_dense_can_be_named() -> None:
         r"head\.fc (1 layer, 640,000 weights), "
     )
     for group in dense.groups:
-        found = find_layers(model, {"X": [group.pattern]})
-        assert (len(found), sum(layer.numel for layer in found)) == (group.layers, group.weights)
+        matched = find_layers(model, {"X": [group.pattern]})
+        assert (len(matched), sum(layer.numel for layer in matched)) == (group.layers, group.weights)
 
 
 def test_families__torchvisions_transformer_has_the_same_weights_by_other_names() -> None:

@@ -98,7 +98,7 @@ class SomeAttention(Pooling):
 
 
 @pytest.mark.parametrize(
-    ("place", "part", "named"),
+    ("path", "part", "named"),
     [
         ("blocks.1.attn.gate", nn.Linear(8, 8), "blocks.1.attn.gate.weight"),
         ("blocks.1.mlp.extra", nn.Conv1d(8, 8, 1), "blocks.1.mlp.extra.weight"),
@@ -108,10 +108,10 @@ class SomeAttention(Pooling):
     ],
 )
 def test_layers__a_part_that_no_pattern_takes_is_named_rather_than_skipped(
-    place: str, part: nn.Module, named: str
+    path: str, part: nn.Module, named: str
 ) -> None:
     model = tiny_vit()
-    parent, _, name = place.rpartition(".")
+    parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, part)
     with pytest.raises(InputError, match=r"known by .* names?: give patterns") as raised:
         find_layers(model)
@@ -204,8 +204,8 @@ def test_layers__stages_by_the_names_of_lists(names: list[str], stages: list[int
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
         parent.add_module(last, nn.Linear(2, 2))
-    found = {layer.name: layer.stage for layer in find_layers(root, {"ALL": [".*"]})}
-    assert [found[f"{name}.weight"] for name in names] == stages
+    stage_of = {layer.name: layer.stage for layer in find_layers(root, {"ALL": [".*"]})}
+    assert [stage_of[f"{name}.weight"] for name in names] == stages
 
 
 def test_layers__a_pattern_that_is_no_regular_expression_is_named() -> None:

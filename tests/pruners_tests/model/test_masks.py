@@ -28,8 +28,8 @@ def mask_sets(draw: st.DrawFn) -> MaskSet:
     return MaskSet({name: torch.rand(draw(shapes), generator=random) < share for name in names})
 
 
-def same(one: MaskSet, other: MaskSet) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+def same(masks: MaskSet, other: MaskSet) -> bool:
+    return set(masks) == set(other) and all(torch.equal(masks[name], other[name]) for name in masks)
 
 
 def example() -> MaskSet:
@@ -111,12 +111,12 @@ def test_masks__what_is_no_file_is_refused(tmp_path: Path) -> None:
             MaskSet.load(path)
 
 
-@given(one=mask_sets(), other=mask_sets())
+@given(masks=mask_sets(), other=mask_sets())
 @quick(150)
-def test_masks__fingerprints_are_equal_iff_the_masks_are(one: MaskSet, other: MaskSet) -> None:
-    assert (one.fingerprint() == other.fingerprint()) == same(one, other)
-    backwards = MaskSet({name: one[name].clone() for name in reversed(list(one))})
-    assert backwards.fingerprint() == one.fingerprint()
+def test_masks__fingerprints_are_equal_iff_the_masks_are(masks: MaskSet, other: MaskSet) -> None:
+    assert (masks.fingerprint() == other.fingerprint()) == same(masks, other)
+    backwards = MaskSet({name: masks[name].clone() for name in reversed(list(masks))})
+    assert backwards.fingerprint() == masks.fingerprint()
 
 
 def test_masks__fingerprints_tell_bits_shapes_and_names_apart() -> None:

@@ -111,7 +111,7 @@ def test_sparsity_pattern__flat_is_undone_by_shaped_one_at_a_time_or_batched(
 def test_sparsity_pattern__groups_are_neighbouring_inputs_of_one_output_and_one_kernel_position() -> None:
     out, inputs, rows, columns = 2, 8, 3, 2
     weight = torch.arange(out * inputs * rows * columns).reshape(out, inputs, rows, columns)
-    found = {frozenset(group.tolist()) for group in Pattern.parse("2:4").flat(weight).reshape(-1, 4)}
+    groups = {frozenset(group.tolist()) for group in Pattern.parse("2:4").flat(weight).reshape(-1, 4)}
     expected = {
         frozenset(weight[o, i : i + 4, r, c].tolist())
         for o in range(out)
@@ -119,7 +119,7 @@ def test_sparsity_pattern__groups_are_neighbouring_inputs_of_one_output_and_one_
         for r in range(rows)
         for c in range(columns)
     }
-    assert found == expected
+    assert groups == expected
 
 
 @given(
@@ -138,14 +138,12 @@ def test_sparsity_pattern__in_each_group_the_smallest_may_fall_and_the_dead_coun
     free = pattern.free(magnitudes, alive)
     room = pattern.room(alive)
     for number in range(6):
-        places = range(number * pattern.group, (number + 1) * pattern.group)
-        gone = [place for place in places if not alive[place]]
-        living = sorted(
-            (place for place in places if alive[place]), key=lambda place: float(magnitudes[place])
-        )
+        slots = range(number * pattern.group, (number + 1) * pattern.group)
+        gone = [slot for slot in slots if not alive[slot]]
+        living = sorted((slot for slot in slots if alive[slot]), key=lambda slot: float(magnitudes[slot]))
         left = max(pattern.group - pattern.keep - len(gone), 0)
         assert int(room[number]) == left
-        assert {place for place in places if free[place]} == {*gone, *living[:left]}
+        assert {slot for slot in slots if free[slot]} == {*gone, *living[:left]}
 
 
 def test_sparsity_pattern__blocks_that_are_zero_in_part_are_refused_where_whole_ones_are_needed() -> None:

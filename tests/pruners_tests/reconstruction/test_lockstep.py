@@ -91,13 +91,13 @@ def test_lockstep__batches_that_take_other_ways_are_refused() -> None:
     class Either(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.two = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            chosen: Tensor = self.one(x) if len(x) > 1 else self.two(x)
+            chosen: Tensor = self.left(x) if len(x) > 1 else self.right(x)
             return chosen
 
     model = Either()
-    layers: dict[str, nn.Module] = {"one": model.one, "two": model.two}
+    layers: dict[str, nn.Module] = {"left": model.left, "right": model.right}
     with pytest.raises(RuntimeError, match="another way"):
         next(Lockstep(model, layers, [torch.ones(1, 2), torch.ones(2, 2)], outputs=False).stops())

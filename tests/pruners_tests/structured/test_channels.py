@@ -33,14 +33,14 @@ def mlp_batches() -> list[tuple[Tensor, Tensor]]:
 
 def by_loops(model: nn.Module, kind: str) -> list[float]:
     """The worth of each hidden unit, weight by weight: its row, its bias, its column."""
-    found = []
+    worths = []
     for unit in range(HIDDEN):
         weights = [("0.weight", (unit, i)) for i in range(4)]
         weights += [("0.bias", (unit,)), *(("2.weight", (i, unit)) for i in range(3))]
         total = 0.0
-        for name, place in weights:
+        for name, index in weights:
             parameter = model.get_parameter(name)
-            w = float(parameter.detach()[place])
+            w = float(parameter.detach()[index])
             if kind == "magnitude":
                 total += w * w
                 continue
@@ -48,10 +48,10 @@ def by_loops(model: nn.Module, kind: str) -> list[float]:
                 model.zero_grad()
                 functional.cross_entropy(model(images), labels).backward()
                 assert parameter.grad is not None
-                g = float(parameter.grad[place])
+                g = float(parameter.grad[index])
                 total += (abs(w * g) if kind == "taylor" else w * w * g * g / 2) / 3
-        found.append(total)
-    return found
+        worths.append(total)
+    return worths
 
 
 def worth(model: nn.Module, kind: str) -> tuple[Channels, Tensor]:
@@ -65,8 +65,8 @@ def worth(model: nn.Module, kind: str) -> tuple[Channels, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels__worth_is_the_sum_over_single_weights(kind: str) -> None:
     model = tiny_mlp()
-    _, found = worth(model, kind)
-    assert found.tolist() == pytest.approx(by_loops(model, kind), rel=1e-5)
+    _, worths = worth(model, kind)
+    assert worths.tolist() == pytest.approx(by_loops(model, kind), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["taylor", "fisher"])
@@ -75,9 +75,9 @@ def test_channels__a_unit_that_nobody_hears_is_worth_nothing_and_cut_first(kind:
     with torch.no_grad():
         model.get_parameter("2.weight")[:, 2] = 0.0
         model.get_parameter("0.weight")[2] *= 10  # large, and of no use
-    hidden, found = worth(model, kind)
-    assert float(found[2]) == 0
-    stays = most_important(found, HIDDEN - 1)
+    hidden, worths = worth(model, kind)
+    assert float(worths[2]) == 0
+    stays = most_important(worths, HIDDEN - 1)
     assert stays.tolist() == [True, True, False, True, True, True]
     cut = Cut({name: tensor.shape for name, tensor in model.state_dict().items()})
     cut.drop(hidden, stays)
@@ -92,8 +92,8 @@ def test_channels__magnitude_takes_no_gradients() -> None:
         raise AssertionError("gradients were asked for")
 
     source = (never() for _ in range(1))
-    found = saliencies("magnitude", {"a": torch.tensor([2.0, -3.0])}, source)  # type: ignore[arg-type]
-    assert found["a"].tolist() == [4.0, 9.0]
+    squares = saliencies("magnitude", {"a": torch.tensor([2.0, -3.0])}, source)  # type: ignore[arg-type]
+    assert squares["a"].tolist() == [4.0, 9.0]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_channels__slices_keep_their_order_and_zeros_their_places(
 ) -> None:
     """Channels with two places each, as queries and keys have, and others along the second dimension."""
     weight = torch.arange(24.0).reshape(8, 3) + 1
-    places = torch.tensor([[i, i + 4] for i in range(4)])
+    positions = torch.tensor([[i, i + 4] for i in range(4)])
     cut = Cut({"w": weight.shape})
-    cut.drop(Channels("a", (Member("w", 0, places),)), torch.tensor(rows))
+    cut.drop(Channels("a", (Member("w", 0, positions),)), torch.tensor(rows))
     cut.drop(Channels("b", (Member("w", 1, torch.arange(3).unsqueeze(1)),)), torch.tensor(columns))
     mesh = np.ix_(np.flatnonzero(rows + rows), np.flatnonzero(columns))
     assert np.array_equal(cut.sliced({"w": weight})["w"].numpy(), weight.numpy()[mesh])

@@ -37,36 +37,36 @@ def test_dependency__an_mlp_and_an_attention(architecture: str, block: str) -> N
         f"{block}.attn.qkv.bias": (0, 3),
         f"{block}.attn.proj.weight": (1, 1),
     }
-    (places,) = {tuple(map(tuple, one.positions.tolist())) for one in inner.members if "qkv" in one.name}
+    (positions,) = {tuple(map(tuple, one.positions.tolist())) for one in inner.members if "qkv" in one.name}
     # query, key and value of a channel lie a third of the matrix apart
-    assert places == tuple((channel, 16 + channel, 32 + channel) for channel in range(16))
+    assert positions == tuple((channel, 16 + channel, 32 + channel) for channel in range(16))
 
 
 def test_dependency__the_embedding_of_a_vit_is_everywhere() -> None:
     model = tiny(VIT)[0]
-    found = members(ChannelDependencies(model, IMAGES).of("patch_embed.proj"))
-    elsewhere = {name for name in dict(model.named_parameters()) if name not in found}
+    coupled = members(ChannelDependencies(model, IMAGES).of("patch_embed.proj"))
+    elsewhere = {name for name in dict(model.named_parameters()) if name not in coupled}
     inside = {f"blocks.{i}.{part}" for i in range(2) for part in ("attn.qkv.bias", "mlp.fc1.bias")}
     assert elsewhere == inside | {"head.bias"}
-    assert found["cls_token"] == found["pos_embed"] == (2, 1)
+    assert coupled["cls_token"] == coupled["pos_embed"] == (2, 1)
 
 
 def test_dependency__layer_scales_and_other_tokens_are_coupled_too() -> None:
     arguments = {**VIT_ARGS, "init_values": 0.1}
     scaled = timm.create_model(VIT, num_classes=3, **arguments)
-    found = members(ChannelDependencies(scaled, IMAGES).of("patch_embed.proj"))
-    assert found["blocks.0.ls1.gamma"] == (0, 1)
+    coupled = members(ChannelDependencies(scaled, IMAGES).of("patch_embed.proj"))
+    assert coupled["blocks.0.ls1.gamma"] == (0, 1)
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **VIT_ARGS)
-    found = members(ChannelDependencies(distilled, IMAGES).of("patch_embed.proj"))
-    assert found["dist_token"] == (2, 1)
-    assert found["head_dist.weight"] == (1, 1)
+    coupled = members(ChannelDependencies(distilled, IMAGES).of("patch_embed.proj"))
+    assert coupled["dist_token"] == (2, 1)
+    assert coupled["head_dist.weight"] == (1, 1)
 
 
 def test_dependency__merged_patches_lie_beside_each_other() -> None:
     """torch-pruning finds one place of a channel in a norm over four patches."""
     model = tiny(SWIN)[0]
-    found = ChannelDependencies(model, IMAGES).of("patch_embed.proj")
-    (norm,) = [one for one in found.members if one.name == "layers.1.downsample.norm.weight"]
+    channels = ChannelDependencies(model, IMAGES).of("patch_embed.proj")
+    (norm,) = [one for one in channels.members if one.name == "layers.1.downsample.norm.weight"]
     assert norm.positions.tolist() == [[c, 8 + c, 16 + c, 24 + c] for c in range(8)]
     # as the model itself has it: a channel of 1 in the first stage is seen at these places
     seen: list[Tensor] = []
@@ -116,8 +116,8 @@ def test_dependency__the_model_is_left_as_it_was() -> None:
 def test_dependency__it_works_where_nothing_is_differentiated() -> None:
     model = tiny_swin().requires_grad_(False)
     with torch.no_grad():
-        found = ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("layers.0.blocks.0.mlp.fc1")
-    assert found.count == 32
+        channels = ChannelDependencies(model, torch.zeros(2, 3, 32, 32)).of("layers.0.blocks.0.mlp.fc1")
+    assert channels.count == 32
     assert not any(weight.requires_grad for weight in model.parameters())
 
 

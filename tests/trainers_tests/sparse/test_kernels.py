@@ -116,8 +116,8 @@ def test_linear__what_is_not_finite_reaches_the_outputs_that_read_it_and_its_tok
 def test_gelu__is_exact_and_keeps_nan() -> None:
     x = np.linspace(-9, 9, 4001, dtype=np.float32)[:, None].copy()
     x[0], x[-1] = math.nan, 1e30
-    one, zero = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
-    result = linear(x, one, zero, sparse=True, gelu=True)[:, 0]
+    weight, bias = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    result = linear(x, weight, bias, sparse=True, gelu=True)[:, 0]
     exact = [v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x[1:, 0].tolist()]
     assert math.isnan(result[0])
     np.testing.assert_allclose(result[1:], exact, rtol=2e-6, atol=1e-6)
