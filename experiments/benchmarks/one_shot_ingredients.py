@@ -3,11 +3,11 @@
     python experiments/benchmarks/one_shot_ingredients.py --model FOLDER --train A.parquet --test B.parquet
         [--methods ovit lamp dimap magnitude] [--gradients 256] [--images 1024] [--out FILE]
 
-Each method prunes at once, in rounds (75, 90, 95 %, as far as the sparsity goes; the same gradients in all),
-with reconstruction after it, and with both; methods that look at weights alone have no rounds of their own.
-The gradients are of the first training images in order, without augmentation; test images only serve for the
-figures. Seconds are those of processors, of the whole pruning. The last line sums up; the exit status is 1
-when a stated top-1 or the stated cost is missed.
+Each method prunes at once, in rounds (those of ROUNDS; the same gradients in all), with reconstruction after
+it, and with both; methods that look at weights alone have no rounds of their own. The gradients are of the
+first training images in order, without augmentation; test images only serve for the figures. Seconds are
+those of processors, of the whole pruning. The last line sums up; the exit status is 1 when a stated top-1 or
+the stated cost is missed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Batch = tuple[Tensor, Tensor]
 
 SPARSITIES = {"ovit": (0.9, 0.95), "lamp": (0.75, 0.9), "dimap": (0.75, 0.9), "magnitude": (0.75, 0.9)}
 WAYS = ("at once", "rounds", "reconstruct", "both")
-STEPS = (0.75, 0.9, 0.95)
+# sparsity: those of its rounds, chosen on training images that no gradient saw
+ROUNDS = {0.9: [0.5, 0.7, 0.82, 0.9], 0.95: [0.75, 0.9, 0.95]}
 MOST_COST = 1.3  # of the same gradients at once
 # (model, method, sparsity): least test top-1 in percent with all ingredients
 LEAST = {
@@ -56,13 +57,12 @@ def top1(model: nn.Module, batches: list[Batch]) -> float:
 
 def ingredients(method: str, sparsity: float, images: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of the ways to prune, and the options of each."""
-    rounds = [step for step in STEPS if step < sparsity] + [sparsity]
     yield "at once", {}
     if method in SECOND_ORDER:
-        yield "rounds", {"rounds": rounds}
+        yield "rounds", {"rounds": ROUNDS[sparsity]}
     yield "reconstruct", {"reconstruct": images}
     if method in SECOND_ORDER:
-        yield "both", {"rounds": rounds, "reconstruct": images}
+        yield "both", {"rounds": ROUNDS[sparsity], "reconstruct": images}
 
 
 def misses(key: tuple[str, str, float], row: dict[str, dict[str, float]]) -> Iterator[str]:
