@@ -34,17 +34,17 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
-# the exact versions of constraints.txt; markers are written last, so that a broken install is repeated
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt uv
+
+# the exact versions of constraints.txt; markers are written last, so that a broken install is repeated
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/uv
 	$(call INSTALL,-e .)
 	touch $@
 
 # all of that, and what tests, formats for engines and documentation need
-$(VENV)/.installed-dev: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt uv
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/uv
 	$(call INSTALL,-e '.[dev]')
 	touch $(VENV)/.installed $@
 
